@@ -1,5 +1,6 @@
 // attention.cuh: the defines that all attention kernels take, and options that are off by default.
-#include "types.cuh"
+#include "head_dim.cuh"
+#include "warps.cuh"
 
 #if !defined(HEAD_DIM) || !defined(Q_T) || !defined(K_T) || !defined(SCALE_T) || !defined(BLOCK)
 #error "attention.cuh needs HEAD_DIM, Q_T, K_T, SCALE_T and BLOCK"
@@ -19,8 +20,3 @@
 #ifndef POSITIONS
 #define POSITIONS 0
 #endif
-
-constexpr int D = HEAD_DIM;
-constexpr int THREADS = BLOCK;
-constexpr int WARPS = THREADS / WARP;
-static_assert(THREADS % WARP == 0, "whole warps");

@@ -22,7 +22,7 @@
 // Traffic:  K once, later query rows hit the caches; 4 bytes a key of `scores`
 // Order:    no atomics; sums in the order of the query rows
 //
-// LANES lanes hold one key and score it against ROWS query rows at a time.
+// KEY_LANES lanes hold one key and score it against ROWS query rows at a time.
 #include "attention_rows.cuh"
 #include "softmax.cuh"
 
@@ -48,11 +48,11 @@ attention_scores(float* __restrict__ scores, const Q_T* __restrict__ q,
     const int b = blockIdx.x / chunks / H;
     const int length = max(0, min(lengths[b], capacity));
     const int first_key = (int)max((i64)length - causal_offset - window, (i64)0);
-    const int slot = threadIdx.x / LANES;
+    const int slot = threadIdx.x / KEY_LANES;
     const bool has_seen = begin < length && begin + KEYS > first_key;
 
     __shared__ float sums[KEYS];  // each written by the first lane of one group
-    const bool is_first = threadIdx.x % LANES == 0;
+    const bool is_first = threadIdx.x % KEY_LANES == 0;
     for (int i = slot; is_first && i < KEYS; i += SLOTS) sums[i] = 0.0f;
     for (int tile = 0; has_seen && tile < G * T; tile += ROWS) {
         float query[ROWS][EIGHTS][8], row_lse[ROWS], slope[ROWS];
@@ -69,7 +69,7 @@ attention_scores(float* __restrict__ scores, const Q_T* __restrict__ q,
             const Q_T* at = q + b * q_stride + token * q_token_stride + (i64)head * D;
             load_query(query[r], at, score_scale);
         }
-#pragma unroll(LANES <= 8 ? 2 : 4)
+#pragma unroll(KEY_LANES <= 8 ? 2 : 4)
         for (int i = slot; i < KEYS; i += SLOTS) {
             const int key = begin + i;
             const u32 safe = max(first_key, min(key, length - 1));

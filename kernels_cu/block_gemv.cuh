@@ -1,5 +1,5 @@
 // block_gemv.cuh: few tokens times a matrix, on CUDA cores; a part of block_linear.cu and
-// product_chain.cu.
+// phase_program.cu.
 //
 // A warp multiplies OUTS rows of weights by slices of 1024 elements, a lane 32 of them. Blocks: a
 // group of 32, of which a lane loads 16 bytes of nibbles, 512 bytes a warp. Plain: four times eight
@@ -8,9 +8,10 @@
 // each without a conflict. `parts` warps share outputs and split I; the others of the block have
 // outputs of their own.
 #include "gate.cuh"
+#include "plain.cuh"
 #include "reduce.cuh"
+#include "warps.cuh"
 
-constexpr int WARPS = BLOCK / WARP;
 constexpr int SUMS = ROWS * OUTS;
 constexpr int LANE = 32;  // elements of a lane
 constexpr int SLICE = WARP * LANE;
@@ -69,12 +70,21 @@ template <typename T> struct Share<Plain<T>> {
     }
 };
 
+// Rows of x in memory: a source of four elements at a time.
+struct StoredRows {
+    const X_T* x;
+    i64 stride;
+    __device__ __forceinline__ void load(float (&values)[4], int row, int i) const {
+        load4(values, x + row * stride + i);
+    }
+};
+
 // Elements i0 .. i0 + parts * SLICE - 1 of ROWS rows of x, times `norm` if there is one, zeros past
 // I; their squares are added to `squares`. Past T the last row is read again, and its sum dropped.
-__device__ __forceinline__ void stage(float* staged, float (&squares)[ROWS], const X_T* x,
-                                      const float* norm, i64 x_stride, int t0, int T, int i0,
-                                      int I, int parts) {
-    constexpr int STEP = BLOCK * 4, AHEAD = ROWS <= 2 ? 2 : 1;  // loads in flight
+template <typename K, typename Source>
+__device__ __forceinline__ void stage(float* staged, float (&squares)[ROWS], const Source& x,
+                                      const float* norm, int t0, int T, int i0, int I, int parts) {
+    constexpr int STEP = BLOCK * 4, AHEAD = ROWS <= 2 && 2 * STEP <= SLICE ? 2 : 1;  // loads in flight
     static_assert(SLICE % (AHEAD * STEP) == 0, "whole steps");
     for (int first = threadIdx.x * 4; first < parts * SLICE; first += AHEAD * STEP) {
         float values[AHEAD][ROWS][4], factors[AHEAD][4];
@@ -84,7 +94,7 @@ __device__ __forceinline__ void stage(float* staged, float (&squares)[ROWS], con
             if (norm) load4(factors[a], norm + i);
 #pragma unroll
             for (int r = 0; r < ROWS; r++) {
-                load4(values[a][r], x + min(t0 + r, T - 1) * x_stride + i);
+                x.load(values[a][r], min(t0 + r, T - 1), i);
             }
         }
 #pragma unroll
@@ -112,6 +122,7 @@ __device__ __forceinline__ void stage(float* staged, float (&squares)[ROWS], con
 
 // sums[r * OUTS + o] += the products of a lane's weights, which are of group g, and its elements of
 // row r of x.
+template <typename K>
 __device__ __forceinline__ void multiply(float (&sums)[SUMS], const Share<K> (&w)[OUTS], int g,
                                          const float* x, int lane) {
     constexpr int RUN = 8 / K::HALVES;  // quads that share a scale
@@ -163,11 +174,11 @@ struct WarpSums { float partial[WARPS][SUMS], squares[WARPS][ROWS]; };
 
 // The block's part of a product: outputs of one tile, for tokens t0 on. `await` comes before x and out
 // are read, and behind the first loads of w; all threads call it once.
-template <typename Await>
+template <typename K, typename Source, typename Await>
 __device__ __forceinline__ void
-gemv_tile(float* staged, WarpSums& shared, X_T* out, const X_T* x, const u8* w, const B_T* bias,
-          const float* norm, int T, int O, int I, int W, i64 x_stride, i64 out_stride, int parts, int accumulate,
-          int gate, float eps, int tile, int t0, Await await) {
+gemv_tile(float* staged, WarpSums& shared, X_T* out, const Source& x, const u8* w,
+          const B_T* bias, const float* norm, int T, int O, int I, int W, i64 out_stride, int parts,
+          int accumulate, int gate, float eps, int tile, int t0, Await await) {
     const int lane = threadIdx.x % WARP;
     const int warp = threadIdx.x / WARP;
     const int part = warp % parts;
@@ -202,10 +213,10 @@ gemv_tile(float* staged, WarpSums& shared, X_T* out, const X_T* x, const u8* w, 
         } else {
             __syncthreads();  // all have read the previous slices
         }
-        stage(staged, squares, x, norm, x_stride, t0, T, i0, I, parts);
+        stage<K>(staged, squares, x, norm, t0, T, i0, I, parts);
         __syncthreads();
         const int g = min(first / GROUP + lane, I / GROUP - 1);
-        multiply(sums, shares, g, staged + part * ROWS * SLICE_FLOATS, lane);
+        multiply<K>(sums, shares, g, staged + part * ROWS * SLICE_FLOATS, lane);
     }
 
     float sum = warp_sums(sums);

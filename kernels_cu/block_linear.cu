@@ -27,17 +27,13 @@
 //           norm    x times norm is multiplied; the sum times the factor of the row, whose squares
 //                   are summed in float
 // Stack: 8 bytes, for one register more than the 128 that ptxas gives gemv of Q4_K on sm_120
-#include "plain.cuh"
-
 #if !defined(KIND) || !defined(X_T) || !defined(B_T) || !defined(BLOCK) || !defined(ROWS) || \
     !defined(OUTS)
 #error "block_linear.cu needs KIND, X_T, B_T, BLOCK, ROWS and OUTS"
 #endif
 
-using K = KIND;
-constexpr int GROUP = 32;
-
 #include "block_gemv.cuh"
+#include "ptx.cuh"
 
 extern "C" __global__ void __launch_bounds__(BLOCK)
 gemv(X_T* out, const X_T* x, const u8* __restrict__ w,
@@ -46,6 +42,7 @@ gemv(X_T* out, const X_T* x, const u8* __restrict__ w,
     extern __shared__ __align__(128) float staged[];
     __shared__ WarpSums shared;
     let_next_start();
-    gemv_tile(staged, shared, out, x, w, bias, norm, T, O, I, W, x_stride, out_stride, parts,
-              accumulate, gate, eps, blockIdx.x, blockIdx.y * ROWS, [] { await_previous(); });
+    gemv_tile<KIND>(staged, shared, out, StoredRows{x, x_stride}, w, bias, norm, T, O, I, W,
+                    out_stride, parts, accumulate, gate, eps, blockIdx.x, blockIdx.y * ROWS,
+                    [] { await_previous(); });
 }

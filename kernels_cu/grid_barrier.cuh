@@ -7,9 +7,9 @@
 
 #if __CUDA_ARCH__ >= 700
 
-// All threads call it. Whoever has waited sees what they wrote before.
+// All threads call it, behind a barrier of the block. Whoever has waited sees what they wrote before
+// that.
 __device__ __forceinline__ void grid_arrive(u32* counters) {
-    __syncthreads();
     if (threadIdx.x == 0) add_release(counters, 1);
 }
 

@@ -22,7 +22,7 @@
 //           bytes a run; of factors all for each block, which its groups share in the L1 cache
 // Order:    no atomics; sums in an order set by HEAD_DIM and BLOCK alone
 //
-// LANES lanes hold a row, eight elements each (above 256 twice eight).
+// KEY_LANES lanes hold a row, eight elements each (above 256 twice eight).
 #include "attention_rows.cuh"
 
 #if !defined(KEYS) || !defined(AHEAD_BYTES)
@@ -103,7 +103,7 @@ __device__ __forceinline__ void measure(Measured& found, const Eight<K_T>& eight
     }
 }
 
-// A warp takes WARP rows at a time: lane l finds where row l is, each group of LANES loads as many
+// A warp takes WARP rows at a time: lane l finds where row l is, each group of KEY_LANES loads as many
 // rows, one a step, and the steps' shares are exchanged at once, so that lane l ends up with row l.
 extern "C" __global__ void __launch_bounds__(THREADS, 5)
 kv_scores(float* __restrict__ scores, const K_T* __restrict__ pool,
@@ -111,8 +111,8 @@ kv_scores(float* __restrict__ scores, const K_T* __restrict__ pool,
           const int* __restrict__ page_table, const int* __restrict__ lengths, i64 pool_page,
           i64 pool_token, i64 pool_head, i64 scales_page, i64 scales_token, i64 scales_head, int R,
           int H, int P, int M, int capacity) {
-    constexpr int BATCH = AHEAD_BYTES / sizeof(Eight<K_T>) / EIGHTS < LANES
-                              ? AHEAD_BYTES / sizeof(Eight<K_T>) / EIGHTS : LANES;
+    constexpr int BATCH = AHEAD_BYTES / sizeof(Eight<K_T>) / EIGHTS < KEY_LANES
+                              ? AHEAD_BYTES / sizeof(Eight<K_T>) / EIGHTS : KEY_LANES;
     const int chunks = capacity / KEYS + (capacity % KEYS != 0);
     const int begin = blockIdx.x % chunks * KEYS;
     const int r = blockIdx.x / chunks % R, b = blockIdx.x / chunks / R;
@@ -131,14 +131,14 @@ kv_scores(float* __restrict__ scores, const K_T* __restrict__ pool,
                 place_of(page_table + (i64)b * M, min(key, length - 1), P, scales, pool_page,
                          pool_token, kv_head * pool_head, scales_page, scales_token,
                          kv_head * scales_head);
-            float squares[LANES], products[LANES];
-            u32 peaks[LANES];
+            float squares[KEY_LANES], products[KEY_LANES];
+            u32 peaks[KEY_LANES];
 #pragma unroll
-            for (int first = 0; first < LANES; first += BATCH) {
+            for (int first = 0; first < KEY_LANES; first += BATCH) {
                 Eight<K_T> row[BATCH][EIGHTS];
 #pragma unroll
                 for (int s = 0; s < BATCH; s++) {
-                    const i64 at = __shfl_sync(FULL_MASK, place.at, first + s, LANES);
+                    const i64 at = __shfl_sync(FULL_MASK, place.at, first + s, KEY_LANES);
 #pragma unroll
                     for (int e = 0; e < EIGHTS; e++) {
                         row[s][e] = get8(pool + at + safe_column(e) / PACKED<K_T>);
@@ -149,7 +149,7 @@ kv_scores(float* __restrict__ scores, const K_T* __restrict__ pool,
                     Measured found = {};
 #pragma unroll
                     for (int e = 0; e < EIGHTS; e++) {
-                        const bool is_active = (e * LANES + LANES) * 8 <= D || column(e) < D;
+                        const bool is_active = (e * KEY_LANES + KEY_LANES) * 8 <= D || key_column(e) < D;
                         if (is_active) measure(found, row[s][e], vector[e]);
                     }
                     squares[first + s] = found.squares;
@@ -157,9 +157,9 @@ kv_scores(float* __restrict__ scores, const K_T* __restrict__ pool,
                     peaks[first + s] = found.peak;
                 }
             }
-            if (IS_NORM || IS_COSINE) fold_sums<LANES / 2>(squares);
-            if (IS_COSINE || IS_PRODUCT) fold_sums<LANES / 2>(products);
-            if (IS_LARGEST) fold<LANES / 2>(peaks, [](u32 a, u32 b) { return max(a, b); });
+            if (IS_NORM || IS_COSINE) fold_sums<KEY_LANES / 2>(squares);
+            if (IS_COSINE || IS_PRODUCT) fold_sums<KEY_LANES / 2>(products);
+            if (IS_LARGEST) fold<KEY_LANES / 2>(peaks, [](u32 a, u32 b) { return max(a, b); });
             if (IS_NORM) score = sqrtf(squares[0]) * place.scale;
             if (IS_LARGEST) score = __uint_as_float(peaks[0]) * place.scale;
             if (IS_PRODUCT) score = products[0] * place.scale;
@@ -189,7 +189,7 @@ kv_squares(float* __restrict__ scores, const K_T* __restrict__ pool,
 
     float vector[EIGHTS][8];
     load_query(vector, vectors + ((i64)b * R + r) * D, 1.0f);
-    const int slot = threadIdx.x / LANES, slot_of_warp = threadIdx.x / WARP * WARP / LANES;
+    const int slot = threadIdx.x / KEY_LANES, slot_of_warp = threadIdx.x / WARP * WARP / KEY_LANES;
 #pragma unroll 1
     for (int i = slot; i < KEYS; i += SLOTS * TOGETHER) {
         float score[TOGETHER] = {};
@@ -209,7 +209,7 @@ kv_squares(float* __restrict__ scores, const K_T* __restrict__ pool,
 #pragma unroll
         for (int t = 0; t < TOGETHER; t++) {
             const int key = begin + i + t * SLOTS;
-            if (threadIdx.x % LANES == 0 && key < capacity) {
+            if (threadIdx.x % KEY_LANES == 0 && key < capacity) {
                 out[key] = key < length ? score[t] : 0.0f;
             }
         }
@@ -228,7 +228,7 @@ kv_means(float* __restrict__ means, const K_T* __restrict__ pool,
     const int length = max(0, min(lengths[b], capacity));
     const int rows = max(0, min(run, length - begin));
 
-    const int slot = threadIdx.x / LANES;
+    const int slot = threadIdx.x / KEY_LANES;
     float sum[EIGHTS][8] = {};
 #pragma unroll 4
     for (int first = 0; first < rows; first += SLOTS) {  // as often for all lanes of a warp
@@ -254,7 +254,7 @@ kv_means(float* __restrict__ means, const K_T* __restrict__ pool,
     }
 #pragma unroll
     for (int e = 0; e < EIGHTS; e++) {
-        if (column(e) < D) store8(&sums[slot][column(e)], sum[e]);
+        if (key_column(e) < D) store8(&sums[slot][key_column(e)], sum[e]);
     }
     __syncthreads();
     for (int d = threadIdx.x; d < D; d += THREADS) {

@@ -28,33 +28,8 @@
 // Order:    no atomics; floats from reading to storing, sums in an order that D decides; where
 //           HADAMARD is 0, V, and all where there is neither norm nor rotation, is bit-exact; two
 //           tokens for one slot leave either row, or a mixture
-#include "head_row.cuh"
-#include "pool_write.cuh"
-#include "reduce.cuh"
-#include "rotary.cuh"
-
-#if !defined(W_T) || !defined(Q_HEADS) || !defined(NORM) || !defined(HADAMARD)
-#error "paged_qkv.cu needs W_T, Q_HEADS, NORM and HADAMARD"
-#endif
-constexpr int HQ = Q_HEADS;
-
-__device__ __forceinline__ void normalise(float (&x)[PIECES][8], const W_T* weight, float eps) {
-    float squares = 0.0f;
-#pragma unroll
-    for (int i = 0; i < PIECES; i++) {
-#pragma unroll
-        for (int j = 0; j < 8; j++) squares += x[i][j] * x[i][j];
-    }
-    const float scale = 1.0f / sqrtf(group_sum<LANES>(squares) / (float)D + eps);
-#pragma unroll
-    for (int i = 0; i < PIECES; i++) {
-        if (column(i) >= D) continue;
-        float w[8];
-        load8(w, weight + column(i));
-#pragma unroll
-        for (int j = 0; j < 8; j++) x[i][j] *= scale * w[j];
-    }
-}
+#include "paged_qkv.cuh"
+#include "ptx.cuh"
 
 extern "C" __global__ void __launch_bounds__(BLOCK)
 paged_qkv(NEW_T* q_out, K_T* k_pool, V_T* v_pool,
@@ -67,66 +42,14 @@ paged_qkv(NEW_T* q_out, K_T* k_pool, V_T* v_pool,
           i64 k_scales_page, i64 k_scales_token, i64 k_scales_head,
           i64 v_scales_page, i64 v_scales_token, i64 v_scales_head,
           i64 q_token, i64 q_head, i64 qkv_token, float eps) {
+    __shared__ AppendShared shared;
     let_next_start();
     await_previous();
-    const u32 token = blockIdx.x, group = threadIdx.x / LANES;
-    const u32 head = blockIdx.y * GROUPS + group;
-    const u32 known = head < HQ + 2 * H ? head : HQ + 2 * H - 1;  // no lane leaves its warp
-    const Fragment<NEW_T> loaded = load_fragment(qkv + token * qkv_token + known * D);
-    const Place place = place_of_slot(slots[token]);
-    const bool is_value = known >= HQ + H;
-
-#if NORM || PAIRS > 0 || HADAMARD
-    float x[PIECES][8];
-    Fragment<float> row;
-#if PAIRS > 0
-    __shared__ Rotation rotations[PAIRS];
-    __shared__ __align__(16) float exchange[IN_LANE ? 1 : GROUPS][D];
-    const double position = positions[token];
-    for (int j = threadIdx.x; j < PAIRS; j += BLOCK) {
-        sin_cos(position * inv_freq[j], rotations[j].sine, rotations[j].cosine);
-    }
-    __syncthreads();
-#endif
-#pragma unroll
-    for (int i = 0; i < PIECES; i++) unpack8(x[i], loaded.pieces[i]);
-    if constexpr (NORM) normalise(x, known < HQ ? q_norm : k_norm, eps);
-#if PAIRS > 0
-    rotate_pairs(x, rotations, exchange[IN_LANE ? 0 : group]);
-#endif
-#if HADAMARD
-    if (is_value) {  // undo the norm and rotation that the whole warp ran
-#pragma unroll
-        for (int i = 0; i < PIECES; i++) unpack8(x[i], loaded.pieces[i]);
-    }
-    hadamard_transform(x);
-#endif
-#pragma unroll
-    for (int i = 0; i < PIECES; i++) pack8(row.pieces[i], x[i]);
-#else
-    const Fragment<NEW_T>& row = loaded;
-#endif
-#if HADAMARD
-    const auto& value = row;
-#else
-    const Fragment<NEW_T>& value = loaded;
-#endif
-
-    u32 largest[1] = {};
-    if (HAS_DYNAMIC_SCALE<K_T> && !is_value) largest[0] = max_magnitude(row);
-    if (HAS_DYNAMIC_SCALE<V_T> && is_value) largest[0] = max_magnitude(value);
-    if constexpr (HAS_DYNAMIC_SCALE<K_T> || HAS_DYNAMIC_SCALE<V_T>) group_max<LANES>(largest);
-    if (head < HQ) {
-        store_fragment(q_out + token * q_token + head * q_head, row);
-    } else if (head >= HQ + 2 * H || place.page < 0) {
-        return;
-    } else if (!is_value) {
-        const Pool<K_T> to{k_pool, k_pool_page, k_pool_token, k_pool_head,
-                           k_scales, k_scales_page, k_scales_token, k_scales_head};
-        to.store(place, head - HQ, row, largest[0]);
-    } else {
-        const Pool<V_T> to{v_pool, v_pool_page, v_pool_token, v_pool_head,
-                           v_scales, v_scales_page, v_scales_token, v_scales_head};
-        to.store(place, head - HQ - H, value, largest[0]);
-    }
+    append_heads(shared,
+                 Append{q_out, k_pool, v_pool, k_scales, v_scales, qkv, slots, positions, inv_freq,
+                        q_norm, k_norm, k_pool_page, k_pool_token, k_pool_head, v_pool_page,
+                        v_pool_token, v_pool_head, k_scales_page, k_scales_token, k_scales_head,
+                        v_scales_page, v_scales_token, v_scales_head, q_token, q_head, qkv_token,
+                        eps},
+                 blockIdx.x, blockIdx.y);
 }

@@ -9,12 +9,14 @@
 //                 g), where `scales` is where they begin in a row, g the group, G the groups of a row
 #include "vector.cuh"
 
+constexpr int GROUP = 32;
+
 // Codes of a group as they lie in a row. Which members count is a matter of BITS.
 template <int BITS> struct Codes {
     static constexpr int WORDS = BITS == 8 ? 8 : BITS >= 4 ? 4 : 0;  // of bytes or nibbles
-    static constexpr bool PAIRS = BITS == 2 || BITS == 3 || BITS == 6;
-    static constexpr bool ONES = BITS == 3 || BITS == 5;
-    static constexpr int BYTES = WORDS * 4 + PAIRS * 8 + ONES * 4;
+    static constexpr bool HAS_PAIRS = BITS == 2 || BITS == 3 || BITS == 6;
+    static constexpr bool HAS_ONES = BITS == 3 || BITS == 5;
+    static constexpr int BYTES = WORDS * 4 + HAS_PAIRS * 8 + HAS_ONES * 4;
 
     u32 words[WORDS ? WORDS : 1];
     u32 pairs[2];
@@ -31,11 +33,11 @@ template <int BITS> struct Codes {
 
     // Pairs and ones, which follow bytes or nibbles.
     __device__ __forceinline__ void load_high(const u8* p, int g, int G) {
-        if (PAIRS) {
+        if (HAS_PAIRS) {
             const uint2 two = *reinterpret_cast<const uint2*>(p + (i64)g * 8);
             pairs[0] = two.x, pairs[1] = two.y;
         }
-        if (ONES) ones = *reinterpret_cast<const u32*>(p + (i64)G * PAIRS * 8 + (i64)g * 4);
+        if (HAS_ONES) ones = *reinterpret_cast<const u32*>(p + (i64)G * HAS_PAIRS * 8 + (i64)g * 4);
     }
 
     __device__ __forceinline__ u32 word(int half, int s) const {

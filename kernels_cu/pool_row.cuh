@@ -1,10 +1,11 @@
 // pool_row.cuh: rows of HEAD_DIM elements that LANES lanes load, quantize if need be, and store.
+#include "head_dim.cuh"
 #include "quantize.cuh"
 
 #if !defined(HEAD_DIM) || !defined(BLOCK) || !defined(LANES)
 #error "pool_row.cuh needs HEAD_DIM, BLOCK and LANES"
 #endif
-constexpr int D = HEAD_DIM, GROUPS = BLOCK / LANES;
+constexpr int GROUPS = BLOCK / LANES;
 constexpr int PIECES = (D / 8 + LANES - 1) / LANES;  // of eight elements, that a lane has of a row
 static_assert(D % 8 == 0 && D > 0, "rows move in pieces of eight elements");
 static_assert(BLOCK % WARP == 0 && WARP % LANES == 0, "whole warps of whole groups");

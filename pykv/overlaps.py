@@ -111,6 +111,15 @@ def place_of(array: Any) -> Any:
     return np.asarray(SimpleNamespace(__array_interface__=interface))
 
 
+def bytes_of(array: Any) -> Any:
+    """All bytes from an array's first element to its last, whatever lies between, as `place_of`."""
+    place = place_of(array)
+    first, last = _bounds(place) if place.size else (0, 0)
+    address = place.__array_interface__["data"][0] + first
+    interface = dict(data=(address, True), shape=(last - first,), typestr="|u1", version=3)
+    return np.asarray(SimpleNamespace(__array_interface__=interface))
+
+
 def share(x: Any, y: Any) -> bool:
     """Whether two arrays have a byte in common, of which strides are taken into account; of a GPU
     as of the host. True where that would take too long to say, as no layout of pools does."""

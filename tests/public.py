@@ -29,7 +29,8 @@ from pykv import (
 )
 from pykv.eval import changes, continuation, needles
 from pykv.kvtc import Codec, v0
-from pykv.ops import mailbox, permute, product_chain
+from pykv.ops import mailbox, permute, phase_program
+from pykv.phases import Product
 from pykv.transport import Handover, Local, Region, local, wait_for
 from pykv.transport.region import size_of
 from tests.kvtc import made
@@ -289,13 +290,13 @@ def _mailbox(xp):
     return (box,)
 
 
-def _chain(xp):
-    """Of the host: not every GPU has chains."""
+def _program(xp):
+    """Of the host: not every GPU has programs."""
     x, w, out = (
         np.zeros(shape, t) for shape, t in (((1, 8), "f4"), ((4, 8), "f2"), ((1, 4), "f4"))
     )
-    products = [product_chain.Product(x, w, out)]
-    return product_chain.ProductChain, dict(products=products, kind="F16", blocks=2)
+    phases = [Product(x, w, "F16", out)]
+    return phase_program.PhaseProgram, dict(phases=phases, blocks=2)
 
 
 def _manager(xp):
@@ -649,7 +650,7 @@ METHODS = {
     "ops.mailbox.Mailbox.poll": _of(_mailbox, "poll", job=1),
     "ops.mailbox.Mailbox.wait": _of(_mailbox, "wait", job=1),
     "ops.mailbox.Mailbox.stop": _of(_mailbox, "stop"),
-    "ops.product_chain.ProductChain": _chain,
+    "ops.phase_program.PhaseProgram": _program,
     "llm.generate.LLM": lambda xp: (pykv.LLM, dict(model=_model(), device="cpu")),
     "llm.generate.LLM.generate": _of(_llm, "generate", prompts=[[5, 6]], params=_SHORT),
     "llm.generate.LLM.stream": _of(_llm, "stream", prompt=[5, 6], params=_SHORT),

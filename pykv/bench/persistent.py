@@ -1,99 +1,144 @@
-"""All products of a model's step, one after another: in one launch that stays on the GPU
-(product_chain), as launches of a CUDA graph, and as launches.
+"""The next token of B sequences with L tokens each, by a model of noise: as one launch that stays
+on the GPU (phase_program), as a CUDA graph of a launch for each phase, and as these launches.
 
-Bytes are those of the matrices, which each step reads once; reading is the ceiling. Attention is no
-part of it: heads of values go on as they come.
+Bytes are those that a step cannot do without; reading is the ceiling:
+
+    matrices of all layers and of the head, once + B * (L + 1) tokens of the cache with their scales
+
+`parts` leaves phases out, to show where the time goes: "products" has no attention, "attention"
+nothing else.
 """
 
 from __future__ import annotations
 
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
 
 from pykv import cuda
 from pykv.bench import Work, memory, synthetic
-from pykv.ops import block_linear, block_rows
-from pykv.ops.product_chain import Product, ProductChain, has_kernel
+from pykv.llm.model import Batch
+from pykv.llm.token_program import TokenPhases, token_phases
+from pykv.llm.weights import Model
+from pykv.ops.phase_program import OLDEST_SM, PhaseProgram
+from pykv.phases import Attention
+from pykv.pool import PagedKVCache
 from pykv.testing import caches
 from pykv.testing.compare import host
 
-# Shapes of SmolLM2-135M, and of a llama of 1.1 billion.
-SMOL = dict(L=30, E=576, KV=192, F=1536, V=49152)
-LLAMA = dict(L=16, E=2048, KV=512, F=8192, V=49152)
-TINY = dict(L=2, E=256, KV=64, F=256, V=40)
-WAYS = ("chain", "graph", "launches")
+PAGE_SIZE = 16
+WAYS = ("program", "graph", "launches")
+TOLERANCE = 2e-3  # of results, in units of the largest: sums are in other orders
 
 
 def _cases() -> list[dict[str, Any]]:
-    models = [("F16", SMOL), ("F16", LLAMA), ("Q4_K", LLAMA)]
-    listed = [
-        dict(by=by, kind=kind, T=1, blocks=0, **sizes) for kind, sizes in models for by in WAYS
-    ]
-    grids = [(sizes, blocks) for sizes in (SMOL, LLAMA) for blocks in (132, 264)]  # of an H200
-    listed += [dict(by="chain", kind="F16", T=1, blocks=n, **sizes) for sizes, n in grids]
-    return listed + [dict(by=by, kind="F16", T=8, blocks=0, **LLAMA) for by in WAYS]
+    listed = []
+    for model in ("135m-f16", "1b-f16", "1b-q4_k", "8b-q4_k"):
+        usual = dict(model=model, B=1, L=512, kv="fp16", blocks=0, parts="all")
+        program = usual | dict(by="program")
+        listed += [usual | dict(by=by) for by in WAYS]
+        if model.endswith("f16"):
+            listed += [program | dict(parts=parts) for parts in ("products", "attention")]
+            listed += [program | dict(blocks=n) for n in (132, 264)]  # of an H200
+            listed += [usual | dict(by=by, B=8) for by in WAYS[:2]]
+        if model == "135m-f16":
+            listed += [usual | dict(by=by, kv="int8") for by in WAYS[:2]]
+    return listed
 
 
 CASES = _cases()
-QUICK = [dict(by=by, kind=kind, T=1, blocks=0, **TINY) for kind in ("F16", "Q4_K") for by in WAYS]
+OPTIONS = ("batch", "keys", "kv")
+QUICK = [
+    dict(by=by, model="tiny-f16", B=B, L=20, kv="fp16", blocks=0, parts=parts)
+    for by, B, parts in (
+        *((by, 1, "all") for by in WAYS),
+        ("program", 2, "products"),
+        ("program", 2, "attention"),
+    )
+]
 
 
 def make(case: dict[str, Any], xp: Any, rng: np.random.Generator) -> Work | None:
-    """The work of a case: the products of L layers and a head of V outputs, for T tokens; of
-    `blocks` blocks, or as many as there are (0)."""
-    by, kind = case["by"], case["kind"]
-    if xp is np and by == "graph" or (xp is not np and by == "chain" and not has_kernel(kind)):
+    """The work of a case; of `blocks` blocks, or as many as there are (0)."""
+    by, on_host = case["by"], xp is np
+    if on_host and by == "graph" or (not on_host and cuda.current_sm() < OLDEST_SM):
         return None
-    if not memory.fits(xp, 3 * case["L"] * case["E"] * 2 * (3 * case["F"] + 2 * case["E"])):
+    model = _model(case["model"], xp)
+    config, B, L = model.config, case["B"], case["L"]
+    M = -(-(L + 1) // PAGE_SIZE)
+    sizes = (config.num_layers, B * M, config.kv_heads, config.head_dim)
+    options = dict(page_size=PAGE_SIZE, spec=case["kv"])
+    of_token = PagedKVCache(sizes[0], 1, *sizes[2:], **options).bytes_per_token
+    if not memory.fits(xp, 2 * B * M * PAGE_SIZE * of_token):
         return None
-    products = _products(case, xp, rng)
-    out, size = products[-1].out, sum(p.w.nbytes for p in products)
+    cache = PagedKVCache(*sizes, **options, margin=1.5, xp=xp)
+    found = token_phases(model, _batch(cache, B, M, L, config.vocab, xp, rng), cache)
+    phases = _some_of(found, case["parts"])
+    result = phases[-1].attend.out if case["parts"] == "attention" else found.logits
 
     def launches() -> None:
-        for p in products:
-            given = p._asdict()
-            block_linear.multiply(given.pop("x"), given.pop("w"), kind, early=True, **given)
+        for phase in phases:
+            phase.run_alone()
 
     launches()
-    want = host(out).astype(np.float64)
+    want = host(result).astype(np.float64)
     run: Any = launches
-    if by == "chain":
-        run = ProductChain(products, kind, blocks=case["blocks"] or None)
+    if by == "program":
+        run = PhaseProgram(phases, blocks=case["blocks"] or None)
     elif by == "graph":
         run = cuda.graph(launches)
 
     def check() -> bool:
-        out.fill(np.nan)
+        result.fill(np.nan)
+        found.peaks.fill(-2)
         run()
-        error = np.abs(host(out).astype(np.float64) - want).max()
-        return bool(error <= 1e-3 * np.abs(want).max())
+        got = host(result).astype(np.float64)
+        right = bool(np.abs(got - want).max() <= TOLERANCE * np.abs(want).max())
+        if result is found.logits:
+            right &= bool((host(found.peaks) == got.argmax(axis=1)).all())
+        return right
 
-    return Work(run, check, bytes=size, ceiling="read")
+    nbytes = dict(products=model.matrix_bytes, attention=B * (L + 1) * of_token)
+    return Work(run, check, bytes=nbytes.get(case["parts"], sum(nbytes.values())), ceiling="read")
 
 
-def _products(case: dict[str, Any], xp: Any, rng: np.random.Generator) -> list[Product]:
-    """Those of a step, of which each call makes the same of the same input."""
-    kind = case["kind"]
-    T, L, E, KV, F, V = (case[name] for name in ("T", "L", "E", "KV", "F", "V"))
+@lru_cache(maxsize=1)
+def _model(name: str, xp: Any) -> Model:
+    """Kept for the cases that follow."""
+    return synthetic.model(name, xp)
+
+
+def _batch(
+    cache: PagedKVCache, B: int, M: int, L: int, vocab: int, xp: Any, rng: np.random.Generator
+) -> Batch:
+    """The tokens behind L random rows of each sequence, on pages in any order."""
+    table = rng.permutation(B * M).astype(np.int32).reshape(B, M)
+    at = np.arange(L + 1)
+    slots = (table[:, at // PAGE_SIZE] * PAGE_SIZE + at % PAGE_SIZE).astype(np.int32)
+    layers, heads, head_dim = cache.sizes
     rows = partial(caches.values, xp, rng, dtype=np.dtype(np.float32))
-    first, norm = rows((T, E))[0], xp.full(E, 0.5, np.float32)
-    x, qkv = xp.zeros((T, E), np.float32), xp.zeros((T, E + 2 * KV), np.float32)
-    hidden, out = xp.zeros((T, F), np.float32), xp.zeros((T, V), np.float32)
+    new = rows((B * L, heads, head_dim))[0], rows((B * L, heads, head_dim))[0]
+    for layer in range(layers):
+        cache.append(layer, *new, xp.asarray(slots[:, :L].reshape(-1)))
+    full = partial(xp.full, B, dtype=np.int32)
+    return Batch(
+        ids=xp.asarray(rng.integers(0, vocab, B).astype(np.int32)),
+        positions=full(L),
+        slots=xp.asarray(slots[:, L].copy()),
+        q_starts=None,
+        page_table=xp.asarray(table),
+        lengths=full(L + 1),
+    )
 
-    def matrix(O: int, I: int) -> Any:
-        if kind == "F16":
-            values = rng.standard_normal((O, I), np.float32) / np.float32(I**0.5)
-            return xp.asarray(values.astype(np.float16))
-        return block_rows.pack(xp.asarray(synthetic.blocks(kind, O, I, rng)), kind)
 
-    products = []
-    for i in range(L):
-        products += [
-            Product(x if i else first, matrix(E + 2 * KV, E), qkv, norm=norm),
-            Product(qkv[:, :E], matrix(E, E), x, accumulate=i > 0),
-            Product(x, matrix(2 * F, E), hidden, norm=norm, gate="swiglu"),
-            Product(hidden, matrix(E, F), x, accumulate=True),
-        ]
-    return [*products, Product(x, matrix(V, E), out, norm=norm)]
+def _some_of(found: TokenPhases, parts: str) -> list[Any]:
+    """Those phases that a case has; what the others would write holds ones."""
+    if parts == "all":
+        return found.phases
+    for p in found.phases:
+        if isinstance(p, Attention):
+            p.append.qkv.fill(1)
+            p.attend.out.fill(1)
+    wanted = parts == "attention"
+    return [p for p in found.phases if isinstance(p, Attention) == wanted]

@@ -17,16 +17,21 @@ from pykv.llm.matrices import Stored
 from pykv.llm.weights import Layer, Model
 from pykv.ops import block_rows, rope
 
-# Those of Llama 3.2 1B and Llama 3.1 8B.
+
+def _shape(L: int, E: int, HQ: int, H: int, D: int, F: int, V: int) -> dict[str, Any]:
+    sizes = dict(num_layers=L, embedding=E, heads=HQ, kv_heads=H, head_dim=D)
+    return sizes | dict(feed_forward=F, vocab=V)
+
+
+# Those of SmolLM2 135M, Llama 3.2 1B and Llama 3.1 8B, and one of which tests see all.
 SHAPES: dict[str, dict[str, Any]] = {
-    "1b": dict(num_layers=16, embedding=2048, heads=32, kv_heads=8, head_dim=64, feed_forward=8192),
-    "8b": dict(
-        num_layers=32, embedding=4096, heads=32, kv_heads=8, head_dim=128, feed_forward=14336
-    ),
+    "tiny": _shape(2, 256, 4, 2, 64, 256, 40),
+    "135m": _shape(30, 576, 9, 3, 64, 1536, 49_152),
+    "1b": _shape(16, 2048, 32, 8, 64, 8192, 128_256),
+    "8b": _shape(32, 4096, 32, 8, 128, 14336, 128_256),
 }
-TIED = ("1b",)  # whose head is the embedding
+TIED = ("tiny", "135m", "1b")  # whose head is the embedding
 TYPES = (*planes.FORMATS, "F16")
-VOCAB = 128_256
 _SMALL = 0x1B  # the upper byte of a float16 below 0.004
 _FINITE = 0x3B  # below 1
 
@@ -59,7 +64,6 @@ def model(text: str, xp: Any) -> Model:
     config = Config(
         architecture="llama",
         **sizes,
-        vocab=VOCAB,
         context=131_072,
         eps=1e-5,
         attention_scale=D**-0.5,
@@ -104,7 +108,7 @@ def model(text: str, xp: Any) -> Model:
         )
         for _ in range(L)
     ]
-    of_tokens = matrix(VOCAB, E)
+    of_tokens = matrix(sizes["vocab"], E)
     embedding = stored(*of_tokens)
     head = embedding if shape in TIED else stored(*of_tokens)
     return Model(config, embedding, layers, ones, head)

@@ -22,7 +22,7 @@ from pykv.llm.config import read_config
 from pykv.llm.evictor import as_policy, sums_attention
 from pykv.llm.fingerprint import fingerprint
 from pykv.llm.prompts import answer_to, answers_to, known_ids, read_ids
-from pykv.llm.runner import ModelRunner
+from pykv.llm.runner import DECODES, ModelRunner
 from pykv.llm.sampling import SamplingParams
 from pykv.llm.scheduler import Scheduler, Stats
 from pykv.llm.sequence_pages import SequencePages
@@ -30,7 +30,7 @@ from pykv.llm.sessions import Session
 from pykv.llm.tiering import check_tiers, open_tiers
 from pykv.llm.tokenizer import Tokenizer
 from pykv.llm.weights import Model, load_with_bar
-from pykv.options import check_flag, check_whole
+from pykv.options import check_choice, check_flag, check_whole
 from pykv.pool import PagedKVCache
 from pykv.specs import KVSpec, as_spec
 
@@ -85,6 +85,10 @@ class LLM:
         disk_cache: a folder, and bytes, for pages that are in the host's memory, which other
             processes with an equal model, weights, kv_dtype and page_size find as well:
             "DIR:50GiB", or with a codec likewise; see `flush` and pykv/tiers/README.md.
+        decode: how a GPU computes the next token of each answer: as a CUDA "graph" of a step's
+            launches, which "auto" takes; "persistent", all of the step by one launch, whose blocks
+            wait for each other (up to 8 answers, from sm_70 on; of more it is "graph"); or as
+            "steps", a launch after the other. Tokens are the same up to sums in another order.
         progress: show a bar on stderr while weights are read.
         require_sm: refuse a device that is no GPU of at least this SM, such as 80.
 
@@ -124,6 +128,7 @@ class LLM:
         eviction: Policy | AdaKV | str | None = None,
         host_cache: str | int | None = None,
         disk_cache: str | None = None,
+        decode: str = "auto",
         progress: bool = False,
         require_sm: int = 0,
     ):
@@ -132,6 +137,7 @@ class LLM:
         dtype = matrices.weights_dtype("weights", weights)
         self.weights_dtype: str = matrices.STORED if dtype is None else np.dtype(dtype).name
         check_flag("LLM", "progress", progress)
+        check_choice("LLM", "decode", decode, DECODES)
         require_sm = check_whole("LLM", "require_sm", require_sm, 0)
         page_size = check_whole("LLM", "page_size", page_size, 1)
         policy = as_policy("LLM", eviction, scheduler.PREFILL_TOKENS, self.spec)
@@ -188,7 +194,7 @@ class LLM:
             if self.spec.has_given_scales:
                 ids = self.tokenizer.encode(scales.TEXT)[: config.context - 1]
                 scales.calibrate(loaded, cache, ids, self.xp)
-            self.runner = ModelRunner(loaded, cache, self.xp, policy)
+            self.runner = ModelRunner(loaded, cache, self.xp, policy, decode)
             self.tiers = open_tiers(self, host_cache, disk_cache)
         self.prefix_cache = prefix_cache
         self.is_exact = self.tiers is None or self.tiers.is_exact

@@ -87,7 +87,7 @@ def multiply(
     cuBLAS is asked for, or tensor cores have no kernel. `normed`, like `x`, holds its rows where
     normalising them is a step of its own.
     """
-    parts = _parts(w)
+    parts = parts_of(w)
     if out is None:
         out = like(x, (len(x), sum(len(rows) for _, rows in parts)), x.dtype)
     is_fused = _is_fused(x)
@@ -115,7 +115,7 @@ def gated(x: Any, w: Any, gate: str, *, out: Any, gate_up: Any, **options: Any) 
     `options` as of `multiply`; `gate_up`, [T, 2F], holds the products where the gate is a step of
     its own.
     """
-    parts = _parts(w)
+    parts = parts_of(w)
     if len(parts) == 1 and _is_fused(x):
         ((kind, rows),) = parts
         of_norm = dict(norm=options["norm"], eps=options["eps"], bias=options["bias"])
@@ -125,7 +125,8 @@ def gated(x: Any, w: Any, gate: str, *, out: Any, gate_up: Any, **options: Any) 
     getattr(activation, gate)(gate_up, out=out)
 
 
-def _parts(w: Any) -> list[tuple[str, Any]]:
+def parts_of(w: Any) -> list[tuple[str, Any]]:
+    """The type and the rows of each part of a matrix."""
     return w.parts if isinstance(w, Stored) else [(block_linear.KIND_OF[w.dtype], w)]
 
 

@@ -151,15 +151,17 @@ def step_of(
     queries: Any = None,
     out: Any = None,
     memory: cuda.GraphMemory | None = None,
+    by_graph: bool = True,
 ) -> Callable[[], Any]:
     """A function that does `forward`, whose arguments these are; each call goes by what the batch's
     arrays and `rows` contain then. The cache must not be grown meanwhile.
 
     A step is hundreds of launches, which take the host five times as long as the GPU. On a GPU it
     therefore is a CUDA graph, in `memory` if that is given, whose logits are one array, filled anew
-    by each call from the second on. Not while PYKV_CHECK asks to look at all page tables.
+    by each call from the second on. Not while PYKV_CHECK asks to look at all page tables, nor where
+    `by_graph` is False.
     """
-    by_graph = on_gpu(batch.ids) and not paged_check.ALWAYS
+    by_graph = by_graph and on_gpu(batch.ids) and not paged_check.ALWAYS
     gemm = "own" if by_graph else "auto"  # CuPy captures no cuBLAS
     step = partial(forward, model, batch, cache, rows, gemm=gemm, queries=queries, out=out)
     return cuda.graph(step, memory) if by_graph else step

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from pykv import cuda
+from pykv.errors import UnsupportedError
 from pykv.eviction import AdaKV, Policy
-from pykv.llm import scheduler
+from pykv.llm import scheduler, token_program
 from pykv.llm.evictor import Evictor
 from pykv.llm.head_rows import HeadRows
 from pykv.llm.model import Batch, forward, graph_rows, step_of
@@ -25,10 +26,12 @@ from pykv.llm.sampler import Sampler
 from pykv.llm.scheduler import Piece
 from pykv.llm.sequence import Sequence
 from pykv.llm.weights import Model
+from pykv.ops import paged_check
 from pykv.pool import PagedKVCache
 
 CLAMPED_SHARE = 1e-3  # of the elements of a layer's keys or values that shared scales clamp
 LOGIT_BYTES = 1 << 27  # logits of one step at most, where all positions are asked for
+DECODES = ("auto", "graph", "persistent", "steps")  # how answers go on, see LLM
 DECODERS = 8  # are kept, of other numbers of rows and pages: each may be a graph with its memory
 TABLE_PAGES = 16  # of a decoder at least; 256 keys of usual pages are read without splits
 
@@ -43,12 +46,30 @@ class ModelRunner:
         eviction: which rows sequences keep behind their prompts; None: all. Where rows are evicted,
             sequences take all the pages that they may need at once: computed again, they would keep
             others.
+        decode: one of DECODES; of more sequences than token_program.TOKENS, and where PYKV_CHECK
+            asks to look at all page tables, "persistent" is what "graph" is.
+
+    Raises:
+        UnsupportedError: `decode` is "persistent" with an eviction, or token_program.check says so.
     """
 
     def __init__(
-        self, model: Model, cache: PagedKVCache, xp: Any, eviction: Policy | AdaKV | None = None
+        self,
+        model: Model,
+        cache: PagedKVCache,
+        xp: Any,
+        eviction: Policy | AdaKV | None = None,
+        decode: str = "auto",
     ) -> None:
         self.model, self.cache, self.xp = model, cache, xp
+        if decode == "persistent":
+            if eviction is not None:
+                raise UnsupportedError(
+                    "LLM: decode is 'persistent' with an eviction, expected another: no phase "
+                    "evicts rows"
+                )
+            token_program.check("LLM", model)
+        self._decode = decode
         self._evictor = None if eviction is None else Evictor(eviction, model, cache)
         # The last tokens of a prompt are a step of their own: somebody must make their logits, and
         # the queries that eviction asks for.
@@ -100,7 +121,7 @@ class ModelRunner:
             if self._evictor is not None:
                 queries = decoder.queries
                 self._evictor.see_answer(s, None if queries is None else queries[:, i : i + 1])
-        return self._draw(sequences, logits)
+        return self._draw(sequences, logits, decoder.peaks)
 
     def end(self, sequence: Sequence) -> None:
         """Say so where scales that heads or tensors share do not fit a sequence."""
@@ -128,14 +149,14 @@ class ModelRunner:
             logits = forward(self.model, batch, self.cache)
             yield (logits if self.xp is np else logits.get()), start
 
-    def _draw(self, sequences: list[Sequence], logits: Any) -> list[int]:
-        """The next token of each sequence, from its row. What it draws goes by the tokens of its
-        answer, however often these were computed."""
+    def _draw(self, sequences: list[Sequence], logits: Any, peaks: Any = None) -> list[int]:
+        """The next token of each sequence, from its row; `peaks` as of Sampler.draw. What it draws
+        goes by the tokens of its answer, however often these were computed."""
         if not sequences:
             return []
         masks = [s.mask() if s.mask else None for s in sequences]
         given = None if all(mask is None for mask in masks) else masks
-        tokens, found = self._sampler.draw(logits, sequences, given)
+        tokens, found = self._sampler.draw(logits, sequences, given, peaks)
         for s, logprobs in zip(sequences, found, strict=True):
             if logprobs is not None:
                 s.logprobs.append(logprobs)
@@ -153,13 +174,16 @@ class ModelRunner:
             queries = self._queries(rows)
         if evictor is not None and evictor.is_ragged:
             heads = HeadRows(self.cache, self.model.config.heads, rows, width, self.xp)
-        sizes = rows, width
-        return _Decoder(self.model, self.cache, self.xp, sizes, queries, heads, self._memory)
+        way = self._decode
+        if way == "persistent" and (rows > token_program.TOKENS or paged_check.ALWAYS):
+            way = "graph"
+        sizes, memory = (rows, width), self._memory
+        return _Decoder(self.model, self.cache, self.xp, sizes, queries, heads, memory, way)
 
 
 class _Decoder:
-    """Decodes up to `rows` sequences of up to `width` pages by one step, a CUDA graph on a
-    GPU: rows that nobody has are not written, and see no keys.
+    """Decodes up to `rows` sequences of up to `width` pages by one step, on a GPU a CUDA graph or
+    one launch: rows that nobody has are not written, and see no keys.
 
     Args:
         model, cache, xp: of the runner.
@@ -167,6 +191,10 @@ class _Decoder:
         queries: where the step puts those of its tokens, or None.
         heads: what stands for the cache, where heads hold different numbers of rows.
         memory: for the graph; None on the host.
+        way: one of DECODES.
+
+    Attributes:
+        peaks: where a step puts the index of the largest of each row of logits, or None.
     """
 
     def __init__(
@@ -178,6 +206,7 @@ class _Decoder:
         queries: Any,
         heads: HeadRows | None,
         memory: cuda.GraphMemory | None,
+        way: str,
     ) -> None:
         rows, _ = size
         self.queries, self._heads = queries, heads
@@ -190,7 +219,12 @@ class _Decoder:
         self._shown: list[tuple[list[int] | None, int, int, Any]] = [(None, 0, 0, None)] * rows
         ids, positions, slots, lengths = self._inputs
         batch = Batch(ids, positions, slots, None, self._table, lengths)
-        self._step = step_of(model, batch, heads or cache, queries=queries, memory=memory)
+        self.peaks: Any = None
+        if way == "persistent":
+            self._step, self.peaks = token_program.token_step(model, batch, cache)
+        else:
+            of_step = dict(queries=queries, memory=memory, by_graph=way != "steps")
+            self._step = step_of(model, batch, heads or cache, **of_step)
 
     def run(self, sequences: list[Sequence]) -> Any:
         """Logits after the last token of each sequence, [n, V]."""

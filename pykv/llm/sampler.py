@@ -53,6 +53,7 @@ class Sampler:
         logits: Any,
         sequences: Sequence[Drawing],
         masks: Sequence[Any] | None = None,
+        peaks: Any = None,
     ) -> tuple[list[int], list[TokenLogprobs | None]]:
         """The next token of each sequence.
 
@@ -61,6 +62,7 @@ class Sampler:
             sequences: B of them.
             masks: the tokens that each may draw, [ceil(V / 32)] int32 of the host, bit i % 32 of
                 word i / 32 for token i, as llguidance writes them; None for all of them.
+            peaks: [at least B] int32, sample.argmax of the logits, where it is known.
 
         Returns:
             The tokens, -1 where the largest logit is not finite, or all finite ones are masked; and
@@ -79,7 +81,10 @@ class Sampler:
         wanted = np.array([-1 if p.logprobs is None else p.logprobs for p in params], np.int32)
         B, K = len(params), int(wanted.max(initial=-1))
         if K < 0:
-            ids = choose(adjusted, params, steps, self._xp)
+            if peaks is not None and adjusted is logits and all(p.temperature == 0 for p in params):
+                ids = peaks[:B]
+            else:
+                ids = choose(adjusted, params, steps, self._xp)
             return [int(i) for i in ids.tolist()], [None] * B
         words = self._xp.empty(B * (2 + 2 * K), np.int32)
         ids = choose(adjusted, params, steps, self._xp, out=words[:B])

@@ -70,6 +70,11 @@ def _outs(kind: str, rows: int, sm: int) -> tuple[int, ...]:
     return (most,) if most == _FEW_OUTS else (most, _FEW_OUTS)
 
 
+def most_outs(kind: str, rows: int, sm: int) -> int:
+    """Rows of w that a warp may have at most."""
+    return _outs(kind, rows, sm)[0]
+
+
 def _sizes(kind: str, sm: int) -> list[dict[str, int]]:
     """All ways in which `gemv` cuts products on an SM."""
     return [dict(ROWS=rows, OUTS=outs) for rows in _OUTS for outs in _outs(kind, rows, sm)]
@@ -313,14 +318,21 @@ class Cut(NamedTuple):
     shared_bytes: int  # of dynamic shared memory
 
 
-def cut_of(x: Any, w: Any, kind: str, rows: int | None = None, outs: int | None = None) -> Cut:
-    """How `gemv` cuts a product, where it has the choice as asked."""
+def cut_of(
+    x: Any,
+    w: Any,
+    kind: str,
+    rows: int | None = None,
+    outs: int | None = None,
+    threads: int = _BLOCK,
+) -> Cut:
+    """How `gemv` cuts a product among blocks of `threads`, where it has the choice as asked."""
     (T, I), R = x.shape, len(w)
     num_sms = cuda.num_sms(x.data.device_id)
     rows = rows or next(rows for rows in _OUTS if rows >= T or rows == max(_OUTS))
     choice = (outs,) if outs else _outs(kind, rows, cuda.current_sm())
     outs, parts = _warps(R, I, choice, rows, num_sms)
-    tiles = -(-R // (outs * (_BLOCK // 32 // parts)))
+    tiles = -(-R // (outs * (threads // 32 // parts)))
     return Cut(rows, outs, parts, tiles, parts * rows * _SLICE_BYTES)
 
 

@@ -30,7 +30,7 @@ MAX_ROWS = 4  # query rows a block serves: their state fills the registers of th
 _SIZES = dict(BLOCK=BLOCK, COUNTERS=COUNTERS)  # that the kernels are told
 
 VARIANTS: list[dict[str, Any]] = [
-    dict(_SIZES, HEAD_DIM=d, ROWS=4, Q_T="float", **KVSpec().type_defines) for d in (64, 128)
+    dict(_SIZES, HEAD_DIM=d, QUERY_ROWS=4, Q_T="float", **KVSpec().type_defines) for d in (64, 128)
 ]
 VARIANTS_SMS = range(75)  # from sm_75 on paged_decode_mma takes such pools
 
@@ -196,6 +196,14 @@ def _checker(spec: KVSpec, many: bool) -> Callable[..., Dims]:
     )
 
 
+def check_arrays(spec: KVSpec, arrays: dict[str, Any]) -> Dims:
+    """The sizes of what `decode` is given for one query a sequence: its arrays by name, those that
+    it may lack left out. It raises what `decode` says."""
+    names = "q k_pool v_pool k_scales v_scales page_table lengths alibi_slopes tree sinks"
+    names += " key_positions out lse workspace"
+    return _checker(spec, False)(*(arrays.get(name) for name in names.split()))
+
+
 def _check_positions(op: str, dims: Dims, tree: Any) -> None:
     if dims["C"] != dims["M"] * dims["P"]:
         expected = dims["M"] * dims["P"]
@@ -335,20 +343,17 @@ def _launches(
     q, k_pool, v_pool = (arrays[name] for name in ("q", "k_pool", "v_pool"))
     T = dims.get("T", 1)
     sizes = mma.Sizes(dims["B"], T, *(dims[letter] for letter in ("HQ", "H", "D", "P", "M")))
-    defines = attention.kernel_defines(spec, scores, arrays)
-    scalars = attention.kernel_scalars(spec, scores, dims, arrays)
+    defines, scalars = kernel_arguments(arrays, dims, spec, scores, lse_base)
     # The tensor-core kernel counts elements from a page or token to the next in 32 bits.
     suits = all(0 <= n < 2**30 for name, n in scalars.items() if name.endswith(("page", "token")))
-    scalars |= attention.query_scalars(scores, dims, q)
-    scalars |= dict(lse_unit=1.0 if lse_base == "2" else attention.LN_2)
     suits &= attention.whole_vectors(k_pool, v_pool) and arrays["key_positions"] is None
     if suits and mma.fits(cuda.current_sm(), spec, q.dtype, sizes):
         launch, size = mma.launch(spec, q.dtype, sizes, defines, scalars, fixed_split)
         return launch, None, size
-    rows, num_sms = _tile_rows(sizes), cuda.num_sms(cuda.current_device())
+    rows, num_sms = tile_rows(sizes), cuda.num_sms(cuda.current_device())
     splits, size = _plain_splits(sizes, int(scalars["window"]), num_sms, fixed_split)
     scalars |= dict(HQ=sizes.HQ, H=sizes.H, P=sizes.P, split_keys=fixed_split or 0, splits=splits)
-    defines |= dict(_SIZES, ROWS=rows)
+    defines |= dict(_SIZES, QUERY_ROWS=rows)
     grid = sizes.B * sizes.H * -(-sizes.rows // rows) * splits
     attend = cuda.Launch(
         cuda.kernel("paged_decode", "paged_decode", **defines), grid, BLOCK, scalars
@@ -364,7 +369,17 @@ def _launches(
     return attend, merge, size
 
 
-def _tile_rows(sizes: mma.Sizes) -> int:
+def kernel_arguments(
+    arrays: dict[str, Any], dims: Dims, spec: KVSpec, scores: attention.Scores, lse_base: str
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Defines and scalars that both kernels have."""
+    scalars = attention.kernel_scalars(spec, scores, dims, arrays)
+    scalars |= attention.query_scalars(scores, dims, arrays["q"])
+    scalars |= dict(lse_unit=1.0 if lse_base == "2" else attention.LN_2)
+    return attention.kernel_defines(spec, scores, arrays), scalars
+
+
+def tile_rows(sizes: mma.Sizes) -> int:
     """Query rows that a block of the plain kernel serves."""
     tiles = -(-sizes.rows // (MAX_ROWS if sizes.D <= 256 else MAX_ROWS // 2))
     return -(-sizes.rows // tiles)
@@ -385,7 +400,7 @@ def _plain_splits(
     if fixed_split:
         splits = max(1, -(-keys // fixed_split))
     else:
-        blocks = sizes.B * sizes.H * -(-sizes.rows // _tile_rows(sizes))
+        blocks = sizes.B * sizes.H * -(-sizes.rows // tile_rows(sizes))
         splits = max(1, min(-(-3 * num_sms // blocks), -(-keys // 256)))
     states = sizes.B * sizes.T * sizes.HQ * splits * (sizes.D + 2)
     return splits, mma.COUNTERS + states if splits > 1 else 0

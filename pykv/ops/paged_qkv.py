@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -121,20 +121,10 @@ def append(  # one call in place of four: split, norm, rotation and append, with
     """
     op = "paged_qkv.append"
     check = paged_check.enabled(op, check)
-    spec = spec_of(op, spec, k_pool, v_pool, k_scales, v_scales)
-    pools = dict(k_pool=k_pool, v_pool=v_pool, k_scales=k_scales, v_scales=v_scales)
-    rotation = dict(positions=positions, inv_freq=inv_freq)
-    norms = dict(q_norm=q_norm, k_norm=k_norm)
-    dims = _checker(spec)(qkv, *pools.values(), slots, *rotation.values(), *norms.values(), q_out)
-    HQ = _query_heads(op, dims)
-    for pair in (rotation, norms):
-        if sum(array is None for array in pair.values()) == 1:
-            raise ParameterError(
-                f"{op}: one of {' and '.join(pair)} is None, expected both or neither"
-            )
-    rope.check_pairs(op, pairing, dims.get("F", 0), dims["D"])
-    eps = check_number(op, "eps", eps, positive=True)
-    hadamard = check_flag(op, "hadamard", hadamard)
+    arrays = dict(q_out=q_out, k_pool=k_pool, v_pool=v_pool, k_scales=k_scales, v_scales=v_scales)
+    arrays |= dict(qkv=qkv, slots=slots, positions=positions, inv_freq=inv_freq)
+    arrays |= dict(q_norm=q_norm, k_norm=k_norm)
+    dims, HQ, chosen = checked(op, arrays, spec, pairing, eps, hadamard)
     if check:
         with cuda.on_stream(stream, qkv):
             paged_check.check_slots(slots, dims["N"] * dims["P"], op=op)
@@ -143,16 +133,48 @@ def append(  # one call in place of four: split, norm, rotation and append, with
     q_out = like(qkv, (dims["T"], HQ, dims["D"]), qkv.dtype) if q_out is None else q_out
     if dims["T"] == 0:
         return q_out
-    arrays = dict(q_out=q_out, **pools, qkv=qkv, slots=slots, **rotation, **norms)
+    arrays["q_out"] = q_out
     if on_gpu(qkv):
-        chosen = (spec, pairing, eps, hadamard)
-        launch = dims.keep(chosen, lambda: _launch(dims, arrays, *chosen))
+        launch = dims.keep(chosen, lambda: _launch(dims, arrays, chosen))
         launch(arrays, stream)
     else:
-        options = dict(**rotation, pairing=pairing, **norms, eps=eps, hadamard=hadamard)
-        write = partial(_append_on_host, qkv, slots, pools, spec, dims, options)
-        cuda.run_on_host(write, q_out, stream)
+        cuda.run_on_host(partial(_append_on_host, arrays, dims, chosen), q_out, stream)
     return q_out
+
+
+class Options(NamedTuple):
+    """What `append` is told beside its arrays; checked."""
+
+    spec: KVSpec
+    pairing: str
+    eps: float
+    hadamard: bool
+
+
+def checked(
+    op: str, arrays: dict[str, Any], spec: Any, pairing: Any, eps: Any, hadamard: Any
+) -> tuple[Dims, int, Options]:
+    """The sizes of what `append` is given, HQ, and its options; it raises what `append` says.
+
+    Args:
+        op: for messages.
+        arrays: all that `append` takes, by name.
+        spec, pairing, eps, hadamard: as of `append`.
+    """
+    pools = [arrays[name] for name in POOLS]
+    spec = spec_of(op, spec, *pools)
+    names = ("positions", "inv_freq", "q_norm", "k_norm")
+    given = arrays["qkv"], *pools, arrays["slots"], *(arrays[name] for name in names)
+    dims = _checker(spec)(*given, arrays["q_out"])
+    HQ = _query_heads(op, dims)
+    for pair in (names[:2], names[2:]):
+        if sum(arrays[name] is None for name in pair) == 1:
+            raise ParameterError(
+                f"{op}: one of {' and '.join(pair)} is None, expected both or neither"
+            )
+    rope.check_pairs(op, pairing, dims.get("F", 0), dims["D"])
+    eps = check_number(op, "eps", eps, positive=True)
+    return dims, HQ, Options(spec, pairing, eps, check_flag(op, "hadamard", hadamard))
 
 
 @cache
@@ -227,13 +249,16 @@ def _query_heads(op: str, dims: dict[str, int]) -> int:
     return HQ
 
 
-def _append_on_host(
-    qkv: Any, slots: Any, pools: dict[str, Any], spec: KVSpec, dims: Dims, options: dict[str, Any]
-) -> Any:
-    """Write K and V to their slots and return Q; `options` are those of `split`."""
-    q, k, v = split(qkv.reshape(len(qkv), -1, dims["D"]), dims["H"], **options)
-    where = slots, None, None, None
+def _append_on_host(arrays: dict[str, Any], dims: Dims, options: Options) -> Any:
+    """Write K and V to their slots and return Q."""
+    qkv = arrays["qkv"]
+    names = ("positions", "inv_freq", "q_norm", "k_norm")
+    of_rows = {name: arrays[name] for name in names} | options._asdict()
+    spec = of_rows.pop("spec")
+    q, k, v = split(qkv.reshape(len(qkv), -1, dims["D"]), dims["H"], **of_rows)
+    where = arrays["slots"], None, None, None
     places_of = partial(row_places.places, "SLOTS", len(qkv), dims["P"], *where, after=False)
+    pools = {name: arrays[name] for name in POOLS}
     paged_append.append_on_host(dict(k=k, v=v, **pools), spec, places_of)
     return q
 
@@ -264,27 +289,40 @@ def split(
     return q, k, v
 
 
-def _launch(
-    dims: Dims, arrays: dict[str, Any], spec: KVSpec, pairing: str, eps: float, hadamard: bool
-) -> cuda.Launch:
+def _launch(dims: Dims, arrays: dict[str, Any], options: Options) -> cuda.Launch:
     """The launch for arrays that are checked."""
+    defines, scalars = kernel_arguments(dims, arrays, options)
+    heads = defines["Q_HEADS"] + 2 * dims["H"]
+    return cuda.Launch(
+        cuda.kernel("paged_qkv", "paged_qkv", **defines),
+        grid=(dims["T"], -(-heads // (defines["BLOCK"] // defines["LANES"]))),
+        block=defines["BLOCK"],
+        scalars=scalars,
+        early=True,
+    )
+
+
+def kernel_arguments(
+    dims: Dims, arrays: dict[str, Any], options: Options
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The defines and the scalars of the kernel.
+
+    Args:
+        dims, options: of `checked`.
+        arrays: all that `append` takes, by name.
+    """
+    spec, pairing, eps, hadamard = options
     q_out, qkv, q_norm = arrays["q_out"], arrays["qkv"], arrays["q_norm"]
-    (T, HQ, D), H, F = q_out.shape, dims["H"], dims.get("F", 0)
+    (_, HQ, D), H, F = q_out.shape, dims["H"], dims.get("F", 0)
     flags = dict(HADAMARD=int(hadamard), PAIRING="ADJACENT" if pairing == "adjacent" else "HALF")
     if arrays["slots"].dtype == SLOTS[1]:
         flags["ROW_T"] = "i64"
     norm_dtype = None if q_norm is None else q_norm.dtype
     defines = defines_of(qkv.dtype, spec, HQ, H, D, dims["P"], F, norm_dtype, **flags)
     q_token, q_head = (stride // q_out.itemsize for stride in q_out.strides[:2])
-    scalars = spec.pool_strides(**{name: arrays[name] for name in POOLS})
-    scalars |= dict(q_token=q_token, q_head=q_head, qkv_token=row_step(qkv))
-    return cuda.Launch(
-        cuda.kernel("paged_qkv", "paged_qkv", **defines),
-        grid=(T, -(-(HQ + 2 * H) // (defines["BLOCK"] // defines["LANES"]))),
-        block=defines["BLOCK"],
-        scalars=scalars | dict(eps=eps),
-        early=True,
-    )
+    scalars: dict[str, Any] = spec.pool_strides(**{name: arrays[name] for name in POOLS})
+    scalars |= dict(q_token=q_token, q_head=q_head, qkv_token=row_step(qkv), eps=eps)
+    return defines, scalars
 
 
 def defines_of(

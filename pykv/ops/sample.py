@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import FLOAT32, INT32, UINT64, checker, like, on_gpu, optional
+from pykv.arrays import FLOAT32, INT32, UINT64, Dims, checker, like, on_gpu, optional
 from pykv.errors import ParameterError, ShapeError
 
 _BLOCK = 1024  # threads, which have a row to themselves
@@ -54,8 +54,7 @@ def argmax(logits: Any, *, out: Any = None, stream: Any = None) -> Any:
     array([1, 0], dtype=int32)
     """
     op = "sample.argmax"
-    dims = _check_argmax(logits, out)
-    _check_vocabulary(op, dims["V"])
+    dims = check_argmax(op, logits, out)
     out = like(logits, (dims["B"],), np.int32) if out is None else out
     if dims["B"] == 0:
         return out
@@ -65,6 +64,13 @@ def argmax(logits: Any, *, out: Any = None, stream: Any = None) -> Any:
     else:
         cuda.run_on_host(lambda: reference_argmax(logits), out, stream)
     return out
+
+
+def check_argmax(op: str, logits: Any, out: Any) -> Dims:
+    """The sizes of what `argmax` is given; it raises what `argmax` says."""
+    dims = _check_argmax(logits, out)
+    _check_vocabulary(op, dims["V"])
+    return dims
 
 
 _check_argmax = checker(

@@ -64,9 +64,8 @@ def test_operations_of_a_prompt_by_hand(rng, path):
 @pytest.mark.parametrize("kind", ["q4_k", "q6_k", "f16"])
 def test_a_model_of_noise(xp, rng, monkeypatch, kind):
     """Its bytes are those of its type; a step of it has numbers for logits, a prompt is right."""
-    sizes = dict(num_layers=2, embedding=256, heads=4, kv_heads=2, head_dim=64, feed_forward=512)
+    sizes = dict(synthetic.SHAPES["tiny"], feed_forward=512, vocab=300)
     monkeypatch.setitem(synthetic.SHAPES, "1b", sizes)
-    monkeypatch.setattr(synthetic, "VOCAB", 300)
     model._load.cache_clear()
     name = synthetic.name("1b", kind)
     for Q in (1, 20):

@@ -8,32 +8,29 @@ from pykv.ops import mailbox as box
 from tests.simt import cupy as simt
 from tests.simt import machine
 
-CHAIN = dict(persistent.QUICK[0])
-
 
 @pytest.mark.parametrize("case", persistent.QUICK, ids=report.label)
 def test_each_way_agrees(xp, rng, monkeypatch, case):
     if xp is simt:
         monkeypatch.setattr(machine, "ARCH", "sm_90")
+        case = case | dict(blocks=4)
     work = persistent.make(case, xp, rng)
     if xp is np and case["by"] == "graph":
         assert work is None
         return
     assert work.check()
-    sizes = [case[name] for name in ("E", "KV", "F", "V")]
-    if case["kind"] == "F16":
-        E, KV, F, V = sizes
-        assert work.bytes == 2 * (2 * (E * (E + 2 * KV) + E * E + 3 * E * F) + V * E)
+    matrices = 2 * (2 * (256 * 512 + 256 * 256 + 3 * 256 * 256) + 40 * 256)
+    rows = case["B"] * 21 * 2 * 2 * 2 * 64 * 2
+    assert work.bytes == dict(all=matrices + rows, products=matrices, attention=rows)[case["parts"]]
 
 
-def test_a_chain_that_is_wrong_is_seen(rng, monkeypatch):
-    reference = persistent.block_linear.reference
-    work = persistent.make(CHAIN, np, rng)
-    monkeypatch.setattr(
-        "pykv.ops.product_chain.reference",
-        lambda p, kind, asked: reference(p.x * 1.01, p.w, kind, p.bias, p.out, None, asked),
-    )
-    assert not work.check()
+@pytest.mark.parametrize("phase", ["Attention", "Product", "Argmax"])
+def test_a_program_that_is_wrong_is_seen(rng, monkeypatch, phase):
+    """Of which one phase does nothing."""
+    made = persistent.make(persistent.QUICK[0], np, rng)
+    assert made.check()
+    monkeypatch.setattr(f"pykv.phases.{phase}.run_alone", lambda self: None)
+    assert not made.check()
 
 
 def test_round_trips(device, rng, monkeypatch):

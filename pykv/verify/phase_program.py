@@ -1,4 +1,4 @@
-"""Chains of products: a feed-forward part with its residual, of which each phase needs the last."""
+"""Programs of phases: a feed-forward part with its residual, of which each phase needs the last."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import numpy as np
 
 from pykv import cuda
 from pykv.arrays import on_gpu
-from pykv.ops import product_chain
-from pykv.ops.product_chain import Product
+from pykv.ops import phase_program
+from pykv.phases import Product
 from pykv.testing import judged, oracles
 from pykv.verify import Case, Cases
 
 
 def cases(rng: np.random.Generator, xp: Any) -> Cases:
-    if on_gpu(xp.zeros(1, np.float32)) and cuda.current_sm() < product_chain.OLDEST_SM:
+    if on_gpu(xp.zeros(1, np.float32)) and cuda.current_sm() < phase_program.OLDEST_SM:
         return
     for T, E, F in ((1, 64, 1400), (3, 72, 200)):
         yield feed_forward(T, E, F, rng, xp)
@@ -34,16 +34,16 @@ def feed_forward(T: int, E: int, F: int, rng: np.random.Generator, xp: Any) -> C
     hidden = xp.asarray(np.full((T, F), np.nan, np.float32))
     gate_up, down, head = map(xp.asarray, matrices)
     norm = xp.asarray(weights)
-    chain = product_chain.ProductChain(
+    of_norm = dict(norm=norm, eps=1e-5)
+    program = phase_program.PhaseProgram(
         [
-            Product(held, gate_up, hidden, xp.asarray(bias), norm, gate="swiglu", eps=1e-5),
-            Product(hidden, down, held, accumulate=True),
-            Product(held, head, out, norm=norm, eps=1e-5),
-        ],
-        "F16",
+            Product(held, gate_up, "F16", hidden, xp.asarray(bias), gate="swiglu", **of_norm),
+            Product(hidden, down, "F16", held, accumulate=True),
+            Product(held, head, "F16", out, **of_norm),
+        ]
     )
     for _ in range(2):
-        chain()
+        program()
 
     def oracle(dtype: Any) -> Any:
         y = x.astype(dtype)

@@ -1,0 +1,325 @@
+"""The phases of a model's step, one after another, in one launch.
+
+Dimensions: T tokens, one of each sequence; I features in, O features out of a product.
+Kernel: kernels_cu/phase_program.cu; pykv/phases.py has the phases.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from pykv import cuda
+from pykv.arrays import FLOATS, like, load_cupy, on_gpu
+from pykv.cuda.launch import SCALARS
+from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError, UnsupportedError
+from pykv.ops import block_linear, paged_decode, paged_qkv
+from pykv.options import check_whole
+from pykv.overlaps import bytes_of, is_same, place_of, share
+from pykv.phases import BLOCK, OPS, PHASES, Argmax, Attention, Product, Record, Scratch
+from pykv.ranges import address_of
+from pykv.specs import KVSpec
+from pykv.stages import check_stages, stages_of
+
+OLDEST_SM = 70  # with acquire and release
+_TOKENS = 8  # at most: those that share one reading of a matrix
+_PHASE_BYTES = 528
+_HEAD_BYTES = 16  # op, kind, stage and tiles, in front of what the op is told
+_OP = "phase_program.PhaseProgram"
+
+# The kernels that have the struct of an op as their parameters, and what it has behind them.
+_STRUCT_OF: dict[str, Any] = dict(
+    PRODUCT=("block_linear", "gemv", ("states", np.uint64), ("splits", np.int32)),
+    EMBED=("block_rows", "block_rows"),
+)
+_ARGMAX = ("out", "logits", "keys"), [("V", np.int32), ("parts", np.int32)]
+# Of ops that no other kernel has: addresses, then numbers.
+_STRUCTS: dict[str, tuple[tuple[str, ...], list[Any]]] = dict(
+    ADD_NORM=(("x", "y", "norm"), [("I", np.int32), ("eps", np.float32)]),
+    PEAKS=_ARGMAX,
+    ARGMAX=_ARGMAX,
+)
+_ATTENTION = dict(append=("paged_qkv", "paged_qkv"), attend=("paged_decode", "paged_decode"))
+
+
+def _defines(kinds: Sequence[str], x: Any, bias: Any, rows: int, outs: int) -> dict[str, Any]:
+    sizes = dict(BLOCK=BLOCK, ROWS=rows, OUTS=outs)
+    return dict(KINDS=",".join(kinds), X_T=x, B_T=bias, **sizes)
+
+
+def _of_cache(spec: KVSpec, HQ: int, H: int, D: int, F: int, **flags: Any) -> dict[str, Any]:
+    """Defines of programs with a cache of float queries and 16 tokens a page."""
+    defines = paged_qkv.defines_of(FLOATS[0], spec, HQ, H, D, 16, F, **flags)
+    return defines | dict(Q_T="float", QUERY_ROWS=HQ // H, COUNTERS=4096, BLOCK=BLOCK)
+
+
+VARIANTS: list[dict[str, Any]] = [
+    *(
+        _defines([kind], "float", "float", rows, outs)
+        for kind, rows, outs in (("F16", 1, 4), ("F16", 8, 2), ("Q4_K", 1, 8))
+    ),
+    _defines(["F16"], "float", "float", 1, 4) | _of_cache(KVSpec(), 9, 3, 64, 32),
+    _defines(["Q4_K", "Q6_K"], "float", "float", 1, 8)
+    | _of_cache(KVSpec("int8", "int8"), 32, 8, 128, 64, HADAMARD=1),
+]
+VARIANTS_SMS = range(0)  # none at import: compiled by the first program of its kinds
+
+
+class PhaseProgram:
+    """A function that does phases in their order; each may read what others have written.
+
+    Args:
+        phases: at least one of pykv.phases: Product, Embed, AddNorm, Attention, Argmax. T is at
+            most 8 and the same for all, as is the dtype of inputs, that of biases, and the kind of
+            caches. None writes a matrix, bias or norm.
+            Arrays are held, and calls see what they contain then.
+        blocks: of the launch at most; None: as many as the GPU runs at once and have work.
+
+    Raises:
+        ShapeError, DtypeError, DeviceError, ParameterError, UnsupportedError: as the ops that the
+            phases stand for; also where phases differ in what they must share, or the GPU is older
+            than sm_70.
+
+    Attributes:
+        stages: the number of each phase's stage; on a GPU an argmax counts as two phases, and so
+            does attention of more query heads a KV head than a block serves. All blocks of the
+            launch wait for each other behind a stage; phases of one stage need nothing of each
+            other.
+
+    Made on a GPU it synchronises once; a call only enqueues. Calls of one program must not overlap:
+    they share the counters by which blocks wait. Its blocks start when all of them have room:
+    beside a kernel that stays on the GPU, such as a Mailbox's, it needs fewer `blocks`. While
+    blocks wait for each other, the weights of the next product are on their way. Idea: the
+    megakernels of HazyResearch and Cohere; barriers of a grid: Xiao and Feng, 2010.
+
+    >>> x, y, z = (np.ones((1, 8), np.float32) for _ in range(3))
+    >>> w = np.eye(8, dtype=np.float16)
+    >>> Product = pykv.phases.Product
+    >>> twice = [Product(x, 2 * w, "F16", y), Product(y, 3 * w, "F16", z, accumulate=True)]
+    >>> program = pykv.ops.phase_program.PhaseProgram(twice)
+    >>> program()
+    >>> float(z[0, 0]), program.stages
+    (7.0, [0, 1])
+    """
+
+    def __init__(self, phases: Sequence[Any], *, blocks: int | None = None) -> None:
+        if blocks is not None:
+            check_whole(_OP, "blocks", blocks, 1)
+        if not isinstance(phases, (list, tuple)):
+            raise DtypeError(f"{_OP}: phases is a {type(phases).__name__}, expected a list")
+        self._phases = list(phases)
+        for phase in self._phases:
+            if not isinstance(phase, PHASES):
+                raise DtypeError(f"{_OP}: phases has a {type(phase).__name__}, expected phases")
+            phase.checked(_OP)
+        _check_alike(self._phases)
+        self._launch: cuda.Launch | None = None
+        if on_gpu(self._phases[0].inputs):
+            self._prepare(blocks)
+        else:
+            touched = [phase.touched() for phase in self._phases]
+            self.stages = stages_of(touched)
+
+    def __call__(self, stream: Any = None) -> None:
+        if self._launch is None:
+            cuda.run_on_host(self._on_host, stream=stream)
+        else:
+            cuda.hold(self)  # whose arrays the program has the addresses of
+            self._launch(self._arrays, stream)
+
+    def _on_host(self) -> None:
+        for phase in self._phases:
+            reference(phase)
+
+    def _prepare(self, blocks: int | None) -> None:
+        """The launch and the program."""
+        sm = cuda.current_sm()
+        if sm < OLDEST_SM:
+            raise UnsupportedError(
+                f"{_OP}: the GPU is of sm_{sm}, expected sm_{OLDEST_SM} or newer"
+            )
+        kinds = sorted({p.kind for p in self._phases if hasattr(p, "kind")}) or ["F32"]
+        rows, outs = _rows_and_outs(self._phases, kinds, sm)
+        scratch = _scratch(self._phases)
+        records, shared = [], 0
+        for p in self._phases:
+            cut = None
+            if isinstance(p, Product):
+                cut = block_linear.cut_of(p.x, p.w, p.kind, rows, outs, BLOCK)
+                shared = max(shared, cut.shared_bytes)
+            records += p.records(_OP, cut, scratch)
+        self.stages = stages_of([record.touched for record in records])
+        check_stages(_OP, self.stages, [record.touched for record in records])
+        x = self._phases[0].inputs
+        words = like(x, (len(records), _PHASE_BYTES // 8), np.uint64)
+        words.set(_packed(records, self.stages, kinds))
+        counters = like(x, (2,), np.uint32)
+        counters.fill(0)
+        self._arrays = dict(program=words, counters=counters)
+        self._scratch = scratch
+        load_cupy().cuda.get_current_stream().synchronize()  # calls may come on another stream
+
+        biases = [p.bias.dtype for p in self._phases if getattr(p, "bias", None) is not None]
+        defines = _defines(kinds, x.dtype, (biases or [FLOATS[0]])[0], rows, outs)
+        kernel = cuda.kernel(
+            "phase_program", "phase_program", **defines, **_cache_defines(self._phases)
+        )
+        most = min(
+            cuda.cooperative_blocks(kernel, BLOCK, shared),
+            max(record.tiles for record in records),
+            blocks or 2**31 - 1,
+        )
+        self._launch = cuda.Launch(
+            kernel,
+            most,
+            BLOCK,
+            dict(phases=len(records)),
+            shared_bytes=shared,
+            cooperative=True,
+        )
+
+
+def reference(phase: Any) -> None:
+    """One phase, in NumPy."""
+    phase.run_alone()
+
+
+def _check_alike(phases: list[Any]) -> None:
+    """What all phases of a program must share."""
+    if not phases:
+        raise ParameterError(f"{_OP}: phases is empty, expected one or more")
+    first = phases[0].inputs
+    for p in phases:
+        x = p.inputs
+        if not x.size or len(x) > _TOKENS:
+            raise ShapeError(f"{_OP}: x has shape {x.shape}, expected 1 to {_TOKENS} tokens")
+        if len(x) != len(first):
+            raise ShapeError(f"{_OP}: x has T={len(x)}, expected T={len(first)} as the first")
+        if x.dtype != first.dtype:
+            raise DtypeError(f"{_OP}: x has dtype {x.dtype}, expected {first.dtype}")
+        if on_gpu(x) != on_gpu(first):
+            raise DeviceError(f"{_OP}: phases are of host and device, expected one")
+    biases = {p.bias.dtype for p in phases if getattr(p, "bias", None) is not None}
+    if len(biases) > 1:
+        raise DtypeError(f"{_OP}: biases have dtypes {biases}, expected one")
+    written = [rows for p in phases for rows in p.touched().writes]
+    for p in phases:
+        for array in p.constants():  # blocks read them before they wait
+            constant = place_of(array)
+            if any(share(constant, rows) for rows in written):
+                name = next(n for n in ("w", "bias", "norm") if getattr(p, n, None) is array)
+                raise ParameterError(f"{_OP}: a phase writes {name}, expected arrays of its own")
+
+
+def _rows_and_outs(phases: list[Any], kinds: list[str], sm: int) -> tuple[int, int]:
+    """How all products are cut: as suits the largest, with no more rows of w than a warp may have
+    of any kind."""
+    products = [p for p in phases if isinstance(p, Product)]
+    if not products:
+        return 1, 2
+    largest = max(products, key=lambda p: int(p.w.nbytes))
+    rows, outs, *_ = block_linear.cut_of(largest.x, largest.w, largest.kind)
+    return rows, min(outs, *(block_linear.most_outs(kind, rows, sm) for kind in kinds))
+
+
+def _scratch(phases: list[Any]) -> Scratch:
+    x = phases[0].inputs
+    states = max((p.workspace_size(_OP) for p in phases if isinstance(p, Attention)), default=0)
+    keys = max((p.keys_size() for p in phases if isinstance(p, Argmax)), default=0)
+    scratch = Scratch(
+        like(x, (states,), np.float32) if states else None,
+        like(x, (keys,), np.uint64) if keys else None,
+        _deferred(phases),
+    )
+    if states:
+        scratch.workspace[: paged_decode.COUNTERS] = 0
+    return scratch
+
+
+def _deferred(phases: list[Any]) -> dict[int, int]:
+    """Splits of each attention whose `out` products alone read, as it is, by its address."""
+    read = [(p, rows) for p in phases for rows in p.touched().reads]
+    found: dict[int, int] = {}
+    for p in phases:
+        if not isinstance(p, Attention) or p.splits(_OP) == 1:
+            continue
+        out = bytes_of(p.attend.out)
+        readers = [reader for reader, rows in read if share(rows, out)]
+        is_whole = [isinstance(q, Product) and is_same(bytes_of(q.x), out) for q in readers]
+        if readers and all(is_whole):
+            found[out.start] = p.splits(_OP)
+    return found
+
+
+def _cache_defines(phases: list[Any]) -> dict[str, Any]:
+    """Defines of the caches that phases append to and read.
+
+    Raises:
+        UnsupportedError: they are of several kinds.
+    """
+    defines: dict[str, Any] = {}
+    for p in phases:
+        if not isinstance(p, Attention):
+            continue
+        for name, value in p.defines(_OP).items():
+            if defines.setdefault(name, value) != value:
+                raise UnsupportedError(
+                    f"{_OP}: phases have {name}={defines[name]} and {name}={value}, expected one"
+                )
+    defines.pop("BLOCK", None)
+    return defines
+
+
+def _struct_of(op: str) -> np.dtype[Any]:
+    """How the kernel lays out what an op is told."""
+    if op in _STRUCTS:
+        arrays, scalars = _STRUCTS[op]
+        return np.dtype([(name, np.uint64) for name in arrays] + scalars, align=True)
+    if op in _STRUCT_OF:
+        stem, name, *more = _STRUCT_OF[op]
+        return np.dtype([*_parameters_of(stem, name), *more], align=True)
+    # One struct behind the other, each aligned to eight bytes.
+    names, offsets, formats, end = [], [], [], 0
+    for part, kernel in _ATTENTION.items():
+        dtype = np.dtype(_parameters_of(*kernel), align=True)
+        for name, (of_name, offset, *_) in (dtype.fields or {}).items():
+            names.append(f"{part}.{name}")
+            formats.append(of_name)
+            offsets.append(end + offset)
+        end += dtype.itemsize
+    fields: dict[str, Any] = dict(
+        names=[*names, "merges"], formats=[*formats, np.int32], offsets=[*offsets, end]
+    )
+    return np.dtype(dict(fields, itemsize=end + 8))
+
+
+def _parameters_of(stem: str, name: str) -> list[Any]:
+    """The parameters of a kernel as members of a struct."""
+    arrays, types, _ = cuda.signature(stem, name)
+    scalars = [(scalar, SCALARS[c_type]) for scalar, c_type in types.items()]
+    return [(array, np.uint64) for array in arrays] + scalars
+
+
+def _packed(records: list[Record], stages: list[int], kinds: list[str]) -> Any:
+    """The program, [PHASES, words] uint64."""
+    words = np.zeros((len(records), _PHASE_BYTES), np.uint8)
+    for row, record, stage in zip(words, records, stages, strict=True):
+        kind = kinds.index(record.kind) if record.kind else 0
+        row[:_HEAD_BYTES].view(np.int32)[:] = OPS.index(record.op), kind, stage, record.tiles
+        dtype = _struct_of(record.op)
+        struct = row[_HEAD_BYTES : _HEAD_BYTES + dtype.itemsize].view(dtype)[0]
+        for name in dtype.names or ():
+            value = record.values[name]
+            struct[name] = _address(value) if dtype[name] == np.uint64 else value
+    return words.view(np.uint64)
+
+
+def _address(array: Any) -> int:
+    return 0 if array is None else address_of(array)
+
+
+def has_kernel(kind: str) -> bool:
+    """Whether the current GPU runs programs with matrices of a kind."""
+    return kind in block_linear.KINDS and cuda.current_sm() >= OLDEST_SM

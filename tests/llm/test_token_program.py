@@ -1,0 +1,80 @@
+"""A decode step by one launch: the tokens and logits of the step that model.forward makes."""
+
+import numpy as np
+import pytest
+
+from pykv.errors import ParameterError, UnsupportedError
+from pykv.llm import LLM, token_program
+from pykv.ops.phase_program import PhaseProgram
+from tests.helpers import swept, to_numpy
+from tests.llm import tiny
+from tests.llm.test_model import greedy
+from tests.simt import cupy as simt
+from tests.simt import machine
+
+
+@pytest.fixture
+def open_both(tmp_path, xp, monkeypatch):
+    """A tiny model, decoded by steps and by one launch; of few blocks on the SIMT machine, each of
+    which has as many threads as any other."""
+    monkeypatch.setattr("pykv.cuda.array_module", lambda device: xp)
+    if xp is simt:
+        monkeypatch.setattr(machine, "ARCH", "sm_90")
+        few = lambda phases: PhaseProgram(phases, blocks=3)  # noqa: E731
+        monkeypatch.setattr(token_program, "PhaseProgram", few)
+
+    def open_(name, **options):
+        tiny.write_case(tmp_path / "tiny.gguf", name)
+        opened = (
+            LLM(tmp_path / "tiny.gguf", prefix_cache=False, decode=decode, **options)
+            for decode in ("steps", "persistent")
+        )
+        return list(opened)
+
+    return open_
+
+
+# Of mixed types of blocks; one that ties its head, with biases, with norms of heads, with windows
+# and norms of what layers add.
+CASES = [
+    ("llama-mixed", dict(weights="stored", kv_dtype="fp8"), 1),
+    *swept(
+        [
+            ("llama-tied", dict(weights="fp16"), 1),
+            ("qwen2", dict(weights="fp32", kv_dtype="bf16"), 2),
+            ("qwen3", dict(weights="bf16", kv_dtype="int8"), 3),
+            ("gemma3-keys", dict(weights="fp16"), 2),
+        ]
+    ),
+]
+
+
+@pytest.mark.parametrize("name, options, count", CASES)
+def test_tokens_are_those_of_steps(open_both, rng, monkeypatch, name, options, count):
+    steps, persistent = open_both(name, **options)
+    logits = {}
+    for llm in (steps, persistent):
+        kept = logits[llm] = []
+        draw = llm.runner._draw
+        monkeypatch.setattr(
+            llm.runner,
+            "_draw",
+            lambda s, x, *p, kept=kept, draw=draw: (
+                kept.append(to_numpy(x).copy()) or draw(s, x, *p)
+            ),
+        )
+    prompts = [rng.integers(3, 200, n).tolist() for n in (5, 18, 33)[:count]]
+    want, got = (llm.generate(prompts, greedy(3)) for llm in (steps, persistent))
+    assert [a.token_ids for a in got] == [a.token_ids for a in want]
+    for a, b in zip(logits[persistent], logits[steps], strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-3 * np.abs(b).max())
+
+
+def test_what_lacks_a_phase_is_refused(tmp_path, tiny_paths):
+    tiny.write(tmp_path / "gemma2.gguf", "gemma2")
+    with pytest.raises(UnsupportedError, match="LLM: the model caps its logits, expected another"):
+        LLM(tmp_path / "gemma2.gguf", device="cpu", decode="persistent")
+    with pytest.raises(UnsupportedError, match="decode is 'persistent' with an eviction"):
+        LLM(tiny_paths / "llama.gguf", device="cpu", decode="persistent", eviction="keydiff:0.5")
+    with pytest.raises(ParameterError, match="LLM: decode is 'eager', expected one of auto, graph"):
+        LLM(tiny_paths / "llama.gguf", device="cpu", decode="eager")

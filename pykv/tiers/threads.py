@@ -10,7 +10,7 @@ from typing import Any
 from pykv.errors import CapacityError
 
 
-def fulfil(future: Future[float], work: Callable[..., float], *given: Any) -> None:
+def fulfil(future: Future[Any], work: Callable[..., Any], *given: Any) -> None:
     """Do the work of a future, of a thread, unless it was cancelled."""
     if not future.set_running_or_notify_cancel():
         return

@@ -157,23 +157,23 @@ def _prefix(
     tiers.flush()
     _forget(cache)
     facts: dict[str, Any] = {}
+    folder = tiers.folder
     nbytes = tokens // P * P * cache.bytes_per_token
 
     def run() -> float:
         _forget(cache)
-        if case["op"] == "disk":
+        if folder is not None:
             tiers.clear_host()
-            assert tiers.folder is not None
-            facts["raw_gbps"] = _read_raw(tiers.folder)
-            drop_cached(tiers.folder)
+            facts["raw_gbps"] = _read_raw(folder)
+            drop_cached(folder)
         _wait(xp)
         began = perf_counter()
         tiers.fetch(ids)
         _wait(xp)
         seconds = perf_counter() - began
         facts.update(speeds(tiers))
-        if case["op"] == "disk":
-            size = sum(entry.nbytes for entry in disk.entries(tiers.folder))
+        if folder is not None:
+            size = sum(entry.nbytes for entry in disk.entries(folder))
             facts["share_of_raw"] = size / 1e9 / seconds / facts["raw_gbps"]
         return seconds
 

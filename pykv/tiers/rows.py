@@ -65,7 +65,7 @@ class Rows:
             row = np.zeros(form.nbytes, np.uint8)
             view = form.view(row[None], self._cache)
             form.put(self.moves.view, view, [slot], [0], [place])
-        files.write(key, row)
+        files.write(key, form.to_heads(row))
         return time.perf_counter() - began
 
     def read(
@@ -80,14 +80,14 @@ class Rows:
         before.wait()
         began = time.perf_counter()
         form = self.file_form_at(place)
-        if form is self.form:
-            found = files.read(key, self.host.rows[slot])
-        else:
+        heads = np.empty(form.heads_shape, np.uint8)
+        found = files.read(key, heads)
+        if found and form is self.form:
+            form.from_heads(heads, self.host.rows[slot])
+        elif found:
             row = np.zeros(form.nbytes, np.uint8)
-            found = files.read(key, row)
-            if found:
-                view = form.view(row[None], self._cache)
-                form.take(view, self.moves.view, [0], [slot], [place])
+            form.from_heads(heads, row)
+            form.take(form.view(row[None], self._cache), self.moves.view, [0], [slot], [place])
         return time.perf_counter() - began if found else None
 
 

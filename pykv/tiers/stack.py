@@ -25,11 +25,12 @@ from pykv import prefix_keys
 from pykv.arrays import load_cupy, on_gpu
 from pykv.errors import FormatError, ParameterError
 from pykv.kvtc import Codec
+from pykv.options import check_whole
 from pykv.pool import PagedKVCache
 from pykv.tiers import threads
 from pykv.tiers.coded import CodedForm, rising
 from pykv.tiers.counters import Counters, Flow
-from pykv.tiers.disk import DiskTier
+from pykv.tiers.disk import DiskTier, Heads
 from pykv.tiers.fetch import Fetch
 from pykv.tiers.forms import Form, form_of
 from pykv.tiers.moves import Moved
@@ -64,6 +65,9 @@ class Tiers:
         open_codec: opens a codec "FILE:RATIO" of the cache's model, of an argument's name, the
             text, an array module, and tokens that it works on at a time; None: there is none.
         hadamard: the cache holds Hadamard-rotated heads, as of Codec.compress.
+        heads: (first, total): the cache has heads of a model from `first` on, of `total`, as a rank
+            of a tensor-parallel one. Ranks of any number find each other's files, see forms.py.
+            None: it has all.
 
     Attributes:
         counters: what was done so far.
@@ -91,6 +95,7 @@ class Tiers:
         identity: dict[str, str] | None = None,
         open_codec: Opener | None = None,
         hadamard: bool = False,
+        heads: tuple[int, int] | None = None,
     ) -> None:
         limit = None if disk is None else parse_disk("Tiers", "disk_cache", disk)
         plain = form_of("Tiers", "host_cache", cache, "none")
@@ -124,10 +129,13 @@ class Tiers:
         self._files: DiskTier | None = None
         if limit is not None and limit.folder is not None:
             largest = max(of_files.nbytes, plain.nbytes if self._exact_pages else 0)
+            part = _heads_of(cache, heads, of_files)
             check_fits("disk_cache", limit.nbytes, largest)
             source = own.codec if artefact_of(own.codec) is None else of_rows.name
             facts = (identity or {}) | dict(form=of_files.name, host=source)
-            self._files = DiskTier(limit.folder, limit.nbytes, facts, of_files.nbytes)
+            _, size = of_files.heads_shape
+            nbytes = size * (1 if part is None else part.total)
+            self._files = DiskTier(limit.folder, limit.nbytes, facts, nbytes, part)
         self._rows = [Rows(cache, of_rows, of_files, counts[-1], self._exact_pages)]
         if len(counts) > 1:
             self._rows.insert(0, Rows(cache, plain, plain, counts[0], self._exact_pages))
@@ -417,6 +425,26 @@ class Tiers:
         self._moving.append((flow, count, count * rows.form.nbytes, moved))
         if len(self._moving) > 64:
             self.settle()
+
+
+def _heads_of(
+    cache: PagedKVCache, given: tuple[int, int] | None, form: Form | CodedForm
+) -> Heads | None:
+    """The heads of a cache; None where its pages in files are not told apart by heads.
+
+    Raises:
+        ParameterError: there are no such heads, or a form has no heads of its own.
+    """
+    _, count, _ = cache.sizes
+    is_coded = isinstance(form, CodedForm)
+    if given is None:
+        return None if is_coded else Heads(0, count, count)
+    first = check_whole("Tiers", "heads[0]", given[0], 0)
+    total = check_whole("Tiers", "heads[1]", given[1], first + count)
+    if is_coded or cache.spec.has_given_scales:
+        why = "a codec that mixes heads" if is_coded else f"scales that are shared ({cache.spec})"
+        raise ParameterError(f"Tiers: heads is {given}, expected None with {why}")
+    return Heads(first, count, total)
 
 
 def _pieces(pages: Sequence[tuple[bytes, int]], most: int) -> Iterator[Sequence[tuple[bytes, int]]]:

@@ -272,6 +272,18 @@ def test_other_models_and_kinds_are_not_seen(open_llm, rng, tmp_path):
 
 
 @without_simt
+@pytest.mark.parametrize("kv_dtype", ["fp16", "int8"])
+def test_another_layout_finds_the_same_files(open_llm, rng, tmp_path, kv_dtype):
+    prompt = tokens_of(rng, 40)
+    llm = open_llm(disk_cache=f"{tmp_path}:10MB", kv_dtype=kv_dtype)
+    want = llm.generate([prompt], greedy(4))
+    llm.flush()
+    other = open_llm(disk_cache=f"{tmp_path}:10MB", kv_dtype=f"{kv_dtype}:HND")
+    assert other.generate([prompt], greedy(4)) == want
+    assert other.stats.reused_tokens == 32 and len(disk.entries(tmp_path)) == 2
+
+
+@without_simt
 def test_a_session_keeps_what_fell(open_llm, rng, tmp_path):
     llm = open_llm(pool_tokens=4 * P, host_cache="1MB")
     prompt = tokens_of(rng, 40)

@@ -114,6 +114,7 @@ class DiskTier:
         self._known: set[bytes] = set()
         self._total = self._written = 0  # bytes of all files; those of ours since they were counted
         self._pending = 0  # bytes that threads are about to write
+        self._added = 0  # bytes that they have written since this began
         self._count()
         for place in (folder, *self._own.iterdir()):
             whole_files.clear(place)
@@ -182,6 +183,7 @@ class DiskTier:
                 self._known.add(key)
                 self._total += size
                 self._written += size
+                self._added += size
 
     def note(self, counters: Counters) -> bool:
         """Add counters to those of the folder; False where another process is at it.
@@ -224,7 +226,8 @@ class DiskTier:
     # --- Room ---
 
     def _count(self) -> list[Entry]:
-        """Look at all files."""
+        """Look at all files. What threads write meanwhile may not be seen, and is added."""
+        before = self._added
         found = entries(self.folder)
         own = {e.path.stem for e in found if e.path.parent.parent == self._own}
         names = {name.partition("-") for name in own}
@@ -235,7 +238,8 @@ class DiskTier:
                 for name, *rest in names
                 if _is_hex(name) and "".join(rest) == tail
             }
-            self._total, self._written = sum(e.nbytes for e in found), 0
+            self._total = sum(e.nbytes for e in found) + self._added - before
+            self._written = 0
         return found
 
     @contextmanager

@@ -260,6 +260,41 @@ def test_pages_that_sequences_hold_stay(xp):
     assert world.ask([1, 2, 3, 4, 5, 6, 7, 8]) == 4
 
 
+def test_a_gpu_copies_while_the_host_goes_on(device, monkeypatch):
+    """The current stream waits for copies, where it is told to; the host for none."""
+    if not hasattr(device, "enqueue"):
+        pytest.skip("of a runtime that is made up")
+    world = World(pages=4, xp=device, host=100 * ROW)
+    for first in (1, 2):
+        world.ask([first] * 8)
+    waited, current = [], device.cuda.get_current_stream()
+
+    def refuse(event):
+        raise AssertionError("the host waits")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(device.cuda.Event, "done", False)
+        patch.setattr(device.cuda.Event, "synchronize", refuse)
+        current.wait_event = waited.append
+        patch.setattr(device.cuda, "get_current_stream", lambda: current)
+        pages, fetch = world.begin([1] * 8)
+        assert fetch.advance() == 0 and fetch.is_moving and not fetch.is_over
+        ends = {moved.end for _, moved in fetch._moving}
+        assert ends and not ends & {*waited}
+        assert set(fetch.held) == world.tiers._busy()  # rows stay while they are copied from
+        assert fetch.advance(wait=True) == 4 and fetch.is_over
+        assert ends <= {*waited}
+        world.tiers.settle()
+        assert len(fetch.held) == 4 and world.tiers._fetches == [fetch]
+        for cancel in (world.tiers.join, fetch.cancel):  # the pool grows, the sequence goes
+            waited.clear()
+            cancel()
+            assert ends <= {*waited}
+    world.end([1] * 8, pages, fetch, publish=True)
+    world.tiers.settle()
+    assert not world.tiers._fetches and world.ask([1] * 8) == 4
+
+
 def test_a_page_that_came_back_costs_no_copy_to_fall_again():
     world = World(pages=4, host=100 * ROW)
     prompts = [[first, *range(7)] for first in range(2)]

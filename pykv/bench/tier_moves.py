@@ -222,7 +222,7 @@ def _look(count: int) -> Work:
     row = Tiers(cache, host="1MiB")._rows[-1].form.nbytes
     tiers = Tiers(cache, host=count * row)
     keys = list(prefix_keys.of_pages("bench", list(range(count)), 1))
-    for key, slot in zip(keys, tiers._rows[-1].host.claim(count, ()), strict=True):
+    for key, slot in zip(keys, tiers._rows[-1].host.claim(count), strict=True):
         tiers._rows[-1].add(key, slot, 0)
     found = 0
 

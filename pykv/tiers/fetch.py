@@ -12,7 +12,6 @@ waits for files alone, and only where it is asked to.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from pykv.tiers.moves import Moved
@@ -40,6 +39,7 @@ class Fetch:
         self._tiers, self._keys, self._pages = tiers, keys, pages
         self._start = self.done = self._sent = len(pages)
         self.stop = self._start + len(keys)
+        self._index = {key: i for i, key in enumerate(keys)}
         self._moving: deque[tuple[int, Moved]] = deque()  # pages, and their copy
         self._asked: set[bytes] = set()  # that threads were to read
 
@@ -48,10 +48,10 @@ class Fetch:
         """Whether nothing more will come."""
         return self.done >= self.stop
 
-    @property
-    def held(self) -> Sequence[bytes]:
-        """Pages whose rows must stay as they are."""
-        return self._keys[self._released - self._start : self.stop - self._start]
+    def holds(self, key: bytes) -> bool:
+        """Whether the row of a page must stay as it is."""
+        i = self._index.get(key)
+        return i is not None and self._released <= self._start + i < self.stop
 
     @property
     def _released(self) -> int:

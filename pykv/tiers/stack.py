@@ -337,7 +337,7 @@ class Tiers:
     def read_later(self, key: bytes, place: int) -> bool:
         """Have a thread read the file of a page into a row; whether there is a row."""
         rows, read = self._rows_of(place), Future[float | None]()
-        slots = rows.host.claim(1, self._busy())
+        slots = rows.host.claim(1, self._is_held)
         if not slots:
             return False
         try:
@@ -362,15 +362,15 @@ class Tiers:
 
     # --- Rows and counters ---
 
-    def _busy(self) -> set[bytes]:
-        """Pages whose rows must stay as they are."""
-        return set(self._writing).union(*(fetch.held for fetch in self._fetches))
+    def _is_held(self, key: bytes) -> bool:
+        """Whether the row of a page must stay as it is."""
+        return key in self._writing or any(fetch.holds(key) for fetch in self._fetches)
 
     def _claim(self, rows: Rows, count: int) -> list[int]:
         """Rows for so many pages; waits for files, from which rows become free."""
         slots: list[int] = []
         while True:
-            slots += rows.host.claim(count - len(slots), self._busy())
+            slots += rows.host.claim(count - len(slots), self._is_held)
             if len(slots) == count or not self._writing:
                 return slots
             wait([next(iter(self._writing.values()))[0]])

@@ -299,7 +299,7 @@ class Handover:
     def _claim(self, count: int, busy: Any) -> list[int]:
         """Rows that nobody is offered any more."""
         self._moves.wait()
-        slots = self._host.claim(count, busy)
+        slots = self._host.claim(count, busy.__contains__)
         for slot in slots:
             self._region.drop(slot)
         return slots

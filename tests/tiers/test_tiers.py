@@ -281,11 +281,12 @@ def test_a_gpu_copies_while_the_host_goes_on(device, monkeypatch):
         assert fetch.advance() == 0 and fetch.is_moving and not fetch.is_over
         ends = {moved.end for _, moved in fetch._moving}
         assert ends and not ends & {*waited}
-        assert set(fetch.held) == world.tiers._busy()  # rows stay while they are copied from
+        keys = list(prefix_keys.of_pages("test", [1] * 8, P))
+        assert all(map(world.tiers._is_held, keys))  # rows stay while they are copied from
         assert fetch.advance(wait=True) == 4 and fetch.is_over
         assert ends <= {*waited}
         world.tiers.settle()
-        assert len(fetch.held) == 4 and world.tiers._fetches == [fetch]
+        assert all(map(world.tiers._is_held, keys)) and world.tiers._fetches == [fetch]
         for cancel in (world.tiers.join, fetch.cancel):  # the pool grows, the sequence goes
             waited.clear()
             cancel()

@@ -3,7 +3,8 @@
 A file is a safetensors file: 8 bytes with the size of a JSON header, the header, and the arrays,
 each contiguous, bfloat16 as its bits. The header's "__metadata__" holds texts: "format", a name
 with a version; whatever else tells what the arrays are; and a SHA-256 of all these and of all bytes
-of the arrays. Source: https://github.com/huggingface/safetensors#format.
+of the arrays; or, of files that are read in part, of the former and of a SHA-256 of each row.
+Source: https://github.com/huggingface/safetensors#format.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from pykv.number_texts import whole_of
 _MAX_HEADER = 1 << 20  # bytes; ours take less than 2 KiB
 _CODES = {"float32": "F32", "float16": "F16", "bfloat16": "U16", "int8": "I8", "uint8": "U8"}
 _CODES["int32"] = "I32"
+_ROWS = "rows_sha256"  # metadata of files whose rows are checked one by one
 
 
 def write(
@@ -34,11 +36,16 @@ def write(
     *,
     private: bool = False,
     durable: bool = True,
+    by_row: bool = False,
 ) -> None:
     """Write a file, whole or not at all; NumPy's arrays, contiguous, little-endian; `private` and
-    `durable` as of whole_files.replace."""
+    `durable` as of whole_files.replace; `by_row` for `read_rows`, of one array of two dimensions,
+    each row of which has a checksum of its own."""
     table = _table(arrays)
-    metadata = metadata | {"sha256": _digest(metadata, table, arrays)}
+    if by_row:
+        (rows,) = arrays.values()
+        metadata = metadata | {_ROWS: " ".join(hashlib.sha256(x).hexdigest() for x in rows)}
+    metadata = metadata | {"sha256": _digest(metadata, table, {} if by_row else arrays)}
     text = json.dumps({"__metadata__": metadata, **table}).encode()
     text += b" " * (-len(text) % 8)  # arrays begin at a multiple of 8
     first = len(text).to_bytes(8, "little") + text
@@ -127,6 +134,27 @@ def read_arrays(
     for x in arrays.values():
         file.readinto(_bytes(x))  # too few show in the checksum
     if _digest(header.metadata, header.table, arrays) != header.metadata["sha256"]:
+        raise FormatError(f"{op}: {path} is damaged: its checksum does not hold")
+
+
+def read_rows(
+    op: str, file: BufferedReader, path: Path, header: Header, name: str, first: int, rows: Any
+) -> None:
+    """Fill `rows` [n, B] uint8 with those of the file's only array from row `first` on, and see
+    that the checksums of these hold; others are not read."""
+    sums, (n, size) = header.metadata.get(_ROWS, "").split(" "), rows.shape
+    expected = _table({name: np.broadcast_to(np.uint8(0), (len(sums), size))})
+    if header.table != expected or first + n > len(sums):
+        has = f"{shown(name)}={shown(header.table.get(name))}"
+        raise FormatError(f"{op}: {path} has {has}, expected {first + n} rows of {size} bytes")
+    want = header.begin + len(sums) * size
+    if header.size != want:
+        raise FormatError(f"{op}: {path} has {header.size} bytes, expected {want}")
+    file.seek(header.begin + first * size)
+    file.readinto(_bytes(rows))  # too few show in the checksums
+    found = [hashlib.sha256(row).hexdigest() for row in rows]
+    is_whole = _digest(header.metadata, header.table, {}) == header.metadata["sha256"]
+    if not is_whole or found != sums[first : first + n]:
         raise FormatError(f"{op}: {path} is damaged: its checksum does not hold")
 
 

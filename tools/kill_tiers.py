@@ -94,7 +94,9 @@ def check(folder: Path) -> int:
             is_exact = codec in ("none", KVTC) and entry.nbytes > rows.form.nbytes
             form = rows.form if is_exact else rows.file_form
             row, key = np.empty(form.nbytes, np.uint8), bytes.fromhex(entry.path.stem)
-            assert tier.read(key, row), entry.path
+            heads = np.empty(form.heads_shape, np.uint8)
+            assert tier.read(key, heads), entry.path
+            form.from_heads(heads, row)
             view = form.view(row[None], world.cache)
             near = 0.0 if is_exact else world.near
             assert any(is_page(world, form, view, key, place, near) for place in range(MOST // 2))

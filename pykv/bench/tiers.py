@@ -28,7 +28,7 @@ import numpy as np
 from pykv.bench import Work, report
 from pykv.bench.options import Case
 from pykv.bench.report import Record
-from pykv.tiers import disk
+from pykv.tiers import Tiers, disk
 
 DEVICE = "auto"
 MODEL = "smollm2-135m"
@@ -90,7 +90,7 @@ def make(case: Case, xp: Any, rng: np.random.Generator) -> Work | None:
             facts.update(take())
         answers[1:] = [llm.generate([prompt], first)[0].token_ids]
         seconds = perf_counter() - began  # the token is on the host
-        facts.update(_speeds(llm))
+        facts.update({} if llm.tiers is None else speeds(llm.tiers))
         return seconds
 
     def check() -> bool:
@@ -162,10 +162,10 @@ def _forget(llm: Any, place: str) -> None:
         manager.free(manager.allocate(manager.num_free * manager.page_size))
         if place == "disk":
             llm.tiers.clear_host()
-            _drop_cached(llm.tiers.folder)
+            drop_cached(llm.tiers.folder)
 
 
-def _drop_cached(folder: Path) -> None:
+def drop_cached(folder: Path) -> None:
     """Have the system forget what it keeps of files, where it can be told."""
     for entry in disk.entries(folder) if hasattr(os, "posix_fadvise") else ():
         with open(entry.path, "rb") as file:
@@ -173,11 +173,9 @@ def _drop_cached(folder: Path) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def _speeds(llm: Any) -> dict[str, float]:
+def speeds(tiers: Tiers) -> dict[str, float]:
     """GB/s of the copies alone, so far; of files those of all threads, one by one."""
-    if llm.tiers is None:
-        return {}
-    flows = {way: getattr(llm.tiers.counters, way) for way in ("from_host", "from_disk")}
+    flows = {way: getattr(tiers.counters, way) for way in ("from_host", "from_disk")}
     return {
         f"{way}_gbps": flow.bytes / flow.seconds / 1e9 for way, flow in flows.items() if flow.pages
     }

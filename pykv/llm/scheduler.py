@@ -3,8 +3,9 @@
 A step decodes a token of every answer and fills what is left of its tokens with pieces of prompts.
 Sequences come and go between any two steps, first come first served. They get pages one by one;
 where none is left the youngest gives up its own, waits in its old place, and is computed again from
-its prompt and its answer so far. No text, no arrays and no model here: pykv.llm.runner has these.
-Sources: Orca's iteration-level scheduling; vLLM's preemption by recomputing.
+its prompt and its answer so far. Pages that a tier has come back while others are computed. No
+text, no arrays and no model here: pykv.llm.runner has these. Sources: Orca's iteration-level
+scheduling; vLLM's preemption by recomputing.
 """
 
 from __future__ import annotations
@@ -91,9 +92,9 @@ class Scheduler:
     Not thread-safe. A piece of a prompt ends where a page does, and the tokens behind the last full
     page are a step of their own, whether the pages are found or computed: what a step sums in which
     order depends on how many tokens it has. Of sequences that are added by one call none goes on to
-    these tokens before the others' pages are there; so the call, when it is repeated and finds its
-    pages, runs the same steps but for those that computed them. Source: vLLM's deterministic prefix
-    caching.
+    these tokens before the others' pages are there, and none to any while pages of one come from a
+    tier; so the call, when it is repeated and finds its pages, runs the same steps but for those
+    that computed them. Source: vLLM's deterministic prefix caching.
     """
 
     def __init__(
@@ -173,9 +174,10 @@ class Scheduler:
         changed = [s for s in (*self.running, *self.waiting) if s.finish_reason]
         for s in changed:
             self._end(s)
+        self._see_fetches()
         self._give_pages(changed)
         try:
-            self._run(self._admit(changed), changed)
+            self._run(changed)
         finally:  # a token that is drawn is read before the next is, whatever came behind it
             for s in changed:
                 if not s.finish_reason:
@@ -186,17 +188,23 @@ class Scheduler:
 
     # --- Steps ---
 
-    def _run(self, held_back: set[int], changed: list[Sequence]) -> None:
-        """Compute a step, and add those that got a token to `changed`."""
-        decoding = [s for s in self.running if s.decodes and not s.finish_reason]
+    def _run(self, changed: list[Sequence]) -> None:
+        """Compute a step, and add those that got a token to `changed`. Waits for what tiers bring
+        where there is nothing else to do."""
+        decoding: list[Sequence] = []
+        pieces: list[Piece] = []
+        while not (decoding or pieces):
+            held_back = self._admit(changed)
+            decoding = [s for s in self.running if s.decodes and not s.finish_reason]
+            if len(decoding) < len(self.running):
+                pieces = self._pieces(PREFILL_TOKENS - len(decoding), held_back)
+            if not (decoding or pieces or self._see_fetches(wait=True)):
+                return
         if decoding:
             started = time.perf_counter()
             changed += self._compute(lambda: self._runner.decode(decoding), decoding, decoding)
             self.stats.decode_tokens += len(decoding)
             self.stats.decode_seconds += time.perf_counter() - started
-        pieces = None
-        if len(decoding) < len(self.running):
-            pieces = self._pieces(PREFILL_TOKENS - len(decoding), held_back)
         if pieces:
             started = time.perf_counter()
             whole = [s for s, n in pieces if s.due == n]
@@ -210,6 +218,8 @@ class Scheduler:
         P, last = self._manager.page_size, self._runner.last
         room = max(room, last, min(P, PREFILL_TOKENS))
         running = [s for s in self.running if not s.finish_reason]
+        fetching = {s.group for s in running if s.fetch is not None}
+        running = [s for s in running if s.group not in fetching]
         held_back |= {s.group for s in running if s.cached < s.prefix}
         pieces: list[Piece] = []
         for s in running:
@@ -227,6 +237,25 @@ class Scheduler:
                 pieces.append((s, n))
                 room -= n
         return pieces
+
+    def _see_fetches(self, *, wait: bool = False) -> bool:
+        """Go on with what tiers bring; of the first sequence that waits for them until it is there.
+        Returns whether there was any."""
+        fetching = [s for s in self.running if s.fetch is not None and not s.finish_reason]
+        for s in fetching[:1] if wait else fetching:
+            self._see(s, wait)
+        return bool(fetching)
+
+    def _see(self, s: Sequence, wait: bool = False) -> None:
+        try:
+            came = self.pages.see(s, wait=wait)
+        except BaseException:
+            self.failed = [s]
+            self._wait_again(s, publish=False)
+            raise
+        if not s.preemptions:
+            s.reused += came
+            self.stats.reused_tokens += came
 
     def _prompts(self, pieces: list[Piece]) -> list[int]:
         """Compute pieces of prompts, and offer the pages that are full."""
@@ -290,6 +319,8 @@ class Scheduler:
                 continue
             self.waiting.remove(s)
             insort(self.running, s, key=_order)
+            if s.fetch is not None:
+                self._see(s)
             computed.update(s.keys[s.cached // P :])
         return followed
 
@@ -308,6 +339,7 @@ class Scheduler:
             if s.wanted + spare > manager.num_free:
                 self.pages.give_up(s, publish=False)
                 return False
+            self.pages.fetch(s)
             self._cache.extend(s.pages, s.cached, rows)
         except BaseException:
             self.pages.give_up(s, publish=False)

@@ -4,10 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Set
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from pykv.errors import NumberError, PykvError
 from pykv.llm.sampling import SamplingParams, TokenLogprobs
+
+
+class Fetch(Protocol):
+    """Pages of a sequence on their way from tiers, see pykv.tiers.fetch.Fetch."""
+
+    @property
+    def is_over(self) -> bool: ...
+
+    def advance(self, *, wait: bool = False) -> int: ...
+
+    def cancel(self) -> None: ...
 
 
 @dataclass(eq=False)
@@ -41,6 +52,7 @@ class Sequence:
         prefix, keys: tokens of the full pages that others may find, and a number for each such
             page, see page_keys.
         wanted: pages that it lacked when it was not admitted.
+        fetch: brings pages behind `cached` from tiers; nothing of it is computed meanwhile.
         preemptions: how often it gave its pages up.
     """
 
@@ -66,6 +78,7 @@ class Sequence:
     prefix: int = 0
     keys: list[int] = field(default_factory=list)
     wanted: int = 0
+    fetch: Fetch | None = None
     preemptions: int = 0
 
     @property

@@ -12,7 +12,7 @@ from typing import Protocol
 
 from pykv.blocks import BlockManager
 from pykv.errors import CapacityError
-from pykv.llm.sequence import Sequence, page_keys
+from pykv.llm.sequence import Fetch, Sequence, page_keys
 from pykv.number_texts import counted
 
 
@@ -29,7 +29,11 @@ class Cache(Protocol):
 class Tiers(Protocol):
     """What a scheduler needs of pykv.tiers.Tiers."""
 
-    def fetch(self, tokens: list[int], *, again: bool = False) -> None: ...
+    def begin(self, tokens: list[int], pages: list[int]) -> Fetch | None: ...
+
+    def fetch(self, tokens: list[int]) -> None: ...
+
+    def join(self) -> None: ...
 
 
 class SequencePages:
@@ -67,7 +71,9 @@ class SequencePages:
     def known(self, tokens: list[int]) -> Iterator[list[int]]:
         """The pages of the longest prefix of tokens that is computed, which stay as they are while
         the block runs."""
-        pages = self._reuse(tokens)
+        if self._tiers is not None:
+            self._tiers.fetch(tokens)
+        pages = self.cache.manager.reuse(tokens)
         try:
             yield pages
         finally:
@@ -141,6 +147,8 @@ class SequencePages:
                     f"the cache would grow to {counted(pages, 'page')} ({manager.page_size} tokens "
                     f"a page), expected at most {most} where rows are evicted"
                 )
+            if self._tiers is not None:
+                self._tiers.join()
             self.cache.grow(pages)
         manager.require(wanted)
 
@@ -151,11 +159,31 @@ class SequencePages:
         rows that it needs in all, and notes in `wanted` how many pages these lack."""
         manager = self.cache.manager
         if self.prefix_cache:
-            s.pages = self._reuse(s.tokens[: -self._last], again=s.wanted > 0)
+            s.pages = manager.reuse(s.tokens[: -self._last])
             s.cached = len(s.pages) * manager.page_size
         rows = max(self.rows(s), s.cached)
         s.wanted = manager.pages_for(rows) - len(s.pages)
         return rows
+
+    def fetch(self, s: Sequence) -> None:
+        """Begin to bring back from tiers what the pages of a sequence lack, which then are extended
+        for its tokens."""
+        if self._tiers is not None:
+            s.fetch = self._tiers.begin(s.tokens[: -self._last], s.pages)
+
+    def see(self, s: Sequence, *, wait: bool = False) -> int:
+        """Go on with what a sequence fetches; once that is over, others find it, too. Returns how
+        many tokens came. On a GPU the host waits for files alone.
+
+        Args:
+            wait: until it is over.
+        """
+        assert s.fetch is not None
+        done, before = s.fetch.advance(wait=wait), s.cached
+        if s.fetch.is_over:
+            s.fetch, s.cached = None, done * self.cache.manager.page_size
+            self.offer(s)
+        return s.cached - before
 
     def offer(self, s: Sequence) -> None:
         """Let others find the full pages of a prompt that is being computed."""
@@ -165,6 +193,9 @@ class SequencePages:
     def give_up(self, s: Sequence, *, publish: bool) -> None:
         """Give the pages of a sequence back; what was computed on them may be reused."""
         manager = self.cache.manager
+        if s.fetch is not None:
+            s.fetch.cancel()
+            s.fetch = None
         is_whole = not s.dropped and s.behind is None  # else slots hold other tokens
         if publish and self.prefix_cache and is_whole:
             manager.publish(s.pages, s.tokens[: s.cached])
@@ -178,9 +209,3 @@ class SequencePages:
         if self.prefix_cache:
             s.keys = page_keys(s.tokens[: -self._last], P)
             s.prefix = len(s.keys) * P
-
-    def _reuse(self, tokens: list[int], *, again: bool = False) -> list[int]:
-        """Pages of the longest prefix that is computed, those in tiers among them."""
-        if self._tiers is not None:
-            self._tiers.fetch(tokens, again=again)
-        return self.cache.manager.reuse(tokens)

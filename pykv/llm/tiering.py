@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -78,10 +79,12 @@ def open_tiers(llm: LLM, host: Any, disk: Any) -> Tiers | None:
 
 def identity(llm: LLM) -> dict[str, str]:
     """What keys and values depend on beside tokens: what sessions compare; scales that are found
-    once; and the sort of device, as sums in another order differ in their last bits."""
+    once; and the sort of device, as sums in another order differ in their last bits. Not the
+    layout, which files of tiers do not depend on."""
     scales = hashlib.sha256()
     for x in given_scales(llm.cache).values():
         scales.update(np.ascontiguousarray(to_host(x)).tobytes())
     device = "cpu" if llm.xp is np else cuda.current_arch()
     found = {name: text for name, text in facts(llm, 0).items() if name not in ("format", "pages")}
-    return found | dict(scales=scales.hexdigest(), device=device)
+    spec = str(replace(llm.cache.spec, layout="NHD"))
+    return found | dict(spec=spec, scales=scales.hexdigest(), device=device)

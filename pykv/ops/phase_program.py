@@ -289,10 +289,9 @@ def _struct_of(op: str) -> np.dtype[Any]:
             formats.append(of_name)
             offsets.append(end + offset)
         end += dtype.itemsize
-    fields: dict[str, Any] = dict(
-        names=[*names, "merges"], formats=[*formats, np.int32], offsets=[*offsets, end]
-    )
-    return np.dtype(dict(fields, itemsize=end + 8))
+    fields: Any = dict(names=[*names, "merges"], formats=[*formats, np.int32])
+    found: np.dtype[Any] = np.dtype(fields | dict(offsets=[*offsets, end], itemsize=end + 8))
+    return found
 
 
 def _parameters_of(stem: str, name: str) -> list[Any]:

@@ -79,6 +79,19 @@ class CodedForm:
         self.exact_pages = -(-codec.sinks // cache.page_size)
         self.name = f"kvtc {codec.artefact} {codec.ratio} after {self.exact_pages} pages"
 
+    @property
+    def heads_shape(self) -> tuple[int, int]:
+        """Of a page in a file: one, as a token's code mixes its heads."""
+        return 1, self.nbytes
+
+    def to_heads(self, row: np.ndarray) -> np.ndarray:
+        """The bytes [1, nbytes] of a row."""
+        return row[None]
+
+    def from_heads(self, heads: np.ndarray, row: np.ndarray) -> None:
+        """Fill a row."""
+        row[...] = heads[0]
+
     def view(self, rows: np.ndarray, cache: Any) -> CodedRows:
         """Rows [N, nbytes] uint8 of the host."""
         return CodedRows(rows)

@@ -1,6 +1,7 @@
 """The disk tier: one folder of files, a page in each, which several processes share.
 
     DIR/<identity>/<2 digits>/<key>.page   a file of pykv.tensor_files with the array `page`
+                   .../<key>-<first>-<n>.page   likewise, of n heads alone, by a rank that has these
     DIR/counters.json                      what tiers of this folder did, in all processes
     DIR/lock                               held while one process makes room, or writes the former
 
@@ -21,7 +22,6 @@ import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from io import BufferedReader
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -32,13 +32,33 @@ from pykv.cache_folder import check_private
 from pykv.errors import FormatError
 from pykv.tiers.counters import Counters
 
-FORMAT = "pykv.tier.1"  # the layout version: another one is another identity
+FORMAT = "pykv.tier.2"  # the layout version: another one is another identity
 FLOOR = 1 << 30  # bytes of the disk that stay free
 SUFFIX = ".page"
 _OP = "tiers.disk"
-_HEADER = 1024  # bytes of a file beside its page, at most
+_HEADER, _SUM = 1024, 65  # bytes of a file beside its page, at most, and for each head
 _KEEP = 0.9  # of the limit, once room was made
 _LOOK = 1 / 16  # of the limit, written by us alone before others' files are counted again
+
+
+class Heads(NamedTuple):
+    """Heads of a model that a cache has: `number` from `first` on, of `total`."""
+
+    first: int
+    number: int
+    total: int
+
+    def covers(self) -> list[list[tuple[int, int]]]:
+        """Parts that hold these heads together, (first, number) each: our own, and those of any
+        number of ranks."""
+        found = [[(self.first, self.number)]]
+        for n in range(self.total, 0, -1):
+            begin, end = self.first // n * n, self.first + self.number
+            if self.total % n == 0 and end <= begin + n:
+                found.append([(begin, n)])
+            elif self.total % n == 0 and self.first == begin and self.number % n == 0:
+                found.append([(at, n) for at in range(begin, end, n)])
+        return [cover for i, cover in enumerate(found) if cover not in found[:i]]
 
 
 class Entry(NamedTuple):
@@ -61,21 +81,32 @@ class DiskTier:
             process writes until it counts again, a sixteenth of this.
         identity: what contents depend on, by name.
         nbytes: of a page.
+        heads: which heads its pages have; None: those of a page are not told apart by readers.
 
     Raises:
         PermissionError: others can write there.
         OSError: the folder cannot be made or read.
 
-    Its methods may be called from several threads. What they raise leaves the folder as it was, but
-    for files that went to make room.
+    A page is [heads, bytes of each] uint8, or [bytes]; those of other ranks are found as well, as
+    far as their files hold all heads that are asked for. Methods may be called from several
+    threads. What they raise leaves the folder as it was, but for files that went to make room.
     """
 
-    def __init__(self, folder: Path, limit: int, identity: dict[str, str], nbytes: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        limit: int,
+        identity: dict[str, str],
+        nbytes: int,
+        heads: Heads | None = None,
+    ) -> None:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         check_private(folder)  # who can write there decides what models say
         facts = identity | dict(format=FORMAT, page_bytes=str(nbytes))
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
         self.folder, self.limit = folder, limit
+        self._heads = heads
+        self._covers = [[None]] if heads is None else heads.covers()
         self._identity, self._own = digest, folder / digest[:32]
         self._own.mkdir(mode=0o700, exist_ok=True)
         check_private(self._own)
@@ -83,30 +114,49 @@ class DiskTier:
         self._known: set[bytes] = set()
         self._total = self._written = 0  # bytes of all files; those of ours since they were counted
         self._pending = 0  # bytes that threads are about to write
+        self._added = 0  # bytes that they have written since this began
         self._count()
         for place in (folder, *self._own.iterdir()):
             whole_files.clear(place)
 
     def __contains__(self, key: bytes) -> bool:
-        return key in self._known or os.path.exists(self._path(key))  # False where the disk fails
+        if key in self._known:
+            return True
+        exists = os.path.exists  # False where the disk fails
+        return any(all(exists(self._path(key, x)) for x in cover) for cover in self._covers)
 
-    def read(self, key: bytes, row: np.ndarray) -> bool:
-        """Fill a row with a page; False where there is no such file any more, and the row holds
-        anything.
+    def read(self, key: bytes, page: np.ndarray) -> bool:
+        """Fill a page; False where there is no such file any more, and the page holds anything.
 
         Raises:
-            FormatError: the file was damaged or is another's; it is gone now.
+            FormatError: a file was damaged or is another's; it is gone now.
             OSError: it cannot be read.
         """
-        path = self._path(key)
+        rows = page.reshape(-1, page.shape[-1])
+        for cover in self._covers:
+            try:
+                for part in cover:
+                    self._read(key, part, rows)
+            except FileNotFoundError:  # another process made room
+                continue
+            return True
+        self._forget(key)
+        return False
+
+    def _read(self, key: bytes, part: tuple[int, int] | None, rows: np.ndarray) -> None:
+        """Fill those rows of a page that a part has."""
+        path, first = self._path(key, part), 0
+        if part is not None and self._heads is not None:
+            begin = max(part[0], self._heads.first)
+            end = min(sum(part), self._heads.first + self._heads.number)
+            first, rows = begin - part[0], rows[begin - self._heads.first :][: end - begin]
         try:
             if path.exists() and not path.is_file():  # nor a pipe, which would be waited for
                 raise FormatError(f"{_OP}: {path} is no file")
             with open(path, "rb") as file:
-                self._read(file, path, key, row)
-        except FileNotFoundError:  # another process made room
-            self._forget(key)
-            return False
+                header = tensor_files.read_header(_OP, file, path, "page of a tier", FORMAT)
+                tensor_files.check_facts(_OP, path, header, self._facts(key, part), ())
+                tensor_files.read_rows(_OP, file, path, header, "page", first, rows)
         except FormatError:
             self._forget(key)
             with suppress(OSError):
@@ -114,29 +164,26 @@ class DiskTier:
             raise
         with suppress(OSError):
             os.utime(path)
-        return True
 
-    def _read(self, file: BufferedReader, path: Path, key: bytes, row: np.ndarray) -> None:
-        header = tensor_files.read_header(_OP, file, path, "page of a tier", FORMAT)
-        tensor_files.check_facts(_OP, path, header, self._facts(key), ())
-        tensor_files.read_arrays(_OP, file, path, header, {"page": row})
-
-    def write(self, key: bytes, row: np.ndarray) -> None:
+    def write(self, key: bytes, page: np.ndarray) -> None:
         """Keep a page.
 
         Raises:
             OSError: the system refuses, or too little of the disk would stay free.
         """
-        path, size = self._path(key), row.nbytes + _HEADER
+        (part,), rows = self._covers[0], page.reshape(-1, page.shape[-1])
+        path, size = self._path(key, part), page.nbytes + _HEADER + _SUM * len(rows)
         with self._room_for(size):
             if shutil.disk_usage(self.folder).free < FLOOR + size:
                 raise OSError(errno.ENOSPC, f"less than {FLOOR:,} bytes would stay free", str(path))
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            tensor_files.write(path, self._facts(key), {"page": row}, private=True, durable=False)
+            how: dict[str, bool] = dict(private=True, durable=False, by_row=True)
+            tensor_files.write(path, self._facts(key, part), {"page": rows}, **how)
             with self._lock:
                 self._known.add(key)
                 self._total += size
                 self._written += size
+                self._added += size
 
     def clear(self) -> None:
         """Delete all pages of this identity; one that is written meanwhile may stay.
@@ -174,22 +221,36 @@ class DiskTier:
         with self._lock:
             self._known.discard(key)
 
-    def _facts(self, key: bytes) -> dict[str, str]:
-        return dict(format=FORMAT, identity=self._identity, key=key.hex())
+    def _facts(self, key: bytes, part: tuple[int, int] | None) -> dict[str, str]:
+        name = self._path(key, part).stem  # of its key, and its heads
+        return dict(format=FORMAT, identity=self._identity, key=name)
 
-    def _path(self, key: bytes) -> Path:
+    def _path(self, key: bytes, part: tuple[int, int] | None = None) -> Path:
         name = key.hex()
-        return self._own / name[:2] / f"{name}{SUFFIX}"
+        return self._own / name[:2] / f"{name}{self._tail(part)}{SUFFIX}"
+
+    def _tail(self, part: tuple[int, int] | None) -> str:
+        """What follows the key in the name of a file."""
+        is_whole = part is None or self._heads is None or part == (0, self._heads.total)
+        return "" if is_whole or part is None else f"-{part[0]}-{part[1]}"
 
     # --- Room ---
 
     def _count(self) -> list[Entry]:
-        """Look at all files."""
+        """Look at all files. What threads write meanwhile may not be seen, and is added."""
+        before = self._added
         found = entries(self.folder)
         own = {e.path.stem for e in found if e.path.parent.parent == self._own}
+        names = {name.partition("-") for name in own}
+        tail = self._tail(self._covers[0][0])
         with self._lock:
-            self._known = {bytes.fromhex(name) for name in own if _is_hex(name)}
-            self._total, self._written = sum(e.nbytes for e in found), 0
+            self._known = {
+                bytes.fromhex(name)
+                for name, *rest in names
+                if _is_hex(name) and "".join(rest) == tail
+            }
+            self._total = sum(e.nbytes for e in found) + self._added - before
+            self._written = 0
         return found
 
     @contextmanager

@@ -3,13 +3,21 @@ it is or in another kind. (Codes of KVTC: pykv.tiers.coded.)
 
 Dimensions: L layers, N pages, P tokens a page, H KV heads, D head size.
 
-    row  keys [L, P, H, W], values, then their scales [L, P, H] where each token and head has one;
-         each begins at a multiple of ALIGNMENT bytes, as does the next row; NHD or HND as the spec
+    row    keys [L, P, H, W], values, then their scales [L, P, H] where each token and head has one;
+           each begins at a multiple of ALIGNMENT bytes, as does the next row; NHD or HND as the
+           spec
+    heads  in files: for each head its keys [L, P, W], values, and their scales [L, P], without gaps
+
+Heads are whole, whatever the layout, so NHD reads what HND wrote, and a rank of a tensor-parallel
+model the heads that it has. Exactly: fp16, bf16 and fp32; codes with a scale for each token and
+head, which goes with them. Not so, and refused with a part of the heads: scales that heads or
+tensors share, which belong to a cache; coded tokens of KVTC, which mix all heads.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -42,8 +50,42 @@ class Form:
 
     @property
     def name(self) -> str:
-        """What tells its rows from those of other forms."""
-        return str(self.spec)
+        """What tells its pages in files from those of other forms."""
+        return str(replace(self.spec, layout="NHD"))
+
+    @property
+    def heads_shape(self) -> tuple[int, int]:
+        """Heads, and bytes of each, of a page in a file."""
+        axis, count = self._head_axis, 0
+        for _, _, shape, dtype in self.parts:
+            count += prod(shape) * dtype.itemsize // shape[axis]
+        return self.parts[0][2][axis], count
+
+    @property
+    def _head_axis(self) -> int:
+        return 1 if self.spec.layout == "HND" else 2  # behind layers
+
+    def _by_head(self, row: np.ndarray, heads: np.ndarray) -> Iterator[tuple[Any, Any]]:
+        """Views of each array [H, L, P, ...] of a page: in a row, and in heads."""
+        at = 0
+        for _, offset, shape, dtype in self.parts:
+            words = np.dtype(f"u{dtype.itemsize}")  # NaN keeps its payload
+            x = np.moveaxis(np.ndarray(shape, words, row, offset), self._head_axis, 0)
+            steps = [words.itemsize * prod(x.shape[i + 1 :]) for i in range(1, x.ndim)]
+            yield x, np.ndarray(x.shape, words, heads, at, (heads.shape[1], *steps))
+            at += x[0].nbytes
+
+    def to_heads(self, row: np.ndarray) -> np.ndarray:
+        """The heads, `heads_shape` uint8 of the host, of a row [nbytes]."""
+        heads = np.empty(self.heads_shape, np.uint8)
+        for x, y in self._by_head(row, heads):
+            y[...] = x
+        return heads
+
+    def from_heads(self, heads: np.ndarray, row: np.ndarray) -> None:
+        """Fill a row with heads."""
+        for x, y in self._by_head(row, heads):
+            x[...] = y
 
     def view(self, rows: np.ndarray, cache: Any) -> Pages:
         """Rows [N, nbytes] uint8 of the host as pages, without a copy; scales that heads or tensors

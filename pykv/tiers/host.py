@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -55,15 +55,15 @@ class HostTier:
             slots.append(slot)
         return slots
 
-    def claim(self, count: int, busy: Collection[bytes]) -> list[int]:
+    def claim(self, count: int, is_held: Callable[[bytes], bool] = lambda key: False) -> list[int]:
         """Rows for `count` pages, or fewer; what was used least recently makes room, unless it is
-        `busy`. They belong to nobody until `add` or `release`."""
+        held. They belong to nobody until `add` or `release`."""
         wanted = count - len(self._free)
         going: list[bytes] = []
         for key in self._slots if wanted > 0 else ():
             if len(going) == wanted:
                 break
-            if key not in busy:
+            if not is_held(key):
                 going.append(key)
         self.release(self._slots.pop(key) for key in going)
         return [self._free.pop() for _ in range(min(count, len(self._free)))]

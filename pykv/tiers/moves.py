@@ -1,9 +1,12 @@
 """Pages between a cache and rows of host memory.
 
-On a GPU pages go through staging memory of the device, two pieces in turn: the compute stream fills
-one, or empties it, and goes on; a stream of our own copies it over the link, between pinned memory
-and the device, with block_copy.LINK_CTAS blocks at most. Events order the two, and the host waits
-for neither.
+On a GPU pages go through staging memory of the device, two pieces in turn each way. The link is
+between pinned memory and the device, with block_copy.LINK_CTAS blocks at most; events order all, and
+the host waits for none.
+
+    out   the compute stream fills a piece, and goes on; a stream of our own copies it over the link
+    back  a second one copies a piece over the link, a third writes it to its pages, while the
+          compute stream goes on, until it is told to `join`
 """
 
 from __future__ import annotations
@@ -27,23 +30,36 @@ class Moved(NamedTuple):
 
     Attributes:
         seconds: that it took; of the host.
-        events: CuPy's, before and behind it on our stream; none of the host.
+        link: CuPy's events before and behind it on the link; none of the host.
+        end: the event behind all of it.
     """
 
     seconds: float
-    events: tuple[Any, Any] | None = None
+    link: tuple[Any, Any] | None = None
+    end: Any = None
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it is. Does not wait."""
+        return self.end is None or bool(self.end.done)
 
     def wait(self) -> None:
         """Return when it is done."""
-        if self.events is not None:
-            self.events[1].synchronize()
+        if self.end is not None:
+            self.end.synchronize()
+
+    def join(self) -> None:
+        """Have what is enqueued on the current stream from now on wait for it; the host does
+        not."""
+        if self.end is not None:
+            load_cupy().cuda.get_current_stream().wait_event(self.end)
 
     def took(self) -> float:
-        """Seconds; waits."""
-        if self.events is None:
+        """Seconds on the link; waits."""
+        if self.link is None:
             return self.seconds
         self.wait()
-        return 1e-3 * float(load_cupy().cuda.get_elapsed_time(*self.events))
+        return 1e-3 * float(load_cupy().cuda.get_elapsed_time(*self.link))
 
 
 class _Half:
@@ -53,8 +69,24 @@ class _Half:
         self.memory, self.free = memory, free
 
 
+class _Way:
+    """One way over the link: its stream, two pieces of staging memory, and the event behind all
+    that was enqueued."""
+
+    def __init__(self, form: Form | CodedForm, cache: PagedKVCache, most: int) -> None:
+        cuda = load_cupy().cuda
+        self.stream = cuda.Stream(non_blocking=True)
+        self.end = cuda.Event()
+        self._halves = [_Half(form.staging(cache, most), cuda.Event()) for _ in range(2)]
+
+    def take(self) -> _Half:
+        """The piece that was not used last."""
+        self._halves.reverse()
+        return self._halves[0]
+
+
 class Moves:
-    """Copies pages of one cache to rows and back, on CuPy's current stream and one of its own.
+    """Copies pages of one cache to rows and back, on CuPy's current stream and three of its own.
 
     Args:
         cache: the pages.
@@ -64,72 +96,73 @@ class Moves:
     Attributes:
         most: pages of one call.
         view: the rows, as the form sees them.
+
+    A row that is being copied from must not be written to before its copy is done, by `out`
+    neither.
     """
 
     def __init__(self, cache: PagedKVCache, form: Form | CodedForm, rows: np.ndarray) -> None:
         self._cache, self._form = cache, form
         self.view = form.view(rows, cache)
         self.most = max(1, min(STAGED_BYTES // form.nbytes, len(rows) // 2))
-        self._stream: Any = None
-        self._halves: list[_Half] = []
-        if on_gpu(cache.k):
-            cuda = load_cupy().cuda
-            self._stream = cuda.Stream(non_blocking=True)
-            self._halves = [_Half(form.staging(cache, self.most), cuda.Event()) for _ in range(2)]
+        self._on_gpu = on_gpu(cache.k)
+        if self._on_gpu:
+            self._down, self._up = (_Way(form, cache, self.most) for _ in range(2))
+            self._unpack = load_cupy().cuda.Stream(non_blocking=True)
 
     def out(self, ids: list[int], slots: list[int], places: list[int]) -> Moved:
         """Copy pages `ids` of the cache, at `places` of their sequences, to rows; on a GPU the
         pages may be written to by what is enqueued on the current stream from now on."""
-        if self._stream is None:
+        if not self._on_gpu:
             return _timed(self._form.put, self._cache, self.view, ids, slots, places)
-        half, at = self._take(), list(range(len(ids)))
-        current, staged, events = self._current(), load_cupy().cuda.Event(), self._events()
+        way, cuda, at = self._down, load_cupy().cuda, list(range(len(ids)))
+        half, staged, link = way.take(), cuda.Event(), (cuda.Event(), cuda.Event())
+        current = cuda.get_current_stream()
         current.wait_event(half.free)
+        if isinstance(self._form, CodedForm):
+            current.wait_event(self._up.end)  # of its codec, which has one workspace
         self._form.put(self._cache, half.memory, ids, at, places)
         staged.record(current)
-        self._stream.wait_event(staged)
-        with self._stream:
-            events[0].record(self._stream)
+        way.stream.wait_event(staged)
+        with way.stream:
+            link[0].record(way.stream)
             self._form.copy(half.memory, self.view, at, slots)
-            events[1].record(self._stream)
-        half.free = events[1]
-        return Moved(0.0, events)
+            link[1].record(way.stream)
+        way.end = half.free = link[1]
+        return Moved(0.0, link, link[1])
 
     def back(self, slots: list[int], ids: list[int], places: list[int]) -> Moved:
-        """Copy rows to pages `ids` of the cache, at `places` of their sequences, for what is
-        enqueued on the current stream from now on."""
-        if self._stream is None:
+        """Copy rows to pages `ids` of the cache, at `places` of their sequences, behind what was
+        enqueued on the current stream so far; whoever reads the pages waits, or joins."""
+        if not self._on_gpu:
             return _timed(self._form.take, self.view, self._cache, slots, ids, places)
-        half, at = self._take(), list(range(len(ids)))
-        current, events = self._current(), self._events()
-        with self._stream:
-            self._stream.wait_event(half.free)
-            events[0].record(self._stream)
+        way, cuda, at = self._up, load_cupy().cuda, list(range(len(ids)))
+        half, now, link = way.take(), cuda.Event(), (cuda.Event(), cuda.Event())
+        now.record(cuda.get_current_stream())
+        with way.stream:
+            way.stream.wait_event(half.free)
+            way.stream.wait_event(self._down.end)  # of these rows, perhaps
+            link[0].record(way.stream)
             self._form.copy(self.view, half.memory, slots, at)
-            events[1].record(self._stream)
-        current.wait_event(events[1])
-        self._form.take(half.memory, self._cache, at, ids, places)
-        half.free = load_cupy().cuda.Event()  # not events[1], which says when the link was done
-        half.free.record(current)
-        return Moved(0.0, events)
+            link[1].record(way.stream)
+        with self._unpack:
+            self._unpack.wait_event(now)
+            self._unpack.wait_event(link[1])
+            self._form.take(half.memory, self._cache, at, ids, places)
+            end = cuda.Event()
+            end.record(self._unpack)
+        way.end = half.free = end
+        return Moved(0.0, link, end)
+
+    def outs(self) -> Moved:
+        """All that `out` was asked for so far."""
+        return Moved(0.0, None, self._down.end if self._on_gpu else None)
 
     def wait(self) -> None:
         """Return when the host may write to rows that were copied from or to."""
-        if self._stream is not None:
-            self._stream.synchronize()
-
-    def _take(self) -> _Half:
-        self._halves.reverse()
-        return self._halves[0]
-
-    @staticmethod
-    def _current() -> Any:
-        return load_cupy().cuda.get_current_stream()
-
-    @staticmethod
-    def _events() -> tuple[Any, Any]:
-        cuda = load_cupy().cuda
-        return cuda.Event(), cuda.Event()
+        if self._on_gpu:
+            self._down.end.synchronize()
+            self._up.end.synchronize()
 
 
 def _timed(move: Callable[..., None], *args: Any) -> Moved:

@@ -4,8 +4,8 @@ Pages go by their keys, see pykv.prefix_keys: whoever has a key has the tokens a
 
     fall    the block manager is about to forget pages: those that the host tier lacks are copied
             there, and on to files, by threads
-    fetch   before a prompt is computed: pages of it that the cache lacks are copied into free ones
-            and published, as far as the tiers have them without a gap
+    begin   before a prompt is computed: pages of it that the cache lacks come back, as far as the
+            tiers have them without a gap, while others are computed: pykv.tiers.fetch
 
 A page that came back stays where it was, so that it costs no copy to fall again. Files become
 pages of the host tier when they are read.
@@ -14,11 +14,10 @@ pages of the host tier when they are read.
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Callable, Collection, Iterator, Sequence
-from concurrent.futures import Future, wait
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -26,47 +25,32 @@ from pykv import prefix_keys
 from pykv.arrays import load_cupy, on_gpu
 from pykv.errors import FormatError, ParameterError
 from pykv.kvtc import Codec
+from pykv.options import check_whole
 from pykv.pool import PagedKVCache
 from pykv.tiers import threads
 from pykv.tiers.coded import CodedForm, rising
 from pykv.tiers.counters import Counters, Flow
-from pykv.tiers.disk import DiskTier
+from pykv.tiers.disk import DiskTier, Heads
+from pykv.tiers.fetch import Fetch
 from pykv.tiers.forms import Form, form_of
-from pykv.tiers.host import HostTier, allocate
-from pykv.tiers.moves import Moved, Moves
+from pykv.tiers.moves import Moved
+from pykv.tiers.rows import Rows, check_fits, counts_of
 from pykv.tiers.sizes import Limit, artefact_of, parse_disk, parse_host
 
 BUFFER_BYTES = 64 << 20  # of host memory where there is a disk tier alone
-EXACT_SHARE = 4  # beside coded rows, a fourth of host memory is for the pages before them
 THREADS = min(8, 2 * (os.cpu_count() or 1))  # that read and write files
 _CODED_TOKENS = 512  # that a codec works on at a time; its workspace is in a GPU's memory
 
 Opener = Callable[[str, str, Any, int], Codec]
 
 
-class _Rows:
-    """Rows of host memory of one form.
+class _Reading(NamedTuple):
+    """A file that a thread reads into a claimed row, for a page at a place."""
 
-    Attributes:
-        form, file_form: of the rows, and of files that are made of them.
-        is_coded: only pages whose places rise can go at once.
-        host: which pages are in them.
-        moves: to the cache and back.
-        places: of the page in each row.
-    """
-
-    def __init__(self, cache: PagedKVCache, form: Any, file_form: Any, count: int) -> None:
-        xp = load_cupy() if on_gpu(cache.k) else np
-        self.form, self.file_form = form, file_form
-        self.is_coded = isinstance(form, CodedForm)
-        self.host = HostTier(allocate("Tiers", "host_cache", xp, count, form.nbytes))
-        self.moves = Moves(cache, form, self.host.rows)
-        self.places = [0] * count
-
-    def add(self, key: bytes, slot: int, place: int) -> None:
-        """Note the page that a claimed row holds now."""
-        self.host.add(key, slot)
-        self.places[slot] = place
+    future: Future[float | None]
+    rows: Rows
+    slot: int
+    place: int
 
 
 class Tiers:
@@ -81,6 +65,9 @@ class Tiers:
         open_codec: opens a codec "FILE:RATIO" of the cache's model, of an argument's name, the
             text, an array module, and tokens that it works on at a time; None: there is none.
         hadamard: the cache holds Hadamard-rotated heads, as of Codec.compress.
+        heads: (first, total): the cache has heads of a model from `first` on, of `total`, as a rank
+            of a tensor-parallel one. Ranks of any number find each other's files, see forms.py.
+            None: it has all.
 
     Attributes:
         counters: what was done so far.
@@ -108,6 +95,7 @@ class Tiers:
         identity: dict[str, str] | None = None,
         open_codec: Opener | None = None,
         hadamard: bool = False,
+        heads: tuple[int, int] | None = None,
     ) -> None:
         limit = None if disk is None else parse_disk("Tiers", "disk_cache", disk)
         plain = form_of("Tiers", "host_cache", cache, "none")
@@ -144,17 +132,20 @@ class Tiers:
                     "what an artefact coded is not coded again"
                 )
         self._exact_pages: int = max(getattr(x, "exact_pages", 0) for x in (of_rows, of_files))
-        counts = _counts(own, plain, of_rows)
+        counts = counts_of(own, plain, of_rows)
         self._files: DiskTier | None = None
         if limit is not None and limit.folder is not None:
             largest = max(of_files.nbytes, plain.nbytes if self._exact_pages else 0)
-            _check_fits("disk_cache", limit.nbytes, largest)
+            part = _heads_of(cache, heads, of_files)
+            check_fits("disk_cache", limit.nbytes, largest)
             source = own.codec if artefact_of(own.codec) is None else of_rows.name
             facts = (identity or {}) | dict(form=of_files.name, host=source)
-            self._files = DiskTier(limit.folder, limit.nbytes, facts, of_files.nbytes)
-        self._rows = [_Rows(cache, of_rows, of_files, counts[-1])]
+            _, size = of_files.heads_shape
+            nbytes = size * (1 if part is None else part.total)
+            self._files = DiskTier(limit.folder, limit.nbytes, facts, nbytes, part)
+        self._rows = [Rows(cache, of_rows, of_files, counts[-1], self._exact_pages)]
         if len(counts) > 1:
-            self._rows.insert(0, _Rows(cache, plain, plain, counts[0]))
+            self._rows.insert(0, Rows(cache, plain, plain, counts[0], self._exact_pages))
         self.counters = Counters()
         self.folder = None if limit is None else limit.folder
         self.is_exact = {own.codec, limit.codec if limit else "none"} == {"none"}
@@ -162,16 +153,13 @@ class Tiers:
         self._threads = threads.start(0 if self._files is None else THREADS)
         self._writing: dict[bytes, tuple[Future[float], int]] = {}  # and bytes of files
         self._moving: list[tuple[Flow, int, int, Moved]] = []  # whose seconds are not known yet
-        self._held: Collection[bytes] = ()  # pages that are on their way back
+        self._reading: dict[bytes, _Reading] = {}
+        self._fetches: list[Fetch] = []  # that hold rows
         cache.manager.on_forget = self.fall
 
-    def _rows_of(self, place: int) -> _Rows:
+    def _rows_of(self, place: int) -> Rows:
         """Where pages go that are at a place of their sequences."""
         return self._rows[0 if place < self._exact_pages else -1]
-
-    def _file_form(self, rows: _Rows, place: int) -> Any:
-        """The form of a page in a file."""
-        return rows.form if place < self._exact_pages else rows.file_form
 
     # --- Down ---
 
@@ -187,7 +175,7 @@ class Tiers:
                 for piece in _pieces(group, rows.moves.most):
                     self._fall(rows, piece)
 
-    def _fall(self, rows: _Rows, pages: Sequence[tuple[bytes, int]]) -> None:
+    def _fall(self, rows: Rows, pages: Sequence[tuple[bytes, int]]) -> None:
         """Copy pages that go at once, whose places rise."""
         slots = self._claim(rows, len(pages))
         self.counters.refused += len(pages) - len(slots)
@@ -216,7 +204,7 @@ class Tiers:
         for some in _pieces(self._cache.manager.published, self._rows[-1].moves.most):
             self.fall([(key, page) for key, page in some if key not in self._files])
         self._write_refused()
-        self._settle(wait_for=len(self._writing))
+        self._finish()
         new = self.counters.since(self._noted)
         with suppress(OSError):
             if self._files.note(new):
@@ -224,8 +212,9 @@ class Tiers:
 
     def clear_host(self) -> None:
         """Forget what host memory holds, once it is in files; these stay."""
-        self._settle(wait_for=len(self._writing))
+        self._finish()
         for rows in self._rows:
+            rows.moves.wait()
             rows.host.clear()
 
     def _write_refused(self) -> None:
@@ -235,222 +224,234 @@ class Tiers:
             for key, slot in rows.host.items():
                 self._write_later(rows, key, slot, Moved(0.0))
 
-    def _write_later(self, rows: _Rows, key: bytes, slot: int, moved: Moved) -> None:
+    def _write_later(self, rows: Rows, key: bytes, slot: int, moved: Moved) -> None:
         """Have a thread write a row, once it was moved there, unless there is such a file."""
         files = self._files
         if files is not None and key not in self._writing and key not in files:
-            nbytes = self._file_form(rows, rows.places[slot]).nbytes
+            nbytes = rows.file_form_at(rows.places[slot]).nbytes
             written: Future[float] = Future()
             try:
                 # First: an interrupt between the two must not leave a thread with an unknown row.
                 self._writing[key] = written, nbytes
-                given = files, rows, key, slot, moved
-                self._threads.submit(threads.fulfil, written, self._write, *given)
+                given = files, key, slot, moved
+                self._threads.submit(threads.fulfil, written, rows.write, *given)
             except BaseException:
                 if written.cancel():  # no thread has begun, and none will
                     self._writing.pop(key, None)
                 raise
 
-    def _write(self, files: DiskTier, rows: _Rows, key: bytes, slot: int, moved: Moved) -> float:
-        """Write a row to a file, of a thread. Returns seconds.
-
-        Raises:
-            OSError: the system refuses.
-        """
-        moved.wait()
-        began = time.perf_counter()
-        row, place = rows.host.rows[slot], rows.places[slot]
-        form = self._file_form(rows, place)
-        if form is not rows.form:
-            row = np.zeros(form.nbytes, np.uint8)
-            view = form.view(row[None], self._cache)
-            form.put(rows.moves.view, view, [slot], [0], [place])
-        files.write(key, row)
-        return time.perf_counter() - began
-
     # --- Up ---
 
-    def fetch(self, tokens: Sequence[int], *, again: bool = False) -> None:
+    def begin(self, tokens: Sequence[int], pages: list[int]) -> Fetch | None:
+        """Find what a sequence lacks of the full pages of its tokens, and count what it does not
+        find; None where there is nothing.
+
+        Args:
+            tokens: of the sequence, from its start.
+            pages: of the sequence, with those of its first tokens; see Fetch, which goes on.
+        """
+        start, P = len(pages), self._cache.page_size
+        if start >= len(tokens) // P:
+            return None
+        keys = list(prefix_keys.of_pages("Tiers.begin", tokens, P))[start:]
+        count = self.find(keys, start)
+        self.counters.misses += len(keys) - count
+        if not count:
+            return None
+        fetch = Fetch(self, keys[:count], pages)
+        self._fetches.append(fetch)
+        return fetch
+
+    def fetch(self, tokens: Sequence[int]) -> None:
         """Bring back what the cache lacks of the full pages of tokens, and publish it, for
         BlockManager.reuse to find; as far as pages are free.
 
-        Args:
-            tokens: of a prompt, from its start.
-            again: the prompt waits, and its misses were counted.
-
-        On a GPU pages of the host tier are there for what is enqueued on the current stream from
-        then on; the host waits for files.
+        On a GPU pages are there for what is enqueued on the current stream from then on; the host
+        waits for files.
         """
         manager, P = self._cache.manager, self._cache.page_size
-        pages = manager.reuse(tokens)
+        pages, fetch = manager.reuse(tokens), None
         try:
-            keys: list[bytes] = []
-            if len(pages) < len(tokens) // P:
-                keys = list(prefix_keys.of_pages("Tiers.fetch", tokens, P))
-            while len(pages) < len(keys):
-                start = len(pages)
-                rows = self._rows_of(start)
-                most = min(rows.moves.most, manager.num_free)
-                if start < self._exact_pages:
-                    most = min(most, self._exact_pages - start)
-                slots = self._find(rows, keys[start : start + most], start)
-                if not slots:
-                    break
-                self._held = keys[start : start + len(slots)]
-                stop = start + len(slots)
+            start = len(pages)
+            fetch = self.begin(tokens, pages)
+            if fetch is not None:
+                stop = min(fetch.stop, start + manager.num_free)
                 manager.extend(pages, start * P, stop * P)  # others may fall now
-                moved = rows.moves.back(slots, pages[start:], list(range(start, stop)))
-                self._note(self.counters.from_host, rows, len(slots), moved)
-                manager.publish(pages, tokens[: stop * P])
-            if not again:
-                self.counters.misses += max(len(keys) - len(pages), 0)
+                manager.publish(pages, tokens[: fetch.advance(wait=True) * P])
         finally:
-            self._held = ()
+            if fetch is not None:
+                fetch.cancel()
             manager.free(pages)
-        self._settle()
 
-    def _find(self, rows: _Rows, keys: list[bytes], place: int) -> list[int]:
-        """Rows of the first of these pages, until one is nowhere; the first is at `place`."""
-        slots = rows.host.find_first(keys)
-        self.counters.host_hits += len(slots)
-        found: list[tuple[bytes, int | None]] = []
-        for key in keys[len(slots) :]:
-            slot = rows.host.find(key)
-            if slot is None and (self._files is None or key not in self._files):
-                break
-            found.append((key, slot))
-        if not found:
-            return slots
-        self._held = keys[: len(slots) + len(found)]
-        places = {key: place + i for i, key in enumerate(keys)}
-        missing = {key: places[key] for key, slot in found if slot is None}
-        read = self._read_all(rows, missing, self._claim(rows, len(missing)))
-        for key, slot in found:
-            row = read.get(key) if slot is None else slot
-            if row is None:
-                break
-            slots.append(row)
-            self.counters.disk_hits += slot is None
-            self.counters.host_hits += slot is not None
-        return slots
+    def join(self) -> None:
+        """Have the current stream wait for pages on their way: the cache moves to other memory."""
+        for fetch in self._fetches:
+            fetch.join()
 
-    def _read_all(
-        self, rows: _Rows, places: dict[bytes, int], slots: list[int]
-    ) -> dict[bytes, int]:
-        """Read files of pages at places into claimed rows; returns those of files that were
-        right."""
-        rows.moves.wait()  # for earlier copies from these rows
-        read = dict(zip(places, slots, strict=False))
-        futures: dict[bytes, Future[float | None]] = {key: Future() for key in read}
+    def find(self, keys: list[bytes], start: int) -> int:
+        """How many of the first of these pages tiers have; the first is at place `start`."""
+        count, files = 0, self._files
+        while count < len(keys):
+            place = start + count
+            end = len(keys)
+            if place < self._exact_pages:
+                end = min(end, self._exact_pages - start)
+            count += len(self._rows_of(place).host.find_first(keys[count:end]))
+            if count < end:
+                key = keys[count]
+                if key not in self._reading and (files is None or key not in files):
+                    break
+                count += 1
+        return count
+
+    # What a Fetch does:
+
+    @property
+    def most_ahead(self) -> int:
+        """Pages that are read ahead."""
+        return self._rows[-1].moves.most
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether rows will become free, or be filled."""
+        return bool(self._writing or self._reading or any(f.is_moving for f in self._fetches))
+
+    def has_row(self, key: bytes, place: int) -> bool:
+        """Whether a page is in a row, or will be."""
+        return key in self._reading or key in self._rows_of(place).host
+
+    def bring_back(
+        self, keys: list[bytes], asked: set[bytes], pages: list[int], start: int
+    ) -> tuple[int, Moved] | None:
+        """Copy the first of these pages, as far as they are in rows and one copy goes, to pages
+        start ... of a sequence; returns how many, and the copy. None: the first is in no row.
+        Those that were `asked` for came from files."""
+        rows = self._rows_of(start)
+        most = rows.moves.most
+        if start < self._exact_pages:
+            most = min(most, self._exact_pages - start)
+        slots = rows.host.find_first(keys[:most])
+        if not slots:
+            return None
+        count, stop = len(slots), start + len(slots)
+        moved = rows.moves.back(slots, pages[start:stop], list(range(start, stop)))
+        self._note(self.counters.from_host, rows, count, moved)
+        read = sum(key in asked for key in keys[:count])
+        self.counters.disk_hits += read
+        self.counters.host_hits += count - read
+        return count, moved
+
+    def read_later(self, key: bytes, place: int) -> bool:
+        """Have a thread read the file of a page into a row; whether there is a row."""
+        rows, read = self._rows_of(place), Future[float | None]()
+        slots = rows.host.claim(1, self._is_held)
+        if not slots:
+            return False
         try:
-            for key, future in futures.items():
-                given = rows, key, read[key], places[key]
-                self._threads.submit(threads.fulfil, future, self._read, *given)
-            wait(futures.values())
+            # First: an interrupt between the two must not leave a thread with an unknown row.
+            self._reading[key] = _Reading(read, rows, slots[0], place)
+            given = self._files, key, slots[0], place, rows.moves.outs()
+            self._threads.submit(threads.fulfil, read, rows.read, *given)
         except BaseException:
-            # Threads that have begun would write to rows of others.
-            wait([future for future in futures.values() if not future.cancel()])
-            rows.host.release(slots)
+            if read.cancel():  # no thread has begun, and none will
+                self._reading.pop(key, None)
+                rows.host.release(slots)
             raise
-        for key, future in futures.items():
-            try:
-                seconds = future.result()
-            except (FormatError, OSError, MemoryError):
-                seconds = None
-                self.counters.damaged += 1
-            if seconds is None:
-                rows.host.release([read.pop(key)])
-            else:
-                rows.add(key, read[key], places[key])
-                nbytes = self._file_form(rows, places[key]).nbytes
-                self.counters.from_disk.count(1, nbytes, seconds)
-        return read
+        return True
 
-    def _read(self, rows: _Rows, key: bytes, slot: int, place: int) -> float | None:
-        """Read a file into a row, of a thread. Returns seconds; None if there is none any more.
-
-        Raises:
-            FormatError, OSError: it is damaged, or cannot be read.
-        """
-        assert self._files is not None
-        began = time.perf_counter()
-        form = self._file_form(rows, place)
-        if form is rows.form:
-            found = self._files.read(key, rows.host.rows[slot])
+    def wait_for_one(self) -> None:
+        """Wait until a file is read or written; or else, of copies, the first that a row waits
+        for."""
+        if files := self._files_under_way():
+            wait(files, return_when=FIRST_COMPLETED)
         else:
-            row = np.zeros(form.nbytes, np.uint8)
-            found = self._files.read(key, row)
-            if found:
-                view = form.view(row[None], self._cache)
-                form.take(view, rows.moves.view, [0], [slot], [place])
-        return time.perf_counter() - began if found else None
+            next(f for f in self._fetches if f.is_moving).wait()
 
     # --- Rows and counters ---
 
-    def _claim(self, rows: _Rows, count: int) -> list[int]:
+    def _is_held(self, key: bytes) -> bool:
+        """Whether the row of a page must stay as it is."""
+        return key in self._writing or any(fetch.holds(key) for fetch in self._fetches)
+
+    def _claim(self, rows: Rows, count: int) -> list[int]:
         """Rows for so many pages; waits for files, from which rows become free."""
         slots: list[int] = []
         while True:
-            busy = {*self._writing, *self._held}
-            slots += rows.host.claim(count - len(slots), busy)
+            slots += rows.host.claim(count - len(slots), self._is_held)
             if len(slots) == count or not self._writing:
                 return slots
-            self._settle(wait_for=1)
+            wait([next(iter(self._writing.values()))[0]])
+            self.settle()
 
-    def _settle(self, wait_for: int = 0) -> None:
-        """Count what is done, and wait until so many files are."""
-        files = list(self._writing.items())
-        wait(future for _, (future, _) in files[:wait_for])
-        for key, (future, nbytes) in files:
+    def _finish(self) -> None:
+        """Wait for all files that threads read and write."""
+        wait(self._files_under_way())
+        self.settle()
+
+    def _files_under_way(self) -> list[Future[Any]]:
+        written = [future for future, _ in self._writing.values()]
+        return [*(reading.future for reading in self._reading.values()), *written]
+
+    def settle(self) -> None:
+        """Note what is done."""
+        for key, (future, nbytes) in list(self._writing.items()):
             if future.done():
                 del self._writing[key]
                 try:
                     self.counters.to_disk.count(1, nbytes, future.result())
                 except (OSError, MemoryError):
                     self.counters.refused += 1
+        for key, reading in list(self._reading.items()):
+            if reading.future.done():
+                self._keep_read(key, reading)
         left = []
         for flow, count, nbytes, moved in self._moving:
-            if moved.events is not None and not moved.events[1].done:
-                left.append((flow, count, nbytes, moved))
-            else:
+            if moved.is_done:
                 flow.count(count, nbytes, moved.took())
+            else:
+                left.append((flow, count, nbytes, moved))
         self._moving = left
+        self._fetches = [fetch for fetch in self._fetches if not fetch.release()]
 
-    def _note(self, flow: Flow, rows: _Rows, count: int, moved: Moved) -> None:
+    def _keep_read(self, key: bytes, reading: _Reading) -> None:
+        """Make a page of the host tier of a file that was read, if it was right."""
+        del self._reading[key]
+        _, rows, slot, place = reading
+        try:
+            seconds = reading.future.result()
+        except (FormatError, OSError, MemoryError):
+            seconds = None
+            self.counters.damaged += 1
+        if seconds is None or key in rows.host:  # it fell meanwhile
+            rows.host.release([slot])
+        else:
+            rows.add(key, slot, place)
+            self.counters.from_disk.count(1, rows.file_form_at(place).nbytes, seconds)
+
+    def _note(self, flow: Flow, rows: Rows, count: int, moved: Moved) -> None:
         self._moving.append((flow, count, count * rows.form.nbytes, moved))
         if len(self._moving) > 64:
-            self._settle()
+            self.settle()
 
 
-def _counts(limit: Limit, plain: Form, form: Form | CodedForm) -> list[int]:
-    """Rows that host memory has room for; where they are coded, of pages as they are first.
-
-    Raises:
-        ParameterError: none.
-    """
-    if not isinstance(form, CodedForm):
-        _check_fits("host_cache", limit.nbytes, form.nbytes)
-        return [limit.nbytes // form.nbytes]
-    share = limit.nbytes // EXACT_SHARE
-    least = EXACT_SHARE * plain.nbytes
-    if share < plain.nbytes or limit.nbytes - share < form.nbytes:
-        raise ParameterError(
-            f"Tiers: host_cache is {limit.nbytes:,} bytes, expected at least {least:,}, of which "
-            f"1/{EXACT_SHARE} keeps first pages as they are"
-        )
-    return [share // plain.nbytes, (limit.nbytes - share) // form.nbytes]
-
-
-def _check_fits(name: str, limit: int, nbytes: int) -> None:
-    """Check that a tier has room for a page.
+def _heads_of(
+    cache: PagedKVCache, given: tuple[int, int] | None, form: Form | CodedForm
+) -> Heads | None:
+    """The heads of a cache; None where its pages in files are not told apart by heads.
 
     Raises:
-        ParameterError: it has not.
+        ParameterError: there are no such heads, or a form has no heads of its own.
     """
-    if limit < nbytes:
-        raise ParameterError(
-            f"Tiers: {name} is {limit:,} bytes, expected at least the {nbytes:,} of a page"
-        )
+    _, count, _ = cache.sizes
+    is_coded = isinstance(form, CodedForm)
+    if given is None:
+        return None if is_coded else Heads(0, count, count)
+    first = check_whole("Tiers", "heads[0]", given[0], 0)
+    total = check_whole("Tiers", "heads[1]", given[1], first + count)
+    if is_coded or cache.spec.has_given_scales:
+        why = "a codec that mixes heads" if is_coded else f"scales that are shared ({cache.spec})"
+        raise ParameterError(f"Tiers: heads is {given}, expected None with {why}")
+    return Heads(first, count, total)
 
 
 def _pieces(pages: Sequence[tuple[bytes, int]], most: int) -> Iterator[Sequence[tuple[bytes, int]]]:

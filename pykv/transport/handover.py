@@ -86,7 +86,8 @@ class Handover:
         self.taken_pages = self.taken_bytes = 0
         self._llm, self._transport, self._timeout = llm, transport, timeout
         self._is_exact = llm.is_exact
-        facts = identity(llm) | dict(exact=str(llm.is_exact))  # or files of tiers might take codes
+        facts = identity(llm) | dict(layout=cache.spec.layout)
+        facts |= dict(exact=str(llm.is_exact))  # or files of tiers might take codes
         self._region = transport.register(nbytes // form.nbytes, form.nbytes, facts)
         rows = self._region.rows
         self._host = HostTier(rows)
@@ -298,7 +299,7 @@ class Handover:
     def _claim(self, count: int, busy: Any) -> list[int]:
         """Rows that nobody is offered any more."""
         self._moves.wait()
-        slots = self._host.claim(count, busy)
+        slots = self._host.claim(count, busy.__contains__)
         for slot in slots:
             self._region.drop(slot)
         return slots

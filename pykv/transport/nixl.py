@@ -32,7 +32,7 @@ from pykv.transport.messages import Message, check_facts, check_name, check_seco
 from pykv.transport.region import PeerRegion, Region, check_region, size_of
 
 _PACKAGES = ("nixl", "nixl_cu13", "nixl_cu12")  # the first one picks one of the others, by torch
-_SCRATCH = 4 << 20  # bytes of one transfer at most
+_SCRATCH = 1 << 20  # bytes of one transfer at most; caches hold them while they are copied on
 _AGAIN = 1.0  # seconds after which a peer is asked once more for what it has
 _PAUSE = 2e-4  # seconds between two looks at a transfer, or for messages
 
@@ -138,19 +138,27 @@ class Nixl:
     def _read(self, peer: str, parts: list[tuple[int, Any]]) -> None:
         """Fill arrays from a peer's addresses."""
         end = time.monotonic() + self._timeout
-        with self._lock:
-            self._check_over(peer, end)
-            for address, out in parts:
-                for at in range(0, out.nbytes, _SCRATCH):
-                    self._transfer(peer, address + at, out[at : at + _SCRATCH], end)
+        for address, out in parts:
+            for at in range(0, out.nbytes, _SCRATCH):
+                self._transfer(peer, address + at, out[at : at + _SCRATCH], end)
 
     def _transfer(self, peer: str, address: int, out: Any, end: float) -> None:
+        with self._lock:
+            self._check_over(peer, end)
+            scratch = self._fetch(peer, address, out.nbytes, end)
+        try:  # others may transfer meanwhile
+            out[...] = scratch[: out.nbytes]
+        finally:
+            self._spares.append(scratch)
+
+    def _fetch(self, peer: str, address: int, nbytes: int, end: float) -> Any:
+        """Memory of our own with bytes of a peer; whoever asked for it gives it back."""
         agent = self._agent
         scratch = self._spares.pop() if self._spares else self._register(_SCRATCH)
 
         def run() -> str:
-            local = self._descs([(address_of(scratch), out.nbytes)])
-            remote = self._descs([(address, out.nbytes)])
+            local = self._descs([(address_of(scratch), nbytes)])
+            remote = self._descs([(address, nbytes)])
             handle = agent.initialize_xfer("READ", local, remote, peer)
             state = "ERR"
             try:
@@ -165,14 +173,15 @@ class Nixl:
                     agent.release_xfer_handle(handle)
             return state
 
+        state = "ERR"
         try:
             state = _call(f"reads nothing of {peer}", run)
         finally:
-            if peer not in self._late:
+            if state != "DONE" and peer not in self._late:
                 self._spares.append(scratch)
         if state != "DONE":
             raise TransportError(f"transport: {peer} gave no bytes: NIXL says {state}")
-        out[...] = scratch[: out.nbytes]
+        return scratch
 
     def _check_over(self, peer: str, end: float) -> None:
         """Let go of a transfer that was given up, if it is over; else no other one begins."""

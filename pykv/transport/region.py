@@ -180,10 +180,9 @@ class PeerRegion:
         """
         self._check(keys, rows)
         begin, known = _begin(self._count), [self._slots[key] for key in keys]
-        at = [begin + slot * self._nbytes for slot, _, _ in known]
-        self._read(list(zip(at, rows, strict=True)))
         for i, (key, row) in enumerate(zip(keys, rows, strict=True)):
             slot, generation, checksum = known[i]
+            self._read([(begin + slot * self._nbytes, row)])  # which caches hold for the checksum
             if _checksum(key, generation, row) == checksum:
                 continue
             entry = np.empty(1, _ENTRY)

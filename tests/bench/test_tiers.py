@@ -42,7 +42,7 @@ def test_a_case_does_what_it_says(path, tmp_path, rng, place, codec):
 
 def test_what_is_computed_again_is_no_result(path, tmp_path, rng, monkeypatch):
     work = tiers.make(case_of(path, tmp_path, "host", "none"), np, rng)
-    monkeypatch.setattr(stack.Tiers, "fetch", lambda self, tokens, **_: None)
+    monkeypatch.setattr(stack.Tiers, "begin", lambda self, tokens, pages: None)
     work.run()
     assert not work.check()
 

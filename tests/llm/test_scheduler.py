@@ -1,6 +1,7 @@
 """Who runs when, on which pages: the scheduler with a model whose tokens are a hash of all that it
 finds in the pages, and with a tiny one."""
 
+import itertools
 import random
 
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
+from pykv import prefix_keys
 from pykv.blocks import BlockManager
 from pykv.errors import CapacityError, NumberError
 from pykv.llm import LLM, SamplingParams, scheduler
@@ -113,17 +115,82 @@ class Fake:
             assert self.states[self.slot(s, position)] == state
 
 
+class FakeTiers:
+    """Keeps states of pages that are forgotten; each comes back after some looks, or fails."""
+
+    def __init__(self, fake, choice):
+        self.fake, self.choice = fake, choice
+        self.kept, self.open = {}, set()
+        self.came = 0
+        fake.manager.on_forget = self.fall
+
+    def fall(self, pages):
+        for key, page in pages:
+            self.kept[key] = [self.fake.states[page * P + i] for i in range(P)]
+
+    def begin(self, tokens, pages):
+        keys = list(prefix_keys.of_pages("test", tokens, P))[len(pages) :]
+        found = list(itertools.takewhile(lambda key: key in self.kept, keys))
+        return FakeFetch(self, [self.kept[key] for key in found], pages) if found else None
+
+    def fetch(self, tokens):
+        pass
+
+    def join(self):
+        """The pool may grow meanwhile: slots keep their numbers."""
+
+
+class FakeFetch:
+    def __init__(self, tiers, states, pages):
+        self.tiers, self.states, self.pages, self.done = tiers, states, pages, len(pages)
+        self.is_over, tiers.open = False, {*tiers.open, self}
+
+    def advance(self, *, wait=False):
+        manager, choice = self.tiers.fake.manager, self.tiers.choice
+        assert not self.is_over
+        while self.states and (wait or choice(3)):
+            page, states = self.pages[self.done], self.states.pop(0)
+            assert manager._counts[page] == 1 and manager._keys[page] is None
+            if not choice(12):
+                self.states = []  # it was damaged
+                break
+            if not choice(40):
+                raise OSError("planted")
+            self.tiers.fake.states |= {page * P + i: state for i, state in enumerate(states)}
+            self.done += 1
+            self.tiers.came += 1
+        if not self.states:
+            self.cancel()
+        return self.done
+
+    def cancel(self):
+        self.is_over = True
+        self.tiers.open.discard(self)
+
+
 class World:
     """A scheduler, all that was ever asked of it, and what must hold after each step."""
 
-    def __init__(self, pages, *, last=1, may_grow=False, prefix_cache=True, slots=None, most=None):
+    def __init__(
+        self,
+        pages,
+        *,
+        last=1,
+        may_grow=False,
+        prefix_cache=True,
+        slots=None,
+        most=None,
+        choice=None,
+    ):
         self.fake = Fake(pages, last)
+        self.tiers = None if choice is None else FakeTiers(self.fake, choice)
         self.scheduler = Scheduler(
             *(self.fake, self.fake),
             may_grow=may_grow,
             prefix_cache=prefix_cache,
             slots=slots,
             max_waiting=most,
+            tiers=self.tiers,
         )
         self.may_grow, self.slots, self.most = may_grow, slots, most
         self.live, self.ended, self.oldest = {}, set(), (None, 0)
@@ -162,7 +229,15 @@ class World:
         fake, stepped = self.fake, self.scheduler
         before = {s: len(s.generated) for s in self.live}
         computed, fake.step_tokens = fake.computed, 0
-        changed = stepped.step()
+        came = self.tiers and self.tiers.came
+        try:
+            changed = stepped.step()
+        except OSError:  # of a fetch, after which it waits to be computed
+            assert len(stepped.failed) == 1 and stepped.failed[0] in stepped.waiting
+            for s in [s for s in self.live if s.finish_reason]:
+                stepped.abort(s)
+                self.end(s)
+            return self.check()
         assert len(set(changed)) == len(changed)
         for s in changed:
             assert s in self.live  # nobody ends twice
@@ -182,7 +257,7 @@ class World:
             assert len(s.generated) == before[s] and not s.finish_reason
         assert fake.step_tokens <= max(BUDGET, len(before) + max(P, fake.last))
         if before:  # some have a token more, or a prompt is nearer to its end, or somebody stopped
-            assert changed or fake.computed > computed
+            assert changed or fake.computed > computed or self.tiers and self.tiers.came > came
         self.check()
         self.watch_the_oldest()
 
@@ -205,6 +280,9 @@ class World:
         held = {page for s in running for page in s.pages}
         manager = self.fake.manager
         assert manager.num_free + len(held) == manager.num_pages
+        fetches = {s.fetch for s in (*running, *waiting, *self.ended) if s.fetch is not None}
+        assert fetches == (self.tiers.open if self.tiers else set())
+        assert all(not fetch.is_over for fetch in fetches)
 
     def finish(self):
         while self.scheduler.has_work:
@@ -245,7 +323,7 @@ def act(world, choice):
             for s in stepped.step():
                 if s.finish_reason:
                     world.end(s)
-        except RuntimeError:
+        except (RuntimeError, OSError):
             pass
         fake.fails = None
         for s in [s for s in world.live if s.finish_reason]:  # ended, and not yet said so
@@ -273,6 +351,9 @@ class Serving(RuleBasedStateMachine):
             prefix_cache=draw(st.sampled_from([True, True, False])),
             slots=draw(st.sampled_from([None, None, 2])),
             most=draw(st.sampled_from([None, 5])),
+            choice=random.Random(draw(st.integers(0, 99))).randrange
+            if draw(st.booleans())
+            else None,
         )
 
     @rule(data=st.data())
@@ -303,7 +384,7 @@ class TestServing(Serving.TestCase):
 def test_many_steps(steps):
     """Of a pool that is mostly too small."""
     choose = random.Random(5)
-    done, preemptions, reused = 0, 0, 0
+    done, preemptions, reused, came = 0, 0, 0, 0
     while done < steps:
         world = World(
             choose.randrange(9, 30),
@@ -312,6 +393,7 @@ def test_many_steps(steps):
             prefix_cache=choose.random() < 0.8,
             slots=choose.choice([None, None, 3]),
             most=20,
+            choice=choose.randrange if choose.random() < 0.5 else None,
         )
         for _ in range(500):
             if choose.random() < 0.5:
@@ -321,6 +403,8 @@ def test_many_steps(steps):
         done += 500
         preemptions += world.scheduler.stats.preemptions
         reused += world.scheduler.stats.reused_tokens
+        came += world.tiers.came if world.tiers else 0
+    assert came > steps / 20
     assert preemptions > steps / 100 and reused > steps / 10
 
 

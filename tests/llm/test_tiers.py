@@ -1,6 +1,7 @@
 """A model whose cache forgets: the text with tiers is the text without, and less is computed."""
 
 import re
+import threading
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from pykv.arrays import to_host
 from pykv.errors import CapacityError, DtypeError, ParameterError
 from pykv.kvtc import Codec
 from pykv.llm import LLM, SamplingParams
+from pykv.llm.prompts import answer_to
 from pykv.tiers import disk
 from tests.helpers import without_simt
 from tests.kvtc.made import artefact_of
@@ -80,16 +82,101 @@ def test_an_answer_that_gave_way_goes_on_from_a_tier(open_llm, rng):
 
 @without_simt
 def test_misses_of_a_prompt_that_waits_are_counted_once(open_llm, rng):
-    """It looks for its pages at each step, as long as another answer holds those that it lacks."""
+    """It does not look for its pages before it has room for all of them."""
     llm = open_llm(pool_tokens=8 * P, host_cache="2MB")
     first, second = tokens_of(rng, 4 * P + 2), tokens_of(rng, 3 * P + 2)
     llm.generate([second[: 2 * P + 1]], greedy(1))
     before = llm.tiers.counters.misses
-    fetch, asked = llm.tiers.fetch, []
-    llm.tiers.fetch = lambda tokens, again=False: (asked.append(tokens), fetch(tokens, again=again))
+    begin, asked = llm.tiers.begin, []
+    llm.tiers.begin = lambda tokens, pages: (asked.append(tokens), begin(tokens, pages))[1]
     llm.generate([first, second], greedy(10))
-    waited = sum(tokens[:P] == second[:P] for tokens in asked)
-    assert waited > 5 and llm.tiers.counters.misses - before == 4 + 1
+    assert sum(tokens[:P] == second[:P] for tokens in asked) == 1
+    assert llm.tiers.counters.misses - before == 4 + 1
+
+
+# --- Pages come while others are computed ---
+
+
+@pytest.fixture
+def slow_files(open_llm, rng, tmp_path, monkeypatch):
+    """An LLM, a prompt that it finds in files which threads read once `may_go` is set, and its
+    answer."""
+    options = dict(pool_tokens=24 * P, disk_cache=f"{tmp_path}:10MB")
+    there, first = tokens_of(rng, 6 * P + 3), open_llm(**options)
+    (want,) = first.generate([there], greedy(12))
+    first.flush()
+    may_go, right = threading.Event(), disk.DiskTier.read
+
+    def slow(*args):
+        assert may_go.wait(60)
+        return right(*args)
+
+    monkeypatch.setattr(disk.DiskTier, "read", slow)
+    yield open_llm(**options), there, want, may_go
+    may_go.set()
+
+
+def begun(llm, tokens):
+    answer = answer_to(llm, tokens, greedy(12))
+    with llm.turn():
+        llm._scheduler.add(answer.sequence)
+    return answer.sequence
+
+
+def step(llm, until):
+    with llm.turn():
+        for _ in range(100):
+            if until():
+                return
+            llm._scheduler.step()
+    raise AssertionError("100 steps")
+
+
+@without_simt
+@pytest.mark.parametrize("how", ["whole", "damaged", "aborted", "preempted"])
+def test_answers_go_on_while_pages_come(slow_files, open_llm, rng, tmp_path, how):
+    """And the text is the same, whatever becomes of the pages."""
+    llm, there, want, may_go = slow_files
+    other = tokens_of(rng, 2 * P + 3)
+    alone = open_llm().generate([other], greedy(12))[0]
+    stays, comes = begun(llm, other), begun(llm, there)
+    step(llm, lambda: len(stays.generated) == 6)  # while nothing came
+    assert comes.fetch is not None and not comes.generated and comes.cached == 0
+    if how == "damaged":
+        for entry in sorted(disk.entries(tmp_path), key=lambda entry: entry.path)[::2]:
+            entry.path.write_bytes(b"")
+    if how == "aborted":
+        with llm.turn():
+            llm._scheduler.abort(comes)
+        assert comes.fetch is None
+    if how == "preempted":
+        llm._scheduler._wait_again(comes, publish=True)
+        assert comes.fetch is None
+    may_go.set()
+    step(llm, lambda: not llm._scheduler.has_work)
+    assert stays.generated == alone.token_ids
+    assert comes.generated == ([] if how == "aborted" else want.token_ids)
+    counters = llm.tiers.counters
+    came = dict(aborted=0, preempted=6).get(how, comes.reused // P)
+    assert counters.disk_hits + counters.host_hits == came
+    assert comes.reused == {"whole": 6 * P, "preempted": 0}.get(how, comes.reused) < len(there)
+    assert (counters.damaged > 0) == (how == "damaged") and comes.finish_reason
+    llm.flush()
+    assert not llm.tiers.is_busy and not llm.tiers._fetches
+    assert llm.cache.manager.num_free == llm.cache.manager.num_pages
+
+
+@without_simt
+def test_where_nobody_else_runs_files_are_waited_for(slow_files):
+    """By one step, which computes what they lack."""
+    llm, there, want, may_go = slow_files
+    comes = begun(llm, there)
+    threading.Timer(0.2, may_go.set).start()
+    with llm.turn():
+        llm._scheduler.step()
+    assert comes.reused == 6 * P and len(comes.generated) == 1
+    step(llm, lambda: not llm._scheduler.has_work)
+    assert comes.generated == want.token_ids
 
 
 @without_simt
@@ -182,6 +269,18 @@ def test_other_models_and_kinds_are_not_seen(open_llm, rng, tmp_path):
     same = open_llm(disk_cache=where)
     same.generate([prompt], greedy(1))
     assert same.stats.reused_tokens == 32
+
+
+@without_simt
+@pytest.mark.parametrize("kv_dtype", ["fp16", "int8"])
+def test_another_layout_finds_the_same_files(open_llm, rng, tmp_path, kv_dtype):
+    prompt = tokens_of(rng, 40)
+    llm = open_llm(disk_cache=f"{tmp_path}:10MB", kv_dtype=kv_dtype)
+    want = llm.generate([prompt], greedy(4))
+    llm.flush()
+    other = open_llm(disk_cache=f"{tmp_path}:10MB", kv_dtype=f"{kv_dtype}:HND")
+    assert other.generate([prompt], greedy(4)) == want
+    assert other.stats.reused_tokens == 32 and len(disk.entries(tmp_path)) == 2
 
 
 @without_simt

@@ -77,6 +77,26 @@ class World:
             manager.free(pages)
         return found
 
+    def begin(self, tokens):
+        """A sequence whose pages come back by and by: its pages, and the fetch, or None."""
+        manager = self.cache.manager
+        pages = manager.reuse(tokens)
+        fetch, found = self.tiers.begin(tokens, pages), len(pages)
+        manager.extend(pages, found * P, max(found * P, len(tokens)))
+        return pages, fetch
+
+    def end(self, tokens, pages, fetch, *, publish):
+        """Give a sequence up. What came of it must be right, and may be found by others."""
+        manager = self.cache.manager
+        if fetch is not None:
+            fetch.cancel()
+            if publish:
+                keys = list(prefix_keys.of_pages("test", tokens, P))[: fetch.done]
+                for i, (key, page) in enumerate(zip(keys, pages, strict=False)):
+                    self.check(key, page, 0.0 if i < self.exact_pages else self.near)
+                manager.publish(pages, tokens[: fetch.done * P])
+        manager.free(pages)
+
     def check(self, key, page, near=0.0):
         for name, x in moving_arrays(self.cache).items():
             got = x[:, page] if self.xp is np else x[:, page].get()

@@ -256,9 +256,9 @@ def test_a_full_disk_is_counted_and_nothing_is_left(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(whole_files.os, "replace", full)
         world.ask([1] * 8)
-        world.tiers._settle(wait_for=9)
+        world.tiers._finish()
         world.tiers.fall(world.cache.manager.published)
-        world.tiers._settle(wait_for=9)
+        world.tiers._finish()
     assert world.tiers.counters.refused == 4 and not disk.entries(tmp_path)
     assert not list(tmp_path.rglob(f"{whole_files.SCRATCH}*"))
     assert world.ask([1] * 8) == 4
@@ -310,6 +310,7 @@ def test_damaged_files_are_misses(tmp_path):
         entry.path.write_bytes(text)
     world = World(disk=f"{tmp_path}:1MB")
     assert world.ask([1, 2, 3, 4, 5, 6, 7, 8]) == 0
+    world.tiers._finish()  # of those that were read ahead
     assert world.tiers.counters.damaged == 4 and world.tiers.counters.disk_hits == 0
     world.tiers.flush()
     assert World(disk=f"{tmp_path}:1MB").ask([1, 2, 3, 4, 5, 6, 7, 8]) == 4

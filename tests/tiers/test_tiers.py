@@ -15,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, rule
 
 from pykv import PagedKVCache, prefix_keys
 from pykv.errors import CapacityError, ParameterError
-from pykv.tiers import Counters, Tiers, disk, host, stack, threads
+from pykv.tiers import Counters, Tiers, disk, host, moves, stack, threads
 from tests.helpers import to_numpy, without_simt
 from tests.tiers.made import KVTC, P, World
 
@@ -35,6 +35,7 @@ class Tiered(RuleBasedStateMachine):
         self.folder = Path(tempfile.mkdtemp())
         self.computed = set()
         self.lossy = False
+        self.coming = []  # sequences whose pages come back by and by
         self.open()
 
     def open(self):
@@ -42,7 +43,16 @@ class Tiered(RuleBasedStateMachine):
         where = None if self.DISK is None else f"{self.folder}:{self.DISK}B:{files}"
         self.world = World(host=f"{self.HOST}B:{host}", disk=where, head_dim=self.HEAD_DIM)
 
+    def give_up_all(self):
+        while self.coming:
+            self.world.end(*self.coming.pop(), publish=False)
+
     def teardown(self):
+        self.give_up_all()
+        self.world.tiers.flush()
+        assert not self.world.tiers._fetches and not self.world.tiers.is_busy
+        for rows in self.world.tiers._rows:  # none is lost
+            assert len(rows.host) + len(rows.host._free) == len(rows.places)
         self.world.tiers._threads.shutdown()
         shutil.rmtree(self.folder)
 
@@ -52,8 +62,12 @@ class Tiered(RuleBasedStateMachine):
         known = 0
         while known < len(keys) and keys[known] in self.computed:
             known += 1
+        manager = self.world.cache.manager
+        if len(tokens) > manager.num_free * P:
+            self.give_up_all()
+        is_alone = not self.coming
         found = self.world.ask(tokens)
-        assert found == known if self.is_ample() else found <= known
+        assert found == known if self.is_ample() and is_alone else found <= known
         self.computed.update(keys)
         counters = self.world.tiers.counters
         assert counters.host_hits + counters.disk_hits == counters.from_host.pages + sum(
@@ -63,6 +77,24 @@ class Tiered(RuleBasedStateMachine):
     def is_ample(self):
         """Whether all that was computed must be found."""
         return True
+
+    @rule(tokens=PROMPTS)
+    def begin(self, tokens):
+        if len(tokens) <= self.world.cache.manager.num_free * P:
+            pages, fetch = self.world.begin(tokens)
+            self.coming.append((tokens, pages, fetch))
+
+    @rule(data=st.data())
+    def go_on(self, data):
+        """Or be given up, whatever is on its way."""
+        if self.coming:
+            n = data.draw(st.integers(0, len(self.coming) - 1))
+            fetch, how = self.coming[n][2], data.draw(st.sampled_from(["look", "wait", "end"]))
+            if how != "end" and fetch is not None:
+                fetch.advance(wait=how == "wait")
+                assert fetch.is_over or how == "look"
+            if fetch is None or fetch.is_over or how == "end":
+                self.world.end(*self.coming.pop(n), publish=data.draw(st.booleans()))
 
     @rule()
     def flush(self):
@@ -80,6 +112,7 @@ class Disk(Tiered):
 
     @rule()
     def open_again(self):
+        self.give_up_all()
         self.world.tiers.flush()
         self.open()
 
@@ -170,14 +203,14 @@ def test_the_machine_would_see_a_wrong_page_of_codes(codec, monkeypatch):
     world = World(host=f"1MB:{codec}", head_dim=64)
     world.ask([*range(12)])
     world.ask([9] * 12)
-    right = stack.Moves.back
+    right = moves.Moves.back
     if codec == KVTC:  # one place on: keys are turned too far
         wrong = lambda self, slots, ids, places: right(  # noqa: E731
             self, slots, ids, [i + (i > 1) for i in places]
         )
     else:
         wrong = lambda self, slots, ids, places: right(self, slots[::-1], ids, places)  # noqa: E731
-    monkeypatch.setattr(stack.Moves, "back", wrong)
+    monkeypatch.setattr(moves.Moves, "back", wrong)
     with pytest.raises(AssertionError, match="has other k than its key"):
         world.ask([*range(12)])
 
@@ -227,13 +260,49 @@ def test_pages_that_sequences_hold_stay(xp):
     assert world.ask([1, 2, 3, 4, 5, 6, 7, 8]) == 4
 
 
+def test_a_gpu_copies_while_the_host_goes_on(device, monkeypatch):
+    """The current stream waits for copies, where it is told to; the host for none."""
+    if not hasattr(device, "enqueue"):
+        pytest.skip("of a runtime that is made up")
+    world = World(pages=4, xp=device, host=100 * ROW)
+    for first in (1, 2):
+        world.ask([first] * 8)
+    waited, current = [], device.cuda.get_current_stream()
+
+    def refuse(event):
+        raise AssertionError("the host waits")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(device.cuda.Event, "done", False)
+        patch.setattr(device.cuda.Event, "synchronize", refuse)
+        current.wait_event = waited.append
+        patch.setattr(device.cuda, "get_current_stream", lambda: current)
+        pages, fetch = world.begin([1] * 8)
+        assert fetch.advance() == 0 and fetch.is_moving and not fetch.is_over
+        ends = {moved.end for _, moved in fetch._moving}
+        assert ends and not ends & {*waited}
+        keys = list(prefix_keys.of_pages("test", [1] * 8, P))
+        assert all(map(world.tiers._is_held, keys))  # rows stay while they are copied from
+        assert fetch.advance(wait=True) == 4 and fetch.is_over
+        assert ends <= {*waited}
+        world.tiers.settle()
+        assert all(map(world.tiers._is_held, keys)) and world.tiers._fetches == [fetch]
+        for cancel in (world.tiers.join, fetch.cancel):  # the pool grows, the sequence goes
+            waited.clear()
+            cancel()
+            assert ends <= {*waited}
+    world.end([1] * 8, pages, fetch, publish=True)
+    world.tiers.settle()
+    assert not world.tiers._fetches and world.ask([1] * 8) == 4
+
+
 def test_a_page_that_came_back_costs_no_copy_to_fall_again():
     world = World(pages=4, host=100 * ROW)
     prompts = [[first, *range(7)] for first in range(2)]
     for _ in range(5):
         for prompt in prompts:
             world.ask(prompt)
-    world.tiers._settle()
+    world.tiers.settle()
     assert world.tiers.counters.to_host.pages == 8
 
 
@@ -321,7 +390,7 @@ def test_a_codec_makes_pages_smaller(tmp_path):
 def test_an_interrupted_copy_leaves_no_page(monkeypatch):
     world = World(pages=4, host=100 * ROW)
     world.ask([1] * 8)
-    move, calls = stack.Moves.out, []
+    move, calls = moves.Moves.out, []
 
     def interrupted(*args):
         calls.append(args)
@@ -329,7 +398,7 @@ def test_an_interrupted_copy_leaves_no_page(monkeypatch):
             raise KeyboardInterrupt
         return move(*args)
 
-    monkeypatch.setattr(stack.Moves, "out", interrupted)
+    monkeypatch.setattr(moves.Moves, "out", interrupted)
     with pytest.raises(KeyboardInterrupt):
         world.ask([2] * 8)
     assert len(world.tiers._rows[-1].host) == 0 and len(world.tiers._rows[-1].host._free) == 100
@@ -344,7 +413,7 @@ def test_memory_that_a_thread_lacks_is_a_page_refused(monkeypatch, tmp_path):
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr(stack.DiskTier, "write", refuse)
+        patch.setattr(disk.DiskTier, "write", refuse)
         for n in range(3):
             world.ask([n] * 8)
         world.tiers.flush()
@@ -358,7 +427,7 @@ def test_memory_that_a_thread_lacks_is_a_page_refused(monkeypatch, tmp_path):
 def test_an_interrupt_leaves_no_thread_with_an_unknown_row(monkeypatch, tmp_path, begun):
     """Whether it comes before or after a thread has a page: its row is busy while that writes."""
     world = World(pages=4, host=8 * ROW, disk=f"{tmp_path}:1MB")
-    submit, write = world.tiers._threads.submit, stack.DiskTier.write
+    submit, write = world.tiers._threads.submit, disk.DiskTier.write
     writing, may_go = threading.Event(), threading.Event()
 
     def interrupted(*args):
@@ -372,7 +441,7 @@ def test_an_interrupt_leaves_no_thread_with_an_unknown_row(monkeypatch, tmp_path
         assert may_go.wait(60)
         write(*args)
 
-    monkeypatch.setattr(stack.DiskTier, "write", slow)
+    monkeypatch.setattr(disk.DiskTier, "write", slow)
     world.ask([1] * 8)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(world.tiers._threads, "submit", interrupted)
@@ -463,7 +532,7 @@ def test_an_interrupted_way_back_publishes_nothing(monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(stack.Moves, "back", interrupted)
+        patch.setattr(moves.Moves, "back", interrupted)
         with pytest.raises(KeyboardInterrupt):
             world.ask([1] * 8)
     assert world.cache.manager.num_cached == 0 and world.cache.manager.num_free == 4

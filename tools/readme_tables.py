@@ -247,9 +247,9 @@ def evicted(records):
 
 def coded(records):
     """What KVTC costs, by what was coded, in parts of accuracy.md."""
-    name = f"{GPU}/kvtc_quality.json"
+    names = [f"{folder}/kvtc_quality.json" for folder in (GPU, HOST)]
     parts = []
-    for title, one in records.load(name).items():
+    for name, title, one in ((n, *x) for n in names for x in records.load(n).items()):
         with report.reading(name):
             before, after, count = (one[key] for key in ("prefill", "score", "windows"))
             text = (

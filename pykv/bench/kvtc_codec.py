@@ -121,10 +121,11 @@ def _world(
         1 / 16
     )
     bases = caches.values(np, rng, (p, r), np.dtype(np.float16))
+    weights = np.tile(np.eye(D, dtype=np.float16), (L * H, 1, 1))
     for basis in bases:
         basis *= np.float16(np.sqrt(3 / p))  # columns of length 1
         mean = (rng.standard_normal(p) / 8).astype(np.float16)
-        sides.append(Side(mean, np.ones(p, np.float16), basis, {RATIO: Plan(widths, steps, 0.0)}))
+        sides.append(Side(mean, weights, basis, {RATIO: Plan(widths, steps, 0.0)}))
     artefact = Artefact(model, (Group(tuple(range(L)), *sides),), (), 0, 0)
     loaded = load("bench", xp, artefact.groups[0], model.inv_freq, RATIO, 0)
     rows = xp.asarray(caches.values(np, rng, (2, T, p), np.dtype(np.float16))[0])

@@ -17,7 +17,8 @@ from pykv.options import check_whole
 
 SINKS, WINDOW = 4, 128  # first tokens kept as they are, and last ones kept as int8
 MOST = 1 << 14  # layers, heads, elements of a head and the like; and the ratio
-LIGHTEST, HEAVIEST = 2.0**-5, 2.0**5  # weights; bases times these keep their precision in float16
+# Weights of heads; bases times these keep their precision in float16.
+LIGHTEST, HEAVIEST = 2.0**-5, 2.0**5
 
 
 class Text(NamedTuple):
@@ -83,12 +84,14 @@ class Plan:
 class Side:
     """Keys or values of a group of layers. A row is a token's [layer, head, dim], F elements.
 
-    Its components are ((row - mean) * weights) @ basis; what they come from is
-    (components @ basis.T) / weights + mean.
+    Its components are ((row - mean) @ W) @ basis, where W has the weights of heads as blocks of its
+    diagonal; what they come from is (components @ basis.T) @ W^-1 + mean.
 
     Attributes:
         mean: [F] float16.
-        weights: [F] float16, within LIGHTEST and HEAVIEST: how much an element's error counts.
+        weights: [F / D, D, D] float16, symmetric, of heads of D elements: an error of a head counts
+            by the length of error @ weights. Eigenvalues are within LIGHTEST / 4 and
+            HEAVIEST * sqrt(D).
         basis: [F, C] float16, orthonormal columns, by falling variance.
         plans: by ratio.
     """
@@ -274,7 +277,12 @@ def problems(artefact: Artefact, *, lengths: bool = True) -> Iterator[tuple[str,
         for side in (group.k, group.v):
             if list(side.plans) != ratios:
                 yield "plans", list(side.plans), f"those of ratios {ratios}"
-            yield from _problems_of_side(side, F, lengths)
+            yield from _problems_of_side(side, F, model.head_dim, lengths)
+        for ratio in ratios:
+            has = group.k.plans[ratio].row_bytes + group.v.plans[ratio].row_bytes
+            if has * ratio > 4 * F:
+                most = f"at most {4 * F // ratio} bytes of both at ratio {ratio}"
+                yield "widths", f"{has} bytes a row", most
 
 
 def _is_sha256(text: Any) -> bool:
@@ -289,32 +297,34 @@ def _shown(x: Any) -> str:
     return f"{x.dtype}{list(x.shape)}" if isinstance(x, np.ndarray) else type(x).__name__
 
 
-def _problems_of_side(side: Side, F: int, lengths: bool) -> Iterator[tuple[str, Any, str]]:
+def _problems_of_side(side: Side, F: int, D: int, lengths: bool) -> Iterator[tuple[str, Any, str]]:
     basis, weights = side.basis, side.weights
     C = basis.shape[-1] if isinstance(basis, np.ndarray) and basis.ndim else 0
-    for name in ("mean", "weights"):
-        if not _is(x := getattr(side, name), np.float16, (F,)):
-            yield name, _shown(x), f"float16 [{F}]"
+    for name, shape in (("mean", (F,)), ("weights", (F // D, D, D))):
+        if not _is(x := getattr(side, name), np.float16, shape):
+            yield name, _shown(x), f"float16 {list(shape)}"
     if not _is(basis, np.float16, (F, C)) or not 0 < C <= F:
         yield "basis", _shown(basis), f"float16 [{F}, C <= {F}]"
-    if not ((weights >= LIGHTEST) & (weights <= HEAVIEST)).all():
-        yield "weights", "a value", f"{LIGHTEST} to {HEAVIEST}"
-    for name in ("mean", "basis"):
+    for name in ("mean", "weights", "basis"):
         if not np.isfinite(getattr(side, name)).all():
             yield name, "a value", "finite ones"
+    if (weights != weights.transpose(0, 2, 1)).any():
+        yield "weights", "a matrix", "symmetric ones"
+    least, most = LIGHTEST / 4, HEAVIEST * D**0.5
+    values = np.linalg.eigvalsh(weights.astype(np.float64))
+    if not ((values >= least) & (values <= most)).all():
+        yield "weights", "an eigenvalue", f"{least} to {most:g}"
     if lengths:
         norms = np.einsum("fc,fc->c", basis, basis, dtype=np.float32)
         if not (abs(norms - 1) < 0.01).all():
             yield "basis", "a column", "columns of length 1"
-    for ratio, plan in side.plans.items():
+    for plan in side.plans.values():
         counts, steps = plan.widths, plan.steps
         if len(counts) != len(coder.WIDTHS) or any(n % coder.GROUP or n < 0 for n in counts):
             yield "widths", counts, f"eight multiples of {coder.GROUP}"
         total = sum(counts)
         if not 0 < total <= C:
             yield "widths", counts, f"1 to {C} components"
-        if plan.row_bytes * ratio > 2 * F:
-            yield "widths", counts, f"at most {2 * F // ratio} bytes a row at ratio {ratio}"
         if not _is(steps, np.float32, (total,)):
             yield "steps", _shown(steps), f"float32 [{total}]"
         if not (np.isfinite(steps).all() and (steps > 0).all()):

@@ -4,7 +4,7 @@ Little-endian; each of its three parts is padded with zeros to a multiple of 64 
 
     header   offset  type     field
                   0  8s       magic, b"\\x89PYKVTC\\n"
-                  8  u32      version, 2
+                  8  u32      version, 3
                  12  u32      pairing of rotated elements, 0 half, 1 adjacent
                  16  u64      bytes of the file
                  24  32s      SHA-256 of the file, computed with zeros here
@@ -21,7 +21,7 @@ Little-endian; each of its three parts is padded with zeros to a multiple of 64 
              T times           96s name, UTF-8, padded with zeros; 32s SHA-256; u64 tokens
     arrays   of each group, of K, then of V, F = layers of the group * H * D:
              f16 [F]           mean
-             f16 [F]           weights
+             f16 [F / D, D, D] weights, symmetric
              f16 [F, C]        basis
              f32 [C'] Q times  steps, C' = sum of widths
 
@@ -46,7 +46,7 @@ from pykv.kvtc.artefact import MOST, Artefact, Fingerprint, Group, Plan, Side, T
 from pykv.ops.rope import PAIRINGS
 
 MAGIC = b"\x89PYKVTC\n"
-VERSION = 2  # 1 had no weights
+VERSION = 3  # 1 had no weights, 2 a number for each element
 _HEADER = struct.Struct("<8s2IQ32s32s32s9I")
 _TEXT = np.dtype([("name", "S96"), ("sha256", "V32"), ("tokens", "<u8")])
 _ALIGNMENT = 64
@@ -238,7 +238,8 @@ def _read(op: str, path: Path, header: _Header, data: bytes) -> Artefact:
         sides = []
         for side in range(2):
             F, C = len(layers) * H * D, components[g][side]
-            mean, weights = reader.take("mean", "<f2", F), reader.take("weights", "<f2", F)
+            mean = reader.take("mean", "<f2", F)
+            weights = reader.take("weights", "<f2", F // D, D, D)
             basis = reader.take("basis", "<f2", F, C)
             plans = {
                 ratio: Plan(tuple(counts), reader.take("steps", "<f4", sum(counts)), error)

@@ -1,7 +1,7 @@
 """The basis of rows: their mean and their principal components, from a Gram matrix.
 
-Dimensions: n rows, F features, C components. All runs in NumPy or in CuPy; of CuPy it takes matrix
-products alone, which need cuBLAS. Small factorisations run on the host.
+Dimensions: n rows, F features, C components, D head size. All runs in NumPy or in CuPy; of CuPy it
+takes matrix products alone, which need cuBLAS. Small factorisations run on the host.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ Blocks = Callable[[], Iterator[Any]]  # rows [n, F] float16 of `xp`, some at a t
 
 SMALL = 2048  # features of which the host decomposes the Gram matrix
 _LEAF = 512  # rows of a matrix that the host factorises
+_PART = 4096  # rows of a matrix that are copied at a time
 _MOST_ITERATIONS, _TOLERANCE = 12, 0.02  # of the energy that the basis misses
 
 
@@ -39,6 +40,25 @@ def gram_of(blocks: Blocks, mean: Any) -> Any:
         centred -= mean
         gram += centred.T @ centred
     return gram
+
+
+def weigh(rows: Any, weights: Any) -> Any:
+    """Rows [n, F] whose heads are multiplied by their weights, [F / D, D, D] symmetric, in their
+    module, all of one dtype."""
+    heads = rows.reshape(len(rows), len(weights), -1).swapaxes(0, 1)
+    return (heads @ weights).swapaxes(0, 1).reshape(rows.shape)
+
+
+def inverse(weights: Any) -> Any:
+    """What undoes `weigh`: float32, of weights on the host."""
+    return np.linalg.inv(weights.astype(np.float64)).astype(np.float32)
+
+
+def weigh_gram(gram: Any, weights: Any) -> None:
+    """Make a Gram matrix, in place, that of weighted rows."""
+    for half in (gram, gram.T):
+        for start in range(0, len(gram), _PART):
+            half[start : start + _PART] = weigh(half[start : start + _PART], weights)
 
 
 def components(gram: Any, count: int, xp: Any, *, small: int = SMALL) -> Any:
@@ -83,8 +103,8 @@ def orthonormal(y: Any, xp: Any, least: float = 0.0) -> Any:
     """
     y = y / xp.sqrt((y * y).sum(axis=0))
     products: Any = 0
-    for start in range(0, len(y), 4096):
-        rows = y[start : start + 4096].astype(np.float64)
+    for start in range(0, len(y), _PART):
+        rows = y[start : start + _PART].astype(np.float64)
         products += rows.T @ rows
     inverse = inverse_cholesky(products, xp)
     if not bool((xp.diagonal(inverse) * least < 1).all()):

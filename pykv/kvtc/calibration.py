@@ -20,7 +20,7 @@ from pykv.kvtc import groups as groups_coder
 from pykv.kvtc import importance, plans
 from pykv.kvtc import rows as rows_of
 from pykv.kvtc.artefact import SINKS, Artefact, Group, Side, Text, check_artefact
-from pykv.kvtc.basis import orthonormal
+from pykv.kvtc.basis import inverse, orthonormal, weigh
 from pykv.kvtc.coder import GROUP
 from pykv.kvtc.v0 import KvtcConfig
 from pykv.llm import LLM, memory
@@ -129,14 +129,19 @@ def calibrate(
         select, counting = _split(windows, counts), _importance(llm, windows)
         with _bar(progress, 2 * len(layers), "bases", "") as bar:
 
-            def side(which: int, of_group: tuple[int, ...]) -> Side:
+            def side(which: int, of_group: tuple[int, ...]) -> tuple[plans.Found, float]:
                 with llm.turn():
-                    weights = importance.weights_of(counting[which, list(of_group)], head_dim)
-                    found = _fit(rows, which, of_group, weights, select, chosen, most, llm.xp)
+                    weights, unit = importance.weights_of(counting[which, list(of_group)])
+                    found = _find(rows, which, of_group, weights, select, most, llm.xp)
                 bar.update(1)
-                return found
+                return found, unit
 
-            fitted = tuple(Group(x, side(0, x), side(1, x)) for x in layers)
+            def group(of_group: tuple[int, ...]) -> Group:
+                (k, of_k), (v, of_v) = side(0, of_group), side(1, of_group)
+                with llm.turn():
+                    return Group(of_group, *plans.plan(k, v, (of_k, of_v), chosen, llm.xp))
+
+            fitted = tuple(group(of_group) for of_group in layers)
         artefact = Artefact(model_facts, fitted, named)
         if path is not None:
             artefact.save(path)
@@ -169,7 +174,7 @@ def compare_coders(
     for layers, side, of_side, centred in _centred(
         "kvtc.compare_coders", model, artefact, texts, tokens
     ):
-        centred *= of_side.weights
+        centred = weigh(centred, of_side.weights.astype(np.float32))
         kept = centred @ of_side.basis.astype(np.float32)
         dropped = float(np.square(centred).sum(dtype=np.float64))
         dropped -= float(np.square(kept).sum(dtype=np.float64))
@@ -208,7 +213,7 @@ def v0_configs(
     found = {}
     for layers, side, of_side, centred in _centred(op, model, artefact, texts, tokens):
         # A v0 stream has no weights: its basis is that of the same rows without them.
-        spanned = of_side.basis.astype(np.float32) / of_side.weights.astype(np.float32)[:, None]
+        spanned = weigh(of_side.basis.T.astype(np.float32), inverse(of_side.weights)).T
         basis = orthonormal(spanned, np).astype(np.float16)
         kept = centred @ basis.astype(np.float32)
         order = np.argsort(-np.square(kept).sum(axis=0))
@@ -373,7 +378,7 @@ def _collect(llm: LLM, windows: list[rows_of.Window], rows: rows_of.Rows, progre
 
 
 def _importance(llm: LLM, windows: list[rows_of.Window]) -> Any:
-    """The importance of keys and values by layer and head, of the first window of each text."""
+    """What importance.measure says, summed over the first window of each text."""
     first = {window.text: window.ids for window in reversed(windows)}
     total: Any = 0
     for ids in first.values():
@@ -398,25 +403,24 @@ def _split(windows: list[rows_of.Window], counts: list[int]) -> tuple[list[slice
     return seen, held
 
 
-def _fit(
+def _find(
     rows: rows_of.Rows,
     side: int,
     layers: tuple[int, ...],
     weights: Any,
     select: tuple[list[slice], list[slice]],
-    ratios: tuple[int, ...],
     rank: int,
     xp: Any,
-) -> Side:
-    """Fit the keys (0) or the values (1) of some layers, see plans.fit."""
-    columns = _columns(layers, len(weights) // len(layers))
+) -> plans.Found:
+    """Fit a basis of the keys (0) or the values (1) of some layers, see plans.find."""
+    features = len(weights) * weights.shape[1]
+    columns = _columns(layers, features // len(layers))
 
     def blocks(chosen: list[slice]) -> Iterator[Any]:
         return map(xp.asarray, rows.blocks(side, columns, chosen, _BLOCK))
 
     seen, held = (partial(blocks, chosen) for chosen in select)
-    rank = min(rank, len(weights) // GROUP * GROUP)
-    return plans.fit(seen, held, weights, ratios, rank, xp)
+    return plans.find(seen, held, weights, min(rank, features // GROUP * GROUP), xp)
 
 
 def _columns(layers: tuple[int, ...], width: int) -> Any:

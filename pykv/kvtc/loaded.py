@@ -13,6 +13,7 @@ import numpy as np
 from pykv.errors import ParameterError
 from pykv.kvtc import coder
 from pykv.kvtc.artefact import Artefact, Group, Side, check_artefact
+from pykv.kvtc.basis import inverse, weigh
 
 _LARGEST = float(np.finfo(np.float16).max)
 
@@ -96,11 +97,12 @@ def load(op: str, xp: Any, group: Group, inv_freq: Any, ratio: int, begin: int) 
 
 
 def _both_ways(side: Side, count: int, xp: Any) -> tuple[Any, Any]:
-    """The first columns of a basis, times the weights of rows, and by them: [F, count] float16."""
-    basis, weights = side.basis[:, :count].astype(np.float32), side.weights.astype(np.float32)
+    """The first columns of a basis behind the weights of rows, and behind what undoes these:
+    [F, count] float16."""
+    rows = np.ascontiguousarray(side.basis[:, :count].T, np.float32)
     to, back = (
-        xp.asarray(np.ascontiguousarray(x.astype(np.float16)))
-        for x in (basis * weights[:, None], basis / weights[:, None])
+        xp.asarray(np.ascontiguousarray(weigh(rows, x).T.astype(np.float16)))
+        for x in (side.weights.astype(np.float32), inverse(side.weights))
     )
     return to, back
 

@@ -7,14 +7,14 @@ it has seen promise an error several times too small.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from pykv.arrays import to_host
 from pykv.errors import ParameterError
 from pykv.kvtc.artefact import Plan, Side
-from pykv.kvtc.basis import Blocks, components, gram_of, mean_of
+from pykv.kvtc.basis import Blocks, components, gram_of, inverse, mean_of, weigh, weigh_gram
 from pykv.kvtc.coder import GROUP, WIDTHS, bits_of
 
 # The best uniform steps for a Gaussian of deviation 1, by bits (Max, 1960), and what they are
@@ -25,44 +25,79 @@ STRETCHES = (1.0, 1.1, 1.22, 1.36, 1.5, 1.75)
 _ROWS = 256  # of a pass over components, so that they stay in a core's cache
 
 
-def fit(
-    seen: Blocks, held: Blocks, weights: Any, ratios: Sequence[int], rank: int, xp: Any
-) -> Side:
-    """Fit a basis to weighted rows, and plans to others.
+class Found(NamedTuple):
+    """What one side's rows say before bits are given out.
+
+    Attributes:
+        held: rows that the basis has not seen.
+        mean: [F] float16 of `xp`.
+        weights: of artefact.Side, on the host.
+        basis: [F, C] float16 of `xp`, by falling energy of held rows.
+        errors, steps: [9, C] of each component by its bits, see best_steps.
+    """
+
+    held: Blocks
+    mean: Any
+    weights: Any
+    basis: Any
+    errors: Any
+    steps: Any
+
+
+def find(seen: Blocks, held: Blocks, weights: Any, rank: int, xp: Any) -> Found:
+    """Fit a basis to weighted rows, and steps to others.
 
     Args:
         seen, held: rows [n, F] float16 of `xp`, for the basis and for the plans.
-        weights: [F] float16 on the host, of artefact.Side.
-        ratios: of float16 rows to coded ones.
+        weights: [B, D, D] float16 on the host, of artefact.Side.
         rank: components at most, a multiple of 32.
         xp: `numpy` or `cupy`.
 
     Raises:
-        ParameterError: a ratio leaves no bit for 32 components.
         NumberError: rows have fewer directions than `rank`.
     """
-    budgets = {ratio: budget(len(weights), ratio) for ratio in ratios}
-    mean, scales = mean_of(seen), xp.asarray(weights.astype(np.float32))
+    mean, of_xp = mean_of(seen), xp.asarray(weights.astype(np.float32))
     gram = gram_of(seen, mean)
-    gram *= scales
-    gram *= scales[:, None]
-    wide = components(gram, rank, xp)
-    basis = wide.astype(np.float16)
-    kept = xp.concatenate([part for part, _ in _projected(held, mean, scales, basis)])
-    energy = (kept * kept).sum(axis=0)
-    order = xp.argsort(-energy)
-    basis, kept = basis[:, order], kept[:, order]
-    errors, steps = best_steps(kept, xp)
-    counts = {ratio: allocate(errors, budgets[ratio]) for ratio in ratios}
-    basis = xp.ascontiguousarray(basis[:, : max(sum(widths) for widths in counts.values())])
-    chosen = {
-        ratio: xp.asarray(steps[bits_of(widths), np.arange(sum(widths))])
-        for ratio, widths in counts.items()
+    weigh_gram(gram, of_xp)
+    basis = components(gram, rank, xp).astype(np.float16)
+    kept = xp.concatenate([part for part, _ in _projected(held, mean, of_xp, basis)])
+    order = xp.argsort(-(kept * kept).sum(axis=0))
+    basis, kept = xp.ascontiguousarray(basis[:, order]), kept[:, order]
+    return Found(held, mean, weights, basis, *best_steps(kept, xp))
+
+
+def plan(
+    k: Found, v: Found, counts: tuple[float, float], ratios: Sequence[int], xp: Any
+) -> tuple[Side, Side]:
+    """Give the bits of each ratio to the components of keys and of values, and measure both.
+
+    Args:
+        k, v: of the same features.
+        counts: what a squared error of 1 of weighted keys, and of weighted values, counts.
+        ratios: of float16 rows to coded ones, keys and values together.
+        xp: `numpy` or `cupy`.
+
+    Raises:
+        ParameterError: a ratio leaves no bit for 32 components of each.
+    """
+    widths = {
+        ratio: allocate_both(
+            k.errors * counts[0], v.errors * counts[1], 2 * budget(len(k.mean), ratio)
+        )
+        for ratio in ratios
     }
-    coders = {r: (counts[r], chosen[r]) for r in ratios}
-    relative = _measure(held, mean, scales, basis, coders, xp)
-    plans = {r: Plan(counts[r], to_host(chosen[r]), relative[r]) for r in ratios}
-    return Side(to_host(mean), weights, to_host(basis), plans)
+    of_k, of_v = ({ratio: pair[i] for ratio, pair in widths.items()} for i in range(2))
+    return _side(k, of_k, xp), _side(v, of_v, xp)
+
+
+def _side(found: Found, widths: dict[int, tuple[int, ...]], xp: Any) -> Side:
+    """A side with these widths at each ratio."""
+    basis = xp.ascontiguousarray(found.basis[:, : max(map(sum, widths.values()))])
+    steps = {r: found.steps[bits_of(x), np.arange(sum(x))] for r, x in widths.items()}
+    coders = {r: (widths[r], xp.asarray(steps[r])) for r in widths}
+    relative = _measure(found.held, found.mean, found.weights, basis, coders, xp)
+    of_ratio = {r: Plan(widths[r], steps[r], relative[r]) for r in widths}
+    return Side(to_host(found.mean), found.weights, to_host(basis), of_ratio)
 
 
 def budget(features: int, ratio: int) -> int:
@@ -132,9 +167,40 @@ def allocate(errors: Any, units: int) -> tuple[int, ...]:
     >>> pykv.kvtc.plans.allocate(errors, 4)  # bits go to the larger group first
     (0, 0, 0, 0, 0, 32, 0, 32)
     """
+    least, came_from = _least_errors(errors, units)
+    place = np.unravel_index(least.argmin(), least.shape)
+    bits, spent = map(int, place)
+    counts = [0] * 9
+    for g in range(len(came_from) - 1, -1, -1):
+        counts[bits] += GROUP
+        spent -= bits
+        bits = int(came_from[g, bits, spent])
+    return tuple(counts[:0:-1])
+
+
+def allocate_both(
+    k_errors: Any, v_errors: Any, units: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Widths of keys and of values, see `allocate`, that share their units so that the sum of
+    both errors is least; each gets one unit at least.
+
+    >>> errors = 4.0 ** -np.arange(9)[:, None] * np.full(32, 9.0)
+    >>> pykv.kvtc.plans.allocate_both(errors, errors / 16, 4)  # three bits and one
+    ((0, 0, 0, 0, 0, 32, 0, 0), (0, 0, 0, 0, 0, 0, 0, 32))
+    """
+    of_k, of_v = (
+        np.minimum.accumulate(_least_errors(x, units)[0].min(axis=0)) for x in (k_errors, v_errors)
+    )
+    for_k = 1 + int((of_k[1:units] + of_v[units - 1 : 0 : -1]).argmin())
+    return allocate(k_errors, for_k), allocate(v_errors, units - for_k)
+
+
+def _least_errors(errors: Any, units: int) -> tuple[Any, Any]:
+    """The least error by bits of the last group and units spent, [9, units + 1] float64, and the
+    bits of the group before that it takes, for each group."""
     of_groups = np.asarray(errors, np.float64).reshape(9, -1, GROUP).sum(axis=2)
     count = of_groups.shape[1]
-    least = np.full((9, units + 1), np.inf)  # by bits of the last group, and units spent
+    least = np.full((9, units + 1), np.inf)
     least[8, 0] = 0
     came_from = np.empty((count, 9, units + 1), np.uint8)
     for g in range(count):
@@ -148,38 +214,31 @@ def allocate(errors: Any, units: int) -> tuple[int, ...]:
         least.fill(np.inf)
         for bits in range(min(8, units) + 1):
             least[bits, bits:] = best[bits, : units + 1 - bits] + of_groups[bits, g]
-    place = np.unravel_index(least.argmin(), least.shape)
-    bits, spent = map(int, place)
-    counts = [0] * 9
-    for g in range(count - 1, -1, -1):
-        counts[bits] += GROUP
-        spent -= bits
-        bits = int(came_from[g, bits, spent])
-    return tuple(counts[:0:-1])
+    return least, came_from
 
 
-def _projected(rows: Blocks, mean: Any, scales: Any, basis: Any) -> Iterator[tuple[Any, Any]]:
+def _projected(rows: Blocks, mean: Any, weights: Any, basis: Any) -> Iterator[tuple[Any, Any]]:
     """Components of weighted rows, and the rows less their mean, float32, block by block."""
     wide = basis.astype(np.float32)
     for part in rows():
         centred = part.astype(np.float32)
         centred -= mean
-        yield (centred * scales) @ wide, centred
+        yield weigh(centred, weights) @ wide, centred
 
 
 def _measure(
-    rows: Blocks, mean: Any, scales: Any, basis: Any, plans: dict[int, tuple[Any, Any]], xp: Any
+    rows: Blocks, mean: Any, weights: Any, basis: Any, plans: dict[int, tuple[Any, Any]], xp: Any
 ) -> dict[int, float]:
-    """The relative error of rows that are coded and decoded, by ratio."""
+    """The relative error of rows that are coded and decoded, by ratio; `weights` on the host."""
+    of_xp, back = xp.asarray(weights.astype(np.float32)), xp.asarray(inverse(weights))
     wide = basis.astype(np.float32)
     total, errors = 0.0, dict.fromkeys(plans, 0.0)
-    for kept, centred in _projected(rows, mean, scales, basis):
+    for kept, centred in _projected(rows, mean, of_xp, basis):
         total += float((centred * centred).sum(dtype=np.float64))
         for ratio, (widths, steps) in plans.items():
             C = sum(widths)
             half = xp.asarray(np.ldexp(np.float32(0.5), bits_of(widths).astype(np.int32)))
-            decoded = coded(kept[:, :C], steps, half, xp) @ wide[:, :C].T
-            decoded /= scales
+            decoded = weigh(coded(kept[:, :C], steps, half, xp) @ wide[:, :C].T, back)
             decoded -= centred
             errors[ratio] += float((decoded * decoded).sum(dtype=np.float64))
     return {ratio: (error / total) ** 0.5 if total else 0.0 for ratio, error in errors.items()}

@@ -23,6 +23,21 @@ def rows(rng, n, side):
     return x.astype(np.float32).reshape(n, L, H, D)
 
 
+def weights(rng, heads, head_dim):
+    """Symmetric matrices float16 of heads, with eigenvalues from a half to two."""
+    turns = np.linalg.qr(rng.standard_normal((heads, head_dim, head_dim)))[0]
+    found = (turns * np.geomspace(0.5, 2, head_dim)) @ turns.transpose(0, 2, 1)
+    return (found / 2 + found.transpose(0, 2, 1) / 2).astype(np.float16)
+
+
+def block_diagonal(matrices):
+    """The matrix [F, F] of rows that weights [F / D, D, D] of heads stand for."""
+    n, D, _ = matrices.shape
+    whole = np.zeros((n, D, n, D))
+    whole[np.arange(n), :, np.arange(n)] = matrices
+    return whole.reshape(n * D, n * D)
+
+
 def artefact(rng, layers=((0, 1, 2),), sinks=2, window=3):
     """Calibrated on rows of its own; of the middle layer keys turn otherwise."""
     inv_freq = np.stack([rope.frequencies(D, base) for base in (1e4, 1e2, 1e4)])
@@ -34,9 +49,8 @@ def artefact(rng, layers=((0, 1, 2),), sinks=2, window=3):
             x = rows(rng, 600, side)[:, list(group)].reshape(600, -1).astype(np.float16)
             seen, held = (lambda x=x: iter([x[:400]])), (lambda x=x: iter([x[400:]]))
             rank = min(64, len(group) * F)
-            weights = np.geomspace(0.5, 2, len(group) * F)[:: 1 - 2 * side].astype(np.float16)
-            sides.append(plans.fit(seen, held, weights, RATIOS, rank, np))
-        groups.append(Group(tuple(group), *sides))
+            sides.append(plans.find(seen, held, weights(rng, len(group) * H, D), rank, np))
+        groups.append(Group(tuple(group), *plans.plan(*sides, (1.0, 2.0), RATIOS, np)))
     return Artefact(model, tuple(groups), (), sinks, window)
 
 
@@ -49,8 +63,9 @@ def artefact_of(llm):
         basis = np.linalg.svd(x - mean, full_matrices=False)[2].T
         steps = 5 * np.abs((x - mean) @ basis).max(0) / 256
         plan = Plan((len(steps), *[0] * 7), steps.astype(np.float32), 0.01)
-        ones = np.ones(len(mean), np.float16)
-        sides.append(Side(mean.astype(np.float16), ones, basis.astype(np.float16), {2: plan}))
+        D = llm.model.config.head_dim
+        even = np.tile(np.eye(D, dtype=np.float16), (len(mean) // D, 1, 1))
+        sides.append(Side(mean.astype(np.float16), even, basis.astype(np.float16), {2: plan}))
     group = Group(tuple(range(layers)), *sides)
     return Artefact(llm.fingerprint, (group,), (), sinks=4, window=8)
 

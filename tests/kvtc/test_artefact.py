@@ -12,6 +12,7 @@ from pykv import whole_files
 from pykv.errors import DtypeError, FormatError, ParameterError
 from pykv.kvtc import Artefact, Codec, Fingerprint, Group, Plan, Side, Text, coder
 from tests.helpers import assert_same_bits
+from tests.kvtc import made
 
 L, H, D, PAIRS = 3, 2, 24, 10
 RATIOS = {8: (0, 0, 0, 0, 0, 0, 32, 0), 16: (0, 0, 0, 0, 0, 0, 0, 32)}
@@ -24,8 +25,8 @@ def side(rng, layers):
         ratio: Plan(widths, rng.uniform(0.1, 1, 32).astype(np.float32), ratio / 100)
         for ratio, widths in RATIOS.items()
     }
-    mean, weights = rng.standard_normal(F), rng.uniform(0.1, 9, F)
-    return Side(mean.astype(np.float16), weights.astype(np.float16), basis, plans)
+    mean, weights = rng.standard_normal(F), made.weights(rng, F // D, D)
+    return Side(mean.astype(np.float16), weights, basis, plans)
 
 
 @pytest.fixture
@@ -61,7 +62,7 @@ def test_a_file_is_what_the_format_says(artefact, path):
             at += 1
 
     magic, version, pairing, size, sha256, model, name = take("8sIIQ32s32s32s")
-    assert (magic, version, pairing, size) == (b"\x89PYKVTC\n", 2, 1, len(data))
+    assert (magic, version, pairing, size) == (b"\x89PYKVTC\n", 3, 1, len(data))
     assert sha256 == hashlib.sha256(data[:24] + bytes(32) + data[56:]).digest()
     assert model.hex() == "5a" * 32 and name.rstrip(b"\0") == b"llama"
     assert take("9I") == (L, H, D, PAIRS, 2, 2, 2, 3, 64)
@@ -82,7 +83,7 @@ def test_a_file_is_what_the_format_says(artefact, path):
         F = len(group.layers) * H * D
         for of_side in (group.k, group.v):
             assert take(f"{F}e") == tuple(of_side.mean.tolist())
-            assert take(f"{F}e") == tuple(of_side.weights.tolist())
+            assert take(f"{F * D}e") == tuple(of_side.weights.ravel().tolist())
             assert take(f"{F * 32}e") == tuple(of_side.basis.ravel().tolist())
             for plan in of_side.plans.values():
                 assert take("32f") == tuple(plan.steps.tolist())
@@ -208,12 +209,13 @@ FIELDS = [  # offset, format, value, what the error names
     (960, "<e", np.inf, "mean"),
     (960 + 192, "<e", np.nan, "weights"),
     (960 + 192, "<e", 0.0, "weights"),
-    (960 + 192, "<e", 64.0, "weights"),
-    (960 + 384, "<e", np.nan, "basis"),
-    (960 + 384, "<e", 2.0, "basis"),
-    (960 + 384 + 6144, "<f", 0.0, "steps"),
-    (960 + 384 + 6144, "<f", -1.0, "steps"),
-    (960 + 384 + 6144, "<f", np.nan, "steps"),
+    (960 + 192, "<e", 200.0, "weights"),
+    (960 + 194, "<e", 0.5, "weights"),
+    (960 + 4800, "<e", np.nan, "basis"),
+    (960 + 4800, "<e", 2.0, "basis"),
+    (960 + 4800 + 6144, "<f", 0.0, "steps"),
+    (960 + 4800 + 6144, "<f", -1.0, "steps"),
+    (960 + 4800 + 6144, "<f", np.nan, "steps"),
 ]
 
 
@@ -263,12 +265,12 @@ def test_an_interrupted_save_leaves_what_was_there(artefact, path, monkeypatch):
 
 
 def test_what_no_calibration_gives_is_not_saved(artefact, tmp_path):
-    group = artefact.groups[0]
+    first, group = artefact.groups
     plan = group.k.plans[8]
 
     def with_plan(**changes):
         k = replace(group.k, plans={**group.k.plans, 8: replace(plan, **changes)})
-        return replace(artefact, groups=(replace(group, k=k), *artefact.groups[1:]))
+        return replace(artefact, groups=(first, replace(group, k=k)))
 
     for wrong, name in (
         (replace(artefact, groups=artefact.groups[:1]), "groups"),
@@ -338,6 +340,10 @@ UNSOUND = [
     *(("mean", of_side("mean", lambda x, y=y: x * y)) for y in (np.float16(np.inf), np.float32(1))),
     ("mean", of_side("mean", np.ndarray.tolist)),
     ("weights", of_side("weights", np.zeros_like)),
+    ("weights", of_side("weights", lambda x: x[:, :, :1])),
+    ("weights", of_side("weights", lambda x: np.triu(x))),
+    ("weights", of_side("weights", lambda x: x * np.float16(np.nan))),
+    ("weights", of_side("weights", np.negative)),
     ("basis", of_side("basis", lambda x: x * np.float16(np.nan))),
     ("basis", of_side("basis", np.ndarray.tolist)),
     *(("steps", of_plan("steps", change)) for change in (np.negative, np.zeros_like)),

@@ -287,12 +287,12 @@ def test_an_interrupted_run_goes_on_where_it_ended(llm, monkeypatch, tmp_path):
 def test_rows_of_something_else_are_not_used(llm, monkeypatch, tmp_path, other):
     out, kept = tmp_path / "a", tmp_path / "a.rows"
     want = calibrate(llm, TEXTS, **OPTIONS)
-    fit = calibration._fit
+    find = calibration._find
 
     def fail(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(calibration, "_fit", fail)
+    monkeypatch.setattr(calibration, "_find", fail)
     texts, options = dict(TEXTS), dict(OPTIONS)
     if other == "window":
         options["window"] = 32
@@ -304,7 +304,7 @@ def test_rows_of_something_else_are_not_used(llm, monkeypatch, tmp_path, other):
     if other == "bytes":
         data[len(data) // 2] ^= 1
     kept.write_bytes(b"mine" if other == "foreign" else data)
-    monkeypatch.setattr(calibration, "_fit", fit)
+    monkeypatch.setattr(calibration, "_find", find)
     for a, b in zip(
         facts(calibrate(llm, texts | TEXTS, out=out, **OPTIONS)), facts(want), strict=True
     ):

@@ -89,14 +89,14 @@ def test_against_loops(xp, rng):
         for side, (x, of_side) in enumerate(((k, group.k), (v, group.v))):
             plan = of_side.plans[4]
             basis = of_side.basis[:, : sum(plan.widths)].astype(np.float64)
-            weights = of_side.weights.astype(np.float64)
+            weights = made.block_diagonal(of_side.weights.astype(np.float64))
             x = x[:, some].reshape(6, -1) - of_side.mean.astype(np.float64)
             codes = coder.unpack(stored[:, at : at + plan.row_bytes], plan.widths)
-            levels = np.floor((x * weights) @ basis / plan.steps)
+            levels = np.floor(x @ weights @ basis / plan.steps)
             half = 2.0 ** (coder.bits_of(plan.widths) - 1.0)
             wrong = codes - np.clip(levels, -half, half - 1)
             assert np.abs(wrong).max() <= 1 and (wrong != 0).mean() < 0.02
-            want = (codes + 0.5) * plan.steps @ basis.T / weights + of_side.mean
+            want = (codes + 0.5) * plan.steps @ basis.T @ np.linalg.inv(weights) + of_side.mean
             mine = got[side][:, some].reshape(6, -1)
             np.testing.assert_allclose(mine, want, atol=4e-3 * np.abs(want).max())
             at += plan.row_bytes

@@ -8,6 +8,7 @@ from pykv.kvtc.artefact import HEAVIEST, LIGHTEST, SINKS
 from pykv.kvtc.rows import read
 from pykv.llm import LLM
 from pykv.llm.model import Batch, forward
+from pykv.ops import rope
 from tests.llm import tiny
 
 N, T = 40, 20  # tokens, and those that ask
@@ -34,7 +35,7 @@ def by_loops(model, ids):
     queries = np.zeros((config.num_layers, T, HQ, D), np.float32)
     squares = np.zeros((config.num_layers, T), np.float32)
     cache = read(model, ids, np, queries, squares)
-    found = np.zeros((2, config.num_layers, H))
+    found = np.zeros((2, config.num_layers, H, D, D))
     for i, layer in enumerate(model.layers):
         k, v = (x.reshape(-1, H, D)[:N].astype(float) for x in cache.layers[i])
         out = layer.attention_out.astype(float).reshape(-1, HQ, D)
@@ -56,39 +57,60 @@ def by_loops(model, ids):
                 norm = layer.post_attention_norm.astype(float)
                 size *= (added**2).mean() / (norm**2).mean()
             for head in range(HQ):
-                h, q = head // (HQ // H), queries[i, t, head].astype(float)
-                gain = (out[:, head] ** 2).sum() / D / size
+                h, q = head // (HQ // H), queries[i, t, head].astype(np.float32)
                 for weight, j in zip(p[head], there, strict=True):
                     if SINKS <= j < N - T:
-                        away = ((v[j, h] - attended[head]) ** 2).sum()
-                        asks = (q**2).mean() * config.attention_scale**2
-                        found[:, i, h] += weight**2 * gain * np.array([away * asks, 1])
-    return found
+                        found[1, i, h] += weight**2 / size * out[:, head].T @ out[:, head]
+                        away = out[:, head] @ (v[j, h] - attended[head])
+                        asks = np.ascontiguousarray(q[None, None]) * config.attention_scale
+                        turn = np.array([-j], np.int32)
+                        pairing = config.kind.pairing
+                        rope.rotate(asks, asks[:, :0], turn, layer.inv_freq, pairing=pairing)
+                        counts = weight**2 * (away**2).sum() / size
+                        found[0, i, h] += counts * np.outer(asks, asks)
+    return found * np.array([importance.KEYS, 1]).reshape(2, 1, 1, 1, 1)
 
 
 @pytest.mark.parametrize("arch", ["llama", "gemma2", "gemma3"])
-def test_importance_is_that_of_plain_loops(open_model, arch):
+def test_importance_is_that_of_plain_loops(open_model, monkeypatch, arch):
     """With groups of heads; with post norms, sliding windows and, in gemma2, a cap of scores."""
+    monkeypatch.setattr(importance, "EVERY", 1)
+    monkeypatch.setattr(importance, "_KEYS", 5)
     model = open_model(arch, weights="fp32")
     ids = ids_of(model)
     got = importance.measure(model, ids, np)
-    assert got.shape == (2, model.config.num_layers, model.config.kv_heads)
-    np.testing.assert_allclose(got, by_loops(model, ids), rtol=1e-3, atol=1e-6 * got.max())
+    for mine, want in zip(got, by_loops(model, ids), strict=True):
+        np.testing.assert_allclose(mine, want, rtol=1e-3, atol=1e-5 * want.max())
+
+
+def test_a_part_of_the_keys_shows_the_directions_of_all(open_model, monkeypatch):
+    model = open_model("llama", weights="fp32")
+    ids = ids_of(model)
+    some = importance.measure(model, ids, np)
+    monkeypatch.setattr(importance, "EVERY", 1)
+    every = importance.measure(model, ids, np)
+    assert (some[1] == every[1]).all() and (some[0] != every[0]).any()
+    sizes = (np.trace(x, axis1=3, axis2=4) for x in (some, every))
+    np.testing.assert_allclose(*sizes, rtol=1e-3)
+    alike = (some[0] * every[0]).sum(axis=(2, 3)) / np.square(every[0]).sum(axis=(2, 3))
+    assert (alike > 0.7).all()
 
 
 def test_a_single_token_asks_nothing(open_model):
     model = open_model("llama")
     got = importance.measure(model, [5], np)
-    assert got.shape == (2, model.config.num_layers, model.config.kv_heads) and not got.any()
+    D = model.config.head_dim
+    assert got.shape == (2, model.config.num_layers, model.config.kv_heads, D, D) and not got.any()
 
 
 def test_mixed_heads_and_stored_matrices_count_as_much(open_model):
-    """A Hadamard matrix turns heads and not their errors."""
+    """Rows are those without the Hadamard matrix that turns heads."""
     model = open_model("llama", "Q8_0", weights="fp32")
     exact = importance.measure(model, ids_of(model), np)
     for options in (dict(kv_dtype="int8"), dict(weights="stored")):
         got = importance.measure(open_model("llama", "Q8_0", **options), ids_of(model), np)
-        np.testing.assert_allclose(got, exact, rtol=0.02)
+        for mine, want in zip(got, exact, strict=True):
+            np.testing.assert_allclose(mine, want, rtol=0.02, atol=0.01 * want.max())
 
 
 def test_squares_are_those_of_activations_behind_attention(open_model):
@@ -115,7 +137,7 @@ def test_what_counts_more_costs_more(open_model):
     least: what the logits say of it."""
     model = open_model("gemma3", weights="fp32")
     ids, rng = ids_of(model), np.random.default_rng(0)
-    counts = importance.measure(model, ids, np)[1].mean(axis=1)
+    counts = np.trace(importance.measure(model, ids, np)[1], axis1=2, axis2=3).mean(axis=1)
     here = np.arange(N - T, N, dtype=np.int32)
 
     def logits(layer, error):
@@ -132,10 +154,27 @@ def test_what_counts_more_costs_more(open_model):
 
 
 def test_weights_are_square_roots_about_one():
-    counts = np.array([[4.0, 1.0], [1.0, 0.25]])
-    weights = importance.weights_of(counts, 3)
-    assert weights.dtype == np.float16
-    np.testing.assert_array_equal(weights, np.repeat([2, 1, 1, 0.5], 3))
-    far = importance.weights_of([1e-9, 1e9, 0], 1)
-    assert far.min() == LIGHTEST and far.max() == HEAVIEST
-    assert (importance.weights_of(np.zeros((2, 2)), 2) == 1).all()
+    even = np.eye(3)
+    counts = np.array([[[4 * even, even], [even, even / 4]]])[0]
+    weights, unit = importance.weights_of(counts)
+    assert weights.dtype == np.float16 and unit == pytest.approx(1)
+    np.testing.assert_allclose(weights, np.array([2, 1, 1, 0.5])[:, None, None] * even, rtol=1e-3)
+    assert importance.weights_of(9 * counts)[1] == pytest.approx(9)
+    far, _ = importance.weights_of(np.array([1e-9, 1e9, 0])[:, None, None, None] * even)
+    sizes = np.trace(far.astype(float), axis1=1, axis2=2) / 3
+    np.testing.assert_allclose(sizes, [LIGHTEST, HEAVIEST, LIGHTEST], rtol=1e-3)
+    none, unit = importance.weights_of(np.zeros((2, 2, 3, 3)))
+    assert unit == 1 and (none == even).all()
+
+
+def test_weights_are_square_roots_of_directions(rng):
+    """But for the part that all directions of a head share."""
+    turn = np.linalg.qr(rng.standard_normal((8, 8)))[0]
+    counts = (turn * np.array([7.9, 0.1, 0, 0, 0, 0, 0, 0])) @ turn.T
+    (weights,), unit = importance.weights_of(counts[None, None])
+    even = importance.EVEN * np.eye(8)
+    np.testing.assert_allclose(
+        unit * weights.astype(float) @ weights.astype(float),
+        (1 - importance.EVEN) * counts + even,
+        atol=5e-3,
+    )

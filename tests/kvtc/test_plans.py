@@ -9,6 +9,7 @@ import pytest
 from pykv.errors import NumberError, ParameterError
 from pykv.kvtc import basis, coder, plans
 from tests.helpers import to_numpy, without_simt
+from tests.kvtc import made
 
 
 def low_rank(rng, n, F, rank=24):
@@ -140,13 +141,24 @@ def test_ratios_out_of_reach_are_refused():
 # --- All of it ------------------------------------------------------------------------------------
 
 
+def planned(seen, held, weights, ratios, rank, xp=np, counts=(1.0, 1.0)):
+    """Keys and values of the same rows."""
+    found = plans.find(blocks(seen, xp), blocks(held, xp), weights, rank, xp)
+    return plans.plan(found, found, counts, ratios, xp)
+
+
+def even(heads, head_dim):
+    return np.tile(np.eye(head_dim, dtype=np.float16), (heads, 1, 1))
+
+
 @without_simt
 def test_held_out_errors_promise_those_of_other_rows(xp, rng):
     """Coded by pykv.kvtc.coder and decoded in float64."""
-    F, ratios = 128, (4, 8, 16)
+    F, D, ratios = 128, 32, (4, 8, 16)
     seen, held, other = (low_rank(rng, n, F) for n in (1500, 300, 600))
-    weights = rng.uniform(0.5, 2, F).astype(np.float16)
-    side = plans.fit(blocks(seen, xp), blocks(held, xp), weights, ratios, 64, xp)
+    weights = made.weights(rng, F // D, D)
+    side, _ = planned(seen, held, weights, ratios, 64, xp)
+    whole = made.block_diagonal(weights.astype(float))
     assert side.basis.dtype == side.mean.dtype == np.float16
     wide, mean = side.basis.astype(float), side.mean.astype(float)
     assert abs(wide.T @ wide - np.eye(wide.shape[1])).max() < 2e-3
@@ -157,10 +169,11 @@ def test_held_out_errors_promise_those_of_other_rows(xp, rng):
         C = sum(plan.widths)
         assert plan.row_bytes * ratio <= 2 * F
         assert plan.steps.dtype == np.float32 and plan.steps.shape == (C,)
-        kept = (centred * weights @ wide[:, :C]).astype(np.float32)
+        kept = (centred @ whole @ wide[:, :C]).astype(np.float32)
         packed = coder.pack(coder.quantise(kept, plan.steps, plan.widths), plan.widths)
         codes = coder.unpack(packed, plan.widths)
-        decoded = coder.dequantise(codes, plan.steps, plan.widths) @ wide[:, :C].T / weights
+        values = coder.dequantise(codes, plan.steps, plan.widths)
+        decoded = values @ wide[:, :C].T @ np.linalg.inv(whole)
         error = np.linalg.norm(decoded - centred) / np.linalg.norm(centred)
         assert error == pytest.approx(plan.error, rel=0.1)
         assert last < error < 1
@@ -169,11 +182,44 @@ def test_held_out_errors_promise_those_of_other_rows(xp, rng):
 
 def test_too_few_rows_promise_too_little_where_nothing_is_held_out(rng):
     """Why errors are of rows that the basis has not seen."""
-    F, ones = 128, np.ones(128, np.float16)
+    F = 128
     seen, held = low_rank(rng, 40, F, 100), low_rank(rng, 300, F, 100)
-    honest = plans.fit(blocks(seen), blocks(held), ones, (4,), 32, np)
-    fooled = plans.fit(blocks(seen), blocks(seen), ones, (4,), 32, np)
+    honest, fooled = (planned(seen, x, even(4, 32), (4,), 32)[0] for x in (held, seen))
     assert fooled.plans[4].error < 0.7 * honest.plans[4].error
+
+
+def test_weighted_rows_have_the_gram_matrix_that_is_weighted(rng):
+    x, weights = rng.standard_normal((50, 12)).astype(np.float32), made.weights(rng, 3, 4)
+    whole = made.block_diagonal(weights.astype(float))
+    weighted = basis.weigh(x, weights.astype(np.float32))
+    np.testing.assert_allclose(weighted, x @ whole, atol=1e-5)
+    np.testing.assert_allclose(basis.weigh(weighted, basis.inverse(weights)), x, atol=1e-5)
+    gram = x.T @ x
+    basis.weigh_gram(gram, weights.astype(np.float32))
+    np.testing.assert_allclose(gram, weighted.T @ weighted, atol=1e-3)
+
+
+def test_what_counts_more_gets_more_bits(rng):
+    """Within the bytes of both, which stay the same."""
+    seen, held = low_rank(rng, 600, 128), low_rank(rng, 300, 128)
+    sizes = []
+    for counts in ((1.0, 1.0), (1.0, 100.0)):
+        pair = planned(seen, held, even(4, 32), (8,), 64, counts=counts)
+        sizes.append([side.plans[8].row_bytes for side in pair])
+        assert sum(sizes[-1]) == 2 * 128 * 2 // 8
+    assert sizes[0][0] == sizes[0][1] and sizes[1][0] < sizes[1][1]
+
+
+@pytest.mark.parametrize("units", [2, 5, 9, 40])
+def test_keys_and_values_share_their_units_best(rng, units):
+    """Of all splits, tried one by one."""
+    k, v = (np.sort(rng.random((9, 64)) ** 3, axis=0)[::-1] * scale for scale in (1, 5))
+    found = plans.allocate_both(k, v, units)
+    best = min(
+        cost_of(plans.allocate(k, i), k) + cost_of(plans.allocate(v, units - i), v)
+        for i in range(1, units)
+    )
+    assert cost_of(found[0], k) + cost_of(found[1], v) == pytest.approx(best)
 
 
 # --- Large models ---------------------------------------------------------------------------------
@@ -216,9 +262,9 @@ def test_a_model_of_8b_takes_40_gb_and_two_minutes(xp, n, F, rank):
     if xp is not np:
         xp.get_default_memory_pool().free_all_blocks()
     started = time.perf_counter()
-    for _ in range(2):
-        side = plans.fit(seen, held, np.ones(F, np.float16), (8, 16, 32), rank, xp)
+    found = [plans.find(seen, held, even(F // 128, 128), rank, xp) for _ in range(2)]
+    for side in plans.plan(*found, (1.0, 1.0), (8, 16, 32), xp):
+        assert 0 < side.plans[8].error < side.plans[16].error < 0.6
     seconds = time.perf_counter() - started
-    assert 0 < side.plans[8].error < side.plans[16].error < 0.6
     assert seconds < 120
     assert xp is np or xp.get_default_memory_pool().total_bytes() < 40e9

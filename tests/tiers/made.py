@@ -26,8 +26,8 @@ def open_codec(name, text, xp, tokens, cache):
     L, H, D = cache.sizes
     F = L * H * D
     plan = {2: Plan((F, *[0] * 7), np.full(F, STEP, np.float32), 0.01)}
-    zeros, ones = np.zeros(F, np.float16), np.ones(F, np.float16)
-    side = Side(zeros, ones, np.eye(F, dtype=np.float16), plan)
+    zeros, even = np.zeros(F, np.float16), np.tile(np.eye(D, dtype=np.float16), (L * H, 1, 1))
+    side = Side(zeros, even, np.eye(F, dtype=np.float16), plan)
     inv_freq = np.stack([rope.frequencies(D, 1e4)] * L)
     model = Fingerprint("made", L, H, D, "half", inv_freq, "5a" * 32)
     artefact = Artefact(model, (Group(tuple(range(L)), side, side),), (), sinks=3, window=8)

@@ -1,8 +1,8 @@
 """Pages between a cache and rows of host memory.
 
 On a GPU pages go through staging memory of the device, two pieces in turn each way. The link is
-between pinned memory and the device, with block_copy.LINK_CTAS blocks at most; events order all, and
-the host waits for none.
+between pinned memory and the device, with block_copy.LINK_CTAS blocks at most; events order all,
+and the host waits for none.
 
     out   the compute stream fills a piece, and goes on; a stream of our own copies it over the link
     back  a second one copies a piece over the link, a third writes it to its pages, while the

@@ -335,15 +335,15 @@ def test_what_is_no_move_is_refused_by_name(gpus, rng):
     x = xp.ones((2, 8), xp.float32)
     with xp.cuda.Device(other):
         weight = xp.ones(8, xp.float32)
-        pool = xp.zeros((2, 4, 1, 8), xp.float16)
+        pool, *others = (xp.zeros((2, 4, 1, 8), xp.float16) for _ in range(3))
     text = f"is on GPU {other}, expected the current one, GPU {here}"
     with pytest.raises(DeviceError, match=f"weight {text}"):
         norm.rms_norm(x, weight)
     with pytest.raises(DeviceError, match=f"k_pool {text}"):
         paged_convert.gather(pool, pool)
-    ours = xp.zeros((2, 4, 1, 8), xp.float16)
+    ours, out = (xp.zeros((2, 4, 1, 8), xp.float16) for _ in range(2))
     with pytest.raises(DeviceError, match=f"v_out is on GPU {here}, expected like the others, GPU"):
-        paged_convert.convert(ours, ours, pool, ours, spec="fp16", out_spec="fp16")
+        paged_convert.convert(ours, ours, pool, out, spec="fp16", out_spec="fp16")
     with pytest.raises(DeviceError, match=f"k_pool is on GPU {other}, expected the current one"):
         paged_convert.convert(pool, pool, pool, pool, spec="fp16", out_spec="fp16")
     with pytest.raises(DeviceError, match=rf"sources\[0\] is on GPU {other}, expected the current"):

@@ -249,7 +249,7 @@ def _deferred(phases: list[Any]) -> dict[int, int]:
         readers = [reader for reader, rows in read if share(rows, out)]
         is_whole = [isinstance(q, Product) and is_same(bytes_of(q.x), out) for q in readers]
         if readers and all(is_whole):
-            found[out.start] = p.splits(_OP)
+            found[address_of(p.attend.out)] = p.splits(_OP)
     return found
 
 

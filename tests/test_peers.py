@@ -345,7 +345,7 @@ def test_what_is_no_move_is_refused_by_name(gpus, rng):
     with pytest.raises(DeviceError, match=f"v_out is on GPU {here}, expected like the others, GPU"):
         paged_convert.convert(ours, ours, pool, out, spec="fp16", out_spec="fp16")
     with pytest.raises(DeviceError, match=f"k_pool is on GPU {other}, expected the current one"):
-        paged_convert.convert(pool, pool, pool, pool, spec="fp16", out_spec="fp16")
+        paged_convert.convert(pool, pool, *others, spec="fp16", out_spec="fp16")
     with pytest.raises(DeviceError, match=rf"sources\[0\] is on GPU {other}, expected the current"):
         block_copy.copy_arrays([pool], [pool])
 

@@ -279,17 +279,10 @@ def _struct_of(op: str) -> np.dtype[Any]:
     if op in _STRUCT_OF:
         stem, name, *more = _STRUCT_OF[op]
         return np.dtype([*_parameters_of(stem, name), *more], align=True)
-    # One struct behind the other, each aligned to eight bytes.
-    names, offsets, formats, end = [], [], [], 0
-    for part, kernel in _ATTENTION.items():
-        dtype = np.dtype(_parameters_of(*kernel), align=True)
-        for name, (of_name, offset, *_) in (dtype.fields or {}).items():
-            names.append(f"{part}.{name}")
-            formats.append(of_name)
-            offsets.append(end + offset)
-        end += dtype.itemsize
-    fields = dict(names=[*names, "merges"], formats=[*formats, np.int32], offsets=[*offsets, end])
-    return np.dtype(dict(fields, itemsize=end + 8))
+    structs = [
+        (part, np.dtype(_parameters_of(*kernel), align=True)) for part, kernel in _ATTENTION.items()
+    ]
+    return np.dtype([*structs, ("merges", np.int32)], align=True)
 
 
 def _parameters_of(stem: str, name: str) -> list[Any]:
@@ -307,10 +300,18 @@ def _packed(records: list[Record], stages: list[int], kinds: list[str]) -> Any:
         row[:_HEAD_BYTES].view(np.int32)[:] = OPS.index(record.op), kind, stage, record.tiles
         dtype = _struct_of(record.op)
         struct = row[_HEAD_BYTES : _HEAD_BYTES + dtype.itemsize].view(dtype)[0]
-        for name in dtype.names or ():
-            value = record.values[name]
-            struct[name] = _address(value) if dtype[name] == np.uint64 else value
+        _fill(struct, record.values)
     return words.view(np.uint64)
+
+
+def _fill(struct: Any, values: dict[str, Any]) -> None:
+    """Numbers, addresses of arrays, and structs of these, by their names."""
+    for name in struct.dtype.names:
+        value = values[name]
+        if isinstance(value, dict):
+            _fill(struct[name], value)
+        else:
+            struct[name] = _address(value) if struct.dtype[name] == np.uint64 else value
 
 
 def _address(array: Any) -> int:

@@ -238,18 +238,19 @@ def _scratch(phases: list[Any]) -> Scratch:
 
 
 def _deferred(phases: list[Any]) -> dict[int, int]:
-    """Splits of each attention whose `out` products alone read, as it is, by its address."""
+    """Splits of each attention whose `out` products alone read, as it is, by its address. Several
+    may have one `out`, as layers do, if all cut keys alike."""
     read = [(p, rows) for p in phases for rows in p.touched().reads]
-    found: dict[int, int] = {}
+    found: dict[int, set[int]] = {}
     for p in phases:
-        if not isinstance(p, Attention) or p.splits(_OP) == 1:
+        if not isinstance(p, Attention):
             continue
         out = span_of(p.attend.out)
         readers = [reader for reader, rows in read if rows.meets(out)]
         is_whole = [isinstance(q, Product) and span_of(q.x) == out for q in readers]
-        if readers and all(is_whole):
-            found[out.start] = p.splits(_OP)
-    return found
+        splits = p.splits(_OP) if readers and all(is_whole) else 1
+        found.setdefault(out.start, set()).add(splits)
+    return {at: min(splits) for at, splits in found.items() if len(splits) == 1 and splits != {1}}
 
 
 def _cache_defines(phases: list[Any]) -> dict[str, Any]:

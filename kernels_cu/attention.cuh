@@ -1,6 +1,4 @@
 // attention.cuh: the defines that all attention kernels take, and options that are off by default.
-#include "head_dim.cuh"
-#include "warps.cuh"
 
 #if !defined(HEAD_DIM) || !defined(Q_T) || !defined(K_T) || !defined(SCALE_T) || !defined(BLOCK)
 #error "attention.cuh needs HEAD_DIM, Q_T, K_T, SCALE_T and BLOCK"

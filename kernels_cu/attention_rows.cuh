@@ -1,8 +1,9 @@
 // attention_rows.cuh: rows of queries and keys that KEY_LANES lanes hold, eight elements each, above
 // 256 twice eight.
-#include "attention.cuh"
+#include "head_dim.cuh"
 #include "reduce.cuh"
 #include "vector.cuh"
+#include "warps.cuh"
 
 static_assert(D % 8 == 0 && D >= 8 && D <= 512, "lanes hold eight elements");
 constexpr int KEY_LANES = lanes_of_row(D);

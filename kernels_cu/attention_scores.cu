@@ -23,6 +23,7 @@
 // Order:    no atomics; sums in the order of the query rows
 //
 // KEY_LANES lanes hold one key and score it against ROWS query rows at a time.
+#include "attention.cuh"
 #include "attention_rows.cuh"
 #include "softmax.cuh"
 

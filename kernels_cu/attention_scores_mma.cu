@@ -15,10 +15,12 @@
 // remainder of rounding a query is kept in further terms, so that scores are as precise as those of
 // floats.
 #include "attention.cuh"
+#include "head_dim.cuh"
 #include "mma_rows.cuh"
 #include "ptx.cuh"
 #include "softmax.cuh"
 #include "vector.cuh"
+#include "warps.cuh"
 
 #ifndef KEYS
 #error "attention_scores_mma.cu needs KEYS"

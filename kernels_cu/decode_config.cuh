@@ -1,5 +1,5 @@
 // decode_config.cuh: sizes and operand types of paged_decode_mma, by its defines.
-#include "attention.cuh"
+#include "head_dim.cuh"
 #include "mma.cuh"
 #include "softmax.cuh"
 

@@ -2,6 +2,7 @@
 // registers.
 #include "decode_stage.cuh"
 #include "ptx.cuh"
+#include "warps.cuh"
 
 #if __CUDA_ARCH__ >= 750  // older SMs get an empty kernel, which the host never launches
 

@@ -1,5 +1,5 @@
 // mma_rows.cuh: queries and keys as operands of mma: their types, and rows of them in shared memory.
-#include "attention.cuh"
+#include "head_dim.cuh"
 #include "mma.cuh"
 #include "vector.cuh"
 

@@ -5,6 +5,7 @@
 // softmax in registers: running maximum m (base 2), weight sum l, unscaled output acc. The block's
 // SLOTS lane groups take keys in turn; their states are merged at the end, over lanes, warps, then
 // splits.
+#include "attention.cuh"
 #include "attention_rows.cuh"
 #include "batch.cuh"
 #include "softmax.cuh"

@@ -76,6 +76,7 @@
 #include "ptx.cuh"
 #include "reduce.cuh"
 #include "softmax.cuh"
+#include "warps.cuh"
 
 // Above 200 lines, because the compiler orders the instructions of the loop over keys another way
 // where the range of units is a function of its own.

@@ -29,9 +29,11 @@
 // computes keys x, x + X, ..., of the output the columns 4 (x + X j).
 #include "attention.cuh"
 #include "batch.cuh"
+#include "head_dim.cuh"
 #include "reduce.cuh"
 #include "softmax.cuh"
 #include "vector.cuh"
+#include "warps.cuh"
 
 #if !defined(V_T) || !defined(ROWS)
 #error "prefill.cu needs V_T and ROWS"

@@ -1,7 +1,8 @@
 // prefill_config.cuh: operand types of prefill_mma, and where things lie in its shared memory.
-#include "attention.cuh"
+#include "head_dim.cuh"
 #include "mma_rows.cuh"
 #include "softmax.cuh"
+#include "warps.cuh"
 
 static_assert(D % 16 == 0 && D <= 256, "whole steps of mma, and sums that fit the registers");
 constexpr bool V_HAS_CODES = LARGEST<V_T> > 0.0f;

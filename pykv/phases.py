@@ -44,7 +44,7 @@ class Record(NamedTuple):
         op: one of `OPS`.
         kind: of its matrix, if it has one.
         tiles: that blocks take in turn.
-        values: arrays or numbers of the op's struct, by name.
+        values: arrays or numbers of the op's struct, by name; of attention two such structs.
         touched: what it reads and writes.
     """
 
@@ -323,14 +323,13 @@ class Attention(NamedTuple):
         checked = self.checked(op)
         of_append, options, dims, spec, scores = checked
         sizes, (tiles, splits) = checked.sizes, self._splits(checked)
-        defines, values = paged_qkv.kernel_arguments(of_append, self.append.arrays(), options)
-        append = self.append.arrays() | values
+        defines, scalars = paged_qkv.kernel_arguments(of_append, self.append.arrays(), options)
+        append = self.append.arrays() | scalars
         absent = dict.fromkeys(("lse", "alibi_slopes", "sinks", "tree", "key_positions"))
         attend = self.attend.arrays() | absent | dict(workspace=scratch.workspace)
         attend |= paged_decode.kernel_arguments(self.attend.arrays(), dims, spec, scores, "e")[1]
         attend |= dict(HQ=sizes.HQ, H=sizes.H, P=sizes.P, split_keys=0, splits=splits)
-        values = {f"append.{name}": value for name, value in append.items()}
-        values |= {f"attend.{name}": value for name, value in attend.items()}
+        values: dict[str, Any] = dict(append=append, attend=attend)
         values["merges"] = splits > 1 and address_of(self.attend.out) not in scratch.deferred
         touched = self.touched()
         if splits > 1:

@@ -239,18 +239,19 @@ def _scratch(phases: list[Any]) -> Scratch:
 
 
 def _deferred(phases: list[Any]) -> dict[int, int]:
-    """Splits of each attention whose `out` products alone read, as it is, by its address."""
+    """Splits of each attention whose `out` products alone read, as it is, by its address. Several
+    may have one `out`, as layers do, if all cut keys alike."""
     read = [(p, rows) for p in phases for rows in p.touched().reads]
-    found: dict[int, int] = {}
+    found: dict[int, set[int]] = {}
     for p in phases:
-        if not isinstance(p, Attention) or p.splits(_OP) == 1:
+        if not isinstance(p, Attention):
             continue
         out = bytes_of(p.attend.out)
         readers = [reader for reader, rows in read if share(rows, out)]
         is_whole = [isinstance(q, Product) and is_same(bytes_of(q.x), out) for q in readers]
-        if readers and all(is_whole):
-            found[address_of(p.attend.out)] = p.splits(_OP)
-    return found
+        splits = p.splits(_OP) if readers and all(is_whole) else 1
+        found.setdefault(address_of(p.attend.out), set()).add(splits)
+    return {at: min(splits) for at, splits in found.items() if len(splits) == 1 and splits != {1}}
 
 
 def _cache_defines(phases: list[Any]) -> dict[str, Any]:
@@ -280,18 +281,10 @@ def _struct_of(op: str) -> np.dtype[Any]:
     if op in _STRUCT_OF:
         stem, name, *more = _STRUCT_OF[op]
         return np.dtype([*_parameters_of(stem, name), *more], align=True)
-    # One struct behind the other, each aligned to eight bytes.
-    names, offsets, formats, end = [], [], [], 0
-    for part, kernel in _ATTENTION.items():
-        dtype = np.dtype(_parameters_of(*kernel), align=True)
-        for name, (of_name, offset, *_) in (dtype.fields or {}).items():
-            names.append(f"{part}.{name}")
-            formats.append(of_name)
-            offsets.append(end + offset)
-        end += dtype.itemsize
-    fields: Any = dict(names=[*names, "merges"], formats=[*formats, np.int32])
-    found: np.dtype[Any] = np.dtype(fields | dict(offsets=[*offsets, end], itemsize=end + 8))
-    return found
+    structs = [
+        (part, np.dtype(_parameters_of(*kernel), align=True)) for part, kernel in _ATTENTION.items()
+    ]
+    return np.dtype([*structs, ("merges", np.int32)], align=True)
 
 
 def _parameters_of(stem: str, name: str) -> list[Any]:
@@ -309,10 +302,18 @@ def _packed(records: list[Record], stages: list[int], kinds: list[str]) -> Any:
         row[:_HEAD_BYTES].view(np.int32)[:] = OPS.index(record.op), kind, stage, record.tiles
         dtype = _struct_of(record.op)
         struct = row[_HEAD_BYTES : _HEAD_BYTES + dtype.itemsize].view(dtype)[0]
-        for name in dtype.names or ():
-            value = record.values[name]
-            struct[name] = _address(value) if dtype[name] == np.uint64 else value
+        _fill(struct, record.values)
     return words.view(np.uint64)
+
+
+def _fill(struct: Any, values: dict[str, Any]) -> None:
+    """Numbers, addresses of arrays, and structs of these, by their names."""
+    for name in struct.dtype.names:
+        value = values[name]
+        if isinstance(value, dict):
+            _fill(struct[name], value)
+        else:
+            struct[name] = _address(value) if struct.dtype[name] == np.uint64 else value
 
 
 def _address(array: Any) -> int:

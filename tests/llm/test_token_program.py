@@ -34,16 +34,16 @@ def open_both(tmp_path, xp, monkeypatch):
     return open_
 
 
-# Of mixed types of blocks; one that ties its head, with biases, with norms of heads, with windows
-# and norms of what layers add.
+# Of mixed types of blocks; with windows, by which layers cut keys apart, and norms of what layers
+# add; one that ties its head, with biases, with norms of heads.
 CASES = [
     ("llama-mixed", dict(weights="stored", kv_dtype="fp8"), 1),
+    ("gemma3-keys", dict(weights="fp16"), 2),
     *swept(
         [
             ("llama-tied", dict(weights="fp16"), 1),
             ("qwen2", dict(weights="fp32", kv_dtype="bf16"), 2),
             ("qwen3", dict(weights="bf16", kv_dtype="int8"), 3),
-            ("gemma3-keys", dict(weights="fp16"), 2),
         ]
     ),
 ]

@@ -11,6 +11,7 @@ from pykv import prepare, tensor_files, whole_files
 from pykv.errors import CapacityError, DtypeError, FormatError, ParameterError, UnsupportedError
 from pykv.kvtc import Codec, Coded, parse
 from pykv.llm import LLM, runner
+from pykv.llm.prompt_steps import PromptSteps
 from tests.helpers import assert_same_bits, to_numpy, without_simt
 from tests.kvtc.made import artefact_of
 from tests.llm import tiny
@@ -22,13 +23,13 @@ TEMPLATE += "{% if add_generation_prompt %}[assistant:{% endif %}"
 
 @pytest.fixture
 def computed(monkeypatch):
-    """How many tokens each forward step computes; of a step that is a graph, when it is made."""
-    steps, forward = [], runner.forward
+    """How many tokens each step of prompts computes."""
+    steps, run = [], PromptSteps.run
     monkeypatch.setattr(
-        runner,
-        "forward",
-        lambda model, batch, *args, **options: (
-            steps.append(len(batch.ids)) or forward(model, batch, *args, **options)
+        PromptSteps,
+        "run",
+        lambda self, spans, *args: (
+            steps.append(sum(len(span.ids) for span in spans)) or run(self, spans, *args)
         ),
     )
     return steps

@@ -18,7 +18,8 @@
 //           i4, e4m3 or e5m2; SCALE_T = f16 or float; LOGITS_SOFT_CAP = 0 or 1; BLOCK = threads, ROWS =
 //           query rows of a block, 64 or 128, KEYS of a tile and SHARED_BYTES of a block, as
 //           pykv/ops/prefill_mma.py chooses them for the SM
-// Launch:   grid ((T * G / ROWS + B) * H), block (BLOCK), SHARED_BYTES of dynamic shared memory
+// Launch:   grid ((T * G / ROWS + B) * H), block (BLOCK), SHARED_BYTES of dynamic shared memory. It
+//           may start early, hence no pointer is __restrict__
 // Traffic:  every ROWS rows read the keys they see; a sequence's K and V mostly hit the L2 cache
 // Stack: 96 bytes, of rows of 128 elements or more, whose sums and scores take most registers
 // Order:    no atomics; float accumulation in key order
@@ -47,17 +48,17 @@
 // Above 200 lines, because the compiler orders instructions another way where the products of keys
 // or of values are functions of their own.
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
-prefill_mma(Q_T* __restrict__ out, float* __restrict__ lse, const Q_T* __restrict__ q,
-            const K_T* __restrict__ k_pool, const V_T* __restrict__ v_pool,
-            const SCALE_T* __restrict__ k_scales, const SCALE_T* __restrict__ v_scales,
-            const int* __restrict__ page_table, const int* __restrict__ lengths,
-            const int* __restrict__ q_starts, i64 q_stride, i64 k_pool_page, i64 k_pool_token,
+prefill_mma(Q_T* out, float* lse, const Q_T* q, const K_T* k_pool, const V_T* v_pool,
+            const SCALE_T* k_scales, const SCALE_T* v_scales, const int* page_table,
+            const int* lengths, const int* q_starts, i64 q_stride, i64 k_pool_page, i64 k_pool_token,
             i64 k_pool_head, i64 v_pool_page, i64 v_pool_token, i64 v_pool_head, i64 k_scales_page,
             i64 k_scales_token, i64 k_scales_head, i64 v_scales_page, i64 v_scales_token,
             i64 v_scales_head, int B, int HQ, int H, int P, int M, int capacity, int causal,
             int window, float score_scale, float cap) {
 #if __CUDA_ARCH__ >= 750
     extern __shared__ __align__(128) u8 shared[];  // see Swizzled
+    let_next_start();
+    await_previous();
     const int lane = threadIdx.x % WARP;
     const int warp = threadIdx.x / WARP;
     const int g = lane / 4, t = lane % 4;  // as in the fragments of mma

@@ -64,7 +64,7 @@ def forward(
         cache: a PagedKVCache, updated in place at `batch.slots`; or for a step of one token a
             sequence a HeadRows, which has slots and lengths of its own.
         rows: [R] int32, tokens whose logits are wanted; None means all T.
-        gemm: what multiplies on a GPU, see linear.linear.
+        gemm: what multiplies on a GPU, see matrices.multiply.
         queries: [L, T, HQ, D] float32; filled with those of each layer, as attention took them.
         squares: [L, T] float32; filled with the mean square of activations behind each attention.
         out: [R, V] float32 for the logits; allocated if None.

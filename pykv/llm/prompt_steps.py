@@ -119,8 +119,7 @@ class PromptSteps:
         self._steps: OrderedDict[tuple[Sizes, bool], tuple[Ragged, Callable[[], Any], Any]]
         self._steps = OrderedDict()
         self._pool: Any = None  # of the steps
-        self._logits = xp.empty((0, model.config.vocab), np.float32)
-        self._queries = xp.empty(0, np.float32)
+        self._logits, self._queries = _Shared(xp), _Shared(xp)
 
     def run(
         self, spans: Sequence[Span], wanted: Sequence[int], asks: bool = False
@@ -165,18 +164,28 @@ class PromptSteps:
 
     def _new(self, sizes: Sizes, asks: bool) -> tuple[Ragged, Callable[[], Any], Any]:
         ragged, config = Ragged(sizes, self._xp), self._model.config
-        if len(self._logits) < sizes.rows:
-            self._logits = self._xp.empty((sizes.rows, config.vocab), np.float32)
-        queries = None
-        if asks:
-            shape = config.num_layers, sizes.tokens, config.heads, config.head_dim
-            count = math.prod(shape)
-            if len(self._queries) < count:
-                self._queries = self._xp.empty(count, np.float32)
-            queries = self._queries[:count].reshape(shape)
-        of_step = dict(out=self._logits[: sizes.rows], queries=queries, memory=self._memory)
+        logits = self._logits.take(sizes.rows, config.vocab)
+        shape = config.num_layers, sizes.tokens, config.heads, config.head_dim
+        queries = self._queries.take(*shape) if asks else None
+        of_step = dict(out=logits, queries=queries, memory=self._memory)
         step = step_of(self._model, ragged.batch, self._cache, ragged.rows, **of_step)
         return ragged, step, queries
+
+
+class _Shared:
+    """Memory for arrays of float32 of which one is needed at a time: on a GPU that of the largest,
+    on the host new arrays."""
+
+    def __init__(self, xp: Any) -> None:
+        self._xp, self._memory = xp, xp.empty(0, np.float32)
+
+    def take(self, *shape: int) -> Any:
+        if self._xp is np:
+            return np.empty(shape, np.float32)
+        count = math.prod(shape)
+        if self._memory.size < count:
+            self._memory = self._xp.empty(count, np.float32)
+        return self._memory[:count].reshape(shape)
 
 
 def _power(count: int, base: int, least: int) -> int:

@@ -376,6 +376,7 @@ def _launch(
             block=mma.BLOCK,
             scalars=scalars,
             shared_bytes=tiling.shared_bytes,
+            early=True,
         )
     sizes = _block_sizes(D)
     kernel = cuda.kernel("prefill", "prefill", **defines, **sizes)

@@ -119,6 +119,18 @@ __device__ __forceinline__ void cp_async16(void* shared, const void* global) {
 #endif
 }
 
+// The same, or 16 bytes of zeros where the source does not exist.
+__device__ __forceinline__ void cp_async16_or_zero(void* shared, const void* global, bool exists) {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                 :: "r"((u32)__cvta_generic_to_shared(shared)), "l"(global), "r"(exists ? 16 : 0)
+                 : "memory");
+#else
+    const uint4 zero = {0, 0, 0, 0};
+    *reinterpret_cast<uint4*>(shared) = exists ? *reinterpret_cast<const uint4*>(global) : zero;
+#endif
+}
+
 // The same for 4 or 8 bytes, aligned to their size; these go through L1.
 template <int BYTES> __device__ __forceinline__ void cp_async(void* shared, const void* global) {
     if constexpr (BYTES == 16) {

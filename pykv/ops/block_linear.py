@@ -29,7 +29,7 @@ from pykv.arrays import (
     row_step,
 )
 from pykv.errors import ParameterError, ShapeError, UnsupportedError
-from pykv.ops import activation, block_rows, linear_mma
+from pykv.ops import activation, block_rows, linear_mma, linear_tiles
 from pykv.ops import norm as rms_norm
 from pykv.options import check_choice, check_flag, check_number
 from pykv.planes import FORMATS
@@ -344,12 +344,13 @@ def _launches(
     if options.gate is not None:
         products = like(x, (len(x), len(w)), x.dtype)
         finish = activation.launch_gated(options.gate, products, out, options.accumulate)
-    multiply_rows = linear_mma.product(
-        x if rows is None else rows,
-        *(w, kind, bias, out if products is None else products),
-        accumulate=options.accumulate and products is None,
-        exact=options.exact and x.dtype in FLOAT32,
-    )
+    exact = options.exact and x.dtype in FLOAT32
+    given = x if rows is None else rows, w, kind, bias, out if products is None else products
+    accumulate = options.accumulate and products is None
+    if linear_tiles.multiplies(exact, len(x), cuda.current_sm()):
+        multiply_rows = linear_tiles.product(*given, accumulate)
+    else:
+        multiply_rows = linear_mma.product(*given, accumulate, exact)
     sizes = [None if a is None else a.shape for a in (rows, products)]
 
     def run_all(arrays: dict[str, Any], stream: Any) -> None:

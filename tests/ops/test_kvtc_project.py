@@ -75,7 +75,7 @@ def test_other_tiles_give_the_same(device, rng, monkeypatch):
 def test_cuda_cores(device, rng, monkeypatch):
     """What a GPU without tensor cores runs."""
     make_every_launch(monkeypatch)
-    monkeypatch.setattr(op, "_tiles", lambda sm, wide: op._Tiles(64, 64, 256, 0))
+    monkeypatch.setattr(op, "_tiles", lambda sm, wide: op._Tiles(64, 64, 256, 1, 0))
     (k, basis), (v, _) = inputs(rng, 70, 40, 72), inputs(rng, 70, 40, 72)
     arrays = [device.asarray(x) for x in (k, v, basis, basis)]
     got = op.project(*arrays, gemm="own")

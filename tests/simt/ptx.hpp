@@ -109,6 +109,15 @@ inline void cp_async16(void* shared, const void* global) {
     simt::copy_later(shared, global, 16);
 }
 
+inline void cp_async16_or_zero(void* shared, const void* global, bool exists) {
+    static const uint4 zero = {0, 0, 0, 0};
+    if (exists) {
+        cp_async16(shared, global);
+    } else {
+        *reinterpret_cast<uint4*>(shared) = zero;
+    }
+}
+
 template <int BYTES> inline void cp_async(void* shared, const void* global) {
     static_assert(BYTES == 4 || BYTES == 8 || BYTES == 16, "what the instruction copies");
     simt::copy_later(shared, global, BYTES);

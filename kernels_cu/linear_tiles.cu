@@ -136,12 +136,19 @@ linear_tiles(X_T* __restrict__ out, float* partial, u32* counters, const M* __re
                                     is_last)) {
         return;
     }
-    visit_pairs(sums, t0, o0, [&](int t, int o, float a, float b) {
-        if (t >= T) return;
-        const float unit = units[t];
-        X_T* const of_token = out + t * out_stride;
-        if (o < O) finish(of_token + o, a * unit, bias, o, accumulate);
-        if (o + 1 < O) finish(of_token + o + 1, b * unit, bias, o + 1, accumulate);
-    });
+    struct Row { X_T* out; float unit; };
+    constexpr int PAIR_BYTES = 2 * sizeof(X_T);
+    const bool are_pairs = ((u64)out | (u64)out_stride * sizeof(X_T)) % PAIR_BYTES == 0;
+    visit_pairs(
+        sums, t0, o0, T, O, [&](int t) { return Row{out + t * out_stride, units[t]}; },
+        [&](const Row& row, int o, float a, float b) {
+            a *= row.unit, b *= row.unit;
+            if (are_pairs && o + 1 < O) {
+                finish_pair(row.out + o, a, b, bias, o, accumulate);
+            } else {
+                finish(row.out + o, a, bias, o, accumulate);
+                if (o + 1 < O) finish(row.out + o + 1, b, bias, o + 1, accumulate);
+            }
+        });
 #endif
 }

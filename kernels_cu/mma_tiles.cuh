@@ -12,12 +12,35 @@ constexpr int DEPTH = 64;
 constexpr int CHUNKS = DEPTH / 8;  // of a row
 constexpr int STEPS = DEPTH / 16;  // of mma
 constexpr int PITCH = DEPTH * 2;   // bytes of a row
+constexpr int X_BYTES = TILE_T * PITCH, STAGE_BYTES = X_BYTES + TILE_O * PITCH;
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) && TILE_O % 128 == 0 && STAGES > 2
+#define BY_WGMMA 1
+#else
+#define BY_WGMMA 0
+#endif
+
+#if BY_WGMMA
+// By wgmma four warps share all outputs, and 64 tokens for each of X_ROWS.
+constexpr int GROUPS = BLOCK / 128, OWN_T = TILE_T / GROUPS, OWN_O = TILE_O;
+constexpr int X_ROWS = OWN_T / 64, W_PAIRS = OWN_O / 16;
+static_assert(X_ROWS * 64 * GROUPS == TILE_T, "whole tiles of wgmma");
+__device__ __forceinline__ int own_t(int m) {
+    const int warp = threadIdx.x / WARP;
+    return warp / 4 * OWN_T + m * 64 + warp % 4 * 16;
+}
+__device__ __forceinline__ int own_o() { return 0; }
+#else
 constexpr int OWN_T = TILE_T / WARPS_T, OWN_O = TILE_O / (BLOCK / WARP / WARPS_T);
 constexpr int X_ROWS = OWN_T / 16, W_PAIRS = OWN_O / 16;  // fragments of a warp
-constexpr int X_BYTES = TILE_T * PITCH, STAGE_BYTES = X_BYTES + TILE_O * PITCH;
 static_assert(X_ROWS * 16 * WARPS_T == TILE_T, "whole tiles of mma");
 static_assert(W_PAIRS * 16 * (BLOCK / WARP / WARPS_T) == TILE_O, "and of outputs");
 static_assert(STAGES >= 2, "one is read while another comes");
+__device__ __forceinline__ int own_t(int m) {
+    return threadIdx.x / WARP % WARPS_T * OWN_T + m * 16;
+}
+__device__ __forceinline__ int own_o() { return threadIdx.x / WARP / WARPS_T * OWN_O; }
+#endif
 
 using Sums = float[X_ROWS][2 * W_PAIRS][4];
 
@@ -56,34 +79,79 @@ __device__ __forceinline__ void stage_columns(u8* to, const M* from, i64 stride,
     }
 }
 
+#if BY_WGMMA
+// Sums of a warp += the products of stages first .. last - 1. `copy(to, stage)` requests what
+// cp.async brings; `fill(to, stage)` writes what threads make themselves, while tensor cores run.
+// wgmma reads a stage while that of the next is made ready.
+template <typename M, bool COLUMNS, typename Copy, typename Fill>
+__device__ __forceinline__ void multiply_stages(Sums& sums, u8* shared, int first, int last,
+                                                const Copy& copy, const Fill& fill) {
+    constexpr int LEADING = COLUMNS ? DEPTH * PITCH : 0;
+    const auto slot = [&](int stage) { return shared + (stage - first) % STAGES * STAGE_BYTES; };
+    const auto request = [&](int stage) {
+        if (stage < last) copy(slot(stage), stage);
+        cp_async_commit();
+    };
+#pragma unroll 1
+    for (int i = 0; i < STAGES - 2; i++) request(first + i);
+    if (first >= last) return;
+    fill(slot(first), first);
+#pragma unroll 1
+    for (int stage = first; stage < last; stage++) {
+        cp_async_wait<STAGES - 3>();
+        fence_async_proxy();
+        __syncthreads();  // the stage is there, and none is read but the one before
+        const u8* const x = slot(stage) + threadIdx.x / 128 * (OWN_T * PITCH);
+        const u8* const w = slot(stage) + X_BYTES;
+        wgmma_fence();
+#pragma unroll
+        for (int step = 0; step < STEPS; step++) {
+#pragma unroll
+            for (int m = 0; m < X_ROWS; m++) {
+#pragma unroll
+                for (int n = 0; n < TILE_O / 128; n++) {
+                    const int at = COLUMNS ? step * 16 * PITCH : step * 32;
+                    wgmma_m64n128k16<IS_BF16<M>, COLUMNS>(
+                        reinterpret_cast<float (&)[64]>(sums[m][n * 16]),
+                        wgmma_matrix(x + m * 64 * PITCH + step * 32, 0),
+                        wgmma_matrix(w + n * 128 * PITCH + at, LEADING));
+                }
+            }
+        }
+        wgmma_commit();
+        request(stage + STAGES - 2);
+        if (stage + 1 < last) fill(slot(stage + 1), stage + 1);
+        wgmma_wait<1>();
+    }
+    wgmma_wait<0>();
+    wgmma_results(reinterpret_cast<float (&)[sizeof(Sums) / 4]>(sums));
+}
+#else
 struct Operands { u32 x[X_ROWS][4], w[W_PAIRS][4]; };
 
 // The operands of a warp for 16 of I, from `step` * 16 on in a stage.
 template <bool COLUMNS>
 __device__ __forceinline__ void load_operands(Operands& to, u8* stage, int step) {
-    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    const int own_t = warp % WARPS_T * OWN_T, own_o = warp / WARPS_T * OWN_O;
-    const int upper = lane / 8 % 2, half = lane / 16;
+    const int lane = threadIdx.x % WARP, upper = lane / 8 % 2, half = lane / 16;
 #pragma unroll
     for (int m = 0; m < X_ROWS; m++) {
-        ldmatrix_x4(to.x[m], chunk_of(stage, own_t + m * 16 + lane % 16, step * 2 + half));
+        ldmatrix_x4(to.x[m], chunk_of(stage, own_t(m) + lane % 16, step * 2 + half));
     }
     u8* const w = stage + X_BYTES;
 #pragma unroll
     for (int n = 0; n < W_PAIRS; n++) {
         if (COLUMNS) {
-            const int chunk = own_o / 8 + n * 2 + half;
+            const int chunk = own_o() / 8 + n * 2 + half;
             const int row = chunk / CHUNKS * DEPTH + step * 16 + upper * 8 + lane % 8;
             ldmatrix_x4_trans(to.w[n], chunk_of(w, row, chunk % CHUNKS));
         } else {
-            ldmatrix_x4(to.w[n], chunk_of(w, own_o + n * 16 + half * 8 + lane % 8, step * 2 + upper));
+            ldmatrix_x4(to.w[n], chunk_of(w, own_o() + n * 16 + half * 8 + lane % 8, step * 2 + upper));
         }
     }
 }
 
-// Sums of a warp += the products of stages first .. last - 1. `copy(to, stage)` requests what
-// cp.async brings; `fill(to, stage)` writes what threads make themselves, while mma runs. Operands
-// of a step are loaded while those of the one before are multiplied, across stages too.
+// As above. Operands of a step are loaded while those of the one before are multiplied, across
+// stages too.
 template <typename M, bool COLUMNS, typename Copy, typename Fill>
 __device__ __forceinline__ void multiply_stages(Sums& sums, u8* shared, int first, int last,
                                                 const Copy& copy, const Fill& fill) {
@@ -127,21 +195,25 @@ __device__ __forceinline__ void multiply_stages(Sums& sums, u8* shared, int firs
         }
     }
 }
+#endif
 
-// Calls visit(token, output, sum, sum of the next output) for each pair of a lane's sums, from
-// token t0 and output o0 of the block on.
-template <typename Visit>
-__device__ __forceinline__ void visit_pairs(const Sums& sums, int t0, int o0, const Visit& visit) {
-    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    t0 += warp % WARPS_T * OWN_T + lane / 4, o0 += warp / WARPS_T * OWN_O + lane % 4 * 2;
+// Calls visit(begin(token), output, sum, sum of the next output) for each pair of a lane's sums that
+// begins in [T, O], from token t0 and output o0 of the block on.
+template <typename Begin, typename Visit>
+__device__ __forceinline__ void visit_pairs(const Sums& sums, int t0, int o0, int T, int O,
+                                            const Begin& begin, const Visit& visit) {
+    t0 += threadIdx.x % WARP / 4, o0 += own_o() + threadIdx.x % 4 * 2;
 #pragma unroll
     for (int m = 0; m < X_ROWS; m++) {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
+            const int t = t0 + own_t(m) + half * 8;
+            if (t >= T) continue;
+            const auto row = begin(t);
 #pragma unroll
             for (int n = 0; n < 2 * W_PAIRS; n++) {
-                visit(t0 + m * 16 + half * 8, o0 + n * 8, sums[m][n][2 * half],
-                      sums[m][n][2 * half + 1]);
+                const int o = o0 + n * 8;
+                if (o < O) visit(row, o, sums[m][n][2 * half], sums[m][n][2 * half + 1]);
             }
         }
     }

@@ -347,7 +347,7 @@ def _launches(
     exact = options.exact and x.dtype in FLOAT32
     given = x if rows is None else rows, w, kind, bias, out if products is None else products
     accumulate = options.accumulate and products is None
-    if linear_tiles.multiplies(exact, len(x), cuda.current_sm()):
+    if linear_tiles.multiplies(kind, exact, len(x), cuda.current_sm()):
         multiply_rows = linear_tiles.product(*given, accumulate)
     else:
         multiply_rows = linear_mma.product(*given, accumulate, exact)

@@ -83,13 +83,17 @@ def tilings(kind: str, exact: bool, sm: int) -> list[Tiling]:
     few.append(Tiling(32, 1, 128, 128, stages, units, 1, 3))
     if is_float:
         return [*few, Tiling(64, 1, 128, 64, stages + (sm >= 80), 2, 1, 4)]
-    return [*few, Tiling(64, 1, 128, 128, 2, 1, 1, 2)]
+    few.append(Tiling(64, 1, 128, 128, 2, 1, 1, 2))
+    # Scales of halves take the registers of more sums.
+    if sm < 80 or kind in ("Q2_K", "Q3_K", "Q6_K"):
+        return few
+    return [*few, Tiling(128, 2, 128, 128, stages, 1, 1, 2, 16)]
 
 
 _LEAST_TILE = 16  # tokens of a block, where there are more than 8
 _WORK = 512  # elements of a row that are enough for a block
 _MOST_PARTS = 8  # of I
-_RESIDENT = {8: 4, 16: 4, 32: 3, 64: 2}  # blocks on a multiprocessor, by their tokens
+_RESIDENT = {8: 4, 16: 4, 32: 3, 64: 2, 128: 2}  # blocks on a multiprocessor, by their tokens
 
 
 def choose(kind: str, exact: bool, shape: tuple[int, int, int], sm: int, num_sms: int) -> Tiling:

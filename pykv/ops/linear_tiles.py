@@ -32,9 +32,10 @@ class Tiling(NamedTuple):
     GROUP_O: int = 8
 
 
-def multiplies(exact: bool, T: int, sm: int) -> bool:
-    """Whether T tokens are for this kernel."""
-    return not exact and T > _FEW and sm >= 80
+def multiplies(kind: str, exact: bool, T: int, sm: int) -> bool:
+    """Whether T tokens are for this kernel. Of mma, unlike wgmma, blocks keep warps that make
+    halves of them waiting: linear_mma.cu makes them in registers."""
+    return not exact and T > _FEW and (sm == 90 or (kind in FLOAT_KINDS and sm >= 80))
 
 
 def tilings(sm: int) -> list[Tiling]:
@@ -56,9 +57,9 @@ def defines(kind: str, x: Any, bias: Any, tiling: Tiling) -> dict[str, Any]:
 
 
 def choose(T: int, O: int, sm: int, num_sms: int) -> Tiling:
-    """The largest tiling of which there are as many tiles as multiprocessors."""
+    """The largest tiling of which there are tiles for three multiprocessors of four."""
     *larger, smallest = tilings(sm)
-    return next((one for one in larger if _num_tiles(one, T, O) >= num_sms), smallest)
+    return next((one for one in larger if 4 * _num_tiles(one, T, O) >= 3 * num_sms), smallest)
 
 
 def _num_tiles(tiling: Tiling, T: int, O: int) -> int:

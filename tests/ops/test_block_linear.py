@@ -256,7 +256,7 @@ def test_a_model_that_is_loaded_finds_its_kernels_compiled(monkeypatch, kind, sm
     if kind not in op.PLAIN:
         ways.append(("block_rows", block_rows.defines(kind, floats[0])))
     for T in range(5, 200, 3) if sm > 75 else ():
-        tiling = linear_mma.choose(kind, True, T, sm)
+        tiling = linear_mma.choose(kind, True, (T, 14336, 4096), sm, 132)
         ways.append(("linear_mma", linear_mma.defines(kind, *floats, True, tiling)))
     for stem, defines in ways:
         assert (stem, f"sm_{sm}", defines) in made

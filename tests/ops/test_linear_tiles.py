@@ -111,8 +111,8 @@ def test_how_products_are_cut():
     """By hand, for 132 SMs."""
     large, middle, small = op.tilings(90)
     assert op.choose(4096, 14336, 90, 132) == large
-    assert op.choose(512, 4096, 90, 132) == small  # of the middle ones there are 128
-    assert op.choose(512, 6144, 90, 132) == middle
+    assert op.choose(512, 4096, 90, 132) == op.choose(128, 14336, 90, 132) == middle
+    assert op.choose(128, 8192, 90, 132) == small
     assert op._num_parts(small, tiles=27, stages=24, num_sms=132) == 6
     assert op._num_parts(small, tiles=512, stages=64, num_sms=132) == 1
     assert op._num_parts(large, tiles=20, stages=3, num_sms=132) == 1

@@ -57,9 +57,12 @@ def defines(kind: str, x: Any, bias: Any, tiling: Tiling) -> dict[str, Any]:
 
 
 def choose(T: int, O: int, sm: int, num_sms: int) -> Tiling:
-    """The largest tiling of which there are tiles for three multiprocessors of four."""
+    """The largest tiling that tokens fill by half, with tiles for three multiprocessors of four."""
     *larger, smallest = tilings(sm)
-    return next((one for one in larger if 4 * _num_tiles(one, T, O) >= 3 * num_sms), smallest)
+    for one in larger:
+        if 2 * T > one.TILE_T and 4 * _num_tiles(one, T, O) >= 3 * num_sms:
+            return one
+    return smallest
 
 
 def _num_tiles(tiling: Tiling, T: int, O: int) -> int:

@@ -29,7 +29,7 @@ def _case(kind: str, T: int, O: int, I: int, rng: np.random.Generator, xp: Any) 
     got = block_linear.multiply(xp.asarray(x), w, kind, bias=xp.asarray(bias), exact=False)
 
     def oracle(dtype: Any) -> Any:
-        halves = [x, values] if dtype == np.float64 else [a.astype(np.float16) for a in (x, values)]
-        return oracles.linear(*halves, bias, dtype)
+        low = np.float64 if dtype == np.float64 else np.float16
+        return oracles.linear(x.astype(low), values.astype(low), bias, dtype)
 
     return f"[{T}, {I}] x [{O}, {I}] {kind}", *judged(got, oracle, np.float32)

@@ -16,6 +16,7 @@
 //           of dynamic shared memory. Blocks that follow each other share w
 // Traffic:  w ceil(T / TILE_T) times and x ceil(O / TILE_O) times, mostly from L2
 // Order:    no atomics; products exact, sums in float, the order fixed by the launch
+// Stack: 24 bytes, of the tiles of 64 x 64 of a warp by mma; wgmma needs none
 #include "vector.cuh"
 
 #if !defined(X_T) || !defined(BACK) || !defined(TILE_T) || !defined(TILE_O) || !defined(BLOCK) || \

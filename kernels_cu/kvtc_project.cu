@@ -9,168 +9,47 @@
 //   k_w, v_w        const  [F, C]  f16, row stride k_stride or v_stride, a multiple of 8
 // Scalars:  T; k_in, v_in = I and k_out_size, v_out_size = O of K and of V, multiples of 8
 // Defines:  X_T = float or f16; BACK = 0 or 1; TILE_T and TILE_O = tokens and outputs of a block;
-//           BLOCK = threads; STAGES = tiles of operands in shared memory, on tensor cores, from
-//           sm_75 on; 0: on CUDA cores, where both tiles are 64 and BLOCK is 256; SHARED_BYTES
+//           BLOCK = threads; WARPS_T = warps along the tokens; STAGES of operands in shared memory,
+//           on tensor cores, from sm_75 on; 0: on CUDA cores, where both tiles are 64 and BLOCK is
+//           256; SHARED_BYTES
 // Launch:   grid (ceil(T / TILE_T), ceil(max O / TILE_O), 2), block (BLOCK); z: K, V; SHARED_BYTES
 //           of dynamic shared memory. Blocks that follow each other share w
 // Traffic:  w ceil(T / TILE_T) times and x ceil(O / TILE_O) times, mostly from L2
 // Order:    no atomics; products exact, sums in float, the order fixed by the launch
-#include "mma.cuh"
+// Stack: 24 bytes, of the tiles of 64 x 64 of a warp by mma; wgmma needs none
 #include "vector.cuh"
 
 #if !defined(X_T) || !defined(BACK) || !defined(TILE_T) || !defined(TILE_O) || !defined(BLOCK) || \
-    !defined(STAGES) || !defined(SHARED_BYTES)
-#error "kvtc_project.cu needs X_T, BACK, TILE_T, TILE_O, BLOCK, STAGES and SHARED_BYTES"
+    !defined(WARPS_T) || !defined(STAGES) || !defined(SHARED_BYTES)
+#error "kvtc_project.cu needs X_T, BACK, TILE_T, TILE_O, BLOCK, WARPS_T, STAGES and SHARED_BYTES"
 #endif
 
 // One of K and V.
 struct Product { X_T* out; const f16* x; const f16* w; int T, in, outputs; i64 stride; };
 
 #if STAGES > 0
+#include "mma_tiles.cuh"
 
 // --- On tensor cores -----------------------------------------------------------------------------
 
-constexpr int DEPTH = 64;             // of I, in a stage
-constexpr int CHUNKS = DEPTH / 8;     // of 16 bytes
-constexpr int STEPS = DEPTH / 16;     // of mma
-constexpr int OWN_O = 64, OWN_T = TILE_T * TILE_O / OWN_O * WARP / BLOCK;  // of a warp
-constexpr int WARPS_T = TILE_T / OWN_T, WARPS_O = TILE_O / OWN_O;
-// Operands of the next step come while those of a step are multiplied, where registers allow.
-constexpr int AHEAD = __CUDA_ARCH__ >= 800 ? 1 : 0;
-constexpr int X_ROWS = OWN_T / 16, W_PAIRS = OWN_O / 16;  // fragments of a warp
-static_assert(BLOCK == WARPS_T * WARPS_O * WARP, "a warp for each of its tiles");
-static_assert(TILE_T * CHUNKS % BLOCK == 0 && TILE_O * CHUNKS % BLOCK == 0, "equal shares");
-static_assert(SHARED_BYTES == STAGES * (TILE_T + TILE_O) * DEPTH * 2, "all stages");
-
-// A tile whose rows are WIDTH elements. A row's chunks are permuted by its lowest bits, so that the
-// eight rows of a matrix of ldmatrix lie in different banks.
-template <int WIDTH> struct Tile {
-    f16* data;
-    __device__ __forceinline__ f16* chunk(int row, int at) const {
-        return data + row * WIDTH + (at ^ row % 8) * 8;
-    }
-};
-
-__device__ __forceinline__ void copy_or_zero(f16* to, const f16* from, bool exists) {
-    if (exists) {
-        cp_async16(to, from);
-    } else {
-        *reinterpret_cast<uint4*>(to) = uint4{0, 0, 0, 0};
-    }
-}
-
-// ROWS rows of [rows, I] from column i on; past the last row that one again, zeros past I.
-template <int ROWS>
-__device__ __forceinline__ void stage_rows(Tile<DEPTH> tile, const f16* from, i64 stride, int first,
-                                           int rows, int i, int in) {
-#pragma unroll
-    for (int n = 0; n < ROWS * CHUNKS / BLOCK; n++) {
-        const int row = (n * BLOCK + (int)threadIdx.x) / CHUNKS, chunk = threadIdx.x % CHUNKS;
-        const int column = i + chunk * 8;
-        copy_or_zero(tile.chunk(row, chunk), from + min(first + row, rows - 1) * stride + column,
-                     column < in);
-    }
-}
-
-// DEPTH rows of w from i on, TILE_O columns of them; past the last columns those again.
-__device__ __forceinline__ void stage_columns(Tile<TILE_O> tile, const Product& p, int o0, int i) {
-    constexpr int OF_ROW = TILE_O / 8;
-#pragma unroll
-    for (int n = 0; n < DEPTH * OF_ROW / BLOCK; n++) {
-        const int item = n * BLOCK + threadIdx.x, row = item / OF_ROW, chunk = item % OF_ROW;
-        copy_or_zero(tile.chunk(row, chunk),
-                     p.w + (i + row) * p.stride + min(o0 + chunk * 8, p.outputs - 8),
-                     i + row < p.in);
-    }
-}
-
-struct Operands { u32 x[X_ROWS][4], w[W_PAIRS][4]; };
-
-// The operands of a warp for 16 of I, from `step` * 16 on.
-__device__ __forceinline__ void load_operands(Operands& to, Tile<DEPTH> x, f16* w, int own_t,
-                                              int own_o, int step) {
-    const int lane = threadIdx.x % WARP, upper = lane / 8 % 2, half = lane / 16;
-#pragma unroll
-    for (int m = 0; m < X_ROWS; m++) {
-        ldmatrix_x4(to.x[m], x.chunk(own_t + m * 16 + lane % 16, step * 2 + half));
-    }
-#pragma unroll
-    for (int n = 0; n < W_PAIRS; n++) {
-#if BACK
-        const int row = own_o + n * 16 + half * 8 + lane % 8;
-        ldmatrix_x4(to.w[n], Tile<DEPTH>{w}.chunk(row, step * 2 + upper));
-#else
-        const int row = step * 16 + upper * 8 + lane % 8;
-        ldmatrix_x4_trans(to.w[n], Tile<TILE_O>{w}.chunk(row, own_o / 8 + n * 2 + half));
-#endif
-    }
-}
+static_assert(SHARED_BYTES == STAGES * STAGE_BYTES, "all stages");
 
 __device__ __forceinline__ void multiply(const Product& p, int t0, int o0) {
-    extern __shared__ __align__(128) u8 shared[];
-    constexpr int STAGE = (TILE_T + TILE_O) * DEPTH;
-    f16* const stages = reinterpret_cast<f16*>(shared);
-    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    const int own_t = warp % WARPS_T * OWN_T, own_o = warp / WARPS_T * OWN_O;
-    const int tiles = (p.in + DEPTH - 1) / DEPTH;
-
-    const auto stage = [&](int tile) {
-        if (tile < tiles) {
-            f16* const at = stages + tile % STAGES * STAGE;
-            f16* const w = at + TILE_T * DEPTH;
-            stage_rows<TILE_T>({at}, p.x, p.in, t0, p.T, tile * DEPTH, p.in);
+    extern __shared__ __align__(1024) u8 shared[];
+    const auto copy = [&](u8* to, int stage) {
+        const int i = stage * DEPTH;
+        stage_rows<TILE_T>(to, p.x, p.in, t0, p.T, i, p.in);
 #if BACK
-            stage_rows<TILE_O>({w}, p.w, p.stride, o0, p.outputs, tile * DEPTH, p.in);
+        stage_rows<TILE_O>(to + X_BYTES, p.w, p.stride, o0, p.outputs, i, p.in);
 #else
-            stage_columns({w}, p, o0, tile * DEPTH);
+        stage_columns(to + X_BYTES, p.w, p.stride, o0, p.outputs, i, p.in);
 #endif
-        }
-        cp_async_commit();
     };
-    float sums[X_ROWS][2 * W_PAIRS][4] = {};
-    for (int tile = 0; tile < STAGES - 1; tile++) stage(tile);
-    for (int tile = 0; tile < tiles; tile++) {
-        cp_async_wait<STAGES - 2>();
-        __syncthreads();  // the tile is there, and all have read the one that is replaced
-        stage(tile + STAGES - 1);
-        f16* const at = stages + tile % STAGES * STAGE;
-        f16* const w = at + TILE_T * DEPTH;
-        Operands operands[AHEAD + 1];
-        const auto load = [&](int step) {
-            if (step >= STEPS) return;
-            load_operands(operands[step % (AHEAD + 1)], {at}, w, own_t, own_o, step);
-        };
-#pragma unroll
-        for (int step = 0; step < AHEAD; step++) load(step);
-#pragma unroll
-        for (int step = 0; step < STEPS; step++) {
-            load(step + AHEAD);
-            const Operands& now = operands[step % (AHEAD + 1)];
-#pragma unroll
-            for (int m = 0; m < X_ROWS; m++) {
-#pragma unroll
-                for (int n = 0; n < 2 * W_PAIRS; n++) {
-                    mma_16x16<f16>(sums[m][n], now.x[m][0], now.x[m][1], now.x[m][2], now.x[m][3],
-                                   now.w[n / 2][n % 2 * 2], now.w[n / 2][n % 2 * 2 + 1]);
-                }
-            }
-        }
-    }
-#pragma unroll
-    for (int m = 0; m < X_ROWS; m++) {
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const int t = t0 + own_t + m * 16 + half * 8 + lane / 4;
-            if (t >= p.T) continue;
-#pragma unroll
-            for (int n = 0; n < 2 * W_PAIRS; n++) {
-                const int o = o0 + own_o + n * 8 + lane % 4 * 2;
-                if (o >= p.outputs) continue;
-                store2(p.out + (i64)t * p.outputs + o, sums[m][n][2 * half],
-                       sums[m][n][2 * half + 1]);
-            }
-        }
-    }
+    Sums sums = {};
+    multiply_stages<f16, !BACK>(sums, shared, 0, (p.in + DEPTH - 1) / DEPTH, copy, [](u8*, int) {});
+    visit_pairs(
+        sums, t0, o0, p.T, p.outputs, [&](int t) { return p.out + (i64)t * p.outputs; },
+        [](X_T* row, int o, float a, float b) { store2(row + o, a, b); });
 }
 
 #else

@@ -19,7 +19,8 @@
 //   counters          [tiles] u32, which `split` sets to zero
 // Defines:  KIND = a kind of planes.cuh, f16 or bf16; X_T, B_T = float, f16 or bf16; EXACT = 1 or 0,
 //           see Order; PIECES of x;
-//           BLOCK = threads; TILE_T = tokens of a block, a multiple of 8; OWN_TILES, 16 outputs
+//           BLOCK = threads; TILE_T = tokens of a block, a multiple of 8, or 0: `split` alone, for
+//           linear_tiles.cu, which leaves the order of elements; OWN_TILES, 16 outputs
 //           each, of a warp; DEPTH = elements of a row in a stage, 64 or 128, a multiple of what a
 //           lane loads at once; STAGES in shared memory; AHEAD = units of weights on their way;
 //           X_AHEAD = operands of tokens that are read ahead of their products, 0 to 3;
@@ -40,22 +41,28 @@
 // Stack: 56 bytes, of the widest tiles as NVRTC 12.4 compiles them; newer ones need none
 #include "epilogue.cuh"
 #include "mma_weights.cuh"
+#include "parts.cuh"
 #include "ptx.cuh"
 #include "reduce.cuh"
 
-#if !defined(KIND) || !defined(X_T) || !defined(B_T) || !defined(EXACT) || !defined(PIECES)
-#error "linear_mma.cu needs KIND, X_T, B_T, EXACT and PIECES"
-#endif
-#if !defined(BLOCK) || !defined(TILE_T) || !defined(OWN_TILES) || !defined(DEPTH) || !defined(STAGES) || \
-    !defined(AHEAD) || !defined(X_AHEAD) || !defined(RESIDENT) || !defined(GROUP_O) || !defined(SHARED_BYTES)
-#error "linear_mma.cu needs BLOCK, TILE_T, OWN_TILES, DEPTH, STAGES, AHEAD, X_AHEAD, RESIDENT, GROUP_O and SHARED_BYTES"
+#if !defined(KIND) || !defined(X_T) || !defined(B_T) || !defined(EXACT) || !defined(PIECES) || \
+    !defined(BLOCK) || !defined(TILE_T)
+#error "linear_mma.cu needs KIND, X_T, B_T, EXACT, PIECES, BLOCK and TILE_T"
 #endif
 
 #if __CUDA_ARCH__ >= 750
 using W = Weights<KIND, EXACT>;
 using M = W::M;
-
 constexpr int WARPS = BLOCK / WARP;
+#else
+using M = f16;
+#endif
+
+#if __CUDA_ARCH__ >= 750 && TILE_T > 0
+#if !defined(OWN_TILES) || !defined(DEPTH) || !defined(STAGES) || !defined(AHEAD) || \
+    !defined(X_AHEAD) || !defined(RESIDENT) || !defined(GROUP_O) || !defined(SHARED_BYTES)
+#error "linear_mma.cu needs OWN_TILES, DEPTH, STAGES, AHEAD, X_AHEAD, RESIDENT, GROUP_O and SHARED_BYTES"
+#endif
 constexpr int OWN_O = 16 * OWN_TILES;      // outputs of a warp
 constexpr int TILE_O = OWN_O * WARPS;      // and of a block
 constexpr int N_TILES = TILE_T / 8;
@@ -71,8 +78,6 @@ static_assert(TILE_T % 8 == 0 && CHUNKS % 8 == 0, "whole tiles, free of conflict
 static_assert(BLOCK / CHUNKS % 8 == 0, "a thread's tokens are swizzled alike");
 static_assert(UNITS * 32 * W::SUBS == DEPTH && UNITS % AHEAD == 0, "whole units and rings");
 static_assert(SHARED_BYTES == STAGES * STAGE_BYTES, "all stages");
-#else
-using M = f16;
 #endif
 
 // --- x in front of the product -------------------------------------------------------------------
@@ -130,7 +135,7 @@ split(M* pieces, float* totals, float* units, u32* counters, const X_T* x, const
         u32 words[PIECES][8];
 #pragma unroll
         for (int lane = 0; lane < 4; lane++) {
-            const int i = element<W::OWN>(p + 2 * lane);
+            const int i = TILE_T ? element<W::OWN>(p + 2 * lane) : p + 4 * lane;
             float v[4] = {}, w[4] = {1.0f, 1.0f, 1.0f, 1.0f};
             if (t < T && i < I) {
                 load4(v, row + i);
@@ -142,8 +147,8 @@ split(M* pieces, float* totals, float* units, u32* counters, const X_T* x, const
 #pragma unroll
             for (int n = 0; n < PIECES; n++) {
                 float lower[2] = {v[0], v[1]}, upper[2] = {v[2], v[3]};
-                words[n][lane] = split_halves<M>(lower);
-                words[n][lane + 4] = split_halves<M>(upper);
+                words[n][TILE_T ? lane : 2 * lane] = split_halves<M>(lower);
+                words[n][TILE_T ? lane + 4 : 2 * lane + 1] = split_halves<M>(upper);
                 const float rest[4] = {lower[0], lower[1], upper[0], upper[1]};
                 // What an infinity leaves is a NaN: the first piece says it all.
 #pragma unroll
@@ -156,13 +161,14 @@ split(M* pieces, float* totals, float* units, u32* counters, const X_T* x, const
             to[0] = uint4{words[n][0], words[n][1], words[n][2], words[n][3]};
             to[1] = uint4{words[n][4], words[n][5], words[n][6], words[n][7]};
         }
-        if (TOTALS) totals[(t * padded_I + p) / 16] = total;
+        if (W::HAS_ADDEND) totals[(t * padded_I + p) / 16] = total;
     }
 #endif
 }
 
 // --- The product ---------------------------------------------------------------------------------
 
+#if TILE_T > 0
 #if __CUDA_ARCH__ >= 750
 constexpr int PARTS = W::SCALES ? W::SCALES : 1;  // of a group, with a scale each
 using Sums = float[OWN_TILES][N_TILES][4];
@@ -345,34 +351,6 @@ __device__ __forceinline__ void multiply_unit(Sums& sums, W (&own)[ROWS], const 
         }
     }
 }
-
-// Sums of all parts of a tile, in order, where this block is the last of them.
-__device__ __forceinline__ bool add_parts(Sums& sums, float* partial, u32* counters, int tile,
-                                          int& is_last) {
-    constexpr int OF_LANE = OWN_TILES * N_TILES * 4;
-    const int parts = gridDim.y;
-    const i64 of_part = (i64)gridDim.x * OF_LANE * BLOCK;
-    float* const own = partial + (i64)tile * OF_LANE * BLOCK + threadIdx.x;
-#pragma unroll
-    for (int i = 0; i < OF_LANE; i++) {
-        own[blockIdx.y * of_part + i * BLOCK] = sums[i / 4 / N_TILES][i / 4 % N_TILES][i % 4];
-    }
-    __syncthreads();
-    if (threadIdx.x == 0) {  // releases what the block stored, acquires what the others did
-        is_last = atomic_inc_acq_rel(counters + tile, parts - 1) == parts - 1;
-    }
-    __syncthreads();
-    if (!is_last) return false;
-#pragma unroll
-    for (int i = 0; i < OF_LANE; i++) sums[i / 4 / N_TILES][i / 4 % N_TILES][i % 4] = 0.0f;
-    for (int p = 0; p < parts; p++) {
-#pragma unroll
-        for (int i = 0; i < OF_LANE; i++) {
-            sums[i / 4 / N_TILES][i / 4 % N_TILES][i % 4] += own[p * of_part + i * BLOCK];
-        }
-    }
-    return true;
-}
 #endif
 
 extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT)
@@ -436,7 +414,11 @@ gemm(X_T* out, float* partial, u32* counters, const M* pieces, const float* tota
         }
     }
 
-    if (gridDim.y > 1 && !add_parts(sums, partial, counters, blockIdx.x, is_last)) return;
+    constexpr int OF_LANE = OWN_TILES * N_TILES * 4;
+    if (gridDim.y > 1 && !add_parts(reinterpret_cast<float (&)[OF_LANE]>(sums), partial, counters,
+                                    is_last)) {
+        return;
+    }
 #pragma unroll
     for (int n = 0; n < N_TILES; n++) {
 #pragma unroll
@@ -455,3 +437,4 @@ gemm(X_T* out, float* partial, u32* counters, const M* pieces, const float* tota
     }
 #endif
 }
+#endif

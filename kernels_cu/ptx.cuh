@@ -119,6 +119,18 @@ __device__ __forceinline__ void cp_async16(void* shared, const void* global) {
 #endif
 }
 
+// The same, or 16 bytes of zeros where the source does not exist.
+__device__ __forceinline__ void cp_async16_or_zero(void* shared, const void* global, bool exists) {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                 :: "r"((u32)__cvta_generic_to_shared(shared)), "l"(global), "r"(exists ? 16 : 0)
+                 : "memory");
+#else
+    const uint4 zero = {0, 0, 0, 0};
+    *reinterpret_cast<uint4*>(shared) = exists ? *reinterpret_cast<const uint4*>(global) : zero;
+#endif
+}
+
 // The same for 4 or 8 bytes, aligned to their size; these go through L1.
 template <int BYTES> __device__ __forceinline__ void cp_async(void* shared, const void* global) {
     if constexpr (BYTES == 16) {
@@ -219,6 +231,84 @@ __device__ __forceinline__ void mma_m16n8k16_bf16(float (&d)[4], const u32 (&a)[
                  "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+#endif
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+// [wgmma.fence, wgmma.commit_group, wgmma.wait_group] Before the first wgmma_m64n128k16 of a group,
+// behind the last, and until at most the N latest groups run.
+__device__ __forceinline__ void wgmma_fence() {
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void wgmma_commit() {
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+template <int N> __device__ __forceinline__ void wgmma_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(N) : "memory");
+}
+
+// [fence.proxy] What this thread wrote to shared memory, by cp.async too, is there for wgmma behind
+// the next barrier.
+__device__ __forceinline__ void fence_async_proxy() {
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// [wgmma matrix descriptor] Rows of 128 bytes, eight together, in 128-byte swizzle: chunk c of 16
+// bytes of row r lies at c ^ r % 8. `leading` = bytes between 64 columns, where rows are columns.
+struct WgmmaMatrix { u64 descriptor; };
+
+__device__ __forceinline__ WgmmaMatrix wgmma_matrix(const void* shared, u32 leading) {
+    const u32 at = (u32)__cvta_generic_to_shared(shared) & 0x3ffffu;
+    return {(u64)1 << 62 | (u64)(1024 >> 4) << 32 | (u64)(leading >> 4) << 16 | at >> 4};
+}
+
+#define PYKV_WGMMA(TYPE, TRANSPOSED)                                                               \
+    asm volatile("{\n\t.reg .pred add;\n\tsetp.eq.u32 add, 0, 0;\n\t"                              \
+                 "wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE " {"                 \
+                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "          \
+                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "\
+                 "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "\
+                 "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"  \
+                 "}, %64, %65, add, 1, 1, 0, " TRANSPOSED ";\n\t}"                                 \
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]),                                 \
+                   "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),                                 \
+                   "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]),                               \
+                   "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),                             \
+                   "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]),                             \
+                   "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),                             \
+                   "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]),                             \
+                   "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]),                             \
+                   "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]),                             \
+                   "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]),                             \
+                   "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]),                             \
+                   "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]),                             \
+                   "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]),                             \
+                   "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]),                             \
+                   "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]),                             \
+                   "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])                              \
+                 : "l"(a.descriptor), "l"(b.descriptor) : "memory")
+
+// [wgmma.mma_async] D += A B by the four warps of a warpgroup, A 64 x 16 and B 16 x 128 of elements
+// bf16 or f16, both by `wgmma_matrix`: of rows of A and of columns of B, or of rows of B if COLUMNS.
+// Warp w has rows 16 w .. 16 w + 15 of D, eight columns after eight, each as in mma.
+template <bool BF16, bool COLUMNS>
+__device__ __forceinline__ void wgmma_m64n128k16(float (&d)[64], WgmmaMatrix a,
+                                                 WgmmaMatrix b) {
+    if constexpr (BF16) {
+        static_assert(!COLUMNS, "rows");
+        PYKV_WGMMA("bf16", "0");
+    } else if constexpr (COLUMNS) {
+        PYKV_WGMMA("f16", "1");
+    } else {
+        PYKV_WGMMA("f16", "0");
+    }
+}
+#undef PYKV_WGMMA
+
+// What wgmma wrote, used behind wgmma_wait alone.
+template <int N> __device__ __forceinline__ void wgmma_results(float (&d)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; i++) asm volatile("" : "+f"(d[i]) :: "memory");
 }
 #endif
 

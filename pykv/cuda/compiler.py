@@ -160,7 +160,7 @@ def _key(stem: str, arch: str, defines: dict[str, Any]) -> tuple[bytes, Any]:
     defined = [(name, str(value)) for name, value in sorted(macros(defines, arch).items())]
     options = ProgramOptions(
         name=f"{stem}.cu",
-        arch=arch,
+        arch="sm_90a" if arch == "sm_90" else arch,  # has wgmma, and runs on the same GPUs
         std="c++17",
         lineinfo=True,  # profilers name the source line; the code is the same
         define_macro=defined or None,

@@ -29,7 +29,7 @@ from pykv.arrays import (
     row_step,
 )
 from pykv.errors import ParameterError, ShapeError, UnsupportedError
-from pykv.ops import activation, block_rows, linear_mma
+from pykv.ops import activation, block_rows, linear_mma, linear_tiles
 from pykv.ops import norm as rms_norm
 from pykv.options import check_choice, check_flag, check_number
 from pykv.planes import FORMATS
@@ -186,10 +186,15 @@ def warm_up(kinds: Sequence[str]) -> None:
         if kind in FORMATS:
             jobs.append(("block_rows", block_rows.defines(kind, FLOATS[0])))
         if linear_mma.has_kernel(kind, sm):
-            for exact, tiling in {
-                (T <= 8, linear_mma.choose(kind, T <= 8, T, sm)) for T in (8, 16, 32, 64, 128, 512)
-            }:
-                jobs.append(("linear_mma", linear_mma.defines(kind, *floats, exact, tiling)))
+            _, *rest = linear_mma.tilings(kind, False, sm)
+            exact = linear_mma.tilings(kind, True, sm)[0]  # of up to 8 tokens
+            jobs.append(("linear_mma", linear_mma.defines(kind, *floats, True, exact)))
+            if linear_tiles.multiplies(kind, False, 1 << 20, sm):
+                rest = [one for one in rest if one.TILE_T <= linear_tiles.FEW]
+                for tiling in linear_tiles.tilings(sm):
+                    jobs.append(("linear_tiles", linear_tiles.defines(kind, *floats, tiling)))
+                jobs.append(("linear_mma", linear_tiles.split_defines(kind, FLOATS[0])))
+            jobs += [("linear_mma", linear_mma.defines(kind, *floats, False, one)) for one in rest]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for _ in pool.map(lambda job: cuda.compile(job[0], arch, **job[1]), jobs):
             pass
@@ -354,13 +359,15 @@ def _launches(
     if options.gate is not None:
         products = like(x, (len(x), len(w)), x.dtype)
         finish = activation.launch_gated(options.gate, products, out, options.accumulate)
-    multiply_rows = linear_mma.product(
-        *(x, w, kind, bias, out if products is None else products),
-        accumulate=options.accumulate and products is None,
-        exact=options.exact and x.dtype in FLOAT32,
-        eps=options.eps,
-        early=options.early,
-    )
+    exact = options.exact and x.dtype in FLOAT32
+    given = x, w, kind, bias, out if products is None else products
+    accumulate = options.accumulate and products is None
+    if linear_tiles.multiplies(kind, exact, len(x), cuda.current_sm()):
+        multiply_rows = linear_tiles.product(*given, accumulate, eps=options.eps)
+    else:
+        multiply_rows = linear_mma.product(
+            *given, accumulate, exact, eps=options.eps, early=options.early
+        )
     shape = None if products is None else products.shape
 
     def run_all(arrays: dict[str, Any], stream: Any) -> None:

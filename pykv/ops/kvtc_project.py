@@ -36,6 +36,7 @@ class _Tiles(NamedTuple):
     TILE_T: int
     TILE_O: int
     BLOCK: int
+    WARPS_T: int
     STAGES: int
 
     @property
@@ -53,12 +54,12 @@ def _tiles(sm: int, wide: bool) -> _Tiles:
     ones; narrow ones are for products that have too few wide ones to keep a GPU busy. From sm_90 on
     an SM holds two narrow blocks of three stages, or a wide one of four."""
     if sm < 75:
-        return _Tiles(64, 64, 256, 0)
+        return _Tiles(64, 64, 256, 1, 0)
     if sm < 80:
-        return _Tiles(128, 128, 256, 2)
+        return _Tiles(128, 128, 256, 4, 2)
     if not wide:
-        return _Tiles(128, 128, 128, 3)
-    return _Tiles(128, 256, 256, 4 if 90 <= sm < 120 else 3 if sm in (80, 87) else 2)
+        return _Tiles(128, 128, 128, 2, 3)
+    return _Tiles(128, 256, 256, 2, 4 if 90 <= sm < 120 else 3 if sm in (80, 87) else 2)
 
 
 def _defines(sm: int, wide: bool) -> dict[str, int]:

@@ -16,7 +16,6 @@ from pykv.arrays import BFLOAT16, FLOATS, like, row_step
 
 FLOAT_KINDS = dict(F16=FLOATS[1], BF16=FLOATS[2])  # of weights that are no blocks
 _ADDENDS = ("Q4_1", "Q5_1", "Q2_K", "Q4_K", "Q5_K")  # kinds whose elements are d * code + m
-_MOST = {64: 128}  # tokens of a product whose blocks have fewer; H200
 
 
 class Tiling(NamedTuple):
@@ -56,7 +55,7 @@ def _totals(kind: str, exact: bool, elements: int) -> int:
     return elements // 16 if exact and kind in _ADDENDS else 0
 
 
-def _element(kind: str) -> str:
+def element(kind: str) -> str:
     """The define KIND: blocks by their name, floats by their type."""
     return kind.lower() if kind in FLOAT_KINDS else kind
 
@@ -67,36 +66,58 @@ def defines(kind: str, x: Any, bias: Any, exact: bool, tiling: Tiling) -> dict[s
     of_token = pieces * tiling.DEPTH * 2 + 4 * _totals(kind, exact, tiling.DEPTH)
     shared = tiling.STAGES * tiling.TILE_T * of_token
     sizes = dict(tiling._asdict(), PIECES=pieces, SHARED_BYTES=shared)
-    return dict(KIND=_element(kind), X_T=x, B_T=bias, EXACT=int(exact), **sizes)
+    return dict(KIND=element(kind), X_T=x, B_T=bias, EXACT=int(exact), **sizes)
 
 
 def tilings(kind: str, exact: bool, sm: int) -> list[Tiling]:
-    """What blocks multiply, for ever more tokens: the last for any number."""
+    """What blocks multiply, for ever more tokens: the last for any number. From timings of the
+    shapes of models on an H200."""
     is_float = kind in FLOAT_KINDS
     units = 4 if exact or is_float else 1  # of weights in 128 elements
     stages = 2 if sm < 80 else 3
-    few = [Tiling(tokens, 1, 128, 128, stages, units, 0, 2) for tokens in (8, 16, 32)]
-    if exact or sm < 80:
-        depth = 64 if exact or is_float else 128
-        return [*few, Tiling(64, 2, 128, depth, stages, 1, 0, 2)]
-    middle = Tiling(64, 2, 128, 128, stages, 1, 1, 2)
-    # Scales of halves take the registers of more sums; two pieces of x, as of float16 for bfloat16
-    # weights, the shared memory of more tokens.
-    if kind in ("Q2_K", "Q3_K", "Q6_K", "BF16"):
-        return [*few, middle]
-    return [*few, middle, Tiling(128, 2, 128, 128, stages, 2 if is_float else 1, 1, 2, 16)]
+    ahead = 0 if exact else 1  # operands of tokens
+    few = [Tiling(tokens, 1, 128, 128, stages, units, ahead, 2 + ahead) for tokens in (8, 16)]
+    if exact:
+        few.append(Tiling(32, 1, 128, 64, stages + (sm >= 80), 2, 0, 4))
+        return [*few, Tiling(64, 2, 128, 64, stages, 1, 0, 2)]
+    few.append(Tiling(32, 1, 128, 128, stages, units, 1, 3))
+    if is_float:
+        return [*few, Tiling(64, 1, 128, 64, stages + (sm >= 80), 2, 1, 4)]
+    few.append(Tiling(64, 1, 128, 128, 2, 1, 1, 2))
+    # Scales of halves take the registers of more sums.
+    if sm < 80 or kind in ("Q2_K", "Q3_K", "Q6_K"):
+        return few
+    return [*few, Tiling(128, 2, 128, 128, stages, 1, 1, 2, 16)]
 
 
-def choose(kind: str, exact: bool, T: int, sm: int) -> Tiling:
-    """The tiling for T tokens."""
-    *others, last = tilings(kind, exact, sm)
-    return next((one for one in others if T <= _MOST.get(one.TILE_T, one.TILE_T)), last)
+_LEAST_TILE = 16  # tokens of a block, where there are more than 8
+_WORK = 512  # elements of a row that are enough for a block
+_MOST_PARTS = 8  # of I
+_RESIDENT = {8: 4, 16: 4, 32: 3, 64: 2, 128: 2}  # blocks on a multiprocessor, by their tokens
 
 
-def _num_parts(tiling: Tiling, tiles: int, stages: int, num_sms: int) -> int:
-    """Parts of I, each for a block, that keep all multiprocessors busy at once."""
-    slots = num_sms * (4 if tiling.OWN_TILES == 1 else 2)
-    return max(1, min(slots // tiles, 8, stages // 2))
+def choose(kind: str, exact: bool, shape: tuple[int, int, int], sm: int, num_sms: int) -> Tiling:
+    """The tiling of the most tokens that leaves two blocks, of parts of I at need, for each
+    multiprocessor; of T, O and I."""
+    T, O, I = shape
+    smallest, *others = tilings(kind, exact, sm)
+    for one in reversed(others):
+        blocks = _num_tiles(one, T, O) * max(1, min(_MOST_PARTS, I // _WORK))
+        is_needed = T > one.TILE_T // 2
+        if is_needed and (one.TILE_T <= _LEAST_TILE or blocks >= 2 * num_sms):
+            return one
+    return smallest
+
+
+def _num_tiles(tiling: Tiling, T: int, O: int) -> int:
+    return -(-O // tiling.outputs) * -(-T // tiling.TILE_T)
+
+
+def _num_parts(tiling: Tiling, exact: bool, tiles: int, I: int, num_sms: int) -> int:
+    """Parts of I, each for a block, that keep all multiprocessors busy at once; of fewer elements
+    where sums are exact, which takes longer."""
+    slots, stages = num_sms * _RESIDENT[tiling.TILE_T], -(-I // tiling.DEPTH)
+    return max(1, min(slots // tiles, _MOST_PARTS, I // (128 if exact else 256), stages))
 
 
 def product(
@@ -126,11 +147,10 @@ def product(
     """
     (T, I), O = x.shape, len(w)
     num_sms = cuda.num_sms(x.data.device_id)
-    tiling = tiling or choose(kind, exact, T, cuda.current_sm())
-    tiles_o, tiles_t = -(-O // tiling.outputs), -(-T // tiling.TILE_T)
-    stages = -(-I // tiling.DEPTH)
-    rows, padded, tiles = tiles_t * tiling.TILE_T, stages * tiling.DEPTH, tiles_o * tiles_t
-    parts = parts or _num_parts(tiling, tiles, stages, num_sms)
+    tiling = tiling or choose(kind, exact, (T, O, I), cuda.current_sm(), num_sms)
+    tiles, tiles_t = _num_tiles(tiling, T, O), -(-T // tiling.TILE_T)
+    rows, padded = tiles_t * tiling.TILE_T, -(-I // tiling.DEPTH) * tiling.DEPTH
+    parts = parts or _num_parts(tiling, exact, tiles, I, num_sms)
     of_bias = FLOATS[0] if bias is None else bias.dtype
     every = defines(kind, x.dtype, of_bias, exact, tiling)
     counters = tiles if parts > 1 else 0
@@ -179,7 +199,7 @@ def _sizes_for(sm: int, kind: str, x: Any, exact: bool, number: int) -> dict[str
 
 
 VARIANTS: list[dict[str, Any]] = [
-    dict(KIND=_element(kind), X_T=x, B_T=x) | cuda.by_sm(_sizes_for, kind, x, exact, number)
+    dict(KIND=element(kind), X_T=x, B_T=x) | cuda.by_sm(_sizes_for, kind, x, exact, number)
     for kind, x, exact, number in (
         *(("Q4_K", FLOATS[0], True, number) for number in (0, -1)),
         *(("Q4_K", FLOATS[0], False, number) for number in (1, -1)),

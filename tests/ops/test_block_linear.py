@@ -7,7 +7,7 @@ import pytest
 from pykv import cuda, planes
 from pykv.errors import DtypeError, ParameterError, ShapeError, UnsupportedError
 from pykv.ops import block_linear as op
-from pykv.ops import block_rows, linear_mma
+from pykv.ops import block_rows, linear_mma, linear_tiles
 from tests.faults import fixed, scaled, with_argument, with_changed_option, with_option
 from tests.helpers import (
     assert_close_to_oracle,
@@ -266,8 +266,14 @@ def test_a_model_that_is_loaded_finds_its_kernels_compiled(monkeypatch, kind, sm
         ways.append(("block_rows", block_rows.defines(kind, floats[0])))
     for T in range(5, 200, 3) if sm > 75 else ():
         exact = T <= 8  # as of llm.matrices
-        tiling = linear_mma.choose(kind, exact, T, sm)
-        ways.append(("linear_mma", linear_mma.defines(kind, *floats, exact, tiling)))
+        if linear_tiles.multiplies(kind, exact, T, sm):
+            tiling = linear_tiles.choose(T, 14336, sm, 132)
+            ways.append(("linear_tiles", linear_tiles.defines(kind, *floats, tiling)))
+            ways.append(("linear_mma", linear_tiles.split_defines(kind, floats[0])))
+            continue
+        for O, I in ((576, 576), (14336, 4096)):
+            tiling = linear_mma.choose(kind, exact, (T, O, I), sm, 132)
+            ways.append(("linear_mma", linear_mma.defines(kind, *floats, exact, tiling)))
     for stem, defines in ways:
         assert (stem, f"sm_{sm}", defines) in made
     assert len(made) == len({str(way) for way in ways})

@@ -55,9 +55,11 @@ def test_against_float64(xp, rng, sizes, gemm):
 
 def test_other_tiles_give_the_same(device, rng, monkeypatch):
     """Whatever the tile, and however many warps share it, sums are in one order; those of all SMs
-    that this one has tensor cores and memory for."""
+    that this one has tensor cores and memory for. Of two stages sm_90 makes them by mma, else by
+    wgmma, whose sums may be rounded another way."""
     sm = cuda.current_sm()
     sizes = {op._tiles(of, wide) for of in machine.SHARED if 75 <= of <= sm for wide in (0, 1)}
+    sizes = {tiles for tiles in sizes if sm != 90 or tiles.STAGES > 2}
     sizes = {tiles for tiles in sizes if tiles.SHARED_BYTES <= machine.SHARED.get(sm, 99) << 10}
     if not sizes:
         pytest.skip(f"sm_{sm} has no tensor cores")
@@ -75,7 +77,7 @@ def test_other_tiles_give_the_same(device, rng, monkeypatch):
 def test_cuda_cores(device, rng, monkeypatch):
     """What a GPU without tensor cores runs."""
     make_every_launch(monkeypatch)
-    monkeypatch.setattr(op, "_tiles", lambda sm, wide: op._Tiles(64, 64, 256, 0))
+    monkeypatch.setattr(op, "_tiles", lambda sm, wide: op._Tiles(64, 64, 256, 1, 0))
     (k, basis), (v, _) = inputs(rng, 70, 40, 72), inputs(rng, 70, 40, 72)
     arrays = [device.asarray(x) for x in (k, v, basis, basis)]
     got = op.project(*arrays, gemm="own")

@@ -113,21 +113,23 @@ def test_the_largest_float32_stays_finite(device):
 
 def test_how_products_are_cut():
     """By hand, for 132 SMs: few tokens of small layers are cut into parts of I."""
-    assert [op.choose("Q4_K", True, T, 90).TILE_T for T in (5, 9, 32, 33, 512)] == [
-        8,
-        16,
-        32,
-        64,
-        64,
-    ]
-    assert [op.choose("F16", False, T, 90).TILE_T for T in (33, 128, 129)] == [64, 64, 128]
-    small, middle = op.tilings("F16", False, 90)[0], op.tilings("F16", False, 90)[3]
-    assert op._num_parts(small, tiles=224, stages=32, num_sms=132) == 2
-    assert op._num_parts(small, tiles=32, stages=32, num_sms=132) == 8
-    assert op._num_parts(small, tiles=9, stages=5, num_sms=132) == 2
-    assert op._num_parts(middle, tiles=112, stages=32, num_sms=132) == 2
-    assert op._num_parts(middle, tiles=448, stages=32, num_sms=132) == 1
-    assert op._num_parts(middle, tiles=9, stages=1, num_sms=132) == 1
+
+    def tile(kind, exact, *shape):
+        return op.choose(kind, exact, shape, 90, 132).TILE_T
+
+    assert [tile("Q4_K", True, T, 14336, 4096) for T in (5, 9, 17, 33, 512)] == [8, 16, 32, 64, 64]
+    assert [tile("Q4_K", True, T, 2048, 2048) for T in (8, 32, 64, 128)] == [8, 16, 16, 32]
+    assert [tile("F16", False, T, 3072, 576) for T in (8, 16, 32, 64)] == [8, 16, 16, 16]
+    assert [tile("F16", False, T, 4096, 4096) for T in (32, 64)] == [32, 64]
+    small, *_, large = op.tilings("F16", False, 90)
+    parts = op._num_parts
+    assert parts(small, False, tiles=224, I=4096, num_sms=132) == 2
+    assert parts(small, False, tiles=32, I=4096, num_sms=132) == 8
+    assert parts(small, False, tiles=9, I=576, num_sms=132) == 2
+    assert parts(small, True, tiles=9, I=576, num_sms=132) == 4
+    assert parts(large, False, tiles=64, I=4096, num_sms=132) == 4
+    assert parts(large, False, tiles=448, I=4096, num_sms=132) == 1
+    assert parts(large, False, tiles=9, I=64, num_sms=132) == 1
 
 
 FAULTS = {

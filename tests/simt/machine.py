@@ -226,6 +226,8 @@ def _library(stem, source, arch, macros):
     dynamic = r"extern __shared__ (?:__align__\(\d+\) )?(\w+) (\w+)\[\];"
     text = re.sub(dynamic, r"\1* const \2 = (\1*)simt::dynamic_shared();", source)
     flags = [f"-I{HERE}", f"-D__CUDA_ARCH__={arch[3:]}0"]
+    if arch == "sm_90":  # which kernels are compiled for as sm_90a
+        flags.append("-D__CUDA_ARCH_FEAT_SM90_ALL")
     flags += [f"-D{name}={value}" for name, value in macros]
     flags += [*CHECKS, *filter(takes, (POISON, OWN_STATICS))]
     path = build(stem, text, flags)
@@ -356,8 +358,8 @@ def _run(kernel, config, *args):
                 arrays += [
                     (f"memory that {name} names", *bounds, True, False, False) for bounds in found
                 ]
-    dynamic = np.empty(shared_bytes + 128, np.uint8)
-    start = dynamic.ctypes.data + -dynamic.ctypes.data % 128
+    dynamic = np.empty(shared_bytes + 1024, np.uint8)
+    start = dynamic.ctypes.data + -dynamic.ctypes.data % 1024
     regions = [(name, at, at + size, True, True, False) for _, name, at, size in kernel.shared]
     regions += [("dynamic shared memory", start, start + shared_bytes, True, True, False)]
     regions += _joined(arrays)

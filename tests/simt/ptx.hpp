@@ -109,6 +109,15 @@ inline void cp_async16(void* shared, const void* global) {
     simt::copy_later(shared, global, 16);
 }
 
+inline void cp_async16_or_zero(void* shared, const void* global, bool exists) {
+    static const uint4 zero = {0, 0, 0, 0};
+    if (exists) {
+        cp_async16(shared, global);
+    } else {
+        *reinterpret_cast<uint4*>(shared) = zero;
+    }
+}
+
 template <int BYTES> inline void cp_async(void* shared, const void* global) {
     static_assert(BYTES == 4 || BYTES == 8 || BYTES == 16, "what the instruction copies");
     simt::copy_later(shared, global, BYTES);
@@ -190,6 +199,57 @@ inline void mma_m16n8k16_bf16(float (&d)[4], const unsigned (&a)[4], const unsig
                               SIMT_SITE) {
     simt::mma<16>(d, a, b, simt::bf16_bits_to_float, file, line);
 }
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+inline void wgmma_fence() {}
+inline void wgmma_commit() {}
+template <int N> inline void wgmma_wait() {}
+inline void fence_async_proxy() {}
+template <int N> inline void wgmma_results(float (&d)[N]) {}
+
+struct WgmmaMatrix { const char* start; unsigned leading; };
+
+namespace simt {
+// Rows row .. row + 15 of 16 elements, or columns if COLUMNS, as the lanes of a warp load them.
+template <bool COLUMNS> void load_rows(float (&to)[16][16], const WgmmaMatrix& from, int row,
+                                       float (*to_float)(unsigned short), const char* file, int line) {
+    const int i = lane() / 2, part = lane() % 2;  // COLUMNS: element i of eight of the columns
+    const int of_row = COLUMNS ? i : row + i, chunk = COLUMNS ? row % 64 / 8 + part : part;
+    unsigned long at = (unsigned long)from.start + (COLUMNS ? row / 64 * from.leading : 0) +
+                       of_row * 128 + chunk * 16;
+    at ^= (at >> 7 & 7) << 4;
+    uint4 all[WARP];
+    all_lanes(all, *reinterpret_cast<const uint4*>(at), file, line);
+    for (int n = 0; n < WARP; n++) {
+        const unsigned words[4] = {all[n].x, all[n].y, all[n].z, all[n].w};
+        for (int j = 0; j < 8; j++) {
+            const float x = to_float((unsigned short)(words[j / 2] >> j % 2 * 16));
+            (COLUMNS ? to[n % 2 * 8 + j][n / 2] : to[n / 2][n % 2 * 8 + j]) = x;
+        }
+    }
+}
+}  // namespace simt
+
+inline WgmmaMatrix wgmma_matrix(const void* shared, unsigned leading) {
+    return {(const char*)shared, leading};
+}
+
+template <bool BF16, bool COLUMNS>
+__attribute__((no_sanitize("undefined")))
+inline void wgmma_m64n128k16(float (&d)[64], WgmmaMatrix a, WgmmaMatrix b, SIMT_SITE) {
+    const auto to_float = BF16 ? simt::bf16_bits_to_float : f16_bits_to_float;
+    float rows[16][16], columns[16][16];
+    simt::load_rows<false>(rows, a, threadIdx.x / simt::WARP % 4 * 16, to_float, file, line);
+    for (int n = 0; n < 64; n++) {
+        if (n % 8 == 0) simt::load_rows<COLUMNS>(columns, b, n * 2, to_float, file, line);
+        const int row = simt::lane() / 4 + n / 2 % 2 * 8;
+        const int column = n / 4 % 2 * 8 + simt::lane() % 4 * 2 + n % 2;
+        double sum = d[n];
+        for (int k = 0; k < 16; k++) sum += (double)rows[row][k] * columns[column][k];
+        d[n] = (float)sum;
+    }
+}
+#endif
 
 // --- Pairs of f16 --------------------------------------------------------------------------------
 

@@ -15,6 +15,8 @@
 //   load_matrices         rows const [32, 8] u16 -> plain, then transposed [2, 4, 32] u32
 //   mma_*                 a const [R, 32], b const [R / 2, 32] u32; d [4, 32] float, in place
 //   multiply              a, b const [16, 16] f16 bits -> d [16, 16] float
+//   wgmma_*               a const [64, 64], b const [128, 64] bits, or as columns [64, 128]
+//                         -> d [64, 128] float
 //   power                 x const [n] float -> y [n] float
 //   dot                   a, b, c const [n] int32 -> d [n] int32
 //   subtract_halves       a, b const [n] u32, two f16 each -> y [n] u32
@@ -26,7 +28,7 @@
 //           widen_plain does nothing but for e4m3, narrow_plain and narrow_pairs nothing but for the
 //           fp8 kinds, and no kernel anything where the SM lacks its instruction
 // Launch:   grid (ceil(n / 128)), block (128); copy: (1), (128); from load_matrices to multiply:
-//           (1), (32)
+//           (1), (32); wgmma_*: (1), (128)
 // Order:    no atomics, bit-exact
 #include "mma.cuh"
 #include "quantize.cuh"
@@ -257,6 +259,54 @@ extern "C" __global__ void multiply(float* d, const u16* a, const u16* b) {
         }
     }
 #endif
+}
+
+// Rows of 64 elements, or as many columns together, in the order that wgmma reads.
+template <bool BF16, bool COLUMNS>
+__device__ __forceinline__ void multiply_by_group(u16* tiles, float* d, const u16* a,
+                                                  const u16* b) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    u16* const tile_a = tiles;
+    u16* const tile_b = tiles + 64 * 64;
+    for (int i = threadIdx.x; i < 128 * 64; i += 128) {
+        const int row = i / 64, at = row * 64 + (i % 64 / 8 ^ row % 8) * 8 + i % 8;
+        if (row < 64) tile_a[at] = a[i];
+        tile_b[at] = b[COLUMNS ? row % 64 * 128 + row / 64 * 64 + i % 64 : i];
+    }
+    fence_async_proxy();
+    __syncthreads();
+    float sums[64] = {};
+    wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < 4; step++) {
+        wgmma_m64n128k16<BF16, COLUMNS>(
+            sums, wgmma_matrix(tile_a + step * 16, 0),
+            wgmma_matrix(tile_b + step * (COLUMNS ? 16 * 64 : 16), COLUMNS ? 64 * 128 : 0));
+    }
+    wgmma_commit();
+    wgmma_wait<0>();
+    wgmma_results(sums);
+    const int row = threadIdx.x / WARP * 16 + threadIdx.x % WARP / 4;
+#pragma unroll
+    for (int n = 0; n < 64; n++) {
+        d[(row + n / 2 % 2 * 8) * 128 + n / 4 * 8 + threadIdx.x % 4 * 2 + n % 2] = sums[n];
+    }
+#endif
+}
+
+extern "C" __global__ void wgmma_f16(float* d, const u16* a, const u16* b) {
+    __shared__ __align__(1024) u16 tiles[192 * 64];
+    multiply_by_group<false, false>(tiles, d, a, b);
+}
+
+extern "C" __global__ void wgmma_bf16(float* d, const u16* a, const u16* b) {
+    __shared__ __align__(1024) u16 tiles[192 * 64];
+    multiply_by_group<true, false>(tiles, d, a, b);
+}
+
+extern "C" __global__ void wgmma_columns(float* d, const u16* a, const u16* b) {
+    __shared__ __align__(1024) u16 tiles[192 * 64];
+    multiply_by_group<false, true>(tiles, d, a, b);
 }
 
 // --- Powers --------------------------------------------------------------------------------------

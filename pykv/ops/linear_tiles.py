@@ -1,0 +1,162 @@
+"""The tensor-core kernel of `pykv.ops.block_linear` and `pykv.ops.linear` for many tokens, where
+activations are 16-bit or may be rounded to that: its sizes and launches.
+
+Dimensions: T tokens, I features in, O features out, W bytes of a row of weights.
+Kernel: kernels_cu/linear_tiles.cu; `split` of kernels_cu/linear_mma.cu rounds activations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pykv import cuda
+from pykv.arrays import FLOATS, like, row_step
+from pykv.ops.linear_mma import FLOAT_KINDS, element, num_pieces
+
+DEPTH = 64  # elements of I in a stage
+FEW = 64  # tokens up to which linear_mma.cu is faster, which reads weights straight to registers
+
+
+class Tiling(NamedTuple):
+    """The kernel's defines of these names."""
+
+    TILE_T: int
+    TILE_O: int
+    BLOCK: int
+    WARPS_T: int
+    STAGES: int
+    RESIDENT: int
+    GROUP_O: int = 8
+
+
+def multiplies(kind: str, exact: bool, T: int, sm: int) -> bool:
+    """Whether T tokens are for this kernel. Of mma, unlike wgmma, blocks keep warps that make
+    halves of them waiting: linear_mma.cu makes them in registers."""
+    return not exact and T > FEW and (sm == 90 or (kind in FLOAT_KINDS and sm >= 80))
+
+
+def tilings(sm: int) -> list[Tiling]:
+    """What blocks multiply, the largest first. The stages are those that shared memory has room
+    for, with two blocks of the middle tiling on an SM and three of the smallest."""
+    is_large = 90 <= sm < 120
+    return [
+        Tiling(256, 128, 256, 4, 4 if is_large else 3 if sm in (80, 87) else 2, 1),
+        Tiling(128, 128, 128, 2, 3 if is_large else 2, 2),
+        Tiling(64, 64, 128, 2, 4 if is_large else 2, 3),
+    ]
+
+
+def defines(kind: str, x: Any, bias: Any, tiling: Tiling) -> dict[str, Any]:
+    """All of the kernel's defines; x and bias are dtypes."""
+    shared = tiling.STAGES * (tiling.TILE_T + tiling.TILE_O) * DEPTH * 2
+    sizes = dict(tiling._asdict(), PIECES=num_pieces(kind, x, False), SHARED_BYTES=shared)
+    return dict(KIND=element(kind), X_T=x, B_T=bias, **sizes)
+
+
+def choose(T: int, O: int, sm: int, num_sms: int) -> Tiling:
+    """The largest tiling that tokens fill by half, with tiles for three multiprocessors of four."""
+    *larger, smallest = tilings(sm)
+    for one in larger:
+        if 2 * T > one.TILE_T and 4 * _num_tiles(one, T, O) >= 3 * num_sms:
+            return one
+    return smallest
+
+
+def _num_tiles(tiling: Tiling, T: int, O: int) -> int:
+    return -(-T // tiling.TILE_T) * -(-O // tiling.TILE_O)
+
+
+def _num_parts(tiling: Tiling, tiles: int, stages: int, num_sms: int) -> int:
+    """Parts of I, each for a block and of four stages at least, that keep all multiprocessors busy
+    at once."""
+    return max(1, min(num_sms * tiling.RESIDENT // tiles, 8, stages // 4))
+
+
+def product(
+    x: Any,
+    w: Any,
+    kind: str,
+    bias: Any,
+    out: Any,
+    accumulate: bool,
+    tiling: Tiling | None = None,
+    parts: int | None = None,
+    *,
+    eps: float = 1e-6,
+) -> Callable[[dict[str, Any], Any], None]:
+    """The function of arrays by name (out, x, w, bias, norm) and a stream that enqueues
+    `x @ w.T + bias`, as linear_mma.product does where it need not be exact.
+
+    Args:
+        tiling, parts: other than those that are chosen.
+        eps: as of block_linear.multiply.
+    """
+    (T, I), O = x.shape, len(w)
+    num_sms, sm = cuda.num_sms(x.data.device_id), cuda.current_sm()
+    tiling = tiling or choose(T, O, sm, num_sms)
+    tiles, stages = _num_tiles(tiling, T, O), -(-I // DEPTH)
+    parts = parts or _num_parts(tiling, tiles, stages, num_sms)
+    padded = stages * DEPTH
+    of_bias = FLOATS[0] if bias is None else bias.dtype
+    every = defines(kind, x.dtype, of_bias, tiling)
+    counters = tiles if parts > 1 else 0
+    split = cuda.Launch(
+        cuda.kernel("linear_mma", "split", **split_defines(kind, x.dtype)),
+        T,
+        _SPLIT_BLOCK,
+        dict(T=T, I=I, padded_I=padded, x_stride=row_step(x), num_counters=counters, eps=eps),
+        early=True,
+    )
+    multiply = cuda.Launch(
+        cuda.kernel("linear_tiles", "linear_tiles", **every),
+        (tiles, parts),
+        tiling.BLOCK,
+        dict(T=T, O=O, I=I, padded_I=padded, rows=T, w_stride=w.strides[0])
+        | dict(out_stride=row_step(out), accumulate=accumulate),
+        shared_bytes=every["SHARED_BYTES"],
+    )
+    sizes: dict[str, tuple[int, Any]] = dict(
+        pieces=(every["PIECES"] * T * padded, FLOAT_KINDS.get(kind, FLOATS[1])),
+        units=(T, np.float32),
+        partial=(counters * parts * tiling.TILE_T * tiling.TILE_O, np.float32),
+        counters=(counters, np.uint32),
+    )
+
+    def run(arrays: dict[str, Any], stream: Any) -> None:
+        with cuda.on_stream(stream):
+            own = {
+                name: like(arrays["x"], (size,), dtype) if size else None
+                for name, (size, dtype) in sizes.items()
+            }
+        given = {name: own[name] for name in ("pieces", "units", "counters")}
+        split(dict(given, totals=None, x=arrays["x"], norm=arrays["norm"]), stream)
+        multiply(
+            dict(own, out=arrays["out"], w=arrays["w"].view(np.uint8), bias=arrays["bias"]), stream
+        )
+
+    return run
+
+
+_SPLIT_BLOCK = 128
+
+
+def split_defines(kind: str, x: Any) -> dict[str, Any]:
+    """The defines of linear_mma.cu by which `split` leaves the order of elements."""
+    pieces = num_pieces(kind, x, False)
+    sizes = dict(EXACT=0, PIECES=pieces, BLOCK=_SPLIT_BLOCK, TILE_T=0)
+    return dict(KIND=element(kind), X_T=x, B_T=FLOATS[0], **sizes)
+
+
+def _sizes_for(sm: int, number: int) -> dict[str, int]:
+    every = defines("Q4_K", FLOATS[0], FLOATS[0], tilings(sm)[number])
+    return {name: value for name, value in every.items() if isinstance(value, int)}
+
+
+VARIANTS: list[dict[str, Any]] = [
+    dict(KIND=element(kind), X_T=FLOATS[0], B_T=FLOATS[0]) | cuda.by_sm(_sizes_for, number)
+    for kind, number in (("Q4_K", 0), ("Q4_K", 1), ("Q4_K", 2), ("Q6_K", 0), ("F16", 0))
+]
+VARIANTS_SMS = range(0)  # none at import: compiled when a model has a tensor of the kind

@@ -1,0 +1,122 @@
+"""linear_tiles: products of many tokens on tensor cores, cut in every way."""
+
+import numpy as np
+import pytest
+
+from pykv import cuda, planes
+from pykv.arrays import FLOATS
+from pykv.ops import block_linear
+from pykv.ops import linear_tiles as op
+from pykv.ops.linear_mma import FLOAT_KINDS
+from tests.faults import fixed, scaled
+from tests.helpers import assert_close_to_oracle, assert_same_bits, swept, to_numpy
+from tests.ops.test_linear_mma import BFLOAT16, FLOAT16, FLOAT32, weights_of
+from tests.simt import machine
+
+pytest.importorskip("gguf")
+
+
+def product(xp, x, w, kind, tiling, parts=None, bias=None, out=None):
+    x, w = xp.asarray(x), xp.asarray(w)
+    accumulate = out is not None
+    out = xp.full((len(x), len(w)), np.nan, x.dtype) if out is None else xp.array(out)
+    bias = None if bias is None else xp.asarray(bias)
+    run = op.product(x, w, kind, bias, out, accumulate, tiling, parts)
+    run(dict(out=out, x=x, w=w, bias=bias, norm=None), None)
+    return out
+
+
+def inputs(rng, kind, dtype, T, O, I):
+    """Rows, weights, and the product in float64 and in the precision that the kernel has."""
+    x = (rng.standard_normal((T, I)) / 64).astype(dtype)  # float16 holds the products
+    w, values = weights_of(rng, kind, O, I)
+    low_x, low_w = x.astype(np.float32), values
+    if dtype == FLOAT32:
+        low_x, low_w = (a.astype(np.float16).astype(np.float32) for a in (low_x, low_w))
+    low = (low_x @ low_w.T).astype(dtype)
+    return x, w, low, x.astype(np.float64) @ values.astype(np.float64).T
+
+
+def tilings_here():
+    """Those of the SM that runs, as PYKV_ARCH has it; skips where it has no kernel."""
+    sm = cuda.current_sm()
+    if sm < 80:
+        pytest.skip(f"sm_{sm} has no such kernel")
+    return op.tilings(sm)
+
+
+CASES = [
+    *(("Q4_K", FLOAT32, number) for number in range(3)),
+    *((kind, FLOAT32, -1) for kind in ("F16", "BF16", "Q6_K", "Q8_0", "Q2_K", "IQ4_XS")),
+    *(("F16", dtype, -1) for dtype in (FLOAT16, BFLOAT16)),
+    ("BF16", BFLOAT16, -1),
+]
+SWEEP = [
+    (kind, dtype, number)
+    for kind in (*planes.FORMATS, *FLOAT_KINDS)
+    for dtype in (FLOAT32, FLOAT16)
+    for number in range(3)
+]
+
+
+@pytest.mark.parametrize(
+    "kind, dtype, number",
+    [*CASES, *swept(case for case in SWEEP if case not in CASES)],
+    ids=str,
+)
+def test_every_tiling(device, rng, kind, dtype, number):
+    """More tokens and outputs than a block has, but no whole blocks, and rows of no whole stages
+    that are more than there are in shared memory."""
+    tiling = tilings_here()[number]
+    I = 328 if kind in FLOAT_KINDS else 256 if planes.FORMATS[kind].elements == 256 else 288
+    x, w, low, oracle = inputs(rng, kind, dtype, tiling.TILE_T + 3, tiling.TILE_O + 5, I)
+    assert_close_to_oracle(product(device, x, w, kind, tiling), low, oracle)
+
+
+@pytest.mark.parametrize("kind", ["Q4_K", "BF16"])
+def test_parts_are_added_in_order(device, rng, kind):
+    """Of BF16 one part has stages of both pieces of x."""
+    tiling = tilings_here()[-1]
+    x, w, low, oracle = inputs(rng, kind, FLOAT32, 70, 70, 512)
+    got = product(device, x, w, kind, tiling, 3)
+    assert_close_to_oracle(got, low, oracle)
+    assert_same_bits(product(device, x, w, kind, tiling, 3), to_numpy(got))
+
+
+def test_bias_and_what_is_there(device, rng):
+    x, w, low, oracle = inputs(rng, "F16", FLOAT32, 40, 41, 72)
+    bias, out = rng.standard_normal(41).astype("f4"), rng.standard_normal((40, 41)).astype("f4")
+    got = product(device, x, w, "F16", tilings_here()[-1], bias=bias, out=out)
+    assert_close_to_oracle(got, low + bias + out, oracle + bias + out)
+
+
+def test_a_token_does_not_depend_on_others(device, rng):
+    x, w, *_ = inputs(rng, "Q4_K", FLOAT32, 70, 72, 256)
+    every = to_numpy(product(device, x, w, "Q4_K", tilings_here()[-1]))
+    x[:69] *= 2
+    assert_same_bits(product(device, x, w, "Q4_K", tilings_here()[-1])[69:], every[69:])
+
+
+def test_a_block_of_every_sm_has_the_memory():
+    """With 2 KiB of its own, and as many blocks as its registers are for."""
+    for sm, most in machine.SHARED.items():
+        for tiling in op.tilings(sm) if sm >= 80 else ():
+            made = op.defines("Q4_K", FLOATS[0], FLOATS[0], tiling)
+            assert made["SHARED_BYTES"] + 1024 <= most << 10, (sm, made)
+            if sm in (80, 90, 100):
+                assert (made["SHARED_BYTES"] + 2048) * tiling.RESIDENT <= (most + 1) << 10, sm
+
+
+def test_how_products_are_cut():
+    """By hand, for 132 SMs."""
+    large, middle, small = op.tilings(90)
+    assert op.choose(4096, 14336, 90, 132) == large
+    assert op.choose(512, 4096, 90, 132) == op.choose(128, 14336, 90, 132) == middle
+    assert op.choose(128, 8192, 90, 132) == small
+    assert op._num_parts(small, tiles=27, stages=24, num_sms=132) == 6
+    assert op._num_parts(small, tiles=512, stages=64, num_sms=132) == 1
+    assert op._num_parts(large, tiles=20, stages=3, num_sms=132) == 1
+
+
+FAULTS = {"linear_tiles: 1e-2 off": (block_linear, "multiply", scaled(1e-2), "linear_tiles")}
+REFERENCE_FAULTS = [(block_linear, "reference", fixed(3, lambda bias: None))]

@@ -218,12 +218,10 @@ template <bool COLUMNS> void load_rows(float (&to)[16][16], const WgmmaMatrix& f
     unsigned long at = (unsigned long)from.start + (COLUMNS ? row / 64 * from.leading : 0) +
                        of_row * 128 + chunk * 16;
     at ^= (at >> 7 & 7) << 4;
-    uint4 all[WARP];
-    all_lanes(all, *reinterpret_cast<const uint4*>(at), file, line);
+    const Rows all = rows_of_lanes((const void*)at, file, line);
     for (int n = 0; n < WARP; n++) {
-        const unsigned words[4] = {all[n].x, all[n].y, all[n].z, all[n].w};
         for (int j = 0; j < 8; j++) {
-            const float x = to_float((unsigned short)(words[j / 2] >> j % 2 * 16));
+            const float x = to_float((unsigned short)(word(all, n, j / 2) >> j % 2 * 16));
             (COLUMNS ? to[n % 2 * 8 + j][n / 2] : to[n / 2][n % 2 * 8 + j]) = x;
         }
     }

@@ -119,7 +119,8 @@ def _open_codec(sizes: dict[str, int], name: str, text: str, xp: Any, tokens: in
     widths = _widths(r, p)
     steps = np.float32(4) * np.float32(2) ** -coder.bits_of(widths).astype(np.float32)
     plan = {RATIO: Plan(widths, steps.clip(1 / 16), 0.0)}
-    side = Side(np.zeros(p, np.float16), np.ones(p, np.float16), basis, plan)
+    weights = np.tile(np.eye(D, dtype=np.float16), (L * H, 1, 1))
+    side = Side(np.zeros(p, np.float16), weights, basis, plan)
     inv_freq = np.stack([rope.frequencies(D, 1e4)] * L)
     group = Group(tuple(range(L)), side, side)
     model_of = Fingerprint("bench", L, H, D, "half", inv_freq, "0" * 64)

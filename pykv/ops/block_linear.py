@@ -189,8 +189,9 @@ def warm_up(kinds: Sequence[str]) -> None:
             _, *rest = linear_mma.tilings(kind, False, sm)
             exact = linear_mma.tilings(kind, True, sm)[0]  # of up to 8 tokens
             jobs.append(("linear_mma", linear_mma.defines(kind, *floats, True, exact)))
-            if linear_tiles.multiplies(kind, False, 1 << 20, sm):
-                rest = [one for one in rest if one.TILE_T <= linear_tiles.FEW]
+            few = linear_tiles.most_of_registers(kind, sm)
+            if few is not None:
+                rest = [one for one in rest if one.TILE_T < 2 * few]
                 for tiling in linear_tiles.tilings(sm):
                     jobs.append(("linear_tiles", linear_tiles.defines(kind, *floats, tiling)))
                 jobs.append(("linear_mma", linear_tiles.split_defines(kind, FLOATS[0])))

@@ -17,7 +17,6 @@ from pykv.arrays import FLOATS, like, row_step
 from pykv.ops.linear_mma import FLOAT_KINDS, element, num_pieces
 
 DEPTH = 64  # elements of I in a stage
-FEW = 64  # tokens up to which linear_mma.cu is faster, which reads weights straight to registers
 
 
 class Tiling(NamedTuple):
@@ -32,10 +31,19 @@ class Tiling(NamedTuple):
     GROUP_O: int = 8
 
 
+def most_of_registers(kind: str, sm: int) -> int | None:
+    """Tokens up to which linear_mma.cu is faster, which reads weights straight to registers; None:
+    any number. From timings on an H200. Of mma, unlike wgmma, blocks keep warps that make halves of
+    them waiting."""
+    if sm == 90:
+        return 32 if kind in FLOAT_KINDS else 128
+    return 64 if kind in FLOAT_KINDS and sm >= 80 else None
+
+
 def multiplies(kind: str, exact: bool, T: int, sm: int) -> bool:
-    """Whether T tokens are for this kernel. Of mma, unlike wgmma, blocks keep warps that make
-    halves of them waiting: linear_mma.cu makes them in registers."""
-    return not exact and T > FEW and (sm == 90 or (kind in FLOAT_KINDS and sm >= 80))
+    """Whether T tokens are for this kernel."""
+    few = most_of_registers(kind, sm)
+    return not exact and few is not None and T > few
 
 
 def tilings(sm: int) -> list[Tiling]:

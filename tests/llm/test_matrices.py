@@ -145,7 +145,8 @@ def test_a_cache_of_rotated_heads(tmp_path, device):
         LLM(tmp_path / "tiny.gguf", device=device, weights=weights, kv_dtype="int8").logits(ids)
         for weights in ("stored", "fp32")
     )
-    assert 0 < np.abs(to_numpy(stored) - to_numpy(exact)).max() < 0.1
+    most = 0.2 if device == "cuda" else 0.1  # where activations are rounded, too; logits reach 10
+    assert 0 < np.abs(to_numpy(stored) - to_numpy(exact)).max() < most
 
 
 @pytest.mark.model

@@ -267,7 +267,7 @@ def test_a_model_that_is_loaded_finds_its_kernels_compiled(monkeypatch, kind, sm
     for T in range(5, 200, 3) if sm > 75 else ():
         exact = T <= 8  # as of llm.matrices
         if linear_tiles.multiplies(kind, exact, T, sm):
-            for O in (576, 14336):
+            for O in (576, 8192, 14336):
                 tiling = linear_tiles.choose(T, O, sm, 132)
                 ways.append(("linear_tiles", linear_tiles.defines(kind, *floats, tiling)))
             ways.append(("linear_mma", linear_tiles.split_defines(kind, floats[0])))

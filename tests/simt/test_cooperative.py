@@ -31,23 +31,22 @@ STUCK = f"waits in load_acquire at {PLACE} for a change that nobody is left to m
 FAULTS = {
     "the barrier of a block where one of the grid is due": fault(
         "out[i] = i; __syncthreads(); out[N + i] = out[N - 1 - i];",
-        "out[i] = i; grid_arrive(counter); grid_wait(counter, 1); out[N + i] = out[N - 1 - i];",
+        "out[i] = i; ARRIVE; grid_wait(counter, 1); out[N + i] = out[N - 1 - i];",
         RACE,
         [*range(N), *REVERSED],
     ),
     "a buffer is written again before all have read it": fault(
-        "out[i] = i; grid_arrive(counter); grid_wait(counter, 1); int x = out[N - 1 - i];"
-        " out[i] = x;",
-        "out[i] = i; grid_arrive(counter); grid_wait(counter, 1); int x = out[N - 1 - i];"
-        " grid_arrive(counter); grid_wait(counter, 2); out[i] = x;",
+        "out[i] = i; ARRIVE; grid_wait(counter, 1); int x = out[N - 1 - i]; out[i] = x;",
+        "out[i] = i; ARRIVE; grid_wait(counter, 1); int x = out[N - 1 - i];"
+        " ARRIVE; grid_wait(counter, 2); out[i] = x;",
         RACE,
         REVERSED,
     ),
     "a barrier that waits for the one before": fault(
-        "out[i] = i; grid_arrive(counter); grid_wait(counter, 1); out[N + i] = out[N - 1 - i];"
-        " grid_arrive(counter); grid_wait(counter, 1); out[i] = out[N + (i + 64) % N];",
-        "out[i] = i; grid_arrive(counter); grid_wait(counter, 1); out[N + i] = out[N - 1 - i];"
-        " grid_arrive(counter); grid_wait(counter, 2); out[i] = out[N + (i + 64) % N];",
+        "out[i] = i; ARRIVE; grid_wait(counter, 1); out[N + i] = out[N - 1 - i];"
+        " ARRIVE; grid_wait(counter, 1); out[i] = out[N + (i + 64) % N];",
+        "out[i] = i; ARRIVE; grid_wait(counter, 1); out[N + i] = out[N - 1 - i];"
+        " ARRIVE; grid_wait(counter, 2); out[i] = out[N + (i + 64) % N];",
         RACE,
         [REVERSED[(i + 64) % N] for i in range(N)],
     ),
@@ -108,14 +107,14 @@ FAULTS = {
         [48],
     ),
     "counters are set back while some still wait": fault(
-        "grid_arrive(counter); if (i == 0) counter[0] = 0; grid_wait(counter, 1); out[i] = i;",
-        "grid_arrive(counter); grid_wait(counter, 1); out[i] = i; grid_leave(counter);",
+        "ARRIVE; if (i == 0) counter[0] = 0; grid_wait(counter, 1); out[i] = i;",
+        "ARRIVE; grid_wait(counter, 1); out[i] = i; grid_leave(counter);",
         r"(byte 0 of counter, which thread|reads byte \d+ of counter|writes byte \d+ of counter)",
         range(N),
     ),
     "a block that has ended is waited for": fault(
-        "if (b == 3) return; out[i] = i; grid_arrive(counter); grid_wait(counter, 1);",
-        "grid_arrive(counter); if (b == 3) return; out[i] = i; grid_wait(counter, 1);",
+        "if (b == 3) return; out[i] = i; ARRIVE; grid_wait(counter, 1);",
+        "ARRIVE; if (b == 3) return; out[i] = i; grid_wait(counter, 1);",
         STUCK,
         range(192),
     ),
@@ -138,6 +137,7 @@ FAULTS = {
 def run(folder, body):
     text = (
         '#include "grid_barrier.cuh"\n'
+        "#define ARRIVE __syncthreads(), grid_arrive(counter)\n"
         'extern "C" __global__ void faulty(int* out, u32* counter, u64* host) {\n'
         "    constexpr int N = 256;\n"
         "    const int t = threadIdx.x, b = blockIdx.x, i = b * 64 + t;\n"

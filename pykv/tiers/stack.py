@@ -178,6 +178,10 @@ class Tiers:
     def _fall(self, rows: Rows, pages: Sequence[tuple[bytes, int]]) -> None:
         """Copy pages that go at once, whose places rise."""
         slots = self._claim(rows, len(pages))
+        # It may have waited, and files that were read meanwhile have rows of their own.
+        pages = [pair for pair in pages if pair[0] not in rows.host]
+        rows.host.release(slots[len(pages) :])
+        slots = slots[: len(pages)]
         self.counters.refused += len(pages) - len(slots)
         pages = pages[: len(slots)]
         if not pages:
@@ -189,9 +193,9 @@ class Tiers:
         except BaseException:
             rows.host.release(slots)
             raise
-        self._note(self.counters.to_host, rows, len(ids), moved)
         for (key, _), slot, place in zip(pages, slots, places, strict=True):
             rows.add(key, slot, place)
+        self._note(self.counters.to_host, rows, len(ids), moved)
         for (key, _), slot in zip(pages, slots, strict=True):
             self._write_later(rows, key, slot, moved)
 
@@ -290,7 +294,7 @@ class Tiers:
 
     def find(self, keys: list[bytes], start: int) -> int:
         """How many of the first of these pages tiers have; the first is at place `start`."""
-        count, files = 0, self._files
+        count = 0
         while count < len(keys):
             place = start + count
             end = len(keys)
@@ -299,7 +303,7 @@ class Tiers:
             count += len(self._rows_of(place).host.find_first(keys[count:end]))
             if count < end:
                 key = keys[count]
-                if key not in self._reading and (files is None or key not in files):
+                if key not in self._reading and not self.has_file(key):
                     break
                 count += 1
         return count
@@ -319,6 +323,10 @@ class Tiers:
     def has_row(self, key: bytes, place: int) -> bool:
         """Whether a page is in a row, or will be."""
         return key in self._reading or key in self._rows_of(place).host
+
+    def has_file(self, key: bytes) -> bool:
+        """Whether there is a file of a page."""
+        return self._files is not None and key in self._files
 
     def bring_back(
         self, keys: list[bytes], asked: set[bytes], pages: list[int], start: int
@@ -342,7 +350,9 @@ class Tiers:
         return count, moved
 
     def read_later(self, key: bytes, place: int) -> bool:
-        """Have a thread read the file of a page into a row; whether there is a row."""
+        """Have a thread read the file of a page into a row; whether there are files, and a row."""
+        if self._files is None:
+            return False
         rows, read = self._rows_of(place), Future[float | None]()
         slots = rows.host.claim(1, self._is_held)
         if not slots:

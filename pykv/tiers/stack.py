@@ -294,19 +294,11 @@ class Tiers:
 
     def find(self, keys: list[bytes], start: int) -> int:
         """How many of the first of these pages tiers have; the first is at place `start`."""
-        count = 0
-        while count < len(keys):
-            place = start + count
-            end = len(keys)
-            if place < self._exact_pages:
-                end = min(end, self._exact_pages - start)
-            count += len(self._rows_of(place).host.find_first(keys[count:end]))
-            if count < end:
-                key = keys[count]
-                if key not in self._reading and not self.has_file(key):
-                    break
-                count += 1
-        return count
+        for count, key in enumerate(keys):
+            is_here = self._rows_of(start + count).host.find(key) is not None
+            if not (is_here or key in self._reading or self.has_file(key)):
+                return count
+        return len(keys)
 
     # What a Fetch does:
 

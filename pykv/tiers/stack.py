@@ -378,12 +378,16 @@ class Tiers:
     def _claim(self, rows: Rows, count: int) -> list[int]:
         """Rows for so many pages; waits for files, from which rows become free."""
         slots: list[int] = []
-        while True:
-            slots += rows.host.claim(count - len(slots), self._is_held)
-            if len(slots) == count or not self._writing:
-                return slots
-            wait([next(iter(self._writing.values()))[0]])
-            self.settle()
+        try:
+            while True:
+                slots += rows.host.claim(count - len(slots), self._is_held)
+                if len(slots) == count or not self._writing:
+                    return slots
+                wait([next(iter(self._writing.values()))[0]])
+                self.settle()
+        except BaseException:
+            rows.host.release(slots)
+            raise
 
     def _finish(self) -> None:
         """Wait for all files that threads read and write."""

@@ -2,8 +2,10 @@
 
 import threading
 
+import pytest
+
 from pykv import prefix_keys
-from pykv.tiers import disk
+from pykv.tiers import disk, stack
 from tests.tiers.made import P, World
 
 ROW = 256  # bytes of a page of World
@@ -67,6 +69,29 @@ def test_a_file_that_is_read_while_its_page_falls_takes_one_row(tmp_path, monkey
     assert len(host) + len(host._free) == 4
     keys = list(prefix_keys.of_pages("test", first, P))
     assert all(key in host for key in keys)
+
+
+def test_an_interrupt_of_a_fall_that_waits_loses_no_row(tmp_path, monkeypatch):
+    world = World(pages=5, host=4 * ROW, disk=f"{tmp_path}:1MB")
+    tiers, host, may_write = world.tiers, world.tiers._rows[-1].host, threading.Event()
+    world.ask([1] * (5 * P))
+    pages, write = world.cache.manager.published, disk.DiskTier.write
+
+    def slow_write(*args):
+        assert may_write.wait(60)
+        write(*args)
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(disk.DiskTier, "write", slow_write)
+    tiers.fall(pages[:3])
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(stack, "wait", interrupted)
+        tiers.fall(pages[3:])
+    assert len(host) == 3 and len(host._free) == 1
+    may_write.set()
+    tiers.flush()
 
 
 def test_a_fetch_ends_where_its_rows_are_forgotten():

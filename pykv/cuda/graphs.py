@@ -15,8 +15,9 @@ class GraphMemory:
     """Memory that kernels of graphs use between them: of one graph, or of several that never run at
     the same time, as those on one stream. It stays as large as the largest of them needs.
 
-    What a capture frees it gives to later kernels, of that graph or another, so a graph keeps none
-    of it alive; but its chunks live as long as this object, also when CUDA is short of memory.
+    What a capture frees it gives to later kernels, of that graph or another. So a graph keeps none
+    of it alive but its result, which holds until another graph runs. Its chunks live as long as
+    this object, also when CUDA is short of memory.
     """
 
     def __init__(self) -> None:
@@ -109,8 +110,8 @@ def graph(function: Callable[[], Any], memory: GraphMemory | None = None) -> Gra
     Args:
         function: takes nothing, enqueues the same at each call, and goes by nothing that changes
             but the contents of arrays. cuBLAS cannot be captured: `linear` leaves it out then.
-        memory: a pykv.cuda.GraphMemory, shared with graphs that never run at the same time; the
-            result of each of these stays its own. None: memory of its own.
+        memory: a pykv.cuda.GraphMemory, shared with graphs that never run at the same time; what
+            one of them returned is overwritten when another runs. None: memory of its own.
 
     Returns:
         A function of `stream` (see pykv.cuda.on_stream) that enqueues the work and returns what

@@ -297,8 +297,10 @@ class Codec:
                 looks = partial(looks, op, table, given, sizes["N"], sizes["P"], writes=True)
                 cuda.look(looks)
             how = partial(self._how, cache, spec, hadamard, check)
-            others = dict(coded=there.data, table=table)
-            apart = partial(check_apart, op, _named_arrays_of(cache), others)
+            others = _named_arrays_of(cache)
+            written = {name: others.pop(name) for name in spec.written(tuple(others))}
+            others |= dict(coded=there.data, table=table)
+            apart = partial(check_apart, op, written, others)
             call = partial(self._decompress, there, table, chosen, how)
             arrays = (*_arrays_of(cache), table, there.data)
             key = ("decompress", layouts, dims.layouts, reached.layouts, header, hadamard, chosen)

@@ -3,7 +3,8 @@
 Where a step is larger than what it is given, the last of its sequences has the tokens that nobody
 has: they are written nowhere, see no key, and nobody sees them. A token's sums are over its own
 row; how many tokens a step has decides their order in matrix products alone (see
-block_linear.multiply), so logits depend on that in their last bits.
+block_linear.multiply), so logits depend on that in their last bits. Of a step that has logits of
+more than matrices.FUSED_TOKENS tokens the last product rounds activations as all others do.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from pykv.llm.weights import Model
 from pykv.pool import PagedKVCache
 
 GRAPHS = 32  # are kept; they share the memory between their kernels, and that of their logits
-LEAST_TOKENS = 16  # of a graph: above matrices.FUSED_TOKENS, so that all prompts are rounded alike
+LEAST_TOKENS = 16  # of a graph: above matrices.FUSED_TOKENS, so that layers round all prompts alike
 
 
 class Span(NamedTuple):
@@ -158,8 +159,8 @@ class PromptSteps:
         """Of the step for such spans: one for many, where it is a graph."""
         if self._xp is np:
             return asked
-        sequences = _power(asked.sequences, 8, 1)
         tokens = graph_rows(max(asked.tokens, LEAST_TOKENS), self._xp)
+        sequences = min(_power(asked.sequences, 8, 1), tokens)  # each of these has logits
         return Sizes(tokens, sequences + 1, sequences, _power(asked.pages, 4, 16))
 
     def _new(self, sizes: Sizes, asks: bool) -> tuple[Ragged, Callable[[], Any], Any]:

@@ -1,6 +1,7 @@
 """Pages of one sequence on their way back from tiers, while the model computes others.
 
-    begin     Tiers.begin finds them; from then on their rows of the host tier stay
+    begin     Tiers.begin finds them; from then on their rows of the host tier stay, but for those
+              far ahead that files have as well
     advance   between two steps: files that are there become rows, rows go to the cache, and those
               behind are read; what fails ends the fetch there, and the rest is computed
     cancel    the sequence goes: what is on its way comes to an end, and nobody waits for it
@@ -51,7 +52,12 @@ class Fetch:
     def holds(self, key: bytes) -> bool:
         """Whether the row of a page must stay as it is."""
         i = self._index.get(key)
-        return i is not None and self._released <= self._start + i < self.stop
+        if i is None or not self._released <= self._start + i < self.stop:
+            return False
+        # Pages that come before it may need the row, to which a file brings it back.
+        return self._start + i < self._sent + self._tiers.most_ahead or not self._tiers.has_file(
+            key
+        )
 
     @property
     def _released(self) -> int:

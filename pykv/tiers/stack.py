@@ -178,6 +178,10 @@ class Tiers:
     def _fall(self, rows: Rows, pages: Sequence[tuple[bytes, int]]) -> None:
         """Copy pages that go at once, whose places rise."""
         slots = self._claim(rows, len(pages))
+        # It may have waited, and files that were read meanwhile have rows of their own.
+        pages = [pair for pair in pages if pair[0] not in rows.host]
+        rows.host.release(slots[len(pages) :])
+        slots = slots[: len(pages)]
         self.counters.refused += len(pages) - len(slots)
         pages = pages[: len(slots)]
         if not pages:
@@ -189,9 +193,9 @@ class Tiers:
         except BaseException:
             rows.host.release(slots)
             raise
-        self._note(self.counters.to_host, rows, len(ids), moved)
         for (key, _), slot, place in zip(pages, slots, places, strict=True):
             rows.add(key, slot, place)
+        self._note(self.counters.to_host, rows, len(ids), moved)
         for (key, _), slot in zip(pages, slots, strict=True):
             self._write_later(rows, key, slot, moved)
 
@@ -290,19 +294,11 @@ class Tiers:
 
     def find(self, keys: list[bytes], start: int) -> int:
         """How many of the first of these pages tiers have; the first is at place `start`."""
-        count, files = 0, self._files
-        while count < len(keys):
-            place = start + count
-            end = len(keys)
-            if place < self._exact_pages:
-                end = min(end, self._exact_pages - start)
-            count += len(self._rows_of(place).host.find_first(keys[count:end]))
-            if count < end:
-                key = keys[count]
-                if key not in self._reading and (files is None or key not in files):
-                    break
-                count += 1
-        return count
+        for count, key in enumerate(keys):
+            is_here = self._rows_of(start + count).host.find(key) is not None
+            if not (is_here or key in self._reading or self.has_file(key)):
+                return count
+        return len(keys)
 
     # What a Fetch does:
 
@@ -319,6 +315,10 @@ class Tiers:
     def has_row(self, key: bytes, place: int) -> bool:
         """Whether a page is in a row, or will be."""
         return key in self._reading or key in self._rows_of(place).host
+
+    def has_file(self, key: bytes) -> bool:
+        """Whether there is a file of a page."""
+        return self._files is not None and key in self._files
 
     def bring_back(
         self, keys: list[bytes], asked: set[bytes], pages: list[int], start: int
@@ -342,7 +342,9 @@ class Tiers:
         return count, moved
 
     def read_later(self, key: bytes, place: int) -> bool:
-        """Have a thread read the file of a page into a row; whether there is a row."""
+        """Have a thread read the file of a page into a row; whether there are files, and a row."""
+        if self._files is None:
+            return False
         rows, read = self._rows_of(place), Future[float | None]()
         slots = rows.host.claim(1, self._is_held)
         if not slots:
@@ -376,12 +378,16 @@ class Tiers:
     def _claim(self, rows: Rows, count: int) -> list[int]:
         """Rows for so many pages; waits for files, from which rows become free."""
         slots: list[int] = []
-        while True:
-            slots += rows.host.claim(count - len(slots), self._is_held)
-            if len(slots) == count or not self._writing:
-                return slots
-            wait([next(iter(self._writing.values()))[0]])
-            self.settle()
+        try:
+            while True:
+                slots += rows.host.claim(count - len(slots), self._is_held)
+                if len(slots) == count or not self._writing:
+                    return slots
+                wait([next(iter(self._writing.values()))[0]])
+                self.settle()
+        except BaseException:
+            rows.host.release(slots)
+            raise
 
     def _finish(self) -> None:
         """Wait for all files that threads read and write."""

@@ -360,6 +360,18 @@ def test_size_is_what_it_says(rng):
     assert 0 <= header.nbytes - (4 * 1000 + exempt + 995 * codec.row_bytes) < 4 * 128
 
 
+def test_keys_and_values_may_have_one_array_of_scales(xp, rng):
+    """One that a cache was given is only read, as in all ops."""
+    artefact = made.artefact(rng)
+    cache, table, positions, *_ = made.sequence(rng, xp, artefact, 30, spec="int8:head")
+    cache.k_scales = cache.v_scales
+    codec = Codec(artefact, 4, xp)
+    coded = codec.compress(cache, table, positions)
+    cache.k[...] = 0
+    codec.decompress(coded, cache, table)
+    assert (to_numpy(cache.k) != 0).any()
+
+
 def test_codes_and_pages_share_no_memory(xp, rng):
     """Of a first call and of one whose layout is known."""
     artefact = made.artefact(rng)

@@ -37,11 +37,13 @@ def test_few_sizes_serve_all(xp):
     steps = PromptSteps.__new__(PromptSteps)
     steps._xp = xp
     asked = [Sizes(1, 1, 0, 1), Sizes(9, 1, 1, 17), Sizes(65, 8, 2, 16), Sizes(300, 9, 9, 70)]
+    asked.append(Sizes(16, 16, 16, 1))  # a token of each
     larger = [
         Sizes(16, 2, 1, 16),
         Sizes(16, 2, 1, 64),
         Sizes(128, 9, 8, 16),
         Sizes(320, 65, 64, 256),
+        Sizes(16, 17, 16, 16),
     ]
     assert [steps._sizes(one) for one in asked] == (asked if xp is np else larger)
 

@@ -193,7 +193,7 @@ def test_the_machine_would_see_a_wrong_page(monkeypatch):
     monkeypatch.setattr(host.HostTier, "find_first", wrong)
     world = World(host=100 * ROW)
     with pytest.raises(AssertionError, match="has other k than its key"):
-        for first in range(6):
+        for first in (*range(6), *range(6)):
             world.ask([first, 1, 2, 1])
 
 

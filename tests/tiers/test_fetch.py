@@ -1,0 +1,106 @@
+"""Rows of host memory while pages are on their way back."""
+
+import threading
+
+import pytest
+
+from pykv import prefix_keys
+from pykv.tiers import disk, stack
+from tests.tiers.made import P, World
+
+ROW = 256  # bytes of a page of World
+
+
+def test_rows_far_ahead_make_room_for_those_that_come_first(tmp_path):
+    """A fetch that was given up left the last pages in all rows; files have the first."""
+    where, tokens = dict(host=8 * ROW, disk=f"{tmp_path}:1MB"), list(range(12 * P))
+    other = World(pages=12, **where)
+    other.ask(tokens)
+    other.tiers.flush()
+    world = World(pages=12, **where)
+    for _ in range(2):
+        pages, fetch = world.begin(tokens)
+        assert fetch.advance(wait=True) == 12
+        world.end(tokens, pages, fetch, publish=False)
+    assert world.tiers.counters.misses == 0
+
+
+def test_a_file_that_is_read_while_its_page_falls_takes_one_row(tmp_path, monkeypatch):
+    """The fall waits for a row that is written to a file; meanwhile the page is read."""
+    world = World(pages=4, host=4 * ROW, disk=f"{tmp_path}:1MB")
+    tiers, host = world.tiers, world.tiers._rows[-1].host
+    first, second = [1] * (2 * P), [2] * (2 * P)
+    world.ask(first)
+    of_first = world.cache.manager.published
+    world.ask(second)
+    of_second = world.cache.manager.published[2:]
+    tiers.fall(of_first)
+    tiers.clear_host()
+
+    read, write = disk.DiskTier.read, disk.DiskTier.write
+    may_read, may_write = threading.Event(), threading.Event()
+
+    def slow_read(*args):
+        assert may_read.wait(60)
+        return read(*args)
+
+    def slow_write(*args):
+        assert may_write.wait(60)
+        write(*args)
+
+    def let_go():
+        may_read.set()
+        for reading in readings:
+            reading.future.result(60)
+        may_write.set()
+
+    monkeypatch.setattr(disk.DiskTier, "read", slow_read)
+    monkeypatch.setattr(disk.DiskTier, "write", slow_write)
+    fetch = tiers.begin(first, [])
+    fetch._pages += [2, 3]
+    fetch.advance()
+    fetch.cancel()
+    tiers.fall(of_second)
+    readings = list(tiers._reading.values())
+    assert len(readings) == 2 and len(tiers._writing) == 2 and not host._free
+    threading.Timer(0.1, let_go).start()
+    tiers.fall(of_first)
+    tiers.flush()
+    assert len(host) + len(host._free) == 4
+    keys = list(prefix_keys.of_pages("test", first, P))
+    assert all(key in host for key in keys)
+
+
+def test_an_interrupt_of_a_fall_that_waits_loses_no_row(tmp_path, monkeypatch):
+    world = World(pages=5, host=4 * ROW, disk=f"{tmp_path}:1MB")
+    tiers, host, may_write = world.tiers, world.tiers._rows[-1].host, threading.Event()
+    world.ask([1] * (5 * P))
+    pages, write = world.cache.manager.published, disk.DiskTier.write
+
+    def slow_write(*args):
+        assert may_write.wait(60)
+        write(*args)
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(disk.DiskTier, "write", slow_write)
+    tiers.fall(pages[:3])
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(stack, "wait", interrupted)
+        tiers.fall(pages[3:])
+    assert len(host) == 3 and len(host._free) == 1
+    may_write.set()
+    tiers.flush()
+
+
+def test_a_fetch_ends_where_its_rows_are_forgotten():
+    """Without a disk tier nobody brings them back."""
+    world = World(pages=4, host=8 * ROW)
+    tokens = [1] * (2 * P)
+    world.ask(tokens)
+    world.ask([2] * (4 * P))
+    pages, fetch = world.begin(tokens)
+    world.tiers.clear_host()
+    assert fetch.advance(wait=True) == 0 and fetch.is_over
+    world.end(tokens, pages, fetch, publish=True)

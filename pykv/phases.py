@@ -273,7 +273,7 @@ class Attention(NamedTuple):
         spec = spec_of(op, append.spec, *pools)
         options = spec, append.pairing, append.eps, append.hadamard
         of_append = paged_qkv.checked(op, append.arrays(), *options)
-        dims = paged_decode.check_arrays(spec, attend.arrays())
+        dims = paged_decode.sizes_of(spec, attend.arrays())
         asked = attend.scale, attend.window, attend.logits_soft_cap
         scores = attention.check_options(op, dims, *asked, True)
         return _Checked(of_append[0], of_append[2], dims, spec, scores)

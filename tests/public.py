@@ -99,7 +99,6 @@ def name_of(module, dotted):
 # What users are handed or hand on, but do not call with values of their own; or what ops call with
 # arguments that they have checked.
 UNCHECKED = """
-    ops.paged_decode.check_arrays ops.paged_qkv.kernel_arguments
     elastic.timed.Timed elastic.timed.counts elastic.timed.time_calls elastic.rates.Throughput
     elastic.compaction.CompressResult elastic.compaction.CompressResult.kept elastic.cycle.Cycle
     errors.PykvError transfer.CopyReport transfer.Transfer transfer.Transfer.done

@@ -196,7 +196,7 @@ def _checker(spec: KVSpec, many: bool) -> Callable[..., Dims]:
     )
 
 
-def check_arrays(spec: KVSpec, arrays: dict[str, Any]) -> Dims:
+def sizes_of(spec: KVSpec, arrays: dict[str, Any]) -> Dims:
     """The sizes of what `decode` is given for one query a sequence: its arrays by name, those that
     it may lack left out. It raises what `decode` says."""
     names = "q k_pool v_pool k_scales v_scales page_table lengths alibi_slopes tree sinks"

@@ -303,15 +303,15 @@ def _launch(dims: Dims, arrays: dict[str, Any], options: Options) -> cuda.Launch
 
 
 def kernel_arguments(
-    dims: Dims, arrays: dict[str, Any], options: Options
+    dims: Dims, arrays: dict[str, Any], chosen: Options
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The defines and the scalars of the kernel.
 
     Args:
-        dims, options: of `checked`.
+        dims, chosen: of `checked`.
         arrays: all that `append` takes, by name.
     """
-    spec, pairing, eps, hadamard = options
+    spec, pairing, eps, hadamard = chosen
     q_out, qkv, q_norm = arrays["q_out"], arrays["qkv"], arrays["q_norm"]
     (_, HQ, D), H, F = q_out.shape, dims["H"], dims.get("F", 0)
     flags = dict(HADAMARD=int(hadamard), PAIRING="ADJACENT" if pairing == "adjacent" else "HALF")

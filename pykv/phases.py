@@ -248,12 +248,14 @@ class Attend(NamedTuple):
 
 
 class Attention(NamedTuple):
-    """An append, then attention of its queries over the same pools. A slot is that of the sequence's
-    last key as `lengths` and `page_table` say, which no other sequence of the step reads, or is
-    negative: on a GPU the block that has the last keys of a head writes it, while others read what
-    comes before. What the append's `q_out` holds
-    behind it is nobody's to read: a kernel that does both at once leaves it as it is. So is `out`
-    behind a program in which products read it, and nothing else: they make it of its parts."""
+    """An append, then attention of its queries over the same pools.
+
+    A slot is that of the sequence's last key, as `lengths` and `page_table` say, which no other
+    sequence of the step reads, or is negative: on a GPU the block with the last keys of a head
+    writes it, while others read what comes before. What the append's `q_out` holds behind it is
+    nobody's to read: a kernel that does both at once leaves it as it is. So is `out` behind a
+    program in which products read it, and nothing else: they make it of its parts.
+    """
 
     append: Append
     attend: Attend

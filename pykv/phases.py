@@ -13,7 +13,7 @@ import numpy as np
 
 from pykv import attention, cuda
 from pykv.arrays import FLOAT32, FLOATS, INT32, VECTOR_BYTES, checker
-from pykv.errors import ParameterError, ShapeError
+from pykv.errors import DtypeError, ParameterError, ShapeError
 from pykv.ops import (
     activation,
     block_linear,
@@ -269,6 +269,10 @@ class Attention(NamedTuple):
 
     def checked(self, op: str) -> _Checked:
         append, attend = self
+        for part, kind in ((append, Append), (attend, Attend)):
+            if not isinstance(part, kind):
+                given, name = type(part).__name__, kind.__name__
+                raise DtypeError(f"{op}: an attention has a {given}, expected {name}")
         for array, name in ((append.q_out, "q_out"), (attend.out, "out")):
             if array is None:
                 raise ParameterError(f"{op}: an attention has no {name}, expected an array")
@@ -380,6 +384,8 @@ class Argmax(NamedTuple):
         return {}
 
     def checked(self, op: str) -> Any:
+        if self.out is None:
+            raise ParameterError(f"{op}: an argmax has no out, expected an array")
         return sample.check_argmax(op, self.logits, self.out)
 
     def touched(self) -> Touched:

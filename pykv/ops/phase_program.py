@@ -168,7 +168,7 @@ class PhaseProgram:
         )
         most = min(
             cuda.cooperative_blocks(kernel, BLOCK, shared),
-            max(record.tiles for record in records),
+            max(1, *(record.tiles for record in records)),
             blocks or 2**31 - 1,
         )
         self._launch = cuda.Launch(

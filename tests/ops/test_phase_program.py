@@ -349,6 +349,24 @@ def test_wrong_products(xp):
         PhaseProgram([good], blocks=0)
 
 
+def test_parts_that_lack(xp, rng):
+    attention, _ = attention_of(xp, rng, "fp16", (1, 1), 8, [5])
+    logits = xp.asarray(np.zeros((1, 9), np.float32))
+    for phase, error, text in (
+        (Argmax(logits, None), ParameterError, "an argmax has no out, expected an array"),
+        (attention._replace(append=None), DtypeError, "has a NoneType, expected Append"),
+        (attention._replace(attend=attention.append), DtypeError, "has a Append, expected Attend"),
+    ):
+        with pytest.raises(error, match=text):
+            PhaseProgram([phase])
+
+
+def test_a_matrix_of_no_rows(xp_of_programs):
+    xp = xp_of_programs
+    x, w = xp.asarray(np.ones((1, 8), np.float32)), xp.asarray(np.ones((8, 8), np.float16))
+    PhaseProgram([Product(x, w[:0], "F16", xp.asarray(np.ones((1, 0), np.float32)))])()
+
+
 def test_lengths_and_tables_are_read_before_blocks_wait(xp, rng):
     phase, _ = attention_of(xp, rng, "fp16", (1, 1), 8, [5])
     likeliest = Argmax(xp.asarray(np.zeros((1, 9), np.float32)), phase.attend.lengths)

@@ -96,7 +96,16 @@ def test_a_known_layout_is_looked_at_for_each_address(xp):
         ):
             with pytest.raises(ParameterError, match=f"^op: {text}, expected another array$"):
                 _check(*wrong)
-    assert xp is np or len(dims.apart) == 2
+    assert xp is np or sum(layouts is dims.layouts for layouts, *_ in _check._apart) == 2
+
+
+def test_what_is_known_of_addresses_takes_little_memory(device):
+    """However many layouts come at however many addresses."""
+    memory = device.zeros((600, 16), np.float32)
+    for T in range(1, 10):
+        for i in range(550):
+            _in_place(memory[:T], memory[i + 20 : i + 20 + T])
+    assert 0 < len(_in_place._apart) <= 4096
 
 
 def test_the_same_array_is_not_another_layout_of_it(xp):

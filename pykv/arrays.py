@@ -48,7 +48,6 @@ class Dims(dict[str, int]):
         super().__init__()
         self.layouts = object()
         self.pairs: list[overlaps.Pair] = []  # of which one is written, see pykv.overlaps
-        self.apart: set[tuple[int, ...]] = set()  # addresses of which these are known to be apart
         self._kept: dict[Any, Any] = {}
 
     def keep(self, options: Any, make: Callable[[], Any]) -> Any:
@@ -155,6 +154,7 @@ class _Checker:
             if x.name in rules
         ]
         self._passed: dict[Any, Dims] = {}
+        self._apart: set[Any] = set()  # layouts and addresses whose arrays are known to be apart
         self._latest: tuple[Any, Dims | None] = None, None
 
     def __call__(self, *arrays: Any) -> Dims:
@@ -174,7 +174,7 @@ class _Checker:
         if self._writes and (_read_only or isinstance(arrays[0], np.ndarray)):
             for i, written in self._writes:
                 check_writeable(self._op, written.name, arrays[i])
-        if dims.pairs and (not addresses or tuple(addresses) not in dims.apart):
+        if dims.pairs and not (addresses and (dims.layouts, *addresses) in self._apart):
             self._check_apart(dims, arrays, addresses)
         return dims
 
@@ -206,8 +206,8 @@ class _Checker:
             names = self._names[found.written], self._names[found.other]
             raise overlaps.not_apart(self._op, *names, may_be=found.may_be)
         if addresses:
-            limit(dims.apart, 1024)
-            dims.apart.add(tuple(addresses))
+            limit(self._apart, 4096)
+            self._apart.add((dims.layouts, *addresses))
 
 
 def _layouts(arrays: tuple[Any, ...]) -> tuple[list[Any], list[int]]:

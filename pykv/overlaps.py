@@ -14,7 +14,7 @@ import numpy as np
 
 from pykv.errors import ParameterError
 
-_MOST_WORK = 10_000  # candidates; pools, their views and rows at any stride take one or two
+_MOST_WORK = 1_000  # candidates; views of one pool of like rows take one or two
 
 
 class Written(NamedTuple):
@@ -123,16 +123,48 @@ def bytes_of(array: Any) -> Any:
 def share(x: Any, y: Any) -> bool:
     """Whether two arrays have a byte in common, of which strides are taken into account; of a GPU
     as of the host. True where that would take too long to say, as no layout of pools does."""
+    one, other = place_of(x), place_of(y)
     try:
-        one, other = place_of(x), place_of(y)
         return bool(np.shares_memory(one, other, max_work=_MOST_WORK))  # type: ignore[arg-type]
     except np.exceptions.TooHardError:
-        return True
+        parts = _parts(one, other)
+        return parts is None or any(share(*pair) for pair in parts)
+
+
+def _parts(x: Any, y: Any) -> list[tuple[Any, Any]] | None:
+    """Entries of two NumPy arrays along the longest step of both, such as pages of one pool, or of
+    one of them: each pair that may share memory once. None where these are many."""
+    sides = []
+    for array in map(np.atleast_1d, (x, y)):
+        forward = array[tuple(slice(None, None, -1 if n < 0 else 1) for n in array.strides)]
+        longest = max(range(array.ndim), key=lambda i: forward.strides[i] * (forward.shape[i] > 1))
+        sides.append(np.moveaxis(forward, longest, 0))
+    one, other = sides
+    step, of_other = (side.strides[0] * (len(side) > 1) for side in sides)
+    if step < of_other:
+        step, one = of_other, one[None]
+    elif of_other < step:
+        other = other[None]
+    if step == 0:
+        return None
+    (begin, end), (begin_other, end_other) = (
+        [entry.__array_interface__["data"][0] + edge for edge in _bounds(entry)]
+        for entry in (one[0, ...], other[0, ...])
+    )
+    # Entry i of one and j of the other meet where begin < end_other + (j - i) * step, and likewise.
+    least = max((begin - end_other) // step + 1, 1 - len(one))
+    most = min(-((begin_other - end) // step) - 1, len(other) - 1)
+    if most - least >= 8:
+        return None
+    return [(one[max(-n, 0), ...], other[max(n, 0), ...]) for n in range(least, most + 1)]
 
 
 def is_same(x: Any, y: Any) -> bool:
     """Whether two arrays are the same elements in the same order."""
-    if (x.shape, x.strides, x.dtype) != (y.shape, y.strides, y.dtype):
+    if (x.shape, x.dtype) != (y.shape, y.dtype):
+        return False
+    steps = zip(x.shape, x.strides, y.strides, strict=True)
+    if any(n > 1 and step != other for n, step, other in steps):  # of one there is no next
         return False
     first, second = (place_of(z).__array_interface__["data"][0] for z in (x, y))
     return bool(first == second)

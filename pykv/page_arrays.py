@@ -171,8 +171,8 @@ def heads_of(cache: Any, spec: KVSpec, heads: tuple[int, int] | None) -> list[An
 def join_layers(sides: Sequence[list[Any]], ids: list[Any]) -> tuple[list[Any], list[Any]]:
     """The arrays [N, ...] of source and target for each launch, and [n] page ids of both.
 
-    Layers become pages of one pool, so that one launch does it, unless they have given scales, no
-    whole number of pages between them, or more rows than a launch takes; then it is one a layer.
+    Layers become pages of one pool, so that one launch does it, unless they have given scales, do
+    not follow each other, or have more rows than a launch takes; then it is one a layer.
 
     Args:
         sides: of source and target, arrays [L, N, ...], or None.
@@ -180,33 +180,28 @@ def join_layers(sides: Sequence[list[Any]], ids: list[Any]) -> tuple[list[Any], 
     """
     L = len(sides[0][0])
     rows = L * len(ids[0]) * math.prod(sides[0][0].shape[2:-1])
-    steps = [_pages_of_layer(arrays) for arrays in sides]
-    if min(steps) < 0 or max(rows, L * max(steps)) >= 2**31:
+    counts = [arrays[0].shape[1] for arrays in sides]
+    given = [x for arrays in sides for x in arrays if x is not None]
+    if not all(map(_is_one_pool, given)) or max(rows, L * max(counts)) >= 2**31:
         alone = [[[x if x is None else x[n] for x in arrays] for arrays in sides] for n in range(L)]
         return alone, ids
     joined = [
         [
-            x
-            if x is None
-            else strided(x, ((L - 1) * step + x.shape[1], *x.shape[2:]), x.strides[1:])
+            x if x is None else strided(x, (L * x.shape[1], *x.shape[2:]), x.strides[1:])
             for x in arrays
         ]
-        for arrays, step in zip(sides, steps, strict=True)
+        for arrays in sides
     ]
     layers = np.arange(L)
     return [joined], [
-        np.add.outer(layers * step, i).reshape(-1) for i, step in zip(ids, steps, strict=True)
+        np.add.outer(layers * count, i).reshape(-1) for i, count in zip(ids, counts, strict=True)
     ]
 
 
-def _pages_of_layer(arrays: list[Any]) -> int:
-    """From a layer to the next, in pages; -1 if that is no whole number, or not the same in all."""
-    given = [x for x in arrays if x is not None]
-    if any(x.ndim == 2 or x.strides[1] <= 0 for x in given):
-        return -1
-    steps = {divmod(x.strides[0], x.strides[1]) for x in given}
-    step, rest = steps.pop()
-    return -1 if rest or steps else int(step)
+def _is_one_pool(x: Any) -> bool:
+    """Whether pages of a layer [L, N, ...] follow those of the layer before; where others lie
+    between, such as those of values, a pool of all layers would have them, too."""
+    return bool(x.ndim > 2 and x.strides[0] == x.shape[1] * x.strides[1])
 
 
 class Places(NamedTuple):

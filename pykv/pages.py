@@ -215,8 +215,8 @@ def convert_pages(
         DeviceError: neither cache is on the current GPU.
         Others as pykv.ops.paged_convert.convert.
 
-    On a GPU only enqueues, a launch or two, for each layer where layers have given scales or other
-    distances than pages have, but waits to see shared scales.
+    On a GPU only enqueues, a launch or two, for each layer where layers have given scales or do not
+    follow each other, but waits to see shared scales.
     """
     op = "pages.convert_pages"
     facts, to_facts = facts_of_two(op, source, target)

@@ -13,7 +13,7 @@ import numpy as np
 
 from pykv import attention, cuda
 from pykv.arrays import FLOAT32, FLOATS, INT32, VECTOR_BYTES, checker
-from pykv.errors import ParameterError, ShapeError
+from pykv.errors import DtypeError, ParameterError, ShapeError
 from pykv.ops import (
     activation,
     block_linear,
@@ -80,9 +80,10 @@ class Product(NamedTuple):
     def inputs(self) -> Any:
         return self.x
 
-    def constants(self) -> list[Any]:
-        """What blocks read before they wait."""
-        return [array for array in (self.w, self.bias, self.norm) if array is not None]
+    def constants(self) -> dict[str, Any]:
+        """What blocks read before they wait, by name."""
+        given = dict(w=self.w, bias=self.bias, norm=self.norm)
+        return {name: array for name, array in given.items() if array is not None}
 
     def checked(self, op: str) -> block_linear.Options:
         asked = block_linear.Options(self.gate, self.eps, self.accumulate)
@@ -93,7 +94,9 @@ class Product(NamedTuple):
 
     def touched(self) -> Touched:
         # What `accumulate` reads of out it also writes.
-        return Touched([place_of(x) for x in (self.x, *self.constants())], [place_of(self.out)])
+        return Touched(
+            [place_of(x) for x in (self.x, *self.constants().values())], [place_of(self.out)]
+        )
 
     def run_alone(self) -> None:
         given = self._asdict()
@@ -126,8 +129,8 @@ class Embed(NamedTuple):
     def inputs(self) -> Any:
         return self.out
 
-    def constants(self) -> list[Any]:
-        return [self.w]
+    def constants(self) -> dict[str, Any]:
+        return dict(w=self.w)
 
     def checked(self, op: str) -> None:
         block_rows.check_kind(op, self.kind, block_linear.KINDS)
@@ -171,8 +174,8 @@ class AddNorm(NamedTuple):
     def inputs(self) -> Any:
         return self.y
 
-    def constants(self) -> list[Any]:
-        return [self.norm]
+    def constants(self) -> dict[str, Any]:
+        return dict(norm=self.norm)
 
     def checked(self, op: str) -> None:
         dims = _add_norm_checker(op)(self.x, self.y, self.norm)
@@ -245,9 +248,14 @@ class Attend(NamedTuple):
 
 
 class Attention(NamedTuple):
-    """An append, then attention of its queries over the same pools. What the append's `q_out` holds
-    behind it is nobody's to read: a kernel that does both at once leaves it as it is. So is `out`
-    behind a program in which products read it, and nothing else: they make it of its parts."""
+    """An append, then attention of its queries over the same pools.
+
+    A slot is that of the sequence's last key, as `lengths` and `page_table` say, which no other
+    sequence of the step reads, or is negative: on a GPU the block with the last keys of a head
+    writes it, while others read what comes before. What the append's `q_out` holds behind it is
+    nobody's to read: a kernel that does both at once leaves it as it is. So is `out` behind a
+    program in which products read it, and nothing else: they make it of its parts.
+    """
 
     append: Append
     attend: Attend
@@ -256,11 +264,15 @@ class Attention(NamedTuple):
     def inputs(self) -> Any:
         return self.append.qkv
 
-    def constants(self) -> list[Any]:
-        return []
+    def constants(self) -> dict[str, Any]:
+        return dict(page_table=self.attend.page_table, lengths=self.attend.lengths)
 
     def checked(self, op: str) -> _Checked:
         append, attend = self
+        for part, kind in ((append, Append), (attend, Attend)):
+            if not isinstance(part, kind):
+                given, name = type(part).__name__, kind.__name__
+                raise DtypeError(f"{op}: an attention has a {given}, expected {name}")
         for array, name in ((append.q_out, "q_out"), (attend.out, "out")):
             if array is None:
                 raise ParameterError(f"{op}: an attention has no {name}, expected an array")
@@ -368,10 +380,12 @@ class Argmax(NamedTuple):
     def inputs(self) -> Any:
         return self.logits
 
-    def constants(self) -> list[Any]:
-        return []
+    def constants(self) -> dict[str, Any]:
+        return {}
 
     def checked(self, op: str) -> Any:
+        if self.out is None:
+            raise ParameterError(f"{op}: an argmax has no out, expected an array")
         return sample.check_argmax(op, self.logits, self.out)
 
     def touched(self) -> Touched:

@@ -1,5 +1,7 @@
 """Arrays that share memory, against sets of bytes; what a checker and replayed calls make of it."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from numpy.lib.stride_tricks import as_strided
@@ -28,6 +30,8 @@ def test_sharing_is_that_of_bytes(rng):
         pairs = overlaps.pairs_of([x, y], {0: {1: False}})
         addresses = [a.__array_interface__["data"][0] for a in (x, y)]
         assert bool(overlaps.find_shared(pairs, [x, y], addresses)) == want  # by bounds first
+        if x.size and y.size and (parts := overlaps._parts(x, y)) is not None:
+            assert any(overlaps.share(*pair) for pair in parts) == want  # as for large ones
         if overlaps.repeats(x):
             assert len(set(x.ravel().tolist())) < x.size
         met.add((want, overlaps.repeats(x)))
@@ -45,6 +49,29 @@ def test_views_of_pools_lie_apart(xp):
             assert not overlaps.repeats(x) and overlaps.share(x, x)
             assert not any(overlaps.share(x, y) for y in views[:i])
     assert overlaps.share(pool[:, 0], pool[1:]) and overlaps.share(pool[1:2], pool[:, 1])
+
+
+def test_pages_of_unlike_rows_lie_apart():
+    """K of bytes, V of halves, then scales of rows in one page, of caches as large as they come: no
+    search over all elements, of which none is there to be read."""
+    L, N, P, H, D = 32, 4000, 16, 8, 128
+    page = P * H * (3 * D + 4)
+
+    def view(start, shape, dtype, *steps):
+        interface = dict(data=((1 << 40) + start, True), typestr=dtype, version=3)
+        interface |= dict(shape=(L, N, P, H, *shape), strides=(N * page, page, *steps))
+        return np.asarray(SimpleNamespace(__array_interface__=interface))
+
+    k = view(0, (D,), "|u1", D, P * D, 1)
+    v = view(P * H * D, (D,), "<f2", 2 * D, 2 * P * D, 2)
+    k_scales, v_scales = (view(P * H * (3 * D + i), (), "<f2", 2, 2 * P) for i in (0, 2))
+    arrays = [k, v, k_scales, v_scales]
+    apart = [pair for i, x in enumerate(arrays) for y in arrays[:i] for pair in ((x, y), (y, x))]
+    apart += [(x[::-1, ::-1], y[:1]) for x, y in apart]
+    nearer = view(P * H * D - 2, (D,), "<f2", 2 * D, 2 * P * D, 2)
+    shared = [(nearer, k), *((x[:, 1:], x[:, :-1]) for x in arrays), (v[1:], v[:-1, ::-1])]
+    found = [[overlaps.share(*pair) for pair in pairs] for pairs in (apart, shared)]
+    assert [set(x) for x in found] == [{False}, {True}]
 
 
 _check = checker(
@@ -69,13 +96,23 @@ def test_a_known_layout_is_looked_at_for_each_address(xp):
         ):
             with pytest.raises(ParameterError, match=f"^op: {text}, expected another array$"):
                 _check(*wrong)
-    assert xp is np or len(dims.apart) == 2
+    assert xp is np or sum(layouts is dims.layouts for layouts, *_ in _check._apart) == 2
+
+
+def test_what_is_known_of_addresses_takes_little_memory(device):
+    """However many layouts come at however many addresses."""
+    memory = device.zeros((600, 16), np.float32)
+    for T in range(1, 10):
+        for i in range(550):
+            _in_place(memory[:T], memory[i + 20 : i + 20 + T])
+    assert 0 < len(_in_place._apart) <= 4096
 
 
 def test_the_same_array_is_not_another_layout_of_it(xp):
     memory = xp.zeros((4, 16), np.float32)
     _in_place(memory, memory)
     _in_place(memory[::2], memory[::2])
+    _in_place(memory[:1], memory[::4])  # of one row, which has no next one
     text = "out shares memory with x, expected x itself or another array"
     for x, out in (
         (memory[:2], memory[1:3]),

@@ -288,6 +288,21 @@ def test_convert(xp, rng, specs):
     assert_holds(source, before)
 
 
+@pytest.mark.parametrize("axis", [1, 2])
+def test_convert_to_a_joint_tensor(xp, rng, axis):
+    """Keys and values in turn, layer by layer or page by page."""
+    source, target = (make(xp, rng, spec, **SIZES) for spec in ("fp16", "fp16:HND"))
+    shape = list(target.k.shape)
+    both = random_bits(xp, rng, (*shape[:axis], 2, *shape[axis:]), target.spec.kinds[0].dtype)
+    joint = [both[:, i] if axis == 1 else both[:, :, i] for i in range(2)]
+    target = Pages(*joint, None, None, target.spec)
+    want, of_source = host(target), host(source)
+    pages.convert_pages(source, target, [5, 0], [1, 2])
+    for name, x in want.items():
+        x[:, [1, 2]] = of_source[name][:, [5, 0]].swapaxes(2, 3)
+    assert_holds(target, want)
+
+
 @pytest.mark.parametrize("text", ["int8:head", "e4m3:tensor:fp32", "fp16+int4:head:HND"])
 def test_pages_do_not_go_where_scales_are_unset(xp, text):
     """Codes of a scale of 0 are zeros."""

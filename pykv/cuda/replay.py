@@ -42,7 +42,7 @@ class _Plan:
                         written |= {i} if name in kernel.written else set()
         pairs = {i: dict.fromkeys(taken - {i}, False) for i in written}
         self._pairs = overlaps.pairs_of(arrays, pairs)
-        self._apart: set[tuple[int, ...]] = set()  # addresses, as Dims.apart
+        self._apart: set[tuple[int, ...]] = set()  # addresses of arrays that are apart
 
     def fits(self, arrays: Sequence[Any]) -> bool:
         """Whether the launches may take these arrays: none that they write shares memory."""

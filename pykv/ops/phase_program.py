@@ -73,8 +73,8 @@ class PhaseProgram:
     Args:
         phases: at least one of pykv.phases: Product, Embed, AddNorm, Attention, Argmax. T is at
             most 8 and the same for all, as is the dtype of inputs, that of biases, and the kind of
-            caches. None writes a matrix, bias or norm.
-            Arrays are held, and calls see what they contain then.
+            caches. None writes a matrix, bias, norm, page
+            table or length. Arrays are held, and calls see what they contain then.
         blocks: of the launch at most; None: as many as the GPU runs at once and have work.
 
     Raises:
@@ -168,7 +168,7 @@ class PhaseProgram:
         )
         most = min(
             cuda.cooperative_blocks(kernel, BLOCK, shared),
-            max(record.tiles for record in records),
+            max(1, *(record.tiles for record in records)),
             blocks or 2**31 - 1,
         )
         self._launch = cuda.Launch(
@@ -206,10 +206,9 @@ def _check_alike(phases: list[Any]) -> None:
         raise DtypeError(f"{_OP}: biases have dtypes {biases}, expected one")
     written = [rows for p in phases for rows in p.touched().writes]
     for p in phases:
-        for array in p.constants():  # blocks read them before they wait
+        for name, array in p.constants().items():  # blocks read them before they wait
             constant = place_of(array)
             if any(share(constant, rows) for rows in written):
-                name = next(n for n in ("w", "bias", "norm") if getattr(p, n, None) is array)
                 raise ParameterError(f"{_OP}: a phase writes {name}, expected arrays of its own")
 
 
@@ -239,19 +238,35 @@ def _scratch(phases: list[Any]) -> Scratch:
 
 
 def _deferred(phases: list[Any]) -> dict[int, int]:
-    """Splits of each attention whose `out` products alone read, as it is, by its address. Several
-    may have one `out`, as layers do, if all cut keys alike."""
-    read = [(p, rows) for p in phases for rows in p.touched().reads]
-    found: dict[int, set[int]] = {}
-    for p in phases:
-        if not isinstance(p, Attention):
-            continue
-        out = bytes_of(p.attend.out)
-        readers = [reader for reader, rows in read if share(rows, out)]
-        is_whole = [isinstance(q, Product) and is_same(bytes_of(q.x), out) for q in readers]
-        splits = p.splits(_OP) if readers and all(is_whole) else 1
-        found.setdefault(address_of(p.attend.out), set()).add(splits)
-    return {at: min(splits) for at, splits in found.items() if len(splits) == 1 and splits != {1}}
+    """Splits of each attention whose `out` products alone read, by its address. Several may have
+    one `out`, as layers do, if all cut keys alike."""
+    splits = {i: p.splits(_OP) for i, p in enumerate(phases) if isinstance(p, Attention)}
+    outs = {address_of(phases[i].attend.out): bytes_of(phases[i].attend.out) for i in splits}
+    deferred = {}
+    for at, out in outs.items():
+        of_out = {n for i, n in splits.items() if address_of(phases[i].attend.out) == at}
+        if len(of_out) == 1 and of_out != {1} and _is_merged(phases, splits, out):
+            deferred[at] = of_out.pop()
+    return deferred
+
+
+def _is_merged(phases: list[Any], splits: dict[int, int], out: Any) -> bool:
+    """Whether products, at least one, alone read `out`, as it is, while the workspace has the parts
+    that it is made of: those of the last attention that cut its keys."""
+    is_read = has_parts = False
+    for i, p in enumerate(phases):
+        touched = p.touched()
+        if any(share(rows, out) for rows in touched.reads):
+            if not (has_parts and isinstance(p, Product) and is_same(bytes_of(p.x), out)):
+                return False
+            is_read = True
+        is_written = any(share(rows, out) for rows in touched.writes)
+        if i not in splits:
+            if is_written:
+                return False
+        elif is_written or splits[i] > 1:
+            has_parts = is_same(bytes_of(p.attend.out), out)
+    return is_read
 
 
 def _cache_defines(phases: list[Any]) -> dict[str, Any]:

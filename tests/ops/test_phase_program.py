@@ -194,6 +194,34 @@ def test_a_product_merges_what_attention_left(xp_of_programs, rng):
     np.testing.assert_allclose(to_numpy(out), to_numpy(want), rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize("between", ["another attention", "a product", "the attention"])
+def test_a_product_reads_what_came_last(xp_of_programs, rng, between):
+    """Where its rows are no longer, or not yet, those whose parts the workspace has."""
+    xp = xp_of_programs
+    attention, other = (attention_of(xp, rng, "fp16", (1, 1), 8, [140])[0] for _ in range(2))
+    rows = attention.attend.out.reshape(1, 8)
+    rows[...] = xp.asarray(rng.standard_normal((1, 8)).astype(np.float32))
+    w = xp.asarray(rng.standard_normal((8, 8)).astype(np.float16))
+    outs = [xp.asarray(np.full((1, 8), np.nan, np.float32)) for _ in range(2)]
+    product = Product(rows, w, "F16", outs[0])
+    of_other = Product(other.attend.out.reshape(1, 8), w, "F16", outs[1])
+    phases = {
+        "another attention": [attention, other, product, of_other],
+        "a product": [attention, Product(outs[1], w, "F16", rows), product],
+        "the attention": [product, attention],
+    }[between]
+    first = [to_numpy(x).copy() for x in (rows, outs[1])]
+    if between == "a product":
+        first[1][...] = 0.5
+    results = []
+    for run in (PhaseProgram(phases, blocks=2), lambda: [p.run_alone() for p in phases]):
+        for array, values in zip((rows, outs[1]), first, strict=True):
+            array[...] = xp.asarray(values)
+        run()
+        results.append([to_numpy(x).copy() for x in outs])
+    np.testing.assert_allclose(*results, rtol=0, atol=2e-5)
+
+
 @pytest.mark.parametrize("kind", ["F16", "Q6_K"])
 def test_embedding_rows(xp_of_programs, rng, kind):
     """Rows outside the table are zeros on a GPU."""
@@ -319,6 +347,31 @@ def test_wrong_products(xp):
             PhaseProgram(phases)
     with pytest.raises(ParameterError, match="blocks is 0, expected"):
         PhaseProgram([good], blocks=0)
+
+
+def test_parts_that_lack(xp, rng):
+    attention, _ = attention_of(xp, rng, "fp16", (1, 1), 8, [5])
+    logits = xp.asarray(np.zeros((1, 9), np.float32))
+    for phase, error, text in (
+        (Argmax(logits, None), ParameterError, "an argmax has no out, expected an array"),
+        (attention._replace(append=None), DtypeError, "has a NoneType, expected Append"),
+        (attention._replace(attend=attention.append), DtypeError, "has a Append, expected Attend"),
+    ):
+        with pytest.raises(error, match=text):
+            PhaseProgram([phase])
+
+
+def test_a_matrix_of_no_rows(xp_of_programs):
+    xp = xp_of_programs
+    x, w = xp.asarray(np.ones((1, 8), np.float32)), xp.asarray(np.ones((8, 8), np.float16))
+    PhaseProgram([Product(x, w[:0], "F16", xp.asarray(np.ones((1, 0), np.float32)))])()
+
+
+def test_lengths_and_tables_are_read_before_blocks_wait(xp, rng):
+    phase, _ = attention_of(xp, rng, "fp16", (1, 1), 8, [5])
+    likeliest = Argmax(xp.asarray(np.zeros((1, 9), np.float32)), phase.attend.lengths)
+    with pytest.raises(ParameterError, match="a phase writes lengths, expected arrays of its own"):
+        PhaseProgram([likeliest, phase])
 
 
 def _without_residual(cls):

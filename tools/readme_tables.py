@@ -155,6 +155,7 @@ SECTIONS = [
     ("KVTC, v0 streams", "pykv bench kvtc", "kvtc", system_tables.v0_stages, None),
     ("Stored weights", "pykv bench linear", "linear", system_tables.products, None),
     ("Whole models", "pykv bench model", "model", system_tables.models, None),
+    ("A step in one launch", "pykv bench persistent", "persistent", system_tables.programs, None),
     ("The server", "pykv bench serve", "serve", system_tables.servers, None),
     ("Host time of a call", "pykv bench calls", "calls", tables.host_times, None),
     ("Block manager", "pykv bench blocks", "blocks", tables.block_rates, None),

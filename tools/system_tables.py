@@ -180,6 +180,22 @@ def models(records):
     return text, head, _times(found, ways, rate)
 
 
+def programs(records):
+    """Times of a model's step in one launch, beside a graph's and launches of the same phases."""
+    found = _by(
+        own(records, "persistent"),
+        lambda c: (c["model"], str(c["B"]), c["kv"], c["parts"], str(c["blocks"] or "most")),
+        lambda c: c["by"],
+    )
+    ways = list(dict.fromkeys(way for cell in found.values() for way in cell))
+    text = (
+        "Steps of noise behind 512 tokens: microseconds and the share of what matrices and cache "
+        "could be read at; blocks are\nthose of the one launch. Models are named by shape and type."
+    )
+    head = ["model", "sequences", "cache", "parts", "blocks", *ways]
+    return text, head, _times(found, ways)
+
+
 def servers(records):
     """What clients of `pykv serve` see."""
     rows = []

@@ -69,6 +69,9 @@ QUICK = [
 # Of logits over the same rows, in units of their standard deviation: far more than what sums in
 # another order were seen to change, 0.0005.
 TOLERANCE = 0.025
+# Of a prompt of noise, whose layers hold the same values, so that what is rounded to float16 adds
+# up: 0.044 for the last of 64 tokens of 1b-q8_0, by NumPy.
+NOISE_TOLERANCE = 0.1
 # Of the step's new rows, in units of their largest element: a code may fall to the other side of a
 # tie, and codes of 4 bits are a seventh apart.
 ROW_TOLERANCE = 0.15
@@ -127,7 +130,8 @@ def make(case: dict[str, Any], xp: Any, rng: np.random.Generator) -> Work | None
     prompts = rng.integers(0, config.vocab, (min(B, PROMPTS), L)).astype(np.int32)
     steps = PromptSteps(model, cache, xp, None if xp is np else cuda.GraphMemory())
     if Q > 1:
-        return _prompt(model, cache, steps, table, prompts)
+        tolerance = NOISE_TOLERANCE if synthetic.is_name(case["model"]) else TOLERANCE
+        return _prompt(model, cache, steps, table, prompts, tolerance)
     for pages, ids in zip(table, prompts, strict=False):
         _read(steps, pages, ids)
     for b in range(PROMPTS, B):
@@ -165,7 +169,12 @@ def make(case: dict[str, Any], xp: Any, rng: np.random.Generator) -> Work | None
 
 
 def _prompt(
-    model: Model, cache: PagedKVCache, steps: PromptSteps, table: Any, prompts: Any
+    model: Model,
+    cache: PagedKVCache,
+    steps: PromptSteps,
+    table: Any,
+    prompts: Any,
+    tolerance: float,
 ) -> Work | None:
     """The work of whole prompts, one after the other."""
     xp, config = module_of(cache.k), model.config
@@ -187,7 +196,7 @@ def _prompt(
         (want,) = forward(
             model, _next(xp, prompts[-1:, -1], table[-1:], prompts.shape[1] - 1), cache
         )
-        return int(tokens[0]) == int(got.argmax()) and _are_alike(got, host(want))
+        return int(tokens[0]) == int(got.argmax()) and _are_alike(got, host(want), tolerance)
 
     E, D = config.embedding, config.head_dim
     of_layer = 2 * (config.heads + config.kv_heads) * D * E + 3 * config.feed_forward * E
@@ -196,8 +205,8 @@ def _prompt(
     return Work(run, check, model.matrix_bytes, flops, wall=True, samples=samples)
 
 
-def _are_alike(got: Any, want: Any) -> bool:
-    return float(np.abs(got - want).max()) <= TOLERANCE * float(np.std(want))
+def _are_alike(got: Any, want: Any, tolerance: float = TOLERANCE) -> bool:
+    return float(np.abs(got - want).max()) <= tolerance * float(np.std(want))
 
 
 class _AsWritten(PagedKVCache):

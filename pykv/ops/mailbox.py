@@ -54,7 +54,7 @@ class Mailbox:
 
     Raises:
         ShapeError, DtypeError: of `x`.
-        ParameterError: `silence` is not above 0 and up to an hour.
+        ParameterError: `x` is read-only, or `silence` is not above 0 and up to an hour.
 
     Use it as a context, which stops the kernel; it has one SM of the GPU until then. The kernel is
     loaded and its memory pinned before it is launched, on a stream that waits for no other. What
@@ -281,7 +281,7 @@ def _end(rings: Rings, stream: Any, x: Any) -> None:
 
 
 _OP = "mailbox.Mailbox"
-_check = checker(_OP, x=("R N", FLOAT32))
+_check = checker(_OP, ("x",), x=("R N", FLOAT32))
 
 
 def _bits(name: str, value: Any) -> int:

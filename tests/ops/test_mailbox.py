@@ -155,6 +155,13 @@ def test_wrong_arrays(xp):
             Mailbox(xp.asarray(np.zeros((1, 4), np.float32)), silence=silence)
 
 
+def test_a_read_only_array_is_refused():
+    x = np.zeros((1, 4), np.float32)
+    x.flags.writeable = False
+    with pytest.raises(ParameterError, match="mailbox.Mailbox: x is read-only, expected"):
+        Mailbox(x)
+
+
 def test_words_of_a_ring(device):
     """By hand: message 65 is in slot 1 again, and half a message is none."""
     rings = host_rings.Rings()

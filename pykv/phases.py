@@ -282,7 +282,11 @@ class Attention(NamedTuple):
             if getattr(append, name) is not getattr(attend, name):
                 raise ParameterError(f"{op}: an attention has two {name}, expected one")
         pools = [getattr(append, name) for name in POOLS]
-        spec = spec_of(op, append.spec, *pools)
+        spec, read_as = (spec_of(op, part.spec, *pools) for part in self)
+        if read_as != spec:
+            raise ParameterError(
+                f"{op}: an attention reads {read_as}, expected its append's {spec}"
+            )
         options = spec, append.pairing, append.eps, append.hadamard
         of_append = paged_qkv.checked(op, append.arrays(), *options)
         dims = paged_decode.sizes_of(spec, attend.arrays())

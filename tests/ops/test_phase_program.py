@@ -352,10 +352,16 @@ def test_wrong_products(xp):
 def test_parts_that_lack(xp, rng):
     attention, _ = attention_of(xp, rng, "fp16", (1, 1), 8, [5])
     logits = xp.asarray(np.zeros((1, 9), np.float32))
+    as_hnd = attention.attend._replace(spec="fp16:HND")
     for phase, error, text in (
         (Argmax(logits, None), ParameterError, "an argmax has no out, expected an array"),
         (attention._replace(append=None), DtypeError, "has a NoneType, expected Append"),
         (attention._replace(attend=attention.append), DtypeError, "has a Append, expected Attend"),
+        (
+            attention._replace(attend=as_hnd),
+            ParameterError,
+            "reads fp16:HND, expected its append's",
+        ),
     ):
         with pytest.raises(error, match=text):
             PhaseProgram([phase])

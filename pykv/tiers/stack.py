@@ -23,7 +23,7 @@ import numpy as np
 
 from pykv import prefix_keys
 from pykv.arrays import load_cupy, on_gpu
-from pykv.errors import FormatError, ParameterError
+from pykv.errors import DtypeError, FormatError, ParameterError
 from pykv.kvtc import Codec
 from pykv.options import check_whole
 from pykv.pool import PagedKVCache
@@ -39,6 +39,7 @@ from pykv.tiers.sizes import Limit, artefact_of, parse_disk, parse_host
 
 BUFFER_BYTES = 64 << 20  # of host memory where there is a disk tier alone
 THREADS = min(8, 2 * (os.cpu_count() or 1))  # that read and write files
+_MOST_HEADS = 1 << 16  # of a model, whose ranks of every size are looked for
 _CODED_TOKENS = 512  # that a codec works on at a time; its workspace is in a GPU's memory
 
 Opener = Callable[[str, str, Any, int], Codec]
@@ -447,13 +448,16 @@ def _heads_of(
 
     Raises:
         ParameterError: there are no such heads, or a form has no heads of its own.
+        DtypeError: they are not two whole numbers.
     """
     _, count, _ = cache.sizes
     is_coded = isinstance(form, CodedForm)
     if given is None:
         return None if is_coded else Heads(0, count, count)
-    first = check_whole("Tiers", "heads[0]", given[0], 0)
-    total = check_whole("Tiers", "heads[1]", given[1], first + count)
+    if not isinstance(given, (tuple, list)) or len(given) != 2:
+        raise DtypeError(f"Tiers: heads is {given!r:.80}, expected (first, total)")
+    first = check_whole("Tiers", "heads[0]", given[0], 0, _MOST_HEADS - count)
+    total = check_whole("Tiers", "heads[1]", given[1], first + count, _MOST_HEADS)
     if is_coded or cache.spec.has_given_scales:
         why = "a codec that mixes heads" if is_coded else f"scales that are shared ({cache.spec})"
         raise ParameterError(f"Tiers: heads is {given}, expected None with {why}")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from pykv import PagedKVCache
-from pykv.errors import ParameterError
+from pykv.errors import DtypeError, ParameterError
 from pykv.page_arrays import moving_arrays
 from pykv.tiers import Tiers, disk
 from pykv.tiers.disk import Heads
@@ -107,8 +107,9 @@ def test_parts_that_hold_heads():
 @pytest.mark.parametrize(
     "options, text",
     [
-        (dict(heads=(0, 0)), r"heads\[1\] is 0, expected at least 1"),
-        (dict(heads=(1, 1)), r"heads\[1\] is 1, expected at least 2"),
+        (dict(heads=(0, 0)), r"heads\[1\] is 0, expected 1 to 65536"),
+        (dict(heads=(1, 1)), r"heads\[1\] is 1, expected 2 to 65536"),
+        (dict(heads=(0, 1 << 40)), r"heads\[1\] is 1099511627776, expected 1 to 65536"),
         (dict(heads=(0, 2), spec="int8:head"), "expected None with scales that are shared"),
         (dict(heads=(0, 2), host=f"1MB:{KVTC}", head_dim=64), "with a codec that mixes heads"),
     ],
@@ -117,3 +118,9 @@ def test_heads_that_cannot_be_told_apart(tmp_path, options, text):
     with pytest.raises(ParameterError, match=text):
         World(disk=f"{tmp_path / 'tier'}:1MB", **options)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("heads", [3, (0,), "ab", (0.0, 8)])
+def test_heads_that_are_no_pair(tmp_path, heads):
+    with pytest.raises(DtypeError, match="Tiers: heads"):
+        World(disk=f"{tmp_path / 'tier'}:1MB", heads=heads)

@@ -207,13 +207,13 @@ def checked(
     """The sizes of what `multiply` is given, and its options; it raises what `multiply` says."""
     block_rows.check_kind(op, kind, KINDS)
     has_gate = asked.gate is not None
+    if has_gate:
+        check_choice(op, "gate", asked.gate, GATES)
     dims = _checker(kind if kind in PLAIN else None, has_gate)(x, w, bias, norm, out)
     if kind in PLAIN:
         _check_columns(op, dims["I"])
     else:
         block_rows.check_row(op, kind, "x", dims["I"], dims["W"])
-    if asked.gate is not None:
-        check_choice(op, "gate", asked.gate, GATES)
     options = Options(
         gate=asked.gate,
         eps=check_number(op, "eps", asked.eps, positive=True),

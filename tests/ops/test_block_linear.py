@@ -345,7 +345,7 @@ def test_errors_name_the_argument(xp):
     with pytest.raises(ShapeError, match=r"w has size 5, expected 2O=4 \(\[2O W\]\)"):
         op.multiply(x, w, "Q4_K", gate="swiglu")
     with pytest.raises(ParameterError, match="gate is 'silu', expected one of"):
-        op.multiply(x, w[:4], "Q4_K", gate="silu")
+        op.multiply(x, w, "Q4_K", gate="silu")  # ahead of shapes, which depend on it
     with pytest.raises(ShapeError, match="norm has I=255, expected I=256"):
         op.multiply(x, w, "Q4_K", norm=xp.zeros(255, np.float32))
     with pytest.raises(ParameterError, match="eps is 0, expected"):

@@ -28,6 +28,7 @@ import numpy as np
 from pykv.bench import Work, report
 from pykv.bench.options import Case
 from pykv.bench.report import Record
+from pykv.options import check_whole
 from pykv.tiers import Tiers, disk
 
 DEVICE = "auto"
@@ -59,7 +60,7 @@ def select(args: argparse.Namespace) -> list[Case]:
     """The cases, of a model, prompt and cache of one's own."""
     change: Case = dict(model=args.model, kv=args.kv_dtype)
     if args.tokens is not None:
-        change["tokens"] = args.tokens
+        change["tokens"] = check_whole("bench tiers", "--tokens", args.tokens, 1)
     if args.folder is not None:
         change["folder"] = args.folder
     cases = list(QUICK if args.quick else CASES)

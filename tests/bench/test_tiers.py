@@ -7,6 +7,7 @@ import pytest
 
 from pykv import bench
 from pykv.bench import tiers
+from pykv.errors import ParameterError
 from pykv.llm import LLM
 from pykv.tiers import disk, stack
 from tests.kvtc.made import artefact_of
@@ -55,6 +56,8 @@ def test_options():
     assert cases[-1] == want
     more = tiers.select(argparse.Namespace(**{**given, "artefact": "a.kvtc:16"}))
     assert more == [*cases, *({**want, "place": x, "codec": "a.kvtc:16"} for x in ("host", "disk"))]
+    with pytest.raises(ParameterError, match="bench tiers: --tokens is -5, expected at least 1"):
+        tiers.select(argparse.Namespace(**{**given, "tokens": -5}))
 
 
 def test_an_artefact(path, tmp_path, rng):

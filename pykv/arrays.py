@@ -274,7 +274,9 @@ def _check_array(
     known = [x for x in some if not isinstance(x, str)]
     known += [given[x].dtype for x in some if isinstance(x, str) and x in given]
     if known and array.dtype not in known:
-        raise wrong(DtypeError, f"has dtype {array.dtype}", " or ".join(map(str, known)))
+        raise wrong(
+            DtypeError, f"has dtype {array.dtype}", " or ".join(dict.fromkeys(map(str, known)))
+        )
     words, loose = _parse(spec)
     if len(shape) != len(words):
         raise wrong(ShapeError, f"has shape {shape}", f"[{spec}]")

@@ -178,17 +178,24 @@ def product(
         counters=(counters, np.uint32),
     )
 
+    return in_turn((split, gemm), sizes)
+
+
+def in_turn(
+    launches: tuple[cuda.Launch, ...], sizes: dict[str, tuple[int, Any]]
+) -> Callable[[dict[str, Any], Any], None]:
+    """The function of arrays by name (out, x, w, bias, norm) and a stream that launches `split`,
+    then a product, which share arrays of these sizes and dtypes; None stands for one of size 0."""
+
     def run(arrays: dict[str, Any], stream: Any) -> None:
         with cuda.on_stream(stream):
             own = {
                 name: like(arrays["x"], (size,), dtype) if size else None
                 for name, (size, dtype) in sizes.items()
             }
-        given = {name: own[name] for name in ("pieces", "totals", "units", "counters")}
-        split(dict(given, x=arrays["x"], norm=arrays["norm"]), stream)
-        gemm(
-            dict(own, out=arrays["out"], w=arrays["w"].view(np.uint8), bias=arrays["bias"]), stream
-        )
+        every = arrays | own | dict(w=arrays["w"].view(np.uint8))
+        for launch in launches:
+            launch({name: every[name] for name in launch.kernel.arrays}, stream)
 
     return run
 

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import FLOATS, like, row_step
-from pykv.ops.linear_mma import FLOAT_KINDS, element, num_pieces
+from pykv.arrays import FLOATS, row_step
+from pykv.ops.linear_mma import FLOAT_KINDS, element, in_turn, num_pieces
 
 DEPTH = 64  # elements of I in a stage
 
@@ -128,24 +128,13 @@ def product(
     )
     sizes: dict[str, tuple[int, Any]] = dict(
         pieces=(every["PIECES"] * T * padded, FLOAT_KINDS.get(kind, FLOATS[1])),
+        totals=(0, np.float32),
         units=(T, np.float32),
         partial=(counters * parts * tiling.TILE_T * tiling.TILE_O, np.float32),
         counters=(counters, np.uint32),
     )
 
-    def run(arrays: dict[str, Any], stream: Any) -> None:
-        with cuda.on_stream(stream):
-            own = {
-                name: like(arrays["x"], (size,), dtype) if size else None
-                for name, (size, dtype) in sizes.items()
-            }
-        given = {name: own[name] for name in ("pieces", "units", "counters")}
-        split(dict(given, totals=None, x=arrays["x"], norm=arrays["norm"]), stream)
-        multiply(
-            dict(own, out=arrays["out"], w=arrays["w"].view(np.uint8), bias=arrays["bias"]), stream
-        )
-
-    return run
+    return in_turn((split, multiply), sizes)
 
 
 _SPLIT_BLOCK = 128

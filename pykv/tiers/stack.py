@@ -23,23 +23,22 @@ import numpy as np
 
 from pykv import prefix_keys
 from pykv.arrays import load_cupy, on_gpu
-from pykv.errors import DtypeError, FormatError, ParameterError
+from pykv.errors import FormatError, ParameterError
 from pykv.kvtc import Codec
-from pykv.options import check_whole
 from pykv.pool import PagedKVCache
 from pykv.tiers import threads
 from pykv.tiers.coded import CodedForm, rising
 from pykv.tiers.counters import Counters, Flow
-from pykv.tiers.disk import DiskTier, Heads
+from pykv.tiers.disk import DiskTier
 from pykv.tiers.fetch import Fetch
 from pykv.tiers.forms import Form, form_of
 from pykv.tiers.moves import Moved
+from pykv.tiers.ownership import check_identity, heads_of
 from pykv.tiers.rows import Rows, check_fits, counts_of
 from pykv.tiers.sizes import Limit, artefact_of, parse_disk, parse_host
 
 BUFFER_BYTES = 64 << 20  # of host memory where there is a disk tier alone
 THREADS = min(8, 2 * (os.cpu_count() or 1))  # that read and write files
-_MOST_HEADS = 1 << 16  # of a model, whose ranks of every size are looked for
 _CODED_TOKENS = 512  # that a codec works on at a time; its workspace is in a GPU's memory
 
 Opener = Callable[[str, str, Any, int], Codec]
@@ -77,7 +76,8 @@ class Tiers:
 
     Raises:
         ParameterError: a text is none, a tier smaller than a page, a codec of no use or not to be
-            had, or the folder something else.
+            had, the folder something else, `heads` wrong or without files, or a name of `identity`
+            one of ours.
         DtypeError: an argument is neither.
         CapacityError: the host has not as much memory, or none that can be pinned; or starts no
             threads for files.
@@ -114,6 +114,12 @@ class Tiers:
             made = open_codec(name, codec, xp, _CODED_TOKENS)
             return CodedForm("Tiers", name, made, cache, hadamard)
 
+        if heads is not None and (limit is None or limit.folder is None):
+            raise ParameterError(
+                f"Tiers: heads is {heads}, expected None without a disk_cache: it says whose heads "
+                "are in files"
+            )
+        check_identity(identity)
         of_rows = form("host_cache", own.codec, load_cupy() if on_gpu(cache.k) else np)
         of_files = of_rows
         if limit is not None and limit.codec != own.codec:
@@ -137,7 +143,7 @@ class Tiers:
         self._files: DiskTier | None = None
         if limit is not None and limit.folder is not None:
             largest = max(of_files.nbytes, plain.nbytes if self._exact_pages else 0)
-            part = _heads_of(cache, heads, of_files)
+            part = heads_of(cache, heads, of_files)
             check_fits("disk_cache", limit.nbytes, largest)
             source = own.codec if artefact_of(own.codec) is None else of_rows.name
             facts = (identity or {}) | dict(form=of_files.name, host=source)
@@ -439,29 +445,6 @@ class Tiers:
         self._moving.append((flow, count, count * rows.form.nbytes, moved))
         if len(self._moving) > 64:
             self.settle()
-
-
-def _heads_of(
-    cache: PagedKVCache, given: tuple[int, int] | None, form: Form | CodedForm
-) -> Heads | None:
-    """The heads of a cache; None where its pages in files are not told apart by heads.
-
-    Raises:
-        ParameterError: there are no such heads, or a form has no heads of its own.
-        DtypeError: they are not two whole numbers.
-    """
-    _, count, _ = cache.sizes
-    is_coded = isinstance(form, CodedForm)
-    if given is None:
-        return None if is_coded else Heads(0, count, count)
-    if not isinstance(given, (tuple, list)) or len(given) != 2:
-        raise DtypeError(f"Tiers: heads is {given!r:.80}, expected (first, total)")
-    first = check_whole("Tiers", "heads[0]", given[0], 0, _MOST_HEADS - count)
-    total = check_whole("Tiers", "heads[1]", given[1], first + count, _MOST_HEADS)
-    if is_coded or cache.spec.has_given_scales:
-        why = "a codec that mixes heads" if is_coded else f"scales that are shared ({cache.spec})"
-        raise ParameterError(f"Tiers: heads is {given}, expected None with {why}")
-    return Heads(first, count, total)
 
 
 def _pieces(pages: Sequence[tuple[bytes, int]], most: int) -> Iterator[Sequence[tuple[bytes, int]]]:

@@ -113,7 +113,9 @@ def test_nothing_stays_of_a_storm(tmp_path):
 
     def jobs():
         gc.collect()
-        return [x for x in gc.get_objects() if isinstance(x, Job)]
+        return [
+            x for x in gc.get_objects() if issubclass(type(x), Job)
+        ]  # asked for their class, some objects of torch warn
 
     others = set(map(id, kept := jobs()))  # of servers that other tests of this process left
     with serving(llm, scheduler, limit=60) as client:

@@ -124,3 +124,20 @@ def test_heads_that_cannot_be_told_apart(tmp_path, options, text):
 def test_heads_that_are_no_pair(tmp_path, heads):
     with pytest.raises(DtypeError, match="Tiers: heads"):
         World(disk=f"{tmp_path / 'tier'}:1MB", heads=heads)
+
+
+def test_heads_without_files_mean_nothing():
+    with pytest.raises(
+        ParameterError, match=r"heads is \(0, 4\), expected None without a disk_cache"
+    ):
+        World(host="1MB", heads=(0, 4))
+
+
+@pytest.mark.parametrize(
+    "identity, error",
+    [("x", DtypeError), (dict(a=b"3"), DtypeError), (dict(form="x"), ParameterError)],
+    ids=str,
+)
+def test_an_identity_is_texts_by_names_of_their_own(identity, error):
+    with pytest.raises(error, match="Tiers: identity"):
+        Tiers(PagedKVCache(1, 2, 1, 8), host="1MB", identity=identity)

@@ -33,9 +33,9 @@ def enable_peer_access(device: int, other: int) -> None:
         other: ordinal of the GPU whose memory it is.
 
     Moves of arrays between GPUs call this by themselves. It is for tables of addresses that are on
-    a GPU, which nobody looks into, and for pools that became current after the first move. Waits
-    for nothing; makes a context on a GPU that has none. Once for each ordered pair, from any
-    thread; the current GPU stays as it is.
+    a GPU, which nobody looks into. A stream-ordered pool that becomes current later is given access
+    by its owner (cuMemPoolSetAccess). Waits for nothing; makes a context on a GPU that has none.
+    Once for each ordered pair, from any thread; the current GPU stays as it is.
 
     Raises:
         DeviceError: there is no such GPU, the two are one, or they have no direct way.

@@ -112,10 +112,8 @@ def test_nothing_stays_of_a_storm(tmp_path):
     scheduler = Scheduler(Counting(), llm.cache, may_grow=False, prefix_cache=True, slots=16)
 
     def jobs():
-        gc.collect()
-        return [
-            x for x in gc.get_objects() if issubclass(type(x), Job)
-        ]  # asked for their class, some objects of torch warn
+        gc.collect()  # and isinstance would ask objects of torch, some of which warn
+        return [x for x in gc.get_objects() if issubclass(type(x), Job)]
 
     others = set(map(id, kept := jobs()))  # of servers that other tests of this process left
     with serving(llm, scheduler, limit=60) as client:

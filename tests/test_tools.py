@@ -766,10 +766,10 @@ def test_tables_by_hand(project, capsys):
         "| --- | --- | --- | --- |",
         "| 8,192 x 2,048 | 1 | 6.0 (50 %) |  |",
         "| 8,192 x 2,048 | 512 |  | 50.0 (344 TFLOP/s) |",
-        "| model | sequences | fp16, fp16 | fp16, fp8 |",
-        "| --- | --- | --- | --- |",
-        "| m | 1 x 8,000 | 200 (40 %) | 250 |",
-        "| m | prompt of 512 | 256,000 |  |",
+        "| model | sequences | fp16, fp16 | fp16, fp8 | llama.cpp |",
+        "| --- | --- | --- | --- | --- |",
+        "| m | 1 x 8,000 | 200 (40 %) | 250 |  |",
+        "| m | prompt of 512 | 256,000 |  |  |",
         "| model | clients | prompt | shared | answer | tokens/s | first | between |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
         "| m | 16 | 512 | 256 | 128 | 1,234 | 5.0 / 9.5 / 9.9 | 5.0 / 9.5 / 9.9 |",
@@ -798,9 +798,15 @@ def test_the_speed_table_goes_into_the_readme(project):
     folder = project / readme_tables.RESULTS
     alone = made(250.4, bench="decode", dtype="bf16", **RECORDS["flashinfer"][1]["case"])
     report.write_json(str(folder / "h200" / "decode.json"), [alone | {"share": 0.5}])
-    for name, rate in (("h200", 1204.4), ("cpu-2-cores", 50.1)):
+    stored = dict(weights="stored", kv="fp16", L=512)
+    models = [
+        made(1e6, bench="model", **case, **stored) | {"share": None}
+        for case in readme_tables.MODELS["SmolLM2-135M in Q4_1, 1 and 64 sequences"]
+    ]
+    report.write_json(str(folder / "h200" / "model.json"), models)
+    for name in ("h200", "cpu-2-cores"):
         (folder / name).mkdir(exist_ok=True)
-        facts = dict(device=name, commit="abc123", decode_tokens_per_s=rate, import_warm_s=0.5)
+        facts = dict(device=name, commit="abc123", import_warm_s=0.5)
         (folder / name / "runtime.json").write_text(json.dumps(facts))
     assert readme_tables.main([], project) == 0
     text = (project / "README.md").read_text()
@@ -809,10 +815,9 @@ def test_the_speed_table_goes_into_the_readme(project):
     assert text.endswith(
         "|\n\nTimes beside FlashInfer are of one run of both; in runs of their own, "
         "`pykv bench decode` and `prefill` took 250 us for these rows, as the tables say.\n"
-        "Fake GPU and h200, driver 1, NVRTC 13.0. "
-        f"{link('flashinfer')}, {link('runtime')}: recorded at commit abc123. "
-        f"{link('append')}, {link('copy')}, {link('permute')}: recorded at commit abc123 on "
-        "2026-11-29.\n\n"
+        f"Fake GPU, driver 1, NVRTC 13.0. {link('flashinfer')}: recorded at commit abc123. "
+        f"{link('append')}, {link('copy')}, {link('permute')}, {link('model')}: recorded at commit "
+        "abc123 on 2026-11-29.\n\n"
         f"{readme_tables.END}\nafter\n"
     )
     assert [line for line in text.splitlines() if line.startswith("|")][2:] == [
@@ -822,7 +827,8 @@ def test_the_speed_table_goes_into_the_readme(project):
         "| 0.80 of the time of FlashInfer's best kernel for e4m3 |",
         "| blocks from NHD to universal, 2-byte elements, heads of 128 | 1,234 GB/s "
         "| 96 % of a copy |  |",
-        "| SmolLM2-135M, one sequence | 1,204 tokens/s |  | 50 tokens/s on 2 CPU cores |",
+        "| SmolLM2-135M in Q4_1, 1 and 64 sequences | 1 and 64 tokens/s |  "
+        "| llama.cpp, measured elsewhere: 907 and 11,754 |",
     ]
     results = (folder / "README.md").read_text()
     assert "| `import pykv`, on a GPU with CuPy | 0.50 s | 0.50 s |" in results

@@ -32,7 +32,7 @@ from tools.tables import table  # noqa: E402
 ROOT = Path(__file__).parent.parent
 RESULTS = Path("tools/results")
 GPU, HOST = "h200", "cpu-2-cores"  # the folders of the machines
-SPEED = ("flashinfer", "append", "copy", "permute")  # records of the speed table
+SPEED = ("flashinfer", "append", "copy", "permute", "model")  # records of the speed table
 BEGIN, END = "<!-- speed -->", "<!-- /speed -->"
 
 
@@ -122,6 +122,17 @@ ATTENTION = {  # rows of the speed table, by their texts: cases of compare_flash
     "prefill, 8 prompts of 2,048 tokens, bf16": dict(
         op="prefill", B=8, L=2048, kv="bf16", **_LLAMA
     ),
+}
+MODELS = {  # likewise, cases of `pykv bench model`
+    "SmolLM2-135M in Q4_1, 1 and 64 sequences": [
+        dict(model="smollm2-135m", B=batch, Q=1) for batch in (1, 64)
+    ],
+    "a Llama of 1B in Q4_K, 1 and 64 sequences": [
+        dict(model="1b-q4_k", B=batch, Q=1) for batch in (1, 64)
+    ],
+    "a Llama of 8B in Q4_K, 1 sequence and a prompt of 512": [
+        dict(model="8b-q4_k", B=1, Q=new) for new in (1, 512)
+    ],
 }
 
 # Heading, command, record, table, figure.
@@ -269,7 +280,6 @@ def coded(records):
 def speed(records):
     """The speed table of README.md."""
     used = {f"{GPU}/{stem}.json": records.list(stem) for stem in SPEED}
-    used[f"{GPU}/runtime.json"] = [*filter(None, [records.load(f"{GPU}/runtime.json")])]
     used = {name: found for name, found in used.items() if found}
     with report.reading(*used):
         rows = [*attention_rows(records), *movement_rows(records), *model_rows(records)]
@@ -350,12 +360,16 @@ def movement_rows(records):
 
 
 def model_rows(records):
-    gpu, host = (records.load(f"{name}/runtime.json") for name in (GPU, HOST))
-    if not gpu:
-        return []
-    rate = "decode_tokens_per_s"
-    beside = f"{host[rate]:,.0f} tokens/s on 2 CPU cores" if host else ""
-    return [["SmolLM2-135M, one sequence", f"{gpu[rate]:,.0f} tokens/s", "", beside]]
+    rows = []
+    for text, cases in MODELS.items():
+        found = [first(records.list("model"), weights="stored", L=512, **case) for case in cases]
+        if not all(found):
+            continue
+        rates = [f"{system_tables.tokens_per_second(one):,.0f}" for one in found]
+        peers = [f"{system_tables.llama_cpp(one['case']):,}" for one in found]
+        beside = f"llama.cpp, measured elsewhere: {' and '.join(peers)}"
+        rows.append([text, f"{' and '.join(rates)} tokens/s", "", beside])
+    return rows
 
 
 def first(records, **case):

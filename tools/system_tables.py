@@ -153,6 +153,29 @@ def products(records):
     return text, ["matrix", "tokens", *ways], _times(found, ways, time)
 
 
+# Tokens a second of llama.cpp v0.5.0 on another H200, 2026-11-29: built for sm_90 with its own
+# defaults, flash attention on; by llama-bench, and llama-batched-bench for more than one sequence.
+LLAMA_CPP = {
+    "smollm2-135m": {1: 907, 8: 4862, 32: 8206, 64: 11754, 128: 14153, "prompt": 44500},
+    "1b-q4_k": {1: 1003, 8: 3903, 32: 10340, 64: 14120, "prompt": 40000},
+    "1b-q8_0": {1: 905, "prompt": 47000},
+    "1b-f16": {1: 859, "prompt": 61700},
+    "8b-q4_k": {1: 303, "prompt": 9500},
+}
+
+
+def tokens_per_second(record):
+    case = record["case"]
+    return case["B"] * case["Q"] / record["median"] * 1e6
+
+
+def llama_cpp(case):
+    """What llama.cpp took for a case of `pykv bench model`, or None."""
+    if case["L"] > 512:
+        return None
+    return LLAMA_CPP.get(case["model"], {}).get(case["B"] if case["Q"] == 1 else "prompt")
+
+
 def models(records):
     """Tokens a second of whole models, by what weights and caches are stored as."""
     records = own(records, "model")
@@ -167,17 +190,23 @@ def models(records):
     ways = list(dict.fromkeys(way for cell in found.values() for way in cell))
 
     def rate(name, one):
-        tokens = one["case"]["B"] * one["case"]["Q"]
         share = f" ({100 * one['share']:.0f} %)" if one["share"] is not None else ""
-        return f"{tokens / one['median'] * 1e6:,.0f}{share}"
+        return f"{tokens_per_second(one):,.0f}{share}"
+
+    rows = _times(found, ways, rate)
+    for row, cell in zip(rows, found.values(), strict=True):
+        peer = llama_cpp(next(iter(cell.values()))["case"])
+        row.append(f"{peer:,}" if peer else "")
 
     text = (
         "Tokens a second by the clock: decode steps of sequences x tokens before, as a CUDA graph, "
         "with the share of what\nmatrices and cache could be read at; and prompts. Columns: "
-        "weights, cache. Models named by shape and type are noise."
+        "weights, cache. Models named by shape and type are noise.\nllama.cpp v0.5.0 was measured "
+        "elsewhere, on the same kind of machine, with stored\nweights: steps behind prompts of 24 "
+        "tokens; its prompts of 512 vary by up to 40 %."
     )
-    head = ["model", "sequences", *(f"{weights}, {kv}" for weights, kv in ways)]
-    return text, head, _times(found, ways, rate)
+    head = ["model", "sequences", *(f"{weights}, {kv}" for weights, kv in ways), "llama.cpp"]
+    return text, head, rows
 
 
 def programs(records):

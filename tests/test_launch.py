@@ -1,7 +1,7 @@
 """Kernels and launches by name: what a .cu file declares, and what a Launch makes of it."""
 
 import re
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -170,6 +170,76 @@ def test_kernels_overlap_where_gpu_and_driver_let_them(monkeypatch, sm, version,
     monkeypatch.setattr(cuda.driver, "current_sm", lambda: sm)
     made = [cuda.driver.configure(None, 7, 8, 0, None, early) for early in (True, False)]
     assert [x.programmatic_stream_serialization for x in made] == [overlaps, False]
+
+
+@pytest.mark.parametrize(
+    "ahead, early",
+    [
+        ([], True),
+        (["KERNEL", "KERNEL"], True),
+        (["MEMSET"], False),
+        (["KERNEL", "MEMCPY"], False),
+        (None, True),  # no capture
+    ],
+    ids=str,
+)
+def test_a_captured_kernel_overlaps_kernels_alone(monkeypatch, ahead, early):
+    pytest.importorskip("cuda.core")
+    bindings = pytest.importorskip("cuda.bindings").driver
+    from cuda.core import LaunchConfig
+
+    def capture_info(handle):
+        assert handle == 7
+        return bindings.CUresult.CUDA_SUCCESS, None, 0, None, ahead, [], len(ahead)
+
+    def kind_of(node):
+        kinds = bindings.CUgraphNodeType
+        return bindings.CUresult.CUDA_SUCCESS, getattr(kinds, f"CU_GRAPH_NODE_TYPE_{node}")
+
+    launched = []
+    stream = SimpleNamespace(ptr=7)
+    functions = lambda *args: launched.append(args), lambda: stream, lambda: 0
+    monkeypatch.setattr(cuda.driver, "_launcher", lambda: functions)
+    monkeypatch.setattr(cuda.driver, "core_stream", lambda handle, device: handle)
+    monkeypatch.setattr(cuda.driver, "is_capturing", lambda: ahead is not None)
+    monkeypatch.setattr(bindings, "cuStreamGetCaptureInfo", capture_info)
+    monkeypatch.setattr(bindings, "cuGraphNodeGetType", kind_of)
+    sizes = dict(grid=(3, 2), block=64, shmem_size=9)
+    config = LaunchConfig(**sizes, programmatic_stream_serialization=True)
+    cuda.driver.bind("kernel", config, [None], (np.int32(5),))()
+    ((stream, config, *rest),) = launched
+    assert (stream, rest) == (7, ["kernel", 0, np.int32(5)])
+    assert config == LaunchConfig(**sizes, programmatic_stream_serialization=early)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("ahead", ["nothing", "a memset", "a copy", "a kernel"])
+def test_early_kernels_in_a_graph(ahead):
+    """Whatever comes before them, they see it."""
+    import cupy
+
+    x, y = cupy.empty(4096, np.float32), cupy.ones(4096, np.float32)
+    before = {
+        "nothing": lambda: None,
+        "a memset": lambda: x.data.memset_async(0, x.nbytes),
+        "a copy": lambda: x.data.copy_from_device_async(y.data, x.nbytes),
+        "a kernel": lambda: activation.add(x.reshape(8, 512), x.reshape(8, 512)),
+    }[ahead]
+    rows, ones = x.reshape(8, 512), y.reshape(8, 512)
+    activation.add(rows, ones)
+    cupy.cuda.Device().synchronize()
+    with cupy.cuda.Stream(non_blocking=True) as stream:
+        stream.begin_capture()
+        before()
+        activation.add(rows, ones)
+        activation.add(rows, ones)
+        graph = stream.end_capture()
+        for _ in range(3):
+            x.fill(3)
+            graph.launch(stream)
+            stream.synchronize()
+            want = {"nothing": 5, "a memset": 2, "a copy": 3, "a kernel": 8}[ahead]
+            assert (x.get() == want).all()
 
 
 def test_arguments_reach_the_driver_in_the_kernels_order_and_types(bound):

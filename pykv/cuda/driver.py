@@ -13,6 +13,7 @@ from itertools import zip_longest
 from typing import Any
 
 from pykv.arrays import load_cupy
+from pykv.cuda.calls import is_capturing
 from pykv.cuda.compiler import compile
 from pykv.cuda.devices import core_stream, current_sm, num_sms
 from pykv.errors import CudaError, DtypeError, ParameterError
@@ -91,16 +92,44 @@ def bind(
         ) from error
     if offsets is not None:
         values = [value + offset for value, offset in zip(values, offsets, strict=True)]
+    early = bool(config.programmatic_stream_serialization)
 
     def enqueue(_kept: Any = arrays) -> None:
-        stream = core_stream(current_stream().ptr, current_device())
+        handle = current_stream().ptr
+        stream = core_stream(handle, current_device())
+        chosen = _in_turn(config) if early and _is_captured_behind_others(handle) else config
         try:
-            core_launch(stream, config, kernel, *values, *scalars)
+            core_launch(stream, chosen, kernel, *values, *scalars)
         except Exception as error:
-            _give_context(error, config)
-            core_launch(stream, config, kernel, *values, *scalars)
+            _give_context(error, chosen)
+            core_launch(stream, chosen, kernel, *values, *scalars)
 
     return enqueue
+
+
+def _is_captured_behind_others(handle: int) -> bool:
+    """Whether CuPy's current stream is being captured into a CUDA graph, where what comes next
+    follows anything but kernels: from a memset or a copy no edge of a graph lets a kernel start
+    early."""
+    if not is_capturing():
+        return False
+    from cuda.bindings import driver
+
+    # CUDA 13 has one value more, behind these. Where it refuses, so it does the launch.
+    status, _, _, _, ahead, *_ = driver.cuStreamGetCaptureInfo(handle)
+    if status != driver.CUresult.CUDA_SUCCESS:
+        return True
+    kernel = driver.CUgraphNodeType.CU_GRAPH_NODE_TYPE_KERNEL
+    return any(driver.cuGraphNodeGetType(node)[1] != kernel for node in ahead)
+
+
+@lru_cache(maxsize=4096)
+def _in_turn(config: Any) -> Any:
+    """An early launch's configuration, without that."""
+    from cuda.core import LaunchConfig
+
+    names = ("grid", "cluster", "block", "shmem_size", "is_cooperative")
+    return LaunchConfig(**{name: getattr(config, name) for name in names})
 
 
 def _give_context(error: Exception, config: Any) -> None:

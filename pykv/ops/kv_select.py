@@ -173,8 +173,7 @@ def _launches(
 
     def launch(name: str, **more: int) -> cuda.Launch:
         kernel = cuda.kernel("kv_select", f"kv_select_{name}", **_SIZES)
-        early = more != dict(digit=0)  # a memset is ahead of that one
-        return cuda.Launch(kernel, (parts, S, R), BLOCK, scalars | more, early=early)
+        return cuda.Launch(kernel, (parts, S, R), BLOCK, scalars | more, early=True)
 
     counting = [launch("count", digit=i) for i in range(_PASSES)]
     return parts, [*counting, launch("pairs"), launch("write")]

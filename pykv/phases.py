@@ -289,6 +289,8 @@ class Attention(NamedTuple):
             )
         options = spec, append.pairing, append.eps, append.hadamard
         of_append = paged_qkv.checked(op, append.arrays(), *options)
+        if append.qkv.dtype != FLOATS[0]:  # products do not round what they merge
+            raise DtypeError(f"{op}: qkv has dtype {append.qkv.dtype}, expected {FLOATS[0]}")
         dims = paged_decode.sizes_of(spec, attend.arrays())
         asked = attend.scale, attend.window, attend.logits_soft_cap
         scores = attention.check_options(op, dims, *asked, True)

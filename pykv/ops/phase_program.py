@@ -72,9 +72,9 @@ class PhaseProgram:
 
     Args:
         phases: at least one of pykv.phases: Product, Embed, AddNorm, Attention, Argmax. T is at
-            most 8 and the same for all, as is the dtype of inputs, that of biases, and the kind of
-            caches. None writes a matrix, bias, norm, page
-            table or length. Arrays are held, and calls see what they contain then.
+            most 8 and the same for all, as is the dtype of inputs, with an attention float32, that
+            of biases, and the kind of caches. None writes a matrix, bias, norm, page table or
+            length. Arrays are held, and calls see what they contain then.
         blocks: of the launch at most; None: as many as the GPU runs at once and have work.
 
     Raises:
@@ -88,7 +88,8 @@ class PhaseProgram:
             launch wait for each other behind a stage; phases of one stage need nothing of each
             other.
 
-    Made on a GPU it synchronises once; a call only enqueues. Calls of one program must not overlap:
+    Made on a GPU it synchronises once; a call only enqueues, and raises DeviceError where another
+    GPU is the current one. Calls of one program must not overlap:
     they share the counters by which blocks wait. Its blocks start when all of them have room:
     beside a kernel that stays on the GPU, such as a Mailbox's, it needs fewer `blocks`. While
     blocks wait for each other, the weights of the next product are on their way. Idea: the
@@ -126,6 +127,11 @@ class PhaseProgram:
         if self._launch is None:
             cuda.run_on_host(self._on_host, stream=stream)
         else:
+            if (current := cuda.current_device()) != self._device:
+                raise DeviceError(
+                    f"{_OP}: GPU {current} is the current one, expected GPU {self._device}, on "
+                    "which the program was made"
+                )
             cuda.hold(self)  # whose arrays the program has the addresses of
             self._launch(self._arrays, stream)
 
@@ -152,7 +158,7 @@ class PhaseProgram:
             records += p.records(_OP, cut, scratch)
         self.stages = stages_of([record.touched for record in records])
         check_stages(_OP, self.stages, [record.touched for record in records])
-        x = self._phases[0].inputs
+        x, self._device = self._phases[0].inputs, cuda.current_device()
         words = like(x, (len(records), _PHASE_BYTES // 8), np.uint64)
         words.set(_packed(records, self.stages, kinds))
         counters = like(x, (2,), np.uint32)

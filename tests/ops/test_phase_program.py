@@ -8,7 +8,7 @@ import pytest
 
 from pykv import PagedKVCache, cuda
 from pykv.bench import synthetic
-from pykv.errors import DtypeError, ParameterError, ShapeError, UnsupportedError
+from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError, UnsupportedError
 from pykv.ops import block_linear, block_rows
 from pykv.ops import phase_program as op
 from pykv.ops.phase_program import PhaseProgram
@@ -365,6 +365,31 @@ def test_parts_that_lack(xp, rng):
     ):
         with pytest.raises(error, match=text):
             PhaseProgram([phase])
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_attention_of_16_bit_queries(xp, rng, dtype):
+    """Products of a program do not round the heads that they merge; those of the ops do."""
+    attention, _ = attention_of(xp, rng, "fp16", (1, 1), 8, [5])
+    qkv, q, out = (
+        xp.asarray(to_numpy(x).astype(dtype))
+        for x in (attention.append.qkv, attention.append.q_out, attention.attend.out)
+    )
+    append = attention.append._replace(qkv=qkv, q_out=q)
+    phase = attention._replace(append=append, attend=attention.attend._replace(q=q, out=out))
+    with pytest.raises(DtypeError, match=f"qkv has dtype {dtype}, expected float32"):
+        PhaseProgram([phase])
+
+
+def test_a_program_on_another_gpu(xp_of_programs, monkeypatch):
+    xp = xp_of_programs
+    x, y = (xp.asarray(np.ones((1, 8), np.float32)) for _ in range(2))
+    program = PhaseProgram([Product(x, xp.asarray(np.eye(8, dtype=np.float16)), "F16", y)])
+    program()
+    monkeypatch.setattr(cuda, "current_device", lambda: 7)
+    if xp is not np:
+        with pytest.raises(DeviceError, match="GPU 7 is the current one, expected GPU"):
+            program()
 
 
 def test_a_matrix_of_no_rows(xp_of_programs):

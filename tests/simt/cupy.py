@@ -27,7 +27,8 @@ class MemoryPointer:
     """The address of a NumPy array, or one within it, that keeps the memory alive."""
 
     def __init__(self, host):
-        self.host, self.ptr = host, host.ctypes.data
+        self.host = host
+        self.ptr = host.ctypes.data if host.size or host.base is not None else 0
 
     @property
     def device_id(self):
@@ -62,9 +63,18 @@ class ndarray:
         return MemoryPointer(self.host)
 
     def get(self):
+        _refuse_capture("get")
         return self.host.copy()
 
     def set(self, values):
+        """As CuPy's, which neither converts nor broadcasts, and waits where memory is pageable."""
+        _refuse_capture("set")
+        if not isinstance(values, np.ndarray) or values.dtype != self.dtype:
+            raise TypeError(f"set of {values!r}, expected a NumPy array of {self.dtype}")
+        if values.shape != self.shape:
+            raise ValueError(f"set of shape {values.shape}, expected {self.shape}")
+        if not (self.flags.c_contiguous or self.flags.f_contiguous):
+            raise RuntimeError("set of an array with gaps")
         self.host[...] = values
 
     def __array__(self, *args, **kwargs):
@@ -85,7 +95,14 @@ class ndarray:
         return len(self.host)
 
     def __bool__(self):
+        _refuse_capture("bool")
         return bool(self.host)
+
+
+def _refuse_capture(name):
+    """Raise where CuPy would wait for a stream that is being captured."""
+    if Stream.captured is not None:
+        raise CUDARuntimeError(f"cudaErrorStreamCaptureUnsupported: {name}")
 
 
 def _operator(name):
@@ -138,6 +155,8 @@ def empty(shape, dtype=np.float32):
     dtype = np.dtype(dtype)
     shape = (shape,) if isinstance(shape, int | np.integer) else tuple(shape)
     nbytes = math.prod(shape) * dtype.itemsize
+    if nbytes == 0:
+        return ndarray(np.empty(shape, dtype))  # no memory, and no address
     memory = np.empty(nbytes + 2 * GUARD + ALIGNMENT, np.uint8)
     start = GUARD + -(memory.ctypes.data + GUARD) % ALIGNMENT
     inside = memory[start : start + nbytes]

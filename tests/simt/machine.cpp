@@ -13,6 +13,7 @@
 //   - that a barrier of the cluster tells those who wait what each thread did before it arrived or
 //     exited, and nothing else that other threads have told it since;
 //   - which shared bytes a block has written: the others must not be read;
+//   - what products of a warpgroup still read and sum up, until their threads have waited for them;
 //   - which blocks of the cluster may have exited: their shared memory must not be read.
 // All blocks of a cooperative launch run together: they stand where a cluster's do, and a thread that
 // polls a word hands over to the others until something has changed. What one block tells another
@@ -111,6 +112,18 @@ struct Copy {
     int bytes, group;
 };
 
+struct Product {
+    float* to;
+    std::vector<float> sums;
+    int group;
+};
+
+struct Operand {  // of a product, in shared memory
+    const char* at;
+    int bytes, group;
+    u32 time;
+};
+
 enum State { READY, AT_BARRIER, AT_CLUSTER, AT_MEETING, AT_CONVERGENCE, POLLING, EXITED };
 
 // What a thread has been told: until when all is over that each thread did, each warp as a whole and
@@ -140,6 +153,11 @@ struct Thread {
     u32 converged;              // what __activemask returns
     std::vector<Copy> copies;   // not waited for
     int groups;                 // of copies, committed so far
+    std::vector<Product> products;  // not waited for, and what they read
+    std::vector<Operand> operands;
+    int product_groups;         // committed so far
+    bool products_fenced;       // since it has waited for some
+    u32 proxy_fenced;           // until then, what it wrote is there for products
     Known known, met;    // of a cooperative launch: of what it was told; by the lanes it met last
     Known fenced;        // what it knew at its last fence
     Known seen;          // what a fence would tell it of words that it has loaded
@@ -220,9 +238,14 @@ static void suspend() {
     if (_setjmp(current->here) == 0) _longjmp(scheduler, 1);
 }
 
+[[noreturn]] static void stop(const Thread& thread, const void* where, const std::string& text);
+
 static void live_and_die() {
     for (;;) {
         launch->call(launch->values);
+        if (!current->products.empty()) {
+            stop(*current, nullptr, "ends before it has waited for its products");
+        }
         current->state = EXITED;
         suspend();
     }
@@ -903,7 +926,11 @@ static void run_cluster(u32 cluster) {
         t.block_time = t.warp_time = 0;
         t.arrivals = t.waits = t.told = 0;
         t.copies.clear();
-        t.groups = 0;
+        t.products.clear();
+        t.operands.clear();
+        t.groups = t.product_groups = 0;
+        t.products_fenced = false;
+        t.proxy_fenced = 0;
         t.known = t.met = t.fenced = t.seen = nullptr;
         t.polled.clear();
     }
@@ -1188,6 +1215,89 @@ void wait_for_copies(int groups) {
         memcpy(copy.to, copy.data, copy.bytes);
     }
     current->copies.swap(left);
+}
+
+void fence_proxy() { current->proxy_fenced = now++; }
+
+void fence_products() { current->products_fenced = true; }
+
+// Whether what `who` wrote at `time` is there for products.
+static bool is_fenced(u16 who, u32 time) {
+    who &= ~ATOMIC;
+    const int warp = warp_of(who), me = (who & NUMBER) - 1;
+    const int first = warp < 0 ? running * stride : who & MANY_LANES ? warp * WARP : me;
+    const int count = warp < 0 ? num_threads : who & MANY_LANES ? WARP : 1;
+    return std::all_of(threads + first, threads + first + count,
+                       [&](const Thread& t) { return time <= t.proxy_fenced; });
+}
+
+void read_later(const void* at, int bytes, const char* file, int line) {
+    Region* const region = find((u64)at, bytes);
+    if (!region || !region->array.shared) {
+        stop(*current, nullptr, call("wgmma", file, line) + " for what is not in shared memory");
+    }
+    const u64 begin = (const char*)at - region->array.begin;
+    for (u64 i = begin; i < begin + bytes; i++) {
+        const Cell& cell = region->cells[i];
+        if (!cell.writer || cell.writer & COPYING) continue;  // the read itself says so
+        if (is_fenced(cell.writer, cell.write_time)) continue;
+        stop(*current, nullptr, call("wgmma", file, line) +
+             format(" to read byte %llu of %s, which %s wrote without fence_async_proxy behind",
+                    (ull)i, name_of(*region).c_str(), who_text(cell.writer).c_str()));
+    }
+    current->operands.push_back({(const char*)at, bytes, current->product_groups, now});
+}
+
+float* sums_later(float* sums, int count, const char* file, int line) {
+    now++;  // what is written from here on is later than what earlier products have read
+    for (Product& product : current->products) {
+        if (product.to != sums) continue;
+        product.group = current->product_groups;
+        return product.sums.data();
+    }
+    if (!current->products_fenced) {
+        stop(*current, nullptr, call("wgmma", file, line) + " without wgmma_fence before");
+    }
+    current->products.push_back({sums, {sums, sums + count}, current->product_groups});
+    memset(sums, 0xff, count * sizeof *sums);
+    return current->products.back().sums.data();
+}
+
+void commit_products() {
+    current->product_groups++;
+    now++;
+}
+
+void wait_for_products(int groups) {
+    const int left = current->product_groups - groups;
+    for (const Operand& read : current->operands) {
+        if (read.group >= left) continue;
+        const Region* const region = find((u64)read.at, read.bytes);
+        const u64 begin = read.at - region->array.begin;
+        for (u64 i = begin; i < begin + read.bytes; i++) {
+            const Cell& cell = region->cells[i];
+            if (cell.write_time <= read.time) continue;
+            stop(*current, CALLER, format("waits for a product that reads byte %llu of %s, which "
+                                          "%s has written meanwhile", (ull)i,
+                                          name_of(*region).c_str(), who_text(cell.writer).c_str()));
+        }
+    }
+    for (const Product& product : current->products) {
+        if (product.group >= left) continue;
+        const size_t size = product.sums.size() * sizeof(float);
+        const auto is_poison = [](char byte) { return byte == '\xff'; };
+        if (!std::all_of((char*)product.to, (char*)product.to + size, is_poison)) {
+            stop(*current, CALLER, "waits for a product whose sums were written meanwhile");
+        }
+        memcpy(product.to, product.sums.data(), size);
+    }
+    const auto drop = [&](auto& all) {
+        const auto is_over = [&](const auto& x) { return x.group < left; };
+        all.erase(std::remove_if(all.begin(), all.end(), is_over), all.end());
+    };
+    drop(current->operands);
+    drop(current->products);
+    current->products_fenced = false;
 }
 
 [[noreturn]] void fail_shuffle(const char* name, u32 mask, int from, const char* file, int line) {

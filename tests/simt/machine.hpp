@@ -105,6 +105,17 @@ void copy_later(void* to, const void* from, int bytes);
 void commit_copies();
 void wait_for_copies(int groups);
 
+// Products of a warpgroup (wgmma), which go on beside this thread. They read shared memory that
+// was written ahead of a fence of the writing thread, and that nobody writes again before the thread
+// has waited until at most `groups` of its committed groups are left. Until then `sums` is poison, and
+// nobody's to touch; before the first product it takes a fence.
+void fence_proxy();
+void fence_products();
+float* sums_later(float* sums, int count, const char* file, int line);
+void read_later(const void* at, int bytes, const char* file, int line);
+void commit_products();
+void wait_for_products(int groups);
+
 [[noreturn]] void fail_shuffle(const char* name, unsigned mask, int from, const char* file,
                                int line);
 

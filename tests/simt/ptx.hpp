@@ -201,10 +201,10 @@ inline void mma_m16n8k16_bf16(float (&d)[4], const unsigned (&a)[4], const unsig
 }
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-inline void wgmma_fence() {}
-inline void wgmma_commit() {}
-template <int N> inline void wgmma_wait() {}
-inline void fence_async_proxy() {}
+inline void wgmma_fence() { simt::fence_products(); }
+inline void wgmma_commit() { simt::commit_products(); }
+template <int N> inline void wgmma_wait() { simt::wait_for_products(N); }
+inline void fence_async_proxy() { simt::fence_proxy(); }
 template <int N> inline void wgmma_results(float (&d)[N]) {}
 
 struct WgmmaMatrix { const char* start; unsigned leading; };
@@ -218,6 +218,7 @@ template <bool COLUMNS> void load_rows(float (&to)[16][16], const WgmmaMatrix& f
     unsigned long at = (unsigned long)from.start + (COLUMNS ? row / 64 * from.leading : 0) +
                        of_row * 128 + chunk * 16;
     at ^= (at >> 7 & 7) << 4;
+    read_later((const void*)at, 16, file, line);
     const Rows all = rows_of_lanes((const void*)at, file, line);
     for (int n = 0; n < WARP; n++) {
         for (int j = 0; j < 8; j++) {
@@ -233,18 +234,19 @@ inline WgmmaMatrix wgmma_matrix(const void* shared, unsigned leading) {
 }
 
 template <bool BF16, bool COLUMNS>
-__attribute__((no_sanitize("undefined")))
+__attribute__((no_sanitize("thread"), no_sanitize("undefined")))
 inline void wgmma_m64n128k16(float (&d)[64], WgmmaMatrix a, WgmmaMatrix b, SIMT_SITE) {
     const auto to_float = BF16 ? simt::bf16_bits_to_float : f16_bits_to_float;
     float rows[16][16], columns[16][16];
+    float* const sums = simt::sums_later(d, 64, file, line);
     simt::load_rows<false>(rows, a, threadIdx.x / simt::WARP % 4 * 16, to_float, file, line);
     for (int n = 0; n < 64; n++) {
         if (n % 8 == 0) simt::load_rows<COLUMNS>(columns, b, n * 2, to_float, file, line);
         const int row = simt::lane() / 4 + n / 2 % 2 * 8;
         const int column = n / 4 % 2 * 8 + simt::lane() % 4 * 2 + n % 2;
-        double sum = d[n];
+        double sum = sums[n];
         for (int k = 0; k < 16; k++) sum += (double)rows[row][k] * columns[column][k];
-        d[n] = (float)sum;
+        sums[n] = (float)sum;
     }
 }
 #endif

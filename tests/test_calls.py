@@ -425,6 +425,26 @@ def test_a_function_without_ops_on_a_gpu_is_called_each_time(device):
     assert count[0] == 5
 
 
+@pytest.mark.simt
+@pytest.mark.parametrize("device", ["simt"], indirect=True)
+def test_graphs_take_memory_that_cupys_pool_keeps(device, monkeypatch):
+    """Where CUDA has no more, what the pool does not use is given back first."""
+    kept, made = ["memory"], []
+
+    def allocate(size):
+        if kept:
+            raise device.CUDARuntimeError("cudaErrorMemoryAllocation")
+        made.append(size)
+
+    pool = SimpleNamespace(free_all_blocks=kept.clear)
+    monkeypatch.setattr(device, "get_default_memory_pool", lambda: pool)
+    monkeypatch.setattr(device.cuda, "Memory", allocate, raising=False)
+    monkeypatch.setattr(device.cuda, "MemoryPool", lambda give: SimpleNamespace(malloc=give))
+    monkeypatch.setattr(device.cuda, "MemoryPointer", lambda memory, offset: None)
+    cuda.GraphMemory()._pool.malloc(7)
+    assert made == [7] and not kept
+
+
 def test_a_graph_within_a_graph_is_refused(device):
     x, y = device.zeros((2, 8), np.float32), device.ones((2, 8), np.float32)
     inner = cuda.graph(lambda: activation.add(x, y))

@@ -45,6 +45,7 @@ from pykv.cuda.compiler import (
 from pykv.cuda.devices import (
     architectures,
     array_module,
+    behind,
     check_stream,
     current_arch,
     current_device,

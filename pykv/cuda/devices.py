@@ -6,7 +6,8 @@ import os
 import re
 import sys
 import warnings
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
@@ -283,6 +284,25 @@ def core_stream(handle: int, device: int) -> Any:
     from cuda.core import Stream
 
     return Stream.from_handle(handle)
+
+
+@contextmanager
+def behind(event: Any) -> Iterator[None]:
+    """A context whose work on CuPy's current stream comes behind that of the context before with
+    the same event, whatever thread and stream that was of.
+
+    Args:
+        event: of cuda.Event; None: on the host nothing is to be done.
+    """
+    if event is None:
+        yield
+        return
+    stream = load_cupy().cuda.get_current_stream()
+    stream.wait_event(event)
+    try:
+        yield
+    finally:
+        event.record(stream)
 
 
 def synchronize() -> None:

@@ -21,12 +21,17 @@ class GraphMemory:
     """
 
     def __init__(self) -> None:
-        cuda = load_cupy().cuda
+        cupy = load_cupy()
+        cuda = cupy.cuda
         self._chunks: list[Any] = []
         self._held: list[Any] = []  # by the graph being captured
 
         def allocate(size: int) -> Any:
-            self._chunks.append(cuda.Memory(size))
+            try:
+                self._chunks.append(cuda.Memory(size))
+            except cuda.runtime.CUDARuntimeError:  # CuPy's own pool may keep what it does not use
+                cupy.get_default_memory_pool().free_all_blocks()
+                self._chunks.append(cuda.Memory(size))
             return cuda.MemoryPointer(self._chunks[-1], 0)
 
         self._pool = cuda.MemoryPool(allocate)

@@ -195,7 +195,9 @@ class LLM:
                 ids = self.tokenizer.encode(scales.TEXT)[: config.context - 1]
                 scales.calibrate(loaded, cache, ids, self.xp)
             self.runner = ModelRunner(loaded, cache, self.xp, policy, decode)
-            self.tiers = open_tiers(self, host_cache, disk_cache)
+            self._done = None if self.xp is np else self.xp.cuda.Event(disable_timing=True)
+            with cuda.behind(self._done):  # so that the first turn is behind all that was made
+                self.tiers = open_tiers(self, host_cache, disk_cache)
         self.prefix_cache = prefix_cache
         self.is_exact = self.tiers is None or self.tiers.is_exact
         self._scheduler = Scheduler(
@@ -248,8 +250,9 @@ class LLM:
     @contextmanager
     def turn(self) -> Iterator[None]:
         """While the block runs no other thread's call does a step, and the model's GPU is the
-        current one; for work on `model` and `cache` beside calls."""
-        with self._lock, cuda.use_device(self._device):
+        current one; for work on `model` and `cache` beside calls. What it enqueues on the current
+        stream, which each thread has its own of, comes behind what the turn before did."""
+        with self._lock, cuda.use_device(self._device), cuda.behind(self._done):
             yield
 
     # --- Text ---

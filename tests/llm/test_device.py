@@ -1,5 +1,7 @@
 """LLM on one of several GPUs, whichever of them is the current one."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -53,6 +55,45 @@ def test_all_work_is_on_the_gpu_that_was_asked_for(gpus, tiny_paths, rng):
             llm.generate([[5] * llm.context])
         assert cuda.current_device() == other
         assert llm.cache.k.data.device_id == here  # it has grown
+
+
+@pytest.mark.simt
+@pytest.mark.parametrize("device", ["simt"], indirect=True)
+def test_turns_of_several_streams(device, tiny_paths, monkeypatch):
+    """A thread may have a current stream of its own: its turn waits for the one before."""
+    monkeypatch.setattr(cuda, "array_module", lambda name: device)
+    done = []
+    monkeypatch.setattr(device.Event, "record", lambda event, stream: done.append(("end", stream)))
+    streams = [
+        SimpleNamespace(ptr=i, wait_event=lambda event, i=i: done.append(("wait", i)))
+        for i in range(3)
+    ]
+    monkeypatch.setattr(device.cuda, "get_current_stream", lambda: streams[0])
+    llm = LLM(tiny_paths / "llama.gguf", device=f"cuda:{device.DEVICE}", weights="fp32")
+    assert done[-1] == ("end", streams[0])
+    for i in (1, 2):
+        done.clear()
+        monkeypatch.setattr(device.cuda, "get_current_stream", lambda i=i: streams[i])
+        with llm.turn():
+            assert done == [("wait", i)]
+        assert done[1:] == [("end", streams[i])]
+
+
+@pytest.mark.gpu
+def test_a_turn_sees_what_another_stream_did(tiny_paths):
+    import cupy
+
+    llm = LLM(tiny_paths / "llama.gguf", device="cuda", weights="fp32")
+    slow, found = cupy.zeros(1 << 26, np.float32), cupy.zeros(1, np.float32)
+    cupy.cuda.Device().synchronize()
+    first, then = (cupy.cuda.Stream(non_blocking=True) for _ in range(2))
+    with first, llm.turn():
+        for _ in range(50):
+            slow += 1
+    with then, llm.turn():
+        found[:] = slow[-1:]
+        then.synchronize()
+    assert found.get() == [50]
 
 
 @pytest.mark.parametrize("beyond", [0, 7])

@@ -582,7 +582,8 @@ def test_no_ctypes_anywhere(folder):
 
 
 def test_a_kernel_keeps_the_most_shared_memory_that_a_launch_asked_for(monkeypatch):
-    """A smaller launch in between takes none of it away."""
+    """A smaller launch in between takes none of it away. Of what no kernel need ask for, its own
+    variables are a part."""
     bindings = pytest.importorskip("cuda.bindings.driver")
     done, kernel = [], type("Kernel", (), {"handle": 7})()
 
@@ -590,13 +591,18 @@ def test_a_kernel_keeps_the_most_shared_memory_that_a_launch_asked_for(monkeypat
         done.append((attribute.name.rpartition("MAX_DYNAMIC")[1], value, handle, device))
         return (bindings.CUresult.CUDA_SUCCESS,)
 
+    def get_attribute(attribute, handle, device):
+        assert attribute.name == "CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES" and handle == 7
+        return bindings.CUresult.CUDA_SUCCESS, 12 << 10
+
     monkeypatch.setattr(bindings, "cuKernelSetAttribute", set_attribute)
+    monkeypatch.setattr(bindings, "cuKernelGetAttribute", get_attribute)
     monkeypatch.setattr(driver, "_allowed", {})
-    for nbytes in (64 << 10, 96 << 10, 64 << 10, 96 << 10):
+    for nbytes in (36 << 10, 64 << 10, 96 << 10, 64 << 10, 96 << 10):
         driver._allow_shared(kernel, nbytes, 0)
-    driver._allow_shared(kernel, 64 << 10, 1)
+    driver._allow_shared(kernel, (36 << 10) + 4, 1)
     sizes = [(value, device) for name, value, handle, device in done if name and handle == 7]
-    assert sizes == [(64 << 10, 0), (96 << 10, 0), (64 << 10, 1)]
+    assert sizes == [(64 << 10, 0), (96 << 10, 0), ((36 << 10) + 4, 1)]
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,7 @@ from pykv.cuda.compiler import compile
 from pykv.cuda.devices import core_stream, current_sm, num_sms
 from pykv.errors import CudaError, DtypeError, ParameterError
 
-# Dynamic shared memory that every kernel may have unasked: of 48 KiB, 1 is for its own variables.
-SHARED_BYTES = 47 << 10
+SHARED_BYTES = 48 << 10  # that a block may have unasked, its kernel's own variables among them
 
 _lock = threading.Lock()
 
@@ -59,7 +58,7 @@ def configure(
         ParameterError: the cluster's sizes do not divide the grid's.
         CudaError: the GPU has less shared memory.
     """
-    if shared_bytes > SHARED_BYTES:
+    if shared_bytes:
         _allow_shared(kernel, shared_bytes, load_cupy().cuda.runtime.getDevice())
     together = cooperative and grid not in (1, (1,))
     return _config(grid, block, shared_bytes, cluster, early and _has_early(), together)
@@ -172,7 +171,7 @@ def cooperative_blocks(kernel: Any, block: int, shared_bytes: int) -> int:
 
 @lru_cache(maxsize=256)
 def _cooperative_blocks(kernel: Any, block: int, shared_bytes: int, device: int) -> int:
-    if shared_bytes > SHARED_BYTES:
+    if shared_bytes:
         _allow_shared(kernel, shared_bytes, device)
     blocks = kernel.occupancy.max_active_blocks_per_multiprocessor(block, shared_bytes)
     return int(blocks) * num_sms(device)
@@ -192,22 +191,28 @@ _allowing = threading.Lock()
 
 
 def _allow_shared(kernel: Any, shared_bytes: int, device: int) -> None:
-    """Let a kernel have more dynamic shared memory than any may have unasked, and as many blocks
-    on an SM as its whole shared memory holds. What it may have is never made less: another launch
-    of it may need that."""
+    """Let a kernel have so much dynamic shared memory, and where that is more than any may have
+    unasked, as many blocks on an SM as its whole shared memory holds. What it may have is never
+    made less: another launch of it may need that."""
     from cuda.bindings import driver
 
     attributes = driver.CUfunction_attribute
     with _allowing:
         if shared_bytes <= _allowed.get((kernel, device), 0):
             return
-        for attribute, value in (
-            (attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_bytes),
-            (attributes.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, 100),
-        ):
-            (status,) = driver.cuKernelSetAttribute(attribute, value, kernel.handle, device)
-            if status != driver.CUresult.CUDA_SUCCESS:
-                raise CudaError(f"cuKernelSetAttribute({attribute.name}, {value}): {status.name}")
+        own = attributes.CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES
+        status, static = driver.cuKernelGetAttribute(own, kernel.handle, device)
+        if status != driver.CUresult.CUDA_SUCCESS:
+            raise CudaError(f"cuKernelGetAttribute({own.name}): {status.name}")
+        if static + shared_bytes > SHARED_BYTES:
+            for attribute, value in (
+                (attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_bytes),
+                (attributes.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, 100),
+            ):
+                (status,) = driver.cuKernelSetAttribute(attribute, value, kernel.handle, device)
+                if status != driver.CUresult.CUDA_SUCCESS:
+                    asked = f"{attribute.name}, {value}"
+                    raise CudaError(f"cuKernelSetAttribute({asked}): {status.name}")
         _allowed[kernel, device] = shared_bytes
 
 

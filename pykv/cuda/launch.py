@@ -112,7 +112,7 @@ class Launch:
         cluster: blocks that share a cluster, sizes that divide the grid's; from sm_90 on.
         early: the kernel may start before the one ahead of it in the stream has ended (programmatic
             dependent launch); it calls `await_previous` before it reads what others write, or
-            writes. Without effect below sm_90.
+            writes. Without effect below sm_90, and in a graph behind anything but kernels.
         cooperative: all blocks are on the GPU at once, so that they may wait for each other; at
             most `cooperative_blocks`.
 

@@ -1,4 +1,5 @@
-"""Delete each barrier of each device file, one at a time, and see the tests of its kernels fail.
+"""Delete each barrier of each device file, one at a time, and see the tests of its kernels fail;
+likewise what orders wgmma.
 
     python tools/mutate_barriers.py [NAME ...]
 
@@ -23,6 +24,7 @@ from pykv import cuda  # noqa: E402
 ROOT = Path(__file__).parent.parent
 BARRIER = re.compile(
     r"__sync(?:threads|warp)\(\);|cluster_arrive(?:_relaxed)?\(\);[^\n]*\n\s*cluster_wait\(\);"
+    r"|fence_async_proxy\(\);|wgmma_(?:fence|commit|wait<\d>)\(\);"
 )
 
 

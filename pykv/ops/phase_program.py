@@ -79,8 +79,8 @@ class PhaseProgram:
 
     Raises:
         ShapeError, DtypeError, DeviceError, ParameterError, UnsupportedError: as the ops that the
-            phases stand for; also where phases differ in what they must share, or the GPU is older
-            than sm_70.
+            phases stand for; also where phases differ in what they must share, the GPU is older
+            than sm_70, or a CUDA graph is being captured.
 
     Attributes:
         stages: the number of each phase's stage; on a GPU an argmax counts as two phases, and so
@@ -141,6 +141,7 @@ class PhaseProgram:
 
     def _prepare(self, blocks: int | None) -> None:
         """The launch and the program."""
+        cuda.refuse_capture(_OP, "what it is made of is uploaded; make it before")
         sm = cuda.current_sm()
         if sm < OLDEST_SM:
             raise UnsupportedError(

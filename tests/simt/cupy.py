@@ -77,6 +77,9 @@ class ndarray:
             raise RuntimeError("set of an array with gaps")
         self.host[...] = values
 
+    def fill(self, value):
+        enqueue(self.host.fill, value or 0)  # CuPy fills -0 as +0
+
     def __array__(self, *args, **kwargs):
         raise TypeError("a device array becomes a NumPy array by .get() alone")
 
@@ -109,9 +112,19 @@ def _operator(name):
     return lambda self, *others: _device(getattr(self.host, name)(*_host(others)))
 
 
-_NAMES = "or xor lshift rshift add sub mul truediv floordiv mod pow neg invert and eq ne lt gt ge"
-for _name in _NAMES.split():
+def _in_place(name):
+    def change(self, other):
+        enqueue(getattr(self.host, name), _host(other))
+        return self
+
+    return change
+
+
+_BINARY = "or xor lshift rshift add sub mul truediv floordiv mod pow and"
+for _name in f"{_BINARY} neg invert eq ne lt gt ge".split():
     setattr(ndarray, f"__{_name}__", _operator(f"__{_name}__"))
+for _name in _BINARY.split():
+    setattr(ndarray, f"__i{_name}__", _in_place(f"__i{_name}__"))
 
 
 def _host(x):

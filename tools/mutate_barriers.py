@@ -1,5 +1,5 @@
 """Delete each barrier of each device file, one at a time, and see the tests of its kernels fail;
-likewise what orders wgmma.
+likewise what orders wgmma, and the waits of kernels that start early.
 
     python tools/mutate_barriers.py [NAME ...]
 
@@ -24,7 +24,7 @@ from pykv import cuda  # noqa: E402
 ROOT = Path(__file__).parent.parent
 BARRIER = re.compile(
     r"__sync(?:threads|warp)\(\);|cluster_arrive(?:_relaxed)?\(\);[^\n]*\n\s*cluster_wait\(\);"
-    r"|fence_async_proxy\(\);|wgmma_(?:fence|commit|wait<\d>)\(\);"
+    r"|fence_async_proxy\(\);|wgmma_(?:fence|commit|wait<\d>)\(\);|await_previous\(\);"
 )
 
 

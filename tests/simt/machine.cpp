@@ -14,6 +14,8 @@
 //     exited, and nothing else that other threads have told it since;
 //   - which shared bytes a block has written: the others must not be read;
 //   - what products of a warpgroup still read and sum up, until their threads have waited for them;
+//   - that threads of a kernel which starts early wait for the one ahead, and touch nothing that the
+//     launch writes before that;
 //   - which blocks of the cluster may have exited: their shared memory must not be read.
 // All blocks of a cooperative launch run together: they stand where a cluster's do, and a thread that
 // polls a word hands over to the others until something has changed. What one block tells another
@@ -79,7 +81,7 @@ struct Launch {
     Array* arrays;
     int num_arrays;
     char* dynamic_shared;
-    int cooperative;
+    int cooperative, early;
     u64 seed;
     char fault[1000];   // empty if there was none
     char module[1000];  // the library with the fault, where the text does not name its place
@@ -158,6 +160,7 @@ struct Thread {
     int product_groups;         // committed so far
     bool products_fenced;       // since it has waited for some
     u32 proxy_fenced;           // until then, what it wrote is there for products
+    bool awaited;               // the kernel ahead
     Known known, met;    // of a cooperative launch: of what it was told; by the lanes it met last
     Known fenced;        // what it knew at its last fence
     Known seen;          // what a fence would tell it of words that it has loaded
@@ -245,6 +248,9 @@ static void live_and_die() {
         launch->call(launch->values);
         if (!current->products.empty()) {
             stop(*current, nullptr, "ends before it has waited for its products");
+        }
+        if (launch->early && !current->awaited) {
+            stop(*current, nullptr, "ends without await_previous, of a kernel that starts early");
         }
         current->state = EXITED;
         suspend();
@@ -583,6 +589,10 @@ RARE static void access_memory(u64 address, u64 bytes, const Access& by) {
     if (!region) out_of_bounds(address, bytes, by);
     const u64 begin = address - (u64)region->array.begin;
     if (together && ++in_a_row > MOST_IN_A_ROW) hand_over();
+    if (launch->early && !current->awaited && region->array.writable && !region->array.shared) {
+        stop(*current, by.caller, format("%s byte %llu of %s before await_previous", by.verb(),
+                                         (ull)begin, name_of(*region).c_str()));
+    }
     if (region->array.mapped) {
         if (by.atomic) return;
         stop(*current, by.caller, format("%s byte %llu of %s, mapped memory of the host, by a plain "
@@ -929,7 +939,7 @@ static void run_cluster(u32 cluster) {
         t.products.clear();
         t.operands.clear();
         t.groups = t.product_groups = 0;
-        t.products_fenced = false;
+        t.products_fenced = t.awaited = false;
         t.proxy_fenced = 0;
         t.known = t.met = t.fenced = t.seen = nullptr;
         t.polled.clear();
@@ -1216,6 +1226,8 @@ void wait_for_copies(int groups) {
     }
     current->copies.swap(left);
 }
+
+void await_previous() { current->awaited = true; }
 
 void fence_proxy() { current->proxy_fenced = now++; }
 

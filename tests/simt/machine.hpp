@@ -105,6 +105,8 @@ void copy_later(void* to, const void* from, int bytes);
 void commit_copies();
 void wait_for_copies(int groups);
 
+void await_previous();  // what a kernel that starts early does ahead of all that the launch writes
+
 // Products of a warpgroup (wgmma), which go on beside this thread. They read shared memory that
 // was written ahead of a fence of the writing thread, and that nobody writes again before the thread
 // has waited until at most `groups` of its committed groups are left. Until then `sums` is poison, and

@@ -75,7 +75,7 @@ struct Launch {
     struct Array* arrays;
     int num_arrays;
     char* dynamic_shared;
-    int cooperative;
+    int cooperative, early;
     uint64_t seed;
     char fault[1000];
     char module[1000];
@@ -307,7 +307,8 @@ def configure(kernel, grid, block, shared_bytes, cluster, early=False, cooperati
                 f"{kernel.label}: a cooperative grid is {grid}, expected at most {most} blocks "
                 f"here, with blocks of {block}, and no clusters"
             )
-    return grid, block, shared_bytes, cluster or (1, 1, 1), cooperative
+    early = early and int(ARCH[3:]) >= 90
+    return grid, block, shared_bytes, cluster or (1, 1, 1), cooperative, early
 
 
 def bind(kernel, config, arrays, scalars, offsets=None):
@@ -328,7 +329,7 @@ def _from(array, offset, kind):
     return cupy.ndarray((count,), dtype, array.data + offset)
 
 
-def launch(kernel, grid, block, *args, shared_bytes=0, cluster=None, cooperative=False):
+def launch(kernel, grid, block, *args, shared_bytes=0, cluster=None, **options):
     """Run a kernel that `load` returned, whatever its parameters are.
 
     Raises:
@@ -336,13 +337,13 @@ def launch(kernel, grid, block, *args, shared_bytes=0, cluster=None, cooperative
     """
     _run(
         kernel,
-        configure(kernel, grid, block, shared_bytes, cluster, cooperative=cooperative),
+        configure(kernel, grid, block, shared_bytes, cluster, **options),
         *args,
     )
 
 
 def _run(kernel, config, *args):
-    grid, block, shared_bytes, cluster, cooperative = config
+    grid, block, shared_bytes, cluster, cooperative, early = config
     if len(args) != len(kernel.parameters):
         raise SimtError(f"{kernel.label} takes {len(kernel.parameters)} arguments, not {len(args)}")
     values, arrays = [], []
@@ -372,7 +373,8 @@ def _run(kernel, config, *args):
     table = ffi.new("struct Array[]", len(regions))
     state.values, state.arrays, state.num_arrays = pointers, table, len(regions)
     state.grid, state.block, state.cluster = grid, block, cluster
-    state.dynamic_shared, state.cooperative = ffi.cast("char*", start), cooperative
+    state.dynamic_shared = ffi.cast("char*", start)
+    state.cooperative, state.early = cooperative, early
     state.seed = int(os.environ.get("PYKV_SIMT_SEED", "0"))
     for to, name, (_, begin, end, *flags) in zip(table, names, regions, strict=True):
         to.name, to.begin, to.bytes = name, ffi.cast("char*", begin), end - begin

@@ -287,7 +287,7 @@ inline void prefetch_l2(const void* global) {}
 
 // Kernels of the machine run one after another.
 inline void let_next_start() {}
-inline void await_previous() {}
+inline void await_previous() { simt::await_previous(); }
 
 inline void schedule_fence() {}
 

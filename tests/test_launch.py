@@ -175,7 +175,7 @@ def test_kernels_overlap_where_gpu_and_driver_let_them(monkeypatch, sm, version,
 @pytest.mark.parametrize(
     "ahead, early",
     [
-        ([], True),
+        ([], False),
         (["KERNEL", "KERNEL"], True),
         (["MEMSET"], False),
         (["KERNEL", "MEMCPY"], False),

@@ -108,8 +108,8 @@ def bind(
 
 def _is_captured_behind_others(handle: int) -> bool:
     """Whether CuPy's current stream is being captured into a CUDA graph, where what comes next
-    follows anything but kernels: from a memset or a copy no edge of a graph lets a kernel start
-    early."""
+    follows anything but kernels, or nothing: from a memset or a copy no edge of a graph lets a
+    kernel start early."""
     if not is_capturing():
         return False
     from cuda.bindings import driver
@@ -119,7 +119,7 @@ def _is_captured_behind_others(handle: int) -> bool:
     if status != driver.CUresult.CUDA_SUCCESS:
         return True
     kernel = driver.CUgraphNodeType.CU_GRAPH_NODE_TYPE_KERNEL
-    return any(driver.cuGraphNodeGetType(node)[1] != kernel for node in ahead)
+    return {driver.cuGraphNodeGetType(node)[1] for node in ahead} != {kernel}
 
 
 @lru_cache(maxsize=4096)

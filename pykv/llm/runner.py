@@ -76,7 +76,7 @@ class ModelRunner:
         self.last = max(1, self._evictor.asked if self._evictor else 0)
         self._decoders: OrderedDict[tuple[int, int], _Decoder] = OrderedDict()
         self._pool: Any = None  # of the decoders
-        # Steps are on one stream, so their graphs share what they need meanwhile.
+        # Steps follow each other, so their graphs share what they need meanwhile.
         self._memory = None if xp is np else cuda.GraphMemory()
         self._prompts = PromptSteps(model, cache, xp, self._memory)
         self._sampler = Sampler(xp)

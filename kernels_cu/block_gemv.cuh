@@ -169,79 +169,127 @@ __device__ __forceinline__ void multiply(float (&sums)[SUMS], const Share<K> (&w
     }
 }
 
-// What warps of a block tell each other.
-struct WarpSums { float partial[WARPS][SUMS], squares[WARPS][ROWS]; };
+// What warps of a block tell each other; partial sums of a tile stay while those of the next come.
+struct WarpSums { float partial[2][WARPS][SUMS], squares[WARPS][ROWS]; };
 
-// The block's part of a product: outputs of one tile, for tokens t0 on. `await` comes before x and out
+// Tiles of outputs that a block multiplies: the first, and each `step` further, below `end`.
+struct Tiles { int first, step, end; };
+
+// A round of a tile, in which each warp multiplies a slice.
+struct Round {
+    int tile, index;
+    __device__ __forceinline__ void advance(int rounds, int step) {
+        if (++index == rounds) index = 0, tile += step;
+    }
+};
+
+// The block's part of a product, for tokens t0 on. Weights of two rounds are on their way at once, and
+// x stays in shared memory if that holds all rounds of a tile, `held`. `await` comes before x and out
 // are read, and behind the first loads of w; all threads call it once.
 template <typename K, typename Source, typename Await>
 __device__ __forceinline__ void
-gemv_tile(float* staged, WarpSums& shared, X_T* out, const Source& x, const u8* w,
-          const B_T* bias, const float* norm, int T, int O, int I, int W, i64 out_stride, int parts,
-          int accumulate, int gate, float eps, int tile, int t0, Await await) {
+gemv_tiles(float* staged, WarpSums& shared, X_T* out, const Source& x, const u8* w,
+           const B_T* bias, const float* norm, int T, int O, int I, int W, i64 out_stride, int parts,
+           int held, int accumulate, int gate, float eps, Tiles tiles, int t0, Await await) {
     const int lane = threadIdx.x % WARP;
     const int warp = threadIdx.x / WARP;
     const int part = warp % parts;
-
-    // The second half of a warp's rows of weights follows the first, or is what it opens.
     const int outputs = gate ? OUTS / 2 : OUTS;
-    const int o0 = (tile * (WARPS / parts) + warp / parts) * outputs;
-    const int last = (gate ? 2 * O : O) - 1, second = o0 + (gate ? O : OUTS / 2);
-    const int t = t0 + lane / OUTS, o = o0 + lane % OUTS;  // whose sum the lane gets
-    const int of_row = lane % OUTS < OUTS / 2 ? o : second + lane % OUTS - OUTS / 2;
+    const int last = (gate ? 2 * O : O) - 1;
+    const int rounds = max((I + parts * SLICE - 1) / (parts * SLICE), 1);
+    const int t = t0 + lane / OUTS;  // whose sum the lane gets
+    const bool has_sum = part == 0 && lane < SUMS && lane % OUTS < outputs && t < T;
 
-    if (norm && threadIdx.x * 32 < I) prefetch_l2(norm + threadIdx.x * 32);
-    const float addend = bias ? to_float(bias[min(of_row, last)]) : 0.0f;
-    const bool writes = part == 0 && lane < SUMS && lane % OUTS < outputs && o < O && t < T;
-    float sums[SUMS] = {}, squares[ROWS] = {}, old = 0.0f;
-    const auto begin = [&] {  // to read what may have been written just before
-        await();
-        if (accumulate && writes) old = to_float(out[t * out_stride + o]);
+    // The first output of a warp, and its rows of weights, whose second half follows the first or is
+    // what that opens.
+    const auto first_of = [&](int tile) {
+        return (tile * (WARPS / parts) + warp / parts) * outputs;
     };
-    if (I == 0) begin();
-#pragma unroll 1
-    for (int i0 = 0; i0 < I; i0 += parts * SLICE) {
-        const int first = i0 + part * SLICE;
-        Share<K> shares[OUTS];
+    const auto row_of = [&](int o0, int i) {
+        return min(o0 + i + (gate && i >= OUTS / 2 ? O - OUTS / 2 : 0), last);
+    };
+    const auto fetch = [&](Share<K> (&shares)[OUTS], const Round& round) {
+        if (round.tile >= tiles.end || I == 0) return;
+        const int o0 = first_of(round.tile);
 #pragma unroll
         for (int i = 0; i < OUTS; i++) {
-            const int row = i < OUTS / 2 ? o0 + i : second + i - OUTS / 2;
-            shares[i].load(w + (i64)min(row, last) * W, first, lane, I);
+            shares[i].load(w + (i64)row_of(o0, i) * W, (round.index * parts + part) * SLICE, lane, I);
         }
-        if (i0 == 0) {
-            begin();
-        } else {
-            __syncthreads();  // all have read the previous slices
-        }
-        stage<K>(staged, squares, x, norm, t0, T, i0, I, parts);
-        __syncthreads();
-        const int g = min(first / GROUP + lane, I / GROUP - 1);
-        multiply<K>(sums, shares, g, staged + part * ROWS * SLICE_FLOATS, lane);
-    }
+    };
 
-    float sum = warp_sums(sums);
-    if (norm) {
+    if (norm && threadIdx.x * 32 < I) prefetch_l2(norm + threadIdx.x * 32);
+    Share<K> shares[2][OUTS];
+    Round round{tiles.first, 0}, ahead = round;
 #pragma unroll
-        for (int r = 0; r < ROWS; r++) {
-            const float total = group_sum<WARP>(squares[r]);
-            if (lane == 0) shared.squares[warp][r] = total;
+    for (int i = 0; i < 2; i++) {
+        fetch(shares[i], ahead);
+        ahead.advance(rounds, tiles.step);
+    }
+    await();
+
+    float sums[SUMS] = {}, squares[ROWS] = {}, factor = 1.0f, addend = 0.0f, old = 0.0f;
+    int parity = 0;
+    const auto begin = [&] {  // a tile
+        const int o0 = first_of(round.tile), o = o0 + lane % OUTS;
+        if (bias) addend = to_float(bias[row_of(o0, lane % OUTS)]);
+        if (accumulate && has_sum && o < O) old = to_float(out[t * out_stride + o]);
+    };
+    const auto finish = [&] {
+        float sum = warp_sums(sums);
+        const bool has_squares = norm && round.tile == tiles.first;  // of this tile alone
+        if (has_squares) {
+#pragma unroll
+            for (int r = 0; r < ROWS; r++) {
+                const float total = group_sum<WARP>(squares[r]);
+                if (lane == 0) shared.squares[warp][r] = total;
+            }
         }
-    }
-    if (parts > 1 && lane < SUMS) shared.partial[warp][lane] = sum;
-    if (norm || parts > 1) __syncthreads();
-    if (part > 0) return;
-    if (parts > 1) {
-        sum = 0.0f;
-        for (int p = 0; p < parts; p++) sum += shared.partial[warp + p][lane % SUMS];
-    }
-    if (norm) {
-        float total = 0.0f;
+        if (parts > 1 && lane < SUMS) shared.partial[parity][warp][lane] = sum;
+        if (has_squares || parts > 1) __syncthreads();
+        if (has_squares) {
+            float total = 0.0f;
 #pragma unroll
-        for (int i = 0; i < WARPS; i++) total += shared.squares[i][lane / OUTS % ROWS];
-        sum *= 1.0f / sqrtf(total / (float)I + eps);
+            for (int i = 0; i < WARPS; i++) total += shared.squares[i][lane / OUTS % ROWS];
+            factor = 1.0f / sqrtf(total / (float)I + eps);
+        }
+        if (parts > 1) {
+            sum = 0.0f;
+            for (int p = 0; p < parts; p++) {
+                sum += shared.partial[parity][warp - part + p][lane % SUMS];
+            }
+            parity ^= 1;
+        }
+        sum = sum * factor + addend;
+        if (gate) sum = gated(gate, sum, __shfl_down_sync(FULL_MASK, sum, OUTS / 2));
+        const int o = first_of(round.tile) + lane % OUTS;
+        if (has_sum && o < O) out[t * out_stride + o] = from_float<X_T>(sum + old);
+#pragma unroll
+        for (int i = 0; i < SUMS; i++) sums[i] = 0.0f;
+    };
+    const auto multiply_round = [&](Share<K> (&now)[OUTS]) {
+        const int slice = round.index * parts + part;
+        if (round.index == 0) begin();
+        const bool renews_x = rounds > held || round.tile == tiles.first;
+        if (I > 0 && renews_x && round.index % held == 0) {
+            __syncthreads();  // all have read the previous slices
+            stage<K>(staged, squares, x, norm, t0, T, (slice - part) * SLICE, I,
+                     parts * min(held, rounds - round.index));
+            __syncthreads();
+        }
+        if (I > 0) {
+            const float* of_slice = staged + slice % (held * parts) * (ROWS * SLICE_FLOATS);
+            multiply<K>(sums, now, min(slice * WARP + lane, I / GROUP - 1), of_slice, lane);
+        }
+        fetch(now, ahead);
+        ahead.advance(rounds, tiles.step);
+        if (round.index + 1 == rounds) finish();
+        round.advance(rounds, tiles.step);
+    };
+#pragma unroll 1
+    for (;;) {
+        multiply_round(shares[0]);
+        if (round.tile >= tiles.end) break;
+        multiply_round(shares[1]);
+        if (round.tile >= tiles.end) break;
     }
-    if (bias) sum += addend;
-    if (gate) sum = gated(gate, sum, __shfl_down_sync(FULL_MASK, sum, OUTS / 2));
-    if (accumulate) sum += old;
-    if (writes) out[t * out_stride + o] = from_float<X_T>(sum);
 }

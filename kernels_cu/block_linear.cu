@@ -14,9 +14,9 @@
 // Defines:  KIND = Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_NL, IQ4_XS or
 //           MXFP4, or F32, F16 or BF16; X_T, B_T = float, f16 or bf16; BLOCK = threads
 //           ROWS = 1, 2, 4 or 8, and OUTS, rows of w of a warp, even, with ROWS * OUTS up to 32
-// Launch:   gemv    grid (ceil(R / (OUTS * BLOCK / 32 / parts)), ceil(T / ROWS)), block (BLOCK);
-//                   parts * ROWS * 4608 bytes of dynamic shared memory, parts a power of two up to
-//                   BLOCK / 32
+// Launch:   gemv    grid (up to `tiles`, ceil(T / ROWS)), tiles = ceil(R / (OUTS * BLOCK / 32 /
+//                   parts)), block (BLOCK); held * parts * ROWS * 4608 bytes of dynamic shared
+//                   memory, parts a power of two up to BLOCK / 32, held >= 1
 //           gemv may start early: before the kernel ahead has ended it reads w, bias and norm alone,
 //           which are __restrict__; x and out are not, so that no load of them moves ahead of the
 //           wait, or goes through the read-only path
@@ -38,11 +38,12 @@
 extern "C" __global__ void __launch_bounds__(BLOCK)
 gemv(X_T* out, const X_T* x, const u8* __restrict__ w,
      const B_T* __restrict__ bias, const float* __restrict__ norm, int T, int O, int I, int W,
-     i64 x_stride, i64 out_stride, int parts, int accumulate, int gate, float eps) {
+     i64 x_stride, i64 out_stride, int parts, int held, int tiles, int accumulate, int gate, float eps) {
     extern __shared__ __align__(128) float staged[];
     __shared__ WarpSums shared;
     let_next_start();
-    gemv_tile<KIND>(staged, shared, out, StoredRows{x, x_stride}, w, bias, norm, T, O, I, W,
-                    out_stride, parts, accumulate, gate, eps, blockIdx.x, blockIdx.y * ROWS,
-                    [] { await_previous(); });
+    gemv_tiles<KIND>(staged, shared, out, StoredRows{x, x_stride}, w, bias, norm, T, O, I, W,
+                     out_stride, parts, held, accumulate, gate, eps,
+                     Tiles{(int)blockIdx.x, (int)gridDim.x, tiles}, blockIdx.y * ROWS,
+                     [] { await_previous(); });
 }

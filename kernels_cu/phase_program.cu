@@ -48,7 +48,7 @@ struct Product {
     const float* norm;
     int T, O, I, W;
     i64 x_stride, out_stride;
-    int parts, accumulate, gate;
+    int parts, held, tiles, accumulate, gate;
     float eps;
     const float* states;  // of attention whose splits x is made of, or null
     int splits;
@@ -342,27 +342,30 @@ union Shared {
 #endif
 };
 
-template <typename Await> struct ProductTile {
+template <typename Await> struct ProductTiles {
     const Product& p;
-    int tile;
     float* staged;
     WarpSums& sums;
     const Await& await;
     template <typename K> __device__ __forceinline__ void run() const {
         const SourceRows x{{p.x, p.x_stride}, p.states, p.splits};
-        gemv_tile<K>(staged, sums, p.out, x, p.w, p.bias, p.norm, p.T, p.O, p.I, p.W, p.out_stride,
-                     p.parts, p.accumulate, p.gate, p.eps, tile, 0, await);
+        gemv_tiles<K>(staged, sums, p.out, x, p.w, p.bias, p.norm, p.T, p.O, p.I, p.W,
+                      p.out_stride, p.parts, p.held, p.accumulate, p.gate, p.eps,
+                      Tiles{(int)blockIdx.x, (int)gridDim.x, p.tiles}, 0, await);
     }
 };
 
-// The block's part of a phase: one tile. `await` comes before it reads what other phases write.
+// The block's tiles of a product.
 template <typename Await>
-__device__ __forceinline__ void run_tile(const Phase& p, int tile, float* staged, Shared& shared,
-                                         Await await) {
-    if (p.op == PRODUCT) {
-        with_kind<KINDS>(p.kind, ProductTile<Await>{p.product, tile, staged, shared.sums, await});
-        return;
-    }
+__device__ __forceinline__ void multiply_tiles(const Phase& p, float* staged, WarpSums& sums,
+                                               const Await& await) {
+    if (blockIdx.x >= p.tiles) return;
+    with_kind<KINDS>(p.kind, ProductTiles<Await>{p.product, staged, sums, await});
+}
+
+// A tile of a phase that is no product. `await` comes before it reads what other phases write.
+template <typename Await>
+__device__ __forceinline__ void run_tile(const Phase& p, int tile, Shared& shared, Await await) {
 #ifdef HEAD_DIM
     if (p.op == ATTEND) {
         attention_tile(shared.attention, p.attention, tile, await);
@@ -405,8 +408,12 @@ phase_program(const u64* program, u32* counters, int phases) {
             }
             waits = false;
         };
-        for (int tile = blockIdx.x; tile < p.tiles; tile += gridDim.x) {
-            run_tile(p, tile, staged, shared, await);
+        if (p.op == PRODUCT) {
+            multiply_tiles(p, staged, shared.sums, await);
+        } else {
+            for (int tile = blockIdx.x; tile < p.tiles; tile += gridDim.x) {
+                run_tile(p, tile, shared, await);
+            }
         }
         if (waits) await();  // also without a tile
     }

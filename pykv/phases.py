@@ -106,7 +106,7 @@ class Product(NamedTuple):
     def records(self, op: str, cut: block_linear.Cut, scratch: Scratch) -> list[Record]:
         values = {name: getattr(self, name) for name in ("out", "x", "w", "bias", "norm")}
         options = self.checked(op)
-        values |= block_linear.scalars_of(self.x, self.w, self.out, options, cut.parts)
+        values |= block_linear.scalars_of(self.x, self.w, self.out, options, cut)
         touched, splits = self.touched(), scratch.deferred.get(address_of(self.x), 0)
         values |= dict(states=None, splits=splits)
         if splits:

@@ -42,13 +42,12 @@ GATES = ("swiglu", "geglu")
 
 # How `gemv` cuts products, reckoned from bytes and instructions.
 _BLOCK = 128  # threads
-_OUTS = {1: 8, 2: 8, 4: 4, 8: 4}  # rows of w of a warp, by the tokens that share one reading of w
-_PLAIN_OUTS = dict(F32=2, F16=4, BF16=4)  # of floats at most: a lane holds 32 elements of each
-_FEW_OUTS = 2  # where more would leave multiprocessors without a block
-_STAGED = 8  # slices of x in shared memory at most, of 4.6 KB each: tokens times parts
-_BLOCKS = 4  # on an SM, below which warps share outputs
+_OUTS = {1: 4, 2: 4, 4: 4, 8: 2}  # rows of w of a warp, by the tokens that share one reading of w
+_FEW_OUTS = 2  # of floats, of which a lane holds 32 elements of each row, and of small matrices
+_BLOCKS = 4  # on an SM, as registers allow
 _SLICE = 1024  # elements of a row that a warp multiplies at a time
 _SLICE_BYTES = 4608
+_SLICES = 8  # of x in shared memory at most: tokens times parts times rounds
 _FEW = 4  # tokens up to which `gemv` multiplies, where linear_mma has a kernel
 # It also multiplies up to 8 in one launch where the matrix is so small that this takes a few us, as
 # long as the launches do that linear_mma, a norm and a gate of their own take.
@@ -61,27 +60,24 @@ def _defines(kind: str, x: Any, bias: Any, **sizes: int) -> dict[str, Any]:
     return dict(KIND=kind, X_T=x, B_T=bias, BLOCK=_BLOCK, **sizes)
 
 
-def _outs(kind: str, rows: int, sm: int) -> tuple[int, ...]:
-    """Rows of w that a warp may have, the usual number first. Where linear_mma has a kernel, 8
-    tokens are for small matrices, and with 4 rows each registers would allow half of the blocks."""
-    most = min(_OUTS[rows], _PLAIN_OUTS.get(kind, 8))
-    if rows == 8 and linear_mma.has_kernel(kind, sm):
-        most = _FEW_OUTS
+def _outs(kind: str, rows: int) -> tuple[int, ...]:
+    """Rows of w that a warp may have, the largest number first."""
+    most = _FEW_OUTS if kind in PLAIN else _OUTS[rows]
     return (most,) if most == _FEW_OUTS else (most, _FEW_OUTS)
 
 
-def most_outs(kind: str, rows: int, sm: int) -> int:
+def most_outs(kind: str, rows: int) -> int:
     """Rows of w that a warp may have at most."""
-    return _outs(kind, rows, sm)[0]
+    return _outs(kind, rows)[0]
 
 
-def _sizes(kind: str, sm: int) -> list[dict[str, int]]:
-    """All ways in which `gemv` cuts products on an SM."""
-    return [dict(ROWS=rows, OUTS=outs) for rows in _OUTS for outs in _outs(kind, rows, sm)]
+def _sizes(kind: str) -> list[dict[str, int]]:
+    """All ways in which `gemv` cuts products."""
+    return [dict(ROWS=rows, OUTS=outs) for rows in _OUTS for outs in _outs(kind, rows)]
 
 
 VARIANTS: list[dict[str, Any]] = [
-    *(_defines(kind, "float", "float", ROWS=1, OUTS=_outs(kind, 1, 90)[0]) for kind in KINDS),
+    *(_defines(kind, "float", "float", ROWS=1, OUTS=_outs(kind, 1)[0]) for kind in KINDS),
     *(_defines("Q4_K", "float", "float", ROWS=rows, OUTS=_OUTS[rows]) for rows in (2, 8)),
 ]
 
@@ -182,7 +178,7 @@ def warm_up(kinds: Sequence[str]) -> None:
     floats = FLOATS[0], FLOATS[0]
     jobs: list[tuple[str, dict[str, Any]]] = []
     for kind in kinds:
-        jobs += [("block_linear", _defines(kind, *floats, **sizes)) for sizes in _sizes(kind, sm)]
+        jobs += [("block_linear", _defines(kind, *floats, **sizes)) for sizes in _sizes(kind)]
         if kind in FORMATS:
             jobs.append(("block_rows", block_rows.defines(kind, FLOATS[0])))
         if linear_mma.has_kernel(kind, sm):
@@ -307,10 +303,12 @@ def _launch(
     most = cut.rows * cuda.MOST_BLOCKS[1]
     if len(x) > most:
         raise UnsupportedError(f"block_linear.multiply: x has T={len(x)}, expected at most {most}")
-    scalars = scalars_of(x, w, out, options, cut.parts)
+    scalars = scalars_of(x, w, out, options, cut)
     kernel = _kernel("gemv", kind, x.dtype, bias, ROWS=cut.rows, OUTS=cut.outs)
-    grid = cut.tiles, -(-len(x) // cut.rows)
-    shared = cut.shared_bytes
+    shared, blocks = cut.shared_bytes, cut.tiles
+    if len(x) <= cut.rows:  # then a block stays for the tiles that follow
+        blocks = min(blocks, cuda.cooperative_blocks(kernel, _BLOCK, shared))
+    grid = blocks, -(-len(x) // cut.rows)
     return cuda.Launch(kernel, grid, _BLOCK, scalars, shared_bytes=shared, early=options.early)
 
 
@@ -320,8 +318,13 @@ class Cut(NamedTuple):
     rows: int  # of x that share one reading of w
     outs: int  # rows of w of a warp
     parts: int  # warps that share those
+    held: int  # rounds of x in shared memory, a slice for each part
     tiles: int  # of rows of w
-    shared_bytes: int  # of dynamic shared memory
+
+    @property
+    def shared_bytes(self) -> int:
+        """Of dynamic shared memory."""
+        return self.held * self.parts * self.rows * _SLICE_BYTES
 
 
 def cut_of(
@@ -333,19 +336,21 @@ def cut_of(
     threads: int = _BLOCK,
 ) -> Cut:
     """How `gemv` cuts a product among blocks of `threads`, where it has the choice as asked."""
-    (T, I), R = x.shape, len(w)
-    num_sms = cuda.num_sms(x.data.device_id)
+    (T, I), R, sm = x.shape, len(w), cuda.current_sm()
     rows = rows or next(rows for rows in _OUTS if rows >= T or rows == max(_OUTS))
-    choice = (outs,) if outs else _outs(kind, rows, cuda.current_sm())
-    outs, parts = _warps(R, I, choice, rows, num_sms)
-    tiles = -(-R // (outs * (threads // 32 // parts)))
-    return Cut(rows, outs, parts, tiles, parts * rows * _SLICE_BYTES)
+    choice = (outs,) if outs else _outs(kind, rows)
+    outs, parts = _warps(R, I, choice, rows, cuda.num_sms(x.data.device_id))
+    # SMs of data centres have 160 KB of shared memory and more for four blocks, others 64 to 100.
+    slices = _SLICES if sm in (80, 90, 100, 103) else _SLICES // 2
+    held = max(1, min(slices // (rows * parts), -(-I // (parts * _SLICE))))
+    return Cut(rows, outs, parts, held, tiles=-(-R // (outs * (threads // 32 // parts))))
 
 
-def scalars_of(x: Any, w: Any, out: Any, asked: Options, parts: int) -> dict[str, Any]:
+def scalars_of(x: Any, w: Any, out: Any, asked: Options, cut: Cut) -> dict[str, Any]:
     """The scalars of `gemv`."""
     (T, I), O = x.shape, out.shape[1]
-    scalars = dict(T=T, O=O, I=I, W=w.shape[1] * w.itemsize, parts=parts)
+    scalars = dict(T=T, O=O, I=I, W=w.shape[1] * w.itemsize)
+    scalars |= dict(parts=cut.parts, held=cut.held, tiles=cut.tiles)
     scalars |= dict(eps=asked.eps, accumulate=asked.accumulate)
     scalars |= dict(x_stride=row_step(x), out_stride=row_step(out))
     return scalars | dict(gate=0 if asked.gate is None else 1 + GATES.index(asked.gate))
@@ -384,13 +389,19 @@ def _launches(
 
 
 def _warps(R: int, I: int, outs: tuple[int, ...], rows: int, num_sms: int) -> tuple[int, int]:
-    """Rows of w of a warp in `gemv`, one of `outs`, and warps that share them."""
-    warps, parts = _BLOCK // 32, 1
-    usual = outs[0]
-    most = min(warps, _STAGED // rows, -(-I // _SLICE))  # that have something to do
-    while 2 * parts <= most and R * parts < usual * warps * _BLOCKS * num_sms:
-        parts *= 2
-    return usual if R * parts >= usual * warps * num_sms else outs[-1], parts
+    """Rows of w of a warp in `gemv`, one of `outs`, and warps that share them: what lets the block
+    that is busy longest end first. Times are those of a row of a slice: reading x, and the end of a
+    tile, take as long as one, and telling other warps another."""
+    warps = _BLOCK // 32
+
+    def time(n: int, parts: int) -> int:
+        tiles = -(-R // (n * (warps // parts)))
+        turns, rounds = -(-tiles // (_BLOCKS * num_sms)), -(-I // (parts * _SLICE))
+        return turns * (rounds * (n + 1) + 1 + (parts > 1))
+
+    most = min(warps, max(1, _SLICES // rows), max(1, -(-I // _SLICE)))  # have something to do
+    ways = [(n, parts) for n in outs for parts in (1, 2, 4) if parts <= most]
+    return min(ways, key=lambda way: time(*way))
 
 
 def _kernel(name: str, kind: str, dtype: Any, bias: Any, **sizes: int) -> cuda.Kernel:

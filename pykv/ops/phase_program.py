@@ -58,10 +58,10 @@ def _of_cache(spec: KVSpec, HQ: int, H: int, D: int, F: int, **flags: Any) -> di
 VARIANTS: list[dict[str, Any]] = [
     *(
         _defines([kind], "float", "float", rows, outs)
-        for kind, rows, outs in (("F16", 1, 4), ("F16", 8, 2), ("Q4_K", 1, 8))
+        for kind, rows, outs in (("F16", 1, 2), ("F16", 8, 2), ("Q4_K", 1, 4))
     ),
-    _defines(["F16"], "float", "float", 1, 4) | _of_cache(KVSpec(), 9, 3, 64, 32),
-    _defines(["Q4_K", "Q6_K"], "float", "float", 1, 8)
+    _defines(["F16"], "float", "float", 1, 2) | _of_cache(KVSpec(), 9, 3, 64, 32),
+    _defines(["Q4_K", "Q6_K"], "float", "float", 1, 4)
     | _of_cache(KVSpec("int8", "int8"), 32, 8, 128, 64, HADAMARD=1),
 ]
 VARIANTS_SMS = range(0)  # none at import: compiled by the first program of its kinds
@@ -148,7 +148,7 @@ class PhaseProgram:
                 f"{_OP}: the GPU is of sm_{sm}, expected sm_{OLDEST_SM} or newer"
             )
         kinds = sorted({p.kind for p in self._phases if hasattr(p, "kind")}) or ["F32"]
-        rows, outs = _rows_and_outs(self._phases, kinds, sm)
+        rows, outs = _rows_and_outs(self._phases, kinds)
         scratch = _scratch(self._phases)
         records, shared = [], 0
         for p in self._phases:
@@ -219,7 +219,7 @@ def _check_alike(phases: list[Any]) -> None:
                 raise ParameterError(f"{_OP}: a phase writes {name}, expected arrays of its own")
 
 
-def _rows_and_outs(phases: list[Any], kinds: list[str], sm: int) -> tuple[int, int]:
+def _rows_and_outs(phases: list[Any], kinds: list[str]) -> tuple[int, int]:
     """How all products are cut: as suits the largest, with no more rows of w than a warp may have
     of any kind."""
     products = [p for p in phases if isinstance(p, Product)]
@@ -227,7 +227,7 @@ def _rows_and_outs(phases: list[Any], kinds: list[str], sm: int) -> tuple[int, i
         return 1, 2
     largest = max(products, key=lambda p: int(p.w.nbytes))
     rows, outs, *_ = block_linear.cut_of(largest.x, largest.w, largest.kind)
-    return rows, min(outs, *(block_linear.most_outs(kind, rows, sm) for kind in kinds))
+    return rows, min(outs, *(block_linear.most_outs(kind, rows) for kind in kinds))
 
 
 def _scratch(phases: list[Any]) -> Scratch:

@@ -1,6 +1,7 @@
-"""Checks of an op's plain arguments: numbers, flags and words.
+"""Checks of an op's plain arguments: objects, numbers, flags and words.
 
-Each takes the op's and the argument's name, for errors, and returns the value as kernels have it.
+Each takes the op's and the argument's name, for errors. Plain values are returned as kernels have
+them.
 """
 
 from __future__ import annotations
@@ -21,6 +22,21 @@ _LARGEST_SIZE = 2**63 - 1  # of anything that is counted
 _LARGEST = float(np.finfo(np.float32).max)
 _SMALLEST = float(np.finfo(np.float32).smallest_subnormal)
 _BY_TYPE: dict[type, np.dtype[Any]] = {dtype.type: dtype for dtype in FLOATS}
+
+
+def check_type(op: str, name: str, value: Any, types: Any, expected: str = "") -> None:
+    """Check the class of an object.
+
+    Args:
+        types: a class, or several as `isinstance` takes them.
+        expected: what it should be, in words; "a" and the name of the class where empty.
+
+    Raises:
+        DtypeError: it is of another class.
+    """
+    if not isinstance(value, types):
+        expected = expected or f"a {types.__name__}"
+        raise DtypeError(f"{op}: {name} is a {type(value).__name__}, expected {expected}")
 
 
 def check_whole(op: str, name: str, value: Any, least: int, most: int = _LARGEST_SIZE) -> int:

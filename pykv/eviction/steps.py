@@ -18,7 +18,7 @@ from pykv.eviction.parts import Rows, check_cache, of_heads, parts
 from pykv.eviction.policies import AdaKV, Policy, base_of, parse
 from pykv.eviction.rotary import Rotary, check_rotary
 from pykv.ops import kv_compact, kv_select
-from pykv.options import check_number, check_whole
+from pykv.options import check_number, check_type, check_whole
 from pykv.pool import PagedKVCache
 
 
@@ -133,9 +133,7 @@ def _policies(op: str, given: Any, L: int) -> dict[int, Policy | AdaKV]:
     found = {}
     for layer, policy in by_layer.items():
         policy = parse(policy) if isinstance(policy, str) else policy
-        if not isinstance(policy, Policy | AdaKV):
-            wrong = type(policy).__name__
-            raise DtypeError(f"{op}: policy is a {wrong}, expected a policy or its text")
+        check_type(op, "policy", policy, Policy | AdaKV, "a policy or its text")
         found[check_whole(op, "layers of policy", layer, 0, L - 1)] = policy
     return found
 
@@ -343,9 +341,7 @@ def _all_rows(lengths: Any, C: int) -> Any:
 
 def _of_layers(op: str, name: str, given: Any, layers: Iterable[int]) -> dict[int, Any]:
     """What an argument has for each of these layers."""
-    if not isinstance(given, list | tuple | dict):
-        expected = "a list of an array for each layer, or a dict"
-        raise DtypeError(f"{op}: {name} is a {type(given).__name__}, expected {expected}")
+    check_type(op, name, given, list | tuple | dict, "a list of an array for each layer, or a dict")
     known = given if isinstance(given, dict) else dict(enumerate(given))
     for layer in layers:
         if layer not in known:

@@ -18,7 +18,7 @@ from pykv.errors import (
     UnsupportedError,
 )
 from pykv.ops import paged_append, paged_check
-from pykv.options import check_whole
+from pykv.options import check_type, check_whole
 from pykv.specs import KVSpec, as_spec
 
 
@@ -338,14 +338,6 @@ class PagedPlan(Plan):
 
 
 # --- Checks ---------------------------------------------------------------------------------------
-
-
-def check_type(name: str, argument: str, value: Any, expected: type) -> None:
-    """Check that a `value` is of the `expected` type; `name` and `argument` are for messages."""
-    if not isinstance(value, expected):
-        raise DtypeError(
-            f"{name}: {argument} is a {type(value).__name__}, expected a {expected.__name__}"
-        )
 
 
 def check_sizes(name: str, least: int, **sizes: int) -> None:

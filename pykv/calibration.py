@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
-import tempfile
 import time
 import warnings
 from bisect import bisect_left
@@ -21,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from pykv import cuda
+from pykv import cuda, whole_files
 from pykv.cache_folder import make_private
 from pykv.errors import CudaError
 
@@ -142,11 +140,7 @@ def store(table: Table, pair: Pair | None = None) -> Table:
     file = _file(pair)
     try:
         make_private(file.parent)
-        # Beside its final place, so that the last step is one atomic rename.
-        with tempfile.TemporaryDirectory(dir=file.parent, prefix=".store-") as folder:
-            written = Path(folder) / file.name
-            written.write_text(json.dumps(table, indent=1), encoding="utf-8")
-            os.replace(written, file)
+        whole_files.replace(file, [json.dumps(table, indent=1).encode()], private=True)
     except OSError as error:
         warnings.warn(
             f"pykv cannot keep its calibration in {file.parent} ({error.strerror}); it is measured "

@@ -168,8 +168,23 @@ def page_ids(op: str, name: str, pages: Any, least: int, most: int, *, first: in
     holds_bools = isinstance(pages, list | tuple) and not _BOOLS.isdisjoint(map(type, pages))
     if ids.ndim != 1 or ids.dtype.kind not in "iu" or holds_bools:
         raise ParameterError(f"{op}: {name} is {pages!r:.80}, expected a sequence of page ids")
-    wrong = (ids < least) | (ids > most)
-    if wrong.any():
-        i = int(np.argmax(wrong))
-        raise ParameterError(f"{op}: {name}[{first + i}] is {ids[i]}, expected {least} to {most}")
+    check_entries(op, name, ids, least, most, first=first)
     return ids.astype(np.int64)
+
+
+def check_entries(
+    op: str, name: str, values: Any, least: int, most: int, expected: str = "", *, first: int = 0
+) -> None:
+    """Check integers [n] of the host.
+
+    Args:
+        op, name: for messages, which count entries from `first` on.
+        expected: what they should be, in words; that range where empty.
+
+    Raises:
+        ParameterError: one is below `least` or above `most`; the text names the first.
+    """
+    wrong = (values < least) | (values > most)
+    if wrong.any():
+        i, expected = int(np.argmax(wrong)), expected or f"{least} to {most}"
+        raise ParameterError(f"{op}: {name}[{first + i}] is {values[i]}, expected {expected}")

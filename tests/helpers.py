@@ -2,6 +2,7 @@
 
 import itertools
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -14,6 +15,11 @@ to_numpy = host
 without_simt = pytest.mark.parametrize(
     "xp", ["numpy", pytest.param("cupy", marks=pytest.mark.gpu)], indirect=True
 )
+
+
+def dtype_of(name):
+    """The element type of a name, "bfloat16" or one of NumPy's."""
+    return np.dtype(getattr(ml_dtypes, name, name))
 
 
 def bits(x):
@@ -44,6 +50,16 @@ def launch(kernel, grid, block, *args, **options):
     arrays = dict(zip(kernel.arrays, args, strict=False))
     scalars = dict(zip(kernel.scalars, args[len(arrays) :], strict=True))
     cuda.Launch(kernel, grid, block, scalars, **options)(arrays)
+
+
+def run_and_check(xp, work):
+    """A benchmark's work: its check fails before the call, and holds after it."""
+    assert not work.check()
+    for call in work.graph or (work.run,):
+        call()
+    if hasattr(xp, "cuda"):
+        xp.cuda.get_current_stream().synchronize()
+    assert work.check()
 
 
 def make_every_launch(monkeypatch):

@@ -170,11 +170,7 @@ class _Work:
         bases = {layer: base_of(policy) for layer, policy in self.policies.items()}
         for name, x in given.items():
             wanted = [layer for layer, base in bases.items() if base.needs == name]
-            if (x is None) == bool(wanted):
-                wrong = "are missing" if x is None else "are given"
-                expected = "an array for each layer" if wanted else "None"
-                names = " and ".join(sorted({type(base).__name__ for base in bases.values()}))
-                raise ParameterError(f"{op}: {name} {wrong}, expected {expected} for {names}")
+            self._check_given(name, "are", x, "an array for each layer" if wanted else None)
             if wanted:
                 found |= _of_layers(op, name, x, wanted)
         rules: dict[str, Any] = dict(scores=("B H C", FLOAT32, 4), queries=("B T | HQ D", FLOATS))
@@ -195,13 +191,18 @@ class _Work:
         """Check that it is given where a policy looks ahead, and nowhere else."""
         bases = {layer: base_of(policy) for layer, policy in self.policies.items()}
         wanted = [layer for layer, base in bases.items() if base.looks_ahead]
-        if (rotary is None) == bool(wanted):
-            wrong = "is missing" if rotary is None else "is given"
-            expected = "how the model rotates" if wanted else "None"
-            names = " and ".join(sorted({type(base).__name__ for base in bases.values()}))
-            raise ParameterError(f"{self.op}: rotary {wrong}, expected {expected} for {names}")
+        self._check_given("rotary", "is", rotary, "how the model rotates" if wanted else None)
         if wanted:
             check_rotary(self.op, rotary, wanted, self.cache.sizes[2])
+
+    def _check_given(self, name: str, verb: str, x: Any, expected: str | None) -> None:
+        """Check that an argument is there where policies ask for what is expected, else None."""
+        if (x is None) == (expected is not None):
+            wrong = "missing" if x is None else "given"
+            bases = sorted({type(base_of(policy)).__name__ for policy in self.policies.values()})
+            raise ParameterError(
+                f"{self.op}: {name} {verb} {wrong}, expected {expected} for {' and '.join(bases)}"
+            )
 
     def positions(self, given: Any) -> dict[int, Any]:
         """By layer, checked."""

@@ -68,7 +68,7 @@ class Kind:
 
     @property
     def width(self) -> str:
-        """The size of a row in its array, as `pykv.arrays.checker` reads it."""
+        """The size of a row in its array, as `pykv.checker.checker` reads it."""
         return "D/2" if self.bits == 4 else "D"
 
     @property

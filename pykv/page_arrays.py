@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pykv import cuda, options, ranges
-from pykv.arrays import Dims, check_writeable, checker, strided, to_host
+from pykv.arrays import check_writeable, strided, to_host
+from pykv.checker import Dims, checker
 from pykv.errors import DtypeError, ParameterError
 from pykv.options import check_type
 from pykv.specs import KVSpec, as_spec

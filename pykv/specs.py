@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from pykv.arrays import FLOATS, Rule, is_array, not_an_array
+from pykv.arrays import FLOATS, is_array, not_an_array
+from pykv.checker import Rule
 from pykv.errors import ParameterError
 from pykv.kinds import KINDS, SCALE_DTYPES, Kind
 from pykv.options import check_type, check_whole
@@ -207,7 +208,7 @@ class KVSpec:
         names: tuple[str, ...] = POOLS,
         pages: str = "N",
     ) -> dict[str, Any]:
-        """Rules of `pykv.arrays.checker` for pools of this spec and their scales.
+        """Rules of `pykv.checker.checker` for pools of this spec and their scales.
 
         Args:
             names: of the arrays, in the op's words.

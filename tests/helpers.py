@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from pykv import arrays, cuda
+from pykv import checker, cuda
 from pykv.testing import error_and_bound, host
 
 to_numpy = host
@@ -65,7 +65,7 @@ def run_and_check(xp, work):
 def make_every_launch(monkeypatch):
     """Ops make a launch at each call, and leave none, where a test changes what launches are made
     of: else that of an earlier call with the same layouts would be taken."""
-    monkeypatch.setattr(arrays.Dims, "keep", lambda self, options, make: make())
+    monkeypatch.setattr(checker.Dims, "keep", lambda self, options, make: make())
 
 
 def swept(cases, mark=pytest.mark.sweep):

@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 
 from pykv import attention, cuda
-from pykv.arrays import FLOAT32, FLOATS, INT32, Dims, checker, like, module_of, on_gpu
+from pykv.arrays import FLOAT32, FLOATS, INT32, like, module_of, on_gpu
+from pykv.checker import Dims, checker
 from pykv.errors import ParameterError, ShapeError
 from pykv.eviction.parts import Part, check_cache, has_own_scales, parts
 from pykv.ops import block_queries, kv_scores, kv_select, page_table, paged_check, paged_decode

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import FLOAT32, FLOATS, INT32, Dims, checker, module_of, on_gpu, optional
+from pykv.arrays import FLOAT32, FLOATS, INT32, module_of, on_gpu
+from pykv.checker import Dims, checker, optional
 from pykv.errors import CapacityError, ParameterError, ShapeError
 from pykv.eviction.parts import (
     Part,

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pykv.arrays import FLOAT32, checker, module_of
+from pykv.arrays import FLOAT32, module_of
+from pykv.checker import checker
 from pykv.errors import DeviceError, ParameterError
 from pykv.ops import linear, paged_qkv, rope
 from pykv.options import check_flag, check_type

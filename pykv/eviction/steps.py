@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from pykv import blocks, cuda
-from pykv.arrays import FLOAT32, FLOATS, INT32, checker, is_array, module_of, to_host
+from pykv.arrays import FLOAT32, FLOATS, INT32, is_array, module_of, to_host
+from pykv.checker import checker
 from pykv.errors import DtypeError, ParameterError, ShapeError
 from pykv.eviction.parts import Rows, check_cache, of_heads, parts
 from pykv.eviction.policies import AdaKV, Policy, base_of, parse

@@ -13,17 +13,8 @@ from typing import Any
 import numpy as np
 
 from pykv import cuda, ranges
-from pykv.arrays import (
-    INT32,
-    UINT8,
-    VECTOR_BYTES,
-    Dims,
-    check_module,
-    check_writeable,
-    checker,
-    is_array,
-    on_gpu,
-)
+from pykv.arrays import INT32, UINT8, VECTOR_BYTES, check_module, check_writeable, is_array, on_gpu
+from pykv.checker import Dims, checker
 from pykv.errors import DtypeError, FormatError, ParameterError
 from pykv.kvtc import sequences
 from pykv.kvtc.artefact import Artefact, problems

@@ -24,7 +24,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pykv.arrays import UINT8, checker, on_gpu
+from pykv.arrays import UINT8, on_gpu
+from pykv.checker import checker
 from pykv.errors import DeviceError, DtypeError, FormatError, ParameterError
 from pykv.options import check_choice, check_type, check_whole
 

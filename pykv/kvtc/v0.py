@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import FLOAT32, FLOATS, INT32, UINT8, checker, like, module_of, on_gpu
+from pykv.arrays import FLOAT32, FLOATS, INT32, UINT8, like, module_of, on_gpu
+from pykv.checker import checker
 from pykv.errors import CapacityError, ShapeError
 from pykv.kvtc.stream_v0 import Range, check_ranges, compressed_size, parse
 from pykv.ops import kvtc_blocks, kvtc_ranges

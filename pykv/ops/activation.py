@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import FLOATS, INT32, checker, like, on_gpu, optional, row_step
+from pykv.arrays import FLOATS, INT32, like, on_gpu, row_step
+from pykv.checker import checker, optional
 from pykv.options import check_entries, check_float_dtype, check_number
 from pykv.overlaps import Written
 

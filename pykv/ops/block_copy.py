@@ -24,7 +24,8 @@ from typing import Any
 import numpy as np
 
 from pykv import calibration, cuda
-from pykv.arrays import UINT64, Dims, checker, on_gpu, optional
+from pykv.arrays import UINT64, on_gpu
+from pykv.checker import Dims, checker, optional
 from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError
 from pykv.options import check_choice, check_flag, check_whole
 from pykv.ranges import (

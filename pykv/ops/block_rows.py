@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from pykv import cuda, planes
-from pykv.arrays import FLOATS, INT32, UINT8, check_shape, checker, like, on_gpu, optional
+from pykv.arrays import FLOATS, INT32, UINT8, check_shape, like, on_gpu
+from pykv.checker import checker, optional
 from pykv.errors import ShapeError, UnsupportedError
 from pykv.options import check_entries, check_float_dtype, check_number, check_whole
 from pykv.planes import FORMATS

@@ -9,7 +9,8 @@ from typing import Any, Self
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import FLOATS, INT32, UINT8, VECTOR_BYTES, Dims, check_module, checker
+from pykv.arrays import FLOATS, INT32, UINT8, VECTOR_BYTES, check_module
+from pykv.checker import Dims, checker
 from pykv.errors import (
     CapacityError,
     DtypeError,

@@ -14,12 +14,7 @@ import ml_dtypes
 import numpy as np
 
 from pykv import install
-from pykv.errors import (
-    DeviceError,
-    DtypeError,
-    ParameterError,
-    ShapeError,
-)
+from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 FLOATS = (np.dtype(np.float32), np.dtype(np.float16), BFLOAT16)

@@ -18,14 +18,7 @@ from pykv.arrays import load_cupy, on_gpu
 from pykv.errors import FormatError, ParameterError
 from pykv.number_texts import counted
 from pykv.options import check_type
-from pykv.page_arrays import (
-    Ids,
-    check_codec,
-    check_may_write,
-    check_targets,
-    facts_of,
-    page_ids,
-)
+from pykv.page_arrays import Ids, check_codec, check_may_write, check_targets, facts_of, page_ids
 
 if TYPE_CHECKING:
     from pykv.kvtc import Codec

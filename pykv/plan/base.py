@@ -11,13 +11,7 @@ import numpy as np
 from pykv import cuda
 from pykv.arrays import FLOATS, INT32, UINT8, VECTOR_BYTES, check_module
 from pykv.checker import Dims, checker
-from pykv.errors import (
-    CapacityError,
-    DtypeError,
-    PykvError,
-    ShapeError,
-    UnsupportedError,
-)
+from pykv.errors import CapacityError, DtypeError, PykvError, ShapeError, UnsupportedError
 from pykv.ops import paged_append, paged_check
 from pykv.options import check_type, check_whole
 from pykv.specs import KVSpec, as_spec

@@ -9,13 +9,7 @@ import pytest
 
 import pykv
 from pykv import cuda, kinds
-from pykv.errors import (
-    CapacityError,
-    DtypeError,
-    ParameterError,
-    ShapeError,
-    UnsupportedError,
-)
+from pykv.errors import CapacityError, DtypeError, ParameterError, ShapeError, UnsupportedError
 from pykv.ops import paged_decode, paged_decode_mma
 from pykv.specs import KVSpec
 from pykv.testing import attention

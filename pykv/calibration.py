@@ -137,14 +137,15 @@ def _sound(read: Any) -> Cells:
 def store(table: Table, pair: Pair | None = None) -> Table:
     """Keep the figures of the current GPU, or between two, or warn that it cannot be done, and
     return them."""
-    file = _file(pair)
     try:
+        file = _file(pair)
         make_private(file.parent)
-        whole_files.replace(file, [json.dumps(table, indent=1).encode()], private=True)
+        whole_files.replace(file, [json.dumps(table, indent=1).encode()], durable=False)
     except OSError as error:
         warnings.warn(
-            f"pykv cannot keep its calibration in {file.parent} ({error.strerror}); it is measured "
-            "again in every process. Set PYKV_CACHE_DIR to a folder that you alone can write",
+            f"pykv cannot keep its calibration in {error.filename} ({error.strerror}); it is "
+            "measured again in every process. Set PYKV_CACHE_DIR to a folder that you alone can "
+            "write",
             RuntimeWarning,
             stacklevel=2,
         )

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pykv.arrays import FLOAT32, FLOATS, INT32, UINT64, Dims, check_head_dim, like, optional
+from pykv.arrays import FLOAT32, FLOATS, INT32, UINT64, like
+from pykv.checker import Dims, check_head_dim, optional
 from pykv.errors import CapacityError, ParameterError, ShapeError, UnsupportedError
 from pykv.kinds import decode
 from pykv.ops import paged_check

@@ -31,9 +31,9 @@ from collections.abc import Callable, Sequence
 from itertools import islice
 
 from pykv import prefix_keys
-from pykv.errors import CapacityError, DtypeError, ParameterError
+from pykv.errors import CapacityError, ParameterError
 from pykv.number_texts import counted
-from pykv.options import check_whole
+from pykv.options import check_type, check_whole
 from pykv.page_lists import MAX_PAGE, page_table, slots
 
 __all__ = ["BlockManager", "page_table", "slots"]
@@ -260,8 +260,7 @@ class BlockManager:
         op, P, counts, keys = "BlockManager.evict", self.page_size, self._counts, self._keys
         start = check_whole(op, "start", start, 0)
         self.check_sequences(op, sequences)
-        if not isinstance(stops, list | tuple):
-            raise DtypeError(f"{op}: stops is a {type(stops).__name__}, expected a list")
+        check_type(op, "stops", stops, list | tuple, "a list")
         if len(stops) != len(sequences):
             raise ParameterError(
                 f"{op}: stops has {len(stops)} entries, expected one for each of {len(sequences)} "
@@ -431,9 +430,7 @@ class BlockManager:
 
     def check_sequences(self, op: str, sequences: Sequence[list[int]]) -> None:
         """Check that lists are sequences of this manager, each there once; `op` is for messages."""
-        if not isinstance(sequences, list | tuple):
-            given = type(sequences).__name__
-            raise DtypeError(f"{op}: sequences is a {given}, expected a list of page lists")
+        check_type(op, "sequences", sequences, list | tuple, "a list of page lists")
         for i, pages in enumerate(sequences):
             self._check_sequence(op.rpartition(".")[2], pages, name=f"sequences[{i}]")
         if len({id(pages) for pages in sequences}) != len(sequences):
@@ -455,9 +452,7 @@ class BlockManager:
     def _check_held(self, op: str, pages: list[int], first: int = 0, name: str = "pages") -> None:
         """Check that pages from `first` on are distinct and in use."""
         counts = self._counts
-        if not isinstance(pages, list):
-            given = type(pages).__name__
-            raise DtypeError(f"BlockManager.{op}: {name} is a {given}, expected a list of pages")
+        check_type(f"BlockManager.{op}", name, pages, list, "a list of pages")
         some = pages[first:]
         for page in some:
             if not (type(page) is int and 0 <= page < len(counts) and counts[page]):

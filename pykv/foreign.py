@@ -13,7 +13,7 @@ import numpy as np
 
 from pykv.arrays import BFLOAT16, as_read_only, current_device, is_array, load_cupy
 from pykv.errors import DeviceError, DtypeError, ParameterError, PykvError, UnsupportedError
-from pykv.options import check_whole
+from pykv.options import check_type, check_whole
 
 HOST = (1, 3)  # DLPack's device types: the host's memory, pinned memory
 CUDA = (2, 13)  # a GPU's memory, managed memory
@@ -138,8 +138,7 @@ def from_pointer(
         dtype = np.dtype(object)
     if dtype.kind not in "biufcV" or dtype.names or dtype.itemsize == 0:
         raise DtypeError(f"{op}: dtype is {dtype}, expected an element type of numbers")
-    if not isinstance(shape, (tuple, list)):
-        raise DtypeError(f"{op}: shape is a {type(shape).__name__}, expected a tuple of sizes")
+    check_type(op, "shape", shape, (tuple, list), "a tuple of sizes")
     most = 2**63 - 1
     shape = tuple(check_whole(op, f"shape[{i}]", n, 0, most) for i, n in enumerate(shape))
     address = check_whole(op, "address", address, 1, most)

@@ -43,7 +43,7 @@ import numpy as np
 
 from pykv.arrays import BFLOAT16, FLOATS
 from pykv.errors import DtypeError, ParameterError, ShapeError
-from pykv.options import check_float_dtype
+from pykv.options import check_float_dtype, check_type
 
 SMALLEST = np.float32(1e-8)  # what max |x| is taken for at least, so that 1 / scale is finite
 
@@ -68,7 +68,7 @@ class Kind:
 
     @property
     def width(self) -> str:
-        """The size of a row in its array, as `pykv.arrays.checker` reads it."""
+        """The size of a row in its array, as `pykv.checker.checker` reads it."""
         return "D/2" if self.bits == 4 else "D"
 
     @property
@@ -110,9 +110,7 @@ def _check_array(op: str, name: str, x: Any, dtypes: tuple[Any, ...]) -> None:
 
 
 def _check_kind(op: str, kind: Any) -> None:
-    if not isinstance(kind, Kind):
-        expected = "one of pykv.kinds.KINDS.values()"
-        raise DtypeError(f"{op}: kind is a {type(kind).__name__}, expected {expected}")
+    check_type(op, "kind", kind, Kind, "one of pykv.kinds.KINDS.values()")
 
 
 def _check_scale(op: str, scale: Any, shape: tuple[int, ...]) -> None:

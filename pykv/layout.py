@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from pykv.errors import DtypeError, ParameterError
-from pykv.options import check_whole
+from pykv.options import check_type, check_whole
 
 STACKS = ("NHD", "HND")
 NAMES = (*STACKS, *(f"operational_{order}" for order in STACKS), "universal")
@@ -92,8 +92,7 @@ def check_layout(op: str, name: str, layout: Any, known: tuple[str, ...] = NAMES
         ParameterError: the name is unknown, a stride negative, or given where there are no stacks.
         DtypeError: it is no Layout, or a part of it has another type.
     """
-    if not isinstance(layout, Layout):
-        raise DtypeError(f"{op}: {name} is a {type(layout).__name__}, expected a Layout")
+    check_type(op, name, layout, Layout)
     if layout.name not in known:
         raise ParameterError(f"{op}: {name} is {layout.name!r}, expected {' or '.join(known)}")
     for part in ("heads", "layers"):

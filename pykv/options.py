@@ -1,6 +1,7 @@
-"""Checks of an op's plain arguments: numbers, flags and words.
+"""Checks of an op's plain arguments: objects, numbers, flags and words.
 
-Each takes the op's and the argument's name, for errors, and returns the value as kernels have it.
+Each takes the op's and the argument's name, for errors. Plain values are returned as kernels have
+them.
 """
 
 from __future__ import annotations
@@ -21,6 +22,21 @@ _LARGEST_SIZE = 2**63 - 1  # of anything that is counted
 _LARGEST = float(np.finfo(np.float32).max)
 _SMALLEST = float(np.finfo(np.float32).smallest_subnormal)
 _BY_TYPE: dict[type, np.dtype[Any]] = {dtype.type: dtype for dtype in FLOATS}
+
+
+def check_type(op: str, name: str, value: Any, types: Any, expected: str = "") -> None:
+    """Check the class of an object.
+
+    Args:
+        types: a class, or several as `isinstance` takes them.
+        expected: what it should be, in words; "a" and the name of the class where empty.
+
+    Raises:
+        DtypeError: it is of another class.
+    """
+    if not isinstance(value, types):
+        expected = expected or f"a {types.__name__}"
+        raise DtypeError(f"{op}: {name} is a {type(value).__name__}, expected {expected}")
 
 
 def check_whole(op: str, name: str, value: Any, least: int, most: int = _LARGEST_SIZE) -> int:
@@ -152,8 +168,23 @@ def page_ids(op: str, name: str, pages: Any, least: int, most: int, *, first: in
     holds_bools = isinstance(pages, list | tuple) and not _BOOLS.isdisjoint(map(type, pages))
     if ids.ndim != 1 or ids.dtype.kind not in "iu" or holds_bools:
         raise ParameterError(f"{op}: {name} is {pages!r:.80}, expected a sequence of page ids")
-    wrong = (ids < least) | (ids > most)
-    if wrong.any():
-        i = int(np.argmax(wrong))
-        raise ParameterError(f"{op}: {name}[{first + i}] is {ids[i]}, expected {least} to {most}")
+    check_entries(op, name, ids, least, most, first=first)
     return ids.astype(np.int64)
+
+
+def check_entries(
+    op: str, name: str, values: Any, least: int, most: int, expected: str = "", *, first: int = 0
+) -> None:
+    """Check integers [n] of the host.
+
+    Args:
+        op, name: for messages, which count entries from `first` on.
+        expected: what they should be, in words; that range where empty.
+
+    Raises:
+        ParameterError: one is below `least` or above `most`; the text names the first.
+    """
+    wrong = (values < least) | (values > most)
+    if wrong.any():
+        i, expected = int(np.argmax(wrong)), expected or f"{least} to {most}"
+        raise ParameterError(f"{op}: {name}[{first + i}] is {values[i]}, expected {expected}")

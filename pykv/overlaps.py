@@ -1,7 +1,7 @@
 """Which arrays share memory: what an op writes lies apart from all else that it is given.
 
 Blocks of a grid run in any order, so a kernel that writes where another of its blocks still reads
-races. `pykv.arrays.checker` holds every call to that, by the names of the arrays that an op writes.
+races. `pykv.checker` holds every call to that, by the names of the arrays that an op writes.
 """
 
 from __future__ import annotations

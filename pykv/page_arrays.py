@@ -13,8 +13,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pykv import cuda, options, ranges
-from pykv.arrays import Dims, check_writeable, checker, strided, to_host
+from pykv.arrays import check_writeable, strided, to_host
+from pykv.checker import Dims, checker
 from pykv.errors import DtypeError, ParameterError
+from pykv.options import check_type
 from pykv.specs import KVSpec, as_spec
 
 Ids = Sequence[int] | Any  # or a NumPy array
@@ -151,9 +153,7 @@ def check_codec(op: str, codec: Any, hadamard: bool, tokens: Any = None) -> None
         return
     from pykv.kvtc import Codec  # here, as few callers have one
 
-    if not isinstance(codec, Codec):
-        given = type(codec).__name__
-        raise DtypeError(f"{op}: codec is a {given}, expected a pykv.kvtc.Codec")
+    check_type(op, "codec", codec, Codec, "a pykv.kvtc.Codec")
 
 
 def heads_of(cache: Any, spec: KVSpec, heads: tuple[int, int] | None) -> list[Any]:

@@ -15,16 +15,10 @@ import numpy as np
 
 from pykv import cuda, stored_pages, tensor_files, whole_files
 from pykv.arrays import load_cupy, on_gpu
-from pykv.errors import DtypeError, FormatError, ParameterError
+from pykv.errors import FormatError, ParameterError
 from pykv.number_texts import counted
-from pykv.page_arrays import (
-    Ids,
-    check_codec,
-    check_may_write,
-    check_targets,
-    facts_of,
-    page_ids,
-)
+from pykv.options import check_type
+from pykv.page_arrays import Ids, check_codec, check_may_write, check_targets, facts_of, page_ids
 
 if TYPE_CHECKING:
     from pykv.kvtc import Codec
@@ -74,8 +68,7 @@ def save(
     op = "page_files.save"
     cuda.refuse_prepare(op, "it writes a file; pages.swap_out can be prepared")
     facts, path = facts_of(op, "cache", cache), whole_files.regular_path(op, path)
-    if not isinstance(model, str):
-        raise DtypeError(f"{op}: model is a {type(model).__name__}, expected a text")
+    check_type(op, "model", model, str, "a text")
     ids = page_ids(op, "pages", range(facts["pages"]) if pages is None else pages, facts["pages"])
     check_codec(op, codec, hadamard, tokens)
     if codec is not None and model:
@@ -124,8 +117,8 @@ def load(
     Waits for CuPy's current stream. Needs host memory for the pages.
     """
     op = "page_files.load"
-    if model is not None and not isinstance(model, str):
-        raise DtypeError(f"{op}: model is a {type(model).__name__}, expected a text")
+    if model is not None:
+        check_type(op, "model", model, str, "a text")
     cuda.refuse_prepare(op, "it reads a file; pages.swap_in can be prepared")
     facts, path = facts_of(op, "cache", cache), whole_files.regular_path(op, path)
     check_codec(op, codec, hadamard)

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pykv import attention, cuda
-from pykv.arrays import FLOAT32, FLOATS, INT32, VECTOR_BYTES, checker
+from pykv.arrays import FLOAT32, FLOATS, INT32, VECTOR_BYTES
+from pykv.checker import checker
 from pykv.errors import DtypeError, ParameterError, ShapeError
 from pykv.ops import (
     activation,

@@ -13,14 +13,14 @@ from struct import pack
 from typing import Any
 
 from pykv.errors import DtypeError, ParameterError
+from pykv.options import check_type
 
 _BYTES = 16
 
 
 def root(op: str, salt: str | bytes) -> bytes:
     """The key before the first page."""
-    if not isinstance(salt, str | bytes):
-        raise DtypeError(f"{op}: salt is a {type(salt).__name__}, expected a text or bytes")
+    check_type(op, "salt", salt, str | bytes, "a text or bytes")
     if not salt:
         return bytes(_BYTES)
     salt = salt.encode("utf-8", "surrogatepass") if isinstance(salt, str) else salt

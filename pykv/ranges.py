@@ -15,6 +15,7 @@ from pykv import cuda
 from pykv.arrays import check_writeable, like, on_gpu
 from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError
 from pykv.foreign import from_pointer, named_array
+from pykv.options import check_type
 
 Ranges = tuple[str, Any, Any]  # name, [C] uint64 addresses, and bytes: an integer or [C] int64
 
@@ -243,8 +244,7 @@ def addresses_of(
     """Addresses, sizes and device of two lists of arrays, which the kernel can reach unless
     `any_memory` will do; and the `cuda.gpu_pair` that they lie on."""
     for name, given in (("sources", sources), ("destinations", destinations)):
-        if not isinstance(given, list | tuple):
-            raise DtypeError(f"{op}: {name} is a {type(given).__name__}, expected a list of arrays")
+        check_type(op, name, given, list | tuple, "a list of arrays")
     if len(sources) != len(destinations):
         raise ShapeError(
             f"{op}: destinations has {len(destinations)} arrays, expected {len(sources)} like "

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import Dims, to_host
+from pykv.arrays import to_host
+from pykv.checker import Dims
 from pykv.errors import ParameterError
 from pykv.ops import paged_check
 from pykv.ops.paged_check import COUNTS

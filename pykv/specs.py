@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from pykv.arrays import FLOATS, Rule, is_array, not_an_array
-from pykv.errors import DtypeError, ParameterError
+from pykv.arrays import FLOATS, is_array, not_an_array
+from pykv.checker import Rule
+from pykv.errors import ParameterError
 from pykv.kinds import KINDS, SCALE_DTYPES, Kind
-from pykv.options import check_whole
+from pykv.options import check_type, check_whole
 
 GRANULARITIES = ("token", "head", "tensor")  # what shares a scale
 LAYOUTS = ("NHD", "HND")
@@ -91,10 +92,7 @@ class KVSpec:
         >>> pykv.KVSpec.parse("int8+e4m3:HND")
         KVSpec(k='int8', v='e4m3', granularity='token', scale_dtype='fp16', layout='HND')
         """
-        if not isinstance(text, str):
-            raise DtypeError(
-                f"KVSpec.parse: text is a {type(text).__name__}, expected one such as 'int8:HND'"
-            )
+        check_type("KVSpec.parse", "text", text, str, "one such as 'int8:HND'")
         return parsed("KVSpec.parse: text", text)
 
     def __str__(self) -> str:
@@ -210,7 +208,7 @@ class KVSpec:
         names: tuple[str, ...] = POOLS,
         pages: str = "N",
     ) -> dict[str, Any]:
-        """Rules of `pykv.arrays.checker` for pools of this spec and their scales.
+        """Rules of `pykv.checker.checker` for pools of this spec and their scales.
 
         Args:
             names: of the arrays, in the op's words.
@@ -359,9 +357,7 @@ def as_spec(op: str, spec: KVSpec | str, name: str = "spec") -> KVSpec:
     """
     if isinstance(spec, KVSpec):
         return spec
-    if not isinstance(spec, str):
-        expected = "a KVSpec or a text such as 'int8:HND'"
-        raise DtypeError(f"{op}: {name} is a {type(spec).__name__}, expected {expected}")
+    check_type(op, name, spec, str, "a KVSpec or a text such as 'int8:HND'")
     return parsed(f"{op}: {name}", spec)
 
 

@@ -9,6 +9,7 @@ the first in public functions, which run on every machine, the second in what ru
 """
 
 import inspect
+from functools import partial
 
 import numpy as np
 
@@ -17,17 +18,20 @@ from pykv.arrays import module_of
 F16, F32 = np.float16, np.float32
 
 
+def planted(faulty):
+    """The plant of a function that takes the right one before its arguments."""
+    return lambda op: partial(faulty, op)
+
+
 def scaled(by):
     """The result, or the first of several, is off by a fraction of itself."""
 
-    def plant(op):
-        def faulty(*args, **kwargs):
-            out = op(*args, **kwargs)
-            return (out[0] * F32(1 + by), *out[1:]) if isinstance(out, tuple) else out * F32(1 + by)
+    @planted
+    def faulty(op, *args, **kwargs):
+        out = op(*args, **kwargs)
+        return (out[0] * F32(1 + by), *out[1:]) if isinstance(out, tuple) else out * F32(1 + by)
 
-        return faulty
-
-    return plant
+    return faulty
 
 
 def with_option(**change):
@@ -38,51 +42,40 @@ def with_option(**change):
 def with_argument(index, change, **options):
     """One positional argument is misread, with options that let it pass."""
 
-    def plant(op):
-        def faulty(*args, **kwargs):
-            given = list(args)
-            given[index] = change(given[index])
-            return op(*given, **kwargs, **options)
-
-        return faulty
-
-    return plant
-
-
-def last_bit(op):
-    """One code of one row is off by one."""
-
-    def faulty(*args, **kwargs):
-        out = op(*args, **kwargs)
-        out.view("u2")[-1, -1] ^= 1
-        return out
+    @planted
+    def faulty(op, *args, **kwargs):
+        given = list(args)
+        given[index] = change(given[index])
+        return op(*given, **kwargs, **options)
 
     return faulty
+
+
+@planted
+def last_bit(op, *args, **kwargs):
+    """One code of one row is off by one."""
+    out = op(*args, **kwargs)
+    out.view("u2")[-1, -1] ^= 1
+    return out
 
 
 def keys_for_values(op):
     return lambda k, v, *rest, **options: op(k, k, *rest, **options)
 
 
-def half_the_scales(op):
+@planted
+def half_the_scales(op, *args, **options):
     """The scales that are stored are half of what codes were made with."""
-
-    def faulty(*args, **options):
-        op(*args, **options)
-        if options["k_scales"] is not None:
-            options["k_scales"][...] = options["k_scales"] * F16(0.5)
-
-    return faulty
+    op(*args, **options)
+    if options["k_scales"] is not None:
+        options["k_scales"][...] = options["k_scales"] * F16(0.5)
 
 
-def truncated(op):
+@planted
+def truncated(op, k, v, *rest, **options):
     """Rows are cut to what sixteen bits less hold, before they become codes."""
-
-    def faulty(k, v, *rest, **options):
-        bits = k.view("u4") if k.itemsize == 4 else k.view("u2")
-        op((bits >> 3 << 3).view(k.dtype), v, *rest, **options)
-
-    return faulty
+    bits = k.view("u4") if k.itemsize == 4 else k.view("u2")
+    op((bits >> 3 << 3).view(k.dtype), v, *rest, **options)
 
 
 def ties_to_the_last(op):
@@ -111,51 +104,39 @@ def without_the_first_state(op):
     return lambda values, lse, **options: op(values[1:], lse[1:], **options)
 
 
-def hnd_in_reverse(op):
+@planted
+def hnd_in_reverse(op, k, *rest, **options):
     """Heads trade places where they come before tokens."""
-
-    def faulty(k, *rest, **options):
-        return op(k[:, ::-1].copy() if options.get("layout") == "HND" else k, *rest, **options)
-
-    return faulty
+    return op(k[:, ::-1].copy() if options.get("layout") == "HND" else k, *rest, **options)
 
 
 def into_new_arrays(op):
     return lambda *args, **options: op(*args, **options | dict(k_out=None, v_out=None))
 
 
-def not_in_place(op):
+@planted
+def not_in_place(op, **options):
     """Pools that are read are not written."""
-
-    def faulty(**options):
-        if options["k_out"] is not options["k_pool"]:
-            op(**options)
-
-    return faulty
+    if options["k_out"] is not options["k_pool"]:
+        op(**options)
 
 
-def finite_lse(op):
+@planted
+def finite_lse(op, *args, **options):
     """Arrays that are given get 0 for the log-sum-exp of no keys."""
-
-    def faulty(*args, **options):
-        result, lse = op(*args, **options), options.get("lse")
-        if lse is not None:
-            lse[lse == -np.inf] = 0
-        return result
-
-    return faulty
+    result, lse = op(*args, **options), options.get("lse")
+    if lse is not None:
+        lse[lse == -np.inf] = 0
+    return result
 
 
-def heads_together(op):
+@planted
+def heads_together(op, x, weight, *rest, **options):
     """A token's heads are normalised as one row."""
-
-    def faulty(x, weight, *rest, **options):
-        if x.ndim == 2:
-            return op(x, weight, *rest, **options)
-        wide = x.reshape(len(x), -1), weight[None].repeat(x.shape[1], 0).reshape(-1)
-        return op(*wide, *rest, **options).reshape(x.shape)
-
-    return faulty
+    if x.ndim == 2:
+        return op(x, weight, *rest, **options)
+    wide = x.reshape(len(x), -1), weight[None].repeat(x.shape[1], 0).reshape(-1)
+    return op(*wide, *rest, **options).reshape(x.shape)
 
 
 def nan_is_large(logits):
@@ -171,43 +152,33 @@ def does_nothing(op):
     return lambda *args, **options: None
 
 
-def zeros(op):
+@planted
+def zeros(op, *args, **options):
     """Zeros, like what is returned, alone or the first of several."""
-
-    def faulty(*args, **options):
-        out = op(*args, **options)
-        first, *others = out if isinstance(out, tuple) else (out,)
-        blank = module_of(first).zeros_like(first)  # what nobody wrote may be no number
-        return (blank, *others) if isinstance(out, tuple) else blank
-
-    return faulty
+    out = op(*args, **options)
+    first, *others = out if isinstance(out, tuple) else (out,)
+    blank = module_of(first).zeros_like(first)  # what nobody wrote may be no number
+    return (blank, *others) if isinstance(out, tuple) else blank
 
 
 def fixed(index, change):
     """The argument of one position is misread."""
 
-    def plant(op):
-        signature = inspect.signature(op)
-        name = list(signature.parameters)[index]
-
-        def faulty(*args, **options):
-            bound = signature.bind(*args, **options)
-            bound.arguments[name] = change(bound.arguments[name])
-            return op(*bound.args, **bound.kwargs)
-
-        return faulty
-
-    return plant
-
-
-def second_halved(op):
-    """The log-sum-exp is off."""
-
-    def faulty(*args, **options):
-        out, lse = op(*args, **options)
-        return out, lse / 2
+    @planted
+    def faulty(op, *args, **options):
+        bound = inspect.signature(op).bind(*args, **options)
+        name = list(bound.signature.parameters)[index]
+        bound.arguments[name] = change(bound.arguments[name])
+        return op(*bound.args, **bound.kwargs)
 
     return faulty
+
+
+@planted
+def second_halved(op, *args, **options):
+    """The log-sum-exp is off."""
+    out, lse = op(*args, **options)
+    return out, lse / 2
 
 
 def without(option):
@@ -223,11 +194,8 @@ def an_eighth_more(op):
     return lambda *args: op(*args) * F32(1.125)
 
 
-def all_alike(op):
+@planted
+def all_alike(op, *args, **options):
     """Every key that is seen gets the same score."""
-
-    def faulty(*args, **options):
-        scores = op(*args, **options)
-        return np.where(np.isneginf(scores), scores, 0)
-
-    return faulty
+    scores = op(*args, **options)
+    return np.where(np.isneginf(scores), scores, 0)

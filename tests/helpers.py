@@ -2,10 +2,11 @@
 
 import itertools
 
+import ml_dtypes
 import numpy as np
 import pytest
 
-from pykv import arrays, cuda
+from pykv import checker, cuda
 from pykv.testing import error_and_bound, host
 
 to_numpy = host
@@ -14,6 +15,11 @@ to_numpy = host
 without_simt = pytest.mark.parametrize(
     "xp", ["numpy", pytest.param("cupy", marks=pytest.mark.gpu)], indirect=True
 )
+
+
+def dtype_of(name):
+    """The element type of a name, "bfloat16" or one of NumPy's."""
+    return np.dtype(getattr(ml_dtypes, name, name))
 
 
 def bits(x):
@@ -46,10 +52,20 @@ def launch(kernel, grid, block, *args, **options):
     cuda.Launch(kernel, grid, block, scalars, **options)(arrays)
 
 
+def run_and_check(xp, work):
+    """A benchmark's work: its check fails before the call, and holds after it."""
+    assert not work.check()
+    for call in work.graph or (work.run,):
+        call()
+    if hasattr(xp, "cuda"):
+        xp.cuda.get_current_stream().synchronize()
+    assert work.check()
+
+
 def make_every_launch(monkeypatch):
     """Ops make a launch at each call, and leave none, where a test changes what launches are made
     of: else that of an earlier call with the same layouts would be taken."""
-    monkeypatch.setattr(arrays.Dims, "keep", lambda self, options, make: make())
+    monkeypatch.setattr(checker.Dims, "keep", lambda self, options, make: make())
 
 
 def swept(cases, mark=pytest.mark.sweep):

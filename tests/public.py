@@ -105,7 +105,7 @@ UNCHECKED = """
     transfer.Transfer.wait llm.answer.Completion layout.Strides
     plan.base.Sku plan.base.PrecisionGuarantee plan.base.Plan plan.base.PagedPlan
     plan.append.PagedAppendArgs plan.append.ContiguousAppendArgs plan.decode.PagedDecodeArgs
-    plan.base.check_type plan.base.check_sizes plan.base.check_head_dim plan.base.as_dtype
+    plan.base.check_sizes plan.base.check_head_dim plan.base.as_dtype
     plan.base.check_element plan.base.Plan.workspace_size plan.base.Plan.precision_guarantee
     plan.base.Plan.sku plan.decode.PagedDecodePlan.workspace_size
     plan.base.PagedCacheDescriptor.shapes
@@ -114,7 +114,7 @@ UNCHECKED = """
     specs.KVSpec.rules specs.KVSpec.rules_of_scales transfer.check_tables
     kvtc.artefact.Text kvtc.artefact.Fingerprint kvtc.artefact.Fingerprint.difference
     kvtc.artefact.Plan kvtc.artefact.Side kvtc.artefact.Group kvtc.artefact.Artefact
-    kvtc.artefact.Artefact.check_ratio kvtc.artefact.check_artefact kvtc.artefact.problems
+    kvtc.artefact.Artefact.check_ratio kvtc.artefact.problems
     kvtc.coder.check_widths kvtc.coder.bits_of kvtc.coder.row_bytes
     layout.Layout layout.BlockShape plan.base.Preference pages.Pages
     layout.check_layout layout.check_pair layout.check_shape ops.block_linear.product

@@ -4,7 +4,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from pykv.arrays import FLOATS, INT32, Dims, as_read_only, check_writeable, checker, optional
+from pykv.arrays import FLOATS, INT32, as_read_only, check_writeable
+from pykv.checker import Dims, checker, optional
 from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError
 from pykv.foreign import asarray, from_pointer
 

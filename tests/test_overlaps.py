@@ -7,7 +7,8 @@ import pytest
 from numpy.lib.stride_tricks import as_strided
 
 from pykv import cuda, overlaps
-from pykv.arrays import FLOAT32, Dims, checker
+from pykv.arrays import FLOAT32
+from pykv.checker import Dims, checker
 from pykv.errors import ParameterError, ShapeError
 from pykv.ops import activation
 from tests.helpers import assert_same_bits, to_numpy

@@ -8,13 +8,7 @@ import pytest
 
 import pykv
 from pykv import cuda, kinds
-from pykv.errors import (
-    CapacityError,
-    DtypeError,
-    ParameterError,
-    ShapeError,
-    UnsupportedError,
-)
+from pykv.errors import CapacityError, DtypeError, ParameterError, ShapeError, UnsupportedError
 from pykv.ops import norm, paged_append, paged_decode, paged_qkv, prefill, rope
 from pykv.pool import PagedKVCache
 from pykv.specs import KVSpec

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from pykv import cuda
-from pykv.arrays import FLOAT32, Dims, checker
+from pykv.arrays import FLOAT32
+from pykv.checker import Dims, checker
 from pykv.errors import DtypeError, FormatError, ParameterError
 from pykv.kvtc import Codec
 from pykv.ops import activation

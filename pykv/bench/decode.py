@@ -56,10 +56,7 @@ def make(case: dict[str, Any], xp: Any, rng: np.random.Generator) -> Work | None
     layer, table = caches.sequences(xp, rng, spec, lengths, P, H, D)
     q, _ = caches.values(xp, rng, (B, HQ, D), dtype)
     out = xp.full((B, HQ, D), np.nan, dtype)
-    workspace = None
-    if xp is not np:
-        size = paged_decode.workspace_size(B, HQ, H, D, table.shape[1] * P)
-        workspace = xp.zeros(size, np.float32)
+    workspace = memory.workspace(xp, B, HQ, H, D, table.shape[1] * P)
     options = dict(spec=spec, scale=D**-0.5)
 
     def is_right(b: Any) -> bool:

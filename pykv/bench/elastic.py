@@ -163,10 +163,7 @@ class Layer:
         self.v_max = (values * values).sum(-1).max(1) ** 0.5  # [B, H]
         self._window, self.last = (xp.ascontiguousarray(x) for x in (q[:, :WINDOW], q[:, -1]))
         out = self.out = xp.full(self.last.shape, np.nan, q.dtype)
-        workspace = None
-        if xp is not np:
-            size = paged_decode.workspace_size(B, self.HQ, H, D, self.all.room)
-            workspace = xp.zeros(size, np.float32)
+        workspace = memory.workspace(xp, B, self.HQ, H, D, self.all.room)
 
         def step(query: Any, store: Store, length: int) -> Callable[[], Any]:
             told = store.arrays | store.at(length) | dict(out=out, workspace=workspace)

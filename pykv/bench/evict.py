@@ -177,11 +177,9 @@ def _attend(case: Case, xp: Any, rng: np.random.Generator, cache: Any, table: An
         arrays |= dict(q=of_heads(q[:, None], H, slice(0, H)), **part.pools)
         arrays |= dict(page_table=part.table(arrays["page_table"]))
         arrays |= dict(out=out.reshape(B * H, 1, HQ // H, D), lengths=xp.asarray(lengths.ravel()))
-    if xp is not np:
-        rows, heads = (B, H) if case["job"] == "even" else (B * H, 1)
-        capacity = table.shape[1] * cache.page_size
-        size = paged_decode.workspace_size(rows, HQ * heads // H, heads, D, capacity)
-        arrays["workspace"] = xp.zeros(size, np.float32)
+    rows, heads = (B, H) if case["job"] == "even" else (B * H, 1)
+    capacity = table.shape[1] * cache.page_size
+    arrays["workspace"] = memory.workspace(xp, rows, HQ * heads // H, heads, D, capacity)
     call = partial(paged_decode.decode, **arrays)
 
     def definition(x: Any) -> Any:

@@ -18,7 +18,7 @@ The basis is random, as is the cache: time does not depend on what they hold.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -271,6 +271,15 @@ def _codec(xp: Any, world: _World, case: Case) -> tuple[Codec, Any]:
     return codec, memory.pinned(xp, size) if on_host else xp.zeros(size, np.uint8)
 
 
+def _sides(world: _World, coded: Any) -> Iterator[tuple[Any, Any, tuple[int, ...]]]:
+    """Codes of the first tokens, steps and widths, of K and of V."""
+    begin = 0
+    for steps, widths in zip(world.loaded.steps, world.loaded.widths, strict=True):
+        end = begin + coder.row_bytes(widths)
+        yield coder.unpack(host(coded[:CHECKED, begin:end]), widths), host(steps), widths
+        begin = end
+
+
 def _compress(xp: Any, world: _World, case: Case) -> Call:
     codec, out = _codec(xp, world, case)
     args = world.cache, world.table, world.positions
@@ -280,20 +289,17 @@ def _compress(xp: Any, world: _World, case: Case) -> Call:
         """Codes of the first tokens are those of exact products, but for some at an edge."""
         coded = Coded(codec.header(case["tokens"], world.cache.spec), out).arrays()["rows"]
         rows = kvtc_rows.gather(**_first(world)).astype(np.float64)
-        begin = 0
-        for x, basis, steps, widths in zip(
-            rows, world.loaded.bases, world.loaded.steps, world.loaded.widths, strict=True
+        for x, basis, (codes, steps, widths) in zip(
+            rows, world.loaded.bases, _sides(world, coded), strict=True
         ):
-            packed = host(coded[:CHECKED, begin : begin + coder.row_bytes(widths)])
-            got = coder.unpack(packed, widths)[:, :COLUMNS]
+            got = codes[:, :COLUMNS]
             exact = (x @ host(basis[:, :COLUMNS]).astype(np.float64)).astype(np.float32)
             padded = np.zeros((len(exact), sum(widths)), np.float32)
             padded[:, : exact.shape[1]] = exact
-            want = coder.quantise(padded, host(steps), widths)[:, :COLUMNS]
+            want = coder.quantise(padded, steps, widths)[:, :COLUMNS]
             wrong = np.abs(got.astype(int) - want)
             if wrong.max() > 1 or (wrong > 0).mean() > 0.05:
                 return False
-            begin += coder.row_bytes(widths)
         return True
 
     return call, check
@@ -308,18 +314,13 @@ def _decompress(xp: Any, world: _World, case: Case) -> Call:
     def check() -> bool:
         """Some features of the first tokens are exact products of what codes stand for."""
         rows = kvtc_rows.gather(**_first(world._replace(cache=other)))
-        begin = 0
-        for side, (basis, steps, widths) in enumerate(
-            zip(world.loaded.bases, world.loaded.steps, world.loaded.widths, strict=True)
-        ):
-            size = coder.row_bytes(widths)
-            packed = host(coded.arrays()["rows"][:CHECKED, begin : begin + size])
-            values = coder.dequantise(coder.unpack(packed, widths), host(steps), widths)
+        sides = _sides(world, coded.arrays()["rows"])
+        for x, basis, side in zip(rows, world.loaded.bases, sides, strict=True):
+            values = coder.dequantise(*side)
             exact = values.astype(np.float64) @ host(basis[:COLUMNS]).T.astype(np.float64)
-            error = np.abs(rows[side][:, :COLUMNS].astype(np.float64) - exact).max()
+            error = np.abs(x[:, :COLUMNS].astype(np.float64) - exact).max()
             if not error <= 8e-3 * max(1.0, np.abs(exact).max()):
                 return False
-            begin += size
         return True
 
     return call, check

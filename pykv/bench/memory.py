@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from pykv.ops import paged_decode
+
 POISON = np.uint32(0xDEADBEEF)  # what a word holds before a call writes it
 
 _pinned: Any = None
@@ -54,6 +56,12 @@ def pinned(xp: Any, size: int) -> Any:
             raise MemoryError(f"{size:,} bytes of host memory cannot be pinned") from error
         _pinned = np.frombuffer(xp.cuda.PinnedMemoryPointer(memory, 0), np.uint8, size)
     return _pinned[:size]
+
+
+def workspace(xp: Any, *sizes: int) -> Any:
+    """Scratch memory of paged_decode.decode for these arguments of its workspace_size; None on the
+    host."""
+    return None if xp is np else xp.zeros(paged_decode.workspace_size(*sizes), np.float32)
 
 
 def free() -> None:

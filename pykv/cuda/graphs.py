@@ -9,6 +9,7 @@ from pykv.arrays import is_array, load_cupy, on_gpu
 from pykv.cuda.calls import refuse_capture, refuse_prepare, state
 from pykv.cuda.devices import current_device, on_stream
 from pykv.errors import DeviceError, DtypeError
+from pykv.options import check_type
 
 
 class GraphMemory:
@@ -144,6 +145,6 @@ def graph(function: Callable[[], Any], memory: GraphMemory | None = None) -> Gra
     """
     if not callable(function):
         raise DtypeError(f"graph: function is a {type(function).__name__}, expected a function")
-    if memory is not None and not isinstance(memory, GraphMemory):
-        raise DtypeError(f"graph: memory is a {type(memory).__name__}, expected a GraphMemory")
+    if memory is not None:
+        check_type("graph", "memory", memory, GraphMemory)
     return Graph(function, memory)

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from pykv import overlaps
-from pykv.arrays import Dims, limit
+from pykv.checker import Dims, limit
 from pykv.cuda.calls import enqueue, is_capturing, is_preparing, state
 from pykv.cuda.launch import Launch
 

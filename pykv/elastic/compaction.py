@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import FLOATS, checker, is_array, like, not_an_array, on_gpu
+from pykv.arrays import FLOATS, is_array, like, not_an_array, on_gpu
+from pykv.checker import checker
 from pykv.elastic.timed import Timed, counts, time_calls
 from pykv.errors import ShapeError
 from pykv.ops import compaction

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from pykv.arrays import FLOATS, checker
+from pykv.arrays import FLOATS
 from pykv.bench import elastic
+from pykv.checker import checker
 from pykv.elastic.timed import MOST_CALLS, Timed, counts, time_calls
 from pykv.errors import ParameterError, ShapeError
 from pykv.options import check_number, check_whole

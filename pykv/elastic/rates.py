@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import FLOAT32, VECTOR_BYTES, checker, like, module_of, on_gpu
+from pykv.arrays import FLOAT32, VECTOR_BYTES, like, module_of, on_gpu
 from pykv.bench import timing
+from pykv.checker import checker
 from pykv.elastic.timed import MOST_CALLS, Timed, counts, time_calls
 from pykv.errors import ParameterError
 from pykv.ops import bandwidth, compaction, paged_decode, throughput

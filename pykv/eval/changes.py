@@ -29,6 +29,7 @@ from pykv.kinds import SCALE_DTYPES, Kind
 from pykv.kvtc.codec import Codec
 from pykv.llm.config import Config
 from pykv.ops import paged_qkv
+from pykv.options import check_type
 from pykv.pages import copy_pages
 from pykv.specs import KVSpec, as_spec
 
@@ -82,8 +83,7 @@ def check_llm(op: str, llm: Any) -> None:
     """Check for `op` that `llm` is a pykv.LLM, or raise DtypeError."""
     from pykv.llm import LLM
 
-    if not isinstance(llm, LLM):
-        raise DtypeError(f"{op}: llm is a {type(llm).__name__}, expected a pykv.LLM")
+    check_type(op, "llm", llm, LLM, "a pykv.LLM")
 
 
 def check_job(op: str, llm: Any, changes: Any, progress: Any) -> None:
@@ -182,10 +182,7 @@ def code(codec: Codec) -> Change:
     Raises:
         DtypeError: it is no Codec.
     """
-    if not isinstance(codec, Codec):
-        raise DtypeError(
-            f"eval.code: codec is a {type(codec).__name__}, expected a pykv.kvtc.Codec"
-        )
+    check_type("eval.code", "codec", codec, Codec, "a pykv.kvtc.Codec")
 
     def change(cache: ExactCache, pages: list[int], tokens: int) -> Kept:
         table, positions = (np.array(x, np.int32) for x in (pages, range(tokens)))

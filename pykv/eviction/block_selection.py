@@ -19,11 +19,12 @@ from typing import Any
 import numpy as np
 
 from pykv import attention, cuda
-from pykv.arrays import FLOAT32, FLOATS, INT32, Dims, checker, like, module_of, on_gpu
-from pykv.errors import DtypeError, ParameterError, ShapeError
+from pykv.arrays import FLOAT32, FLOATS, INT32, like, module_of, on_gpu
+from pykv.checker import Dims, checker
+from pykv.errors import ParameterError, ShapeError
 from pykv.eviction.parts import Part, check_cache, has_own_scales, parts
 from pykv.ops import block_queries, kv_scores, kv_select, page_table, paged_check, paged_decode
-from pykv.options import check_whole
+from pykv.options import check_type, check_whole
 from pykv.pool import PagedKVCache
 from pykv.specs import KVSpec
 
@@ -286,9 +287,7 @@ def _pools_checker(spec: KVSpec) -> Callable[..., Dims]:
 def _check(op: str, cache: PagedKVCache, layer: int, selection: BlockSelection) -> int:
     """The pages of a block."""
     check_cache(op, cache, layer)
-    if not isinstance(selection, BlockSelection):
-        given = type(selection).__name__
-        raise DtypeError(f"{op}: selection is a {given}, expected a BlockSelection")
+    check_type(op, "selection", selection, BlockSelection)
     if selection.block % cache.page_size:
         raise ParameterError(
             f"{op}: selection has blocks of {selection.block} rows, expected a multiple of the "

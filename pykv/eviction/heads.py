@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import FLOAT32, FLOATS, INT32, Dims, checker, module_of, on_gpu, optional
+from pykv.arrays import FLOAT32, FLOATS, INT32, module_of, on_gpu
+from pykv.checker import Dims, checker, optional
 from pykv.errors import CapacityError, ParameterError, ShapeError
 from pykv.eviction.parts import (
     Part,
@@ -73,9 +74,7 @@ def decode(
         return (out, module_of(q).empty(q.shape[:-1], np.float32)) if return_lse else out
     made = parts(cache, layer, together=alibi_slopes is None and sinks is None)
     HQ, H = dims["HQ"], dims["H"]
-    _check_heads(op, made, H)
-    if HQ % H:
-        raise ShapeError(f"{op}: q has HQ={HQ}, expected a multiple of H={H}")
+    _check_heads(op, made, dims)
     with cuda.on_stream(stream, q):
         results = [
             _of_part(part, q, page_table, lengths, positions, H, return_lse, options | given)
@@ -150,7 +149,7 @@ def append(
     check_cache(op, cache, layer)
     refuse_own(op, options)
     dims = _append_check(k, v, page_table, lengths)
-    _check_heads(op, parts(cache, layer), dims["H"])
+    _check_heads(op, parts(cache, layer), dims)
     if not on_gpu(lengths):
         most = page_table.shape[1] * cache.page_size - 1
         if ((lengths < 0) | (lengths > most)).any():
@@ -205,9 +204,7 @@ def attention_mass(
     dims = _mass_check(q, page_table, lengths, before)
     B, H, C = dims["B"], dims["H"], dims["M"] * cache.page_size
     made = parts(cache, layer)
-    _check_heads(op, made, H)
-    if dims["HQ"] % H:
-        raise ShapeError(f"{op}: q has HQ={dims['HQ']}, expected a multiple of H={H}")
+    _check_heads(op, made, dims)
     if dims.get("C", 0) > C:
         raise ShapeError(f"{op}: before has C={dims['C']}, expected at most M * P = {C}")
     xp = module_of(q)
@@ -254,7 +251,10 @@ _append_check = checker(
 )
 
 
-def _check_heads(op: str, made: list[Part], H: int) -> None:
-    held = sum(part.n for part in made)
+def _check_heads(op: str, made: list[Part], dims: Dims) -> None:
+    """Check KV heads, and where there are queries their heads."""
+    held, H = sum(part.n for part in made), dims["H"]
     if H != held:
         raise ShapeError(f"{op}: lengths has H={H}, expected the {held} heads of the cache")
+    if dims.get("HQ", H) % H:
+        raise ShapeError(f"{op}: q has HQ={dims['HQ']}, expected a multiple of H={H}")

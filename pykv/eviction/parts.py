@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pykv.arrays import module_of, strided
-from pykv.errors import DtypeError, ParameterError, UnsupportedError
+from pykv.errors import ParameterError, UnsupportedError
 from pykv.number_texts import counted
 from pykv.ops import attention_scores, kv_scores, paged_decode
-from pykv.options import check_whole
+from pykv.options import check_type, check_whole
 from pykv.pool import PagedKVCache
 from pykv.specs import POOLS, KVSpec
 
@@ -143,8 +143,7 @@ def of_sequences(x: Any, B: int, n: int, ndim: int) -> Any:
 
 def check_cache(op: str, cache: Any, layer: Any = 0) -> None:
     """Check a cache and which of its layers is meant."""
-    if not isinstance(cache, PagedKVCache):
-        raise DtypeError(f"{op}: cache is a {type(cache).__name__}, expected a PagedKVCache")
+    check_type(op, "cache", cache, PagedKVCache)
     check_whole(op, "layer", layer, 0, len(cache.layers) - 1)
 
 

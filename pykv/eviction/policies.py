@@ -10,12 +10,12 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from pykv.errors import DtypeError, ParameterError, UnsupportedError
+from pykv.errors import ParameterError, UnsupportedError
 from pykv.eviction.parts import Rows
 from pykv.eviction.rotary import ahead
 from pykv.number_texts import number_of, whole_of
 from pykv.ops import kv_scores
-from pykv.options import check_number, check_whole
+from pykv.options import check_number, check_type, check_whole
 
 _RUN = 512  # rows whose mean is one sum, of KeyDiff
 _MOST = 2**31 - 1
@@ -339,9 +339,7 @@ class AdaKV:
     floor: float = 0.2
 
     def __post_init__(self) -> None:
-        if not isinstance(self.policy, Policy):
-            given = type(self.policy).__name__
-            raise DtypeError(f"AdaKV: policy is a {given}, expected a policy")
+        check_type("AdaKV", "policy", self.policy, Policy, "a policy")
         if not self.policy.per_head:
             given = type(self.policy).__name__
             raise ParameterError(f"AdaKV: policy is {given}, expected one whose heads may differ")
@@ -381,9 +379,7 @@ def parse(text: str) -> Policy | AdaKV:
     0.5
     """
     op = "eviction.parse"
-    if not isinstance(text, str):
-        expected = "expected one such as 'snapkv:512'"
-        raise DtypeError(f"{op}: text is a {type(text).__name__}, {expected}")
+    check_type(op, "text", text, str, "one such as 'snapkv:512'")
     name, *words = text.split(":")
     if name == "adakv":
         return AdaKV(parse(":".join(words)))  # type: ignore[arg-type]  # refuses another AdaKV

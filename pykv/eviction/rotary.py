@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pykv.arrays import FLOAT32, checker, module_of
-from pykv.errors import DeviceError, DtypeError, ParameterError
+from pykv.arrays import FLOAT32, module_of
+from pykv.checker import checker
+from pykv.errors import DeviceError, ParameterError
 from pykv.ops import linear, paged_qkv, rope
-from pykv.options import check_flag
+from pykv.options import check_flag, check_type
 
 
 class Rotary(NamedTuple):
@@ -42,12 +43,9 @@ def check_rotary(op: str, rotary: Any, layers: Iterable[int], D: int) -> None:
         ShapeError: more elements are to be rotated than heads have, or frequencies are no vector.
         ParameterError: a layer has no frequencies, or the pairing is unknown.
     """
-    if not isinstance(rotary, Rotary):
-        raise DtypeError(f"{op}: rotary is a {type(rotary).__name__}, expected a pykv Rotary")
+    check_type(op, "rotary", rotary, Rotary, "a pykv Rotary")
     check_flag(op, "rotary.hadamard", rotary.hadamard)
-    if not isinstance(rotary.inv_freq, list | tuple):
-        given = type(rotary.inv_freq).__name__
-        raise DtypeError(f"{op}: rotary.inv_freq is a {given}, expected a list of arrays")
+    check_type(op, "rotary.inv_freq", rotary.inv_freq, list | tuple, "a list of arrays")
     for layer in layers:
         if layer >= len(rotary.inv_freq):
             raise ParameterError(

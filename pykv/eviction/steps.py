@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 
 from pykv import blocks, cuda
-from pykv.arrays import FLOAT32, FLOATS, INT32, checker, is_array, module_of, to_host
+from pykv.arrays import FLOAT32, FLOATS, INT32, is_array, module_of, to_host
+from pykv.checker import checker
 from pykv.errors import DtypeError, ParameterError, ShapeError
 from pykv.eviction.parts import Rows, check_cache, of_heads, parts
 from pykv.eviction.policies import AdaKV, Policy, base_of, parse
 from pykv.eviction.rotary import Rotary, check_rotary
 from pykv.ops import kv_compact, kv_select
-from pykv.options import check_number, check_whole
+from pykv.options import check_number, check_type, check_whole
 from pykv.pool import PagedKVCache
 
 
@@ -133,9 +134,7 @@ def _policies(op: str, given: Any, L: int) -> dict[int, Policy | AdaKV]:
     found = {}
     for layer, policy in by_layer.items():
         policy = parse(policy) if isinstance(policy, str) else policy
-        if not isinstance(policy, Policy | AdaKV):
-            wrong = type(policy).__name__
-            raise DtypeError(f"{op}: policy is a {wrong}, expected a policy or its text")
+        check_type(op, "policy", policy, Policy | AdaKV, "a policy or its text")
         found[check_whole(op, "layers of policy", layer, 0, L - 1)] = policy
     return found
 
@@ -172,11 +171,7 @@ class _Work:
         bases = {layer: base_of(policy) for layer, policy in self.policies.items()}
         for name, x in given.items():
             wanted = [layer for layer, base in bases.items() if base.needs == name]
-            if (x is None) == bool(wanted):
-                wrong = "are missing" if x is None else "are given"
-                expected = "an array for each layer" if wanted else "None"
-                names = " and ".join(sorted({type(base).__name__ for base in bases.values()}))
-                raise ParameterError(f"{op}: {name} {wrong}, expected {expected} for {names}")
+            self._check_given(name, "are", x, "an array for each layer" if wanted else None)
             if wanted:
                 found |= _of_layers(op, name, x, wanted)
         rules: dict[str, Any] = dict(scores=("B H C", FLOAT32, 4), queries=("B T | HQ D", FLOATS))
@@ -197,13 +192,18 @@ class _Work:
         """Check that it is given where a policy looks ahead, and nowhere else."""
         bases = {layer: base_of(policy) for layer, policy in self.policies.items()}
         wanted = [layer for layer, base in bases.items() if base.looks_ahead]
-        if (rotary is None) == bool(wanted):
-            wrong = "is missing" if rotary is None else "is given"
-            expected = "how the model rotates" if wanted else "None"
-            names = " and ".join(sorted({type(base).__name__ for base in bases.values()}))
-            raise ParameterError(f"{self.op}: rotary {wrong}, expected {expected} for {names}")
+        self._check_given("rotary", "is", rotary, "how the model rotates" if wanted else None)
         if wanted:
             check_rotary(self.op, rotary, wanted, self.cache.sizes[2])
+
+    def _check_given(self, name: str, verb: str, x: Any, expected: str | None) -> None:
+        """Check that an argument is there where policies ask for what is expected, else None."""
+        if (x is None) == (expected is not None):
+            wrong = "missing" if x is None else "given"
+            bases = sorted({type(base_of(policy)).__name__ for policy in self.policies.values()})
+            raise ParameterError(
+                f"{self.op}: {name} {verb} {wrong}, expected {expected} for {' and '.join(bases)}"
+            )
 
     def positions(self, given: Any) -> dict[int, Any]:
         """By layer, checked."""
@@ -343,9 +343,7 @@ def _all_rows(lengths: Any, C: int) -> Any:
 
 def _of_layers(op: str, name: str, given: Any, layers: Iterable[int]) -> dict[int, Any]:
     """What an argument has for each of these layers."""
-    if not isinstance(given, list | tuple | dict):
-        expected = "a list of an array for each layer, or a dict"
-        raise DtypeError(f"{op}: {name} is a {type(given).__name__}, expected {expected}")
+    check_type(op, name, given, list | tuple | dict, "a list of an array for each layer, or a dict")
     known = given if isinstance(given, dict) else dict(enumerate(given))
     for layer in layers:
         if layer not in known:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pykv.errors import DtypeError, ParameterError
+from pykv.errors import ParameterError
 from pykv.kvtc import coder
 from pykv.ops.rope import PAIRINGS
 from pykv.options import check_whole
@@ -342,15 +342,3 @@ def _ranges(layers: tuple[int, ...]) -> str:
         else:
             runs.append([i, i])
     return ", ".join(f"{a}-{b}" if a < b else f"{a}" for a, b in runs)
-
-
-def check_artefact(op: str, artefact: Any) -> Artefact:
-    """Check that an argument of an op, `artefact`, is an Artefact, and return it.
-
-    Raises:
-        DtypeError: it is something else.
-    """
-    if not isinstance(artefact, Artefact):
-        given = type(artefact).__name__
-        raise DtypeError(f"{op}: artefact is a {given}, expected a pykv.kvtc.Artefact")
-    return artefact

@@ -19,13 +19,13 @@ from pykv.errors import CapacityError, DtypeError, InstallError, ParameterError
 from pykv.kvtc import groups as groups_coder
 from pykv.kvtc import importance, plans
 from pykv.kvtc import rows as rows_of
-from pykv.kvtc.artefact import SINKS, Artefact, Group, Side, Text, check_artefact
+from pykv.kvtc.artefact import SINKS, Artefact, Group, Side, Text
 from pykv.kvtc.basis import inverse, orthonormal, weigh
 from pykv.kvtc.coder import GROUP
 from pykv.kvtc.v0 import KvtcConfig
 from pykv.llm import LLM, memory
 from pykv.ops import linear
-from pykv.options import check_flag, check_whole
+from pykv.options import check_flag, check_type, check_whole
 
 RATIOS = (8, 16, 32, 64)
 HELD = 6  # one row of so many is held out,
@@ -87,8 +87,7 @@ def calibrate(
     path = None if out is None else whole_files.regular_path(_OP, out, "out")
     texts = _checked_texts(_OP, texts)
     chosen = _checked_ratios(ratios)
-    if not isinstance(model, (LLM, str)):
-        raise DtypeError(f"{_OP}: model is a {type(model).__name__}, expected a pykv.LLM or a text")
+    check_type(_OP, "model", model, (LLM, str), "a pykv.LLM or a text")
     llm = LLM(model, progress=progress) if isinstance(model, str) else model
     if llm.xp is not np and not linear.has_cublas():
         raise InstallError(
@@ -227,9 +226,8 @@ def _centred(
 ) -> Iterator[tuple[tuple[int, ...], str, Side, Any]]:
     """Of each group and side: layers, "k" or "v", the side, and the rows of texts less their mean,
     [n, F] float32."""
-    check_artefact(op, artefact)
-    if not isinstance(model, LLM):
-        raise DtypeError(f"{op}: model is a {type(model).__name__}, expected a pykv.LLM")
+    check_type(op, "artefact", artefact, Artefact, "a pykv.kvtc.Artefact")
+    check_type(op, "model", model, LLM, "a pykv.LLM")
     facts = model.fingerprint
     if difference := artefact.model.difference(facts):
         raise ParameterError(f"{op}: artefact has {difference}")
@@ -266,10 +264,7 @@ def _checked_rank(rank: int | None, features: int) -> int:
 
 
 def _checked_texts(op: str, texts: Any) -> dict[str, str]:
-    if not isinstance(texts, Mapping):
-        raise DtypeError(
-            f"{op}: texts is a {type(texts).__name__}, expected a mapping of names to texts"
-        )
+    check_type(op, "texts", texts, Mapping, "a mapping of names to texts")
     for name, text in texts.items():
         if not (isinstance(name, str) and isinstance(text, str)):
             raise DtypeError(f"{op}: texts has {name!r:.40}, expected names and texts alone")

@@ -13,24 +13,15 @@ from typing import Any
 import numpy as np
 
 from pykv import cuda, ranges
-from pykv.arrays import (
-    INT32,
-    UINT8,
-    VECTOR_BYTES,
-    Dims,
-    check_module,
-    check_writeable,
-    checker,
-    is_array,
-    on_gpu,
-)
+from pykv.arrays import INT32, UINT8, VECTOR_BYTES, check_module, check_writeable, is_array, on_gpu
+from pykv.checker import Dims, checker
 from pykv.errors import DtypeError, FormatError, ParameterError
 from pykv.kvtc import sequences
-from pykv.kvtc.artefact import Artefact, check_artefact, problems
+from pykv.kvtc.artefact import Artefact, problems
 from pykv.kvtc.loaded import Loaded, identify, load
 from pykv.kvtc.stream import Coded, Header, check_bytes
 from pykv.ops import kvtc_code, kvtc_project, kvtc_rows, linear, paged_check
-from pykv.options import check_choice, check_flag, check_whole, page_ids
+from pykv.options import check_choice, check_flag, check_type, check_whole, page_ids
 from pykv.overlaps import check_apart
 from pykv.page_arrays import Ids, check_cache, check_given_scales, check_may_write
 from pykv.specs import KVSpec, as_spec
@@ -82,7 +73,8 @@ class Codec:
         gemm: str = "auto",
     ) -> None:
         op = "Codec"
-        self.model = model = check_artefact(op, artefact).model
+        check_type(op, "artefact", artefact, Artefact, "a pykv.kvtc.Artefact")
+        self.model = model = artefact.model
         for name, has, expected in problems(artefact, lengths=False):
             raise ParameterError(f"{op}: artefact has {name} {has!r:.80}, expected {expected}")
         self.ratio = artefact.check_ratio(op, check_whole(op, "ratio", ratio, 1))
@@ -368,9 +360,7 @@ class Codec:
         return checked
 
     def _check_coded(self, op: str, coded: Any) -> Header:
-        if not isinstance(coded, Coded):
-            given = type(coded).__name__
-            raise DtypeError(f"{op}: coded is a {given}, expected a pykv.kvtc.Coded")
+        check_type(op, "coded", coded, Coded, "a pykv.kvtc.Coded")
         header, counts = coded.header, coded.header
         wanted = self.header(counts.tokens, counts.spec, sinks=counts.sinks, window=counts.window)
         for name, want in vars(wanted).items() if header is not wanted else ():

@@ -12,8 +12,9 @@ import numpy as np
 
 from pykv.errors import ParameterError
 from pykv.kvtc import coder
-from pykv.kvtc.artefact import Artefact, Group, Side, check_artefact
+from pykv.kvtc.artefact import Artefact, Group, Side
 from pykv.kvtc.basis import inverse, weigh
+from pykv.options import check_type
 
 _LARGEST = float(np.finfo(np.float16).max)
 
@@ -114,7 +115,8 @@ def identify(artefact: Artefact) -> str:
     Raises:
         DtypeError: `artefact` is no Artefact.
     """
-    model = check_artefact("kvtc.identify", artefact).model
+    check_type("kvtc.identify", "artefact", artefact, Artefact, "a pykv.kvtc.Artefact")
+    model = artefact.model
     facts = model.sha256, model.layers, model.kv_heads, model.head_dim, model.pairing
     digest = hashlib.sha256(repr(facts).encode())
 

@@ -43,7 +43,7 @@ from pykv.errors import (
     PykvError,
     ShapeError,
 )
-from pykv.options import check_whole
+from pykv.options import check_type, check_whole
 from pykv.specs import KVSpec, as_spec
 
 MAGIC = b"\x89PYKVTS\n"
@@ -172,9 +172,7 @@ class Coded:
     data: Any
 
     def __post_init__(self) -> None:
-        if not isinstance(self.header, Header):
-            given = type(self.header).__name__
-            raise DtypeError(f"Coded: header is a {given}, expected a pykv.kvtc.Header")
+        check_type("Coded", "header", self.header, Header, "a pykv.kvtc.Header")
         check_bytes("Coded", "data", self.data, self.header.nbytes)
 
     def arrays(self) -> dict[str, Any]:

@@ -24,9 +24,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pykv.arrays import UINT8, checker, on_gpu
+from pykv.arrays import UINT8, on_gpu
+from pykv.checker import checker
 from pykv.errors import DeviceError, DtypeError, FormatError, ParameterError
-from pykv.options import check_choice, check_whole
+from pykv.options import check_choice, check_type, check_whole
 
 QUANT_TYPES = ("fp8", "intx")  # by their numbers in a header
 BITS = (1, 2, 4, 8)  # of a code of intx
@@ -92,8 +93,7 @@ def check_ranges(
     if not isinstance(ranges, list | tuple) or isinstance(ranges, Range):
         raise DtypeError(f"{op}: ranges is a {type(ranges).__name__}, expected a list of Range")
     for i, one in enumerate(ranges):
-        if not isinstance(one, Range):
-            raise DtypeError(f"{op}: ranges[{i}] is a {type(one).__name__}, expected a Range")
+        check_type(op, f"ranges[{i}]", one, Range)
     try:
         types = tuple(type(field) for one in ranges for field in one)  # as 1.0 and True equal 1
         return _checked(op, tuple(ranges), features, types)

@@ -19,15 +19,16 @@ from typing import Any
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import FLOAT32, FLOATS, INT32, UINT8, checker, like, module_of, on_gpu
-from pykv.errors import CapacityError, DtypeError, ShapeError
+from pykv.arrays import FLOAT32, FLOATS, INT32, UINT8, like, module_of, on_gpu
+from pykv.checker import checker
+from pykv.errors import CapacityError, ShapeError
 from pykv.kvtc.stream_v0 import Range, check_ranges, compressed_size, parse
 from pykv.ops import kvtc_blocks, kvtc_ranges
 from pykv.ops.kvtc_blocks import gather_mean_subtract as gather
 from pykv.ops.kvtc_blocks import mean_add_scatter
 from pykv.ops.kvtc_ranges import check_stream
 from pykv.ops.linear import GEMMS, linear
-from pykv.options import check_choice, check_flag, check_whole
+from pykv.options import check_choice, check_flag, check_type, check_whole
 
 __all__ = ["KvtcConfig", "Range", "compress", "compressed_size", "decompress", "parse"]
 
@@ -238,8 +239,7 @@ def decompress(
 
 
 def _check_config(op: str, config: KvtcConfig, gemm: str) -> None:
-    if not isinstance(config, KvtcConfig):
-        raise DtypeError(f"{op}: config is a {type(config).__name__}, expected a KvtcConfig")
+    check_type(op, "config", config, KvtcConfig)
     check_choice(op, "gemm", gemm, GEMMS)
 
 

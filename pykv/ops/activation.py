@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import FLOATS, INT32, checker, like, on_gpu, optional, row_step
-from pykv.errors import ParameterError
-from pykv.options import check_float_dtype, check_number
+from pykv.arrays import FLOATS, INT32, like, on_gpu, row_step
+from pykv.checker import checker, optional
+from pykv.options import check_entries, check_float_dtype, check_number
 from pykv.overlaps import Written
 
 _BLOCK = 128  # threads
@@ -143,7 +143,7 @@ def embed(
         launch = dims.keep((out.dtype, str(scale)), lambda: _launch_embed(table, out, scale))
         launch(dict(out=out, table=table, ids=ids), stream)
     else:
-        cuda.look(lambda: _check_ids(op, ids, dims["V"]))
+        cuda.look(lambda: check_entries(op, "ids", ids, 0, dims["V"] - 1))
         cuda.run_on_host(lambda: reference_embed(table, ids, scale), out, stream)
     return out
 
@@ -167,13 +167,6 @@ def reference_add(x: Any, y: Any) -> None:
 def reference_embed(table: Any, ids: Any, scale: float) -> Any:
     """The definition of `embed`, in NumPy: float32 rows."""
     return table[ids].astype(np.float32) * np.float32(scale)
-
-
-def _check_ids(op: str, ids: Any, V: int) -> None:
-    wrong = np.flatnonzero((ids < 0) | (ids >= V))
-    if len(wrong):
-        index = int(wrong[0])
-        raise ParameterError(f"{op}: ids[{index}] is {ids[index]}, expected 0 to {V - 1}")
 
 
 def _gated(name: str, x: Any, out: Any, stream: Any) -> Any:

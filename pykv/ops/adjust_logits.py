@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import FLOAT32, INT32, checker, like, on_gpu, optional
+from pykv.arrays import FLOAT32, INT32, like, on_gpu
+from pykv.checker import checker, optional
 from pykv.errors import ParameterError, ShapeError
+from pykv.options import check_entries
 from pykv.overlaps import Written
 
 _BLOCK, _ITEMS = 256, 4  # threads, and tokens of each; many blocks share a row
@@ -224,8 +226,8 @@ def _check_contents(
     mask_rows: Any,
 ) -> None:
     if tallies is not None:
-        _check_range(op, "tally_rows", tally_rows, -1, len(tallies) - 1)
-        _check_range(op, "tokens", tokens, -1, V - 1)
+        check_entries(op, "tally_rows", tally_rows, -1, len(tallies) - 1)
+        check_entries(op, "tokens", tokens, -1, V - 1)
         rows = tally_rows[tally_rows >= 0]
         if len(np.unique(rows)) < len(rows):
             raise ParameterError(f"{op}: tally_rows is {tally_rows}, expected no row twice")
@@ -242,20 +244,13 @@ def _check_contents(
                 f"{op}: bias_indptr is {bias_indptr}, expected 0, then numbers that do not fall, "
                 f"the last {E}"
             )
-        _check_range(op, "bias_ids", bias_ids, 0, V - 1)
+        check_entries(op, "bias_ids", bias_ids, 0, V - 1)
         places = np.repeat(np.arange(len(bias_indptr) - 1), np.diff(bias_indptr)) * V + bias_ids
         if len(np.unique(places)) < E:
             raise ParameterError(f"{op}: bias_ids has a token twice for a sequence, expected once")
     if masks is not None:
-        _check_range(op, "mask_rows", mask_rows, -1, len(masks) - 1)
+        check_entries(op, "mask_rows", mask_rows, -1, len(masks) - 1)
         check_masks(op, masks, V)
-
-
-def _check_range(op: str, name: str, values: Any, least: int, most: int) -> None:
-    valid = (values >= least) & (values <= most)
-    if not valid.all():
-        i = int(np.argmin(valid))
-        raise ParameterError(f"{op}: {name}[{i}] is {values[i]}, expected {least} to {most}")
 
 
 def _launch(B: int, V: int, tallies: Any, bias_ids: Any, masks: Any) -> cuda.Launch:

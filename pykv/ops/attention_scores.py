@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from pykv import attention, cuda
-from pykv.arrays import FLOAT32, Dims, checker, like, on_gpu, optional
+from pykv.arrays import FLOAT32, like, on_gpu
+from pykv.checker import Dims, checker, optional
 from pykv.errors import ParameterError, ShapeError
 from pykv.ops import attention_scores_mma as mma
 from pykv.ops import paged_check

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import checker, on_gpu
+from pykv.arrays import on_gpu
+from pykv.checker import checker
 from pykv.errors import ShapeError
 from pykv.options import check_whole
 

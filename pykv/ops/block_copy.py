@@ -24,17 +24,11 @@ from typing import Any
 import numpy as np
 
 from pykv import calibration, cuda
-from pykv.arrays import UINT64, Dims, checker, on_gpu, optional
+from pykv.arrays import UINT64, on_gpu
+from pykv.checker import Dims, checker, optional
 from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError
 from pykv.options import check_choice, check_flag, check_whole
-from pykv.ranges import (
-    addresses_of,
-    bytes_at,
-    check_memory,
-    gpu_pair_at,
-    mean_size,
-    merge,
-)
+from pykv.ranges import addresses_of, bytes_at, check_memory, gpu_pair_at, mean_size, merge
 
 # What an H200 runs fastest: many blocks of one warp with a small tile each, for the hardware to
 # deal out; but where the caller limits the blocks, each must keep more bytes in flight. Eight small

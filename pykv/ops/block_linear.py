@@ -16,18 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pykv import cuda, planes
-from pykv.arrays import (
-    FLOAT32,
-    FLOATS,
-    UINT8,
-    VECTOR_BYTES,
-    Dims,
-    checker,
-    like,
-    on_gpu,
-    optional,
-    row_step,
-)
+from pykv.arrays import FLOAT32, FLOATS, UINT8, VECTOR_BYTES, like, on_gpu, row_step
+from pykv.checker import Dims, checker, optional
 from pykv.errors import ParameterError, ShapeError, UnsupportedError
 from pykv.ops import activation, block_rows, linear_mma, linear_tiles
 from pykv.ops import norm as rms_norm

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import FLOAT32, FLOATS, INT32, checker, like, on_gpu, optional
+from pykv.arrays import FLOAT32, FLOATS, INT32, like, on_gpu
+from pykv.checker import checker, optional
 from pykv.errors import ShapeError
 from pykv.options import check_whole
 from pykv.testing import judged, wrong_values

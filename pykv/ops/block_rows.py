@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 
 from pykv import cuda, planes
-from pykv.arrays import FLOATS, INT32, UINT8, check_shape, checker, like, on_gpu, optional
-from pykv.errors import ParameterError, ShapeError, UnsupportedError
-from pykv.options import check_float_dtype, check_number, check_whole
+from pykv.arrays import FLOATS, INT32, UINT8, check_shape, like, on_gpu
+from pykv.checker import checker, optional
+from pykv.errors import ShapeError, UnsupportedError
+from pykv.options import check_entries, check_float_dtype, check_number, check_whole
 from pykv.planes import FORMATS
 
 _BLOCK = 128  # threads
@@ -126,7 +127,7 @@ def take(
         launch(dict(out=out, w=w, ids=ids), stream)
     else:
         if ids is not None:
-            cuda.look(lambda: _check_ids(op, ids, dims["O"]))
+            cuda.look(lambda: check_entries(op, "ids", ids, 0, dims["O"] - 1))
         cuda.run_on_host(lambda: reference(w, kind, I, ids, scale), out, stream)
     return out
 
@@ -155,13 +156,6 @@ def check_row(op: str, kind: str, name: str, I: int, W: int) -> None:
         raise ShapeError(f"{op}: {name} has I={I}, expected a multiple of {elements} ({kind})")
     if nbytes != W:
         raise ShapeError(f"{op}: w has W={W}, expected W={nbytes}: I={I} elements of {kind}")
-
-
-def _check_ids(op: str, ids: Any, O: int) -> None:
-    wrong = np.flatnonzero((ids < 0) | (ids >= O))
-    if len(wrong):
-        index = int(wrong[0])
-        raise ParameterError(f"{op}: ids[{index}] is {ids[index]}, expected 0 to {O - 1}")
 
 
 def reference(w: Any, kind: str, I: int, ids: Any, scale: float) -> Any:

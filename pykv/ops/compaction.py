@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import FLOATS, UINT64, Dims, checker, is_array, like, on_gpu, optional, to_host
+from pykv.arrays import FLOATS, UINT64, is_array, like, on_gpu, to_host
+from pykv.checker import Dims, checker, optional
 from pykv.errors import CapacityError, DtypeError, ParameterError
 from pykv.ops import paged_check
 from pykv.options import check_choice, check_flag, check_number, check_whole

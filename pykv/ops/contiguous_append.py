@@ -17,16 +17,8 @@ from typing import Any
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import (
-    FLOAT32,
-    FLOATS,
-    INT32,
-    Dims,
-    check_head_dim,
-    checker,
-    on_gpu,
-    optional,
-)
+from pykv.arrays import FLOAT32, FLOATS, INT32, on_gpu
+from pykv.checker import Dims, check_head_dim, checker, optional
 from pykv.errors import ShapeError
 from pykv.ops import paged_check, rope
 from pykv.ops.paged_append import lanes_of

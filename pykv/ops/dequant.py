@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import FLOATS, UINT8, checker, like, on_gpu, optional
+from pykv.arrays import FLOATS, UINT8, like, on_gpu
+from pykv.checker import checker, optional
 from pykv.errors import ShapeError, UnsupportedError
 from pykv.install import command
 from pykv.options import check_float_dtype

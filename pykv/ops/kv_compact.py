@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from pykv import attention, cuda
-from pykv.arrays import INT32, Dims, check_head_dim, checker, like, on_gpu, optional, to_host
+from pykv.arrays import INT32, like, on_gpu, to_host
+from pykv.checker import Dims, check_head_dim, checker, optional
 from pykv.errors import ParameterError, ShapeError
 from pykv.ops import paged_check
 from pykv.specs import KVSpec, spec_of

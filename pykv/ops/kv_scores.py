@@ -16,17 +16,8 @@ from typing import Any
 import numpy as np
 
 from pykv import attention, cuda
-from pykv.arrays import (
-    FLOAT32,
-    INT32,
-    Dims,
-    check_head_dim,
-    check_shape,
-    checker,
-    like,
-    on_gpu,
-    optional,
-)
+from pykv.arrays import FLOAT32, INT32, check_shape, like, on_gpu
+from pykv.checker import Dims, check_head_dim, checker, optional
 from pykv.errors import ParameterError, ShapeError
 from pykv.ops import paged_check
 from pykv.options import check_choice, check_flag, check_whole

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import FLOAT32, INT32, checker, like, on_gpu, optional
+from pykv.arrays import FLOAT32, INT32, like, on_gpu
+from pykv.checker import checker, optional
 from pykv.errors import CapacityError
 from pykv.options import check_number, check_whole
 

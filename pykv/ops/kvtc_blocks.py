@@ -25,16 +25,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import (
-    FLOAT32,
-    FLOATS,
-    check_shape,
-    check_writeable,
-    checker,
-    like,
-    on_gpu,
-    row_step,
-)
+from pykv.arrays import FLOAT32, FLOATS, check_shape, check_writeable, like, on_gpu, row_step
+from pykv.checker import checker
 from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError, UnsupportedError
 from pykv.foreign import named_array
 from pykv.ops.block_copy import ADDRESSES, upload

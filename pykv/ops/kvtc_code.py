@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import FLOAT32, FLOATS, UINT8, Dims, checker, like, on_gpu, optional, shared_dtype
+from pykv.arrays import FLOAT32, FLOATS, UINT8, like, on_gpu, shared_dtype
+from pykv.checker import Dims, checker, optional
 from pykv.errors import ShapeError
 from pykv.kvtc import coder
 

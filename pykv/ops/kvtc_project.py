@@ -12,17 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import (
-    FLOAT32,
-    FLOATS,
-    checker,
-    like,
-    load_cupy,
-    on_gpu,
-    optional,
-    row_step,
-    shared_dtype,
-)
+from pykv.arrays import FLOAT32, FLOATS, like, load_cupy, on_gpu, row_step, shared_dtype
+from pykv.checker import checker, optional
 from pykv.errors import ShapeError, UnsupportedError
 from pykv.ops import linear
 from pykv.options import check_choice

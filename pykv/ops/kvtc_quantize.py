@@ -27,7 +27,8 @@ import ml_dtypes
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import FLOAT32, UINT8, Dims, check_shape, check_writeable, checker, like, on_gpu
+from pykv.arrays import FLOAT32, UINT8, check_shape, check_writeable, like, on_gpu
+from pykv.checker import Dims, checker
 from pykv.errors import ParameterError, ShapeError, UnsupportedError
 from pykv.kvtc.stream_v0 import BITS, MOST, row_bytes
 from pykv.options import check_whole

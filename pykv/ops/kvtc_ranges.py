@@ -14,17 +14,8 @@ from typing import Any
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import (
-    FLOAT32,
-    INT32,
-    UINT8,
-    check_shape,
-    checker,
-    like,
-    module_of,
-    on_gpu,
-    row_step,
-)
+from pykv.arrays import FLOAT32, INT32, UINT8, check_shape, like, module_of, on_gpu, row_step
+from pykv.checker import checker
 from pykv.errors import FormatError, ParameterError
 from pykv.kvtc import stream_v0
 from pykv.kvtc.stream_v0 import HEADER, Range, check_ranges

@@ -21,19 +21,8 @@ from typing import Any
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import (
-    FLOAT32,
-    FLOATS,
-    INT32,
-    Dims,
-    check_head_dim,
-    checker,
-    like,
-    on_gpu,
-    optional,
-    row_step,
-    to_host,
-)
+from pykv.arrays import FLOAT32, FLOATS, INT32, like, on_gpu, row_step, to_host
+from pykv.checker import Dims, check_head_dim, checker, optional
 from pykv.errors import ParameterError, ShapeError, UnsupportedError
 from pykv.kinds import KINDS, dequantize, quantize
 from pykv.kvtc.sequences import check_entries, check_sequence

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import BFLOAT16, FLOAT32, FLOATS, checker, like, on_gpu, optional, row_step
+from pykv.arrays import BFLOAT16, FLOAT32, FLOATS, like, on_gpu, row_step
+from pykv.checker import checker, optional
 from pykv.errors import ParameterError, ShapeError, UnsupportedError
 from pykv.ops import block_linear, linear_mma
 from pykv.options import check_choice, check_flag

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import FLOAT32, INT32, checker, like, on_gpu, optional
-from pykv.errors import ParameterError, ShapeError
-from pykv.options import check_whole
+from pykv.arrays import FLOAT32, INT32, like, on_gpu
+from pykv.checker import checker, optional
+from pykv.errors import ShapeError
+from pykv.options import check_entries, check_whole
 
 _BLOCK = 1024  # threads, which have a row to themselves
 
@@ -150,15 +151,8 @@ def _likeliest(row: Any, count: int) -> Any:
 
 
 def _check_contents(op: str, tokens: Any, wanted: Any, V: int, K: int) -> None:
-    for name, values, least, most in (
-        ("tokens", tokens, -1, V - 1),
-        ("wanted", wanted, -(2**31), K),
-    ):
-        valid = (values >= least) & (values <= most)
-        if not valid.all():
-            i = int(np.argmin(valid))
-            expected = f"{least} to {most}" if least == -1 else f"at most {most}"
-            raise ParameterError(f"{op}: {name}[{i}] is {values[i]}, expected {expected}")
+    check_entries(op, "tokens", tokens, -1, V - 1)
+    check_entries(op, "wanted", wanted, -(2**31), K, f"at most {K}")
 
 
 def _launch(B: int, V: int, K: int) -> cuda.Launch:

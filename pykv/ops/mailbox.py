@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import FLOAT32, checker, load_cupy, on_gpu
+from pykv.arrays import FLOAT32, load_cupy, on_gpu
+from pykv.checker import checker
 from pykv.errors import CapacityError, CudaError, DeviceError, ParameterError
 from pykv.host_rings import SLOTS, Rings, State
 from pykv.options import check_flag, check_number, check_whole

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from pykv import attention, cuda
-from pykv.arrays import FLOAT32, FLOATS, check_head_dim, checker, on_gpu, optional, row_step
+from pykv.arrays import FLOAT32, FLOATS, on_gpu, row_step
+from pykv.checker import check_head_dim, checker, optional
 from pykv.options import check_choice
 
 _BLOCK = 128  # threads

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import FLOATS, Dims, checker, like, on_gpu, optional, row_step
+from pykv.arrays import FLOATS, like, on_gpu, row_step
+from pykv.checker import Dims, checker, optional
 from pykv.options import check_number
 from pykv.overlaps import Written
 

@@ -30,14 +30,8 @@ from typing import Any
 import numpy as np
 
 from pykv import cuda, row_places
-from pykv.arrays import (
-    FLOATS,
-    INT32,
-    Dims,
-    check_head_dim,
-    checker,
-    on_gpu,
-)
+from pykv.arrays import FLOATS, INT32, on_gpu
+from pykv.checker import Dims, check_head_dim, checker
 from pykv.kinds import quantize
 from pykv.ops import paged_check
 from pykv.options import check_flag

@@ -32,7 +32,8 @@ from typing import Any
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import INT32, checker, load_cupy, on_gpu, optional, row_step
+from pykv.arrays import INT32, load_cupy, on_gpu, row_step
+from pykv.checker import checker, optional
 from pykv.errors import ParameterError
 from pykv.options import check_choice, check_flag, check_whole
 

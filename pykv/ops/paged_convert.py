@@ -18,16 +18,8 @@ from typing import Any
 import numpy as np
 
 from pykv import calibration, cuda
-from pykv.arrays import (
-    FLOATS,
-    INT32,
-    Dims,
-    check_head_dim,
-    checker,
-    like,
-    on_gpu,
-    optional,
-)
+from pykv.arrays import FLOATS, INT32, like, on_gpu
+from pykv.checker import Dims, check_head_dim, checker, optional
 from pykv.errors import UnsupportedError
 from pykv.kinds import Kind, dequantize, quantize
 from pykv.ops import paged_check

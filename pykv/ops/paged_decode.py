@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from pykv import attention, cuda
-from pykv.arrays import FLOAT32, INT32, VECTOR_BYTES, Dims, checker, like, on_gpu, optional
+from pykv.arrays import FLOAT32, INT32, VECTOR_BYTES, like, on_gpu
+from pykv.checker import Dims, checker, optional
 from pykv.errors import CapacityError, ShapeError, UnsupportedError
 from pykv.ops import paged_check
 from pykv.ops import paged_decode_mma as mma

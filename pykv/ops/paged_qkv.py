@@ -18,19 +18,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pykv import cuda, row_places
-from pykv.arrays import (
-    FLOAT32,
-    FLOATS,
-    INT32,
-    VECTOR_BYTES,
-    Dims,
-    check_head_dim,
-    checker,
-    like,
-    on_gpu,
-    optional,
-    row_step,
-)
+from pykv.arrays import FLOAT32, FLOATS, INT32, VECTOR_BYTES, like, on_gpu, row_step
+from pykv.checker import Dims, check_head_dim, checker, optional
 from pykv.errors import DtypeError, ParameterError, ShapeError
 from pykv.ops import norm, paged_append, paged_check, rope
 from pykv.ops.paged_append import MAX_HEAD_DIM, SLOTS

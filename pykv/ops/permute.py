@@ -33,10 +33,10 @@ from typing import Any, TypedDict, Unpack
 from pykv import block_memory, calibration, cuda
 from pykv.arrays import check_writeable
 from pykv.block_memory import Given, Range, Side
-from pykv.errors import DtypeError, ShapeError, UnsupportedError
+from pykv.errors import ShapeError, UnsupportedError
 from pykv.layout import NAMES, STACKS, BlockShape, Layout, check_layout
 from pykv.ops.block_copy import LINK_CTAS, upload
-from pykv.options import check_choice, check_flag, check_whole
+from pykv.options import check_choice, check_flag, check_type, check_whole
 from pykv.ranges import check_memory
 
 VARIANTS = [dict(BLOCK=128, UNROLL=4)]
@@ -211,9 +211,7 @@ def _move_on_host(
 
 def _layout(op: str, name: str, layout: str | Layout, known: tuple[str, ...]) -> Layout:
     if not isinstance(layout, Layout):
-        if not isinstance(layout, str):
-            given = type(layout).__name__
-            raise DtypeError(f"{op}: {name} is a {given}, expected a Layout or its name")
+        check_type(op, name, layout, str, "a Layout or its name")
         layout = Layout(layout)
     check_layout(op, name, layout, known)
     return layout

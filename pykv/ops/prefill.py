@@ -16,17 +16,8 @@ from typing import Any
 import numpy as np
 
 from pykv import attention, cuda
-from pykv.arrays import (
-    FLOAT32,
-    FLOATS,
-    INT32,
-    Dims,
-    checker,
-    module_of,
-    on_gpu,
-    optional,
-    row_step,
-)
+from pykv.arrays import FLOAT32, FLOATS, INT32, module_of, on_gpu, row_step
+from pykv.checker import Dims, checker, optional
 from pykv.errors import ParameterError, ShapeError
 from pykv.ops import paged_check
 from pykv.ops import prefill_mma as mma

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import FLOAT32, FLOATS, INT32, checker, on_gpu, row_step
+from pykv.arrays import FLOAT32, FLOATS, INT32, on_gpu, row_step
+from pykv.checker import checker
 from pykv.errors import DtypeError, ParameterError, ShapeError
 from pykv.options import check_choice, check_number, check_whole
 

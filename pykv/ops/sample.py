@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import FLOAT32, INT32, UINT64, Dims, checker, like, on_gpu, optional
+from pykv.arrays import FLOAT32, INT32, UINT64, like, on_gpu
+from pykv.checker import Dims, checker, optional
 from pykv.errors import ParameterError, ShapeError
 
 _BLOCK = 1024  # threads, which have a row to themselves

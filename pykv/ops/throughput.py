@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import FLOAT32, checker, on_gpu
+from pykv.arrays import FLOAT32, on_gpu
+from pykv.checker import checker
 from pykv.options import check_number, check_whole
 from pykv.testing import judged
 

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pykv import cuda, row_places
-from pykv.arrays import FLOATS, checker
+from pykv.arrays import FLOATS
+from pykv.checker import checker
 from pykv.ops import contiguous_append, paged_append
 from pykv.options import check_choice, check_flag
 from pykv.plan.base import (

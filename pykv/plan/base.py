@@ -9,16 +9,11 @@ from typing import Any, Self
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import FLOATS, INT32, UINT8, VECTOR_BYTES, Dims, check_module, checker
-from pykv.errors import (
-    CapacityError,
-    DtypeError,
-    PykvError,
-    ShapeError,
-    UnsupportedError,
-)
+from pykv.arrays import FLOATS, INT32, UINT8, VECTOR_BYTES, check_module
+from pykv.checker import Dims, checker
+from pykv.errors import CapacityError, DtypeError, PykvError, ShapeError, UnsupportedError
 from pykv.ops import paged_append, paged_check
-from pykv.options import check_whole
+from pykv.options import check_type, check_whole
 from pykv.specs import KVSpec, as_spec
 
 
@@ -338,14 +333,6 @@ class PagedPlan(Plan):
 
 
 # --- Checks ---------------------------------------------------------------------------------------
-
-
-def check_type(name: str, argument: str, value: Any, expected: type) -> None:
-    """Check that a `value` is of the `expected` type; `name` and `argument` are for messages."""
-    if not isinstance(value, expected):
-        raise DtypeError(
-            f"{name}: {argument} is a {type(value).__name__}, expected a {expected.__name__}"
-        )
 
 
 def check_sizes(name: str, least: int, **sizes: int) -> None:

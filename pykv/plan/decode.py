@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pykv.arrays import FLOAT32, on_gpu, optional
+from pykv.arrays import FLOAT32, on_gpu
+from pykv.checker import optional
 from pykv.errors import ParameterError
 from pykv.ops import page_table, paged_decode
 from pykv.options import check_number

@@ -24,6 +24,7 @@ from pykv.llm.generate import LLM
 from pykv.llm.prompts import read_ids
 from pykv.llm.sampling import SamplingParams
 from pykv.llm.tiering import identity
+from pykv.options import check_type
 from pykv.ranges import address_of
 from pykv.tiers.forms import form_of
 from pykv.tiers.host import HostTier
@@ -70,8 +71,7 @@ class Handover:
         timeout: float = 60.0,
     ) -> None:
         op = "Handover"
-        if not isinstance(llm, LLM):
-            raise DtypeError(f"{op}: llm is a {type(llm).__name__}, expected a pykv.LLM")
+        check_type(op, "llm", llm, LLM, "a pykv.LLM")
         if not llm.prefix_cache:
             raise ParameterError(f"{op}: prefix_cache is False, expected an LLM that keeps pages")
         check_engine(op, transport)

@@ -33,13 +33,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 from pykv.cache_folder import check_private
-from pykv.errors import (
-    CapacityError,
-    DtypeError,
-    ParameterError,
-    TransportError,
-    UnsupportedError,
-)
+from pykv.errors import CapacityError, DtypeError, ParameterError, TransportError, UnsupportedError
 from pykv.transport import messages
 from pykv.transport.messages import (
     MOST_BYTES,

@@ -17,7 +17,7 @@ import zlib
 from typing import Any, NamedTuple
 
 from pykv.errors import DtypeError, ParameterError, TransportError
-from pykv.options import check_number
+from pykv.options import check_number, check_type
 
 MAGIC = b"\x89PYKVTM\n"
 VERSION = 1
@@ -37,7 +37,7 @@ class Message(NamedTuple):
     facts: dict[str, Any]
 
 
-def check_name(op: str, argument: str, name: Any) -> str:
+def check_name(op: str, argument: str, name: str) -> str:
     """Check for `op` that `argument` is the name of a process: up to 40 letters, digits,
     dashes, underscores and dots.
 
@@ -45,8 +45,7 @@ def check_name(op: str, argument: str, name: Any) -> str:
         ParameterError: it is another text.
         DtypeError: it is no text.
     """
-    if not isinstance(name, str):
-        raise DtypeError(f"{op}: {argument} is a {type(name).__name__}, expected a name")
+    check_type(op, argument, name, str, "a name")
     if not is_name(name):
         expected = "expected up to 40 letters, digits, dashes, underscores or dots"
         raise ParameterError(f"{op}: {argument} is {name!r:.80}, {expected}")

@@ -31,7 +31,7 @@ import numpy as np
 
 from pykv.arrays import check_writeable
 from pykv.errors import CapacityError, DtypeError, ParameterError, ShapeError, TransportError
-from pykv.options import check_whole
+from pykv.options import check_type, check_whole
 from pykv.transport.messages import check_facts
 
 MAGIC = b"\x89PYKVTR\n"
@@ -202,8 +202,7 @@ class PeerRegion:
         for key in keys:
             if key not in self._slots:
                 raise ParameterError(f"{op}: keys has {key.hex()}, expected those of `exists`")
-        if not isinstance(rows, list | tuple):
-            raise DtypeError(f"{op}: rows is a {type(rows).__name__}, expected a list of arrays")
+        check_type(op, "rows", rows, list | tuple, "a list of arrays")
         if len(rows) != len(keys):
             raise ShapeError(f"{op}: rows has {len(rows)} arrays, expected {len(keys)} as keys")
         for row in rows:

@@ -15,7 +15,7 @@ from pykv.errors import ParameterError
 from pykv.ops import bandwidth as op
 from pykv.ranges import address_of
 from pykv.testing import caches
-from tests.helpers import without_simt
+from tests.helpers import run_and_check, without_simt
 
 SMALL = 1 << 12
 SMALL_CASES = [{**case, "size": SMALL} for case in bandwidth.CASES]
@@ -190,11 +190,7 @@ def test_a_case_does_what_it_says(xp, rng, case):
         return
     assert work.bytes == (2 if case["what"] == "copy" else 1) * SMALL
     assert work.ceiling == case["what"] and work.reads_only == (case["what"] == "read")
-    assert not work.check()
-    work.run()
-    if xp is not np:
-        xp.cuda.get_current_stream().synchronize()
-    assert work.check()
+    run_and_check(xp, work)
 
 
 def test_the_words_of_the_inputs_all_differ():

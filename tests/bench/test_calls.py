@@ -6,18 +6,14 @@ import pytest
 from pykv import bench
 from pykv.bench import calls, compile, report
 from pykv.errors import CompileError
-from tests.helpers import without_simt
+from tests.helpers import run_and_check, without_simt
 
 
 @without_simt
 @pytest.mark.parametrize("case", calls.QUICK, ids=report.label)
 def test_a_case_does_what_it_says(xp, rng, case):
     work = calls.make(case, xp, rng)
-    assert not work.check()
-    work.run()
-    if xp is not np:
-        xp.cuda.get_current_stream().synchronize()
-    assert work.check()
+    run_and_check(xp, work)
     assert (work.op is None) == (case["how"] != "op")
 
 

@@ -12,6 +12,7 @@ from pykv import bench, cli, ranges, transfer
 from pykv.bench import copy, memory, report
 from pykv.errors import ParameterError
 from pykv.ops import block_copy
+from tests.helpers import run_and_check
 from tests.simt.cupy import copy_bytes
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -75,9 +76,7 @@ def test_a_case_does_what_it_says(machine, rng, case):
     assert work.bytes == total * (2 if on_device else 1)
     assert work.ceiling == ("copy" if on_device else case["direction"])
     assert work.wall == (case["backend"] not in ("prepared", "contiguous"))
-    assert not work.check()
-    work.run()
-    assert work.check()
+    run_and_check(machine, work)
 
 
 def test_the_check_sees_every_word(rng, monkeypatch):

@@ -5,7 +5,7 @@ import pytest
 
 from pykv.bench import decode, report
 from pykv.ops import paged_decode
-from tests.helpers import without_simt
+from tests.helpers import run_and_check, without_simt
 
 MIXED = {**decode.QUICK[0], "L": decode.MIXED, "B": 1}
 
@@ -14,9 +14,7 @@ MIXED = {**decode.QUICK[0], "L": decode.MIXED, "B": 1}
 @pytest.mark.parametrize("case", decode.QUICK, ids=report.label)
 def test_a_case_does_what_it_says(xp, rng, case):
     work = decode.make(case, xp, rng)
-    assert not work.check()
-    work.run()
-    assert work.check()
+    run_and_check(xp, work)
     kinds = {"bf16": 64, "int8": 34, "int8:HND": 34, "e4m3": 34, "int4": 18}  # bytes of a row
     assert work.bytes == 2 * 40 * 2 * 2 * kinds[case["kv"]]
     assert work.flops == 2 * 40 * 4 * 4 * 32

@@ -11,7 +11,7 @@ from pykv.bench import compaction, elastic, report
 from pykv.ops import compaction as op
 from pykv.ops import kv_select, paged_decode
 from pykv.specs import KVSpec
-from tests.helpers import without_simt
+from tests.helpers import run_and_check, without_simt
 
 EVICTED = [{**case, "kv": kv} for case in elastic.QUICK for kv in ("fp16", "int8", "int4")]
 CYCLE = dict(elastic.QUICK[0], what="cycle", keep=0.25, steps=3)
@@ -39,10 +39,7 @@ def test_compaction_does_what_it_says(xp, rng, case):
 @pytest.mark.parametrize("case", [*EVICTED, CYCLE, {**CYCLE, "keep": 1.0}], ids=report.label)
 def test_eviction_does_what_it_says(xp, rng, case):
     work = elastic.make(case, xp, rng)
-    assert not work.check()
-    for call in work.graph or (work.run,):
-        call()
-    assert work.check()
+    run_and_check(xp, work)
     B, L, H, D, steps = (case[name] for name in ("B", "L", "H", "D", "steps"))
     of_token = KVSpec.parse(case["kv"]).bytes_per_token(H, D)
     kept = round(case["keep"] * L)

@@ -11,6 +11,7 @@ from pykv.bench import command, kvtc, report
 from pykv.kvtc import stream_v0
 from pykv.ops import kvtc_ranges
 from tests.bench.test_copy import machine  # noqa: F401, a fixture
+from tests.helpers import run_and_check
 
 KVBENCH = "tokens_per_block,num_blocks,features,pca_components,quant_type,operation"
 KVBENCH += ",uncompressed_bytes,compressed_bytes,median_ms,bandwidth_gbps,compression_ratio"
@@ -28,9 +29,7 @@ def test_a_case_does_what_it_says(machine, rng, case):  # noqa: F811
     assert work.bytes == moved.get(case["operation"], 2 * N * F)
     assert work.ceiling == ("copy" if case["operation"] in moved else None)
     assert work.flops == (0 if case["operation"] in moved else 2 * N * F * C)
-    assert not work.check()
-    work.run()
-    assert work.check()
+    run_and_check(machine, work)
 
 
 def test_groups_cover_every_coefficient_with_bits_that_fall():

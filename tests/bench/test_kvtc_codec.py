@@ -5,7 +5,7 @@ import pytest
 
 from pykv.bench import kvtc_codec, memory, report
 from pykv.kvtc import coder
-from tests.helpers import without_simt
+from tests.helpers import run_and_check, without_simt
 
 
 @without_simt
@@ -16,11 +16,7 @@ def test_a_case_does_what_it_says(xp, rng, case):
     if work is None:
         assert case.get("gemm") == "cublas" or (xp is np and case["to"] == "host")
         return
-    assert not work.check()
-    work.run()
-    if xp is not np:
-        xp.cuda.get_current_stream().synchronize()
-    assert work.check()
+    run_and_check(xp, work)
     memory.free()
 
 

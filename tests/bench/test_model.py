@@ -7,7 +7,7 @@ import pytest
 
 from pykv.bench import model, synthetic
 from pykv.errors import ParameterError
-from tests.helpers import assert_same_bits, to_numpy, without_simt
+from tests.helpers import assert_same_bits, run_and_check, to_numpy, without_simt
 from tests.llm import tiny
 
 
@@ -23,9 +23,7 @@ def path(tmp_path_factory):
 def test_a_step_is_checked_on_the_host(xp, rng, path, kv):
     """Right after a step; not before one, and not with another layer's weights."""
     work = model.make(dict(model=path, weights="fp16", B=3, Q=1, L=20, kv=kv), xp, rng)
-    assert not work.check()
-    work.run()
-    assert work.check()
+    run_and_check(xp, work)
     weights = model._load(path, "fp16", xp, kv == "int8").layers[1].down
     kept = to_numpy(weights).copy()
     weights *= 4
@@ -41,9 +39,7 @@ def test_a_step_is_checked_on_the_host(xp, rng, path, kv):
 @pytest.mark.parametrize("weights", ["fp16", "stored"])
 def test_a_prompt_is_checked_by_a_decode_step(xp, rng, path, weights):
     work = model.make(dict(model=path, weights=weights, B=2, Q=40, L=40, kv="fp16"), xp, rng)
-    assert not work.check()
-    work.run()
-    assert work.check()
+    run_and_check(xp, work)
     norm = model._load(path, weights, xp, False).output_norm
     kept = norm.copy()
     norm *= 4

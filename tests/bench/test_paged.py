@@ -8,7 +8,7 @@ from pykv.bench import append, convert, gather, memory, pages, report, timing
 from pykv.specs import KVSpec
 from pykv.testing import caches
 from pykv.testing.caches import empty
-from tests.helpers import without_simt
+from tests.helpers import run_and_check, without_simt
 
 CASES = [
     pytest.param(module, case, id=f"{module.__name__.rpartition('.')[2]} {report.label(case)}")
@@ -29,12 +29,7 @@ def check_case(xp, rng, module, case):
     if work is None:
         assert xp is np and case["op"].startswith("swap")
         return
-    assert not work.check()
-    for call in work.graph or (work.run,):
-        call()
-    if xp is not np:
-        xp.cuda.get_current_stream().synchronize()
-    assert work.check()
+    run_and_check(xp, work)
     memory.free()
 
 

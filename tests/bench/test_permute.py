@@ -8,6 +8,7 @@ from pykv.bench import permute, report
 from pykv.layout import NAMES, BlockShape
 from pykv.ranges import address_of
 from tests.bench.test_copy import machine  # noqa: F401, a fixture
+from tests.helpers import run_and_check
 
 QUICK = permute.QUICK
 
@@ -23,9 +24,7 @@ def test_a_case_does_what_it_says(machine, rng, case):  # noqa: F811
     size = case["N"] * int(np.prod([case[name] for name in BlockShape._fields]))
     assert work.bytes == size * (2 if on_device else 1) and not work.wall
     assert work.ceiling == ("copy" if on_device else case["direction"])
-    assert not work.check()
-    work.run()
-    assert work.check()
+    run_and_check(machine, work)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -6,7 +6,7 @@ import pytest
 from pykv.bench import prefill as bench
 from pykv.bench import report
 from pykv.ops import prefill
-from tests.helpers import without_simt
+from tests.helpers import run_and_check, without_simt
 
 MATMUL, *QUICK = bench.QUICK
 MIXED = {**QUICK[0], "L": bench.MIXED, "B": 1, "HQ": 1, "H": 1, "D": 8}
@@ -16,9 +16,7 @@ MIXED = {**QUICK[0], "L": bench.MIXED, "B": 1, "HQ": 1, "H": 1, "D": 8}
 @pytest.mark.parametrize("case", QUICK, ids=report.label)
 def test_a_case_does_what_it_says(xp, rng, case):
     work = bench.make(case, xp, rng)
-    assert not work.check()
-    work.run()
-    assert work.check()
+    run_and_check(xp, work)
     queries = case["Q"] or 40
     of_row = {"bf16": 64, "int8": 34, "e4m3": 34}[case["kv"]]  # bytes
     assert work.bytes == 2 * 40 * 2 * 2 * of_row + 2 * 2 * queries * 4 * 32 * 2
@@ -29,9 +27,7 @@ def test_a_case_does_what_it_says(xp, rng, case):
 @without_simt
 def test_the_ceiling_is_a_matrix_product(xp, rng):
     work = bench.make(MATMUL, xp, rng)
-    assert not work.check()
-    work.run()
-    assert work.check()
+    run_and_check(xp, work)
     assert work.flops == 2 * 128**3
 
 

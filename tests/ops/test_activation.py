@@ -2,20 +2,15 @@
 
 import math
 
-import ml_dtypes
 import numpy as np
 import pytest
 
 from pykv.errors import DtypeError, ParameterError, ShapeError
 from pykv.ops import activation
-from tests.helpers import assert_close_to_oracle, assert_same_bits, to_numpy
+from tests.helpers import assert_close_to_oracle, assert_same_bits, dtype_of, to_numpy
 
 GATED = {"swiglu": activation.swiglu, "geglu": activation.geglu}
 DTYPES = ("float32", "float16", "bfloat16")
-
-
-def dtype_of(name):
-    return np.dtype(getattr(ml_dtypes, name, name))
 
 
 def truth(name, gate, up):

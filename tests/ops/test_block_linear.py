@@ -1,6 +1,5 @@
 """block_linear: products with GGUF blocks of every type."""
 
-import ml_dtypes
 import numpy as np
 import pytest
 
@@ -12,6 +11,7 @@ from tests.faults import fixed, scaled, with_argument, with_changed_option, with
 from tests.helpers import (
     assert_close_to_oracle,
     assert_same_bits,
+    dtype_of,
     make_every_launch,
     rebuilt,
     swept,
@@ -66,10 +66,6 @@ CASES = rebuilt(CASES, [{**BASE, **change} for change in ALIKE])
 # Offsets of the float16 numbers in a block.
 HALVES = dict(Q4_1=(0, 2), Q5_1=(0, 2), Q4_K=(0, 2), Q5_K=(0, 2), Q2_K=(80, 82), Q3_K=(108,))
 HALVES |= dict(Q6_K=(208,), MXFP4=())
-
-
-def dtype_of(name):
-    return np.dtype(getattr(ml_dtypes, name, name))
 
 
 def random_blocks(rng, kind, R, I):

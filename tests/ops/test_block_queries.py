@@ -7,7 +7,7 @@ import pytest
 from pykv import cuda
 from pykv.errors import DtypeError, ParameterError, ShapeError
 from pykv.ops import block_queries as op
-from tests.faults import with_changed_option
+from tests.faults import planted, with_changed_option
 from tests.helpers import to_numpy
 
 SIZES = dict(heads=2, block=4, recent=6, blocks=3)
@@ -70,13 +70,11 @@ FAULTS = {
 }
 
 
-def _of_the_first_query(reference):
-    def faulty(**given):
-        q, heads = given["q"], given["heads"]
-        first = q[:, :: q.shape[1] // heads]
-        reference(**given | dict(q=np.repeat(first, q.shape[1] // heads, 1)))
-
-    return faulty
+@planted
+def _of_the_first_query(reference, **given):
+    q, heads = given["q"], given["heads"]
+    first = q[:, :: q.shape[1] // heads]
+    reference(**given | dict(q=np.repeat(first, q.shape[1] // heads, 1)))
 
 
 REFERENCE_FAULTS = [(op, "reference", _of_the_first_query)]

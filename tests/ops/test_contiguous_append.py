@@ -1,6 +1,5 @@
 """contiguous_append: rows land behind those of their slots; keys turn as rope.rotate turns them."""
 
-import ml_dtypes
 import numpy as np
 import pytest
 
@@ -8,7 +7,7 @@ from pykv import cuda
 from pykv.errors import DtypeError, ParameterError, ShapeError, UnsupportedError
 from pykv.ops import contiguous_append, rope
 from pykv.testing import error_and_bound
-from tests.helpers import assert_close_to_oracle, assert_same_bits, rebuilt, to_numpy
+from tests.helpers import assert_close_to_oracle, assert_same_bits, dtype_of, rebuilt, to_numpy
 
 BASE = dict(
     B=4,
@@ -34,10 +33,6 @@ CHANGES = (
 ALIKE = (*({"K": 192, "V": 128}, {"K": 80, "V": 24}), {"H": 17, "K": 128, "V": 128, "T": 1})
 CASES = [BASE, *({**BASE, **change} for change in CHANGES)]
 CASES = rebuilt(CASES, [{**BASE, **change} for change in ALIKE])
-
-
-def dtype_of(name):
-    return np.dtype(getattr(ml_dtypes, name, name))
 
 
 def make(rng, B, T, C, H, K, V, new, kv, form, slots, advance):

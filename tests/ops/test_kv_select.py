@@ -6,7 +6,7 @@ import pytest
 from pykv import cuda
 from pykv.errors import DtypeError, ParameterError, ShapeError
 from pykv.ops import kv_select as op
-from tests.faults import with_argument, with_changed_option
+from tests.faults import planted, with_argument, with_changed_option
 from tests.helpers import assert_same_bits, to_numpy
 
 
@@ -164,13 +164,11 @@ FAULTS = {
 }
 
 
-def _last_of_equals(reference):
-    def faulty(kept, counts, scores, *rest, **options):
-        reference(
-            kept, counts, scores + np.arange(scores.shape[-1]) * np.float32(1e-6), *rest, **options
-        )
-
-    return faulty
+@planted
+def _last_of_equals(reference, kept, counts, scores, *rest, **options):
+    reference(
+        kept, counts, scores + np.arange(scores.shape[-1]) * np.float32(1e-6), *rest, **options
+    )
 
 
 REFERENCE_FAULTS = [(op, "reference", _last_of_equals)]

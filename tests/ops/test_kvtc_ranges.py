@@ -5,13 +5,7 @@ import numpy as np
 import pytest
 
 import pykv
-from pykv.errors import (
-    DeviceError,
-    DtypeError,
-    FormatError,
-    ParameterError,
-    UnsupportedError,
-)
+from pykv.errors import DeviceError, DtypeError, FormatError, ParameterError, UnsupportedError
 from pykv.kvtc import stream_v0
 from pykv.kvtc.stream_v0 import Range
 from pykv.ops import kvtc_ranges as op

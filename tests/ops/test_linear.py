@@ -12,6 +12,7 @@ from pykv.ops import linear
 from tests.helpers import (
     assert_close_to_oracle,
     assert_same_bits,
+    dtype_of,
     make_every_launch,
     product,
     to_numpy,
@@ -41,10 +42,6 @@ EQUAL_TYPES = [
     for x in ("float32", "float16", "bfloat16")
     for T, bias, accumulate in ((1, None, False), (9, x, False), (40, None, True), (70, x, True))
 ]
-
-
-def dtype_of(name):
-    return np.dtype(getattr(ml_dtypes, name, name))
 
 
 def inputs(rng, T, O, I, x, w, bias, accumulate, gemm):

@@ -2,13 +2,12 @@
 
 import math
 
-import ml_dtypes
 import numpy as np
 import pytest
 
 from pykv.errors import DtypeError, ParameterError, ShapeError
 from pykv.ops import merge_states, paged_decode
-from tests.helpers import assert_close_to_oracle, assert_same_bits, to_numpy
+from tests.helpers import assert_close_to_oracle, assert_same_bits, dtype_of, to_numpy
 
 BASE = dict(S=3, T=5, HQ=4, D=64, dtype="float32", lse_base="e")
 CASES = [
@@ -23,7 +22,7 @@ CASES = [
 
 def inputs(rng, S, T, HQ, D, dtype="float32", lse_base="e"):
     """Some states without keys, whose values are NaN; row 0 has none at all."""
-    values = rng.standard_normal((S, T, HQ, D)).astype(np.dtype(getattr(ml_dtypes, dtype, dtype)))
+    values = rng.standard_normal((S, T, HQ, D)).astype(dtype_of(dtype))
     lse = (4 * rng.standard_normal((S, T, HQ))).astype(np.float32)
     lse[rng.random(lse.shape) < 0.2] = -np.inf
     lse[:, 0, 0] = -np.inf

@@ -2,14 +2,13 @@
 
 import math
 
-import ml_dtypes
 import numpy as np
 import pytest
 
 from pykv.errors import DtypeError, ParameterError, ShapeError
 from pykv.ops import norm
 from tests.faults import fixed, scaled, with_option
-from tests.helpers import assert_close_to_oracle, assert_same_bits, to_numpy
+from tests.helpers import assert_close_to_oracle, assert_same_bits, dtype_of, to_numpy
 
 BASE = dict(T=5, H=None, D=2048, eps=1e-6, offset=0.0, x="float32", w="float32")
 CHANGES = (
@@ -24,7 +23,7 @@ CASES = [BASE, *({**BASE, **change} for change in CHANGES)]
 
 
 def inputs(rng, T, H, D, eps, offset, x, w):
-    x, w = (np.dtype(getattr(ml_dtypes, name, name)) for name in (x, w))
+    x, w = (dtype_of(name) for name in (x, w))
     shape = (T, D) if H is None else (T, H, D)
     return (3 * rng.standard_normal(shape)).astype(x), rng.standard_normal(D).astype(w)
 

@@ -11,7 +11,7 @@ from pykv.kinds import KINDS
 from pykv.ops import paged_append, paged_check, paged_decode
 from pykv.specs import KVSpec
 from pykv.testing import codes, paged
-from tests.helpers import assert_same_bits, product, rebuilt, swept, to_numpy
+from tests.helpers import assert_same_bits, dtype_of, product, rebuilt, swept, to_numpy
 
 BASE = dict(address="slots", T=9, H=2, D=64, P=4, new="float16", spec="fp16", form="two")
 INT8 = {**BASE, "spec": "int8"}
@@ -79,10 +79,6 @@ ALIKE = [
     *({**BASE, "spec": spec} for spec in ("int8:fp32", "int8:head", "int4", "e4m3:tensor:fp32")),
     *({**BASE, "spec": spec} for spec in ("e5m2:fp32", "e5m2:head", "k8v4")),
 ]
-
-
-def dtype_of(name):
-    return np.dtype(getattr(ml_dtypes, name, name))
 
 
 class Cache:

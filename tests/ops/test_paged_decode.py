@@ -9,13 +9,7 @@ import pytest
 
 import pykv
 from pykv import cuda, kinds
-from pykv.errors import (
-    CapacityError,
-    DtypeError,
-    ParameterError,
-    ShapeError,
-    UnsupportedError,
-)
+from pykv.errors import CapacityError, DtypeError, ParameterError, ShapeError, UnsupportedError
 from pykv.ops import paged_decode, paged_decode_mma
 from pykv.specs import KVSpec
 from pykv.testing import attention
@@ -23,6 +17,7 @@ from pykv.testing.paged import WILD, filled
 from tests.helpers import (
     assert_close_to_oracle,
     assert_same_bits,
+    dtype_of,
     product,
     rebuilt,
     swept,
@@ -60,7 +55,7 @@ def paged(rng, keys, P, H, D, kv, unseen=None):
 def inputs(rng, lengths, G, H, D, P, window, q, kv):
     """Arguments of `decode`, with everything that must not be read poisoned."""
     unseen = [max(n - window, 0) if window else 0 for n in lengths]
-    q_dtype = np.dtype(getattr(ml_dtypes, q, q))
+    q_dtype = dtype_of(q)
     queries = rng.standard_normal((len(lengths), H * G, D)).astype(q_dtype)
     return queries, *paged(rng, lengths, P, H, D, kv, unseen), np.array(lengths, np.int32)
 
@@ -133,7 +128,7 @@ def judge(got, q, spec, arrays, table, lengths, scale, **options):
 
 
 def queries_of(rng, shape, dtype):
-    return rng.standard_normal(shape).astype(np.dtype(getattr(ml_dtypes, dtype, dtype)))
+    return rng.standard_normal(shape).astype(dtype_of(dtype))
 
 
 @pytest.mark.parametrize("case", CODE_CASES, ids=str)

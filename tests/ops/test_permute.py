@@ -3,7 +3,6 @@
 import gc
 import weakref
 
-import ml_dtypes
 import numpy as np
 import pytest
 
@@ -12,7 +11,7 @@ from pykv.block_memory import Given
 from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError, UnsupportedError
 from pykv.layout import AXES, NAMES, STACKS, BlockShape, Layout
 from pykv.ops import permute
-from tests.helpers import assert_same_bits, bits, without_simt
+from tests.helpers import assert_same_bits, bits, dtype_of, without_simt
 
 BASE = dict(N=3, H=3, L=2, O=2, P=4, D=5, dtype="float16")  # the sizes of kvbm's tests
 CHANGES = (
@@ -41,10 +40,6 @@ def offset(name, h, l, o, t, d, H, L, O, P, D):
         "operational_HND": (None, (((l * O + o) * H + h) * P + t) * D + d),
         "universal": (None, (((h * L + l) * O + o) * P + t) * D + d),
     }[name]
-
-
-def numpy_dtype(name):
-    return np.dtype(getattr(ml_dtypes, name, name))
 
 
 def poison(shape, dtype):
@@ -102,7 +97,7 @@ def place(xp):
 @pytest.mark.parametrize("dst, src", DIRECTIONS)
 @pytest.mark.parametrize("case", CASES[:6], ids=str)
 def test_arrays_move(xp, rng, case, dst, src):
-    case = {**case, "dtype": numpy_dtype(case["dtype"])}
+    case = {**case, "dtype": dtype_of(case["dtype"])}
     *sizes, dtype = case.values()
     given = random_blocks(rng, src, **case)
     want = expected(dst, src, given, *sizes)
@@ -118,7 +113,7 @@ def test_arrays_move(xp, rng, case, dst, src):
 @pytest.mark.parametrize("dst, src", [("universal", "NHD"), ("NHD", "universal"), ("HND", "NHD")])
 @pytest.mark.parametrize("case", CASES[6:], ids=str)
 def test_sizes_of_all_kinds_move(xp, rng, case, dst, src):
-    case = {**case, "dtype": numpy_dtype(case["dtype"])}
+    case = {**case, "dtype": dtype_of(case["dtype"])}
     *sizes, dtype = case.values()
     given = random_blocks(rng, src, **case)
     want = expected(dst, src, given, *sizes)
@@ -177,7 +172,7 @@ def test_chunks_change_their_order(xp, rng, function):
 @pytest.mark.parametrize("layout", ["NHD", "HND"])
 def test_lists_of_blocks_and_chunks(xp, rng, layout):
     """As kvbm's Python tests give them: a list of blocks, each a list of L * O chunks."""
-    sizes, dtype = (3, 3, 2, 2, 4, 5), numpy_dtype("bfloat16")
+    sizes, dtype = (3, 3, 2, 2, 4, 5), dtype_of("bfloat16")
     N, H, L, O, P, D = sizes
     given = random_blocks(rng, layout, *sizes, dtype)
     chunk = (P, H, D) if layout == "NHD" else (H, P, D)
@@ -220,7 +215,7 @@ def test_positions_by_hand(xp):
 
 def test_nan_payloads_stay(xp):
     for dtype, nan in (("float16", 0x7D01), ("bfloat16", 0xFFA5), ("float32", 0x7FA00001)):
-        dtype = numpy_dtype(dtype)
+        dtype = dtype_of(dtype)
         x = np.full((1, 1, 1, 2, 2, 8), nan, f"u{dtype.itemsize}").view(dtype)
         out = xp.zeros((1, 2, 1, 1, 2, 8), dtype)
         permute.universal_from_block(out, xp.asarray(x))

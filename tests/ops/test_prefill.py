@@ -2,7 +2,6 @@
 
 import itertools
 
-import ml_dtypes
 import numpy as np
 import pytest
 
@@ -16,6 +15,7 @@ from tests.conftest import array_module
 from tests.helpers import (
     assert_close_to_oracle,
     assert_same_bits,
+    dtype_of,
     make_every_launch,
     product,
     swept,
@@ -90,7 +90,7 @@ def inputs(rng, sequences, G, H, D, P, window, q, kv, **options):
     keys = [n for _, n in sequences]
     unseen = [max(n - m - window + 1, 0) if window else 0 for m, n in sequences]
     starts = np.cumsum([0] + [m for m, _ in sequences]).astype(np.int32)
-    q_dtype = np.dtype(getattr(ml_dtypes, q, q))
+    q_dtype = dtype_of(q)
     queries = rng.standard_normal((starts[-1], H * G, D)).astype(q_dtype)
     return queries, *paged(rng, keys, P, H, D, kv, unseen), np.array(keys, np.int32), starts
 
@@ -158,7 +158,7 @@ def code_inputs(rng, sequences, G, H, D, P, window, q, spec, **options):
     keys = [n for _, n in sequences]
     unseen = [max(n - m - window + 1, 0) if window else 0 for m, n in sequences]
     starts = np.cumsum([0] + [m for m, _ in sequences]).astype(np.int32)
-    q_dtype = np.dtype(getattr(ml_dtypes, q, q))
+    q_dtype = dtype_of(q)
     queries = rng.standard_normal((starts[-1], H * G, D)).astype(q_dtype)
     spec, arrays, table = cache(rng, keys, P, H, D, spec, unseen)
     where = (table, np.array(keys, np.int32), starts)
@@ -228,7 +228,7 @@ def test_scales_of_values_differ_from_tile_to_tile(xp, rng, spec, q, D, rises):
         arrays[f"{name}_pool"], arrays[f"{name}_scales"] = kinds.quantize(
             x, kind, scale_dtype=dtype
         )
-    queries = rng.standard_normal((40, 2, D)).astype(getattr(ml_dtypes, q, q))
+    queries = rng.standard_normal((40, 2, D)).astype(dtype_of(q))
     where = ([[0]], [L], [0, 40])
     names = dict(zip(("page_table", "lengths", "q_starts"), where, strict=True))
     given = {name: np.array(x, np.int32) for name, x in names.items()}

@@ -2,14 +2,13 @@
 
 import math
 
-import ml_dtypes
 import numpy as np
 import pytest
 
 from pykv.errors import DtypeError, ParameterError, ShapeError
 from pykv.ops import rope
 from pykv.testing import oracles
-from tests.helpers import assert_close_to_oracle, assert_same_bits, to_numpy
+from tests.helpers import assert_close_to_oracle, assert_same_bits, dtype_of, to_numpy
 
 BASE = dict(T=5, HQ=8, H=2, D=64, F=32, pairing="half", dtype="float32")
 CHANGES = (
@@ -24,7 +23,7 @@ CASES = [
 
 
 def inputs(rng, T, HQ, H, D, F, pairing, dtype):
-    dtype = np.dtype(getattr(ml_dtypes, dtype, dtype))
+    dtype = dtype_of(dtype)
     q, k = (rng.standard_normal((T, heads, D)).astype(dtype) for heads in (HQ, H))
     positions = rng.integers(0, 2**20, T).astype(np.int32)
     inv_freq = (10000.0 ** -rng.random(F)).astype(np.float32)

@@ -3,14 +3,13 @@ prefill, decode and scores, for every kind."""
 
 import itertools
 
-import ml_dtypes
 import numpy as np
 import pytest
 
 from pykv.ops import attention_scores, paged_decode, prefill
 from pykv.specs import KVSpec
 from pykv.testing import attention, codes, paged
-from tests.helpers import assert_same_bits, product, to_numpy
+from tests.helpers import assert_same_bits, dtype_of, product, to_numpy
 
 # Of a row's largest element. Weights of 16-bit queries are rounded to f16 once, their outputs, too.
 BOUNDS = {"float32": 1e-5, "float16": 4e-3, "bfloat16": 1.5e-2}
@@ -29,7 +28,7 @@ def store(rng, text, k, v):
 
 
 def normal(rng, shape, dtype="float32"):
-    return rng.standard_normal(shape).astype(np.dtype(getattr(ml_dtypes, dtype, dtype)))
+    return rng.standard_normal(shape).astype(dtype_of(dtype))
 
 
 def run(xp, q, spec, cache, **options):

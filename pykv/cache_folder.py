@@ -11,9 +11,18 @@ import platformdirs
 
 
 def cache_dir() -> Path:
-    """The folder of cubins and models: PYKV_CACHE_DIR, else the user's cache folder."""
-    given = os.environ.get("PYKV_CACHE_DIR") or platformdirs.user_cache_dir("pykv", False)
-    return Path(given).expanduser()  # a ~ that no shell has seen, as in a .env file
+    """The folder of cubins and models: PYKV_CACHE_DIR, else the user's cache folder.
+
+    Raises:
+        FileNotFoundError: its home folder is not known.
+    """
+    given = os.environ.get("PYKV_CACHE_DIR")
+    try:
+        found = Path(given or platformdirs.user_cache_dir("pykv", False))
+        return found.expanduser().absolute()  # ~ that no shell has seen, as in a .env file
+    except RuntimeError:  # neither HOME nor the list of users says, as in some containers
+        reason = "no home folder is known, expected HOME, or PYKV_CACHE_DIR"
+        raise FileNotFoundError(errno.ENOENT, reason, given or "~/.cache") from None
 
 
 def make_private(folder: Path) -> None:

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
-import tempfile
 import time
 import warnings
 from bisect import bisect_left
@@ -21,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from pykv import cuda
+from pykv import cuda, whole_files
 from pykv.cache_folder import make_private
 from pykv.errors import CudaError
 
@@ -139,18 +137,15 @@ def _sound(read: Any) -> Cells:
 def store(table: Table, pair: Pair | None = None) -> Table:
     """Keep the figures of the current GPU, or between two, or warn that it cannot be done, and
     return them."""
-    file = _file(pair)
     try:
+        file = _file(pair)
         make_private(file.parent)
-        # Beside its final place, so that the last step is one atomic rename.
-        with tempfile.TemporaryDirectory(dir=file.parent, prefix=".store-") as folder:
-            written = Path(folder) / file.name
-            written.write_text(json.dumps(table, indent=1), encoding="utf-8")
-            os.replace(written, file)
+        whole_files.replace(file, [json.dumps(table, indent=1).encode()], durable=False)
     except OSError as error:
         warnings.warn(
-            f"pykv cannot keep its calibration in {file.parent} ({error.strerror}); it is measured "
-            "again in every process. Set PYKV_CACHE_DIR to a folder that you alone can write",
+            f"pykv cannot keep its calibration in {error.filename} ({error.strerror}); it is "
+            "measured again in every process. Set PYKV_CACHE_DIR to a folder that you alone can "
+            "write",
             RuntimeWarning,
             stacklevel=2,
         )

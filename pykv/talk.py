@@ -16,6 +16,7 @@ from pykv import whole_files
 from pykv.errors import CapacityError, ParameterError
 from pykv.model_options import open_llm
 from pykv.number_texts import counted
+from pykv.terminal import note
 
 HELP = """\
 /system TEXT  what the model should know first; without a text: nothing
@@ -34,11 +35,6 @@ def open_model(args: argparse.Namespace) -> tuple[Any, Any]:
     names += "presence_penalty frequency_penalty"
     params = SamplingParams(**{name: getattr(args, name) for name in names.split()})
     return open_llm(args), params
-
-
-def note(text: str) -> None:
-    """A line for people, on stderr."""
-    print(f"pykv: {text}", file=sys.stderr, flush=True)
 
 
 # --- Sessions ---

@@ -790,6 +790,12 @@ def test_what_a_terminal_would_obey_is_spelled(capsys, monkeypatch, fake):
     assert_one_line(run(capsys, "run", "x"), r"404 \\x1b\[31mred\\r\\x9b")
 
 
+def test_so_is_the_name_of_a_file(capsys, tmp_path, files):
+    (tmp_path / "m\x1b[31m.gguf").symlink_to(files / "base.gguf")
+    code, out, _ = run(capsys, "inspect", tmp_path / "m\x1b[31m.gguf")
+    assert code == 0 and "/m\\x1b[31m.gguf: GGUF version" in out
+
+
 @pytest.mark.parametrize("command", ["run", "chat"])
 def test_ctrl_c_ends_the_line(capsys, monkeypatch, fake, command):
     say(monkeypatch, "hi")

@@ -16,16 +16,18 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from pykv import cuda
+from pykv import cli, cuda, doctor
 from pykv.cuda import driver
 from pykv.errors import (
     CompileError,
     CudaError,
     DeviceError,
+    FetchError,
     DtypeError,
     ParameterError,
     UnsupportedError,
 )
+from pykv.llm import models
 from pykv.ops import paged_append
 from tests.helpers import swept
 
@@ -235,6 +237,44 @@ def test_folder_that_takes_nothing_means_memory_and_one_warning(folder, compiles
         cuda.compile(**{**JOB, "HEAD_DIM": 128})
     assert len(seen) == 1
     assert cuda.compile(**JOB).code == first and len(compiles) == 2
+
+
+@pytest.fixture
+def homeless(monkeypatch):
+    """A user whom no list knows, as in a container, and no HOME."""
+    for name in ("PYKV_CACHE_DIR", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)
+
+
+@nvrtc
+def test_without_a_home_kernels_are_compiled_in_memory(homeless, compiles):
+    cuda.compiler._memory.clear()
+    with pytest.warns(RuntimeWarning, match="in ~/.cache .*no home folder is known"):
+        first = cuda.compile(**JOB).code
+    assert cuda.compile(**JOB).code == first and len(compiles) == 1
+    cuda.compiler._memory.clear()
+
+
+def test_a_cache_without_a_home_is_named(homeless, capsys, monkeypatch):
+    """By everything that keeps something there."""
+    with pytest.raises(FetchError, match="cannot keep smollm2-135m in ~/.cache.*: no home folder"):
+        models.fetch("smollm2-135m")
+    assert cli.main(["cache", "info"]) == 2
+    assert capsys.readouterr().err.startswith("pykv: ~/.cache")
+    found = {finding.name: finding for finding in doctor.examine().findings}
+    assert found["cache"].state == "FAULT" and "PYKV_CACHE_DIR" in found["cache"].mend
+    monkeypatch.setenv("PYKV_CACHE_DIR", "~nobody-of-this-name/cache")
+    with pytest.raises(OSError, match="no home folder is known"):
+        cuda.cache_dir()
+    with pytest.raises(FetchError, match="no such file exists"):
+        models.fetch("~/model.gguf")
+
+
+def test_the_cache_folder_does_not_move_with_the_current_one(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYKV_CACHE_DIR", "cache")
+    assert cuda.cache_dir() == tmp_path / "cache"
 
 
 OTHERS_CAN_WRITE = [(folder, mode) for folder in ("", "cubin") for mode in (0o777, 0o770, 0o702)]

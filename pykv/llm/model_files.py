@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import re
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -20,6 +19,7 @@ from pathlib import Path
 
 from pykv.cache_folder import cache_dir, make_private
 from pykv.errors import FetchError, FormatError
+from pykv.terminal import note
 
 _WEEK = 7 * 86400.0  # seconds
 
@@ -157,7 +157,7 @@ def lock(*, wait: bool) -> Iterator[None]:
     except Timeout as error:
         if not wait:
             raise FetchError(f"another process is fetching into {folder()}") from error
-        print("pykv: waiting for another process that fetches a model", file=sys.stderr)
+        note("waiting for another process that fetches a model")
         held.acquire()
     try:
         yield

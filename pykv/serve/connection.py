@@ -25,7 +25,7 @@ class Connection(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
-        self._unset_keepalive_if_required()  # uvicorn leaves it, and the request, where exc is given
+        self._unset_keepalive_if_required()  # uvicorn leaves it where exc is given
         self._stop_timer()
 
     def _watch(self) -> None:

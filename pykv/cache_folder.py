@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import platformdirs
@@ -36,6 +38,26 @@ def make_private(folder: Path) -> None:
     for path in (cache_dir(), folder):
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
     check_private(folder)
+
+
+def delete(paths: Iterable[Path]) -> int:
+    """Delete files, but for those that another process deletes, and return their bytes."""
+    freed = 0
+    for path in paths:
+        with suppress(FileNotFoundError):
+            nbytes = path.stat().st_size
+            path.unlink()
+            freed += nbytes
+    return freed
+
+
+def total_bytes(paths: Iterable[Path]) -> int:
+    """Bytes of files, but for those that another process deletes meanwhile."""
+    total = 0
+    for path in paths:
+        with suppress(FileNotFoundError):
+            total += path.stat().st_size
+    return total
 
 
 def check_private(folder: Path) -> None:

@@ -13,6 +13,7 @@ import warnings
 from typing import Any
 
 from pykv import __version__, install, model_options
+from pykv.cache_folder import total_bytes
 from pykv.errors import DeviceError, InstallError, ParameterError, PykvError
 from pykv.eval import commands as commands_of_eval
 from pykv.kvtc import commands as commands_of_kvtc
@@ -363,8 +364,7 @@ def _cache_info(args: argparse.Namespace) -> None:
     models = [model.path for model in model_files.kept()]
     kinds = {"kernels": cuda.cubins(), "models": models, "unfinished": model_files.unfinished()}
     for name, files in kinds.items():
-        nbytes = sum(file.stat().st_size for file in files)
-        print(f"{name:<11} {counted(len(files), 'file')}, {nbytes:,} bytes")
+        print(f"{name:<11} {counted(len(files), 'file')}, {total_bytes(files):,} bytes")
     if args.disk_cache is not None:
         from pykv.tiers import commands
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from pykv import __version__, cuda, install
-from pykv.cache_folder import check_private, make_private
+from pykv.cache_folder import check_private, make_private, total_bytes
 from pykv.errors import CompileError, UnsupportedError
 from pykv.llm import model_files
 
@@ -157,7 +157,7 @@ def _cache_folder() -> Finding:
     except OSError as error:
         mend = "export PYKV_CACHE_DIR=/a/folder/of/your/own"
         return Finding("cache", f"{error.filename or folder}: {error.strerror}", mend)
-    leftovers = sum(path.stat().st_size for path in model_files.unfinished())
+    leftovers = total_bytes(model_files.unfinished())
     rest = f", {leftovers:,} bytes of unfinished downloads (pykv cache clear)" if leftovers else ""
     return Finding("cache", f"{folder}{rest}")
 

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -17,13 +18,14 @@ import numpy as np
 import pytest
 
 from pykv import cli, cuda, doctor
+from pykv.cache_folder import total_bytes
 from pykv.cuda import driver
 from pykv.errors import (
     CompileError,
     CudaError,
     DeviceError,
-    FetchError,
     DtypeError,
+    FetchError,
     ParameterError,
     UnsupportedError,
 )
@@ -275,6 +277,28 @@ def test_the_cache_folder_does_not_move_with_the_current_one(monkeypatch, tmp_pa
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYKV_CACHE_DIR", "cache")
     assert cuda.cache_dir() == tmp_path / "cache"
+
+
+def test_files_that_another_process_deletes_meanwhile(folder, monkeypatch):
+    """Two `pykv cache clear` at once, or one beside a process that compiles."""
+    (folder / "cubin/tmp").mkdir(parents=True)
+    left, gone = folder / "cubin/tmp/entry-a", folder / "cubin/tmp/entry-b"
+    left.write_bytes(b"12")
+    monkeypatch.setattr(cuda.compiler, "cubins", lambda: [gone, left])
+    assert total_bytes([gone, left]) == 2 == cuda.clear_cubins() and not left.exists()
+
+
+def test_a_package_without_its_kernels(tmp_path):
+    """As in a zip, where they are no files."""
+    shutil.copytree(ROOT / "pykv", tmp_path / "pykv", ignore=shutil.ignore_patterns("__pycache__"))
+    done = subprocess.run(
+        [sys.executable, "-c", "import pykv"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )
+    assert "ImportError" in done.stderr and "pykv does not run from a zip" in done.stderr
 
 
 OTHERS_CAN_WRITE = [(folder, mode) for folder in ("", "cubin") for mode in (0o777, 0o770, 0o702)]

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
-from pykv.cache_folder import check_private
+from pykv.cache_folder import check_private, total_bytes
 from pykv.errors import FetchError, ParameterError, PykvError
 from pykv.llm import download, model_files, wheels
 from pykv.llm.download import Remote
@@ -205,7 +205,7 @@ def _split(model: str) -> tuple[str, str | None, dict[str, str]]:
         if not names or {".", "..", ""} & {*name[3:].split("/")}:  # they lead to another repository
             raise wrong("hf:owner/repo/file.gguf")
         endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
-        token = os.environ.get("HF_TOKEN")
+        token = os.environ.get("HF_TOKEN", "").strip()  # of a file, with its line end
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         url = f"{endpoint}/{names[1]}/{names[2]}/resolve/main/{quote(names[3])}"
         return url, sha256, headers
@@ -283,9 +283,7 @@ def _fetch_address(model: str, name: str) -> tuple[Path, str]:
 def _announce(what: str, size: int | None, needed: int, licence: str = "") -> None:
     facts = ["of unknown size" if size is None else f"{size / 1e6:.0f} MB", licence]
     note(f"fetching {what} ({', '.join(filter(None, facts))})")
-    room = shutil.disk_usage(folder()).free + sum(
-        x.stat().st_size for x in model_files.unfinished()
-    )
+    room = shutil.disk_usage(folder()).free + total_bytes(model_files.unfinished())
     if needed > room:
         raise FetchError(
             f"{what} needs {needed:,} bytes, expected at most the {room:,} that are free in "

@@ -6,6 +6,7 @@ import argparse
 import errno
 import logging
 import os
+import re
 import signal
 import socket
 from typing import Any
@@ -57,6 +58,10 @@ def _serve(args: argparse.Namespace) -> None:
     if args.api_key == "":  # as of a variable of the shell that is not set
         raise ParameterError("serve: --api-key is empty, expected a key")
     key = args.api_key or os.environ.get("PYKV_API_KEY") or None
+    if key is not None and (key != key.strip() or re.search(r"[\r\n]", key)):
+        raise ParameterError(
+            "serve: the API key has blanks around it, or line ends, expected what a header can hold"
+        )
     for name in args.served_model_name or ():
         if not name.isprintable():  # nor are bytes of the command line that are no UTF-8
             raise ParameterError(f"serve: --served-model-name is {name!r}, expected letters")

@@ -305,6 +305,15 @@ def test_without_the_extra(package):
     assert re.match(rf"pykv: {package} is not installed: pip install .*\[serve\]'", done.stderr)
 
 
+@pytest.mark.parametrize("key", ["sesame\n", " sesame", "ses\r\name"])
+def test_a_key_that_no_header_holds(capsys, monkeypatch, path, key):
+    """Such as a file's with its line end: nobody could ever ask."""
+    monkeypatch.setenv("PYKV_API_KEY", key)
+    assert cli.main(["serve", str(path), "--device", "cpu", "--port", "0"]) == 2
+    err = capsys.readouterr().err
+    assert "the API key has blanks around it, or line ends" in err and "ame" not in err[9:40]
+
+
 def test_a_key_of_the_environment(command, monkeypatch):
     monkeypatch.setenv("PYKV_API_KEY", "sesame")
     _, port, _ = command("--host", "0.0.0.0", "--served-model-name", "mine")

@@ -10,6 +10,7 @@ import os
 import re
 import sys
 import warnings
+from contextlib import suppress
 from typing import Any
 
 from pykv import __version__, install, model_options
@@ -34,17 +35,13 @@ def main(argv: list[str] | None = None) -> int:
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a model may write what a console cannot show
-    args = _parser().parse_args(argv)
     try:
-        code = int(args.run(args) or 0)
-        sys.stdout.flush()  # a reader that left is noticed here, not when Python exits
-        return code
+        return _obey(argv)
     except BrokenPipeError:
-        # What is still buffered goes nowhere, or Python would complain about it when it exits.
-        for stream in (sys.stdout, sys.stderr):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        pass
     except KeyboardInterrupt:
-        print(file=sys.stderr)
+        with suppress(OSError):
+            print(file=sys.stderr)
         return 130
     except InstallError as error:
         note(error)
@@ -66,7 +63,26 @@ def main(argv: list[str] | None = None) -> int:
             raise
         what = " ".join(f"{type(error).__name__}: {error}".split())
         note(f"fault inside pykv, please report it: {what} (python -X dev shows where)")
+    finally:
+        # What cannot be written goes nowhere, or Python would complain about it when it exits.
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except OSError:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     return 2
+
+
+def _obey(argv: list[str] | None) -> int:
+    """Run the command. A reader of its output that left is noticed here, not when Python exits."""
+    try:
+        args = _parser().parse_args(argv)
+        code = int(args.run(args) or 0)
+    except SystemExit:  # of --help, or of a signal
+        sys.stdout.flush()
+        raise
+    sys.stdout.flush()
+    return code
 
 
 def _print_json(facts: dict[str, Any]) -> None:

@@ -19,5 +19,5 @@ def visible(text: str) -> str:
 
 def note(message: object) -> None:
     """Say something on stderr, if somebody is there to be told."""
-    with suppress(BrokenPipeError):
+    with suppress(OSError):
         print(f"pykv: {visible(str(message))}", file=sys.stderr, flush=True)

@@ -877,7 +877,7 @@ def test_closed_streams_are_empty_ones(command, closed, code):
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
-@pytest.mark.parametrize("command", [GOOD, ["inspect", "chat.gguf"], ["size", "chat.gguf"]])
+@pytest.mark.parametrize("command", [GOOD, ["inspect", "chat.gguf"], ["--help"]])
 def test_a_reader_that_left(command, unbuffered):
     """However the output is buffered, nothing is said when nobody reads it."""
     read, write = os.pipe()
@@ -891,7 +891,27 @@ def test_a_reader_that_left(command, unbuffered):
         )
     finally:
         os.close(write)
-    assert (done.returncode, done.stderr) == (2, b"")
+    # argparse itself drops what it cannot write at once
+    assert (done.returncode, done.stderr) == (0 if command == ["--help"] and unbuffered else 2, b"")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is full")
+@pytest.mark.parametrize("command", ["size chat.gguf", "--help", "size nothing"])
+def test_nobody_can_be_told(monkeypatch, command):
+    """Of an error, where standard error takes nothing either."""
+    monkeypatch.setenv("PYTHONUNBUFFERED", "")
+    for streams in (">/dev/full 2>/dev/full", ">/dev/full 2>&-"):
+        done = process("sh", "-c", f'"{sys.executable}" -m pykv {command} {streams}')
+        assert done.returncode == 2
+
+
+@pytest.mark.parametrize("place", ["_parser", "_size"])
+def test_ctrl_c_at_any_time(capsys, monkeypatch, place):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, place, interrupt)
+    assert run(capsys, "size", "chat.gguf") == (130, "", "\n")
 
 
 def test_a_closed_stdout():

@@ -8,6 +8,7 @@ import stat
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
+from shlex import quote
 
 import platformdirs
 
@@ -84,6 +85,6 @@ def check_private(folder: Path) -> None:
         if found.st_uid not in (0, os.getuid()):
             reason = f"it belongs to user {found.st_uid}, expected yourself or root"
         elif found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not sticky:
-            reason = f"others can write there: chmod go-w '{path}'"
+            reason = f"others can write there: chmod go-w {quote(str(path))}"
         if reason:
             raise PermissionError(errno.EPERM, reason, str(path))

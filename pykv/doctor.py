@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import numpy as np
@@ -175,13 +176,14 @@ def _models() -> list[Finding]:
             size = f"{model.path.stat().st_size / 1e6:,.0f} MB"
         except OSError as error:
             text = f"{model.path}: {error.strerror}"
-            findings.append(Finding("model", text, f"chown or chmod '{model.path}'"))
+            findings.append(Finding("model", text, f"chown or chmod {quote(str(model.path))}"))
             continue
         if found == model.sha256:
             findings.append(Finding("model", f"{model.model}, {size}, SHA-256 {found}"))
         else:
             text = f"{model.path} is damaged: SHA-256 {found}, expected {model.sha256}"
-            findings.append(Finding("model", text, f"rm '{model.path}', then it is fetched again"))
+            mend = f"rm {quote(str(model.path))}, then it is fetched again"
+            findings.append(Finding("model", text, mend))
     return findings
 
 

@@ -5,15 +5,27 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
+from shlex import quote
 
 import platformdirs
 
 
 def cache_dir() -> Path:
-    """The folder of cubins and models: PYKV_CACHE_DIR, else the user's cache folder."""
-    given = os.environ.get("PYKV_CACHE_DIR") or platformdirs.user_cache_dir("pykv", False)
-    return Path(given).expanduser()  # a ~ that no shell has seen, as in a .env file
+    """The folder of cubins and models: PYKV_CACHE_DIR, else the user's cache folder.
+
+    Raises:
+        FileNotFoundError: its home folder is not known.
+    """
+    given = os.environ.get("PYKV_CACHE_DIR")
+    try:
+        found = Path(given or platformdirs.user_cache_dir("pykv", False))
+        return found.expanduser().absolute()  # ~ that no shell has seen, as in a .env file
+    except RuntimeError:  # neither HOME nor the list of users says, as in some containers
+        reason = "no home folder is known, expected HOME, or PYKV_CACHE_DIR"
+        raise FileNotFoundError(errno.ENOENT, reason, given or "~/.cache") from None
 
 
 def make_private(folder: Path) -> None:
@@ -27,6 +39,26 @@ def make_private(folder: Path) -> None:
     for path in (cache_dir(), folder):
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
     check_private(folder)
+
+
+def delete(paths: Iterable[Path]) -> int:
+    """Delete files, but for those that another process deletes, and return their bytes."""
+    freed = 0
+    for path in paths:
+        with suppress(FileNotFoundError):
+            nbytes = path.stat().st_size
+            path.unlink()
+            freed += nbytes
+    return freed
+
+
+def total_bytes(paths: Iterable[Path]) -> int:
+    """Bytes of files, but for those that another process deletes meanwhile."""
+    total = 0
+    for path in paths:
+        with suppress(FileNotFoundError):
+            total += path.stat().st_size
+    return total
 
 
 def check_private(folder: Path) -> None:
@@ -53,6 +85,6 @@ def check_private(folder: Path) -> None:
         if found.st_uid not in (0, os.getuid()):
             reason = f"it belongs to user {found.st_uid}, expected yourself or root"
         elif found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not sticky:
-            reason = f"others can write there: chmod go-w '{path}'"
+            reason = f"others can write there: chmod go-w {quote(str(path))}"
         if reason:
             raise PermissionError(errno.EPERM, reason, str(path))

@@ -14,11 +14,13 @@ from contextlib import suppress
 from typing import Any
 
 from pykv import __version__, install, model_options
+from pykv.cache_folder import total_bytes
 from pykv.errors import DeviceError, InstallError, ParameterError, PykvError
 from pykv.eval import commands as commands_of_eval
 from pykv.kvtc import commands as commands_of_kvtc
 from pykv.number_texts import Parser, counted
 from pykv.serve import command as command_of_serve
+from pykv.terminal import note, visible
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -33,46 +35,54 @@ def main(argv: list[str] | None = None) -> int:
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a model may write what a console cannot show
-    args = _parser().parse_args(argv)
     try:
-        code = int(args.run(args) or 0)
-        sys.stdout.flush()  # a reader that left is noticed here, not when Python exits
-        return code
+        return _obey(argv)
     except BrokenPipeError:
-        # What is still buffered goes nowhere, or Python would complain about it when it exits.
-        for stream in (sys.stdout, sys.stderr):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        pass
     except KeyboardInterrupt:
-        print(file=sys.stderr)
+        with suppress(OSError):
+            print(file=sys.stderr)
         return 130
     except InstallError as error:
-        _complain(error)
+        note(error)
     except ModuleNotFoundError as error:
         cuda = str(error.name).partition(".")[0] in ("cuda", "cupy")
         advice = f"{install.command('cu13')} (or [cu12])" if cuda else install.command("llm")
-        _complain(f"{error.name} is not installed: {advice}")
+        note(f"{error.name} is not installed: {advice}")
     except UnicodeDecodeError as error:
-        _complain(f"the text given is not valid {error.encoding}: {error.reason}")
+        note(f"the text given is not valid {error.encoding}: {error.reason}")
     except PykvError as error:
-        _complain(error)
+        note(error)
     except OSError as error:
         file = f"{os.fsdecode(error.filename)}: " if error.filename else ""
-        _complain(f"{file}{error.strerror or error}")
+        note(f"{file}{error.strerror or error}")
     except MemoryError as error:
-        _complain(f"out of memory: {error}")
+        note(f"out of memory: {error}")
     except Exception as error:
         if sys.flags.dev_mode:
             raise
         what = " ".join(f"{type(error).__name__}: {error}".split())
-        _complain(f"fault inside pykv, please report it: {what} (python -X dev shows where)")
+        note(f"fault inside pykv, please report it: {what} (python -X dev shows where)")
+    finally:
+        # What cannot be written goes nowhere, or Python would complain about it when it exits.
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except OSError:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     return 2
 
 
-def _complain(message: object) -> None:
-    # Names in files and servers' words may hold what a terminal would obey.
-    text = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in str(message))
-    with suppress(BrokenPipeError):  # nobody is there to be told
-        print(f"pykv: {text}", file=sys.stderr, flush=True)
+def _obey(argv: list[str] | None) -> int:
+    """Run the command. A reader of its output that left is noticed here, not when Python exits."""
+    try:
+        args = _parser().parse_args(argv)
+        code = int(args.run(args) or 0)
+    except SystemExit:  # of --help, or of a signal
+        sys.stdout.flush()
+        raise
+    sys.stdout.flush()
+    return code
 
 
 def _print_json(facts: dict[str, Any]) -> None:
@@ -89,7 +99,7 @@ def _finite(value: Any) -> Any:
 
 
 def _show_warning(message: Any, *_: Any, **__: Any) -> None:
-    _complain(message)
+    note(message)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -313,7 +323,7 @@ def _models(args: argparse.Namespace) -> None:
     width = max(len(row["name"]) for row in rows)
     for row in rows:
         state = row["file"] or "not fetched"
-        print(f"{row['name']:<{width}}  {row['bytes'] / 1e6:>6,.0f} MB  {state}")
+        print(visible(f"{row['name']:<{width}}  {row['bytes'] / 1e6:>6,.0f} MB  {state}"))
         if row["licence"]:
             print(f"{'':<{width}}  {row['licence']}")
     print("Others: hf:owner/repo/file.gguf, https://..., or the path of a GGUF file.")
@@ -352,7 +362,7 @@ def _verify(args: argparse.Namespace) -> int:
     else:
         print(f"{len(rows)} rows, {sum(not row['ok'] for row in rows)} wrong")
         if not ok:
-            _complain("some results are outside their bounds")
+            note("some results are outside their bounds")
     return 0 if ok else 1
 
 
@@ -366,12 +376,11 @@ def _cache_info(args: argparse.Namespace) -> None:
     from pykv import cuda
     from pykv.llm import model_files
 
-    print(f"folder      {cuda.cache_dir()}")
+    print(f"folder      {visible(str(cuda.cache_dir()))}")
     models = [model.path for model in model_files.kept()]
     kinds = {"kernels": cuda.cubins(), "models": models, "unfinished": model_files.unfinished()}
     for name, files in kinds.items():
-        nbytes = sum(file.stat().st_size for file in files)
-        print(f"{name:<11} {counted(len(files), 'file')}, {nbytes:,} bytes")
+        print(f"{name:<11} {counted(len(files), 'file')}, {total_bytes(files):,} bytes")
     if args.disk_cache is not None:
         from pykv.tiers import commands
 

@@ -12,12 +12,13 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import numpy as np
 
 from pykv import __version__, cuda, install
-from pykv.cache_folder import check_private, make_private
+from pykv.cache_folder import check_private, make_private, total_bytes
 from pykv.errors import CompileError, UnsupportedError
 from pykv.llm import model_files
 
@@ -105,7 +106,7 @@ def examine() -> Report:
             add(Finding(extra, text, install.command(extra), "missing"))
         else:
             add(Finding(extra, "all packages of the extra are installed"))
-    add(Finding("memory", _memory()))
+    add(_memory())
     add(_cache_folder())
     report.findings += _models()
     if not cuda.has_driver():
@@ -132,21 +133,24 @@ def _installed(names: Iterable[str]) -> list[str]:
     return [name for name in names if _version(name)]
 
 
-def _memory() -> str:
+def _memory() -> Finding:
     """Of the host, and what is free on the disk of the cache folder."""
     facts = []
     with suppress(ValueError, OSError, AttributeError):  # Windows has no sysconf
         pages, page = (os.sysconf(name) for name in ("SC_PHYS_PAGES", "SC_PAGE_SIZE"))
         facts.append(f"{pages * page / 2**30:.1f} GiB of RAM")
-    folder = cuda.cache_dir()
-    while not folder.exists():
-        folder = folder.parent
-    return ", ".join([*facts, f"{shutil.disk_usage(folder).free / 2**30:.1f} GiB of disk free"])
+    with suppress(OSError):  # the cache folder has a finding of its own
+        folder = cuda.cache_dir()
+        while not folder.exists():
+            folder = folder.parent
+        facts.append(f"{shutil.disk_usage(folder).free / 2**30:.1f} GiB of disk free")
+    return Finding("memory", ", ".join(facts))
 
 
 def _cache_folder() -> Finding:
-    folder = cuda.cache_dir()
+    folder = None
     try:
+        folder = cuda.cache_dir()
         make_private(cuda.cubin_dir())
         check_private(model_files.folder())
         with tempfile.TemporaryFile(dir=cuda.cubin_dir()):
@@ -154,7 +158,7 @@ def _cache_folder() -> Finding:
     except OSError as error:
         mend = "export PYKV_CACHE_DIR=/a/folder/of/your/own"
         return Finding("cache", f"{error.filename or folder}: {error.strerror}", mend)
-    leftovers = sum(path.stat().st_size for path in model_files.unfinished())
+    leftovers = total_bytes(model_files.unfinished())
     rest = f", {leftovers:,} bytes of unfinished downloads (pykv cache clear)" if leftovers else ""
     return Finding("cache", f"{folder}{rest}")
 
@@ -162,14 +166,24 @@ def _cache_folder() -> Finding:
 def _models() -> list[Finding]:
     """One for each fetched model; a file that is read to its end holds or is damaged."""
     findings = []
-    for model in model_files.kept():
-        found = model_files.digest_of(model.path)
-        size = f"{model.path.stat().st_size / 1e6:,.0f} MB"
+    try:
+        kept = model_files.kept()
+    except OSError:  # of the cache folder's finding
+        return []
+    for model in kept:
+        try:
+            found = model_files.digest_of(model.path)
+            size = f"{model.path.stat().st_size / 1e6:,.0f} MB"
+        except OSError as error:
+            text = f"{model.path}: {error.strerror}"
+            findings.append(Finding("model", text, f"chown or chmod {quote(str(model.path))}"))
+            continue
         if found == model.sha256:
             findings.append(Finding("model", f"{model.model}, {size}, SHA-256 {found}"))
         else:
             text = f"{model.path} is damaged: SHA-256 {found}, expected {model.sha256}"
-            findings.append(Finding("model", text, f"rm '{model.path}', then it is fetched again"))
+            mend = f"rm {quote(str(model.path))}, then it is fetched again"
+            findings.append(Finding("model", text, mend))
     return findings
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
+from shlex import quote
 
 from pykv.errors import InstallError
 
@@ -29,7 +30,7 @@ def command(extra: str) -> str:
         found = metadata.distribution(NAME)
     except metadata.PackageNotFoundError:
         tree = Path(__file__).resolve().parents[1]
-        return f"pip install -e '{tree}[{extra}]'"
+        return f"pip install -e {quote(f'{tree}[{extra}]')}"
     tool = "uv pip" if (found.read_text("INSTALLER") or "").strip() == "uv" else "pip"
     record = json.loads(found.read_text("direct_url.json") or "{}")
     return f"{tool} install {_from_record(record, extra)}"
@@ -39,14 +40,14 @@ def _from_record(record: dict[str, object], extra: str) -> str:
     url = str(record.get("url", ""))
     match record:
         case {"dir_info": {"editable": True}}:
-            return f"-e '{_path(url)}[{extra}]'"
+            return f"-e {quote(f'{_path(url)}[{extra}]')}"
         case {"dir_info": _}:
-            return f"'{_path(url)}[{extra}]'"
+            return quote(f"{_path(url)}[{extra}]")
         case {"vcs_info": {"vcs": vcs, "commit_id": commit}}:
-            return f"'{NAME}[{extra}] @ {vcs}+{url}@{commit}'"
+            return quote(f"{NAME}[{extra}] @ {vcs}+{url}@{commit}")
         case {"archive_info": _}:
-            return f"'{NAME}[{extra}] @ {url}'"
-    return f"'{NAME}[{extra}]'"
+            return quote(f"{NAME}[{extra}] @ {url}")
+    return quote(f"{NAME}[{extra}]")
 
 
 def _path(url: str) -> str:

@@ -16,7 +16,9 @@ from pykv import whole_files
 from pykv.errors import CapacityError, ParameterError
 from pykv.model_options import open_llm
 from pykv.number_texts import counted
+from pykv.terminal import note
 
+LENGTH = 1 << 26  # characters of a prompt from a pipe, which need not end
 HELP = """\
 /system TEXT  what the model should know first; without a text: nothing
 /clear        forget the conversation, but not what /system said
@@ -34,11 +36,6 @@ def open_model(args: argparse.Namespace) -> tuple[Any, Any]:
     names += "presence_penalty frequency_penalty"
     params = SamplingParams(**{name: getattr(args, name) for name in names.split()})
     return open_llm(args), params
-
-
-def note(text: str) -> None:
-    """A line for people, on stderr."""
-    print(f"pykv: {text}", file=sys.stderr, flush=True)
 
 
 # --- Sessions ---
@@ -151,7 +148,7 @@ def run(args: argparse.Namespace) -> None:
         note("this model has a chat template: --chat answers a prompt, else it is continued")
     with _flushed(llm), _session(llm, args, chat=args.chat) as history:
         for n, given in enumerate(args.prompts, 1):
-            prompt = sys.stdin.read().removesuffix("\n") if given == "-" else given
+            prompt = _read_stdin() if given == "-" else given
             said, asked = _asked(llm, history, prompt, args)
             stream = llm.stream(asked, params, special=args.special)
             if args.json:
@@ -167,6 +164,14 @@ def run(args: argparse.Namespace) -> None:
             if args.session is not None:
                 answer = stream.completion
                 history[:] = said + ([_assistant(answer)] if args.chat else answer.token_ids)
+
+
+def _read_stdin() -> str:
+    """What is piped in, without its last newline."""
+    text = sys.stdin.read(LENGTH + 1)
+    if len(text) > LENGTH:
+        raise CapacityError(f"prompt has more than {LENGTH:,} characters, beyond any context")
+    return text.removesuffix("\n")
 
 
 def _asked(llm: Any, history: list[Any], prompt: str, args: argparse.Namespace) -> tuple[Any, Any]:

@@ -16,7 +16,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-from pykv.errors import DtypeError, ParameterError
+from pykv.errors import DtypeError, FormatError, ParameterError
 
 SCRATCH = ".pykv-"  # names of files that are not whole yet begin so
 
@@ -120,6 +120,21 @@ def _scratch(path: Path, mode: int, *, clears: bool) -> BinaryIO:
         if os.path.exists(file.name):  # nobody has removed it before it was locked
             return file
         file.close()
+
+
+def read_text(op: str, path: str, name: str) -> str:
+    """The text of a file that exists; no pipe or device, which need not end. `name` is that of the
+    argument.
+
+    Raises:
+        ParameterError: it is no regular file.
+        FormatError: it is not UTF-8.
+        OSError: it cannot be read.
+    """
+    try:
+        return regular_path(op, path, name).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise FormatError(f"{op}: {name} is {path}, which is not UTF-8: {error.reason}") from error
 
 
 def regular_path(op: str, path: str | os.PathLike[str], name: str = "path") -> Path:

@@ -790,6 +790,12 @@ def test_what_a_terminal_would_obey_is_spelled(capsys, monkeypatch, fake):
     assert_one_line(run(capsys, "run", "x"), r"404 \\x1b\[31mred\\r\\x9b")
 
 
+def test_so_is_the_name_of_a_file(capsys, tmp_path, files):
+    (tmp_path / "m\x1b[31m.gguf").symlink_to(files / "base.gguf")
+    code, out, _ = run(capsys, "inspect", tmp_path / "m\x1b[31m.gguf")
+    assert code == 0 and "/m\\x1b[31m.gguf: GGUF version" in out
+
+
 @pytest.mark.parametrize("command", ["run", "chat"])
 def test_ctrl_c_ends_the_line(capsys, monkeypatch, fake, command):
     say(monkeypatch, "hi")
@@ -871,7 +877,7 @@ def test_closed_streams_are_empty_ones(command, closed, code):
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
-@pytest.mark.parametrize("command", [GOOD, ["inspect", "chat.gguf"], ["size", "chat.gguf"]])
+@pytest.mark.parametrize("command", [GOOD, ["inspect", "chat.gguf"], ["--help"]])
 def test_a_reader_that_left(command, unbuffered):
     """However the output is buffered, nothing is said when nobody reads it."""
     read, write = os.pipe()
@@ -885,7 +891,27 @@ def test_a_reader_that_left(command, unbuffered):
         )
     finally:
         os.close(write)
-    assert (done.returncode, done.stderr) == (2, b"")
+    # argparse itself drops what it cannot write at once
+    assert (done.returncode, done.stderr) == (0 if command == ["--help"] and unbuffered else 2, b"")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is full")
+@pytest.mark.parametrize("command", ["size chat.gguf", "--help", "size nothing"])
+def test_nobody_can_be_told(monkeypatch, command):
+    """Of an error, where standard error takes nothing either."""
+    monkeypatch.setenv("PYTHONUNBUFFERED", "")
+    for streams in (">/dev/full 2>/dev/full", ">/dev/full 2>&-"):
+        done = process("sh", "-c", f'"{sys.executable}" -m pykv {command} {streams}')
+        assert done.returncode == 2
+
+
+@pytest.mark.parametrize("place", ["_parser", "_size"])
+def test_ctrl_c_at_any_time(capsys, monkeypatch, place):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, place, interrupt)
+    assert run(capsys, "size", "chat.gguf") == (130, "", "\n")
 
 
 def test_a_closed_stdout():

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -16,16 +17,19 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from pykv import cuda
+from pykv import cli, cuda, doctor
+from pykv.cache_folder import total_bytes
 from pykv.cuda import driver
 from pykv.errors import (
     CompileError,
     CudaError,
     DeviceError,
     DtypeError,
+    FetchError,
     ParameterError,
     UnsupportedError,
 )
+from pykv.llm import models
 from pykv.ops import paged_append
 from tests.helpers import swept
 
@@ -235,6 +239,66 @@ def test_folder_that_takes_nothing_means_memory_and_one_warning(folder, compiles
         cuda.compile(**{**JOB, "HEAD_DIM": 128})
     assert len(seen) == 1
     assert cuda.compile(**JOB).code == first and len(compiles) == 2
+
+
+@pytest.fixture
+def homeless(monkeypatch):
+    """A user whom no list knows, as in a container, and no HOME."""
+    for name in ("PYKV_CACHE_DIR", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)
+
+
+@nvrtc
+def test_without_a_home_kernels_are_compiled_in_memory(homeless, compiles):
+    cuda.compiler._memory.clear()
+    with pytest.warns(RuntimeWarning, match="in ~/.cache .*no home folder is known"):
+        first = cuda.compile(**JOB).code
+    assert cuda.compile(**JOB).code == first and len(compiles) == 1
+    cuda.compiler._memory.clear()
+
+
+def test_a_cache_without_a_home_is_named(homeless, capsys, monkeypatch):
+    """By everything that keeps something there."""
+    with pytest.raises(FetchError, match="cannot keep smollm2-135m in ~/.cache.*: no home folder"):
+        models.fetch("smollm2-135m")
+    assert cli.main(["cache", "info"]) == 2
+    assert capsys.readouterr().err.startswith("pykv: ~/.cache")
+    found = {finding.name: finding for finding in doctor.examine().findings}
+    assert found["cache"].state == "FAULT" and "PYKV_CACHE_DIR" in found["cache"].mend
+    monkeypatch.setenv("PYKV_CACHE_DIR", "~nobody-of-this-name/cache")
+    with pytest.raises(OSError, match="no home folder is known"):
+        cuda.cache_dir()
+    with pytest.raises(FetchError, match="no such file exists"):
+        models.fetch("~/model.gguf")
+
+
+def test_the_cache_folder_does_not_move_with_the_current_one(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYKV_CACHE_DIR", "cache")
+    assert cuda.cache_dir() == tmp_path / "cache"
+
+
+def test_files_that_another_process_deletes_meanwhile(folder, monkeypatch):
+    """Two `pykv cache clear` at once, or one beside a process that compiles."""
+    (folder / "cubin/tmp").mkdir(parents=True)
+    left, gone = folder / "cubin/tmp/entry-a", folder / "cubin/tmp/entry-b"
+    left.write_bytes(b"12")
+    monkeypatch.setattr(cuda.compiler, "cubins", lambda: [gone, left])
+    assert total_bytes([gone, left]) == 2 == cuda.clear_cubins() and not left.exists()
+
+
+def test_a_package_without_its_kernels(tmp_path):
+    """As in a zip, where they are no files."""
+    shutil.copytree(ROOT / "pykv", tmp_path / "pykv", ignore=shutil.ignore_patterns("__pycache__"))
+    done = subprocess.run(
+        [sys.executable, "-c", "import pykv"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )
+    assert "ImportError" in done.stderr and "pykv does not run from a zip" in done.stderr
 
 
 OTHERS_CAN_WRITE = [(folder, mode) for folder in ("", "cubin") for mode in (0o777, 0o770, 0o702)]

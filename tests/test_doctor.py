@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import sys
 import tomllib
 import types
@@ -264,7 +265,22 @@ def test_models_are_held_against_their_checksums(machine, tmp_path):
     path.write_bytes(b"GGUf")
     found = findings(doctor.examine())["model"]
     assert found.state == "FAULT" and f"{path} is damaged" in found.value
-    assert found.mend == f"rm '{path}', then it is fetched again"
+    assert found.mend == f"rm {shlex.quote(str(path))}, then it is fetched again"
+
+
+def test_a_model_that_cannot_be_read_is_one_fault(machine, tmp_path, monkeypatch):
+    path = tmp_path / "cache" / "models" / "it's.gguf"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"GGUF")
+    model_files.write_record(path, "hf:a/b/m.gguf", "0" * 64, path)
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(model_files, "digest_of", refuse)
+    found = findings(doctor.examine())["model"]
+    assert found.state == "FAULT" and found.value == f"{path}: Permission denied"
+    assert shlex.split(found.mend)[-1] == str(path)
 
 
 # --- Driver and packages ---

@@ -16,6 +16,10 @@ RECORDS = [
         "pip install -e '/home/a b/pykv[cu13]'",
     ),
     (dict(url="file:///home/a/pykv", dir_info={}), "pip install '/home/a/pykv[cu13]'"),
+    (  # which a shell takes for one word
+        dict(url="file:///home/o'neil/pykv", dir_info={}),
+        """pip install '/home/o'"'"'neil/pykv[cu13]'""",
+    ),
     (
         dict(url="https://host/pykv.git", vcs_info=dict(vcs="git", commit_id=COMMIT)),
         f"pip install 'pykv-cuda[cu13] @ git+https://host/pykv.git@{COMMIT}'",

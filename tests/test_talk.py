@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import pykv
+from pykv import talk
 from tests.kvtc.made import artefact_of
 from tests.test_cli import (  # noqa: F401 - fixtures are found by name
     COMMAND,
@@ -85,6 +86,13 @@ def test_json_of_each_answer(capsys):
         "decode_seconds": records[0]["decode_seconds"],
         "kv_bytes": 3072,
     }
+
+
+def test_a_pipe_that_does_not_end(capsys, monkeypatch):
+    monkeypatch.setattr(talk, "LENGTH", 4)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"12345")))
+    code, _, err = tiny_run(capsys, "-")
+    assert code == 2 and "prompt has more than 4 characters" in err
 
 
 @pytest.mark.parametrize("text, prompt", [("hello\n", "hello"), ("a\n\n", "a\n"), ("a\r\n", "a")])

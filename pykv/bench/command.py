@@ -11,7 +11,7 @@ from pykv import bench, cuda
 from pykv.bench import options, report
 from pykv.errors import DeviceError
 from pykv.number_texts import Parser
-from pykv.talk import note
+from pykv.terminal import note
 
 
 def run(args: argparse.Namespace) -> int:

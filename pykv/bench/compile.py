@@ -71,7 +71,7 @@ def _child(code: str, **env: str) -> float:
     root = str(Path(pykv.__file__).parents[1])
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-P", "-c", code],
         env={**os.environ, "PYTHONPATH": path, **env},
         capture_output=True,
         text=True,

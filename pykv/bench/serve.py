@@ -102,7 +102,7 @@ class _Server:
 
     def __init__(self, case: Case, device: str) -> None:
         models.fetch(str(case["model"]))  # a wrong name is told here, in the words of `pykv run`
-        command = [sys.executable, "-m", "pykv", "serve", str(case["model"]), "--port", "0"]
+        command = [sys.executable, "-P", "-m", "pykv", "serve", str(case["model"]), "--port", "0"]
         command += ["--device", device, "--slots", str(case["clients"]), "--log-level", "warning"]
         path = os.pathsep.join(filter(None, sys.path))
         with tempfile.TemporaryFile("w+b") as log:

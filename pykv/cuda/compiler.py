@@ -21,14 +21,17 @@ from typing import Any
 import numpy as np
 
 from pykv.arrays import FLOATS
-from pykv.cache_folder import cache_dir, make_private
+from pykv.cache_folder import cache_dir, delete, make_private
 from pykv.cuda.devices import split_arch
 from pykv.errors import CompileError, DeviceError, UnsupportedError
 from pykv.install import command
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 # Inside the package when installed from a wheel, beside it in a checkout or editable install.
-KERNELS = next(p / "kernels_cu" for p in (_PACKAGE, _PACKAGE.parent) if (p / "kernels_cu").is_dir())
+_PLACES = [folder / "kernels_cu" for folder in (_PACKAGE, _PACKAGE.parent)]
+KERNELS = next(filter(Path.is_dir, _PLACES), _PLACES[0])
+if not KERNELS.is_dir():
+    raise ImportError(f"{KERNELS} is no folder: pykv does not run from a zip")
 
 
 # Element type to its name in kernels_cu. Keyed by dtype: looking up dtype.name takes microseconds.
@@ -279,10 +282,7 @@ def cubin_dir() -> Path:
 
 def clear_cubins() -> int:
     """Delete all compiled kernels and return the bytes that they took; other files stay."""
-    freed = 0
-    for path in cubins():
-        freed += path.stat().st_size
-        path.unlink()
+    freed = delete(cubins())
     emptied = [*cubin_dir().glob("entries/[0-9a-f][0-9a-f]"), cubin_dir() / "entries"]
     for folder in (*emptied, cubin_dir() / "tmp", cubin_dir()):
         with suppress(OSError):  # not there, or not empty

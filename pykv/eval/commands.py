@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pykv import install
+from pykv import install, whole_files
 from pykv.errors import FormatError, ParameterError
 from pykv.model_options import PLACE, open_llm
 from pykv.number_texts import whole_of
@@ -251,17 +251,13 @@ def _read_texts(paths: list[str]) -> dict[str, str]:
     """The texts of files, by their names.
 
     Raises:
-        ParameterError: two files have the same name.
-        FormatError: a file is not UTF-8.
+        ParameterError: two files have the same name; and see whole_files.read_text.
     """
     texts: dict[str, str] = {}
     for path in map(Path, paths):
         if path.name in texts:
             raise ParameterError(f"eval: --text has two files called {path.name}, expected one")
-        try:
-            texts[path.name] = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise FormatError(f"{path} is not UTF-8: {error.reason}") from error
+        texts[path.name] = whole_files.read_text("eval", str(path), "--text")
     return texts
 
 

@@ -15,6 +15,7 @@ as of 2026. Their `interface_v1` would copy pages as `get` and `set` do, so it i
 from __future__ import annotations
 
 import hashlib
+import os
 import threading
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ class Storage(HiCacheStorage):  # type: ignore[misc]
         for name in ("folder", "limit"):
             if name not in given:
                 raise ParameterError(f"{op}: {name} is missing in the backend's extra config")
-        self._folder = Path(given["folder"]).expanduser()
+        self._folder = Path(os.path.expanduser(given["folder"]))
         self._limit = parse_bytes(op, "limit", given["limit"])
         self._facts = _facts(storage_config)
         self._tier: DiskTier | None = None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from functools import partial
@@ -26,6 +25,7 @@ from pykv.kvtc.v0 import KvtcConfig
 from pykv.llm import LLM, memory
 from pykv.ops import linear
 from pykv.options import check_flag, check_type, check_whole
+from pykv.terminal import note
 
 RATIOS = (8, 16, 32, 64)
 HELD = 6  # one row of so many is held out,
@@ -336,10 +336,9 @@ def _require(
     of_host = stored if path is None else 0
     if progress:
         where = "memory" if path is None else f"{path.name}.rows"
-        print(
-            f"pykv: {count:,} rows of {total:,} features: {stored / 1e9:.2f} GB in {where}, "
-            f"{fit / 1e9:.2f} GB of {'memory' if xp is np else 'GPU memory'} to fit",
-            file=sys.stderr,
+        note(
+            f"{count:,} rows of {total:,} features: {stored / 1e9:.2f} GB in {where}, "
+            f"{fit / 1e9:.2f} GB of {'memory' if xp is np else 'GPU memory'} to fit"
         )
     needs = [(fit + of_host, xp)] if xp is np else [(fit, xp), (of_host, np)]
     for need, place in needs:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 
+from pykv import whole_files
 from pykv.errors import ParameterError
 from pykv.kvtc.artefact import Artefact
 from pykv.model_options import PLACE, open_llm
@@ -98,6 +100,8 @@ def _texts(paths: list[str]) -> dict[str, str]:
     """The contents of files by the ends of their paths."""
     texts: dict[str, str] = {}
     for path in paths:
-        with open(path, encoding="utf-8") as file:
-            texts[path.encode()[-96:].decode(errors="ignore")] = file.read()
+        name = os.fsencode(path)[-96:].decode(errors="ignore")
+        if name in texts:
+            raise ParameterError(f"kvtc: --text has two files called {name}, expected one")
+        texts[name] = whole_files.read_text("kvtc", path, "--text")
     return texts

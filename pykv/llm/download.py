@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 
 from pykv.errors import FetchError
 from pykv.number_texts import whole_of
+from pykv.terminal import visible
 
 LARGEST = 1 << 36  # bytes of a file whose size nobody states; hubs hold smaller ones
 PAGE = 1 << 26  # bytes of a page that is read into memory
@@ -201,7 +202,8 @@ def _answer(url: str, headers: dict[str, str]) -> Iterator[Any]:
     headers = {"Accept-Encoding": "identity", **headers}  # sizes and ranges are of the file itself
     try:
         with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
-            status = f"the server answers {response.status_code} {response.reason}"
+            words = visible(response.reason or "")[:80]
+            status = f"the server answers {response.status_code} {words}"
             if response.status_code >= 500 or response.status_code == 429:
                 raise ConnectionError(status)
             if response.status_code in (401, 403):

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from pykv.errors import FormatError
 from pykv.llm.gguf_cursor import Cursor, plain, stamp
+from pykv.terminal import visible
 
 VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
@@ -286,7 +287,7 @@ def describe(file: ModelFile) -> str:
         ],
     ]
     title = (
-        f"{file.path}: GGUF version {file.version}, {len(file.metadata)} keys, "
+        f"{visible(str(file.path))}: GGUF version {file.version}, {len(file.metadata)} keys, "
         f"{len(tensors)} tensors of {sum(t.nbytes for t in tensors)} bytes"
     )
     return "\n\n".join([title, *(_table(rows) for rows in sections if rows)])

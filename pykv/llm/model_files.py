@@ -11,15 +11,15 @@ import hashlib
 import json
 import os
 import re
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from pykv.cache_folder import cache_dir, make_private
+from pykv.cache_folder import cache_dir, delete, make_private
 from pykv.errors import FetchError, FormatError
+from pykv.terminal import note
 
 _WEEK = 7 * 86400.0  # seconds
 
@@ -131,13 +131,11 @@ def remove(*, models: bool) -> tuple[int, int]:
     with lock(wait=False):
         files = [file.path for file in kept()] if models else []
         records = [_record(record.path) for record in _records()] if models else []
-        parts = unfinished()
-        freed = tuple(sum(path.stat().st_size for path in paths) for paths in (files, parts))
-        for path in (*files, *records, *parts):
-            path.unlink()
+        freed = delete(files), delete(unfinished())
+        delete(records)
     with suppress(OSError):  # not empty
         folder().rmdir()
-    return freed[0], freed[1]
+    return freed
 
 
 @contextmanager
@@ -157,7 +155,7 @@ def lock(*, wait: bool) -> Iterator[None]:
     except Timeout as error:
         if not wait:
             raise FetchError(f"another process is fetching into {folder()}") from error
-        print("pykv: waiting for another process that fetches a model", file=sys.stderr)
+        note("waiting for another process that fetches a model")
         held.acquire()
     try:
         yield

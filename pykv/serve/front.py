@@ -85,7 +85,8 @@ class App:
         A page of another site can let its reader's browser ask a server on the same machine: such
         requests carry an Origin, or, after DNS rebinding, another Host.
         """
-        size = len(scope["raw_path"]) + sum(len(k) + len(v) for k, v in scope["headers"])
+        size = len(scope["raw_path"]) + len(scope["query_string"])
+        size += sum(len(k) + len(v) for k, v in scope["headers"])
         if size > HEADER_BYTES:
             raise ApiError(431, f"path and headers take {size} bytes, expected {HEADER_BYTES}")
         headers = Headers(scope=scope)

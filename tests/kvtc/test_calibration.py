@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 import time
 
 import numpy as np
@@ -16,7 +17,7 @@ from pykv.errors import (
     NumberError,
     ParameterError,
 )
-from pykv.kvtc import Artefact, calibrate, calibration, rows
+from pykv.kvtc import Artefact, calibrate, calibration, commands, rows
 from pykv.kvtc.artefact import SINKS
 from pykv.llm import LLM, memory, model
 from tests.helpers import assert_same_bits
@@ -384,6 +385,17 @@ def test_the_command(path, tmp_path, capsys):
         assert wrong[0][2:] in capsys.readouterr().err
     assert cli.main([*arguments[:-4], str(tmp_path / "none")]) == 2
     assert "none" in capsys.readouterr().err
+    for wrong, text in (("/dev/zero", "expected a regular file"), (files[0], "two files called")):
+        assert cli.main([*arguments, wrong]) == 2
+        assert text in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names are bytes on Linux alone")
+def test_the_name_of_a_text_is_any(tmp_path):
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/a\xff.txt")
+    with open(path, "w") as file:
+        file.write("text")
+    assert commands._texts([path]) == {os.fsencode(path)[-96:].decode(errors="ignore"): "text"}
 
 
 def test_coders_are_compared(path, tmp_path, capsys, llm):

@@ -13,6 +13,7 @@ import threading
 import time
 import types
 import zipfile
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
@@ -321,7 +322,7 @@ def test_old_leftovers_go(server, folder, tiny):
 
 
 def test_a_file_of_hugging_face(server, folder, capsys, monkeypatch):
-    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setenv("HF_TOKEN", "hf_secret\n")  # as a file has it
     server.add_repository_file("folder/my model.gguf", LARGE)
     path = models.fetch("hf:owner/repo/folder/my model.gguf")
     assert path.read_bytes() == LARGE and path.name.startswith("my_model-")
@@ -346,6 +347,12 @@ def test_a_hub_that_states_another_checksum(server, folder):
 def test_a_hub_that_refuses(server, folder, status, text):
     server.behave["/owner/repo/resolve/main/m.gguf"] = [status]
     with pytest.raises(FetchError, match=f"repo/resolve/main/m.gguf: the server answers {text}"):
+        models.fetch("hf:owner/repo/m.gguf")
+
+
+def test_words_of_a_server_are_spelled(server, folder, monkeypatch):
+    monkeypatch.setitem(BaseHTTPRequestHandler.responses, 404, ("\x1b[31m" + "x" * 999, ""))
+    with pytest.raises(FetchError, match=r"answers 404 \\x1b\[31mx{72}$"):
         models.fetch("hf:owner/repo/m.gguf")
 
 

@@ -72,10 +72,12 @@ def test_a_wrong_model_is_refused_before_a_server_starts(capsys, monkeypatch):
     assert "did you mean smollm2-135m?" in err and err.count("\n") == 1
 
 
-def test_a_server_of_its_own(tmp_path, rng):
-    """From its start to its end, with a tiny model."""
+def test_a_server_of_its_own(tmp_path, rng, monkeypatch):
+    """From its start to its end, with a tiny model; nothing of the current folder runs."""
     pytest.importorskip("uvicorn", reason="needs the extra serve")
     tiny.write(tmp_path / "m.gguf", "llama")
+    (tmp_path / "gguf.py").write_text("raise SystemExit('ran code of the current folder')")
+    monkeypatch.chdir(tmp_path)
     case = dict(model=str(tmp_path / "m.gguf"), **SIZES)
     work = bench.make(case, np, rng)
     assert work.run() > 0 and work.check() and work.facts["answer_tokens"] == 70

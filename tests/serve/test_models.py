@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from pykv import cli
-from pykv.llm import LLM, SamplingParams
+from pykv.llm import LLM, SamplingParams, models
 from pykv.llm.scheduler import Scheduler
 from pykv.llm.sequence import Sequence
 from pykv.serve.command import open_server
@@ -260,6 +260,7 @@ def test_ctrl_c_ends_it(command):
             "--host is no.such.host.invalid, --port is 0: ",
         ),
         ("--api-key=", "--api-key is empty, expected a key"),
+        ("--served-model-name \udcff", "--served-model-name is '\\udcff', expected"),
         ("--slots 0", "--slots is 0, expected 1 to 4096"),
         ("--context 0", "context is 0"),
         ("--kv-dtype int3", "kv_dtype"),
@@ -280,6 +281,21 @@ def test_a_port_in_use_is_noticed_before_the_model(capsys):
     assert f"--port is {port}: Address already in use; --port 0 takes a free one\n" in err
 
 
+@pytest.mark.parametrize(
+    "model, name",
+    [
+        ("smollm2-135m", "smollm2-135m"),
+        ("folder/small.gguf", "small"),
+        ("hf:owner/repo/small.gguf#sha256=" + "0" * 64, "small"),
+        ("https://user:secret@host/small.gguf?key=secret#sha256=" + "0" * 64, "small"),
+        ("small\udcff\n.gguf", "small??"),
+    ],
+)
+def test_what_answers_call_the_model(model, name):
+    """No word of an address that nobody should read, and nothing that JSON cannot hold."""
+    assert models.short_name(model) == name
+
+
 @pytest.mark.parametrize("package", ["starlette", "uvicorn", "llguidance"])
 def test_without_the_extra(package):
     code = f"import sys; sys.modules[{package!r}] = None; from pykv.cli import main; "
@@ -287,6 +303,15 @@ def test_without_the_extra(package):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert re.match(rf"pykv: {package} is not installed: pip install .*\[serve\]'", done.stderr)
+
+
+@pytest.mark.parametrize("key", ["sesame\n", " sesame", "ses\r\name"])
+def test_a_key_that_no_header_holds(capsys, monkeypatch, path, key):
+    """Such as a file's with its line end: nobody could ever ask."""
+    monkeypatch.setenv("PYKV_API_KEY", key)
+    assert cli.main(["serve", str(path), "--device", "cpu", "--port", "0"]) == 2
+    err = capsys.readouterr().err
+    assert "the API key has blanks around it, or line ends" in err and "ame" not in err[9:40]
 
 
 def test_a_key_of_the_environment(command, monkeypatch):

@@ -62,10 +62,11 @@ def stored_bytes(kind: str, O: int, I: int) -> int:
     return O * (planes.row_bytes(kind, I) if kind in planes.FORMATS else I * PLAIN[kind].itemsize)
 
 
-# Tokens up to which one launch multiplies, normalises and gates, and on a GPU keeps the bits of
-# float32. Of more, tensor cores take activations rounded to float16 as weights are. That moves the
-# logits of SmolLM2, whose standard deviation is 7, by 0.007 (root mean square), as much as weights
-# rounded to float16 do, and its perplexity by less than 1e-4 of it.
+# Tokens up to which block_linear normalises, multiplies and gates on a GPU, whatever the weights.
+# Where that takes CUDA cores alone, for 4 tokens or 8 of small matrices, activations keep the bits
+# of float32. Tensor cores take them rounded to float16, as weights are. Of all products that moves
+# the logits of SmolLM2, whose standard deviation is 7, by 0.007 (root mean square), as much as
+# weights rounded to float16 do, and its perplexity by less than 1e-4 of it.
 FUSED_TOKENS = 8
 
 
@@ -103,7 +104,7 @@ def multiply(
         if kind in by_linear:
             linear.linear(x, rows, gemm=gemm, **options)
         else:
-            options |= dict(norm=norm, eps=eps, early=True, exact=is_fused)
+            options |= dict(norm=norm, eps=eps, early=True, exact=False)
             block_linear.multiply(x, rows, kind, **options)
         first += len(rows)
     return out
@@ -119,7 +120,8 @@ def gated(x: Any, w: Any, gate: str, *, out: Any, gate_up: Any, **options: Any) 
     if len(parts) == 1 and _is_fused(x):
         ((kind, rows),) = parts
         of_norm = dict(norm=options["norm"], eps=options["eps"], bias=options["bias"])
-        block_linear.multiply(x, rows, kind, gate=gate, out=out, early=True, **of_norm)
+        of_norm |= dict(early=True, exact=False)
+        block_linear.multiply(x, rows, kind, gate=gate, out=out, **of_norm)
         return
     multiply(x, w, out=gate_up, **options)
     getattr(activation, gate)(gate_up, out=out)

@@ -12,6 +12,7 @@ from pykv import cuda
 from pykv.errors import FormatError, UnsupportedError
 from pykv.llm import LLM, SamplingParams, gguf, matrices, memory, tensors
 from pykv.llm.config import read_config
+from pykv.llm.source import Source
 from pykv.llm.weights import load
 from pykv.ops import block_linear, linear_mma
 from pykv.specs import KVSpec
@@ -90,7 +91,9 @@ def test_parts_of_a_matrix(xp, rng, monkeypatch, tmp_path, kind):
     tiny.write(tmp_path / "x.gguf", "llama", kind="Q8_0", kinds=kinds, embedding=256, head_dim=64)
     file = gguf.read(tmp_path / "x.gguf")
     infos = [tensors.require(file, role) for role in "qkv"]
-    w, finite = tensors.stored(xp, infos)
+    with Source(file, xp) as source:
+        w, finite = tensors.stored(source, infos)
+        table, _ = tensors.stored(source, infos[2:])
     assert [of for of, _ in w.parts] == ([kind] if kind == "Q8_0" else ["Q8_0", kind])
     assert bool(finite) and w.nbytes >= sum(info.nbytes for info in infos)
     types = gguf_package.GGMLQuantizationType
@@ -114,7 +117,6 @@ def test_parts_of_a_matrix(xp, rng, monkeypatch, tmp_path, kind):
         assert_close_to_oracle(out, low, oracle)
         assert (np.abs(to_numpy(out) - oracle).max() > 1e-3) == is_rounded
     ids, scale = np.array([3, 0], np.int32), 0.5
-    table, _ = tensors.stored(xp, infos[2:])
     got = matrices.embed(table, xp.asarray(ids), scale)
     assert_same_bits(got, values[-infos[2].rows :][ids] * np.float32(scale))
 

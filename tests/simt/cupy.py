@@ -64,7 +64,7 @@ class ndarray:
     def get(self):
         return self.host.copy()
 
-    def set(self, values):
+    def set(self, values, stream=None):
         self.host[...] = values
 
     def __array__(self, *args, **kwargs):
@@ -361,7 +361,7 @@ cublas = SimpleNamespace(
 
 
 def get_default_memory_pool():
-    return SimpleNamespace(free_bytes=lambda: 0)
+    return SimpleNamespace(free_bytes=lambda: 0, free_all_blocks=lambda: None)
 
 
 cuda = SimpleNamespace(

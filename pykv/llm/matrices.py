@@ -95,18 +95,13 @@ def multiply(
     by_linear = {kind for kind, _ in parts if not is_fused and _by_linear(x, kind, gemm)}
     if norm is not None and by_linear:
         x, norm = rms_norm(x, norm, eps=eps, out=normed), None
-    first = 0
-    for kind, rows in parts:
-        options: dict[str, Any] = dict(bias=bias, out=out, accumulate=accumulate)
-        if len(parts) > 1:
-            part = slice(first, first + len(rows))
-            options |= dict(bias=None if bias is None else bias[part], out=out[:, part])
-        if kind in by_linear:
-            linear.linear(x, rows, gemm=gemm, **options)
+    for part in products_of(w, out, bias):
+        options: dict[str, Any] = dict(bias=part.bias, out=part.out, accumulate=accumulate)
+        if part.kind in by_linear:
+            linear.linear(x, part.rows, gemm=gemm, **options)
         else:
             options |= dict(norm=norm, eps=eps, early=True, exact=False)
-            block_linear.multiply(x, rows, kind, **options)
-        first += len(rows)
+            block_linear.multiply(x, part.rows, part.kind, **options)
     return out
 
 
@@ -130,6 +125,28 @@ def gated(x: Any, w: Any, gate: str, *, out: Any, gate_up: Any, **options: Any) 
 def parts_of(w: Any) -> list[tuple[str, Any]]:
     """The type and the rows of each part of a matrix."""
     return w.parts if isinstance(w, Stored) else [(block_linear.KIND_OF[w.dtype], w)]
+
+
+class Part(NamedTuple):
+    """The product with a part of a matrix: type and rows of the part, its columns of `out`, and its
+    elements of `bias`."""
+
+    kind: str
+    rows: Any
+    out: Any
+    bias: Any
+
+
+def products_of(w: Any, out: Any, bias: Any) -> list[Part]:
+    """The products with the parts of a matrix; of one part, which may be gated, all of `out`."""
+    parts, products, first = parts_of(w), [], 0
+    if len(parts) == 1:
+        return [Part(*parts[0], out, bias)]
+    for kind, rows in parts:
+        own = slice(first, first + len(rows))
+        products.append(Part(kind, rows, out[:, own], None if bias is None else bias[own]))
+        first = own.stop
+    return products
 
 
 def _is_fused(x: Any) -> bool:

@@ -14,7 +14,8 @@
 // Launch:   block (BLOCK), eight elements a thread. swiglu, geglu: grid (T, F / (8 * BLOCK) rounded
 //           up); embed: grid (T, E / (8 * BLOCK) rounded up); add: grid (count / (8 * BLOCK) rounded
 //           up).
-//           All but embed may start early, hence their arrays are not __restrict__.
+//           All but embed may start early, hence their arrays are not __restrict__; embed lets the
+//           next kernel do so.
 //           Arrays are 16-byte aligned, and so are the rows of x and out where
 //           F % 8 == 0
 // Traffic:  swiglu, geglu 3 * T * F * sizeof(X_T); add 3 * count * sizeof(X_T);
@@ -84,6 +85,7 @@ add(X_T* x, const X_T* y, i64 count) {
 extern "C" __global__ void __launch_bounds__(BLOCK, 8)
 embed(X_T* __restrict__ out, const TABLE_T* __restrict__ table, const int* __restrict__ ids,
       float scale, int V, int E) {
+    let_next_start();
     const int id = ids[blockIdx.x];
     const bool known = id >= 0 && id < V;
     const TABLE_T* row = table + (i64)(known ? id : 0) * E;

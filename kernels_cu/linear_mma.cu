@@ -21,8 +21,8 @@
 //           see Order; PIECES of x;
 //           BLOCK = threads; TILE_T = tokens of a block, a multiple of 8, or 0: `split` alone, for
 //           linear_tiles.cu, which leaves the order of elements; OWN_TILES, 16 outputs
-//           each, of a warp; DEPTH = elements of a row in a stage, 64 or 128, a multiple of what a
-//           lane loads at once; STAGES in shared memory; AHEAD = units of weights on their way;
+//           each, of a warp; DEPTH = elements of a row in a stage, 64, 128 or 256, a multiple of
+//           what a lane loads at once; STAGES in shared memory; AHEAD = units of weights on their way;
 //           X_AHEAD = operands of tokens that are read ahead of their products, 0 to 3;
 //           RESIDENT = blocks on an SM; GROUP_O = tiles of outputs whose blocks run together;
 //           SHARED_BYTES. From sm_75 on; below, both kernels do nothing
@@ -75,7 +75,6 @@ constexpr int TOTALS = W::HAS_ADDEND ? DEPTH / 16 : 0;
 constexpr int PIECE_BYTES = TILE_T * PITCH;
 constexpr int STAGE_BYTES = PIECES * PIECE_BYTES + TILE_T * TOTALS * 4;
 static_assert(TILE_T % 8 == 0 && CHUNKS % 8 == 0, "whole tiles, free of conflicts of banks");
-static_assert(BLOCK / CHUNKS % 8 == 0, "a thread's tokens are swizzled alike");
 static_assert(UNITS * 32 * W::SUBS == DEPTH && UNITS % AHEAD == 0, "whole units and rings");
 static_assert(SHARED_BYTES == STAGES * STAGE_BYTES, "all stages");
 #endif
@@ -179,13 +178,13 @@ __device__ __forceinline__ void copy_stage(u8* to, const M* pieces, const float*
                                            i64 rows, int padded_I, int stage) {
     const int chunk = threadIdx.x % CHUNKS, token = threadIdx.x / CHUNKS;
     const M* from = pieces + (i64)(t0 + token) * padded_I + stage * DEPTH + chunk * 8;
-    u8* at = to + token * PITCH + (chunk ^ token % 8) * 16;
 #pragma unroll
     for (int p = 0; p < PIECES; p++) {
 #pragma unroll
         for (int n = 0; n < TILE_T; n += BLOCK / CHUNKS) {
             if (TILE_T % (BLOCK / CHUNKS) == 0 || token + n < TILE_T) {
-                cp_async16(at + p * PIECE_BYTES + n * PITCH, from + (i64)n * padded_I);
+                const int place = (token + n) * PITCH + (chunk ^ (token + n) % 8) * 16;
+                cp_async16(to + p * PIECE_BYTES + place, from + (i64)n * padded_I);
             }
         }
         from += rows * padded_I;

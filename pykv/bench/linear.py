@@ -1,9 +1,10 @@
 """Products with a model's matrices: GGUF blocks as they are stored, and float16, by own kernels and
 by cuBLAS.
 
-Activations are float32. Bytes are the least that there is: the matrix as it is stored and the
-activations read once, the products written once; reading is the ceiling. Of many tokens the
-operations say more: two for each product. Needs the package gguf, which says what blocks mean.
+Activations are float32, "rounded" to float16 where tensor cores multiply, as a model has it. Bytes
+are the least that there is: the matrix as it is stored and the activations read once, the products
+written once; reading is the ceiling. Of many tokens the operations say more: two for each product.
+Needs the package gguf, which says what blocks mean.
 """
 
 from __future__ import annotations
@@ -29,7 +30,10 @@ def _cases() -> list[dict[str, Any]]:
     large = dict(zip("OI", SHAPES[-1], strict=True))
     listed = [dict(kind=k, T=1, O=O, I=I, by="own") for O, I in SHAPES for k in KINDS]
     listed += [
-        dict(kind=k, T=T, **large, by="own") for T in (8, 32, 512, 4096) for k in ("Q4_K", "F16")
+        dict(kind=k, T=T, **large, by=by)
+        for T in (8, 32, 512, 4096)
+        for k in ("Q4_K", "F16")
+        for by in ("own", "rounded")
     ]
     return [*listed, *(dict(kind="F16", T=T, **large, by="cublas") for T in (512, 4096))]
 
@@ -38,6 +42,7 @@ CASES = _cases()
 QUICK = [
     *(dict(kind=kind, T=1, O=40, I=512, by="own") for kind in (*planes.FORMATS, "F16")),
     *(dict(kind=kind, T=9, O=40, I=512, by="own") for kind in ("Q4_1", "Q6_K")),
+    *(dict(kind=kind, T=9, O=40, I=512, by="rounded") for kind in ("Q4_1", "F16")),
 ]
 
 
@@ -52,10 +57,12 @@ def make(case: dict[str, Any], xp: Any, rng: np.random.Generator) -> Work | None
     if kind in planes.FORMATS:
         blocks = synthetic.blocks(kind, O, I, rng)
         w = block_rows.pack(xp.asarray(blocks), kind)
-        op = partial(block_linear.multiply, x, w, kind, out=out)
     else:  # float16 below 2
         blocks = rng.integers(0, 1 << 16, (O, I), np.uint16) & 0xBFFF
         w, blocks = xp.asarray(blocks.view(np.float16)), blocks.view(np.uint8)
+    if kind in planes.FORMATS or case["by"] == "rounded":
+        op = partial(block_linear.multiply, x, w, kind, out=out, exact=case["by"] != "rounded")
+    else:
         op = partial(linear.linear, x, w, out=out, gemm=case["by"])
 
     def check() -> bool:
@@ -67,6 +74,8 @@ def make(case: dict[str, Any], xp: Any, rng: np.random.Generator) -> Work | None
         got = host(out)[:, some]
         if case["by"] == "cublas":  # tensor cores truncate; what linear.linear promises
             return bool(np.abs(got - exact).max() <= 1e-5 * np.abs(exact).max())
+        if case["by"] == "rounded":  # what block_linear.multiply promises, four times
+            return bool(np.abs(got - exact).max() <= 2e-3 * np.abs(exact).max())
         return is_close(got, low, exact)
 
     nbytes = int(w.nbytes + x.nbytes + out.nbytes)

@@ -190,7 +190,7 @@ def _frequencies(
             beta_fast=keys.get("rope.scaling.yarn_beta_fast", 32.0),
             beta_slow=keys.get("rope.scaling.yarn_beta_slow", 1.0),
             original_context=keys.get("rope.scaling.original_context_length", trained),
-            divisors=None if divisors is None else tensors.joined(np, [divisors], np.float32),
+            divisors=None if divisors is None else tensors.values(divisors),
         )
         local_base = keys.optional("rope.freq_base_swa", kind.local_base or 0.0)
         local = rope.frequencies(dim, local_base) if local_base else scaled

@@ -79,10 +79,15 @@ class TensorInfo:
     def first_bytes(self, most: int) -> NDArray[np.uint8]:
         """As many of the first bytes, read anew each time. FormatError as for `blocks`."""
         data = np.empty(min(most, self.nbytes), np.uint8)
+        self.read(data)
+        return data
+
+    def read(self, data: NDArray[np.uint8], first: int = 0) -> None:
+        """Fill contiguous bytes with those from `first` on. FormatError as for `blocks`."""
         try:
             with self.path.open("rb") as file:
                 found = stamp(file.fileno())
-                file.seek(self.start)
+                file.seek(self.start + first)
                 size = file.readinto(data.data)
         except OSError as error:
             raise FormatError(f"{self.path}: cannot be read ({error})") from None
@@ -91,7 +96,6 @@ class TensorInfo:
                 f"{self.path}: has changed since its header was read, in which tensor "
                 f"{plain(self.name)} has bytes {self.start} to {self.start + self.nbytes}"
             )
-        return data
 
 
 @dataclass(frozen=True, eq=False)

@@ -62,10 +62,11 @@ def stored_bytes(kind: str, O: int, I: int) -> int:
     return O * (planes.row_bytes(kind, I) if kind in planes.FORMATS else I * PLAIN[kind].itemsize)
 
 
-# Tokens up to which one launch multiplies, normalises and gates, and on a GPU keeps the bits of
-# float32. Of more, tensor cores take activations rounded to float16 as weights are. That moves the
-# logits of SmolLM2, whose standard deviation is 7, by 0.007 (root mean square), as much as weights
-# rounded to float16 do, and its perplexity by less than 1e-4 of it.
+# Tokens up to which block_linear normalises, multiplies and gates on a GPU, whatever the weights.
+# Where that takes CUDA cores alone, for 4 tokens or 8 of small matrices, activations keep the bits
+# of float32. Tensor cores take them rounded to float16, as weights are. Of all products that moves
+# the logits of SmolLM2, whose standard deviation is 7, by 0.007 (root mean square), as much as
+# weights rounded to float16 do, and its perplexity by less than 1e-4 of it.
 FUSED_TOKENS = 8
 
 
@@ -94,18 +95,13 @@ def multiply(
     by_linear = {kind for kind, _ in parts if not is_fused and _by_linear(x, kind, gemm)}
     if norm is not None and by_linear:
         x, norm = rms_norm(x, norm, eps=eps, out=normed), None
-    first = 0
-    for kind, rows in parts:
-        options: dict[str, Any] = dict(bias=bias, out=out, accumulate=accumulate)
-        if len(parts) > 1:
-            part = slice(first, first + len(rows))
-            options |= dict(bias=None if bias is None else bias[part], out=out[:, part])
-        if kind in by_linear:
-            linear.linear(x, rows, gemm=gemm, **options)
+    for part in products_of(w, out, bias):
+        options: dict[str, Any] = dict(bias=part.bias, out=part.out, accumulate=accumulate)
+        if part.kind in by_linear:
+            linear.linear(x, part.rows, gemm=gemm, **options)
         else:
-            options |= dict(norm=norm, eps=eps, early=True, exact=is_fused)
-            block_linear.multiply(x, rows, kind, **options)
-        first += len(rows)
+            options |= dict(norm=norm, eps=eps, early=True, exact=False)
+            block_linear.multiply(x, part.rows, part.kind, **options)
     return out
 
 
@@ -119,7 +115,8 @@ def gated(x: Any, w: Any, gate: str, *, out: Any, gate_up: Any, **options: Any) 
     if len(parts) == 1 and _is_fused(x):
         ((kind, rows),) = parts
         of_norm = dict(norm=options["norm"], eps=options["eps"], bias=options["bias"])
-        block_linear.multiply(x, rows, kind, gate=gate, out=out, early=True, **of_norm)
+        of_norm |= dict(early=True, exact=False)
+        block_linear.multiply(x, rows, kind, gate=gate, out=out, **of_norm)
         return
     multiply(x, w, out=gate_up, **options)
     getattr(activation, gate)(gate_up, out=out)
@@ -128,6 +125,28 @@ def gated(x: Any, w: Any, gate: str, *, out: Any, gate_up: Any, **options: Any) 
 def parts_of(w: Any) -> list[tuple[str, Any]]:
     """The type and the rows of each part of a matrix."""
     return w.parts if isinstance(w, Stored) else [(block_linear.KIND_OF[w.dtype], w)]
+
+
+class Part(NamedTuple):
+    """The product with a part of a matrix: type and rows of the part, its columns of `out`, and its
+    elements of `bias`."""
+
+    kind: str
+    rows: Any
+    out: Any
+    bias: Any
+
+
+def products_of(w: Any, out: Any, bias: Any) -> list[Part]:
+    """The products with the parts of a matrix; of one part, which may be gated, all of `out`."""
+    parts, products, first = parts_of(w), [], 0
+    if len(parts) == 1:
+        return [Part(*parts[0], out, bias)]
+    for kind, rows in parts:
+        own = slice(first, first + len(rows))
+        products.append(Part(kind, rows, out[:, own], None if bias is None else bias[own]))
+        first = own.stop
+    return products
 
 
 def _is_fused(x: Any) -> bool:

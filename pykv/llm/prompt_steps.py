@@ -3,8 +3,8 @@
 Where a step is larger than what it is given, the last of its sequences has the tokens that nobody
 has: they are written nowhere, see no key, and nobody sees them. A token's sums are over its own
 row; how many tokens a step has decides their order in matrix products alone (see
-block_linear.multiply), so logits depend on that in their last bits. Of a step that has logits of
-more than matrices.FUSED_TOKENS tokens the last product rounds activations as all others do.
+block_linear.multiply), so logits depend on that in their last bits. Of a step that has logits of a
+few tokens the last product may keep activations that all others round (matrices.FUSED_TOKENS).
 """
 
 from __future__ import annotations

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 import ml_dtypes
 import numpy as np
 
+from pykv import planes
 from pykv.errors import FormatError, UnsupportedError
 from pykv.llm.gguf import ModelFile, TensorInfo
 from pykv.llm.gguf_cursor import plain
 from pykv.llm.matrices import Stored
+from pykv.llm.source import Source
 from pykv.ops import block_rows, dequant
 from pykv.ops.block_linear import PLAIN
 
@@ -151,17 +153,19 @@ def can_dequantize(kind: str) -> bool:
     return True
 
 
-def fill(xp: Any, out: Any, info: TensorInfo, dtype: Any) -> None:
+def fill(source: Source, out: Any, info: TensorInfo, dtype: Any) -> None:
     """Write a tensor's values, rounded to `dtype`, into `out` [rows, columns]: on a GPU of that
     dtype, on the host float32 or that dtype. The GPU dequantises the kinds that it knows."""
-    if info.kind in dequant.KINDS and xp is not np:
-        dequant.dequantize(xp.asarray(info.blocks), info.kind, out=out)
-    else:
-        blocks = info.blocks
+    xp, by_gpu = source.xp, info.kind in dequant.KINDS and source.xp is not np
+    for first, blocks in source.pieces(info, on_host=not by_gpu):
+        rows = out[first : first + len(blocks)]
+        if by_gpu:
+            dequant.dequantize(blocks, info.kind, out=rows)
+            continue
         step = max(1, _PIECE // (16 * out.shape[1]))  # so that a piece stays in a core's cache
-        for start in range(0, len(out), step):
-            rows = slice(start, start + step)
-            out[rows] = xp.asarray(rounded(_dequantized(blocks[rows], info.kind), dtype))
+        for start in range(0, len(rows), step):
+            part = slice(start, start + step)
+            rows[part] = xp.asarray(rounded(_dequantized(blocks[part], info.kind), dtype))
 
 
 def rounded(values: np.ndarray, dtype: Any) -> np.ndarray:
@@ -190,42 +194,65 @@ def _dequantized(blocks: np.ndarray, kind: str) -> np.ndarray:
     return values
 
 
-def joined(xp: Any, infos: list[TensorInfo], dtype: Any, on_host: Any = np.float32) -> Any:
+def values(info: TensorInfo) -> np.ndarray:
+    """A tensor's values on the host, float32."""
+    return _dequantized(info.blocks, info.kind).reshape(info.shape)
+
+
+def joined(source: Source, infos: list[TensorInfo], dtype: Any, on_host: Any = np.float32) -> Any:
     """Matrices one below the other, as one: several projections of one input in one product; or
     vectors one behind the other. In an allocation of its own, hence aligned as kernels want it. On
     the host the rounded values are held as `on_host`."""
-    columns = infos[0].shape[1:]
+    xp, columns = source.xp, infos[0].shape[1:]
     rows = sum(info.shape[0] for info in infos)
     out = xp.empty((rows, *columns), on_host if xp is np else dtype)
     start = 0
     for info in infos:
         part = out[start : start + info.shape[0]]
-        fill(xp, part.reshape(info.rows, -1), info, dtype)
+        fill(source, part.reshape(info.rows, -1), info, dtype)
         start += len(part)
     return out
 
 
-def stored(xp: Any, infos: list[TensorInfo]) -> tuple[Stored, Any]:
+def stored(source: Source, infos: list[TensorInfo]) -> tuple[Stored, Any]:
     """Matrices one below the other as the file has them, and whether they are finite as of
     `all_finite`. Those of one type make one part."""
-    I, finite = infos[0].shape[1], xp.ones((), bool)
+    xp, I = source.xp, infos[0].shape[1]
+    finite = xp.ones((), bool)
     parts: list[tuple[str, Any]] = []
     for kind, of_kind in groupby(infos, lambda info: info.kind):
         if kind in PLAIN:
-            rows = joined(xp, list(of_kind), PLAIN[kind], on_host=PLAIN[kind])
+            rows = joined(source, list(of_kind), PLAIN[kind], on_host=PLAIN[kind])
             finite &= all_finite(xp, rows)
         else:
-            packed = tuple(block_rows.pack(xp.asarray(info.blocks), kind) for info in of_kind)
-            rows = xp.concatenate(packed) if len(packed) > 1 else packed[0]
-            step = max(1, _PIECE // I)
+            rows = _packed(source, list(of_kind))
+            step = max(1, _at_once(xp) // I)
             for start in range(0, len(rows), step):
-                values = block_rows.take(rows[start : start + step], kind, I)
-                finite &= all_finite(xp, values)
+                of_rows = block_rows.take(rows[start : start + step], kind, I)
+                finite &= all_finite(xp, of_rows)
         parts.append((kind, rows))
     return Stored(parts, I), finite
 
 
+def _packed(source: Source, infos: list[TensorInfo]) -> Any:
+    """Matrices of one type of blocks one below the other, as block_rows.pack makes them."""
+    kind, I = infos[0].kind, infos[0].shape[1]
+    shape = sum(info.rows for info in infos), planes.row_bytes(kind, I)
+    rows, start = source.xp.empty(shape, np.uint8), 0
+    for info in infos:
+        for first, blocks in source.pieces(info):
+            at = start + first
+            rows[at : at + len(blocks)] = block_rows.pack(blocks, kind)
+        start += info.rows
+    return rows
+
+
 _PIECE = 1 << 20  # elements; bounds the scratch memory
+
+
+def _at_once(xp: Any) -> int:
+    """Elements that are looked at at a time, of a GPU more, as each time is a few launches."""
+    return _PIECE if xp is np else 16 * _PIECE
 
 
 def all_finite(xp: Any, values: Any) -> Any:
@@ -237,8 +264,9 @@ def all_finite(xp: Any, values: Any) -> Any:
     bits = values.reshape(-1).view(f"u{values.itemsize}")
     exponent = bits.dtype.type(np.array(np.inf, values.dtype).view(bits.dtype)[()])
     finite = xp.ones((), bool)
-    for start in range(0, len(bits), _PIECE):
-        finite &= ((bits[start : start + _PIECE] & exponent) != exponent).all()
+    step = _at_once(xp)
+    for start in range(0, len(bits), step):
+        finite &= ((bits[start : start + step] & exponent) != exponent).all()
     return finite
 
 
@@ -250,12 +278,12 @@ def refuse_infinite(file: ModelFile, infos: list[TensorInfo], dtype: Any) -> Non
         UnsupportedError: `dtype` does not reach as far as the file's numbers.
     """
     for info in infos:
-        values = _dequantized(info.blocks, info.kind)
-        if not np.isfinite(values).all():
+        given = values(info)
+        if not np.isfinite(given).all():
             raise FormatError(f"{file.path}: tensor {info.name} holds a NaN or an infinity")
-        largest, limit = float(np.abs(values).max()), float(ml_dtypes.finfo(dtype).max)
+        largest, limit = float(np.abs(given).max()), float(ml_dtypes.finfo(dtype).max)
         with np.errstate(over="ignore"):
-            fits = {x: np.isfinite(values.astype(x)).all() for x in (dtype, ml_dtypes.bfloat16)}
+            fits = {x: np.isfinite(given.astype(x)).all() for x in (dtype, ml_dtypes.bfloat16)}
         if not fits[dtype]:
             wider = "bf16" if fits[ml_dtypes.bfloat16] else "fp32"
             raise UnsupportedError(

@@ -47,6 +47,10 @@ def check(op: str, model: Model) -> None:
     lacks = "expected another decode than 'persistent', as no phase"
     if model.config.logit_cap is not None:
         raise UnsupportedError(f"{op}: the model caps its logits, {lacks} does that")
+    if len({len(layer.inv_freq) for layer in model.layers}) > 1:
+        raise UnsupportedError(
+            f"{op}: layers rotate different numbers of pairs, {lacks} takes more than one"
+        )
     for i, layer in enumerate(model.layers):
         if len(matrices.parts_of(layer.gate_up)) > 1:
             raise UnsupportedError(
@@ -95,17 +99,10 @@ def token_phases(model: Model, batch: Batch, cache: PagedKVCache) -> TokenPhases
 
 def _products(x: Any, w: Any, out: Any, *, bias: Any = None, **options: Any) -> list[Any]:
     """One for each type of a matrix's rows."""
-    parts = matrices.parts_of(w)
-    if len(parts) == 1:
-        ((kind, rows),) = parts
-        return [Product(x, rows, kind, out, bias=bias, **options)]
-    products, first = [], 0
-    for kind, rows in parts:
-        part = slice(first, first + len(rows))
-        of_part = None if bias is None else bias[part]
-        products.append(Product(x, rows, kind, out[:, part], bias=of_part, **options))
-        first = part.stop
-    return products
+    return [
+        Product(x, part.rows, part.kind, part.out, bias=part.bias, **options)
+        for part in matrices.products_of(w, out, bias)
+    ]
 
 
 def _attention(
@@ -149,11 +146,7 @@ def _attention(
 
 def token_step(model: Model, batch: Batch, cache: PagedKVCache) -> tuple[Callable[[], Any], Any]:
     """A function that does such a step by one launch and returns its logits, the same array at each
-    call, and the array of the largest of them; see `token_phases`.
-
-    Raises:
-        UnsupportedError: layers differ in what phases of a kind must share.
-    """
+    call, and the array of the largest of them; see `token_phases`."""
     phases, logits, peaks = token_phases(model, batch, cache)
     program = PhaseProgram(phases)
 

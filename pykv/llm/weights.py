@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from pykv.llm import matrices, tensors
 from pykv.llm.config import Config, read_config
 from pykv.llm.gguf import ModelFile, TensorInfo
 from pykv.llm.matrices import Stored
+from pykv.llm.source import Source
 from pykv.ops import block_linear, linear, paged_qkv
 
 
@@ -84,7 +86,7 @@ def load(
             they stay matrices.Stored. Vectors are float32.
         hadamard: see Model; for caches of which KVSpec.wants_hadamard is true. `attention_out` is
             float32 then, of values that were rounded to `dtype`, or to float16 where that is None.
-        progress: called with the bytes of each tensor that has been read.
+        progress: called with the bytes of each piece that has been read.
 
     Raises:
         FormatError, UnsupportedError: see pykv.llm.config.read_config; or a weight is not finite in
@@ -99,12 +101,11 @@ def load(
     if xp is not np:
         block_linear.warm_up(sorted(kinds | ({"F32"} if hadamard else set())))
     rounded = dict(attention_out=np.float16) if hadamard and dtype is None else {}
-    reader = _Reader(file, config, xp, dtype, progress, rounded)
     E, D = config.embedding, config.head_dim
     frequencies = {id(f): xp.asarray(f) for f in config.inv_freq}
     mixing = xp.asarray(paged_qkv.hadamard_matrix(D).astype(np.float32)) if hadamard else None
 
-    def layer(i: int) -> Layer:
+    def layer(reader: _Reader, i: int) -> Layer:
         weights = reader.layer(i, frequencies[id(config.inv_freq[i])])
         if mixing is not None:
             rows = weights.attention_out.reshape(-1, D).astype(np.float32)  # rounded once already
@@ -112,8 +113,9 @@ def load(
         return weights
 
     # NumPy releases the interpreter lock while it dequantises; a GPU stream would gain nothing.
-    with _pool() as pool:
-        layers = (pool.map if xp is np else map)(layer, range(config.num_layers))
+    with Source(file, xp, progress) as source, _pool() as pool:
+        reader = _Reader(file, config, source, dtype, rounded)
+        layers = (pool.map if xp is np else map)(partial(layer, reader), range(config.num_layers))
         embedding = reader.matrix("embedding")
         output_norm = reader.vector("output_norm")
         if config.logit_divisor != 1:  # logits are a product with it
@@ -127,6 +129,8 @@ def load(
             hadamard=hadamard,
         )
     reader.refuse_infinite()
+    if xp is not np:
+        xp.get_default_memory_pool().free_all_blocks()  # what pieces took on their way
     return model
 
 
@@ -158,9 +162,8 @@ class _Reader:
 
     file: ModelFile
     config: Config
-    xp: Any
+    source: Source
     dtype: Any
-    progress: Callable[[int], object]
     rounded: dict[str, Any]  # dtypes of roles that do not stay as they are stored
     finite: list[tuple[list[TensorInfo], Any, Any]] = field(default_factory=list)
 
@@ -190,12 +193,11 @@ class _Reader:
     def _joined(self, roles: tuple[str, ...], i: int, dtype: Any) -> Any:
         infos = [tensors.require(self.file, role, i) for role in roles]
         if dtype is None:
-            values, finite = tensors.stored(self.xp, infos)
+            values, finite = tensors.stored(self.source, infos)
         else:
-            values = tensors.joined(self.xp, infos, dtype)
-            finite = tensors.all_finite(self.xp, values)
+            values = tensors.joined(self.source, infos, dtype)
+            finite = tensors.all_finite(self.source.xp, values)
         self.finite.append((infos, finite, dtype))
-        self.progress(sum(info.nbytes for info in infos))
         return values
 
     def refuse_infinite(self) -> None:

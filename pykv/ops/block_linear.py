@@ -163,7 +163,7 @@ def multiply(
 
 def warm_up(kinds: Sequence[str]) -> None:
     """Compile the kernels of these kinds for the current GPU, on all cores, where the cache folder
-    lacks them; of activations in float32, which up to 8 tokens are exact."""
+    lacks them; of activations in float32 that need not be exact on tensor cores."""
     arch, sm = cuda.current_arch(), cuda.current_sm()
     floats = FLOATS[0], FLOATS[0]
     jobs: list[tuple[str, dict[str, Any]]] = []
@@ -172,16 +172,14 @@ def warm_up(kinds: Sequence[str]) -> None:
         if kind in FORMATS:
             jobs.append(("block_rows", block_rows.defines(kind, FLOATS[0])))
         if linear_mma.has_kernel(kind, sm):
-            _, *rest = linear_mma.tilings(kind, False, sm)
-            exact = linear_mma.tilings(kind, True, sm)[0]  # of up to 8 tokens
-            jobs.append(("linear_mma", linear_mma.defines(kind, *floats, True, exact)))
+            tilings = linear_mma.tilings(kind, False, sm)
             few = linear_tiles.most_of_registers(kind, sm)
             if few is not None:
-                rest = [one for one in rest if one.TILE_T < 2 * few]
+                tilings = [one for one in tilings if one.TILE_T < 2 * few]
                 for tiling in linear_tiles.tilings(sm):
                     jobs.append(("linear_tiles", linear_tiles.defines(kind, *floats, tiling)))
                 jobs.append(("linear_mma", linear_tiles.split_defines(kind, FLOATS[0])))
-            jobs += [("linear_mma", linear_mma.defines(kind, *floats, False, one)) for one in rest]
+            jobs += [("linear_mma", linear_mma.defines(kind, *floats, False, t)) for t in tilings]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for _ in pool.map(lambda job: cuda.compile(job[0], arch, **job[1]), jobs):
             pass

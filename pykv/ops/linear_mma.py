@@ -73,17 +73,19 @@ def tilings(kind: str, exact: bool, sm: int) -> list[Tiling]:
     """What blocks multiply, for ever more tokens: the last for any number. From timings of the
     shapes of models on an H200."""
     is_float = kind in FLOAT_KINDS
-    units = 4 if exact or is_float else 1  # of weights in 128 elements
     stages = 2 if sm < 80 else 3
     ahead = 0 if exact else 1  # operands of tokens
-    few = [Tiling(tokens, 1, 128, 128, stages, units, ahead, 2 + ahead) for tokens in (8, 16)]
-    if exact:
-        few.append(Tiling(32, 1, 128, 64, stages + (sm >= 80), 2, 0, 4))
-        return [*few, Tiling(64, 2, 128, 64, stages, 1, 0, 2)]
-    few.append(Tiling(32, 1, 128, 128, stages, units, 1, 3))
-    if is_float:
+    if exact or is_float:
+        few = [Tiling(tokens, 1, 128, 128, stages, 4, ahead, 2 + ahead) for tokens in (8, 16)]
+        if exact:
+            few.append(Tiling(32, 1, 128, 64, stages + (sm >= 80), 2, 0, 4))
+            return [*few, Tiling(64, 2, 128, 64, stages, 1, 0, 2)]
+        few.append(Tiling(32, 1, 128, 128, stages, 4, 1, 3))
         return [*few, Tiling(64, 1, 128, 64, stages + (sm >= 80), 2, 1, 4)]
-    few.append(Tiling(64, 1, 128, 128, 2, 1, 1, 2))
+    # Of few tokens, whose sums take few registers, two units are on their way: half as many bytes
+    # of a row leave the memory waiting.
+    few = [Tiling(tokens, 1, 128, 256, stages, 2, 1, 4) for tokens in (8, 16)]
+    few += [Tiling(32, 1, 128, 256, 2, 2, 1, 4), Tiling(64, 1, 128, 128, 2, 1, 1, 2)]
     # Scales of halves take the registers of more sums.
     if sm < 80 or kind in ("Q2_K", "Q3_K", "Q6_K"):
         return few

@@ -28,14 +28,15 @@ def test_every_kind_is_checked(rng):
         assert work.check(), case
 
 
-def test_a_wrong_product_is_seen(rng, monkeypatch):
+@pytest.mark.parametrize("case", [linear.QUICK[0], linear.QUICK[-1]], ids=report.label)
+def test_a_wrong_product_is_seen(rng, monkeypatch, case):
     right = block_linear.reference
 
     def wrong(x, w, kind, bias, out, *rest):
         right(x, w, kind, bias, out, *rest)
-        out *= np.float32(1.0001)
+        out *= np.float32(1.01 if case["by"] == "rounded" else 1.0001)
 
     monkeypatch.setattr(block_linear, "reference", wrong)
-    work = linear.make(FEW[0], np, rng)
+    work = linear.make(case, np, rng)
     work.run()
     assert not work.check()

@@ -8,12 +8,15 @@ import gguf as gguf_package
 import numpy as np
 import pytest
 
+from pykv import cuda
 from pykv.errors import FormatError, UnsupportedError
 from pykv.llm import LLM, SamplingParams, gguf, matrices, memory, tensors
 from pykv.llm.config import read_config
+from pykv.llm.source import Source
 from pykv.llm.weights import load
+from pykv.ops import block_linear, linear_mma
 from pykv.specs import KVSpec
-from tests.helpers import assert_close_to_oracle, assert_same_bits, to_numpy
+from tests.helpers import assert_close_to_oracle, assert_same_bits, make_every_launch, to_numpy
 from tests.llm import tiny
 
 TINY = json.loads((Path(__file__).parent / "data" / "tiny.json").read_text())
@@ -81,24 +84,30 @@ def test_memory_with_mixed_heads(xp, tmp_path, weights):
 
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q6_K", "F16"])
-def test_parts_of_a_matrix(xp, rng, tmp_path, kind):
+def test_parts_of_a_matrix(xp, rng, monkeypatch, tmp_path, kind):
     """Of other types than their neighbours; with a bias, added to what is there; of few tokens, and
-    of more, which a device rounds."""
+    of more, which tensor cores round: of 5 to 8 where the matrix is large."""
     kinds = dict(attn_q="Q8_0", attn_v=kind)
     tiny.write(tmp_path / "x.gguf", "llama", kind="Q8_0", kinds=kinds, embedding=256, head_dim=64)
     file = gguf.read(tmp_path / "x.gguf")
     infos = [tensors.require(file, role) for role in "qkv"]
-    w, finite = tensors.stored(xp, infos)
+    with Source(file, xp) as source:
+        w, finite = tensors.stored(source, infos)
+        table, _ = tensors.stored(source, infos[2:])
     assert [of for of, _ in w.parts] == ([kind] if kind == "Q8_0" else ["Q8_0", kind])
     assert bool(finite) and w.nbytes >= sum(info.nbytes for info in infos)
     types = gguf_package.GGMLQuantizationType
     values = np.concatenate(
         [gguf_package.quants.dequantize(info.blocks, types[info.kind]) for info in infos]
     )
-    for T in (1, 3, 12):
+    make_every_launch(monkeypatch)
+    has_tensor_cores = xp is not np and linear_mma.has_kernel(kind, cuda.current_sm())
+    for T, small in ((1, 0), (3, 0), (8, block_linear._SMALL), (5, 0), (8, 0), (12, 0)):
+        monkeypatch.setattr(block_linear, "_SMALL", small)
         x, old = (rng.standard_normal((T, n)).astype(np.float32) for n in (256, len(values)))
         bias = rng.standard_normal(len(values)).astype(np.float32)
-        rounded = np.float32 if xp is np or T <= matrices.FUSED_TOKENS else np.float16
+        is_rounded = has_tensor_cores and (T > 8 or (T > 4 and not small))
+        rounded = np.float16 if is_rounded else np.float32
         low, oracle = (
             x.astype(first).astype(of) @ values.T.astype(first).astype(of) + bias + old.astype(of)
             for first, of in ((rounded, np.float32), (np.float64, np.float64))
@@ -106,8 +115,8 @@ def test_parts_of_a_matrix(xp, rng, tmp_path, kind):
         out = xp.asarray(old)
         matrices.multiply(xp.asarray(x), w, bias=xp.asarray(bias), out=out, accumulate=True)
         assert_close_to_oracle(out, low, oracle)
+        assert (np.abs(to_numpy(out) - oracle).max() > 1e-3) == is_rounded
     ids, scale = np.array([3, 0], np.int32), 0.5
-    table, _ = tensors.stored(xp, infos[2:])
     got = matrices.embed(table, xp.asarray(ids), scale)
     assert_same_bits(got, values[-infos[2].rows :][ids] * np.float32(scale))
 

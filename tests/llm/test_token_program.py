@@ -74,6 +74,10 @@ def test_what_lacks_a_phase_is_refused(tmp_path, tiny_paths):
     tiny.write(tmp_path / "gemma2.gguf", "gemma2")
     with pytest.raises(UnsupportedError, match="LLM: the model caps its logits, expected another"):
         LLM(tmp_path / "gemma2.gguf", device="cpu", decode="persistent")
+    model = LLM(tiny_paths / "llama.gguf", device="cpu").model
+    model.layers[-1].inv_freq = model.layers[-1].inv_freq[1:]
+    with pytest.raises(UnsupportedError, match="LLM: layers rotate different numbers of pairs"):
+        token_program.check("LLM", model)
     with pytest.raises(UnsupportedError, match="decode is 'persistent' with an eviction"):
         LLM(tiny_paths / "llama.gguf", device="cpu", decode="persistent", eviction="keydiff:0.5")
     with pytest.raises(ParameterError, match="LLM: decode is 'eager', expected one of auto, graph"):

@@ -280,16 +280,15 @@ def test_a_model_that_is_loaded_finds_its_kernels_compiled(monkeypatch, kind, sm
     if kind not in op.PLAIN:
         ways.append(("block_rows", block_rows.defines(kind, floats[0])))
     for T in range(5, 200, 3) if sm > 75 else ():
-        exact = T <= 8  # as of llm.matrices
-        if linear_tiles.multiplies(kind, exact, T, sm):
+        if linear_tiles.multiplies(kind, False, T, sm):
             for O in (576, 8192, 14336):
                 tiling = linear_tiles.choose(T, O, sm, 132)
                 ways.append(("linear_tiles", linear_tiles.defines(kind, *floats, tiling)))
             ways.append(("linear_mma", linear_tiles.split_defines(kind, floats[0])))
             continue
         for O, I in ((576, 576), (14336, 4096)):
-            tiling = linear_mma.choose(kind, exact, (T, O, I), sm, 132)
-            ways.append(("linear_mma", linear_mma.defines(kind, *floats, exact, tiling)))
+            tiling = linear_mma.choose(kind, False, (T, O, I), sm, 132)
+            ways.append(("linear_mma", linear_mma.defines(kind, *floats, False, tiling)))
     for stem, defines in ways:
         assert (stem, f"sm_{sm}", defines) in made
     assert len(made) == len({str(way) for way in ways})

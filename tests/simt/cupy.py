@@ -66,9 +66,10 @@ class ndarray:
         _refuse_capture("get")
         return self.host.copy()
 
-    def set(self, values):
-        """As CuPy's, which neither converts nor broadcasts, and waits where memory is pageable."""
-        _refuse_capture("set")
+    def set(self, values, stream=None):
+        """As CuPy's, which neither converts nor broadcasts, and waits where it is given no stream."""
+        if stream is None:
+            _refuse_capture("set")
         if not isinstance(values, np.ndarray) or values.dtype != self.dtype:
             raise TypeError(f"set of {values!r}, expected a NumPy array of {self.dtype}")
         if values.shape != self.shape:
@@ -393,7 +394,7 @@ cublas = SimpleNamespace(
 
 
 def get_default_memory_pool():
-    return SimpleNamespace(free_bytes=lambda: 0)
+    return SimpleNamespace(free_bytes=lambda: 0, free_all_blocks=lambda: None)
 
 
 cuda = SimpleNamespace(

@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,6 +39,7 @@ from pykv.tiers.sizes import Limit, artefact_of, parse_disk, parse_host
 
 BUFFER_BYTES = 64 << 20  # of host memory where there is a disk tier alone
 THREADS = min(8, 2 * (os.cpu_count() or 1))  # that read and write files
+_MOST_NOTED = 64  # copies whose seconds are not known yet, before they are asked for
 _CODED_TOKENS = 512  # that a codec works on at a time; its workspace is in a GPU's memory
 
 Opener = Callable[[str, str, Any, int], Codec]
@@ -173,6 +174,8 @@ class Tiers:
     def fall(self, pages: Sequence[tuple[bytes, int]]) -> None:
         """Keep pages of the cache, (key, page) each, which may be written to once this returns; on
         a GPU by what is enqueued on the current stream from then on."""
+        if len(self._moving) > _MOST_NOTED:
+            self.settle()
         place_of = self._cache.manager.place_of
         for rows in self._rows:
             find = rows.host.find
@@ -281,18 +284,15 @@ class Tiers:
         waits for files.
         """
         manager, P = self._cache.manager, self._cache.page_size
-        pages, fetch = manager.reuse(tokens), None
-        try:
-            start = len(pages)
-            fetch = self.begin(tokens, pages)
+        pages = manager.reuse(tokens)
+        with ExitStack() as given_up:
+            given_up.callback(manager.free, pages)
+            start, fetch = len(pages), self.begin(tokens, pages)
             if fetch is not None:
+                given_up.callback(fetch.cancel)
                 stop = min(fetch.stop, start + manager.num_free)
                 manager.extend(pages, start * P, stop * P)  # others may fall now
                 manager.publish(pages, tokens[: fetch.advance(wait=True) * P])
-        finally:
-            if fetch is not None:
-                fetch.cancel()
-            manager.free(pages)
 
     def join(self) -> None:
         """Have the current stream wait for pages on their way: the cache moves to other memory."""
@@ -309,15 +309,17 @@ class Tiers:
 
     # What a Fetch does:
 
-    @property
-    def most_ahead(self) -> int:
-        """Pages that are read ahead."""
-        return self._rows[-1].moves.most
+    def most_ahead(self, place: int) -> int:
+        """Pages that each fetch has in rows ahead of those that it needs next. All fetches together
+        leave half of the rows, or each has one: so none waits for a row that another keeps."""
+        sharing = sum(not fetch.is_over for fetch in self._fetches)
+        return max(1, self._rows_of(place).moves.most // max(1, sharing))
 
     @property
     def is_busy(self) -> bool:
         """Whether rows will become free, or be filled."""
-        return bool(self._writing or self._reading or any(f.is_moving for f in self._fetches))
+        going_on = any(fetch.is_moving or fetch.has_next for fetch in self._fetches)
+        return bool(self._writing or self._reading or going_on)
 
     def has_row(self, key: bytes, place: int) -> bool:
         """Whether a page is in a row, or will be."""
@@ -369,12 +371,15 @@ class Tiers:
         return True
 
     def wait_for_one(self) -> None:
-        """Wait until a file is read or written; or else, of copies, the first that a row waits
-        for."""
+        """Wait until a file is read or written; or else for the first copy that a row waits for.
+        Where there is none either, rows are of pages that others have not copied yet."""
         if files := self._files_under_way():
             wait(files, return_when=FIRST_COMPLETED)
+        elif moving := [fetch for fetch in self._fetches if fetch.is_moving]:
+            moving[0].wait()
         else:
-            next(f for f in self._fetches if f.is_moving).wait()
+            for fetch in self._fetches:
+                fetch.send()
 
     # --- Rows and counters ---
 
@@ -406,14 +411,11 @@ class Tiers:
         return [*(reading.future for reading in self._reading.values()), *written]
 
     def settle(self) -> None:
-        """Note what is done."""
-        for key, (future, nbytes) in list(self._writing.items()):
-            if future.done():
-                del self._writing[key]
-                try:
-                    self.counters.to_disk.count(1, nbytes, future.result())
-                except (OSError, MemoryError):
-                    self.counters.refused += 1
+        """Note what is done. What a thread raises is counted, and raised here unless it is of the
+        system or of a damaged file; what is left is noted by the next call."""
+        for key, (written, nbytes) in list(self._writing.items()):
+            if written.done():
+                self._keep_written(key, written, nbytes)
         for key, reading in list(self._reading.items()):
             if reading.future.done():
                 self._keep_read(key, reading)
@@ -426,25 +428,37 @@ class Tiers:
         self._moving = left
         self._fetches = [fetch for fetch in self._fetches if not fetch.release()]
 
-    def _keep_read(self, key: bytes, reading: _Reading) -> None:
-        """Make a page of the host tier of a file that was read, if it was right."""
-        del self._reading[key]
-        _, rows, slot, place = reading
+    def _keep_written(self, key: bytes, written: Future[float], nbytes: int) -> None:
+        """Count a file that was written, or a page that was refused."""
+        del self._writing[key]
         try:
-            seconds = reading.future.result()
-        except (FormatError, OSError, MemoryError):
-            seconds = None
-            self.counters.damaged += 1
-        if seconds is None or key in rows.host:  # it fell meanwhile
-            rows.host.release([slot])
-        else:
+            self.counters.to_disk.count(1, nbytes, written.result())
+        except BaseException as error:
+            self.counters.refused += 1
+            if not isinstance(error, OSError | MemoryError):
+                raise
+
+    def _keep_read(self, key: bytes, reading: _Reading) -> None:
+        """Make a page of the host tier of a file that was read, if it was right; else whoever waits
+        for it computes it."""
+        del self._reading[key]
+        read, rows, slot, place = reading
+        error = read.exception()
+        seconds = None if error else read.result()
+        if key not in rows.host and seconds is not None:
             rows.add(key, slot, place)
             self.counters.from_disk.count(1, rows.file_form_at(place).nbytes, seconds)
+            return
+        rows.host.release([slot])
+        if key not in rows.host:  # it has not fallen meanwhile
+            for fetch in self._fetches:
+                fetch.end_before(key)
+        self.counters.damaged += error is not None
+        if error is not None and not isinstance(error, FormatError | OSError | MemoryError):
+            raise error
 
     def _note(self, flow: Flow, rows: Rows, count: int, moved: Moved) -> None:
         self._moving.append((flow, count, count * rows.form.nbytes, moved))
-        if len(self._moving) > 64:
-            self.settle()
 
 
 def _pieces(pages: Sequence[tuple[bytes, int]], most: int) -> Iterator[Sequence[tuple[bytes, int]]]:

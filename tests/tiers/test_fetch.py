@@ -6,7 +6,7 @@ import pytest
 
 from pykv import prefix_keys
 from pykv.tiers import disk, stack
-from tests.tiers.made import P, World
+from tests.tiers.made import KVTC, P, World
 
 ROW = 256  # bytes of a page of World
 
@@ -104,3 +104,32 @@ def test_a_fetch_ends_where_its_rows_are_forgotten():
     world.tiers.clear_host()
     assert fetch.advance(wait=True) == 0 and fetch.is_over
     world.end(tokens, pages, fetch, publish=True)
+
+
+@pytest.mark.parametrize("codec", ["none", KVTC])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 7])
+def test_fetches_that_share_few_rows_all_get_their_pages(tmp_path, rows, codec):
+    """None waits for a row that another keeps for later, whoever goes on first; nor does a prompt
+    whose pages are waited for at once, beside those of others."""
+    size = 4096 if codec == KVTC else 4 * ROW
+    how = dict(pages=40, head_dim=32, host=f"{rows * size}B:{codec}", disk=f"{tmp_path}:1MB")
+    prompts = [[first] * (6 * P) for first in range(4)]
+    other = World(**how)
+    for tokens in prompts:
+        other.ask(tokens)
+    other.tiers.flush()
+    for order in range(3):
+        world = World(**how)
+        coming = [(tokens, *world.begin(tokens)) for tokens in prompts[:3]]
+        for n in range(1000):
+            left = [fetch for *_, fetch in coming if not fetch.is_over]
+            if not left:
+                break
+            left[(n * order) % len(left)].advance(wait=n % 4 == 3)
+            if n == 2:
+                assert world.ask(prompts[3]) == 6
+        for each in coming:
+            world.end(*each, publish=True)
+        counters = world.tiers.counters
+        assert (counters.misses, counters.damaged) == (0, 0)
+        assert [world.ask(tokens) for tokens in prompts] == [6] * 4

@@ -50,6 +50,7 @@ class Tiered(RuleBasedStateMachine):
     def teardown(self):
         self.give_up_all()
         self.world.tiers.flush()
+        self.world.tiers.settle()
         assert not self.world.tiers._fetches and not self.world.tiers.is_busy
         for rows in self.world.tiers._rows:  # none is lost
             assert len(rows.host) + len(rows.host._free) == len(rows.places)

@@ -13,20 +13,17 @@ pages of the host tier when they are read.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import ExitStack, suppress
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from pykv import prefix_keys
 from pykv.arrays import load_cupy, on_gpu
-from pykv.errors import FormatError, ParameterError
+from pykv.errors import ParameterError
 from pykv.kvtc import Codec
 from pykv.pool import PagedKVCache
-from pykv.tiers import threads
 from pykv.tiers.coded import CodedForm, rising
 from pykv.tiers.counters import Counters, Flow
 from pykv.tiers.disk import DiskTier
@@ -36,22 +33,13 @@ from pykv.tiers.moves import Moved
 from pykv.tiers.ownership import check_identity, heads_of
 from pykv.tiers.rows import Rows, check_fits, counts_of
 from pykv.tiers.sizes import Limit, artefact_of, parse_disk, parse_host
+from pykv.tiers.threads import FileThreads
 
 BUFFER_BYTES = 64 << 20  # of host memory where there is a disk tier alone
-THREADS = min(8, 2 * (os.cpu_count() or 1))  # that read and write files
 _MOST_NOTED = 64  # copies whose seconds are not known yet, before they are asked for
 _CODED_TOKENS = 512  # that a codec works on at a time; its workspace is in a GPU's memory
 
 Opener = Callable[[str, str, Any, int], Codec]
-
-
-class _Reading(NamedTuple):
-    """A file that a thread reads into a claimed row, for a page at a place."""
-
-    future: Future[float | None]
-    rows: Rows
-    slot: int
-    place: int
 
 
 class Tiers:
@@ -158,10 +146,8 @@ class Tiers:
         self.folder = None if limit is None else limit.folder
         self.is_exact = {own.codec, limit.codec if limit else "none"} == {"none"}
         self._noted = Counters()  # what the folder knows of them
-        self._threads = threads.start(0 if self._files is None else THREADS)
-        self._writing: dict[bytes, tuple[Future[float], int]] = {}  # and bytes of files
+        self._threads = FileThreads(self._files, self.counters, self._lost)
         self._moving: list[tuple[Flow, int, int, Moved]] = []  # whose seconds are not known yet
-        self._reading: dict[bytes, _Reading] = {}
         self._fetches: list[Fetch] = []  # that hold rows
         cache.manager.on_forget = self.fall
 
@@ -207,7 +193,7 @@ class Tiers:
             rows.add(key, slot, place)
         self._note(self.counters.to_host, rows, len(ids), moved)
         for (key, _), slot in zip(pages, slots, strict=True):
-            self._write_later(rows, key, slot, moved)
+            self._threads.write(rows, key, slot, moved)
 
     def flush(self) -> None:
         """Write all published pages of the cache and the host tier to files, and the counters; for
@@ -236,23 +222,7 @@ class Tiers:
         for rows in self._rows:
             rows.moves.wait()
             for key, slot in rows.host.items():
-                self._write_later(rows, key, slot, Moved(0.0))
-
-    def _write_later(self, rows: Rows, key: bytes, slot: int, moved: Moved) -> None:
-        """Have a thread write a row, once it was moved there, unless there is such a file."""
-        files = self._files
-        if files is not None and key not in self._writing and key not in files:
-            nbytes = rows.file_form_at(rows.places[slot]).nbytes
-            written: Future[float] = Future()
-            try:
-                # First: an interrupt between the two must not leave a thread with an unknown row.
-                self._writing[key] = written, nbytes
-                given = files, key, slot, moved
-                self._threads.submit(threads.fulfil, written, rows.write, *given)
-            except BaseException:
-                if written.cancel():  # no thread has begun, and none will
-                    self._writing.pop(key, None)
-                raise
+                self._threads.write(rows, key, slot, Moved(0.0))
 
     # --- Up ---
 
@@ -303,7 +273,7 @@ class Tiers:
         """How many of the first of these pages tiers have; the first is at place `start`."""
         for count, key in enumerate(keys):
             is_here = self._rows_of(start + count).host.find(key) is not None
-            if not (is_here or key in self._reading or self.has_file(key)):
+            if not (is_here or key in self._threads.reading or self.has_file(key)):
                 return count
         return len(keys)
 
@@ -319,11 +289,11 @@ class Tiers:
     def is_busy(self) -> bool:
         """Whether rows will become free, or be filled."""
         going_on = any(fetch.is_moving or fetch.has_next for fetch in self._fetches)
-        return bool(self._writing or self._reading or going_on)
+        return self._threads.are_busy or going_on
 
     def has_row(self, key: bytes, place: int) -> bool:
         """Whether a page is in a row, or will be."""
-        return key in self._reading or key in self._rows_of(place).host
+        return key in self._threads.reading or key in self._rows_of(place).host
 
     def has_file(self, key: bytes) -> bool:
         """Whether there is a file of a page."""
@@ -354,27 +324,17 @@ class Tiers:
         """Have a thread read the file of a page into a row; whether there are files, and a row."""
         if self._files is None:
             return False
-        rows, read = self._rows_of(place), Future[float | None]()
+        rows = self._rows_of(place)
         slots = rows.host.claim(1, self._is_held)
-        if not slots:
-            return False
-        try:
-            # First: an interrupt between the two must not leave a thread with an unknown row.
-            self._reading[key] = _Reading(read, rows, slots[0], place)
-            given = self._files, key, slots[0], place, rows.moves.outs()
-            self._threads.submit(threads.fulfil, read, rows.read, *given)
-        except BaseException:
-            if read.cancel():  # no thread has begun, and none will
-                self._reading.pop(key, None)
-                rows.host.release(slots)
-            raise
-        return True
+        for slot in slots:
+            self._threads.read(rows, key, slot, place)
+        return bool(slots)
 
     def wait_for_one(self) -> None:
         """Wait until a file is read or written; or else for the first copy that a row waits for.
         Where there is none either, rows are of pages that others have not copied yet."""
-        if files := self._files_under_way():
-            wait(files, return_when=FIRST_COMPLETED)
+        if self._threads.are_busy:
+            self._threads.wait_for_one()
         elif moving := [fetch for fetch in self._fetches if fetch.is_moving]:
             moving[0].wait()
         else:
@@ -385,7 +345,7 @@ class Tiers:
 
     def _is_held(self, key: bytes) -> bool:
         """Whether the row of a page must stay as it is."""
-        return key in self._writing or any(fetch.holds(key) for fetch in self._fetches)
+        return key in self._threads.writing or any(fetch.holds(key) for fetch in self._fetches)
 
     def _claim(self, rows: Rows, count: int) -> list[int]:
         """Rows for so many pages; waits for files, from which rows become free."""
@@ -393,9 +353,9 @@ class Tiers:
         try:
             while True:
                 slots += rows.host.claim(count - len(slots), self._is_held)
-                if len(slots) == count or not self._writing:
+                if len(slots) == count or not self._threads.writing:
                     return slots
-                wait([next(iter(self._writing.values()))[0]])
+                self._threads.wait_for_written()
                 self.settle()
         except BaseException:
             rows.host.release(slots)
@@ -403,22 +363,17 @@ class Tiers:
 
     def _finish(self) -> None:
         """Wait for all files that threads read and write."""
-        wait(self._files_under_way())
+        self._threads.wait_for_all()
         self.settle()
 
-    def _files_under_way(self) -> list[Future[Any]]:
-        written = [future for future, _ in self._writing.values()]
-        return [*(reading.future for reading in self._reading.values()), *written]
+    def _lost(self, key: bytes) -> None:
+        """No fetch gets a page that cannot be read."""
+        for fetch in self._fetches:
+            fetch.end_before(key)
 
     def settle(self) -> None:
-        """Note what is done. What a thread raises is counted, and raised here unless it is of the
-        system or of a damaged file; what is left is noted by the next call."""
-        for key, (written, nbytes) in list(self._writing.items()):
-            if written.done():
-                self._keep_written(key, written, nbytes)
-        for key, reading in list(self._reading.items()):
-            if reading.future.done():
-                self._keep_read(key, reading)
+        """Note what is done."""
+        self._threads.settle()
         left = []
         for flow, count, nbytes, moved in self._moving:
             if moved.is_done:
@@ -427,35 +382,6 @@ class Tiers:
                 left.append((flow, count, nbytes, moved))
         self._moving = left
         self._fetches = [fetch for fetch in self._fetches if not fetch.release()]
-
-    def _keep_written(self, key: bytes, written: Future[float], nbytes: int) -> None:
-        """Count a file that was written, or a page that was refused."""
-        del self._writing[key]
-        try:
-            self.counters.to_disk.count(1, nbytes, written.result())
-        except BaseException as error:
-            self.counters.refused += 1
-            if not isinstance(error, OSError | MemoryError):
-                raise
-
-    def _keep_read(self, key: bytes, reading: _Reading) -> None:
-        """Make a page of the host tier of a file that was read, if it was right; else whoever waits
-        for it computes it."""
-        del self._reading[key]
-        read, rows, slot, place = reading
-        error = read.exception()
-        seconds = None if error else read.result()
-        if key not in rows.host and seconds is not None:
-            rows.add(key, slot, place)
-            self.counters.from_disk.count(1, rows.file_form_at(place).nbytes, seconds)
-            return
-        rows.host.release([slot])
-        if key not in rows.host:  # it has not fallen meanwhile
-            for fetch in self._fetches:
-                fetch.end_before(key)
-        self.counters.damaged += error is not None
-        if error is not None and not isinstance(error, FormatError | OSError | MemoryError):
-            raise error
 
     def _note(self, flow: Flow, rows: Rows, count: int, moved: Moved) -> None:
         self._moving.append((flow, count, count * rows.form.nbytes, moved))

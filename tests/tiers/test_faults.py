@@ -156,4 +156,4 @@ def check(world):
     for tokens in PROMPTS * 2:
         world.ask(tokens)  # which looks at every page
     assert manager.num_free == manager.num_pages
-    tiers._threads.shutdown()
+    tiers._threads._pool.shutdown()

@@ -5,7 +5,7 @@ import threading
 import pytest
 
 from pykv import prefix_keys
-from pykv.tiers import disk, stack
+from pykv.tiers import disk, threads
 from tests.tiers.made import KVTC, P, World
 
 ROW = 256  # bytes of a page of World
@@ -61,8 +61,8 @@ def test_a_file_that_is_read_while_its_page_falls_takes_one_row(tmp_path, monkey
     fetch.advance()
     fetch.cancel()
     tiers.fall(of_second)
-    readings = list(tiers._reading.values())
-    assert len(readings) == 2 and len(tiers._writing) == 2 and not host._free
+    readings = list(tiers._threads.reading.values())
+    assert len(readings) == 2 and len(tiers._threads.writing) == 2 and not host._free
     threading.Timer(0.1, let_go).start()
     tiers.fall(of_first)
     tiers.flush()
@@ -87,7 +87,7 @@ def test_an_interrupt_of_a_fall_that_waits_loses_no_row(tmp_path, monkeypatch):
     monkeypatch.setattr(disk.DiskTier, "write", slow_write)
     tiers.fall(pages[:3])
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(stack, "wait", interrupted)
+        patch.setattr(threads, "wait", interrupted)
         tiers.fall(pages[3:])
     assert len(host) == 3 and len(host._free) == 1
     may_write.set()

@@ -74,7 +74,6 @@ class Fetch:
         """
         while True:
             self._tiers.settle()
-            self._end_at(min(self.stop, len(self._pages)))
             self.send()
             self._read_ahead()
             if wait:
@@ -132,7 +131,8 @@ class Fetch:
         return at < self.stop and self._tiers.has_row(self._keys[at - self._start], at)
 
     def send(self) -> None:
-        """Copy what is in rows."""
+        """Copy what is in rows, as far as the sequence has pages."""
+        self._end_at(min(self.stop, len(self._pages)))
         while self._sent < self.stop:
             at = self._sent
             some = self._keys[at - self._start : self.stop - self._start]

@@ -47,16 +47,23 @@ __device__ __forceinline__ void store_float(u8* at, float x) {
     }
 }
 
-// Up to four bytes.
-__device__ __forceinline__ u32 load_bytes(const u8* at, int n) {
-    if (n == 4 && (u64)at % 4 == 0) return *(const u32*)at;
-    u32 word = 0;
+// Up to four bytes as loads leave them: a word, or each in a register of its own, so that nothing
+// waits for the first before the last is on its way.
+template <bool WORD> struct Bytes {
+    u32 parts[WORD ? 1 : 4];
+    __device__ void load(const u8* at, int n) {
+        if constexpr (WORD) {
+            parts[0] = *(const u32*)at;
+        } else {
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-        if (i < n) word |= (u32)at[i] << 8 * i;
+            for (int i = 0; i < 4; i++) parts[i] = i < n ? at[i] : 0;
+        }
     }
-    return word;
-}
+    __device__ u32 word() const {
+        if constexpr (WORD) return parts[0];
+        else return parts[0] | parts[1] << 8 | parts[2] << 16 | parts[3] << 24;
+    }
+};
 
 // --- Extremes ------------------------------------------------------------------------------------
 
@@ -306,41 +313,50 @@ __device__ __forceinline__ void quantize_tile(float* tile, Mode mode, const Rows
 
 // --- Dequantize ----------------------------------------------------------------------------------
 
-// COUNT neighbouring columns of some rows, all of range r; `from` is where the first row lies.
-template <int COUNT>
+// COUNT neighbouring columns of some rows, all of range r; `from` is where the first row lies. WORD:
+// codes of each row are an aligned word; FLOATS: extremes are. Bytes that are put together at once
+// would have each row wait for memory before the next one's loads begin.
+template <int COUNT, bool WORD, bool FLOATS>
 __device__ __forceinline__ void dequantize_columns(float* out, i64 stride, Place from,
                                                    const Range& r, int column, int rows) {
+    constexpr int AT_ONCE = FLOATS ? 4 : 2;  // rows whose loads are on their way together
     const int bits = r.bits ? r.bits : 8, bit = (column - r.start) * bits, shift = bit % 8;
     const int bytes = (shift + COUNT * bits + 7) / 8;
     const u32 last = (1u << bits) - 1;
     const float steps = (float)last, inverse = 1.0f / steps;
-#pragma unroll 4
-    for (int i = 0; i < rows; i++) {
-        const u32 word = load_bytes(from.codes + (i64)i * r.row_bytes + bit / 8, bytes) >> shift;
-        float y[COUNT];
-        if (r.bits) {
-            const float low = __uint_as_float(load_bytes(from.minima + 4 * (i64)i, 4));
-            const float high = __uint_as_float(load_bytes(from.maxima + 4 * (i64)i, 4));
-            const float width = interval(low, high);
-            if (width <= 1e36f) {  // 255 of them are finite
+#pragma unroll 1
+    for (int first = 0; first < rows; first += AT_ONCE) {
+        Bytes<WORD> codes[AT_ONCE];
+        Bytes<FLOATS> minima[AT_ONCE], maxima[AT_ONCE];
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++) {
+            const i64 row = min(first + i, rows - 1);
+            codes[i].load(from.codes + row * r.row_bytes + bit / 8, bytes);
+            if (r.bits) minima[i].load(from.minima + 4 * row, 4);
+            if (r.bits) maxima[i].load(from.maxima + 4 * row, 4);
+        }
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++) {
+            if (first + i == rows) return;
+            const u32 word = codes[i].word() >> shift;
+            float y[COUNT];
+            if (r.bits) {
+                const float low = __uint_as_float(minima[i].word());
+                const float width = interval(low, __uint_as_float(maxima[i].word()));
 #pragma unroll
                 for (int k = 0; k < COUNT; k++) {
                     const float all = __fmul_rn((float)(word >> k * bits & last), width);
-                    y[k] = quotient(all, steps, inverse) + low;
+                    const bool is_finite = all <= LARGEST_FLOAT;  // else it stays as it is
+                    y[k] = (is_finite ? quotient(all, steps, inverse) : all) + low;
                 }
             } else {
-#pragma unroll 1
-                for (int k = 0; k < COUNT; k++) {
-                    y[k] = (float)(word >> k * bits & last) * width / steps + low;
-                }
-            }
-        } else {
 #pragma unroll
-            for (int k = 0; k < COUNT; k++) y[k] = to_float(e4m3{(u8)(word >> 8 * k)});
+                for (int k = 0; k < COUNT; k++) y[k] = to_float(e4m3{(u8)(word >> 8 * k)});
+            }
+            float* to = out + (first + i) * stride + column;
+            if constexpr (COUNT == 4) *(float4*)to = make_float4(y[0], y[1], y[2], y[3]);
+            else *to = y[0];
         }
-        float* to = out + i * stride + column;
-        if constexpr (COUNT == 4) *(float4*)to = make_float4(y[0], y[1], y[2], y[3]);
-        else *to = y[0];
     }
 }
 
@@ -358,11 +374,17 @@ __device__ __forceinline__ void dequantize(float* out, i64 stride, int B, int C,
     out += row * stride;
     Range r = range_at(from);
     if (to - from == 4 && to <= r.end && stride % 4 == 0 && C % 4 == 0) {
-        dequantize_columns<4>(out, stride, place_at(r, row), r, column, rows);
+        const Place place = place_at(r, row);
+        const bool floats = r.bits == 0 || ((u64)place.minima | (u64)place.maxima) % 4 == 0;
+        const u64 first = (u64)place.codes + (column - r.start);
+        const bool word = r.bits % 8 == 0 && (first | r.row_bytes) % 4 == 0;
+        if (word && floats) dequantize_columns<4, true, true>(out, stride, place, r, column, rows);
+        else if (floats) dequantize_columns<4, false, true>(out, stride, place, r, column, rows);
+        else dequantize_columns<4, false, false>(out, stride, place, r, column, rows);
         return;
     }
     for (int c = from; c < to; c++) {
         if (c >= r.end) r = range_at(c);
-        dequantize_columns<1>(out, stride, place_at(r, row), r, c, rows);
+        dequantize_columns<1, false, false>(out, stride, place_at(r, row), r, c, rows);
     }
 }

@@ -3,9 +3,9 @@
     python tools/kill_tiers.py ROUNDS [--seed N] [--folder DIR]
 
 In each round two processes ask for prompts whose pages fall to a folder that is a little too small,
-by one codec after the other, and look at every page that they are given. Both are killed, every
-other one in the midst of writing a file. Then every file of the folder must be whole, and be the
-page that its name says, as near as the codec keeps it.
+by one codec after the other, and look at every page that they are given. One ends in the midst of
+writing a file, the other is killed soon afterwards, wherever it is. Then every file of the folder
+must be whole, and be the page that its name says, as near as the codec keeps it.
 """
 
 import argparse
@@ -31,6 +31,7 @@ CODECS = ("none", "int8", "int4", KVTC)  # of a round, in turn; all have files i
 HEAD_DIM = 64
 LIMIT = 40_000  # bytes of the folder: some twenty files, so that room is made all the time
 MOST = 13  # tokens of a prompt
+MOST_ASKED = 200  # prompts, of which a handful suffices where files can be written
 WRONG = 3  # exit code of a process that was given a wrong page
 
 
@@ -38,13 +39,15 @@ def open_world(folder: Path, codec: str, pages: int) -> World:
     return World(pages=pages, head_dim=HEAD_DIM, host="4KiB", disk=f"{folder}:{LIMIT}B:{codec}")
 
 
-def work(folder: Path, codec: str, seed: int) -> None:
-    """Ask for prompts until killed."""
+def work(folder: Path, codec: str, seed: int, dies: bool) -> None:
+    """Ask for prompts until killed, by itself where it `dies`: late where the disk is full."""
     rng = np.random.default_rng(seed)
     world = open_world(folder, codec, pages=8)
-    if seed % 2:
+    if dies:
         die_at(int(rng.integers(1, 8)))
-    while True:
+    for count in itertools.count():
+        if dies and count == MOST_ASKED:
+            os.kill(os.getpid(), signal.SIGKILL)
         prompt = [
             int(rng.integers(30)),
             *rng.integers(3, size=int(rng.integers(2, MOST - 1))).tolist(),
@@ -70,12 +73,12 @@ def die_at(count: int) -> None:
     whole_files.replace = dying
 
 
-def start(folder: Path, codec: str, seed: int) -> int:
+def start(folder: Path, codec: str, seed: int, dies: bool) -> int:
     pid = os.fork()
     if pid:
         return pid
     try:
-        work(folder, codec, seed)
+        work(folder, codec, seed, dies)
     except AssertionError as error:
         print(f"seed {seed}: {error}", file=sys.stderr)
     except BaseException as error:  # of a process that was not asked to end
@@ -130,11 +133,11 @@ def main(argv: list[str] | None = None) -> int:
         files = 0
         for n in range(args.rounds):
             seed, codec = args.seed * 1_000_003 + 2 * n, CODECS[n % len(CODECS)]
-            pids = [start(folder, codec, seed + i) for i in range(2)]
-            for pid in pids:
-                time.sleep(float(rng.uniform(0.005, 0.08)))
-                os.kill(pid, signal.SIGKILL)
-            codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+            dying, other = (start(folder, codec, seed + i, dies=i == 0) for i in range(2))
+            codes = [os.waitstatus_to_exitcode(os.waitpid(dying, 0)[1])]
+            time.sleep(float(rng.uniform(0, 0.05)))
+            os.kill(other, signal.SIGKILL)
+            codes.append(os.waitstatus_to_exitcode(os.waitpid(other, 0)[1]))
             if codes != [-signal.SIGKILL] * 2:
                 print(f"round {n}: exit codes {codes}", file=sys.stderr)
                 return 1

@@ -42,7 +42,7 @@ from pykv.page_arrays import moving_arrays
 from pykv.pool import PagedKVCache
 from pykv.testing import host
 from pykv.tiers import Tiers, disk
-from pykv.tiers.stack import THREADS
+from pykv.tiers.threads import THREADS
 
 P = 16  # tokens a page
 SAMPLES, STEPS = 7, 40  # of prefixes; decode steps of one sample

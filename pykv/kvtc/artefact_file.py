@@ -32,6 +32,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shlex
 import struct
 from math import prod
 from pathlib import Path
@@ -171,8 +172,13 @@ class _Header(NamedTuple):
         if len(data) < _HEADER.size:
             raise wrong("size", len(data), f"at least {_HEADER.size}")
         _, version, pairing, size, sha256, model, name, *counts = _HEADER.unpack(data)
-        if version != VERSION:
-            raise wrong("version", version, VERSION)
+        if version > VERSION:
+            raise wrong("version", version, f"{VERSION}: it is of a newer pykv, which reads it")
+        if version < VERSION:
+            again = (
+                f"pykv kvtc calibrate --model MODEL --text FILE... --out {shlex.quote(str(path))}"
+            )
+            raise wrong("version", version, f"{VERSION}: calibrate again, by `{again}`")
         if size != stat.st_size:
             raise wrong("size", stat.st_size, f"the {size} that it says")
         if pairing >= len(PAIRINGS):

@@ -13,7 +13,7 @@ from __future__ import annotations
 import time
 from bisect import insort
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from itertools import chain, count
 from typing import Protocol
@@ -286,11 +286,10 @@ class Scheduler:
             return
         queue.remove(s)
         self.stats.cached_tokens += s.held
-        try:
+        with ExitStack() as ending:  # each of these, whatever another raises
+            ending.callback(s.read)
+            ending.callback(self.pages.give_up, s, publish=s.finish_reason != "error")
             self._runner.end(s)
-        finally:
-            self.pages.give_up(s, publish=s.finish_reason != "error")
-            s.read()
 
     # --- Who runs ---
 
@@ -382,9 +381,11 @@ class Scheduler:
         if s in self.running:
             self.running.remove(s)
             s.preemptions += 1
-            self.pages.give_up(s, publish=publish)
-            self.pages.name(s)
-            insort(self.waiting, s, key=_order)
+            try:
+                self.pages.give_up(s, publish=publish)
+            finally:
+                self.pages.name(s)
+                insort(self.waiting, s, key=_order)
 
     def _refuse(self, s: Sequence) -> None:
         """End a sequence that finds too few pages although nobody runs. Its answer so far is as

@@ -192,16 +192,17 @@ class SequencePages:
 
     def give_up(self, s: Sequence, *, publish: bool) -> None:
         """Give the pages of a sequence back; what was computed on them may be reused."""
-        manager = self.cache.manager
-        if s.fetch is not None:
-            s.fetch.cancel()
-            s.fetch = None
+        manager, fetch = self.cache.manager, s.fetch
         is_whole = not s.dropped and s.behind is None  # else slots hold other tokens
-        if publish and self.prefix_cache and is_whole:
-            manager.publish(s.pages, s.tokens[: s.cached])
-        manager.free(s.pages)
-        s.pages, s.cached, s.dropped = [], 0, 0  # a new list: tables know a sequence by it
-        s.behind, s.mass, s.unsummed = None, {}, []
+        try:
+            if fetch is not None:
+                fetch.cancel()
+            if publish and self.prefix_cache and is_whole:
+                manager.publish(s.pages, s.tokens[: s.cached])
+        finally:
+            manager.free(s.pages)
+            s.pages, s.cached, s.dropped = [], 0, 0  # a new list: tables know a sequence by it
+            s.behind, s.mass, s.unsummed, s.fetch = None, {}, [], None
 
     def name(self, s: Sequence) -> None:
         """Note the full pages that a sequence publishes before its last tokens."""

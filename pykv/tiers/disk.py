@@ -9,7 +9,8 @@
 these and of all before. So a file never changes: it is written whole under a name of its own, then
 renamed. A process that is killed leaves what it had renamed, and a hidden file that the next one
 removes. A reader believes no file: its facts and its checksum must hold. When the folder is full
-the files that were used least recently go, by their time of modification, whoever wrote them.
+the files that were used least recently go, by their time of modification, whoever wrote them;
+before these such as have a time to come, of a clock that was put back.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import json
 import os
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -38,6 +40,7 @@ SUFFIX = ".page"
 _OP = "tiers.disk"
 _HEADER, _SUM = 1024, 65  # bytes of a file beside its page, at most, and for each head
 _KEEP = 0.9  # of the limit, once room was made
+_AHEAD = 60  # seconds that clocks of hosts that share a folder may differ
 _LOOK = 1 / 16  # of the limit, written by us alone before others' files are counted again
 
 
@@ -176,7 +179,8 @@ class DiskTier:
         with self._room_for(size):
             if shutil.disk_usage(self.folder).free < FLOOR + size:
                 raise OSError(errno.ENOSPC, f"less than {FLOOR:,} bytes would stay free", str(path))
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            for place in (self._own, path.parent):  # of which somebody may have removed the first
+                place.mkdir(mode=0o700, exist_ok=True)
             how: dict[str, bool] = dict(private=True, durable=False, by_row=True)
             tensor_files.write(path, self._facts(key, part), {"page": rows}, **how)
             with self._lock:
@@ -291,7 +295,8 @@ class DiskTier:
         with self._open_lock() as file:
             if not whole_files.lock(file):
                 raise OSError(errno.EBUSY, "another process makes room", str(self.folder))
-            found = sorted(self._count())
+            latest = time.time() + _AHEAD
+            found = sorted(self._count(), key=lambda entry: (entry.time <= latest, entry))
             wanted = self._total + self._pending + size
             if wanted > self.limit:  # nobody made room meanwhile
                 excess = wanted - _KEEP * self.limit

@@ -55,9 +55,8 @@ class Fetch:
         if i is None or not self._released <= self._start + i < self.stop:
             return False
         # Pages that come before it may need the row, to which a file brings it back.
-        return self._start + i < self._sent + self._tiers.most_ahead or not self._tiers.has_file(
-            key
-        )
+        at, tiers = self._start + i, self._tiers
+        return at < self._sent + tiers.most_ahead(at) or not tiers.has_file(key)
 
     @property
     def _released(self) -> int:
@@ -75,8 +74,7 @@ class Fetch:
         """
         while True:
             self._tiers.settle()
-            self._end_at(min(self.stop, len(self._pages)))
-            self._send()
+            self.send()
             self._read_ahead()
             if wait:
                 self.join()
@@ -107,17 +105,34 @@ class Fetch:
 
     def cancel(self) -> None:
         """Bring no more. The pages may go to others: what is enqueued on the current stream from
-        now on waits for copies to them."""
-        self.join()
+        now on waits for copies to them. Whatever it raises, they are there, and it is over."""
         self.stop = self.done = self._sent
-        self._tiers.settle()
+        try:
+            self.join()
+        except BaseException:
+            for _, moved in self._moving:
+                moved.wait()
+            raise
+
+    def end_before(self, key: bytes) -> None:
+        """Do without a page, which nobody can bring, and those behind it."""
+        i = self._index.get(key)
+        if i is not None and self._sent <= self._start + i < self.stop:
+            self._end_at(self._start + i)
 
     def _end_at(self, stop: int) -> None:
         self._tiers.counters.misses += self.stop - stop
         self.stop = stop
 
-    def _send(self) -> None:
-        """Copy what is in rows."""
+    @property
+    def has_next(self) -> bool:
+        """Whether the next page is in a row, or will be."""
+        at = self._sent
+        return at < self.stop and self._tiers.has_row(self._keys[at - self._start], at)
+
+    def send(self) -> None:
+        """Copy what is in rows, as far as the sequence has pages."""
+        self._end_at(min(self.stop, len(self._pages)))
         while self._sent < self.stop:
             at = self._sent
             some = self._keys[at - self._start : self.stop - self._start]
@@ -130,15 +145,13 @@ class Fetch:
 
     def _read_ahead(self) -> None:
         """Have threads read files of the pages that come next."""
-        tiers = self._tiers
-        for at in range(self._sent, min(self._sent + tiers.most_ahead, self.stop)):
+        tiers, at = self._tiers, self._sent
+        while at < min(self._sent + tiers.most_ahead(at), self.stop):
             key = self._keys[at - self._start]
-            if tiers.has_row(key, at):
-                continue
-            was_asked = key in self._asked
-            if not was_asked and tiers.read_later(key, at):
+            if not tiers.has_row(key, at):
+                if not tiers.read_later(key, at):
+                    if at == self._sent and not tiers.is_busy:
+                        self._end_at(at)  # there will be no row for it
+                    return
                 self._asked.add(key)
-                continue
-            if was_asked or (at == self._sent and not tiers.is_busy):
-                self._end_at(at)  # it could not be read, or there will be no row for it
-            return
+            at += 1

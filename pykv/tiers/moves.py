@@ -124,11 +124,13 @@ class Moves:
         self._form.put(self._cache, half.memory, ids, at, places)
         staged.record(current)
         way.stream.wait_event(staged)
-        with way.stream:
-            link[0].record(way.stream)
-            self._form.copy(half.memory, self.view, at, slots)
-            link[1].record(way.stream)
         way.end = half.free = link[1]
+        with way.stream:
+            try:
+                link[0].record(way.stream)
+                self._form.copy(half.memory, self.view, at, slots)
+            finally:  # also behind what is enqueued when it raises: the rows go to others
+                link[1].record(way.stream)
         return Moved(0.0, link, link[1])
 
     def back(self, slots: list[int], ids: list[int], places: list[int]) -> Moved:
@@ -138,7 +140,8 @@ class Moves:
             return _timed(self._form.take, self.view, self._cache, slots, ids, places)
         way, cuda, at = self._up, load_cupy().cuda, list(range(len(ids)))
         half, now, link = way.take(), cuda.Event(), (cuda.Event(), cuda.Event())
-        now.record(cuda.get_current_stream())
+        current, end = cuda.get_current_stream(), cuda.Event()
+        now.record(current)
         with way.stream:
             way.stream.wait_event(half.free)
             way.stream.wait_event(self._down.end)  # of these rows, perhaps
@@ -146,12 +149,16 @@ class Moves:
             self._form.copy(self.view, half.memory, slots, at)
             link[1].record(way.stream)
         with self._unpack:
-            self._unpack.wait_event(now)
-            self._unpack.wait_event(link[1])
-            self._form.take(half.memory, self._cache, at, ids, places)
-            end = cuda.Event()
+            way.end = half.free = end
+            try:
+                self._unpack.wait_event(now)
+                self._unpack.wait_event(link[1])
+                self._form.take(half.memory, self._cache, at, ids, places)
+            except BaseException:
+                end.record(self._unpack)
+                current.wait_event(end)  # of what is enqueued: the pages go to others
+                raise
             end.record(self._unpack)
-        way.end = half.free = end
         return Moved(0.0, link, end)
 
     def outs(self) -> Moved:

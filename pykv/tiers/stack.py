@@ -13,20 +13,17 @@ pages of the host tier when they are read.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
-from contextlib import suppress
-from typing import Any, NamedTuple
+from contextlib import ExitStack, suppress
+from typing import Any
 
 import numpy as np
 
 from pykv import prefix_keys
 from pykv.arrays import load_cupy, on_gpu
-from pykv.errors import FormatError, ParameterError
+from pykv.errors import ParameterError
 from pykv.kvtc import Codec
 from pykv.pool import PagedKVCache
-from pykv.tiers import threads
 from pykv.tiers.coded import CodedForm, rising
 from pykv.tiers.counters import Counters, Flow
 from pykv.tiers.disk import DiskTier
@@ -36,21 +33,13 @@ from pykv.tiers.moves import Moved
 from pykv.tiers.ownership import check_identity, heads_of
 from pykv.tiers.rows import Rows, check_fits, counts_of
 from pykv.tiers.sizes import Limit, artefact_of, parse_disk, parse_host
+from pykv.tiers.threads import FileThreads
 
 BUFFER_BYTES = 64 << 20  # of host memory where there is a disk tier alone
-THREADS = min(8, 2 * (os.cpu_count() or 1))  # that read and write files
+_MOST_NOTED = 64  # copies whose seconds are not known yet, before they are asked for
 _CODED_TOKENS = 512  # that a codec works on at a time; its workspace is in a GPU's memory
 
 Opener = Callable[[str, str, Any, int], Codec]
-
-
-class _Reading(NamedTuple):
-    """A file that a thread reads into a claimed row, for a page at a place."""
-
-    future: Future[float | None]
-    rows: Rows
-    slot: int
-    place: int
 
 
 class Tiers:
@@ -157,10 +146,8 @@ class Tiers:
         self.folder = None if limit is None else limit.folder
         self.is_exact = {own.codec, limit.codec if limit else "none"} == {"none"}
         self._noted = Counters()  # what the folder knows of them
-        self._threads = threads.start(0 if self._files is None else THREADS)
-        self._writing: dict[bytes, tuple[Future[float], int]] = {}  # and bytes of files
+        self._threads = FileThreads(self._files, self.counters, self._lost)
         self._moving: list[tuple[Flow, int, int, Moved]] = []  # whose seconds are not known yet
-        self._reading: dict[bytes, _Reading] = {}
         self._fetches: list[Fetch] = []  # that hold rows
         cache.manager.on_forget = self.fall
 
@@ -173,6 +160,8 @@ class Tiers:
     def fall(self, pages: Sequence[tuple[bytes, int]]) -> None:
         """Keep pages of the cache, (key, page) each, which may be written to once this returns; on
         a GPU by what is enqueued on the current stream from then on."""
+        if len(self._moving) > _MOST_NOTED:
+            self.settle()
         place_of = self._cache.manager.place_of
         for rows in self._rows:
             find = rows.host.find
@@ -204,7 +193,7 @@ class Tiers:
             rows.add(key, slot, place)
         self._note(self.counters.to_host, rows, len(ids), moved)
         for (key, _), slot in zip(pages, slots, strict=True):
-            self._write_later(rows, key, slot, moved)
+            self._threads.write(rows, key, slot, moved)
 
     def flush(self) -> None:
         """Write all published pages of the cache and the host tier to files, and the counters; for
@@ -233,23 +222,7 @@ class Tiers:
         for rows in self._rows:
             rows.moves.wait()
             for key, slot in rows.host.items():
-                self._write_later(rows, key, slot, Moved(0.0))
-
-    def _write_later(self, rows: Rows, key: bytes, slot: int, moved: Moved) -> None:
-        """Have a thread write a row, once it was moved there, unless there is such a file."""
-        files = self._files
-        if files is not None and key not in self._writing and key not in files:
-            nbytes = rows.file_form_at(rows.places[slot]).nbytes
-            written: Future[float] = Future()
-            try:
-                # First: an interrupt between the two must not leave a thread with an unknown row.
-                self._writing[key] = written, nbytes
-                given = files, key, slot, moved
-                self._threads.submit(threads.fulfil, written, rows.write, *given)
-            except BaseException:
-                if written.cancel():  # no thread has begun, and none will
-                    self._writing.pop(key, None)
-                raise
+                self._threads.write(rows, key, slot, Moved(0.0))
 
     # --- Up ---
 
@@ -281,18 +254,15 @@ class Tiers:
         waits for files.
         """
         manager, P = self._cache.manager, self._cache.page_size
-        pages, fetch = manager.reuse(tokens), None
-        try:
-            start = len(pages)
-            fetch = self.begin(tokens, pages)
+        pages = manager.reuse(tokens)
+        with ExitStack() as given_up:
+            given_up.callback(manager.free, pages)
+            start, fetch = len(pages), self.begin(tokens, pages)
             if fetch is not None:
+                given_up.callback(fetch.cancel)
                 stop = min(fetch.stop, start + manager.num_free)
                 manager.extend(pages, start * P, stop * P)  # others may fall now
                 manager.publish(pages, tokens[: fetch.advance(wait=True) * P])
-        finally:
-            if fetch is not None:
-                fetch.cancel()
-            manager.free(pages)
 
     def join(self) -> None:
         """Have the current stream wait for pages on their way: the cache moves to other memory."""
@@ -303,25 +273,27 @@ class Tiers:
         """How many of the first of these pages tiers have; the first is at place `start`."""
         for count, key in enumerate(keys):
             is_here = self._rows_of(start + count).host.find(key) is not None
-            if not (is_here or key in self._reading or self.has_file(key)):
+            if not (is_here or key in self._threads.reading or self.has_file(key)):
                 return count
         return len(keys)
 
     # What a Fetch does:
 
-    @property
-    def most_ahead(self) -> int:
-        """Pages that are read ahead."""
-        return self._rows[-1].moves.most
+    def most_ahead(self, place: int) -> int:
+        """Pages that each fetch has in rows ahead of those that it needs next. All fetches together
+        leave half of the rows, or each has one: so none waits for a row that another keeps."""
+        sharing = sum(not fetch.is_over for fetch in self._fetches)
+        return max(1, self._rows_of(place).moves.most // max(1, sharing))
 
     @property
     def is_busy(self) -> bool:
         """Whether rows will become free, or be filled."""
-        return bool(self._writing or self._reading or any(f.is_moving for f in self._fetches))
+        going_on = any(fetch.is_moving or fetch.has_next for fetch in self._fetches)
+        return self._threads.are_busy or going_on
 
     def has_row(self, key: bytes, place: int) -> bool:
         """Whether a page is in a row, or will be."""
-        return key in self._reading or key in self._rows_of(place).host
+        return key in self._threads.reading or key in self._rows_of(place).host
 
     def has_file(self, key: bytes) -> bool:
         """Whether there is a file of a page."""
@@ -352,35 +324,28 @@ class Tiers:
         """Have a thread read the file of a page into a row; whether there are files, and a row."""
         if self._files is None:
             return False
-        rows, read = self._rows_of(place), Future[float | None]()
+        rows = self._rows_of(place)
         slots = rows.host.claim(1, self._is_held)
-        if not slots:
-            return False
-        try:
-            # First: an interrupt between the two must not leave a thread with an unknown row.
-            self._reading[key] = _Reading(read, rows, slots[0], place)
-            given = self._files, key, slots[0], place, rows.moves.outs()
-            self._threads.submit(threads.fulfil, read, rows.read, *given)
-        except BaseException:
-            if read.cancel():  # no thread has begun, and none will
-                self._reading.pop(key, None)
-                rows.host.release(slots)
-            raise
-        return True
+        for slot in slots:
+            self._threads.read(rows, key, slot, place)
+        return bool(slots)
 
     def wait_for_one(self) -> None:
-        """Wait until a file is read or written; or else, of copies, the first that a row waits
-        for."""
-        if files := self._files_under_way():
-            wait(files, return_when=FIRST_COMPLETED)
+        """Wait until a file is read or written; or else for the first copy that a row waits for.
+        Where there is none either, rows are of pages that others have not copied yet."""
+        if self._threads.are_busy:
+            self._threads.wait_for_one()
+        elif moving := [fetch for fetch in self._fetches if fetch.is_moving]:
+            moving[0].wait()
         else:
-            next(f for f in self._fetches if f.is_moving).wait()
+            for fetch in self._fetches:
+                fetch.send()
 
     # --- Rows and counters ---
 
     def _is_held(self, key: bytes) -> bool:
         """Whether the row of a page must stay as it is."""
-        return key in self._writing or any(fetch.holds(key) for fetch in self._fetches)
+        return key in self._threads.writing or any(fetch.holds(key) for fetch in self._fetches)
 
     def _claim(self, rows: Rows, count: int) -> list[int]:
         """Rows for so many pages; waits for files, from which rows become free."""
@@ -388,9 +353,9 @@ class Tiers:
         try:
             while True:
                 slots += rows.host.claim(count - len(slots), self._is_held)
-                if len(slots) == count or not self._writing:
+                if len(slots) == count or not self._threads.writing:
                     return slots
-                wait([next(iter(self._writing.values()))[0]])
+                self._threads.wait_for_written()
                 self.settle()
         except BaseException:
             rows.host.release(slots)
@@ -398,25 +363,17 @@ class Tiers:
 
     def _finish(self) -> None:
         """Wait for all files that threads read and write."""
-        wait(self._files_under_way())
+        self._threads.wait_for_all()
         self.settle()
 
-    def _files_under_way(self) -> list[Future[Any]]:
-        written = [future for future, _ in self._writing.values()]
-        return [*(reading.future for reading in self._reading.values()), *written]
+    def _lost(self, key: bytes) -> None:
+        """No fetch gets a page that cannot be read."""
+        for fetch in self._fetches:
+            fetch.end_before(key)
 
     def settle(self) -> None:
         """Note what is done."""
-        for key, (future, nbytes) in list(self._writing.items()):
-            if future.done():
-                del self._writing[key]
-                try:
-                    self.counters.to_disk.count(1, nbytes, future.result())
-                except (OSError, MemoryError):
-                    self.counters.refused += 1
-        for key, reading in list(self._reading.items()):
-            if reading.future.done():
-                self._keep_read(key, reading)
+        self._threads.settle()
         left = []
         for flow, count, nbytes, moved in self._moving:
             if moved.is_done:
@@ -426,25 +383,8 @@ class Tiers:
         self._moving = left
         self._fetches = [fetch for fetch in self._fetches if not fetch.release()]
 
-    def _keep_read(self, key: bytes, reading: _Reading) -> None:
-        """Make a page of the host tier of a file that was read, if it was right."""
-        del self._reading[key]
-        _, rows, slot, place = reading
-        try:
-            seconds = reading.future.result()
-        except (FormatError, OSError, MemoryError):
-            seconds = None
-            self.counters.damaged += 1
-        if seconds is None or key in rows.host:  # it fell meanwhile
-            rows.host.release([slot])
-        else:
-            rows.add(key, slot, place)
-            self.counters.from_disk.count(1, rows.file_form_at(place).nbytes, seconds)
-
     def _note(self, flow: Flow, rows: Rows, count: int, moved: Moved) -> None:
         self._moving.append((flow, count, count * rows.form.nbytes, moved))
-        if len(self._moving) > 64:
-            self.settle()
 
 
 def _pieces(pages: Sequence[tuple[bytes, int]], most: int) -> Iterator[Sequence[tuple[bytes, int]]]:

@@ -1,16 +1,153 @@
-"""Threads that read and write the files of tiers."""
+"""Threads that write rows of host memory to files, and read them back."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from threading import Barrier
-from typing import Any
+from typing import Any, NamedTuple
 
-from pykv.errors import CapacityError
+from pykv.errors import CapacityError, FormatError
+from pykv.tiers.counters import Counters
+from pykv.tiers.disk import DiskTier
+from pykv.tiers.moves import Moved
+from pykv.tiers.rows import Rows
+
+THREADS = min(8, 2 * (os.cpu_count() or 1))
 
 
-def fulfil(future: Future[Any], work: Callable[..., Any], *given: Any) -> None:
+class _Writing(NamedTuple):
+    """A row on its way to a file of so many bytes."""
+
+    future: Future[float]
+    nbytes: int
+
+
+class _Reading(NamedTuple):
+    """A file that a thread reads into a claimed row, for a page at a place."""
+
+    future: Future[float | None]
+    rows: Rows
+    slot: int
+    place: int
+
+
+class FileThreads:
+    """Threads between rows and files.
+
+    Args:
+        files: of pages; None: there are none.
+        counters: of what is done.
+        lost: is told the key of each page that could not be read.
+
+    Attributes:
+        writing, reading: what threads are at, by the keys of pages.
+
+    Raises:
+        CapacityError: the system starts no threads.
+
+    Not thread-safe: who calls Tiers calls this.
+    """
+
+    def __init__(
+        self, files: DiskTier | None, counters: Counters, lost: Callable[[bytes], None]
+    ) -> None:
+        self._files, self._counters, self._lost = files, counters, lost
+        self._pool = _start(0 if files is None else THREADS)
+        self.writing: dict[bytes, _Writing] = {}
+        self.reading: dict[bytes, _Reading] = {}
+
+    @property
+    def are_busy(self) -> bool:
+        """Whether there is anything to wait for."""
+        return bool(self.writing or self.reading)
+
+    def write(self, rows: Rows, key: bytes, slot: int, moved: Moved) -> None:
+        """Have a row written, once it was moved there, unless there is such a file. It must stay as
+        it is while its key is in `writing`."""
+        files = self._files
+        if files is None or key in self.writing or key in files:
+            return
+        nbytes = rows.file_form_at(rows.places[slot]).nbytes
+        written: Future[float] = Future()
+        try:
+            # First: an interrupt between the two must not leave a thread with an unknown row.
+            self.writing[key] = _Writing(written, nbytes)
+            self._pool.submit(_fulfil, written, rows.write, files, key, slot, moved)
+        except BaseException:
+            if written.cancel():  # no thread has begun, and none will
+                self.writing.pop(key, None)
+            raise
+
+    def read(self, rows: Rows, key: bytes, slot: int, place: int) -> None:
+        """Have the file of a page read into a claimed row, which then has it, or is free."""
+        read: Future[float | None] = Future()
+        try:
+            self.reading[key] = _Reading(read, rows, slot, place)
+            given = self._files, key, slot, place, rows.moves.outs()
+            self._pool.submit(_fulfil, read, rows.read, *given)
+        except BaseException:
+            if read.cancel():
+                self.reading.pop(key, None)
+                rows.host.release([slot])
+            raise
+
+    def wait_for_one(self) -> None:
+        """Wait until any file is read or written."""
+        wait(self._futures(), return_when=FIRST_COMPLETED)
+
+    def wait_for_written(self) -> None:
+        """Wait until the file is written that was begun first."""
+        wait([next(iter(self.writing.values())).future])
+
+    def wait_for_all(self) -> None:
+        """Wait until all files are read and written."""
+        wait(self._futures())
+
+    def _futures(self) -> list[Future[Any]]:
+        written = [writing.future for writing in self.writing.values()]
+        return [*(reading.future for reading in self.reading.values()), *written]
+
+    def settle(self) -> None:
+        """Note what is done. What a thread raises is counted, and raised here unless it is of the
+        system or of a damaged file; what is left is noted by the next call."""
+        for key, (written, nbytes) in list(self.writing.items()):
+            if written.done():
+                self._keep_written(key, written, nbytes)
+        for key, reading in list(self.reading.items()):
+            if reading.future.done():
+                self._keep_read(key, reading)
+
+    def _keep_written(self, key: bytes, written: Future[float], nbytes: int) -> None:
+        """Count a file, or a page that was refused."""
+        del self.writing[key]
+        try:
+            self._counters.to_disk.count(1, nbytes, written.result())
+        except BaseException as error:
+            self._counters.refused += 1
+            if not isinstance(error, OSError | MemoryError):
+                raise
+
+    def _keep_read(self, key: bytes, reading: _Reading) -> None:
+        """Make a page of the host tier of a file that was read, if it was right."""
+        del self.reading[key]
+        read, rows, slot, place = reading
+        error = read.exception()
+        seconds = None if error else read.result()
+        if key not in rows.host and seconds is not None:
+            rows.add(key, slot, place)
+            self._counters.from_disk.count(1, rows.file_form_at(place).nbytes, seconds)
+            return
+        rows.host.release([slot])
+        if key not in rows.host:  # it has not fallen meanwhile
+            self._lost(key)
+        self._counters.damaged += error is not None
+        if error is not None and not isinstance(error, FormatError | OSError | MemoryError):
+            raise error
+
+
+def _fulfil(future: Future[Any], work: Callable[..., Any], *given: Any) -> None:
     """Do the work of a future, of a thread, unless it was cancelled."""
     if not future.set_running_or_notify_cancel():
         return
@@ -20,20 +157,20 @@ def fulfil(future: Future[Any], work: Callable[..., Any], *given: Any) -> None:
         future.set_exception(error)
 
 
-def start(count: int) -> ThreadPoolExecutor:
+def _start(count: int) -> ThreadPoolExecutor:
     """Threads that run already. One that the system refused later would leave its task with the
     others, who would write a row when it holds another page.
 
     Raises:
         CapacityError: the system refuses.
     """
-    threads, all_run = ThreadPoolExecutor(max(count, 1), "pykv-tiers"), Barrier(max(count, 1))
+    pool, all_run = ThreadPoolExecutor(max(count, 1), "pykv-tiers"), Barrier(max(count, 1))
     try:
-        wait([threads.submit(all_run.wait) for _ in range(count)])
+        wait([pool.submit(all_run.wait) for _ in range(count)])
     except BaseException as error:
         all_run.abort()  # or those that wait would never end
-        threads.shutdown(wait=False, cancel_futures=True)
+        pool.shutdown(wait=False, cancel_futures=True)
         if not isinstance(error, RuntimeError):
             raise
         raise CapacityError(f"Tiers: disk_cache asks for {count} threads: {error}") from error
-    return threads
+    return pool

@@ -14,7 +14,7 @@ import secrets
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from typing import Any
 
 from pykv import cuda, prefix_keys
@@ -252,7 +252,12 @@ class Handover:
                     manager.extend(pages, first * P, stop * P)
                     places = list(range(first, stop))
                     rows = slots[first - start : stop - start]
-                    self._moves.back(rows, pages[first:], places).wait()
+                    moved = self._moves.back(rows, pages[first:], places)
+                    try:
+                        moved.wait()
+                    except BaseException:
+                        moved.join()  # the pages go to others
+                        raise
                     manager.publish(pages, ids[: stop * P])
                     self.taken_pages += len(rows)
                     self.taken_bytes += len(rows) * self._region.rows.shape[1]
@@ -273,17 +278,17 @@ class Handover:
         slots = self._claim(len(keys), ())
         rows, step = self._region.rows, -(-len(slots) // THREADS) or 1
         parts = [slice(i, i + step) for i in range(0, len(slots), step)]
-        reads = [
-            self._threads.submit(
-                region.get, keys[: len(slots)][part], [rows[slot] for slot in slots[part]]
-            )
-            for part in parts
-        ]
-        wait(reads, return_when=FIRST_EXCEPTION)
-        for read in reads:
-            read.cancel()  # what has not begun, where one has failed
-        wait(reads)  # or rows would be written to that are given back
+        reads: list[Future[int]] = []
         try:
+            try:
+                for part in parts:
+                    into = [rows[slot] for slot in slots[part]]
+                    reads.append(self._threads.submit(region.get, keys[: len(slots)][part], into))
+                wait(reads, return_when=FIRST_EXCEPTION)
+            finally:
+                for read in reads:
+                    read.cancel()  # what has not begun, where one has failed
+                wait(reads)  # or rows would be written to that are given back
             came = [read.result() for read in reads if not read.cancelled()]
         except BaseException:
             self._host.release(slots)
@@ -300,8 +305,12 @@ class Handover:
         """Rows that nobody is offered any more."""
         self._moves.wait()
         slots = self._host.claim(count, busy.__contains__)
-        for slot in slots:
-            self._region.drop(slot)
+        try:
+            for slot in slots:
+                self._region.drop(slot)
+        except BaseException:
+            self._host.release(slots)
+            raise
         return slots
 
 

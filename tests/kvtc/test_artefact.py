@@ -166,7 +166,13 @@ def forged(data):
 
 
 FIELDS = [  # offset, format, value, what the error names
-    (8, "<I", 1, "version"),
+    (
+        8,
+        "<I",
+        2,
+        "version 2, expected 3: calibrate again, by `pykv kvtc calibrate --model .* --out",
+    ),
+    (8, "<I", 4, "version 4, expected 3: it is of a newer pykv"),
     (12, "<I", 2, "pairing"),
     (88, "<8s", b"lla\x1bma", "architecture"),
     (88, "<8s", b"\xff", "architecture"),

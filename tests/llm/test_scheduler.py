@@ -473,6 +473,38 @@ def test_an_answer_that_fills_the_pool_ends():
     assert s.finish_reason == "length" and len(s.tokens) == 3 * P + 1
 
 
+@pytest.mark.parametrize("is_aborted", [True, False])
+def test_pages_on_their_way_are_given_back_where_that_fails(monkeypatch, is_aborted):
+    """Of a sequence that goes, or gives way: the device may refuse to wait for copies."""
+    world = World(8, choice=lambda n: 0)  # nothing comes by itself
+    for n in (1, 2, 3):
+        world.add(world.make([n] * 13, 1))
+        world.finish()
+    other, comes = world.make([2] * 9, 9), world.make([1] * 13, 3)
+    world.add(other)
+    world.step()
+    world.add(comes)
+    world.step()
+    assert comes.fetch is not None and comes.pages
+    cancel = FakeFetch.cancel
+
+    def refused(fetch):
+        cancel(fetch)
+        raise RuntimeError("planted")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="planted"):
+        patch.setattr(FakeFetch, "cancel", refused)
+        if is_aborted:
+            world.scheduler.abort(comes)
+        else:
+            world.scheduler._wait_again(comes, publish=True)
+    if is_aborted:
+        world.end(comes)
+    world.check()
+    world.finish()
+    assert is_aborted or len(comes.generated) == 3
+
+
 def test_pages_that_others_hold():
     """They are no sequences, and will not end by any step."""
     world = World(4)

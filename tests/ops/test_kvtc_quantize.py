@@ -109,6 +109,25 @@ def test_wide_ranges_and_odd_addresses(xp, rng, n):
             guarded[...] = xp.full(guarded.size, 0xA5, np.uint8)
 
 
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_values_between_extremes_of_any_distance(xp, bits):
+    """Products of codes and widths overflow, and widths themselves; or there is none."""
+    far, inf, nan = LIMITS.max, np.inf, np.nan
+    extremes = [(0, far), (-far, far), (-far, 0), (0, far / 200), (-1e36, 1e36), (1, inf)]
+    extremes += [(-inf, 0), (nan, 1), (0, nan), (2, 2), (5, 4), (-1, -1 + 1e-7)]
+    low, high = np.array(extremes, F32).T.copy()
+    codes = np.array([[*range(256)]] * len(low), np.uint8)
+    n = 256 * 8 // bits
+    out = xp.zeros((len(low), n), F32)
+    op.dequantize_intx(*map(xp.asarray, (codes, low, high)), bits, out)
+    last = F32(2**bits - 1)
+    q = (np.arange(256)[:, None] >> np.arange(0, 8, bits) & int(last)).reshape(-1).astype(F32)
+    with np.errstate(over="ignore", invalid="ignore"):
+        width = np.where(high - low < F32(1e-10), F32(1), high - low)
+        want = [q * w / last + x for w, x in zip(width, low, strict=True)]
+    assert np.array_equal(to_numpy(out), want, equal_nan=True)
+
+
 def test_minmax_reduce_of_what_is_not_finite(xp):
     """NaNs do not count, infinities do; without anything else the ends of float32 stay."""
     nan, inf = np.nan, np.inf

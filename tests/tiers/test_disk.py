@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -165,6 +166,18 @@ def test_the_least_recently_used_files_go(tmp_path):
         tier(tmp_path, 1_000).write(KEYS[3], row(KEYS[3]))
 
 
+def test_a_clock_that_was_put_back(tmp_path):
+    """Files from before have times to come; were they the youngest, each new one would go first."""
+    files = tier(tmp_path, 12 * (N + 600))
+    for key in KEYS[:12]:
+        files.write(key, row(key))
+        os.utime(files._path(key), times=(2**32, 2**32))
+    for key in KEYS[12:18]:
+        files.write(key, row(key))
+    assert all(holds(files, key) for key in KEYS[12:18])
+    assert any(holds(files, key) for key in KEYS[:12])  # no more than what room is needed for
+
+
 def test_one_process_makes_room_at_a_time(tmp_path):
     files = tier(tmp_path, 12_000)
     with open(tmp_path / "lock", "ab") as held:
@@ -210,7 +223,23 @@ def test_folders_of_an_identity_are_private(tmp_path):
         tier(tmp_path).write(KEYS[0], np.zeros(N, np.uint8))
     finally:
         os.umask(before)
-    folders = [path for path in tmp_path.rglob("*") if path.is_dir()]
+    assert_private(tmp_path)
+
+
+def test_folders_that_somebody_removed_are_private_again(tmp_path):
+    files = tier(tmp_path)
+    shutil.rmtree(files._own)
+    before = os.umask(0)
+    try:
+        files.write(KEYS[0], row(KEYS[0]))
+    finally:
+        os.umask(before)
+    assert holds(files, KEYS[0])
+    assert_private(tmp_path)
+
+
+def assert_private(folder):
+    folders = [path for path in folder.rglob("*") if path.is_dir()]
     assert len(folders) == 2 and all(path.stat().st_mode & 0o77 == 0 for path in folders)
 
 

@@ -5,8 +5,8 @@ import threading
 import pytest
 
 from pykv import prefix_keys
-from pykv.tiers import disk, stack
-from tests.tiers.made import P, World
+from pykv.tiers import disk, threads
+from tests.tiers.made import KVTC, P, World
 
 ROW = 256  # bytes of a page of World
 
@@ -61,8 +61,8 @@ def test_a_file_that_is_read_while_its_page_falls_takes_one_row(tmp_path, monkey
     fetch.advance()
     fetch.cancel()
     tiers.fall(of_second)
-    readings = list(tiers._reading.values())
-    assert len(readings) == 2 and len(tiers._writing) == 2 and not host._free
+    readings = list(tiers._threads.reading.values())
+    assert len(readings) == 2 and len(tiers._threads.writing) == 2 and not host._free
     threading.Timer(0.1, let_go).start()
     tiers.fall(of_first)
     tiers.flush()
@@ -87,7 +87,7 @@ def test_an_interrupt_of_a_fall_that_waits_loses_no_row(tmp_path, monkeypatch):
     monkeypatch.setattr(disk.DiskTier, "write", slow_write)
     tiers.fall(pages[:3])
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(stack, "wait", interrupted)
+        patch.setattr(threads, "wait", interrupted)
         tiers.fall(pages[3:])
     assert len(host) == 3 and len(host._free) == 1
     may_write.set()
@@ -104,3 +104,32 @@ def test_a_fetch_ends_where_its_rows_are_forgotten():
     world.tiers.clear_host()
     assert fetch.advance(wait=True) == 0 and fetch.is_over
     world.end(tokens, pages, fetch, publish=True)
+
+
+@pytest.mark.parametrize("codec", ["none", KVTC])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 7])
+def test_fetches_that_share_few_rows_all_get_their_pages(tmp_path, rows, codec):
+    """None waits for a row that another keeps for later, whoever goes on first; nor does a prompt
+    whose pages are waited for at once, beside those of others."""
+    size = 4096 if codec == KVTC else 4 * ROW
+    how = dict(pages=40, head_dim=32, host=f"{rows * size}B:{codec}", disk=f"{tmp_path}:1MB")
+    prompts = [[first] * (6 * P) for first in range(4)]
+    other = World(**how)
+    for tokens in prompts:
+        other.ask(tokens)
+    other.tiers.flush()
+    for order in range(3):
+        world = World(**how)
+        coming = [(tokens, *world.begin(tokens)) for tokens in prompts[:3]]
+        for n in range(1000):
+            left = [fetch for *_, fetch in coming if not fetch.is_over]
+            if not left:
+                break
+            left[(n * order) % len(left)].advance(wait=n % 4 == 3)
+            if n == 2:
+                assert world.ask(prompts[3]) == 6
+        for each in coming:
+            world.end(*each, publish=True)
+        counters = world.tiers.counters
+        assert (counters.misses, counters.damaged) == (0, 0)
+        assert [world.ask(tokens) for tokens in prompts] == [6] * 4

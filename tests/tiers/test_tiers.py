@@ -15,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, rule
 
 from pykv import PagedKVCache, prefix_keys
 from pykv.errors import CapacityError, ParameterError
-from pykv.tiers import Counters, Tiers, disk, host, moves, stack, threads
+from pykv.tiers import Counters, Tiers, disk, host, moves, threads
 from tests.helpers import to_numpy, without_simt
 from tests.tiers.made import KVTC, P, World
 
@@ -50,10 +50,11 @@ class Tiered(RuleBasedStateMachine):
     def teardown(self):
         self.give_up_all()
         self.world.tiers.flush()
+        self.world.tiers.settle()
         assert not self.world.tiers._fetches and not self.world.tiers.is_busy
         for rows in self.world.tiers._rows:  # none is lost
             assert len(rows.host) + len(rows.host._free) == len(rows.places)
-        self.world.tiers._threads.shutdown()
+        self.world.tiers._threads._pool.shutdown()
         shutil.rmtree(self.folder)
 
     @rule(tokens=PROMPTS)
@@ -418,7 +419,9 @@ def test_memory_that_a_thread_lacks_is_a_page_refused(monkeypatch, tmp_path):
             world.ask([n] * 8)
         world.tiers.flush()
     counters = world.tiers.counters
-    assert counters.refused >= 8 and counters.to_disk.pages == 0 and not world.tiers._writing
+    assert (
+        counters.refused >= 8 and counters.to_disk.pages == 0 and not world.tiers._threads.writing
+    )
     world.tiers.flush()
     assert counters.to_disk.pages == 12
 
@@ -427,7 +430,7 @@ def test_memory_that_a_thread_lacks_is_a_page_refused(monkeypatch, tmp_path):
 def test_an_interrupt_leaves_no_thread_with_an_unknown_row(monkeypatch, tmp_path, begun):
     """Whether it comes before or after a thread has a page: its row is busy while that writes."""
     world = World(pages=4, host=8 * ROW, disk=f"{tmp_path}:1MB")
-    submit, write = world.tiers._threads.submit, disk.DiskTier.write
+    submit, write = world.tiers._threads._pool.submit, disk.DiskTier.write
     writing, may_go = threading.Event(), threading.Event()
 
     def interrupted(*args):
@@ -444,14 +447,14 @@ def test_an_interrupt_leaves_no_thread_with_an_unknown_row(monkeypatch, tmp_path
     monkeypatch.setattr(disk.DiskTier, "write", slow)
     world.ask([1] * 8)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(world.tiers._threads, "submit", interrupted)
+        patch.setattr(world.tiers._threads._pool, "submit", interrupted)
         world.ask([2] * 8)
-    assert len(world.tiers._writing) == begun
+    assert len(world.tiers._threads.writing) == begun
     found = world.tiers._rows[-1].host
     assert len(found) + len(found._free) == 8  # no row is lost
     may_go.set()
     world.tiers.flush()
-    assert not world.tiers._writing and world.tiers.counters.refused == 0
+    assert not world.tiers._threads.writing and world.tiers.counters.refused == 0
     assert world.ask([1] * 8) == 4
 
 
@@ -463,7 +466,7 @@ def test_an_interrupt_of_reads_loses_no_row(monkeypatch, tmp_path, begun):
         world.ask([first] * 8)
     world.tiers.flush()
     world.tiers.clear_host()
-    submit, read = world.tiers._threads.submit, disk.DiskTier.read
+    submit, read = world.tiers._threads._pool.submit, disk.DiskTier.read
     reading, may_go = threading.Event(), threading.Event()
 
     def interrupted(*args):
@@ -479,10 +482,10 @@ def test_an_interrupt_of_reads_loses_no_row(monkeypatch, tmp_path, begun):
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(disk.DiskTier, "read", slow)
-        patch.setattr(world.tiers._threads, "submit", interrupted)
+        patch.setattr(world.tiers._threads._pool, "submit", interrupted)
         world.ask([0] * 8)
     # The row of a read that has begun stays its own until that has ended.
-    assert len(world.tiers._reading) == begun
+    assert len(world.tiers._threads.reading) == begun
     found = world.tiers._rows[-1].host
     assert len(found) + len(found._free) == 8 - begun
     may_go.set()
@@ -493,7 +496,7 @@ def test_work_that_was_cancelled_is_not_done():
     """An interrupt may come while a task waits in the threads' queue."""
     future = Future()
     assert future.cancel()
-    threads.fulfil(future, None)  # None cannot be called
+    threads._fulfil(future, None)  # None cannot be called
     assert future.cancelled()
 
 
@@ -508,7 +511,7 @@ def test_a_system_without_threads_is_told_at_once(monkeypatch, tmp_path, error):
         started.append(thread)
         start(thread)
 
-    monkeypatch.setattr(stack, "THREADS", 4)
+    monkeypatch.setattr(threads, "THREADS", 4)
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", some)
         if error is RuntimeError:

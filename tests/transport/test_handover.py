@@ -21,6 +21,7 @@ from pykv.llm import LLM, SamplingParams
 from pykv.page_arrays import moving_arrays
 from pykv.ranges import address_of
 from pykv.tiers import disk
+from pykv.tiers.moves import Moved
 from pykv.transport import Handover, Local, PeerRegion, example, handover, local, region, wait_for
 from tests.llm import tiny
 
@@ -316,6 +317,42 @@ def test_pages_that_come_too_slowly(open_side, rng, monkeypatch):
     assert len(calls) <= 2
     assert taken.take("prefill", prompt) == 4 * P
     assert len(taken._host._free) == len(taken._region.rows)
+
+
+@pytest.mark.parametrize("step, nth", [("drop", 2), ("submit", 2), ("wait", 1)])
+def test_what_fails_on_the_way_gives_rows_and_pages_back(open_side, rng, monkeypatch, step, nth):
+    """Once no thread writes to them any more, and behind what a GPU copies to pages."""
+    prefill, given = open_side("prefill")
+    decode, taken = open_side("decode")
+    prompt = tokens_of(rng, 70)
+    prefill.generate([prompt], GREEDY)
+    given.offer(prompt)
+    owner = dict(drop=taken._region, submit=taken._threads, wait=Moved)[step]
+    right, get, calls = getattr(owner, step), PeerRegion.get, []
+    begun, ended, joined = [], [], []
+
+    def fails(*args):
+        calls.append(args)
+        if len(calls) == nth:
+            raise KeyboardInterrupt
+        return right(*args)
+
+    def slow(*args):
+        begun.append(args)
+        time.sleep(0.1)
+        ended.append(get(*args))
+        return ended[-1]
+
+    monkeypatch.setattr(handover, "THREADS", 2)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(PeerRegion, "get", slow)
+        patch.setattr(owner, step, fails)
+        patch.setattr(Moved, "join", lambda moved: joined.append(moved))
+        taken.take("prefill", prompt)
+    assert len(calls) == nth and len(begun) == len(ended) and len(joined) == (step == "wait")
+    assert len(taken._host._free) == len(taken._region.rows)
+    assert decode.cache.manager.num_free == decode.cache.manager.num_pages
+    assert taken.take("prefill", prompt) == 4 * P
 
 
 def test_memory_is_page_locked_while_it_is_used(open_side, device, rng, monkeypatch):

@@ -67,7 +67,7 @@ class ndarray:
         return self.host.copy()
 
     def set(self, values, stream=None):
-        """As CuPy's, which neither converts nor broadcasts, and waits where it is given no stream."""
+        """As CuPy's, which neither converts nor broadcasts, and waits unless a stream is given."""
         if stream is None:
             _refuse_capture("set")
         if not isinstance(values, np.ndarray) or values.dtype != self.dtype:

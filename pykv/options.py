@@ -1,6 +1,7 @@
 """Checks of an op's plain arguments: numbers, flags and words.
 
-Each takes the op's and the argument's name, for errors, and returns the value as kernels have it.
+Each takes the op's and the argument's name, for errors, and returns the value as kernels have it:
+callers go on with that one, as NumPy's own numbers wrap around where Python's grow.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Collection
+from dataclasses import fields
 from numbers import Real
 from typing import Any
 
@@ -21,6 +23,14 @@ _LARGEST_SIZE = 2**63 - 1  # of anything that is counted
 _LARGEST = float(np.finfo(np.float32).max)
 _SMALLEST = float(np.finfo(np.float32).smallest_subnormal)
 _BY_TYPE: dict[type, np.dtype[Any]] = {dtype.type: dtype for dtype in FLOATS}
+
+
+def hold_python_numbers(record: Any) -> None:
+    """Make Python's numbers of NumPy's in the fields of a dataclass: -np.uint8(1) is 255."""
+    for field in fields(record):
+        value = getattr(record, field.name)
+        if isinstance(value, np.generic):
+            object.__setattr__(record, field.name, value.item())
 
 
 def check_whole(op: str, name: str, value: Any, least: int, most: int = _LARGEST_SIZE) -> int:
@@ -63,7 +73,7 @@ def check_number(
         ParameterError: it is not finite in float32 (infinities pass if `infinite`), below `least`
             or above `most`, or, if `positive`, not above 0 there.
     """
-    if not isinstance(value, Real) or isinstance(value, bool):
+    if not isinstance(value, Real) or isinstance(value, bool | np.timedelta64):
         raise DtypeError(f"{op}: {name} is a {type(value).__name__}, expected a number")
     if isinstance(value, np.generic):  # bounds would be rounded to its precision
         value = value.item()

@@ -129,7 +129,7 @@ UNCHECKED = """
     eval.coding.Judged.errors eval.replay.ExactCache.append_qkv
     kvtc.stream.Section kvtc.stream.Header kvtc.stream.Header.sections kvtc.stream.Header.pack
     kvtc.stream.check_bytes kvtc.stream.Coded.arrays kvtc.stream.Coded.to_bytes
-    specs.parsed specs.KVSpec.written kinds.count_largest
+    specs.parsed specs.KVSpec.written kinds.count_largest pool.PagedKVCache.require_scales
     eviction.policies.Policy.counts eviction.policies.Policy eviction.steps.Evicted
     eviction.rotary.Rotary eviction.rotary.ahead eviction.rotary.check_rotary
     eviction.steps.Evicted.moved eviction.policies.base_of blocks.BlockManager.check_sequences
@@ -628,12 +628,12 @@ def _compress(xp):
     return v0.compress, dict(blocks=blocks, config=config)
 
 
-def _decompress(xp):
+def _v0_decompress(xp):
     config, codes, blocks = _stream(xp)
     return v0.decompress, dict(codes=codes, config=config, blocks=blocks)
 
 
-def _parse(xp):
+def _v0_parse(xp):
     return v0.parse, dict(data=_stream(np)[1], num_ranges=2, batch=2, features=8)
 
 
@@ -692,8 +692,8 @@ METHODS = {
     "kvtc.v0.KvtcConfig.compressed_size": _of(_config, "compressed_size", batch=2),
     "kvtc.v0.KvtcConfig.workspace_size": _of(_config, "workspace_size", batch=2),
     "kvtc.v0.compress": _compress,
-    "kvtc.v0.decompress": _decompress,
-    "kvtc.stream_v0.parse": _parse,
+    "kvtc.v0.decompress": _v0_decompress,
+    "kvtc.stream_v0.parse": _v0_parse,
     "ops.kvtc_ranges.dequantize_ranges": _dequantize_ranges,
     "cuda.calls.prepare": lambda xp: (_prepare, dict(op=lambda: _normalised(xp))),
     "blocks.BlockManager.pages_for": _of(_manager, "pages_for", tokens=3),

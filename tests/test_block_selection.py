@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from pykv import PagedKVCache, blocks, cuda
-from pykv.errors import DtypeError, ParameterError, ShapeError
+from pykv.errors import CapacityError, DtypeError, ParameterError, ShapeError
 from pykv.eviction import BlockSelection, block_means, decode_blocks
 from tests.helpers import assert_same_bits, to_numpy
 
@@ -114,6 +114,10 @@ def test_wrong_arguments(rng):
         ShapeError, match=r"means has shape \(4, 2, 8, 16\), expected \(4, 2, 9, 16"
     ):
         decode_blocks(cache, 1, q, table, lengths, means[:, :, :8].copy(), good)
+    too_long = lengths + np.int32(1000)
+    for given in (None, means):
+        with pytest.raises(CapacityError, match=r"lengths\[0\] is 10\d\d, expected at most M"):
+            block_means(cache, 1, table, too_long, good, means=given)
     with pytest.raises(ParameterError, match="blocks is 0, expected 1 to"):
         BlockSelection(blocks=0)
 

@@ -23,7 +23,7 @@ from pykv.arrays import FLOAT32, FLOATS, INT32, Dims, checker, like, module_of, 
 from pykv.errors import DtypeError, ParameterError, ShapeError
 from pykv.eviction.parts import Part, check_cache, has_own_scales, parts
 from pykv.ops import block_queries, kv_scores, kv_select, page_table, paged_check, paged_decode
-from pykv.options import check_whole
+from pykv.options import check_whole, hold_python_numbers
 from pykv.pool import PagedKVCache
 from pykv.specs import KVSpec
 
@@ -49,6 +49,7 @@ class BlockSelection:
     recent: int = 1024
 
     def __post_init__(self) -> None:
+        hold_python_numbers(self)
         for name, least in (("blocks", 1), ("block", 1), ("recent", 0)):
             check_whole("BlockSelection", name, getattr(self, name), least, 2**30)
 
@@ -91,6 +92,8 @@ def block_means(
     if means is None:
         return kv_scores.means(**keys, page_table=table, lengths=lengths, run=selection.block)
     _check_means(op, means, cache, dims["M"], selection)
+    if not on_gpu(lengths):
+        attention.check_pages(op, table, lengths, (len(keys["pool"]), cache.page_size), None)
     xp, block = module_of(means), np.int32(selection.block)
     last = xp.maximum(lengths - np.int32(1), np.int32(0)) // block
     columns = last[:, None] * np.int32(pages) + xp.arange(pages, dtype=np.int32)

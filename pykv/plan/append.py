@@ -10,7 +10,7 @@ import numpy as np
 from pykv import cuda, row_places
 from pykv.arrays import FLOATS, checker
 from pykv.ops import contiguous_append, paged_append
-from pykv.options import check_choice, check_flag
+from pykv.options import check_choice, check_flag, hold_python_numbers
 from pykv.plan.base import (
     PagedCacheDescriptor,
     PagedPlan,
@@ -40,6 +40,9 @@ class PagedAppendDescriptor:
     cache: PagedCacheDescriptor
     counts: str = "before"
     advance: bool = False
+
+    def __post_init__(self) -> None:
+        hold_python_numbers(self)
 
 
 class PagedAppendArgs(NamedTuple):
@@ -135,6 +138,9 @@ class ContiguousAppendDescriptor:
     cache_element: Any = None
     layout: str = "HND"
     advance: bool = False
+
+    def __post_init__(self) -> None:
+        hold_python_numbers(self)
 
 
 class ContiguousAppendArgs(NamedTuple):

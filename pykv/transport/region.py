@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from pykv.arrays import check_writeable
+from pykv.arrays import check_writeable, is_numpy
 from pykv.errors import CapacityError, DtypeError, ParameterError, ShapeError, TransportError
 from pykv.options import check_whole
 from pykv.transport.messages import check_facts
@@ -207,7 +207,7 @@ class PeerRegion:
         if len(rows) != len(keys):
             raise ShapeError(f"{op}: rows has {len(rows)} arrays, expected {len(keys)} as keys")
         for row in rows:
-            if not isinstance(row, np.ndarray) or row.dtype != np.uint8:
+            if not is_numpy(row) or row.dtype != np.uint8:
                 given = getattr(row, "dtype", type(row).__name__)
                 raise DtypeError(f"{op}: rows has {given}, expected NumPy arrays of uint8")
             if row.shape != (self._nbytes,) or not row.flags.c_contiguous:

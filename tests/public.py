@@ -141,7 +141,7 @@ UNCHECKED = """
     transport.messages.check_facts transport.messages.check_seconds transport.messages.pack
     transport.messages.unpack
     transport.region.size_of transport.region.check_region transport.region.digest
-    transport.region.Region transport.region.PeerRegion
+    transport.region.PeerRegion
 """.split()
 UNCHECKED += [f"eviction.policies.{policy.__name__}.score" for policy in eviction.POLICIES.values()]
 UNCHECKED += ["eviction.policies.Policy.score"]
@@ -589,6 +589,10 @@ _TRANSPORT = {
     "transport.interface.wait_for": lambda xp: (
         wait_for,
         dict(transport=_registered(xp)[0], peer="here", timeout=0.0),
+    ),
+    "transport.region.Region": lambda xp: (
+        Region,
+        dict(memory=np.zeros(size_of(2, 64), np.uint8), count=2, nbytes=64, facts=dict(a="b")),
     ),
     "transport.region.Region.drop": _of(_region, "drop", slot=1),
     "transport.region.Region.put": _of(_region, "put", key=_KEY, slot=1),

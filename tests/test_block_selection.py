@@ -6,6 +6,7 @@ import pytest
 from pykv import PagedKVCache, blocks, cuda
 from pykv.errors import CapacityError, DtypeError, ParameterError, ShapeError
 from pykv.eviction import BlockSelection, block_means, decode_blocks
+from pykv.ops import paged_check
 from tests.helpers import assert_same_bits, to_numpy
 
 H, G, D, P = 2, 2, 16, 4
@@ -99,6 +100,17 @@ def test_means_follow_appended_rows(xp, rng):
     means = block_means(cache, 1, table, lengths - np.int32(1), selection)
     assert block_means(cache, 1, table, lengths, selection, means=means) is means
     assert_same_bits(means, block_means(cache, 1, table, lengths, selection))
+
+
+def test_lengths_beyond_the_table_are_found_if_asked(xp, rng, monkeypatch):
+    cache, table, lengths, _ = cache_of(xp, rng)
+    selection = BlockSelection(blocks=2, block=8, recent=4)
+    means = block_means(cache, 1, table, lengths, selection)
+    before = to_numpy(means).tobytes()
+    monkeypatch.setattr(paged_check, "ALWAYS", True)
+    with pytest.raises(ParameterError, match="eviction.block_means: lengths.0. is 10"):
+        block_means(cache, 1, table, lengths + np.int32(1000), selection, means=means)
+    assert to_numpy(means).tobytes() == before
 
 
 def test_wrong_arguments(rng):

@@ -92,8 +92,11 @@ def block_means(
     if means is None:
         return kv_scores.means(**keys, page_table=table, lengths=lengths, run=selection.block)
     _check_means(op, means, cache, dims["M"], selection)
-    if not on_gpu(lengths):
-        attention.check_pages(op, table, lengths, (len(keys["pool"]), cache.page_size), None)
+    pool = len(keys["pool"]), cache.page_size
+    if paged_check.enabled(op, None):
+        paged_check.check_page_table(table, lengths, *pool, op=op)
+    elif not on_gpu(lengths):
+        attention.check_pages(op, table, lengths, pool, None)
     xp, block = module_of(means), np.int32(selection.block)
     last = xp.maximum(lengths - np.int32(1), np.int32(0)) // block
     columns = last[:, None] * np.int32(pages) + xp.arange(pages, dtype=np.int32)

@@ -181,7 +181,8 @@ def compress(
     with cuda.on_stream(stream, mean):
         rows, coefficients = _workspace(op, config, N, workspace, _wide(F), C)
         written = dict(out=out, nonfinite=nonfinite, workspace=workspace)
-        check_apart(op, written, given.named | _held(config))
+        check_apart(op, written, _held(config))
+        given.check_apart(op, **written)
         if F % 8:
             _clear(rows)
         gather(blocks, mean, out=rows[:, :F], **where)
@@ -234,8 +235,9 @@ def decompress(
         return
     with cuda.on_stream(stream, mean):
         coefficients, rows = _workspace(op, config, N, workspace, _wide(C), F)
-        written = given.named | dict(workspace=workspace)
-        check_apart(op, written, dict(codes=codes) | _held(config))
+        read = dict(codes=codes) | _held(config)
+        check_apart(op, dict(workspace=workspace), read)
+        given.check_apart(op, workspace=workspace, **read)
         if C % 8:
             _clear(coefficients)
         out = coefficients[:, :C]

@@ -101,7 +101,7 @@ def gather_mean_subtract(
     out = like(mean, shape, np.float32) if out is None else out
     checker(op, ("out",), mean=("F", FLOAT32), out=("N | F", FLOAT32))(mean, out)
     check_shape(op, "out", out, shape)
-    check_apart(op, dict(out=out), given.named)
+    given.check_apart(op, out=out)
     if out.size == 0:
         return out
     if on_gpu(mean):
@@ -146,7 +146,7 @@ def mean_add_scatter(
     given = locate(op, blocks, mean, dtype, block_stride, num_blocks, device, writes=True)
     if given.N != len(x):
         raise ShapeError(f"{op}: blocks are N={given.N}, expected N={len(x)} like x")
-    check_apart(op, given.named, dict(x=x, mean=mean))
+    given.check_apart(op, x=x, mean=mean)
     if x.size == 0:
         return
     if on_gpu(mean):
@@ -190,6 +190,16 @@ class Blocks(NamedTuple):
         if self.array is not None:
             return dict(blocks=self.array)
         return {f"blocks[{i}]": x for i, x in enumerate(self.arrays)}
+
+    def check_apart(self, op: str, **others: Any) -> None:
+        """Check for `op` that others, or None, lie apart from blocks: each by itself, as there may
+        be many blocks, of which pairs would be too many.
+
+        Raises:
+            ParameterError: one shares memory with a block.
+        """
+        for name, x in others.items():
+            check_apart(op, {name: x}, self.named if x is not None else {})
 
 
 def locate(

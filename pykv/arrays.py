@@ -29,7 +29,13 @@ VECTOR_BYTES = 16  # widest load of a GPU thread; kernels assume it of element a
 def is_array(x: Any) -> bool:
     """Whether an object is a NumPy or CuPy array."""
     cupy = sys.modules.get("cupy")
-    return isinstance(x, np.ndarray) or (cupy is not None and isinstance(x, cupy.ndarray))
+    return is_numpy(x) or (cupy is not None and isinstance(x, cupy.ndarray))
+
+
+def is_numpy(x: Any) -> bool:
+    """Whether an object is a NumPy array. Masked arrays and matrices are none: they compute by
+    rules of their own."""
+    return isinstance(x, np.ndarray) and not isinstance(x, np.ma.MaskedArray | np.matrix)
 
 
 def not_an_array(op: str, name: str, x: Any) -> DtypeError:
@@ -99,7 +105,7 @@ def check_module(op: str, xp: Any) -> Any:
     Raises:
         DtypeError: it is neither `numpy` nor `cupy`.
     """
-    if xp is None or xp not in (np, sys.modules.get("cupy")):
+    if xp is not np and (xp is None or xp is not sys.modules.get("cupy")):
         given = getattr(xp, "__name__", type(xp).__name__)
         raise DtypeError(f"{op}: xp is {given}, expected the module numpy or cupy")
     return xp

@@ -266,10 +266,10 @@ class BlockManager:
                 f"{op}: stops has {len(stops)} entries, expected one for each of {len(sequences)} "
                 "sequences"
             )
+        ends = []
         for i, (pages, stop) in enumerate(zip(sequences, stops, strict=True)):
-            check_whole(op, f"stops[{i}]", stop, 0, len(pages) * P)
+            ends.append(-(-check_whole(op, f"stops[{i}]", stop, 0, len(pages) * P) // P))
         old = [list(pages) for pages in sequences]
-        ends = [-(-stop // P) for stop in stops]
         shared = [
             [i for i in range(start // P, n) if counts[pages[i]] > 1 or keys[pages[i]] is not None]
             for pages, n in zip(sequences, ends, strict=True)

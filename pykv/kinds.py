@@ -41,7 +41,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from pykv.arrays import BFLOAT16, FLOATS
+from pykv.arrays import BFLOAT16, FLOATS, is_numpy
 from pykv.errors import DtypeError, ParameterError, ShapeError
 from pykv.options import check_float_dtype, check_type
 
@@ -102,7 +102,7 @@ SCALE_DTYPES: dict[str, np.dtype[Any]] = {"fp16": FLOATS[1], "fp32": FLOATS[0]}
 
 def _check_array(op: str, name: str, x: Any, dtypes: tuple[Any, ...]) -> None:
     """Check what functions of rows take: a NumPy array, of one dimension at least."""
-    if not isinstance(x, np.ndarray) or x.ndim == 0:
+    if not is_numpy(x) or x.ndim == 0:
         raise DtypeError(f"{op}: {name} is a {type(x).__name__}, expected a NumPy array of rows")
     if x.dtype not in dtypes:
         expected = " or ".join(map(str, dtypes))
@@ -115,7 +115,10 @@ def _check_kind(op: str, kind: Any) -> None:
 
 def _check_scale(op: str, scale: Any, shape: tuple[int, ...]) -> None:
     """Check given scales of rows [...]."""
-    scale = np.asarray(scale)
+    try:
+        scale = np.asarray(scale)
+    except ValueError as error:  # lists of several lengths
+        raise DtypeError(f"{op}: scale is {scale!r:.80}, expected an array: {error}") from None
     if scale.dtype not in SCALE_DTYPES.values():
         raise DtypeError(f"{op}: scale has dtype {scale.dtype}, expected float16 or float32")
     try:

@@ -147,8 +147,7 @@ def strides(layout: Layout, stored: BlockShape) -> Strides:
         ParameterError, DtypeError: the layout is unknown, a size negative, or one of another type.
     """
     check_layout("layout.strides", "layout", layout)
-    check_shape("layout.strides", "stored", stored)
-    H, L, O, P, D, itemsize = stored
+    H, L, O, P, D, itemsize = check_shape("layout.strides", "stored", stored)
     if layout.name == "universal":
         token, head, chunk = D, L * O * P * D, P * D
     elif layout.name.endswith("NHD"):

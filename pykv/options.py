@@ -1,7 +1,7 @@
 """Checks of an op's plain arguments: objects, numbers, flags and words.
 
-Each takes the op's and the argument's name, for errors. Plain values are returned as kernels have
-them.
+Each takes the op's and the argument's name, for errors, and returns the value as kernels have it:
+callers go on with that one, as NumPy's own numbers wrap around where Python's grow.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Collection
+from dataclasses import fields
 from numbers import Real
 from typing import Any
 
@@ -37,6 +38,14 @@ def check_type(op: str, name: str, value: Any, types: Any, expected: str = "") -
     if not isinstance(value, types):
         expected = expected or f"a {types.__name__}"
         raise DtypeError(f"{op}: {name} is a {type(value).__name__}, expected {expected}")
+
+
+def hold_python_numbers(record: Any) -> None:
+    """Make Python's numbers of NumPy's in the fields of a dataclass: -np.uint8(1) is 255."""
+    for field in fields(record):
+        value = getattr(record, field.name)
+        if isinstance(value, np.generic):
+            object.__setattr__(record, field.name, value.item())
 
 
 def check_whole(op: str, name: str, value: Any, least: int, most: int = _LARGEST_SIZE) -> int:
@@ -79,7 +88,7 @@ def check_number(
         ParameterError: it is not finite in float32 (infinities pass if `infinite`), below `least`
             or above `most`, or, if `positive`, not above 0 there.
     """
-    if not isinstance(value, Real) or isinstance(value, bool):
+    if not isinstance(value, Real) or isinstance(value, bool | np.timedelta64):
         raise DtypeError(f"{op}: {name} is a {type(value).__name__}, expected a number")
     if isinstance(value, np.generic):  # bounds would be rounded to its precision
         value = value.item()

@@ -290,14 +290,12 @@ class PagedKVCache:
         op = f"PagedKVCache.{name}"
         with _first_append, cuda.on_stream(stream, self.k):
             cuda.refuse_capture(op, "scales are looked at first; append to the layer before")
-            self._look_for_scales()
+            if self._margin is None:
+                self.require_scales(op, layer)
+            else:
+                self._look_for_scales()
             if layer not in self._unset:
                 return append()
-            if self._margin is None:
-                raise ParameterError(
-                    f"{op}: scales of layer {layer} are unset, expected positive ones in k_scales "
-                    "and v_scales, or PagedKVCache(margin=1.5), which finds them from first rows"
-                )
             cuda.refuse_prepare(op, "a layer's first rows set its scales")
             # Raises what is wrong with the arrays, and writes nothing.
             cuda.prepare(append.func, *append.args, **append.keywords)
@@ -313,6 +311,28 @@ class PagedKVCache:
                 raise
             self._look_for_scales()
             return result
+
+    def require_scales(self, op: str, layer: int) -> None:
+        """Check for `op` that a layer has all scales that heads or tensors share.
+
+        Raises:
+            ParameterError: they are unset.
+            UnsupportedError: a CUDA graph is being captured before they were found to be set.
+
+        Waits for a GPU until they were found to be set.
+        """
+        if layer not in self._unset:
+            return
+        cuda.refuse_capture(op, "scales are looked at first; append to the layer before")
+        self._look_for_scales()
+        if layer in self._unset:
+            expected = "PagedKVCache(margin=1.5), which finds them from first rows"
+            if self._margin is not None:
+                expected = "those that PagedKVCache.append finds from rows that are not all zero"
+            raise ParameterError(
+                f"{op}: scales of layer {layer} are unset, expected positive ones in k_scales "
+                f"and v_scales, or {expected}"
+            )
 
     def _look_for_scales(self) -> None:
         """Forget layers whose scales are all set."""

@@ -50,7 +50,10 @@ def of_pages(
 
 def count(op: str, tokens: Sequence[Any]) -> int:
     """The number of tokens, of a sequence that can be sliced."""
-    if not (hasattr(tokens, "__len__") and hasattr(tokens, "__getitem__")):
-        given = type(tokens).__name__
-        raise DtypeError(f"{op}: tokens is a {given}, expected a sequence of token ids")
-    return len(tokens)
+    try:
+        if hasattr(tokens, "__getitem__"):
+            return len(tokens)
+    except (TypeError, OverflowError):  # an array without dimensions, or a range without an end
+        pass
+    given = type(tokens).__name__
+    raise DtypeError(f"{op}: tokens is a {given}, expected a sequence of token ids")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from pykv import blocks, cuda
-from pykv.arrays import footprint, not_an_array
+from pykv.arrays import footprint, is_array, not_an_array
 from pykv.errors import CapacityError, ParameterError, ShapeError
 from pykv.options import check_whole, page_ids
 from pykv.pool import PagedKVCache, do_in
@@ -227,8 +227,7 @@ class SequenceCache:
 def _check_rank(op: str, name: str, array: Any, dims: str) -> None:
     """Check that an array has so many dimensions, which may be indexed then; the op checks the
     rest."""
-    shape = getattr(array, "shape", None)
-    if shape is None:
+    if not is_array(array):
         raise not_an_array(op, name, array)
-    if len(shape) != len(dims.split()):
-        raise ShapeError(f"{op}: {name} has shape {shape}, expected [{dims}]")
+    if array.ndim != len(dims.split()):
+        raise ShapeError(f"{op}: {name} has shape {array.shape}, expected [{dims}]")

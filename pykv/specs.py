@@ -155,7 +155,7 @@ class KVSpec:
         >>> pykv.KVSpec.parse("k8v4:HND").pool_shapes(N=100, P=16, H=8, D=128)
         ((100, 8, 16, 128), (100, 8, 16, 64))
         """
-        _check_sizes("pool_shapes", N=N, P=P, H=H, D=D)
+        N, P, H, D = _check_sizes("pool_shapes", N=N, P=P, H=H, D=D)
         return tuple((N, *self.page_order(P, H), kind.row_width(D)) for kind in self.kinds)
 
     def scale_shape(self, N: int, P: int, H: int) -> tuple[int, ...]:
@@ -164,7 +164,7 @@ class KVSpec:
         >>> [pykv.KVSpec.parse(text).scale_shape(100, 16, 8) for text in ("int8:HND", "int8:head")]
         [(100, 8, 16), (8,)]
         """
-        _check_sizes("scale_shape", N=N, P=P, H=H)
+        N, P, H = _check_sizes("scale_shape", N=N, P=P, H=H)
         if self.granularity == "token":
             return N, *self.page_order(P, H)
         return (H,) if self.granularity == "head" else (1,)
@@ -241,7 +241,7 @@ class KVSpec:
     def bytes_per_token(self, heads: int, head_dim: int) -> int:
         """Bytes of K and V that one token takes in one layer of `heads` KV heads of `head_dim`
         elements, its scales included."""
-        _check_sizes("bytes_per_token", heads=heads, head_dim=head_dim)
+        heads, head_dim = _check_sizes("bytes_per_token", heads=heads, head_dim=head_dim)
         scale = SCALE_DTYPES[self.scale_dtype].itemsize if self.has_dynamic_scales else 0
         return sum(
             heads * (kind.row_bytes(head_dim) + (scale if kind.largest else 0))
@@ -292,9 +292,8 @@ def _parse(text: str) -> KVSpec:
     return KVSpec(k, v, **words)
 
 
-def _check_sizes(method: str, **sizes: int) -> None:
-    for name, size in sizes.items():
-        check_whole(f"KVSpec.{method}", name, size, 0)
+def _check_sizes(method: str, **sizes: int) -> tuple[int, ...]:
+    return tuple(check_whole(f"KVSpec.{method}", name, size, 0) for name, size in sizes.items())
 
 
 def spec_of(
@@ -328,9 +327,9 @@ def _shown_spec(
     k_dtype, v_dtype = getattr(k_pool, "dtype", None), getattr(v_pool, "dtype", None)
     scales = v_scales if k_scales is None else k_scales
     granularity, scale_dtype = "token", None
-    if scales is not None:
-        scale_dtype = getattr(scales, "dtype", None)
-        if getattr(scales, "ndim", 3) < 3:
+    if is_array(scales):
+        scale_dtype = scales.dtype
+        if scales.ndim < 3:
             granularity = "tensor" if scales.size == 1 else "head"
     shown = _spec(k_dtype, v_dtype, granularity, scale_dtype)
     if shown is not None:

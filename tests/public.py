@@ -118,7 +118,7 @@ UNCHECKED = """
     kvtc.coder.check_widths kvtc.coder.bits_of kvtc.coder.row_bytes
     layout.Layout layout.BlockShape plan.base.Preference pages.Pages
     layout.check_layout layout.check_pair layout.check_shape ops.block_linear.product
-    ops.activation.launch_gated
+    ops.activation.launch_gated ops.kvtc_blocks.Blocks.check_apart
     eval.changes.Kept eval.changes.changed eval.changes.check_job eval.changes.check_llm
     eval.changes.identity eval.changes.mixed eval.changes.static_scale eval.changes.stored
     eval.continuation.Cost eval.continuation.Cost.as_dict eval.continuation.compare
@@ -129,7 +129,7 @@ UNCHECKED = """
     eval.coding.Judged.errors eval.replay.ExactCache.append_qkv
     kvtc.stream.Section kvtc.stream.Header kvtc.stream.Header.sections kvtc.stream.Header.pack
     kvtc.stream.check_bytes kvtc.stream.Coded.arrays kvtc.stream.Coded.to_bytes
-    specs.parsed specs.KVSpec.written kinds.count_largest
+    specs.parsed specs.KVSpec.written kinds.count_largest pool.PagedKVCache.require_scales
     eviction.policies.Policy.counts eviction.policies.Policy eviction.steps.Evicted
     eviction.rotary.Rotary eviction.rotary.ahead eviction.rotary.check_rotary
     eviction.steps.Evicted.moved eviction.policies.base_of blocks.BlockManager.check_sequences
@@ -141,7 +141,7 @@ UNCHECKED = """
     transport.messages.check_facts transport.messages.check_seconds transport.messages.pack
     transport.messages.unpack
     transport.region.size_of transport.region.check_region transport.region.digest
-    transport.region.Region transport.region.PeerRegion
+    transport.region.PeerRegion
 """.split()
 UNCHECKED += [f"eviction.policies.{policy.__name__}.score" for policy in eviction.POLICIES.values()]
 UNCHECKED += ["eviction.policies.Policy.score"]
@@ -590,6 +590,10 @@ _TRANSPORT = {
         wait_for,
         dict(transport=_registered(xp)[0], peer="here", timeout=0.0),
     ),
+    "transport.region.Region": lambda xp: (
+        Region,
+        dict(memory=np.zeros(size_of(2, 64), np.uint8), count=2, nbytes=64, facts=dict(a="b")),
+    ),
     "transport.region.Region.drop": _of(_region, "drop", slot=1),
     "transport.region.Region.put": _of(_region, "put", key=_KEY, slot=1),
     "transport.region.PeerRegion.exists": _of(_peer_region, "exists", keys=[_KEY]),
@@ -628,12 +632,12 @@ def _compress(xp):
     return v0.compress, dict(blocks=blocks, config=config)
 
 
-def _decompress(xp):
+def _v0_decompress(xp):
     config, codes, blocks = _stream(xp)
     return v0.decompress, dict(codes=codes, config=config, blocks=blocks)
 
 
-def _parse(xp):
+def _v0_parse(xp):
     return v0.parse, dict(data=_stream(np)[1], num_ranges=2, batch=2, features=8)
 
 
@@ -692,8 +696,8 @@ METHODS = {
     "kvtc.v0.KvtcConfig.compressed_size": _of(_config, "compressed_size", batch=2),
     "kvtc.v0.KvtcConfig.workspace_size": _of(_config, "workspace_size", batch=2),
     "kvtc.v0.compress": _compress,
-    "kvtc.v0.decompress": _decompress,
-    "kvtc.stream_v0.parse": _parse,
+    "kvtc.v0.decompress": _v0_decompress,
+    "kvtc.stream_v0.parse": _v0_parse,
     "ops.kvtc_ranges.dequantize_ranges": _dequantize_ranges,
     "cuda.calls.prepare": lambda xp: (_prepare, dict(op=lambda: _normalised(xp))),
     "blocks.BlockManager.pages_for": _of(_manager, "pages_for", tokens=3),

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from pykv import PagedKVCache, blocks, cuda
-from pykv.errors import DtypeError, ParameterError, ShapeError
+from pykv.errors import CapacityError, DtypeError, ParameterError, ShapeError
 from pykv.eviction import BlockSelection, block_means, decode_blocks
+from pykv.ops import paged_check
 from tests.helpers import assert_same_bits, to_numpy
 
 H, G, D, P = 2, 2, 16, 4
@@ -101,6 +102,17 @@ def test_means_follow_appended_rows(xp, rng):
     assert_same_bits(means, block_means(cache, 1, table, lengths, selection))
 
 
+def test_lengths_beyond_the_table_are_found_if_asked(xp, rng, monkeypatch):
+    cache, table, lengths, _ = cache_of(xp, rng)
+    selection = BlockSelection(blocks=2, block=8, recent=4)
+    means = block_means(cache, 1, table, lengths, selection)
+    before = to_numpy(means).tobytes()
+    monkeypatch.setattr(paged_check, "ALWAYS", True)
+    with pytest.raises(ParameterError, match="eviction.block_means: lengths.0. is 10"):
+        block_means(cache, 1, table, lengths + np.int32(1000), selection, means=means)
+    assert to_numpy(means).tobytes() == before
+
+
 def test_wrong_arguments(rng):
     cache, table, lengths, _ = cache_of(np, rng)
     good = BlockSelection(blocks=2, block=8, recent=4)
@@ -114,6 +126,10 @@ def test_wrong_arguments(rng):
         ShapeError, match=r"means has shape \(4, 2, 8, 16\), expected \(4, 2, 9, 16"
     ):
         decode_blocks(cache, 1, q, table, lengths, means[:, :, :8].copy(), good)
+    too_long = lengths + np.int32(1000)
+    for given in (None, means):
+        with pytest.raises(CapacityError, match=r"lengths\[0\] is 10\d\d, expected at most M"):
+            block_means(cache, 1, table, too_long, good, means=given)
     with pytest.raises(ParameterError, match="blocks is 0, expected 1 to"):
         BlockSelection(blocks=0)
 

@@ -557,6 +557,7 @@ def test_wrong_arguments_change_nothing(xp, rng):
         (lambda: ExpectedAttention(budget=9, future=0), ParameterError, "future is 0"),
         (lambda: ExpectedAttention(budget=9, epsilon=-0.1), ParameterError, "epsilon is -0.1"),
         (lambda: Random(budget=9, seed=-1), ParameterError, "seed is -1"),
+        (lambda: Streaming(sinks="4", recent=8), DtypeError, "sinks is a str"),
         (lambda: AdaKV(TOVA(budget=9)), ParameterError, "policy is TOVA, expected one whose heads"),
         (lambda: AdaKV("tova:9"), DtypeError, "policy is a str"),
         (lambda: AdaKV(KeyNorm(budget=9), floor=2), ParameterError, "floor is 2"),
@@ -604,6 +605,48 @@ def test_texts_name_policies():
     assert ahead == ExpectedAttention(ratio=0.5, epsilon=0.1, future=64)
     assert eviction.parse("adakv:snapkv:64:window=8") == AdaKV(SnapKV(budget=64, window=8))
     assert eviction.parse("streaming:recent=12:sinks=4").budget == 16
+
+
+@pytest.mark.parametrize("page", [-1, 64])
+@pytest.mark.parametrize("spec", ["fp16", "int8:HND"])
+def test_a_row_goes_to_no_page_that_is_none(xp, rng, spec, page):
+    """Heads are pages of their own there, of which page -1 would be one that is skipped."""
+    cache = cache_of(xp, rng, spec)[0]
+    table, lengths = (xp.asarray(np.array(x, np.int32)) for x in ([[0, page]], [[P, 1]]))
+    k = xp.ones((1, H, D), np.float32)
+    before = to_numpy(cache.k).tobytes()
+    with pytest.raises(ParameterError, match=rf"page_table\[0, 1\] is {page}, expected 0 to 63"):
+        eviction.append(cache, 1, k, k, table, lengths, check=True)
+    too_long = xp.asarray(np.array([[2 * P, 1]], np.int32))
+    with pytest.raises(
+        CapacityError, match=r"lengths are \[\[8 1\]\], expected 0 to M \* P - 1 = 7"
+    ):
+        eviction.append(cache, 1, k, k, table, too_long, check=True)
+    assert to_numpy(cache.k).tobytes() == before
+
+
+@pytest.mark.parametrize("margin", [None, 2.0])
+@pytest.mark.parametrize("text", ["int8:head", "e4m3:tensor"])
+def test_no_row_is_encoded_by_scales_that_are_unset(xp, text, margin):
+    cache = PagedKVCache(L, 4, H, D, page_size=P, spec=text, margin=margin, xp=xp)
+    k = xp.ones((1, H, D), np.float32)
+    where = [xp.asarray(np.array(x, np.int32)) for x in ([[0]], [[1, 2]])]
+    with pytest.raises(ParameterError, match="eviction.append: scales of layer 1 are unset"):
+        eviction.append(cache, 1, k, k, *where)
+    cache.k_scales[...], cache.v_scales[...] = 0.01, 0.01
+    eviction.append(cache, 1, k, k, *where)
+    assert to_numpy(cache.k[1]).any()
+
+
+def test_options_that_calls_make_are_refused(rng):
+    cache, pages, _ = cache_of(np, rng)
+    table, lengths = np.array([pages[0]], np.int32), np.full((1, H), 3, np.int32)
+    k, q = np.ones((1, H, D), np.float32), np.ones((1, H * G, D), np.float32)
+    with pytest.raises(ParameterError, match="slots given, expected none"):
+        eviction.append(cache, 0, k, k, table, lengths, slots=lengths[0])
+    for name in ("out", "lse", "workspace", "key_positions", "k_pool"):
+        with pytest.raises(ParameterError, match=f"{name} given, expected none"):
+            eviction.decode(cache, 0, q, table, lengths, **{name: q})
 
 
 def test_windows_ask_for_positions(rng):

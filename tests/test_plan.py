@@ -506,6 +506,20 @@ def test_decode_errors_in_order(xp, rng):
     assert plan.sku().op == "paged_decode"
 
 
+def test_results_lie_apart_from_lists_of_pages(xp, rng):
+    """A second run would have read the lists that the first one wrote over."""
+    plan = PagedDecodePlan.select(PagedDecodeDescriptor(3, 6, CACHE, max_pages=3), F32, xp=xp)
+    args = decode_args(xp, rng, CACHE, 6)
+    workspace = None if xp is np else xp.zeros(plan.workspace_size(), np.uint8)
+    for name in ("indices", "indptr", "last_page_len"):
+        of_list = getattr(args, name)
+        memory = xp.zeros(args.o.size, F32)
+        memory[: of_list.size].view(np.int32)[...] = of_list
+        given = {name: memory[: of_list.size].view(np.int32), "o": memory.reshape(args.o.shape)}
+        with pytest.raises(ParameterError, match=f"o shares memory with {name}|{name} .* with o"):
+            plan.run(args._replace(**given), workspace=workspace)
+
+
 def test_decode_says_what_workspace_it_needs(device, rng):
     cache = replace(CACHE, spec=KVSpec())
     descriptor = PagedDecodeDescriptor(3, 6, cache, 3)

@@ -11,6 +11,8 @@ from pykv.layout import BlockShape, Layout
 from pykv.plan import Preference
 
 _THING = object()
+_VIEW = memoryview(np.ones((2, 2)))  # with a shape and strides, but no array
+_TIME = np.timedelta64(1, "s")  # an integer to NumPy
 _LAYOUTS = (Layout(3), Layout("x"), Layout("NHD", heads=3), Layout("NHD", layers=("a", "b")))
 _LAYOUTS += (Layout("NHD", heads=(0.5, 1)), Layout("NHD", token_stride="x"))
 _LAYOUTS += (Layout("NHD", head_stride=-1), Layout("universal", token_stride=8))
@@ -20,13 +22,13 @@ _PREFERENCES = (Preference("x"), Preference(1.5), Preference(-1), Preference(Non
 
 # What must be refused, and what may be refused or pass.
 WRONG = {
-    "array": (([1, 2], 3, "text", np.float32(1), _THING, b"12345678"), ()),
+    "array": (([1, 2], 3, "text", np.float32(1), _THING, b"12345678", _VIEW, np.float32), ()),
     "arrays": ((3, "text", [_THING], [3], ["x"], _THING), ([],)),
-    "stream": ((_THING, "text", 1.5, [1], True, 2**70, -1), ()),
-    "xp": ((3, "numpy", math, _THING, None), ()),
+    "stream": ((_THING, "text", 1.5, [1], True, 2**70, -1, _TIME), ()),
+    "xp": ((3, "numpy", math, _THING, None, np.ones(2), np.ones(0)), ()),
     "dtype": (("x", int, _THING, 3, np.float64, "float64", ["f4"]), ()),
     "int": (
-        ("x", 2.5, b"1", [1, 2], _THING, 1j, math.nan, True, np.float32(2), np.ones(2)),
+        ("x", 2.5, b"1", [1, 2], _THING, 1j, math.nan, True, np.float32(2), np.ones(2), _TIME),
         (0, -1, 2**31, 2**62, -(2**62), 2**70, -(2**70), 10**5000),
     ),
     "float": (
@@ -41,6 +43,7 @@ WRONG = {
             np.ones(2),
             decimal.Decimal(1),
             np.float16("inf"),
+            _TIME,
         ),
         (0.0, -1.0, math.inf, -math.inf, 1e308, 1e39, 5e-324, 10**400, -(10**5000)),
     ),
@@ -49,7 +52,8 @@ WRONG = {
     "text": ((10**6, ["x"], _THING, np.ones(2)), ("", "no such word", "\ud800", "a\nb")),
     "KVSpec": ((3, "no such kind", np.float16, _THING, b"fp16", ["fp16"], "int8:fp32:fp16"), ()),
     "list": (
-        (3, "ab", [1.5, 2], [None, 1], ["x", "y"], _THING, [2**70, 1], [[1], [2]], [1, 2j]),
+        (3, "ab", [1.5, 2], [None, 1], ["x", "y"], _THING, [2**70, 1], [[1], [2]], [1, 2j])
+        + (np.array(3),),
         ([-1, 1], [1, True], [2**31, 1], [2**62, 1], [-(2**62), 1], [-(2**70), 1], []),
     ),
     "lists": ((3, "ab", [3], [[1.5]], [["x"]], _THING, [[2**70]]), ([[-1]], [[2**31]], [[]], [])),
@@ -150,6 +154,7 @@ def _unlike(x, strided):
     if isinstance(x, np.ndarray):
         yield x.astype(object)
         yield x.astype(complex)
+        yield np.ma.masked_array(x)
         if x.itemsize > 1:
             yield x.astype(x.dtype.newbyteorder())
         if x.shape[-1] > 1 and not strided:
@@ -174,7 +179,8 @@ def _other(x):
 def other_spellings(kind, value):
     """A value as other packages have it, which must pass."""
     if kind == "int" and type(value) is int:
-        return [np.int32(value), np.int64(value), np.uint64(value)]
+        narrow = [np.uint8(value)] if 0 <= value < 256 else []  # of which -1 is 255
+        return [*narrow, np.int32(value), np.int64(value), np.uint64(value)]
     if kind == "float" and isinstance(value, (int, float)) and not isinstance(value, bool):
         return [np.float32(value), np.float64(value)]
     if kind == "bool" and isinstance(value, bool):

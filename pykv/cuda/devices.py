@@ -263,7 +263,7 @@ def stream_handle(stream: Any) -> int:
         DtypeError: the object is no stream.
         ParameterError: the integer is no handle.
     """
-    if isinstance(stream, (int, np.integer)) and not isinstance(stream, bool):
+    if isinstance(stream, int | np.integer) and not isinstance(stream, bool | np.timedelta64):
         if not 0 <= stream < 2**64:
             raise ParameterError(f"stream is {stream}, expected a handle of 64 bits")
         return int(stream)

@@ -24,7 +24,7 @@ from pykv.checker import Dims, checker
 from pykv.errors import ParameterError, ShapeError
 from pykv.eviction.parts import Part, check_cache, has_own_scales, parts
 from pykv.ops import block_queries, kv_scores, kv_select, page_table, paged_check, paged_decode
-from pykv.options import check_type, check_whole
+from pykv.options import check_type, check_whole, hold_python_numbers
 from pykv.pool import PagedKVCache
 from pykv.specs import KVSpec
 
@@ -50,6 +50,7 @@ class BlockSelection:
     recent: int = 1024
 
     def __post_init__(self) -> None:
+        hold_python_numbers(self)
         for name, least in (("blocks", 1), ("block", 1), ("recent", 0)):
             check_whole("BlockSelection", name, getattr(self, name), least, 2**30)
 
@@ -92,6 +93,11 @@ def block_means(
     if means is None:
         return kv_scores.means(**keys, page_table=table, lengths=lengths, run=selection.block)
     _check_means(op, means, cache, dims["M"], selection)
+    pool = len(keys["pool"]), cache.page_size
+    if paged_check.enabled(op, None):
+        paged_check.check_page_table(table, lengths, *pool, op=op)
+    elif not on_gpu(lengths):
+        attention.check_pages(op, table, lengths, pool, None)
     xp, block = module_of(means), np.int32(selection.block)
     last = xp.maximum(lengths - np.int32(1), np.int32(0)) // block
     columns = last[:, None] * np.int32(pages) + xp.arange(pages, dtype=np.int32)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import FLOAT32, FLOATS, INT32, module_of, on_gpu
+from pykv.arrays import FLOAT32, FLOATS, INT32, module_of, on_gpu, to_host
 from pykv.checker import Dims, checker, optional
 from pykv.errors import CapacityError, ParameterError, ShapeError
 from pykv.eviction.parts import (
@@ -24,7 +24,7 @@ from pykv.eviction.parts import (
     parts,
     refuse_own,
 )
-from pykv.ops import paged_append, paged_decode
+from pykv.ops import paged_append, paged_check, paged_decode
 from pykv.pool import PagedKVCache
 
 
@@ -64,7 +64,7 @@ def decode(
     op = "eviction.decode"
     cuda.refuse_prepare(op, "it makes tables for each call")
     check_cache(op, cache, layer)
-    refuse_own(op, options)
+    refuse_own(op, options, "out", "lse", "workspace", "key_positions")
     many = getattr(q, "ndim", 3) == 4
     dims = _decode_checker(many)(q, page_table, lengths, positions, alibi_slopes, sinks)
     if positions is None and (options.get("window") is not None or alibi_slopes is not None):
@@ -141,19 +141,25 @@ def append(
         page_table: [B, M] int32; pages are there, see `PagedKVCache.extend`.
         lengths: [B, H] int32 on the cache's device; rows of each head before this one.
 
-    Raises: as `paged_append.append`; CapacityError, on the host, where no page is left for a row;
-    UnsupportedError where the call is being prepared.
+    Raises: as `paged_append.append`; on the host, or when checking, CapacityError where no page is
+    left for a row and ParameterError where it does not exist; ParameterError where the layer's
+    shared scales are unset; UnsupportedError where the call is being prepared.
     """
     op = "eviction.append"
     cuda.refuse_prepare(op, "it makes slots for each call")
     check_cache(op, cache, layer)
-    refuse_own(op, options)
+    refuse_own(op, options, "slots")
     dims = _append_check(k, v, page_table, lengths)
     _check_heads(op, parts(cache, layer), dims)
-    if not on_gpu(lengths):
-        most = page_table.shape[1] * cache.page_size - 1
-        if ((lengths < 0) | (lengths > most)).any():
-            raise CapacityError(f"{op}: lengths are {lengths}, expected 0 to M * P - 1 = {most}")
+    cache.require_scales(op, layer)
+    if paged_check.enabled(op, options.get("check")) or not on_gpu(lengths):
+        with cuda.on_stream(stream, lengths):
+            held, most = to_host(lengths), page_table.shape[1] * cache.page_size - 1
+            if ((held < 0) | (held > most)).any():
+                raise CapacityError(f"{op}: lengths are {held}, expected 0 to M * P - 1 = {most}")
+            longest = module_of(k).asarray(held.max(1, initial=-1) + np.int32(1))
+            pool = cache.k.shape[1], cache.page_size
+            paged_check.check_page_table(page_table, longest, *pool, op=op)
     P, xp = np.int32(cache.page_size), module_of(k)
     with cuda.on_stream(stream, k):
         for part in parts(cache, layer):

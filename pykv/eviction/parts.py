@@ -147,11 +147,11 @@ def check_cache(op: str, cache: Any, layer: Any = 0) -> None:
     check_whole(op, "layer", layer, 0, len(cache.layers) - 1)
 
 
-def refuse_own(op: str, options: dict[str, Any]) -> None:
-    """Refuse options that are the cache's own."""
-    if given := {"k_scales", "v_scales", "spec"} & options.keys():
+def refuse_own(op: str, options: dict[str, Any], *others: str) -> None:
+    """Refuse options that are the cache's own, or made by the call as these `others` are."""
+    if given := {*POOLS, "spec", *others} & options.keys():
         raise ParameterError(
-            f"{op}: {', '.join(sorted(given))} given, expected none: they are the cache's own"
+            f"{op}: {', '.join(sorted(given))} given, expected none: they are the call's own"
         )
 
 

@@ -15,11 +15,12 @@ from pykv.eviction.parts import Rows
 from pykv.eviction.rotary import ahead
 from pykv.number_texts import number_of, whole_of
 from pykv.ops import kv_scores
-from pykv.options import check_number, check_type, check_whole
+from pykv.options import check_number, check_type, check_whole, hold_python_numbers
 
 _RUN = 512  # rows whose mean is one sum, of KeyDiff
 _MOST = 2**31 - 1
 _MOST_SLOTS = 2**24  # whole numbers that float32 has all of
+_ALWAYS = ("sinks", "recent")  # fields: rows that always stay
 _FRACTIONS = ("ratio", "threshold", "epsilon")  # fields that are no whole numbers
 _MOST_AHEAD = 1 << 16  # positions whose rotations are averaged on the host
 
@@ -52,13 +53,14 @@ class Policy:
 
     def __post_init__(self) -> None:
         op = type(self).__name__
+        hold_python_numbers(self)
         if self.budget is None and self.ratio is None and self.threshold is None:
             raise ParameterError(
                 f"{op}: budget, ratio and threshold are None, expected one of them"
             )
         if self.budget is not None and self.ratio is not None:
             raise ParameterError(f"{op}: budget and ratio are given, expected one of them")
-        for name in ("sinks", "recent"):
+        for name in _ALWAYS:
             check_whole(op, name, getattr(self, name), 0, _MOST)
         if self.budget is not None:
             check_whole(op, "budget", self.budget, 1, _MOST)
@@ -111,8 +113,9 @@ class Streaming(Policy):
     """
 
     def __post_init__(self) -> None:
+        sizes = [check_whole("Streaming", x, getattr(self, x), 0, _MOST) for x in _ALWAYS]
         if self.budget is None and self.ratio is None and self.recent:
-            object.__setattr__(self, "budget", self.sinks + self.recent)
+            object.__setattr__(self, "budget", sum(sizes))
         super().__post_init__()
 
     def score(self, rows: Rows) -> Any:
@@ -245,6 +248,7 @@ class SnapKV(Policy):
     needs = "queries"
 
     def __post_init__(self) -> None:
+        hold_python_numbers(self)
         check_whole("SnapKV", "window", self.window, 1, _MOST)
         if check_whole("SnapKV", "pooling", self.pooling, 1) % 2 == 0:
             raise ParameterError(f"SnapKV: pooling is {self.pooling}, expected an odd number")
@@ -294,6 +298,7 @@ class ExpectedAttention(Policy):
 
     def __post_init__(self) -> None:
         op = "ExpectedAttention"
+        hold_python_numbers(self)
         check_whole(op, "window", self.window, 1, _MOST)
         check_whole(op, "future", self.future, 1, _MOST_AHEAD)
         check_number(op, "epsilon", self.epsilon, least=0)
@@ -339,6 +344,7 @@ class AdaKV:
     floor: float = 0.2
 
     def __post_init__(self) -> None:
+        hold_python_numbers(self)
         check_type("AdaKV", "policy", self.policy, Policy, "a policy")
         if not self.policy.per_head:
             given = type(self.policy).__name__

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from pykv import kinds
-from pykv.arrays import FLOATS
+from pykv.arrays import FLOATS, is_numpy
 from pykv.errors import CapacityError, DtypeError, ParameterError, ShapeError
 from pykv.foreign import named_array
 from pykv.integrations.tensors import place_of  # names the extra that is missing
@@ -120,7 +120,7 @@ def _on_host(op: str, src: Any, dst: Any) -> Any:
 
 
 def _bytes_of(op: str, name: str, array: Any) -> Any:
-    if not isinstance(array, np.ndarray) or array.itemsize != 1 or not array.flags.c_contiguous:
+    if not is_numpy(array) or array.itemsize != 1 or not array.flags.c_contiguous:
         raise DtypeError(f"{op}: {name} is not of contiguous bytes on the host")
     return array.reshape(-1).view(np.uint8)
 

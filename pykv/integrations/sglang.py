@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from pykv.arrays import is_numpy
 from pykv.errors import FormatError, ParameterError, ShapeError
 from pykv.integrations.tensors import codes_of  # first: names the extra that is missing
 from pykv.tiers.disk import DiskTier
@@ -89,7 +90,7 @@ class Storage(HiCacheStorage):  # type: ignore[misc]
     def _row(self, name: str, page: Any) -> Any:
         """The bytes of a page, shared."""
         array = codes_of("sglang.Storage", name, page)
-        if not isinstance(array, np.ndarray) or not array.flags.c_contiguous:
+        if not is_numpy(array) or not array.flags.c_contiguous:
             raise ParameterError(f"sglang.Storage: {name} is not in one piece on the host")
         if array.nbytes != self._nbytes:
             raise ShapeError(

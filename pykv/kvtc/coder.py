@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from pykv.arrays import is_numpy
 from pykv.errors import DtypeError, ParameterError, ShapeError
 from pykv.options import check_whole
 
@@ -36,7 +37,7 @@ def check_widths(op: str, widths: Any) -> tuple[int, ...]:
     """
     try:
         given = tuple(widths)
-    except TypeError:
+    except (TypeError, OverflowError):  # none, or a range without an end
         given = ()
     if len(given) != len(WIDTHS):
         raise ParameterError(f"{op}: widths is {widths!r:.80}, expected {len(WIDTHS)} numbers")
@@ -131,7 +132,7 @@ def _check(name: str, widths: Any, **arrays: Any) -> tuple[int, ...]:
     rules["packed"] = np.uint8, row_bytes(counts)
     for argument, array in arrays.items():
         dtype, size = rules[argument]
-        if not isinstance(array, np.ndarray) or array.dtype != dtype:
+        if not is_numpy(array) or array.dtype != dtype:
             given = getattr(array, "dtype", type(array).__name__)
             expected = f"a NumPy array of {np.dtype(dtype)}"
             raise DtypeError(f"{op}: {argument} is of {given}, expected {expected}")

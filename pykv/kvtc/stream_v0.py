@@ -107,10 +107,11 @@ def check_ranges(
 def _checked(
     op: str, ranges: tuple[Range, ...], features: int | None, types: tuple[type, ...]
 ) -> tuple[Range, ...]:
+    checked = []
     for i, one in enumerate(ranges):
         name = f"ranges[{i}]"
         start = check_whole(op, f"{name}.start_idx", one.start_idx, 0, MOST)
-        check_whole(op, f"{name}.end_idx", one.end_idx, start + 1, MOST)
+        end = check_whole(op, f"{name}.end_idx", one.end_idx, start + 1, MOST)
         check_choice(op, f"{name}.quant_type", one.quant_type, QUANT_TYPES)
         bits = check_whole(op, f"{name}.int_bits", one.int_bits, 0)
         allowed = BITS if one.has_extremes else (0, 8)
@@ -118,8 +119,9 @@ def _checked(
             raise ParameterError(
                 f"{op}: {name}.int_bits is {bits}, expected one of {allowed} for {one.quant_type}"
             )
+        checked.append(Range(start, end, one.quant_type, bits))
     at = 0
-    for one in sorted(ranges):
+    for one in sorted(checked):
         if one.start_idx != at:
             wrong = "overlap" if one.start_idx < at else "leave a gap"
             raise ParameterError(
@@ -128,9 +130,9 @@ def _checked(
         at = one.end_idx
     if features is not None and at != features:
         raise ParameterError(f"{op}: ranges cover {at} coefficients, expected C={features}")
-    if sum(map(_bytes_of_row, ranges)) >= 2**31:
+    if sum(map(_bytes_of_row, checked)) >= 2**31:
         raise ParameterError(f"{op}: ranges take 2^31 bytes a row or more, expected fewer")
-    return ranges
+    return tuple(checked)
 
 
 # --- Sizes ----------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ from pykv.ops.kvtc_blocks import mean_add_scatter
 from pykv.ops.kvtc_ranges import check_stream
 from pykv.ops.linear import GEMMS, linear
 from pykv.options import check_choice, check_flag, check_type, check_whole
+from pykv.overlaps import check_apart
 
 __all__ = ["KvtcConfig", "Range", "compress", "compressed_size", "decompress", "parse"]
 
@@ -169,7 +170,8 @@ def compress(
     _check_config(op, config, gemm)
     mean, (F, C), ranges = config.mean, config.projection.shape, tuple(config.ranges)
     where = dict(dtype=dtype, block_stride=block_stride, num_blocks=num_blocks, device=device)
-    N = kvtc_blocks.locate(op, blocks, mean, **where).N
+    given = kvtc_blocks.locate(op, blocks, mean, **where)
+    N = given.N
     out = kvtc_ranges.stream_for(op, ranges, N, mean, out)
     if nonfinite is not None:
         rules = dict(mean=("F", FLOAT32), nonfinite=("N", INT32))
@@ -179,6 +181,9 @@ def compress(
         return out
     with cuda.on_stream(stream, mean):
         rows, coefficients = _workspace(op, config, N, workspace, _wide(F), C)
+        written = dict(out=out, nonfinite=nonfinite, workspace=workspace)
+        check_apart(op, written, _held(config))
+        given.check_apart(op, **written)
         if F % 8:
             _clear(rows)
         gather(blocks, mean, out=rows[:, :F], **where)
@@ -224,18 +229,26 @@ def decompress(
     mean, (F, C), ranges = config.mean, config.projection.shape, tuple(config.ranges)
     check = check_flag(op, "check", check)
     where = dict(dtype=dtype, block_stride=block_stride, num_blocks=num_blocks, device=device)
-    N = kvtc_blocks.locate(op, blocks, mean, **where, writes=True).N
+    given = kvtc_blocks.locate(op, blocks, mean, **where, writes=True)
+    N = given.N
     check_stream(op, codes, ranges, N, mean, check, stream)
     if codes.size == 0:
         return
     with cuda.on_stream(stream, mean):
         coefficients, rows = _workspace(op, config, N, workspace, _wide(C), F)
+        read = dict(codes=codes) | _held(config)
+        check_apart(op, dict(workspace=workspace), read)
+        given.check_apart(op, workspace=workspace, **read)
         if C % 8:
             _clear(coefficients)
         out = coefficients[:, :C]
         kvtc_ranges.dequantize_ranges(codes, ranges, N, out=out, check=False)
         linear(coefficients, config._back, out=rows, gemm=gemm)
         mean_add_scatter(rows, mean, blocks, **where)
+
+
+def _held(config: KvtcConfig) -> dict[str, Any]:
+    return dict(mean=config.mean, projection=config.projection)
 
 
 def _check_config(op: str, config: KvtcConfig, gemm: str) -> None:

@@ -267,7 +267,9 @@ def _check_pairs(
     """The pairs to copy: [C] uint64, [C] uint64, and an int or [C] int64; no pairs where no byte
     is to be copied."""
     by_pair = isinstance(size, np.ndarray)
-    if not by_pair and (not isinstance(size, int | np.integer) or isinstance(size, bool)):
+    if not by_pair and (
+        not isinstance(size, int | np.integer) or isinstance(size, bool | np.timedelta64)
+    ):
         raise DtypeError(
             f"{op}: size is a {type(size).__name__}, expected an integer, or a NumPy array of "
             "int64 (the host counts the tiles)"

@@ -31,6 +31,7 @@ from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError, Uns
 from pykv.foreign import named_array
 from pykv.ops.block_copy import ADDRESSES, upload
 from pykv.options import check_choice, check_float_dtype, check_whole
+from pykv.overlaps import check_apart
 from pykv.ranges import address_of, bytes_at, check_device
 
 DTYPES = (*FLOATS, np.dtype(np.float64))
@@ -92,6 +93,7 @@ def gather_mean_subtract(
     out = like(mean, shape, np.float32) if out is None else out
     checker(op, ("out",), mean=("F", FLOAT32), out=("N | F", FLOAT32))(mean, out)
     check_shape(op, "out", out, shape)
+    given.check_apart(op, out=out)
     if out.size == 0:
         return out
     if on_gpu(mean):
@@ -136,6 +138,7 @@ def mean_add_scatter(
     given = locate(op, blocks, mean, dtype, block_stride, num_blocks, device, writes=True)
     if given.N != len(x):
         raise ShapeError(f"{op}: blocks are N={given.N}, expected N={len(x)} like x")
+    given.check_apart(op, x=x, mean=mean)
     if x.size == 0:
         return
     if on_gpu(mean):
@@ -173,6 +176,23 @@ class Blocks(NamedTuple):
     table: Any  # [K] uint64
     arrays: Any  # that were given
 
+    @property
+    def named(self) -> dict[str, Any]:
+        """Those by their names in errors."""
+        if self.array is not None:
+            return dict(blocks=self.array)
+        return {f"blocks[{i}]": x for i, x in enumerate(self.arrays)}
+
+    def check_apart(self, op: str, **others: Any) -> None:
+        """Check for `op` that others, or None, lie apart from blocks: each by itself, as there may
+        be many blocks, of which pairs would be too many.
+
+        Raises:
+            ParameterError: one shares memory with a block.
+        """
+        for name, x in others.items():
+            check_apart(op, {name: x}, self.named if x is not None else {})
+
 
 def locate(
     op: str,
@@ -188,8 +208,8 @@ def locate(
     """Where blocks lie that are given as to `gather_mean_subtract`, which says what is raised; with
     `writes`, none may be read-only."""
     located = _located(op, blocks, mean, dtype, block_stride, num_blocks, device)
-    for i, array in enumerate(located.arrays if writes else ()):
-        check_writeable(op, "blocks" if located.array is not None else f"blocks[{i}]", array)
+    for name, array in located.named.items() if writes else ():
+        check_writeable(op, name, array)
     return located
 
 

@@ -83,7 +83,7 @@ def quantize_ranges(
         checker(op, ("nonfinite",), x=("B | C", FLOAT32), nonfinite=("B", INT32))(x, nonfinite)
     if out is not None:
         checker(op, ("out",), out=("N", UINT8))(out)
-        check_apart(op, dict(out=out), dict(x=x, nonfinite=nonfinite))
+    check_apart(op, dict(out=out, nonfinite=nonfinite), dict(x=x))
     out = stream_for(op, ranges, dims["B"], x, out)
     if out.size == 0:
         return out

@@ -149,7 +149,7 @@ class Mailbox:
             ParameterError: there is no such job.
             DeviceError: the kernel has ended before it, or refused it.
         """
-        check_whole(_OP, "job", job, 1, self._submitted)
+        job = check_whole(_OP, "job", job, 1, self._submitted)
         self.beat()
         if self._is_done(job):
             return True
@@ -158,7 +158,7 @@ class Mailbox:
 
     def wait(self, job: int) -> None:
         """Return when a job is done; it raises what `poll` does."""
-        check_whole(_OP, "job", job, 1, self._submitted)
+        job = check_whole(_OP, "job", job, 1, self._submitted)
         while True:
             self.beat()
             for _ in range(_LOOKS):

@@ -76,9 +76,9 @@ def from_lists(
     """
     op = "page_table.from_lists"
     dims = _check(indices, indptr, last_page_len, table, lengths)
-    B, M = dims["B"], dims.get("M", width)
     if width is not None:
-        check_whole(op, "width", width, 1, _MOST)
+        width = check_whole(op, "width", width, 1, _MOST)
+    B, M = dims["B"], dims.get("M", width)
     if not M or (width is not None and width != M):
         raise ParameterError(f"{op}: width is {width}, expected the positive width of the table")
     page_size = check_whole(op, "page_size", page_size, 1, _MOST)
@@ -150,11 +150,12 @@ def of_blocks(
     """
     op = "page_table.of_blocks"
     dims = _check_blocks(page_table, rows, chosen, counts, old, table, lengths)
-    B, R, M = dims["B"], dims["R"], dims.get("M", width)
+    B, R = dims["B"], dims["R"]
     sizes = dict(page_size=page_size, block_pages=block_pages, unit=unit)
     sizes = {name: check_whole(op, name, size, 1, _MOST) for name, size in sizes.items()}
     if width is not None:
-        check_whole(op, "width", width, 1, _MOST)
+        width = check_whole(op, "width", width, 1, _MOST)
+    M = dims.get("M", width)
     if not M or (width is not None and width != M):
         raise ParameterError(f"{op}: width is {width}, expected the positive width of the table")
     if R % max(B, 1) or (R and not B):

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pykv import cuda, row_places
-from pykv.arrays import FLOAT32, FLOATS, INT32, VECTOR_BYTES, like, on_gpu, row_step
+from pykv.arrays import FLOAT32, FLOATS, INT32, VECTOR_BYTES, is_numpy, like, on_gpu, row_step
 from pykv.checker import Dims, check_head_dim, checker, optional
 from pykv.errors import DtypeError, ParameterError, ShapeError
 from pykv.ops import norm, paged_append, paged_check, rope
@@ -196,7 +196,7 @@ def hadamard_matrix(D: int) -> Any:
     Raises:
         ParameterError: D is not positive, or above 8192.
     """
-    check_whole("paged_qkv.hadamard_matrix", "D", D, 1, 2**13)
+    D = check_whole("paged_qkv.hadamard_matrix", "D", D, 1, 2**13)
     return hadamard_transform(np.eye(D))
 
 
@@ -208,7 +208,7 @@ def hadamard_transform(x: Any) -> Any:
         DtypeError: `x` is no NumPy array of floats.
         ShapeError: it has no element.
     """
-    if not isinstance(x, np.ndarray) or x.dtype not in (*FLOATS, np.float64):
+    if not is_numpy(x) or x.dtype not in (*FLOATS, np.float64):
         given = getattr(x, "dtype", type(x).__name__)
         raise DtypeError(f"paged_qkv.hadamard_transform: x is of {given}, expected floats of NumPy")
     if x.ndim == 0 or x.shape[-1] == 0:

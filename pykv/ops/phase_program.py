@@ -107,7 +107,7 @@ class PhaseProgram:
 
     def __init__(self, phases: Sequence[Any], *, blocks: int | None = None) -> None:
         if blocks is not None:
-            check_whole(_OP, "blocks", blocks, 1)
+            blocks = check_whole(_OP, "blocks", blocks, 1)
         if not isinstance(phases, (list, tuple)):
             raise DtypeError(f"{_OP}: phases is a {type(phases).__name__}, expected a list")
         self._phases = list(phases)

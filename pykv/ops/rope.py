@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import FLOAT32, FLOATS, INT32, on_gpu, row_step
+from pykv.arrays import FLOAT32, FLOATS, INT32, is_numpy, on_gpu, row_step
 from pykv.checker import checker
 from pykv.errors import DtypeError, ParameterError, ShapeError
 from pykv.options import check_choice, check_number, check_whole
@@ -164,14 +164,15 @@ def frequencies(
     array([1.  , 0.01], dtype=float32)
     """
     op = "rope.frequencies"
-    if check_whole(op, "dim", dim, 2, 2**16) % 2:
+    dim = check_whole(op, "dim", dim, 2, 2**16)
+    if dim % 2:
         raise ParameterError(f"{op}: dim is {dim}, expected a positive even number")
-    check_whole(op, "original_context", original_context, 1)
+    original_context = check_whole(op, "original_context", original_context, 1)
     check_choice(op, "scaling", scaling, SCALINGS)
     values = dict(base=base, factor=factor, low_factor=low_factor, high_factor=high_factor)
     values |= dict(beta_fast=beta_fast, beta_slow=beta_slow)
-    for name, value in values.items():
-        check_number(op, name, value, positive=True)
+    values = {name: check_number(op, name, x, positive=True) for name, x in values.items()}
+    base, factor, low_factor, high_factor, beta_fast, beta_slow = values.values()
     for more, less in (("high_factor", "low_factor"), ("beta_fast", "beta_slow")):
         if values[more] <= values[less]:
             raise ParameterError(
@@ -179,7 +180,7 @@ def frequencies(
             )
     if scaling == "yarn" and base <= 1:
         raise ParameterError(f"{op}: base is {base}, expected more than 1 for yarn")
-    freq = float(base) ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)
+    freq = base ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)
     if scaling == "linear":
         freq /= factor
     elif scaling == "llama3":
@@ -196,7 +197,7 @@ def frequencies(
         keep = 1 - np.clip((np.arange(dim // 2) - low) / max(0.001, high - low), 0, 1)
         freq *= keep + (1 - keep) / factor
     if divisors is not None:
-        if not isinstance(divisors, np.ndarray) or divisors.dtype.kind != "f":
+        if not is_numpy(divisors) or divisors.dtype.kind != "f":
             given = getattr(divisors, "dtype", type(divisors).__name__)
             raise DtypeError(f"{op}: divisors is of {given}, expected a NumPy array of floats")
         divisors = divisors.astype(np.float64)
@@ -204,7 +205,13 @@ def frequencies(
             raise ShapeError(f"{op}: divisors has shape {divisors.shape}, expected {freq.shape}")
         if not ((divisors > 0) & np.isfinite(divisors)).all():
             raise ParameterError(f"{op}: divisors has values that are not positive and finite")
-        freq /= divisors
+        with np.errstate(over="ignore"):
+            freq /= divisors
+    if freq.max() > np.finfo(np.float32).max:
+        raise ParameterError(
+            f"{op}: base is {base} and factor {factor}, which make {freq.max():g} radians a "
+            "position, expected a number of float32"
+        )
     return freq.astype(np.float32)
 
 

@@ -11,7 +11,7 @@ from pykv import cuda, row_places
 from pykv.arrays import FLOATS
 from pykv.checker import checker
 from pykv.ops import contiguous_append, paged_append
-from pykv.options import check_choice, check_flag
+from pykv.options import check_choice, check_flag, hold_python_numbers
 from pykv.plan.base import (
     PagedCacheDescriptor,
     PagedPlan,
@@ -41,6 +41,9 @@ class PagedAppendDescriptor:
     cache: PagedCacheDescriptor
     counts: str = "before"
     advance: bool = False
+
+    def __post_init__(self) -> None:
+        hold_python_numbers(self)
 
 
 class PagedAppendArgs(NamedTuple):
@@ -136,6 +139,9 @@ class ContiguousAppendDescriptor:
     cache_element: Any = None
     layout: str = "HND"
     advance: bool = False
+
+    def __post_init__(self) -> None:
+        hold_python_numbers(self)
 
 
 class ContiguousAppendArgs(NamedTuple):

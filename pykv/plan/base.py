@@ -9,11 +9,11 @@ from typing import Any, Self
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import FLOATS, INT32, UINT8, VECTOR_BYTES, check_module
+from pykv.arrays import FLOATS, INT32, UINT8, VECTOR_BYTES, check_module, is_array, not_an_array
 from pykv.checker import Dims, checker
 from pykv.errors import CapacityError, DtypeError, PykvError, ShapeError, UnsupportedError
 from pykv.ops import paged_append, paged_check
-from pykv.options import check_type, check_whole
+from pykv.options import check_type, check_whole, hold_python_numbers
 from pykv.specs import KVSpec, as_spec
 
 
@@ -95,6 +95,7 @@ class PagedCacheDescriptor:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "spec", as_spec("PagedCacheDescriptor", self.spec))
+        hold_python_numbers(self)
 
     def shapes(self) -> tuple[tuple[tuple[int, ...], ...], tuple[int, ...]]:
         """Of the pools of K and V, and of the scales of either."""
@@ -204,14 +205,11 @@ class Plan:
             if getattr(args, argument) is not None or argument not in self.may_lack
         }
         for argument, array in given.items():
-            shape, expected = getattr(array, "shape", None), self._shapes[argument]
-            if shape is None:
-                raise DtypeError(
-                    f"{name}: {argument} is a {type(array).__name__}, expected a NumPy or CuPy "
-                    "array"
-                )
-            if shape != expected:
-                raise ShapeError(f"{name}: {argument} has shape {shape}, expected {expected}")
+            if not is_array(array):
+                raise not_an_array(name, argument, array)
+            if array.shape != self._shapes[argument]:
+                expected = self._shapes[argument]
+                raise ShapeError(f"{name}: {argument} has shape {array.shape}, expected {expected}")
         for argument, array in given.items():
             has_rows = array.ndim > 2 and array.size and array.shape[-1] > 1
             if has_rows and array.strides[-1] != array.itemsize:
@@ -263,6 +261,7 @@ class PagedPlan(Plan):
     """
 
     _lists_are: dict[str, Any] = {}  # options of paged_check.check_table for the lists of pages
+    _writes: tuple[str, ...] = ()  # arguments that lie apart from all others
 
     def run(
         self,
@@ -329,7 +328,7 @@ class PagedPlan(Plan):
         rules |= cache.spec.rules(("k_data", "v_data", "k_scales", "v_scales"))
         rules |= dict(indices=("I", INT32), indptr=("B+1", INT32), last_page_len=("B", INT32))
         of_arguments = {argument: rules[argument] for argument in self.args_type._fields}
-        self._check = checker(f"{self._name()}.can_implement", **of_arguments)
+        self._check = checker(f"{self._name()}.can_implement", self._writes, **of_arguments)
 
 
 # --- Checks ---------------------------------------------------------------------------------------

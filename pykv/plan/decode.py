@@ -11,7 +11,7 @@ from pykv.arrays import FLOAT32, on_gpu
 from pykv.checker import optional
 from pykv.errors import ParameterError
 from pykv.ops import page_table, paged_decode
-from pykv.options import check_number
+from pykv.options import check_number, hold_python_numbers
 from pykv.plan.base import PagedCacheDescriptor, PagedPlan, check_sizes
 from pykv.specs import KVSpec
 
@@ -32,6 +32,9 @@ class PagedDecodeDescriptor:
     cache: PagedCacheDescriptor
     max_pages: int | None = None
     sm_scale: float | None = None
+
+    def __post_init__(self) -> None:
+        hold_python_numbers(self)
 
 
 class PagedDecodeArgs(NamedTuple):
@@ -77,6 +80,7 @@ class PagedDecodePlan(PagedPlan):
     )
     accumulator = "float32"
     may_lack = ("lse",)
+    _writes = ("o", "lse")
     descriptor_type, args_type = PagedDecodeDescriptor, PagedDecodeArgs
 
     def _select(self, name: str) -> KVSpec:

@@ -29,9 +29,10 @@ from typing import Any
 
 import numpy as np
 
-from pykv.arrays import check_writeable
+from pykv.arrays import UINT8, check_writeable, checker, is_numpy
 from pykv.errors import CapacityError, DtypeError, ParameterError, ShapeError, TransportError
 from pykv.options import check_type, check_whole
+from pykv.ranges import check_overlaps
 from pykv.transport.messages import check_facts
 
 MAGIC = b"\x89PYKVTR\n"
@@ -70,7 +71,7 @@ class Region:
     """A region of this process.
 
     Args:
-        memory: [size_of(count, nbytes)] uint8 of the host, which others can read.
+        memory: [size_of(count, nbytes)] or more uint8 of the host, which others can read.
         count, nbytes: of the rows.
         facts: all that contents depend on, by name.
 
@@ -78,11 +79,16 @@ class Region:
         rows: [count, nbytes] uint8; whoever fills one calls `drop` before, and `put` behind.
 
     Raises:
-        As check_region.
+        DtypeError, ShapeError, CapacityError, ParameterError: memory is no such array, too small or
+            read-only.
+        As check_region else.
     """
 
     def __init__(self, memory: Any, count: int, nbytes: int, facts: dict[str, str]) -> None:
         count, nbytes = check_region("Region", count, nbytes, facts)
+        checker("Region", ("memory",), memory=("n", UINT8))(memory)
+        if (needed := size_of(count, nbytes)) > memory.size:
+            raise CapacityError(f"Region: memory has {memory.size} bytes, expected {needed}")
         begin = _begin(count)
         self._table = memory[HEADER_BYTES : HEADER_BYTES + count * _ENTRY.itemsize].view(_ENTRY)
         self._table[...] = np.zeros((), _ENTRY)
@@ -103,11 +109,14 @@ class Region:
         """Offer what row `slot` holds.
 
         Raises:
-            ParameterError, DtypeError: there is no such row, or `key` is not of 16 bytes.
+            ParameterError, DtypeError: there is no such row, or `key` is not of 16 bytes, or of
+                zeros, which stand for none.
         """
         op = "Region.put"
         slot = check_whole(op, "slot", slot, 0, len(self.rows) - 1)
         _check_keys(op, "key", [key])
+        if key == _NO_KEY:
+            raise ParameterError(f"{op}: key is {key!r}, expected one that is not all zeros")
         entry = self._table[slot : slot + 1]
         generation = int(entry["generation"][0]) + 1
         entry["generation"] = generation
@@ -175,7 +184,7 @@ class PeerRegion:
 
         Raises:
             TransportError: one is not what its entry says.
-            ParameterError: `exists` has found none of a key.
+            ParameterError: `exists` has found none of a key, or rows share memory.
             ShapeError, DtypeError: there are not as many rows as keys, or one is no such array.
         """
         self._check(keys, rows)
@@ -206,13 +215,15 @@ class PeerRegion:
         if len(rows) != len(keys):
             raise ShapeError(f"{op}: rows has {len(rows)} arrays, expected {len(keys)} as keys")
         for row in rows:
-            if not isinstance(row, np.ndarray) or row.dtype != np.uint8:
+            if not is_numpy(row) or row.dtype != np.uint8:
                 given = getattr(row, "dtype", type(row).__name__)
                 raise DtypeError(f"{op}: rows has {given}, expected NumPy arrays of uint8")
             if row.shape != (self._nbytes,) or not row.flags.c_contiguous:
                 expected = f"[{self._nbytes}], contiguous"
                 raise ShapeError(f"{op}: rows has shape {row.shape}, expected {expected}")
             check_writeable(op, "rows", row)
+        addresses = np.array([row.ctypes.data for row in rows], np.uint64)
+        check_overlaps(op, ("rows", addresses[:0], 0), ("rows", addresses, self._nbytes))
 
 
 def _check_keys(op: str, name: str, keys: Any) -> None:

@@ -392,3 +392,33 @@ def test_wrong_arguments(xp, rng):
     for wrong in (dict(dtype=F32), dict(num_blocks=2), dict(block_stride=3), dict(nonfinite=mean)):
         with pytest.raises(PykvError):
             compress(blocks, config, **wrong)
+
+
+def test_what_is_written_lies_apart(xp, rng):
+    """A workspace over blocks made every row but the first one of them wrong."""
+    memory = xp.zeros(1 << 14, np.uint8)
+    config = config_of(xp, np.zeros(8), np.eye(8), [Range(0, 8, "intx", 4)])
+    blocks, size = memory[:256].view(F32).reshape(8, 8), config.compressed_size(8)
+    apart = xp.asarray(blocks)
+    for name, given in {
+        "out shares memory with blocks": dict(blocks=blocks, out=memory[:size]),
+        "nonfinite shares memory with blocks": dict(
+            blocks=blocks, nonfinite=memory[:32].view("i4")
+        ),
+        "workspace shares memory with blocks": dict(blocks=blocks, workspace=memory[128:]),
+        "out shares memory with workspace": dict(
+            blocks=xp.array(apart), out=memory[:size], workspace=memory
+        ),
+    }.items():
+        with pytest.raises(ParameterError, match=f"v0.compress: {name}"):
+            compress(**given, config=config)
+    codes = compress(xp.array(apart), config)
+    memory[:size] = codes
+    with pytest.raises(ParameterError, match="v0.decompress: codes shares memory with blocks"):
+        decompress(memory[:size], config, blocks)
+    with pytest.raises(ParameterError, match="v0.decompress: workspace shares memory with codes"):
+        decompress(memory[:size], config, xp.array(apart), workspace=memory)
+    with pytest.raises(ParameterError, match="subtract: out shares memory with blocks"):
+        gather_mean_subtract(blocks, config.mean, out=memory[32:288].view(F32).reshape(8, 8))
+    with pytest.raises(ParameterError, match=r"scatter: x shares memory with blocks\[1\]"):
+        mean_add_scatter(blocks[:2], config.mean, [xp.zeros(8, F32), blocks[1]])

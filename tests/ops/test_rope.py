@@ -199,6 +199,9 @@ def test_errors_name_the_argument(xp, rng):
         ({"low_factor": 4.0}, "high_factor is 4.0, expected more than low_factor"),
         ({"original_context": 0}, "original_context is 0"),
         ({"divisors": np.zeros(4)}, "divisors has values that are not positive"),
+        ({"divisors": np.full(4, 1e-300)}, "which make 1e[+]300 radians a position"),
+        ({"scaling": "linear", "factor": 1e-44}, "factor 1e-44, which make 1e[+]44 radians"),
+        ({"base": 1e-45, "dim": 128}, "base is 1e-45 .* radians a position"),
     ],
     ids=str,
 )

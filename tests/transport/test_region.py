@@ -5,7 +5,13 @@ import zlib
 import numpy as np
 import pytest
 
-from pykv.errors import CapacityError, DtypeError, ParameterError, TransportError
+from pykv.errors import (
+    CapacityError,
+    DtypeError,
+    ParameterError,
+    ShapeError,
+    TransportError,
+)
 from pykv.transport import messages, region
 from pykv.transport.messages import Message
 from pykv.transport.region import PeerRegion, Region, size_of
@@ -91,6 +97,40 @@ def test_every_flipped_bit_is_seen():
         except TransportError:
             errors += 1
     assert gone == 3 * 16 and errors >= 128 - 64 + 3 * (8 + N)
+
+
+def test_memory_that_is_no_region_is_refused():
+    size = size_of(2, N)
+    for memory, error, text in (
+        (
+            np.zeros(size - 1, np.uint8),
+            CapacityError,
+            f"memory has {size - 1} bytes, expected {size}",
+        ),
+        (np.zeros(2 * size, np.uint8)[::2], ShapeError, "memory has strides"),
+        (np.zeros(size, np.int8), DtypeError, "memory has dtype int8, expected uint8"),
+        (np.frombuffer(bytes(size), np.uint8), ParameterError, "memory is read-only"),
+    ):
+        with pytest.raises(error, match=f"Region: {text}"):
+            Region(memory, 2, N, FACTS)
+
+
+def test_a_key_of_zeros_is_none():
+    """Nobody would find it: entries without a page have it."""
+    with pytest.raises(ParameterError, match="key is .*, expected one that is not all zeros"):
+        filled()[1].put(bytes(16), 0)
+
+
+def test_rows_that_share_memory_are_refused():
+    """The second page would have come over the first."""
+    peer = peer_of(filled()[0])
+    assert peer.exists(KEYS) == KEYS
+    memory = np.zeros(3 * N, np.uint8)
+    for begin in (0, N - 8):
+        rows = [memory[:N], memory[begin : begin + N], memory[2 * N :]]
+        with pytest.raises(ParameterError, match=r"PeerRegion.get: rows\[\d\] overlaps rows\[\d\]"):
+            peer.get(KEYS, rows)
+    assert not memory.any()
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,8 @@ from typing import Any
 
 import numpy as np
 
-from pykv.arrays import UINT8, check_writeable, checker, is_numpy
+from pykv.arrays import UINT8, check_writeable, is_numpy
+from pykv.checker import checker
 from pykv.errors import CapacityError, DtypeError, ParameterError, ShapeError, TransportError
 from pykv.options import check_type, check_whole
 from pykv.ranges import check_overlaps

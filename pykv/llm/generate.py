@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from pykv.llm.chat import chat_ids
 from pykv.llm.config import read_config
 from pykv.llm.evictor import as_policy, sums_attention
 from pykv.llm.fingerprint import fingerprint
+from pykv.llm.prefill_device import PrefillDevice, check_prefill_device
 from pykv.llm.prompts import answer_to, answers_to, known_ids, read_ids
 from pykv.llm.runner import DECODES, ModelRunner
 from pykv.llm.sampling import SamplingParams
@@ -44,6 +46,9 @@ class LLM:
         device: "cuda" (CuPy's current GPU), "cuda:1" and the like, "cpu", or "auto": the GPU of the
             highest SM with room for the weights, else the CPU. Weights, cache and work stay there,
             whichever GPU is the current one when a method is called, and that one stays current.
+        prefill_device: another GPU, such as "cuda:1", that computes prompts; see README.md of this
+            folder. It has the weights and a cache of as many pages once more. Tokens are those of
+            one GPU. Not with an `eviction`. None: `device` computes them.
         kv_dtype: what the cache stores: a KVSpec, or "fp16", "int8", "fp8", "k8v4", ... Each
             token and head has a scale; where heads or tensors share one instead ("int8:head"), it
             is found when the model is loaded, from a text of a few languages and notations, as
@@ -96,8 +101,8 @@ class LLM:
         FetchError: the model cannot be had.
         FormatError, UnsupportedError: the file is damaged, or not for pykv.
         CapacityError: weights and cache need more memory than is free.
-        DeviceError: `device` is "cuda" and no GPU is usable, there is no such GPU, or it is older
-            than `require_sm`.
+        DeviceError: `device` is "cuda" and no GPU is usable, there is no such GPU, it is older than
+            `require_sm`, or `prefill_device` is the same one, or has no direct way to it.
         ParameterError: an option is unknown or out of its range.
         InstallError: a package of the extra `llm` is not installed.
 
@@ -119,6 +124,7 @@ class LLM:
         model: str = "smollm2-135m",
         *,
         device: str = "auto",
+        prefill_device: str | None = None,
         kv_dtype: KVSpec | str = "fp16",
         weights: str = "fp16",
         context: int | None = None,
@@ -155,7 +161,10 @@ class LLM:
             pool_tokens = check_whole("LLM", "pool_tokens", pool_tokens, 1)
         install.require("llm", "gguf", "tokenizers")
         self.xp = cuda.array_module(device)
-        cuda.pick_device(device, self.xp, require_sm=require_sm)  # before anything is fetched
+        picked = cuda.pick_device(device, self.xp, require_sm=require_sm)  # before a fetch
+        if prefill_device is not None:
+            check_prefill_device(picked, prefill_device, evicts=policy is not None)
+            cuda.pick_device(prefill_device, self.xp, require_sm=require_sm)
         self._lock = threading.RLock()
         self.file = gguf.read_model(models.fetch(str(model)))
         config = read_config(self.file)
@@ -175,10 +184,15 @@ class LLM:
         need = memory.needed(self.file, config, dtype, self.spec, tokens, self.xp)
         nbytes = need.weights + need.cache
         self._device = cuda.pick_device(device, self.xp, nbytes=nbytes, require_sm=require_sm)
+        hadamard = self.spec.wants_hadamard
+        load = partial(load_with_bar, self.file, self.xp, dtype, hadamard, progress)
+        if prefill_device is not None:
+            check_prefill_device(self._device, prefill_device, evicts=False)
+            with cuda.use_device(prefill_device):
+                memory.require(need, self.xp, dtype)
         with cuda.use_device(self._device):
             memory.require(need, self.xp, dtype)
-            hadamard = self.spec.wants_hadamard
-            loaded = load_with_bar(self.file, self.xp, dtype, hadamard, progress)
+            loaded = load()
             # Now, as the file may change, or go, before a session is saved.
             self.fingerprint = fingerprint(self.file, loaded)
             cache = PagedKVCache(
@@ -194,7 +208,8 @@ class LLM:
             if self.spec.has_given_scales:
                 ids = self.tokenizer.encode(scales.TEXT)[: config.context - 1]
                 scales.calibrate(loaded, cache, ids, self.xp)
-            self.runner = ModelRunner(loaded, cache, self.xp, policy, decode)
+            prefill = None if prefill_device is None else PrefillDevice(prefill_device, load, cache)
+            self.runner = ModelRunner(loaded, cache, self.xp, policy, decode, prefill)
             self.tiers = open_tiers(self, host_cache, disk_cache)
         self.prefix_cache = prefix_cache
         self.is_exact = self.tiers is None or self.tiers.is_exact
@@ -435,6 +450,7 @@ class LLM:
         process to find. Waits. Without a disk_cache it does nothing."""
         with self.turn():
             if self.tiers is not None:
+                self.runner.join()
                 self.tiers.flush()
 
     # --- Numbers ---

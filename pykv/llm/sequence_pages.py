@@ -43,6 +43,7 @@ class SequencePages:
         cache: the pages.
         room: rows to set aside for all that a sequence may hold; None where pages come one by one.
         last: tokens at the end of a prompt that are computed whether their pages are found or not.
+        join: lets work that is enqueued from now on wait for pages that another GPU sends.
         may_grow: grow the cache where pages are missing.
         prefix_cache: keep pages of prompts and answers, as long as nobody needs them, for prompts
             that begin alike.
@@ -55,6 +56,7 @@ class SequencePages:
         cache: Cache,
         room: Callable[[Sequence], int | None],
         last: int,
+        join: Callable[[], None],
         *,
         may_grow: bool,
         prefix_cache: bool,
@@ -63,7 +65,7 @@ class SequencePages:
     ) -> None:
         self.cache, self.may_grow, self.prefix_cache = cache, may_grow, prefix_cache
         self._most_pages = most_pages
-        self._room, self._last, self._tiers = room, last, tiers
+        self._room, self._last, self._join, self._tiers = room, last, join, tiers
 
     # --- Beside sequences ---
 
@@ -71,6 +73,7 @@ class SequencePages:
     def known(self, tokens: list[int]) -> Iterator[list[int]]:
         """The pages of the longest prefix of tokens that is computed, which stay as they are while
         the block runs."""
+        self._join()
         if self._tiers is not None:
             self._tiers.fetch(tokens)
         pages = self.cache.manager.reuse(tokens)
@@ -88,6 +91,7 @@ class SequencePages:
             CapacityError: the pool is too small.
         """
         manager = self.cache.manager
+        self._join()
         self.make_room(manager.pages_for(len(tokens)))
         pages = manager.allocate(len(tokens))
         try:
@@ -149,6 +153,7 @@ class SequencePages:
                 )
             if self._tiers is not None:
                 self._tiers.join()
+            self._join()
             self.cache.grow(pages)
         manager.require(wanted)
 
@@ -196,6 +201,9 @@ class SequencePages:
         if s.fetch is not None:
             s.fetch.cancel()
             s.fetch = None
+        if s.is_sent:
+            self._join()
+            s.is_sent = False
         is_whole = not s.dropped and s.behind is None  # else slots hold other tokens
         if publish and self.prefix_cache and is_whole:
             manager.publish(s.pages, s.tokens[: s.cached])

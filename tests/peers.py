@@ -65,13 +65,22 @@ class Wait(NamedTuple):
 class Event:
     """One that is reached when the stream gets to where it was recorded last."""
 
-    ptr, mark = 0, None
+    ptr, mark, streams = 0, None, None
 
     def __init__(self, disable_timing=False):
         pass
 
     def record(self, stream):
+        self.streams = stream.streams
         stream.record(self)
+
+    @property
+    def done(self):
+        return self.mark is None or self.mark in self.streams.reached
+
+    def synchronize(self):
+        if not self.done:
+            self.streams.run()
 
 
 class Lane:

@@ -91,7 +91,6 @@ class SequencePages:
             CapacityError: the pool is too small.
         """
         manager = self.cache.manager
-        self._join()
         self.make_room(manager.pages_for(len(tokens)))
         pages = manager.allocate(len(tokens))
         try:

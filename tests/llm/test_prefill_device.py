@@ -38,7 +38,7 @@ def gpus(request, monkeypatch):
     monkeypatch.setattr(calibration, "_pairs", {})
     monkeypatch.setattr(calibration, "load", lambda ways, pair=None: None)
     monkeypatch.setattr(scheduler, "PREFILL_TOKENS", 16)
-    here, other = 0, 1
+    here, other, first = 0, 1, {}
     if request.param == "simt":
         here, other = xp.DEVICE, xp.OTHER
         _, streams = peers.second_gpu(monkeypatch)
@@ -48,8 +48,16 @@ def gpus(request, monkeypatch):
         monkeypatch.setattr(cuda, "array_module", lambda device: xp)
     elif xp.cuda.runtime.getDeviceCount() < 2:
         pytest.skip("there is one GPU, and this needs two")
+
+    def run():
+        if streams is not None:
+            streams.run(**first)
+            return
+        for gpu in (here, other):
+            xp.cuda.Device(gpu).synchronize()
+
     names = dict(here=f"cuda:{here}", other=f"cuda:{other}")
-    return SimpleNamespace(xp=xp, **names, streams=streams, order=order)
+    return SimpleNamespace(xp=xp, **names, run=run, streams=streams, order=order)
 
 
 @pytest.fixture
@@ -108,24 +116,47 @@ def test_answers_go_on_beside_prompts(gpus, open_both, rng, monkeypatch):
     assert any(steps) == (gpus.order == ORDERS[0])
 
 
-def test_pages_on_their_way_are_waited_for_by_readers(gpus, open_both, rng, monkeypatch):
-    """Of a prompt that is not computed yet, as LLM.save reads them; also where the cache grows."""
+def test_tiers_bring_pages_to_the_answers(open_both, rng):
+    """From where the prompt's GPU gets them."""
+    plain, llm = open_both(pool_tokens=9 * P, host_cache="1MB")
+    prompts = [tokens_of(rng, 26), tokens_of(rng, 29)]
+    for prompt in (*prompts, prompts[0]):
+        assert llm.generate([prompt], greedy(2)) == plain.generate([prompt], greedy(2))
+    assert llm.stats.reused_tokens == 24
+    llm.flush()
+
+
+def test_pages_on_their_way_are_waited_for(gpus, open_both, rng):
+    """By who reads a prompt that is not computed yet, as LLM.save does; by a cache that grows; and
+    by who gets pages of a prompt that is given up."""
     _, llm = open_both()
-    prompt = tokens_of(rng, 20)
-    s = Sequence(prompt, SamplingParams(), 30)
+    prompt = tokens_of(rng, 52)
+    s = Sequence(prompt, SamplingParams(), 60)
+
+    def check(pages, read):
+        with gpus.xp.cuda.Device(int(gpus.other[5:])):
+            beside = [
+                to_numpy(x) for x in (llm.runner._prefill._cache.k, llm.runner._prefill._cache.v)
+            ]
+        for got, want in zip(read, beside, strict=True):
+            assert_same_bits(got[:, pages], want[:, pages])
+
     with llm.turn():
         llm._scheduler.add(s)
         llm._scheduler.step()
-        with llm.pages.known(prompt) as known:
-            pages, read = list(known), [to_numpy(llm.cache.k), to_numpy(llm.cache.v)]
-        assert len(pages) == 4
-        beside = llm.runner._prefill._cache
-        for got, x in zip(read, (beside.k, beside.v), strict=True):
-            with gpus.xp.cuda.Device(int(gpus.other[5:])):
-                assert_same_bits(got[:, pages], to_numpy(x[:, pages]))
+        with llm.pages.known(prompt) as pages:
+            assert len(pages) == 4
+            check(pages, bits_of(llm))
         llm._scheduler.step()
         llm.pages.make_room(llm.cache.manager.num_free + 1)
+        gpus.run()
+        check(s.pages[:8], bits_of(llm))
+        llm._scheduler.step()
+        last = s.pages[11]
         llm._scheduler.abort(s)
+        llm.cache.k[:, last] = 7
+        gpus.run()
+        assert (to_numpy(llm.cache.k)[:, last] == 7).all()
 
 
 def test_a_layer_sends_while_those_behind_it_compute(gpus, open_both, rng):

@@ -6,32 +6,30 @@ import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import numpy as np
 
 from pykv import cuda, install
-from pykv.errors import ParameterError, UnsupportedError
 from pykv.eviction import AdaKV, Policy
-from pykv.eviction.parts import check_size, most_pages
 from pykv.kvtc.codec import Codec
-from pykv.llm import gguf, matrices, memory, models, scales, scheduler, sessions, shared_steps
+from pykv.llm import gguf, matrices, models, scheduler, scoring, sessions, shared_steps
 from pykv.llm.answer import Completion, Stream
 from pykv.llm.chat import chat_ids
 from pykv.llm.config import read_config
-from pykv.llm.evictor import as_policy, sums_attention
+from pykv.llm.evictor import as_policy, keeps_prefixes
 from pykv.llm.fingerprint import fingerprint
-from pykv.llm.prefill_device import PrefillDevice, check_prefill_device
-from pykv.llm.prompts import answer_to, answers_to, known_ids, read_ids
-from pykv.llm.runner import DECODES, ModelRunner
+from pykv.llm.opening import Wanted, open_runner
+from pykv.llm.prefill_device import check_prefill_device
+from pykv.llm.prompts import answer_to, answers_to, known_ids
+from pykv.llm.runner import DECODES
 from pykv.llm.sampling import SamplingParams
 from pykv.llm.scheduler import Scheduler, Stats
 from pykv.llm.sequence_pages import SequencePages
 from pykv.llm.sessions import Session
 from pykv.llm.tiering import check_tiers, open_tiers
 from pykv.llm.tokenizer import Tokenizer
-from pykv.llm.weights import Model, load_with_bar
+from pykv.llm.weights import Model
 from pykv.options import check_choice, check_flag, check_whole
 from pykv.pool import PagedKVCache
 from pykv.specs import KVSpec, as_spec
@@ -147,14 +145,7 @@ class LLM:
         require_sm = check_whole("LLM", "require_sm", require_sm, 0)
         page_size = check_whole("LLM", "page_size", page_size, 1)
         policy = as_policy("LLM", eviction, scheduler.PREFILL_TOKENS, self.spec)
-        sums = sums_attention(policy)
-        if prefix_cache is None:
-            prefix_cache = not sums
-        if check_flag("LLM", "prefix_cache", prefix_cache) and sums:
-            raise UnsupportedError(
-                "LLM: eviction is H2O with a prefix_cache, expected prefix_cache=False: pages that "
-                "are found do not tell how much attention their rows got"
-            )
+        prefix_cache = keeps_prefixes("LLM", policy, prefix_cache)
         check_tiers("LLM", host_cache, disk_cache, prefix_cache)
         context = None if context is None else check_whole("LLM", "context", context, 1)
         if pool_tokens is not None:
@@ -163,59 +154,38 @@ class LLM:
         self.xp = cuda.array_module(device)
         picked = cuda.pick_device(device, self.xp, require_sm=require_sm)  # before a fetch
         if prefill_device is not None:
-            check_prefill_device(picked, prefill_device, evicts=policy is not None)
-            cuda.pick_device(prefill_device, self.xp, require_sm=require_sm)
+            evicts = policy is not None
+            check_prefill_device(picked, prefill_device, evicts=evicts, require_sm=require_sm)
         self._lock = threading.RLock()
         self.file = gguf.read_model(models.fetch(str(model)))
         config = read_config(self.file)
         if dtype is None:
             matrices.check_stored(self.file)
-        if context is not None:
-            check_whole("LLM", "context", context, 1, config.context)
-        self.context = context or config.context
+        self.context = check_whole("LLM", "context", context or config.context, 1, config.context)
         self.tokenizer = Tokenizer(self.file)
-        pages = -(-(pool_tokens or 1) // page_size)
-        of_pages, most = (self.spec, page_size, config.kv_heads), None
-        if policy is not None:
-            check_size("LLM", pages, *of_pages)
-            most = most_pages(*of_pages)
-        # Without a pool or a context of its own the cache grows as calls need it.
-        tokens = pool_tokens or context or page_size
-        need = memory.needed(self.file, config, dtype, self.spec, tokens, self.xp)
-        nbytes = need.weights + need.cache
-        self._device = cuda.pick_device(device, self.xp, nbytes=nbytes, require_sm=require_sm)
-        hadamard = self.spec.wants_hadamard
-        load = partial(load_with_bar, self.file, self.xp, dtype, hadamard, progress)
-        if prefill_device is not None:
-            check_prefill_device(self._device, prefill_device, evicts=False)
-            with cuda.use_device(prefill_device):
-                memory.require(need, self.xp, dtype)
+        wanted = Wanted(
+            context=context,
+            pool_tokens=pool_tokens,
+            page_size=page_size,
+            dtype=dtype,
+            spec=self.spec,
+            policy=policy,
+            prefill_device=prefill_device,
+            decode=decode,
+            require_sm=require_sm,
+            progress=progress,
+        )
+        opened = open_runner(self.file, config, self.tokenizer, device, self.xp, wanted)
+        self._device, self.runner, most = opened
         with cuda.use_device(self._device):
-            memory.require(need, self.xp, dtype)
-            loaded = load()
             # Now, as the file may change, or go, before a session is saved.
-            self.fingerprint = fingerprint(self.file, loaded)
-            cache = PagedKVCache(
-                config.num_layers,
-                pages,
-                config.kv_heads,
-                config.head_dim,
-                page_size=page_size,
-                spec=self.spec,
-                margin=scales.MARGIN,
-                xp=self.xp,
-            )
-            if self.spec.has_given_scales:
-                ids = self.tokenizer.encode(scales.TEXT)[: config.context - 1]
-                scales.calibrate(loaded, cache, ids, self.xp)
-            prefill = None if prefill_device is None else PrefillDevice(prefill_device, load, cache)
-            self.runner = ModelRunner(loaded, cache, self.xp, policy, decode, prefill)
+            self.fingerprint = fingerprint(self.file, self.model)
             self.tiers = open_tiers(self, host_cache, disk_cache)
         self.prefix_cache = prefix_cache
         self.is_exact = self.tiers is None or self.tiers.is_exact
         self._scheduler = Scheduler(
             self.runner,
-            cache,
+            self.cache,
             may_grow=pool_tokens is None,
             prefix_cache=prefix_cache,
             tiers=self.tiers,
@@ -461,9 +431,7 @@ class LLM:
         Args, Raises: as a prompt of `generate`.
         """
         _refuse_prepare("LLM.logits")
-        with self.turn():
-            parts = self._logits(read_ids(self, "token_ids", token_ids))
-            return np.concatenate([part for part, _ in parts])
+        return scoring.logits(self, token_ids)
 
     def perplexity(self, text_or_ids: str | Sequence[int]) -> float:
         """exp of the mean negative log-likelihood of every token but the first, given those before.
@@ -474,24 +442,7 @@ class LLM:
         Raises: as a prompt of `generate`.
         """
         _refuse_prepare("LLM.perplexity")
-        ids = read_ids(self, "text_or_ids", text_or_ids)
-        if len(ids) < 2:
-            raise ParameterError(f"perplexity: {len(ids)} tokens, expected at least 2")
-        total = 0.0
-        with self.turn():
-            for logits, start in self._logits(ids):
-                targets = ids[start + 1 : start + 1 + len(logits)]
-                logits = logits[: len(targets)]
-                top = logits.max(axis=1)
-                mass = np.exp(logits - top[:, None]).sum(axis=1, dtype=np.float64)
-                chosen = logits[np.arange(len(targets)), targets]
-                total += float((np.log(mass) + top - chosen).sum())
-        return float(np.exp(total / (len(ids) - 1)))
-
-    def _logits(self, ids: list[int]) -> Iterator[tuple[np.ndarray, int]]:
-        """Logits of consecutive positions, computed anew, and the first position of each."""
-        with self.pages.new(ids) as pages:
-            yield from self.runner.logits(ids, pages)
+        return scoring.perplexity(self, text_or_ids)
 
 
 def _refuse_prepare(method: str) -> None:

@@ -93,17 +93,21 @@ class PrefillDevice:
         cuda.follow(self._gpu, self._home)
 
 
-def check_prefill_device(device: str, prefill: Any, *, evicts: bool) -> None:
+def check_prefill_device(
+    device: str, prefill: Any, *, evicts: bool = False, require_sm: int = 0
+) -> None:
     """Check that one GPU may compute prompts for answers of another.
 
     Args:
         device: of answers, as cuda.pick_device names it.
         prefill: of prompts, as LLM is given it.
         evicts: whether rows are evicted.
+        require_sm: that both GPUs are to have.
 
     Raises:
         ParameterError: `prefill` names no GPU.
-        DeviceError: there is no such GPU, or it is that of answers, or these are on the CPU.
+        DeviceError: there is no such GPU, it is that of answers or older than `require_sm`, or
+            answers are on the CPU.
         UnsupportedError: rows are evicted.
     """
     if type(prefill) is not str or not re.fullmatch("cuda:[0-9]{1,4}", prefill):
@@ -118,6 +122,7 @@ def check_prefill_device(device: str, prefill: Any, *, evicts: bool) -> None:
         )
     if device == f"cuda:{int(prefill[5:])}":
         raise DeviceError(f"{given}, which are one GPU; expected two, or no prefill_device")
+    cuda.pick_device(prefill, load_cupy(), require_sm=require_sm)
     if evicts:
         raise UnsupportedError(
             "LLM: prefill_device is given with an eviction, expected one of the two: rows are "

@@ -50,14 +50,15 @@ class PrefillDevice:
         cupy = load_cupy()
         self._device, self._answers, self._home = device, answers, cuda.current_device()
         layers, heads, head_dim = answers.sizes
+        found = {name: to_host(x) for name, x in given_scales(answers).items()}
         with cuda.use_device(device):
             self._gpu = cuda.current_device()
             cuda.enable_peer_access(self._gpu, self._home)
             sizes = layers, answers.k.shape[1], heads, head_dim
             alike = dict(page_size=answers.page_size, spec=answers.spec, xp=cupy)
             self._cache = PagedKVCache(*sizes, **alike)
-            for name, scales in given_scales(answers).items():
-                getattr(self._cache, name)[...] = cupy.asarray(to_host(scales))
+            for name, scales in found.items():
+                getattr(self._cache, name)[...] = cupy.asarray(scales)
             memory = cuda.GraphMemory()
             self._steps = PromptSteps(load(), self._cache, cupy, memory, answers)
 

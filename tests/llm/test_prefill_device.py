@@ -77,7 +77,7 @@ def bits_of(llm):
     return [to_numpy(x) for x in arrays if x is not None]
 
 
-KINDS = [("fp16", "llama"), *swept([("int8:head", "llama"), ("k8v4:HND", "gemma3")])]
+KINDS = [("fp16", "llama"), ("int8:head", "llama"), *swept([("k8v4:HND", "gemma3")])]
 
 
 @pytest.mark.parametrize("kv_dtype, name", KINDS)
@@ -86,8 +86,8 @@ def test_tokens_are_those_of_one_gpu(open_both, rng, kv_dtype, name):
     the answers' GPU alone."""
     plain, llm = open_both(name, kv_dtype=kv_dtype)
     prompts = [tokens_of(rng, 26), tokens_of(rng, 5)]
-    want = plain.generate(prompts, greedy(5))
-    assert llm.generate(prompts, greedy(5)) == want
+    want = plain.generate(prompts, greedy(3))
+    assert llm.generate(prompts, greedy(3)) == want
     for got, exact in zip(bits_of(llm), bits_of(plain), strict=True):
         assert_same_bits(got, exact)
     more = [prompts[0] + want[0].token_ids + tokens_of(rng, 3)]

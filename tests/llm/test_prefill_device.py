@@ -127,11 +127,11 @@ def test_tiers_bring_pages_to_the_answers(open_both, rng):
 
 
 def test_pages_on_their_way_are_waited_for(gpus, open_both, rng):
-    """By who reads a prompt that is not computed yet, as LLM.save does; by a cache that grows; and
-    by who gets pages of a prompt that is given up."""
+    """By who reads a prompt that is not computed yet, as LLM.save does; by a cache that grows; by
+    tiers that write to files; and by who gets pages of a prompt that is given up."""
     _, llm = open_both()
-    prompt = tokens_of(rng, 52)
-    s = Sequence(prompt, SamplingParams(), 60)
+    prompt = tokens_of(rng, 68)
+    s = Sequence(prompt, SamplingParams(), 80)
 
     def check(pages, read):
         with gpus.xp.cuda.Device(int(gpus.other[5:])):
@@ -152,7 +152,10 @@ def test_pages_on_their_way_are_waited_for(gpus, open_both, rng):
         gpus.run()
         check(s.pages[:8], bits_of(llm))
         llm._scheduler.step()
-        last = s.pages[11]
+        llm.tiers = SimpleNamespace(flush=lambda: check(s.pages[:12], bits_of(llm)))
+        llm.flush()
+        llm._scheduler.step()
+        last = s.pages[15]
         llm._scheduler.abort(s)
         llm.cache.k[:, last] = 7
         gpus.run()

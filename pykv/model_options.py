@@ -35,6 +35,9 @@ def add_cache(parser: argparse.ArgumentParser) -> None:
     add_kv_dtype(parser)
     add_context(parser)
     parser.add_argument(
+        "--prefill-device", metavar="cuda:N", help="another GPU that computes prompts (none)"
+    )
+    parser.add_argument(
         "--evict",
         metavar="POLICY",
         help="keep some rows of the cache alone: snapkv:512, keydiff:0.5, streaming:1024:sinks=4; "
@@ -81,7 +84,7 @@ def add_kv_dtype(parser: argparse.ArgumentParser) -> None:
 # Options by what LLM calls them: of add_place, and of add_model.
 PLACE = {"device": "device", "weights": "weights"}
 ALL = PLACE | {"kv_dtype": "kv_dtype", "ctx": "context", "evict": "eviction"}
-ALL |= {name: name for name in ("host_cache", "disk_cache")}
+ALL |= {name: name for name in ("prefill_device", "host_cache", "disk_cache")}
 
 
 def open_llm(args: argparse.Namespace, options: dict[str, str] = ALL) -> LLM:

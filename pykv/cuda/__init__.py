@@ -75,6 +75,7 @@ from pykv.cuda.peers import (
     can_reach,
     cross,
     enable_peer_access,
+    follow,
     gpu_pair,
     homes,
     uses_others,

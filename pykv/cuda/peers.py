@@ -246,16 +246,16 @@ def cross(
 def crossing(runner: int, peer: int) -> Iterator[None]:
     """A context in which GPU `runner` is the current one, its stream behind that of `peer`; when it
     ends, that stream is behind the runner's. Streams are CuPy's current ones of this thread."""
-    _follow(peer, runner)
+    follow(peer, runner)
     try:
         with load_cupy().cuda.Device(runner):
             yield
     finally:  # what was enqueued before an error is under way
-        _follow(runner, peer)
+        follow(runner, peer)
 
 
-def _follow(first: int, then: int) -> None:
-    """Let the current stream of one GPU wait for what that of another holds by now."""
+def follow(first: int, then: int) -> None:
+    """Let the current stream of GPU `then` wait for what that of GPU `first` holds by now."""
     cuda = load_cupy().cuda
     with cuda.Device(first):
         done = cuda.Event(disable_timing=True)

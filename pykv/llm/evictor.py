@@ -21,6 +21,7 @@ from pykv.eviction.policies import base_of
 from pykv.llm.head_rows import rows_of
 from pykv.llm.sequence import Sequence
 from pykv.llm.weights import Model
+from pykv.options import check_flag
 from pykv.pool import PagedKVCache
 from pykv.specs import KVSpec
 
@@ -70,6 +71,24 @@ def sums_attention(policy: Policy | AdaKV | None) -> bool:
     """Whether a policy goes by the attention of all queries, which no page of a prefix cache tells:
     prompts are computed whole then."""
     return policy is not None and isinstance(base_of(policy), H2O)
+
+
+def keeps_prefixes(op: str, policy: Policy | AdaKV | None, given: bool | None) -> bool:
+    """Whether prompts find pages of others: as `given` says, None: if the policy allows it.
+
+    Raises:
+        DtypeError: it is no flag.
+        UnsupportedError: it is True with a policy that sums attention.
+    """
+    sums = sums_attention(policy)
+    if given is None:
+        return not sums
+    if check_flag(op, "prefix_cache", given) and sums:
+        raise UnsupportedError(
+            f"{op}: eviction is H2O with a prefix_cache, expected prefix_cache=False: pages that "
+            "are found do not tell how much attention their rows got"
+        )
+    return given
 
 
 class Evictor:

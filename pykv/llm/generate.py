@@ -11,25 +11,25 @@ from typing import Any
 import numpy as np
 
 from pykv import cuda, install
-from pykv.errors import ParameterError, UnsupportedError
 from pykv.eviction import AdaKV, Policy
-from pykv.eviction.parts import check_size, most_pages
 from pykv.kvtc.codec import Codec
-from pykv.llm import gguf, matrices, memory, models, scales, scheduler, sessions, shared_steps
+from pykv.llm import gguf, matrices, models, scheduler, scoring, sessions, shared_steps
 from pykv.llm.answer import Completion, Stream
 from pykv.llm.chat import chat_ids
 from pykv.llm.config import read_config
-from pykv.llm.evictor import as_policy, sums_attention
+from pykv.llm.evictor import as_policy, keeps_prefixes
 from pykv.llm.fingerprint import fingerprint
-from pykv.llm.prompts import answer_to, answers_to, known_ids, read_ids
-from pykv.llm.runner import DECODES, ModelRunner
+from pykv.llm.opening import Wanted, open_runner
+from pykv.llm.prefill_device import check_prefill_device
+from pykv.llm.prompts import answer_to, answers_to, known_ids
+from pykv.llm.runner import DECODES
 from pykv.llm.sampling import SamplingParams
 from pykv.llm.scheduler import Scheduler, Stats
 from pykv.llm.sequence_pages import SequencePages
 from pykv.llm.sessions import Session
 from pykv.llm.tiering import check_tiers, open_tiers
 from pykv.llm.tokenizer import Tokenizer
-from pykv.llm.weights import Model, load_with_bar
+from pykv.llm.weights import Model
 from pykv.options import check_choice, check_flag, check_whole
 from pykv.pool import PagedKVCache
 from pykv.specs import KVSpec, as_spec
@@ -44,6 +44,9 @@ class LLM:
         device: "cuda" (CuPy's current GPU), "cuda:1" and the like, "cpu", or "auto": the GPU of the
             highest SM with room for the weights, else the CPU. Weights, cache and work stay there,
             whichever GPU is the current one when a method is called, and that one stays current.
+        prefill_device: another GPU, such as "cuda:1", that computes prompts; see README.md of this
+            folder. It has the weights and a cache of as many pages once more. Tokens are those of
+            one GPU. Not with an `eviction`. None: `device` computes them.
         kv_dtype: what the cache stores: a KVSpec, or "fp16", "int8", "fp8", "k8v4", ... Each
             token and head has a scale; where heads or tensors share one instead ("int8:head"), it
             is found when the model is loaded, from a text of a few languages and notations, as
@@ -96,8 +99,8 @@ class LLM:
         FetchError: the model cannot be had.
         FormatError, UnsupportedError: the file is damaged, or not for pykv.
         CapacityError: weights and cache need more memory than is free.
-        DeviceError: `device` is "cuda" and no GPU is usable, there is no such GPU, or it is older
-            than `require_sm`.
+        DeviceError: `device` is "cuda" and no GPU is usable, there is no such GPU, it is older than
+            `require_sm`, or `prefill_device` is the same one, or has no direct way to it.
         ParameterError: an option is unknown or out of its range.
         InstallError: a package of the extra `llm` is not installed.
 
@@ -119,6 +122,7 @@ class LLM:
         model: str = "smollm2-135m",
         *,
         device: str = "auto",
+        prefill_device: str | None = None,
         kv_dtype: KVSpec | str = "fp16",
         weights: str = "fp16",
         context: int | None = None,
@@ -141,60 +145,42 @@ class LLM:
         require_sm = check_whole("LLM", "require_sm", require_sm, 0)
         page_size = check_whole("LLM", "page_size", page_size, 1)
         policy = as_policy("LLM", eviction, scheduler.PREFILL_TOKENS, self.spec)
-        sums = sums_attention(policy)
-        if prefix_cache is None:
-            prefix_cache = not sums
-        if check_flag("LLM", "prefix_cache", prefix_cache) and sums:
-            raise UnsupportedError(
-                "LLM: eviction is H2O with a prefix_cache, expected prefix_cache=False: pages that "
-                "are found do not tell how much attention their rows got"
-            )
+        prefix_cache = keeps_prefixes("LLM", policy, prefix_cache)
         check_tiers("LLM", host_cache, disk_cache, prefix_cache)
         context = None if context is None else check_whole("LLM", "context", context, 1)
         if pool_tokens is not None:
             pool_tokens = check_whole("LLM", "pool_tokens", pool_tokens, 1)
         install.require("llm", "gguf", "tokenizers")
         self.xp = cuda.array_module(device)
-        cuda.pick_device(device, self.xp, require_sm=require_sm)  # before anything is fetched
+        picked = cuda.pick_device(device, self.xp, require_sm=require_sm)  # before a fetch
+        if prefill_device is not None:
+            evicts = policy is not None
+            check_prefill_device(picked, prefill_device, evicts=evicts, require_sm=require_sm)
         self._lock = threading.RLock()
         self.file = gguf.read_model(models.fetch(str(model)))
         config = read_config(self.file)
         if dtype is None:
             matrices.check_stored(self.file)
-        if context is not None:
-            check_whole("LLM", "context", context, 1, config.context)
-        self.context = context or config.context
+        asked = config.context if context is None else context
+        self.context = check_whole("LLM", "context", asked, 1, config.context)
         self.tokenizer = Tokenizer(self.file)
-        pages = -(-(pool_tokens or 1) // page_size)
-        of_pages, most = (self.spec, page_size, config.kv_heads), None
-        if policy is not None:
-            check_size("LLM", pages, *of_pages)
-            most = most_pages(*of_pages)
-        # Without a pool or a context of its own the cache grows as calls need it.
-        tokens = pool_tokens or context or page_size
-        need = memory.needed(self.file, config, dtype, self.spec, tokens, self.xp)
-        nbytes = need.weights + need.cache
-        self._device = cuda.pick_device(device, self.xp, nbytes=nbytes, require_sm=require_sm)
+        wanted = Wanted(
+            context=context,
+            pool_tokens=pool_tokens,
+            page_size=page_size,
+            dtype=dtype,
+            spec=self.spec,
+            policy=policy,
+            prefill_device=prefill_device,
+            decode=decode,
+            require_sm=require_sm,
+            progress=progress,
+        )
+        opened = open_runner(self.file, config, self.tokenizer, device, self.xp, wanted)
+        self._device, self.runner, most = opened
         with cuda.use_device(self._device):
-            memory.require(need, self.xp, dtype)
-            hadamard = self.spec.wants_hadamard
-            loaded = load_with_bar(self.file, self.xp, dtype, hadamard, progress)
             # Now, as the file may change, or go, before a session is saved.
-            self.fingerprint = fingerprint(self.file, loaded)
-            cache = PagedKVCache(
-                config.num_layers,
-                pages,
-                config.kv_heads,
-                config.head_dim,
-                page_size=page_size,
-                spec=self.spec,
-                margin=scales.MARGIN,
-                xp=self.xp,
-            )
-            if self.spec.has_given_scales:
-                ids = self.tokenizer.encode(scales.TEXT)[: config.context - 1]
-                scales.calibrate(loaded, cache, ids, self.xp)
-            self.runner = ModelRunner(loaded, cache, self.xp, policy, decode)
+            self.fingerprint = fingerprint(self.file, self.model)
             self._done = None if self.xp is np else self.xp.cuda.Event(disable_timing=True)
             with cuda.behind(self._done):  # so that the first turn is behind all that was made
                 self.tiers = open_tiers(self, host_cache, disk_cache)
@@ -202,7 +188,7 @@ class LLM:
         self.is_exact = self.tiers is None or self.tiers.is_exact
         self._scheduler = Scheduler(
             self.runner,
-            cache,
+            self.cache,
             may_grow=pool_tokens is None,
             prefix_cache=prefix_cache,
             tiers=self.tiers,
@@ -438,6 +424,7 @@ class LLM:
         process to find. Waits. Without a disk_cache it does nothing."""
         with self.turn():
             if self.tiers is not None:
+                self.runner.join()
                 self.tiers.flush()
 
     # --- Numbers ---
@@ -448,9 +435,7 @@ class LLM:
         Args, Raises: as a prompt of `generate`.
         """
         _refuse_prepare("LLM.logits")
-        with self.turn():
-            parts = self._logits(read_ids(self, "token_ids", token_ids))
-            return np.concatenate([part for part, _ in parts])
+        return scoring.logits(self, token_ids)
 
     def perplexity(self, text_or_ids: str | Sequence[int]) -> float:
         """exp of the mean negative log-likelihood of every token but the first, given those before.
@@ -461,24 +446,7 @@ class LLM:
         Raises: as a prompt of `generate`.
         """
         _refuse_prepare("LLM.perplexity")
-        ids = read_ids(self, "text_or_ids", text_or_ids)
-        if len(ids) < 2:
-            raise ParameterError(f"perplexity: {len(ids)} tokens, expected at least 2")
-        total = 0.0
-        with self.turn():
-            for logits, start in self._logits(ids):
-                targets = ids[start + 1 : start + 1 + len(logits)]
-                logits = logits[: len(targets)]
-                top = logits.max(axis=1)
-                mass = np.exp(logits - top[:, None]).sum(axis=1, dtype=np.float64)
-                chosen = logits[np.arange(len(targets)), targets]
-                total += float((np.log(mass) + top - chosen).sum())
-        return float(np.exp(total / (len(ids) - 1)))
-
-    def _logits(self, ids: list[int]) -> Iterator[tuple[np.ndarray, int]]:
-        """Logits of consecutive positions, computed anew, and the first position of each."""
-        with self.pages.new(ids) as pages:
-            yield from self.runner.logits(ids, pages)
+        return scoring.perplexity(self, text_or_ids)
 
 
 def _refuse_prepare(method: str) -> None:

@@ -61,8 +61,8 @@ def forward(
     Args:
         model: weights.
         batch: the tokens, on the model's device.
-        cache: a PagedKVCache, updated in place at `batch.slots`; or for a step of one token a
-            sequence a HeadRows, which has slots and lengths of its own.
+        cache: a PagedKVCache, updated in place at `batch.slots`; for a step of prompts a SentPages;
+            or for one of a token a sequence a HeadRows, which has slots and lengths of its own.
         rows: [R] int32, tokens whose logits are wanted; None means all T.
         gemm: what multiplies on a GPU, see matrices.multiply.
         queries: [L, T, HQ, D] float32; filled with those of each layer, as attention took them.
@@ -152,9 +152,10 @@ def step_of(
     out: Any = None,
     memory: cuda.GraphMemory | None = None,
     by_graph: bool = True,
+    end: Callable[[], None] = lambda: None,
 ) -> Callable[[], Any]:
     """A function that does `forward`, whose arguments these are; each call goes by what the batch's
-    arrays and `rows` contain then. The cache must not be grown meanwhile.
+    arrays and `rows` contain then, and `end` behind it. The cache must not be grown meanwhile.
 
     A step is hundreds of launches, which take the host five times as long as the GPU. On a GPU it
     therefore is a CUDA graph, in `memory` if that is given, whose logits are one array, filled anew
@@ -163,7 +164,13 @@ def step_of(
     """
     by_graph = by_graph and on_gpu(batch.ids) and not paged_check.ALWAYS
     gemm = "own" if by_graph else "auto"  # CuPy captures no cuBLAS
-    step = partial(forward, model, batch, cache, rows, gemm=gemm, queries=queries, out=out)
+
+    def step() -> Any:
+        try:
+            return forward(model, batch, cache, rows, gemm=gemm, queries=queries, out=out)
+        finally:
+            end()
+
     return cuda.graph(step, memory) if by_graph else step
 
 

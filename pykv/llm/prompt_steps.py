@@ -19,6 +19,7 @@ import numpy as np
 
 from pykv import cuda
 from pykv.llm.model import Batch, graph_rows, step_of
+from pykv.llm.sent_pages import SentPages
 from pykv.llm.weights import Model
 from pykv.pool import PagedKVCache
 
@@ -111,14 +112,21 @@ class PromptSteps:
         model, cache: weights and pages.
         xp: the array module of both.
         memory: for the graphs; None on the host.
+        target: a cache of another GPU, to which each layer's pages go once it has appended to them.
     """
 
     def __init__(
-        self, model: Model, cache: PagedKVCache, xp: Any, memory: cuda.GraphMemory | None
+        self,
+        model: Model,
+        cache: PagedKVCache,
+        xp: Any,
+        memory: cuda.GraphMemory | None,
+        target: PagedKVCache | None = None,
     ) -> None:
         self._model, self._cache, self._xp, self._memory = model, cache, xp, memory
-        self._steps: OrderedDict[tuple[Sizes, bool], tuple[Ragged, Callable[[], Any], Any]]
-        self._steps = OrderedDict()
+        self._target = target
+        self._link = None if target is None else xp.cuda.Stream(non_blocking=True)
+        self._steps: OrderedDict[tuple[Sizes, bool], _Step] = OrderedDict()
         self._pool: Any = None  # of the steps
         self._logits, self._queries = _Shared(xp), _Shared(xp)
 
@@ -150,9 +158,10 @@ class PromptSteps:
             self._steps[key] = made  # the last is the one used last
             if len(self._steps) > GRAPHS:
                 self._steps.popitem(last=False)
-        ragged, step, queries = made
-        ragged.fill(spans, wanted, P)
-        logits = step()[: len(wanted)]
+        made.ragged.fill(spans, wanted, P)
+        if made.sent is not None:
+            made.sent.show(spans)
+        logits, queries = made.step()[: len(wanted)], made.queries
         return logits, None if queries is None else queries[:, :tokens]
 
     def _sizes(self, asked: Sizes) -> Sizes:
@@ -163,14 +172,28 @@ class PromptSteps:
         sequences = min(_power(asked.sequences, 8, 1), tokens)  # each of these has logits
         return Sizes(tokens, sequences + 1, sequences, _power(asked.pages, 4, 16))
 
-    def _new(self, sizes: Sizes, asks: bool) -> tuple[Ragged, Callable[[], Any], Any]:
+    def _new(self, sizes: Sizes, asks: bool) -> _Step:
         ragged, config = Ragged(sizes, self._xp), self._model.config
         logits = self._logits.take(sizes.rows, config.vocab)
         shape = config.num_layers, sizes.tokens, config.heads, config.head_dim
         queries = self._queries.take(*shape) if asks else None
         of_step = dict(out=logits, queries=queries, memory=self._memory)
-        step = step_of(self._model, ragged.batch, self._cache, ragged.rows, **of_step)
-        return ragged, step, queries
+        cache, sent = self._cache, None
+        if self._target is not None:
+            pages = sizes.tokens // cache.page_size + 2 * sizes.sequences
+            sent = SentPages(cache, self._target, pages, self._link)
+            of_step |= dict(end=sent.join)
+        step = step_of(self._model, ragged.batch, sent or cache, ragged.rows, **of_step)
+        return _Step(ragged, step, queries, sent)
+
+
+class _Step(NamedTuple):
+    """A step of one size: its batch, what computes it, where it puts queries and sends pages."""
+
+    ragged: Ragged
+    step: Callable[[], Any]
+    queries: Any
+    sent: SentPages | None
 
 
 class _Shared:

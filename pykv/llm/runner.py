@@ -21,6 +21,7 @@ from pykv.llm import scheduler, token_program
 from pykv.llm.evictor import Evictor
 from pykv.llm.head_rows import HeadRows
 from pykv.llm.model import Batch, forward, graph_rows, step_of
+from pykv.llm.prefill_device import PrefillDevice
 from pykv.llm.prompt_steps import PromptSteps, Span, of_spans
 from pykv.llm.sampler import Sampler
 from pykv.llm.scheduler import Piece
@@ -48,6 +49,7 @@ class ModelRunner:
             others.
         decode: one of DECODES; of more sequences than token_program.TOKENS, and where PYKV_CHECK
             asks to look at all page tables, "persistent" is what "graph" is.
+        prefill: computes prompts on another GPU; None: this one does.
 
     Raises:
         UnsupportedError: `decode` is "persistent" with an eviction, or token_program.check says so.
@@ -60,6 +62,7 @@ class ModelRunner:
         xp: Any,
         eviction: Policy | AdaKV | None = None,
         decode: str = "auto",
+        prefill: PrefillDevice | None = None,
     ) -> None:
         self.model, self.cache, self.xp = model, cache, xp
         if decode == "persistent":
@@ -78,7 +81,8 @@ class ModelRunner:
         self._pool: Any = None  # of the decoders
         # Steps follow each other, so their graphs share what they need meanwhile.
         self._memory = None if xp is np else cuda.GraphMemory()
-        self._prompts = PromptSteps(model, cache, xp, self._memory)
+        self._prefill = prefill
+        self._prompts = prefill or PromptSteps(model, cache, xp, self._memory)
         self._sampler = Sampler(xp)
 
     def room(self, sequence: Sequence) -> int | None:
@@ -93,6 +97,8 @@ class ModelRunner:
         done = [i for i, (s, n) in enumerate(pieces) if s.due == n]
         evictor = self._evictor
         asks = evictor is not None and bool(evictor.sums or (done and evictor.asked))
+        if self._prefill is not None:
+            self._prefill.bring([s for s, _ in pieces])
         logits, queries = self._prompts.run(spans, done, asks)
         end = 0
         for i, (s, n) in enumerate(pieces):
@@ -101,7 +107,11 @@ class ModelRunner:
             if evictor is not None:
                 asked = None if queries is None else queries[:, start:end]
                 evictor.see_prompt(s, asked, i in done)
-        return self._draw([pieces[i][0] for i in done], logits)
+        whole = [pieces[i][0] for i in done]
+        tokens = self._draw(whole, logits)
+        for s in whole:
+            s.is_sent = False  # the host has waited for logits, which come behind the pages
+        return tokens
 
     def decode(self, sequences: list[Sequence]) -> list[int]:
         """Put the last token of every answer into the cache, and draw the next."""
@@ -123,10 +133,16 @@ class ModelRunner:
                 self._evictor.see_answer(s, None if queries is None else queries[:, i : i + 1])
         return self._draw(sequences, logits, decoder.peaks)
 
+    def join(self) -> None:
+        """Let work that is enqueued from now on wait for pages that another GPU sends."""
+        if self._prefill is not None:
+            self._prefill.join()
+
     def end(self, sequence: Sequence) -> None:
         """Say so where scales that heads or tensors share do not fit a sequence."""
         if not self.cache.spec.has_given_scales:
             return
+        self.join()
         pages = sequence.pages[: self.cache.manager.pages_for(sequence.held)]
         shares = self.cache.clamped(pages)
         if shares.max() > CLAMPED_SHARE:

@@ -75,5 +75,5 @@ def _warn_if_coarse(cache: PagedKVCache, elements: int) -> None:
                 f"{cache.spec}: rounding moves the {name} of layer {np.argmax(errors)} by "
                 f"{max(errors):.0%} of their root mean square, and answers may be nonsense; take a "
                 f"kv_dtype with a scale for each token, such as {kind.name}, or of more bits",
-                stacklevel=4,
+                stacklevel=5,
             )

@@ -68,6 +68,9 @@ class Runner(Protocol):
     def end(self, sequence: Sequence) -> None:
         """Look at what a sequence leaves in its pages."""
 
+    def join(self) -> None:
+        """Let work that is enqueued from now on wait for pages that another GPU sends."""
+
 
 class Scheduler:
     """Decides who runs, on which pages.
@@ -117,6 +120,7 @@ class Scheduler:
             cache,
             runner.room,
             runner.last,
+            runner.join,
             may_grow=may_grow,
             prefix_cache=prefix_cache,
             tiers=tiers,

@@ -53,6 +53,7 @@ class Sequence:
             page, see page_keys.
         wanted: pages that it lacked when it was not admitted.
         fetch: brings pages behind `cached` from tiers; nothing of it is computed meanwhile.
+        is_sent: another GPU computes its prompt, has all pages of it so far, and may be sending.
         preemptions: how often it gave its pages up.
     """
 
@@ -79,6 +80,7 @@ class Sequence:
     keys: list[int] = field(default_factory=list)
     wanted: int = 0
     fetch: Fetch | None = None
+    is_sent: bool = False
     preemptions: int = 0
 
     @property

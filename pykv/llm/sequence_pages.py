@@ -43,6 +43,7 @@ class SequencePages:
         cache: the pages.
         room: rows to set aside for all that a sequence may hold; None where pages come one by one.
         last: tokens at the end of a prompt that are computed whether their pages are found or not.
+        join: lets work that is enqueued from now on wait for pages that another GPU sends.
         may_grow: grow the cache where pages are missing.
         prefix_cache: keep pages of prompts and answers, as long as nobody needs them, for prompts
             that begin alike.
@@ -55,6 +56,7 @@ class SequencePages:
         cache: Cache,
         room: Callable[[Sequence], int | None],
         last: int,
+        join: Callable[[], None],
         *,
         may_grow: bool,
         prefix_cache: bool,
@@ -63,7 +65,7 @@ class SequencePages:
     ) -> None:
         self.cache, self.may_grow, self.prefix_cache = cache, may_grow, prefix_cache
         self._most_pages = most_pages
-        self._room, self._last, self._tiers = room, last, tiers
+        self._room, self._last, self._join, self._tiers = room, last, join, tiers
 
     # --- Beside sequences ---
 
@@ -71,6 +73,7 @@ class SequencePages:
     def known(self, tokens: list[int]) -> Iterator[list[int]]:
         """The pages of the longest prefix of tokens that is computed, which stay as they are while
         the block runs."""
+        self._join()
         if self._tiers is not None:
             self._tiers.fetch(tokens)
         pages = self.cache.manager.reuse(tokens)
@@ -149,6 +152,7 @@ class SequencePages:
                 )
             if self._tiers is not None:
                 self._tiers.join()
+            self._join()
             self.cache.grow(pages)
         manager.require(wanted)
 
@@ -197,12 +201,14 @@ class SequencePages:
         try:
             if fetch is not None:
                 fetch.cancel()
+            if s.is_sent:
+                self._join()
             if publish and self.prefix_cache and is_whole:
                 manager.publish(s.pages, s.tokens[: s.cached])
         finally:
             manager.free(s.pages)
             s.pages, s.cached, s.dropped = [], 0, 0  # a new list: tables know a sequence by it
-            s.behind, s.mass, s.unsummed, s.fetch = None, {}, [], None
+            s.behind, s.mass, s.unsummed, s.fetch, s.is_sent = None, {}, [], None, False
 
     def name(self, s: Sequence) -> None:
         """Note the full pages that a sequence publishes before its last tokens."""

@@ -1,0 +1,76 @@
+"""From an open file to a runner: the GPU, the weights and the cache of an LLM."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+from pykv import cuda
+from pykv.eviction import AdaKV, Policy
+from pykv.eviction.parts import check_size, most_pages
+from pykv.llm import memory, scales
+from pykv.llm.config import Config
+from pykv.llm.gguf import ModelFile
+from pykv.llm.prefill_device import PrefillDevice, check_prefill_device
+from pykv.llm.runner import ModelRunner
+from pykv.llm.tokenizer import Tokenizer
+from pykv.llm.weights import load_with_bar
+from pykv.pool import PagedKVCache
+from pykv.specs import KVSpec
+
+
+class Wanted(NamedTuple):
+    """Options of LLM, checked; `dtype` is that of matrices, see memory.needed, and `policy` what
+    `eviction` says."""
+
+    context: int | None
+    pool_tokens: int | None
+    page_size: int
+    dtype: Any
+    spec: KVSpec
+    policy: Policy | AdaKV | None
+    prefill_device: str | None
+    decode: str
+    require_sm: int
+    progress: bool
+
+
+def open_runner(
+    file: ModelFile, config: Config, tokenizer: Tokenizer, device: str, xp: Any, wanted: Wanted
+) -> tuple[str, ModelRunner, int | None]:
+    """The one device that `device` stands for, see cuda.pick_device; a runner there; and how many
+    pages its cache may grow to, None: as memory allows.
+
+    Raises:
+        CapacityError: weights and cache need more memory than is free, or where rows are evicted
+            the pool is too large.
+        As LLM, of a file that cannot be read.
+    """
+    spec, dtype, prefill_device = wanted.spec, wanted.dtype, wanted.prefill_device
+    page_size, pages = wanted.page_size, -(-(wanted.pool_tokens or 1) // wanted.page_size)
+    most = None
+    if wanted.policy is not None:
+        check_size("LLM", pages, spec, page_size, config.kv_heads)
+        most = most_pages(spec, page_size, config.kv_heads)
+    # Without a pool or a context of its own the cache grows as calls need it.
+    tokens = wanted.pool_tokens or wanted.context or page_size
+    need = memory.needed(file, config, dtype, spec, tokens, xp)
+    nbytes = need.weights + need.cache
+    device = cuda.pick_device(device, xp, nbytes=nbytes, require_sm=wanted.require_sm)
+    load = partial(load_with_bar, file, xp, dtype, spec.wants_hadamard, wanted.progress)
+    if prefill_device is not None:
+        check_prefill_device(device, prefill_device)  # "auto" may be another by now
+        with cuda.use_device(prefill_device):
+            memory.require(need, xp, dtype)
+    with cuda.use_device(device):
+        memory.require(need, xp, dtype)
+        model = load()
+        sizes = config.num_layers, pages, config.kv_heads, config.head_dim
+        options = dict(page_size=page_size, spec=spec, margin=scales.MARGIN, xp=xp)
+        cache = PagedKVCache(*sizes, **options)
+        if spec.has_given_scales:
+            ids = tokenizer.encode(scales.TEXT)[: config.context - 1]
+            scales.calibrate(model, cache, ids, xp)
+        prefill = None if prefill_device is None else PrefillDevice(prefill_device, load, cache)
+        runner = ModelRunner(model, cache, xp, wanted.policy, wanted.decode, prefill)
+    return device, runner, most

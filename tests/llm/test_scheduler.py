@@ -100,7 +100,13 @@ class Fake:
             self.compute(s, n)
         return [self.draw(s) for s, _ in pieces if s.due == 0]
 
-    def decode(self, sequences):
+    def leave(self, s):
+        pass
+
+    def ahead(self, sequences):
+        return 1
+
+    def decode(self, sequences, alone):
         assert all(s.due == 1 and s.generated for s in sequences)
         self.fail("decode", [(s, 1) for s in sequences])
         for s in sequences:

@@ -58,7 +58,10 @@ class Residency:
         Raises:
             CudaError: the launch has failed.
         """
-        if {id(s) for s in sequences} != self._rows.keys() or not self._program.await_result():
+        is_over = {id(s) for s in sequences} != self._rows.keys() or any(
+            row in self._ended for row in self._rows.values()
+        )
+        if is_over or not self._program.await_result():
             return None
         drawn = self._program.take()
         self._ended |= {row for row, x in enumerate(drawn) if x.why != Why.NEXT}

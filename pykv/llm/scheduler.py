@@ -67,8 +67,8 @@ class Runner(Protocol):
         """Tokens of each that `decode` may begin at once, on pages that they have."""
 
     def decode(self, sequences: list[Sequence], alone: bool) -> list[int]:
-        """A token for each; the next ones may be begun, too, if they are `alone`: nothing else is
-        due."""
+        """A token for each; the next ones may be begun, too, if they are `alone`: the step computes
+        nothing else."""
 
     def leave(self, sequence: Sequence) -> None:
         """Write no more to the pages of a sequence, which are given back."""
@@ -210,8 +210,7 @@ class Scheduler:
                 return
         if decoding:
             started = time.perf_counter()
-            alone = not (pieces or self.waiting)
-            decode = partial(self._runner.decode, decoding, alone)
+            decode = partial(self._runner.decode, decoding, alone=not pieces)
             changed += self._compute(decode, decoding, decoding)
             self.stats.decode_tokens += len(decoding)
             self.stats.decode_seconds += time.perf_counter() - started

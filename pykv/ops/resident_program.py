@@ -16,7 +16,7 @@ import numpy as np
 
 from pykv import cuda
 from pykv.arrays import INT32, checker, like, on_gpu
-from pykv.errors import DeviceError, ParameterError, ShapeError, UnsupportedError
+from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError, UnsupportedError
 from pykv.host_rings import SLOTS, RingKernel, State
 from pykv.ops import phase_program
 from pykv.options import check_number, check_whole
@@ -103,6 +103,18 @@ class ResidentProgram:
     it lacks ends it. What is enqueued on the stream that was current in `launch` waits for its end.
     One thread at a time may use a program. NumPy arrays have no kernel: tokens are computed as they
     are waited for. Idea of a decode loop on the GPU, fed by rings: the project m40-llm.
+
+    >>> ids, positions, slots, lengths, peaks = np.array([[3], [0], [-1], [1], [0]], np.int32)
+    >>> table, x, logits = np.zeros((1, 4), np.int32), np.ones((1, 8), "f4"), np.ones((1, 8), "f4")
+    >>> eye, phases, ops = np.eye(8, dtype=np.float16), pykv.phases, pykv.ops.resident_program
+    >>> of_token = [phases.Embed(ids, eye, "F16", x)]
+    >>> of_token += [phases.Product(x, np.roll(eye, 1, 0), "F16", logits)]
+    >>> of_token += [phases.Argmax(logits, peaks)]
+    >>> inputs = ops.Inputs(ids, positions, slots, lengths, table, peaks)
+    >>> program = ops.ResidentProgram(of_token, inputs, page_size=16)
+    >>> program.launch(3, limits=[100], ends=[[]])
+    >>> [program.take()[0].token for _ in range(3)]
+    [4, 5, 6]
     """
 
     def __init__(
@@ -121,6 +133,8 @@ class ResidentProgram:
             raise ParameterError(
                 f"{_OP}: silence is {silence}, expected up to {_MOST_SECONDS} seconds"
             )
+        if not isinstance(inputs, Inputs):
+            raise DtypeError(f"{_OP}: inputs is a {type(inputs).__name__}, expected Inputs")
         dims = _check(*inputs)
         self._T = dims["T"]
         self._check_phases()
@@ -177,6 +191,7 @@ class ResidentProgram:
 
         Raises:
             ParameterError: an argument is out of its range, or there is not one for each sequence.
+            DtypeError: `limits` or `ends` is no list of such.
             DeviceError: a launch has not ended, or its results are not taken.
             UnsupportedError: the call is being prepared or captured.
 
@@ -186,6 +201,8 @@ class ResidentProgram:
         cuda.refuse_capture(_OP, "how many tokens are drawn depends on them")
         check_whole(_OP, "tokens", tokens, 1, MOST_TOKENS)
         for name, given in (("limits", limits), ("ends", ends)):
+            if not isinstance(given, (list, tuple)):
+                raise DtypeError(f"{_OP}: {name} is a {type(given).__name__}, expected a list")
             if len(given) != self._T:
                 raise ParameterError(
                     f"{_OP}: {name} has {len(given)} entries, expected {self._T} of the sequences"
@@ -193,12 +210,15 @@ class ResidentProgram:
         words = np.full(self._T * (1 + ENDS) + 4, -1, np.int32)
         for i, (limit, of_sequence) in enumerate(zip(limits, ends, strict=True)):
             words[i] = check_whole(_OP, "limits", limit, 0, 2**31 - 1)
+            if not isinstance(of_sequence, (list, tuple)):
+                raise DtypeError(f"{_OP}: ends has {of_sequence!r:.80}, expected lists")
             if len(of_sequence) > ENDS:
                 raise ParameterError(
                     f"{_OP}: ends has {len(of_sequence)} tokens, expected up to {ENDS}"
                 )
             at = self._T + i * ENDS
-            words[at : at + len(of_sequence)] = of_sequence
+            tokens_of = [check_whole(_OP, "ends", t, 0, 2**31 - 1) for t in of_sequence]
+            words[at : at + len(tokens_of)] = tokens_of
         if self._runs or self._results:
             raise DeviceError(f"{_OP}: a launch is not over, expected all of its results taken")
         self._launches += 1

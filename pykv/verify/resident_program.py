@@ -20,7 +20,7 @@ _P, _M = 4, 6  # tokens of a page, pages of a sequence
 def cases(rng: np.random.Generator, xp: Any) -> Cases:
     if on_gpu(xp.zeros(1, np.float32)) and cuda.current_sm() < phase_program.OLDEST_SM:
         return
-    yield chain("limits and ends", [3, 11, 0], [14, 9, 40], 20, rng, xp)
+    yield chain("limits and ends", [3, 11, 0], [14, 13, 40], 20, rng, xp)
     yield chain("a launch's tokens", [3, 7], [40, 40], 5, rng, xp)
     yield chain("no page", [3, 16], [40, 40], 20, rng, xp)
 

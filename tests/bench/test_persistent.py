@@ -24,6 +24,15 @@ def test_each_way_agrees(xp, rng, monkeypatch, case):
     assert work.bytes == dict(all=matrices + rows, products=matrices, attention=rows)[case["parts"]]
 
 
+def test_tokens_that_differ_are_seen(rng, monkeypatch):
+    made = persistent.make(dict(persistent.QUICK[0], by="resident"), np, rng)
+    assert made.check() and 0 < made.run() < 60
+    take = persistent.ResidentProgram.take
+    wrong = lambda self: [x._replace(token=x.token ^ 1) for x in take(self)]  # noqa: E731
+    monkeypatch.setattr(persistent.ResidentProgram, "take", wrong)
+    assert not made.check()
+
+
 @pytest.mark.parametrize("phase", ["Attention", "Product", "Argmax"])
 def test_a_program_that_is_wrong_is_seen(rng, monkeypatch, phase):
     """Of which one phase does nothing."""

@@ -30,9 +30,8 @@ _LOOKS = 64  # at the ring between two at the kernel's stream, which takes longe
 _STOP = 1  # kind of a command
 _TOKEN_BITS = 24  # of a word of a result; what follows is above
 
-VARIANTS: list[dict[str, Any]] = [
-    defines | dict(RING_SLOTS=SLOTS) for defines in phase_program.VARIANTS[-2:]
-]
+# Of one program; its phases are those of phase_program, which has more.
+VARIANTS: list[dict[str, Any]] = [phase_program.VARIANTS[-2] | dict(RING_SLOTS=SLOTS)]
 VARIANTS_SMS = range(0)  # none at import: compiled by the first program of its kinds
 
 

@@ -13,6 +13,7 @@ from tests.simt import machine
 def test_each_way_agrees(xp, rng, monkeypatch, case):
     if xp is simt:
         monkeypatch.setattr(machine, "ARCH", "sm_90")
+        monkeypatch.setattr(persistent, "TOKENS", 2)
         case = case | dict(blocks=4)
     work = persistent.make(case, xp, rng)
     if xp is np and case["by"] == "graph":

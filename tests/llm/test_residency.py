@@ -1,5 +1,10 @@
 """Answers that one launch draws token by token: those of steps, whatever happens meanwhile."""
 
+import os
+import signal
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -174,6 +179,46 @@ def test_wrong_bounds(on_host):
     for most in (0, 65):
         with pytest.raises(ParameterError, match=f"LLM: max_tokens_resident is {most}, expect"):
             on_host(max_tokens_resident=most)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_second_model_and_a_growing_cache_meanwhile(tiny_paths, device):
+    """Kernels are loaded, memory is allocated and given back while a launch runs."""
+
+    def texts_of(decode):
+        llm, other = (
+            LLM(tiny_paths / "llama.gguf", device=device, decode=decode, prefix_cache=False)
+            for _ in range(2)
+        )
+        stream = llm.stream(list(range(5, 12)), greedy(60))
+        text = next(stream)
+        answers = other.generate([[7, 8]], greedy(20)) + llm.generate([[9] * 50], greedy(20))
+        return [text + "".join(stream), *(a.text for a in answers)]
+
+    assert texts_of("persistent") == texts_of("steps")
+
+
+KILLED = """
+import os, signal, sys
+from pykv.llm import LLM, SamplingParams
+llm = LLM(sys.argv[1], device="cuda", decode="persistent")
+stream = llm.stream(list(range(5, 12)), SamplingParams(max_tokens=100, ignore_eos=True))
+next(stream)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(os.name == "nt", reason="has no SIGKILL")
+def test_a_host_that_is_killed_leaves_the_gpu_usable(tiny_paths):
+    path = tiny_paths / "llama.gguf"
+    done = subprocess.run([sys.executable, "-c", KILLED, str(path)], timeout=120)
+    assert done.returncode == -signal.SIGKILL
+    want, got = (
+        LLM(path, device="cuda", decode=decode).generate([[5, 6, 7]], greedy(20))[0].token_ids
+        for decode in ("steps", "persistent")
+    )
+    assert got == want
 
 
 def test_who_is_greedy():

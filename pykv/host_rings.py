@@ -113,14 +113,18 @@ class RingKernel:
     def __init__(self, op: str) -> None:
         self._op, self.rings = op, Rings()
         self._stream = load_cupy().cuda.Stream(non_blocking=True)
-        self._kept: dict[str, Any] = {}
+        self._kept: list[Any] = []
         weakref.finalize(self, _end, self.rings, self._stream, self._kept)
 
-    def launch(self, launch: cuda.Launch, arrays: Mapping[str, Any]) -> None:
+    def launch(self, launch: cuda.Launch, arrays: Mapping[str, Any], kept: Any = None) -> None:
         """Start it on `arrays` and the words, `host`, behind what is enqueued on the current
-        stream, which this waits for. One that ran before has ended."""
+        stream, which this waits for. One that ran before has ended.
+
+        Args:
+            kept: what else must outlive it, such as arrays that `arrays` have the addresses of.
+        """
         load_cupy().cuda.get_current_stream().synchronize()
-        self._kept.update(arrays)
+        self._kept[:] = arrays, kept
         self.rings.begin()
         with self._stream:
             launch({**arrays, "host": self.rings.on_gpu})

@@ -117,7 +117,7 @@ class ModelRunner:
         goes_on = self._way(rows) == "persistent" and all(map(is_greedy, sequences))
         return self._max_resident if goes_on else 1
 
-    def decode(self, sequences: list[Sequence], alone: bool = False) -> list[int]:
+    def decode(self, sequences: list[Sequence], alone: bool) -> list[int]:
         """Put the last token of every answer into the cache, and draw the next."""
         if self._pool is not self.cache.k:  # the cache has grown, or another took its place
             self._end_residency()

@@ -220,16 +220,19 @@ class ResidentProgram:
             words[at : at + len(tokens_of)] = tokens_of
         if self._runs or self._results:
             raise DeviceError(f"{_OP}: a launch is not over, expected all of its results taken")
+        self._left, self._limits, self._ends_of = tokens, words[: self._T], words[self._T : -4]
+        if self._kernel is not None:
+            self._launch_kernel(words, tokens)
         self._launches += 1
         self._runs, self._state = True, State.RUNNING
-        self._left, self._limits, self._ends_of = tokens, words[: self._T], words[self._T : -4]
-        if self._kernel is None:
-            return
+
+    def _launch_kernel(self, words: Any, tokens: int) -> None:
+        assert self._kernel is not None
         numbers = self._number & 0xFFFFFFFF, self._command & 0xFFFFFFFF
         words[-4:].view(np.uint32)[:] = *numbers, tokens, 0
         self._words.set(words)
         self._kernel.rings.beat()
-        self._kernel.launch(self._launch, self._arrays)
+        self._kernel.launch(self._launch, self._arrays, (self._phases, self._scratch))
         self._kernel.let_current_wait()
 
     def await_result(self) -> bool:

@@ -265,6 +265,9 @@ class ResidentProgram:
         """End a sequence. When this returns nothing of it is written any more, but results that
         came before may have more of its tokens.
 
+        Args:
+            row: of the sequence.
+
         Raises:
             ParameterError: there is no such sequence.
             CudaError: the kernel has failed.

@@ -94,6 +94,28 @@ def test_tokens_are_those_of_steps(open_, rng, name, options, count):
     assert launches(llm) == 1 and ends_of(llm) == {State.OVER: 1}
 
 
+@pytest.mark.sweep
+def test_streams_that_begin_and_stop_meanwhile(open_):
+    """The kernel's part of what follows: rows that the host stops, prompts, a cache that grows."""
+
+    def texts_of(**options):
+        llm = open_("llama", prefix_cache=False, **options)
+        first = llm.stream(list(range(5, 12)), greedy(12))
+        texts = [next(first), ""]
+        second = llm.stream(list(range(40, 60)), greedy(40))
+        for _ in range(3):
+            texts[0] += next(first)
+            texts[1] += next(second)
+        second.close()
+        texts[0] += "".join(first)
+        return texts, llm
+
+    want, _ = texts_of(decode="steps", device="cpu")
+    got, llm = texts_of()
+    assert got == want
+    assert llm.cache.manager.num_free == llm.cache.manager.num_pages and launches(llm) > 0
+
+
 def test_a_launch_has_a_bound(on_host):
     prompt = list(range(5, 12))
     want = on_host(decode="steps").generate([prompt], greedy(20))[0].token_ids

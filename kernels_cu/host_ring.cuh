@@ -4,40 +4,53 @@
 // A slot is 8 words of 8 bytes. The low half of a word is payload, the high half the number of its
 // message: a word is stored at once, so whoever finds the number that it waits for in every word has
 // the whole message, without a fence. Messages are numbered from 1 on, modulo 2^32; message n lies
-// in slot n % SLOTS. What else the message speaks of, in memory of the GPU, needs a fence of the
+// in slot n % RING_SLOTS. What else the message speaks of, in memory of the GPU, needs a fence of the
 // system ahead of the words.
 #include "ptx.cuh"
 
-#if !defined(SLOTS)
-#error "host_ring.cuh needs SLOTS"
+#if !defined(RING_SLOTS)
+#error "host_ring.cuh needs RING_SLOTS"
 #endif
-static_assert(SLOTS > 0 && (SLOTS & (SLOTS - 1)) == 0, "numbers wrap around at a whole round");
+static_assert(RING_SLOTS > 0 && (RING_SLOTS & (RING_SLOTS - 1)) == 0, "numbers wrap around at a whole round");
 
 constexpr int SLOT_WORDS = 8, LINE_WORDS = 16;  // a line of 128 bytes is one side's
 constexpr int BEAT = 0, ABORT = 1;              // the host's line: it counts calls; 1 ends the kernel
 constexpr int STATE = LINE_WORDS;               // the kernel's line
-constexpr int COMMANDS = 2 * LINE_WORDS, RESULTS = COMMANDS + SLOTS * SLOT_WORDS;
+constexpr int COMMANDS = 2 * LINE_WORDS, RESULTS = COMMANDS + RING_SLOTS * SLOT_WORDS;
 
-enum State { RUNNING = 1, STOPPED = 2, SILENT = 3, ABORTED = 4 };
+enum State {
+    STARTING = 0,  // of a look: nothing has come
+    RUNNING = 1, STOPPED = 2, SILENT = 3, ABORTED = 4,
+    OVER = 5, SPENT = 6, NO_PAGES = 7,  // of resident_program.cu
+};
 
-// What a whole warp waits for: the words of a command in lanes 0 to 7, and RUNNING; or SILENT if the
-// host has done nothing for `limit` ns, or ABORTED. `beat` is what the lanes saw last of the host's.
-__device__ __forceinline__ State await_command(u32& payload, u64& beat, const u64* host, u32 number,
-                                               u64 limit) {
+// One look of a whole warp: RUNNING if command `number` is there, its words in lanes 0 to 7; SILENT if
+// the host has done nothing for `limit` ns; ABORTED; or STARTING. `beat` is what the warp saw last of
+// the host's, and `heard` when that changed.
+__device__ __forceinline__ State look(u32& payload, u64& beat, u64& heard, const u64* host,
+                                      u32 number, u64 limit) {
     const int lane = threadIdx.x % WARP;
     const bool has_word = lane < SLOT_WORDS;
-    const u64* const at = host + (has_word ? COMMANDS + (int)(number % SLOTS) * SLOT_WORDS + lane
-                                           : lane % 2 ? ABORT : BEAT);
+    const u64 word = load_host(
+        host + (has_word ? COMMANDS + (int)(number % RING_SLOTS) * SLOT_WORDS + lane
+                         : lane % 2 ? ABORT : BEAT));
+    const u64 now = global_timer();
+    payload = (u32)word;
+    if (__any_sync(FULL_MASK, !has_word && lane % 2 && word != 0)) return ABORTED;
+    if (__all_sync(FULL_MASK, !has_word || (u32)(word >> 32) == number)) return RUNNING;
+    const u64 counted = __shfl_sync(FULL_MASK, word, SLOT_WORDS);
+    if (counted != beat) heard = now;
+    beat = counted;
+    return __any_sync(FULL_MASK, now - heard > limit && now > heard) ? SILENT : STARTING;
+}
+
+// Looks until a command, silence or the abort comes.
+__device__ __forceinline__ State await_command(u32& payload, u64& beat, const u64* host, u32 number,
+                                               u64 limit) {
     u64 heard = global_timer();
     for (;;) {
-        const u64 word = load_host(at);
-        const u64 now = global_timer();
-        payload = (u32)word;
-        if (__any_sync(FULL_MASK, !has_word && lane % 2 && word != 0)) return ABORTED;
-        if (__all_sync(FULL_MASK, !has_word || (u32)(word >> 32) == number)) return RUNNING;
-        if (__any_sync(FULL_MASK, !has_word && word != beat)) heard = now;
-        beat = word;
-        if (__any_sync(FULL_MASK, now - heard > limit && now > heard)) return SILENT;
+        const State state = look(payload, beat, heard, host, number, limit);
+        if (state != STARTING) return state;
     }
 }
 
@@ -45,7 +58,7 @@ __device__ __forceinline__ State await_command(u32& payload, u64& beat, const u6
 __device__ __forceinline__ void post_result(u64* host, u32 number, u32 payload) {
     const int lane = threadIdx.x % WARP;
     if (lane >= SLOT_WORDS) return;
-    store_host(host + RESULTS + (int)(number % SLOTS) * SLOT_WORDS + lane,
+    store_host(host + RESULTS + (int)(number % RING_SLOTS) * SLOT_WORDS + lane,
                (u64)number << 32 | payload);
 }
 

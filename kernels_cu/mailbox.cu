@@ -8,7 +8,7 @@
 //          command in their order, verdict DONE or REFUSED, ns of the GPU's clock for the job
 // Scalars:  first = number of the first command; limit = ns of silence of the host after which the
 //           kernel ends
-// Defines:  BLOCK = threads; SLOTS = slots of either ring, a power of two
+// Defines:  BLOCK = threads; RING_SLOTS = slots of either ring, a power of two
 // Launch:   grid (1), block (BLOCK), on a stream of its own that waits for no other
 // Traffic:  a job reads and writes 4 * n bytes
 // Order:    each product and sum is rounded

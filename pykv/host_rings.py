@@ -10,18 +10,22 @@ Layout, in words of 8 bytes (kernels_cu/host_ring.cuh has the kernel's side):
 
 A word of a slot is payload in its low half and the number of the message in its high half: message
 n, from 1 on, lies in slot n % SLOTS, and is whole when all its words have its number. NCCL's
-protocol LL numbers its words likewise. The host never has more than SLOTS commands out whose
-results it has not taken, so no slot is written again too soon.
+protocol LL numbers its words likewise. Neither side has more than SLOTS messages out that the other
+may not have taken, so no slot is written again too soon.
 """
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
+from pykv import cuda
 from pykv.arrays import load_cupy
+from pykv.errors import CudaError
 from pykv.foreign import from_pointer
 
 SLOTS = 64  # of either ring
@@ -40,6 +44,9 @@ class State(enum.IntEnum):
     STOPPED = 2  # by command
     SILENT = 3  # it has not heard of the host for too long
     ABORTED = 4
+    OVER = 5  # every sequence has ended; this and what follows are a ResidentProgram's
+    SPENT = 6  # it has drawn as many tokens as a launch may
+    NO_PAGES = 7  # a sequence has no page for its next token
 
 
 class Rings:
@@ -55,6 +62,10 @@ class Rings:
         words[:] = 0
         self._words = words.data  # a word takes a tenth of the time that NumPy's takes
         self.on_gpu = from_pointer(words.ctypes.data, (_SIZE,), np.uint64, owner=self._memory)
+
+    def begin(self) -> None:
+        """Forget how a kernel ended, before another; messages are numbered on."""
+        self._words[_ABORT], self._words[_STATE] = 0, State.STARTING
 
     def beat(self) -> None:
         """Tell the kernel that the host lives."""
@@ -85,3 +96,66 @@ class Rings:
         if any(word >> 32 != number for word in words):
             return None
         return [word & _LOW for word in words]
+
+
+class RingKernel:
+    """A kernel that talks by rings while it runs, on a stream of its own that waits for no other.
+
+    Args:
+        op: for messages.
+
+    Attributes:
+        rings: its words.
+
+    One that nobody waits for is ended with this object, as its memory must outlive it.
+    """
+
+    def __init__(self, op: str) -> None:
+        self._op, self.rings = op, Rings()
+        self._stream = load_cupy().cuda.Stream(non_blocking=True)
+        self._kept: list[Any] = []
+        weakref.finalize(self, _end, self.rings, self._stream, self._kept)
+
+    def launch(self, launch: cuda.Launch, arrays: Mapping[str, Any], kept: Any = None) -> None:
+        """Start it on `arrays` and the words, `host`, behind what is enqueued on the current
+        stream, which this waits for. One that ran before has ended.
+
+        Args:
+            kept: what else must outlive it, such as arrays that `arrays` have the addresses of.
+        """
+        load_cupy().cuda.get_current_stream().synchronize()
+        self._kept[:] = arrays, kept
+        self.rings.begin()
+        with self._stream:
+            launch({**arrays, "host": self.rings.on_gpu})
+
+    def let_current_wait(self) -> None:
+        """Have what is enqueued on the current stream from now on wait for its end."""
+        cupy_cuda = load_cupy().cuda
+        ended = cupy_cuda.Event(disable_timing=True)
+        ended.record(self._stream)
+        cupy_cuda.get_current_stream().wait_event(ended)
+
+    def has_ended(self) -> bool:
+        """As the driver says, which takes as long as a message."""
+        try:
+            return bool(self._stream.done)
+        except load_cupy().cuda.runtime.CUDARuntimeError:
+            return True  # what it has failed of, `wait` says
+
+    def wait(self) -> None:
+        """Return when it has ended.
+
+        Raises:
+            CudaError: it has failed.
+        """
+        try:
+            self._stream.synchronize()
+        except load_cupy().cuda.runtime.CUDARuntimeError as error:
+            raise CudaError(f"{self._op}: the kernel has failed: {error}") from error
+
+
+def _end(rings: Rings, stream: Any, kept: Any) -> None:
+    """End a kernel that may still run, and keep its memory until it has ended."""
+    rings.abort()
+    stream.synchronize()

@@ -29,8 +29,9 @@ from pykv import (
 )
 from pykv.eval import changes, continuation, needles
 from pykv.kvtc import Codec, v0
-from pykv.ops import mailbox, permute, phase_program
-from pykv.phases import Product
+from pykv.ops import mailbox, permute, phase_program, resident_program
+from pykv.ops.resident_program import Inputs
+from pykv.phases import Argmax, Embed, Product
 from pykv.transport import Handover, Local, Region, local, wait_for
 from pykv.transport.region import size_of
 from tests.kvtc import made
@@ -297,6 +298,29 @@ def _program(xp):
     )
     phases = [Product(x, w, "F16", out)]
     return phase_program.PhaseProgram, dict(phases=phases, blocks=2)
+
+
+def _resident(xp):
+    """A program whose tokens each follow from the one ahead; of the host, as `_program`."""
+    x, logits = np.zeros((1, 8), "f4"), np.zeros((1, 8), "f4")
+    ids, positions, slots, lengths, peaks = np.array([[3], [0], [-1], [1], [0]], "i4")
+    inputs = Inputs(ids, positions, slots, lengths, np.zeros((1, 4), "i4"), peaks)
+    eye = np.eye(8, dtype="f2")
+    phases = [Embed(ids, eye, "F16", x), Product(x, eye, "F16", logits), Argmax(logits, peaks)]
+    return resident_program.ResidentProgram, dict(
+        phases=phases, inputs=inputs, page_size=16, blocks=2, silence=1.0
+    )
+
+
+def _made_resident(xp):
+    cls, given = _resident(xp)
+    return (cls(**given),)
+
+
+def _launched(xp):
+    (program,) = _made_resident(xp)
+    program.launch(2, [9], [[5]])
+    return (program,)
 
 
 def _manager(xp):
@@ -655,6 +679,15 @@ METHODS = {
     "ops.mailbox.Mailbox.wait": _of(_mailbox, "wait", job=1),
     "ops.mailbox.Mailbox.stop": _of(_mailbox, "stop"),
     "ops.phase_program.PhaseProgram": _program,
+    "ops.resident_program.ResidentProgram": _resident,
+    "ops.resident_program.ResidentProgram.launch": _of(
+        _made_resident, "launch", tokens=2, limits=[9], ends=[[5]]
+    ),
+    **{
+        f"ops.resident_program.ResidentProgram.{name}": _of(_launched, name)
+        for name in ("await_result", "take", "end")
+    },
+    "ops.resident_program.ResidentProgram.stop": _of(_launched, "stop", row=0),
     "llm.generate.LLM": lambda xp: (pykv.LLM, dict(model=_model(), device="cpu")),
     "llm.generate.LLM.generate": _of(_llm, "generate", prompts=[[5, 6]], params=_SHORT),
     "llm.generate.LLM.stream": _of(_llm, "stream", prompt=[5, 6], params=_SHORT),

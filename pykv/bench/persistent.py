@@ -1,5 +1,6 @@
-"""The next token of B sequences with L tokens each, by a model of noise: as one launch that stays
-on the GPU (phase_program), as a CUDA graph of a launch for each phase, and as these launches.
+"""The next token of B sequences with L tokens each, by a model of noise: as one launch
+(phase_program), as one of many tokens that a launch draws (resident_program; by the clock, until
+the host has them), as a CUDA graph of a launch for each phase, and as these launches.
 
 Bytes are those that a step cannot do without; reading is the ceiling:
 
@@ -11,6 +12,7 @@ nothing else.
 
 from __future__ import annotations
 
+import time
 from functools import lru_cache, partial
 from typing import Any
 
@@ -22,13 +24,15 @@ from pykv.llm.model import Batch
 from pykv.llm.token_program import TokenPhases, token_phases
 from pykv.llm.weights import Model
 from pykv.ops.phase_program import OLDEST_SM, PhaseProgram
+from pykv.ops.resident_program import Inputs, ResidentProgram
 from pykv.phases import Attention
 from pykv.pool import PagedKVCache
 from pykv.testing import caches
 from pykv.testing.compare import host
 
 PAGE_SIZE = 16
-WAYS = ("program", "graph", "launches")
+WAYS = ("program", "resident", "graph", "launches")
+TOKENS = 32  # of a launch by resident_program
 TOLERANCE = 2e-3  # of results, in units of the largest: sums are in other orders
 
 
@@ -41,9 +45,9 @@ def _cases() -> list[dict[str, Any]]:
         if model.endswith("f16"):
             listed += [program | dict(parts=parts) for parts in ("products", "attention")]
             listed += [program | dict(blocks=n) for n in (132, 264)]  # of an H200
-            listed += [usual | dict(by=by, B=8) for by in WAYS[:2]]
+            listed += [usual | dict(by=by, B=8) for by in WAYS[:3]]
         if model == "135m-f16":
-            listed += [usual | dict(by=by, kv="int8") for by in WAYS[:2]]
+            listed += [usual | dict(by=by, kv="int8") for by in WAYS[:3]]
     return listed
 
 
@@ -66,14 +70,15 @@ def make(case: dict[str, Any], xp: Any, rng: np.random.Generator) -> Work | None
         return None
     model = _model(case["model"], xp)
     config, B, L = model.config, case["B"], case["L"]
-    M = -(-(L + 1) // PAGE_SIZE)
+    M = -(-(L + TOKENS) // PAGE_SIZE)
     sizes = (config.num_layers, B * M, config.kv_heads, config.head_dim)
     options = dict(page_size=PAGE_SIZE, spec=case["kv"])
     of_token = PagedKVCache(sizes[0], 1, *sizes[2:], **options).bytes_per_token
     if not memory.fits(xp, 2 * B * M * PAGE_SIZE * of_token):
         return None
     cache = PagedKVCache(*sizes, **options, margin=1.5, xp=xp)
-    found = token_phases(model, _batch(cache, B, M, L, config.vocab, xp, rng), cache)
+    batch = _batch(cache, B, M, L, config.vocab, xp, rng)
+    found = token_phases(model, batch, cache)
     phases = _some_of(found, case["parts"])
     result = phases[-1].attend.out if case["parts"] == "attention" else found.logits
 
@@ -99,8 +104,55 @@ def make(case: dict[str, Any], xp: Any, rng: np.random.Generator) -> Work | None
             right &= bool((host(found.peaks) == got.argmax(axis=1)).all())
         return right
 
+    if by == "resident":
+        run, check = _resident(found, batch, case["blocks"] or None, xp)
+
     nbytes = dict(products=model.matrix_bytes, attention=B * (L + 1) * of_token)
-    return Work(run, check, bytes=nbytes.get(case["parts"], sum(nbytes.values())), ceiling="read")
+    of_parts = nbytes.get(case["parts"], sum(nbytes.values()))
+    return Work(run, check, bytes=of_parts, ceiling="read", clocked=by == "resident")
+
+
+def _resident(found: TokenPhases, batch: Batch, blocks: int | None, xp: Any) -> tuple[Any, Any]:
+    """What draws TOKENS tokens and returns the seconds of one, and what holds them to a program of
+    one token, launched for each."""
+    rows = batch.ids, batch.positions, batch.slots, batch.lengths
+    begin, B = [row.copy() for row in rows], len(batch.ids)
+    inputs = Inputs(*rows, batch.page_table, found.peaks)
+    resident = ResidentProgram(found.phases, inputs, PAGE_SIZE, blocks=blocks, silence=60.0)
+    program = PhaseProgram(found.phases, blocks=blocks)
+    drawn: list[list[int]] = []
+
+    def set_back() -> None:
+        for row, values in zip(rows, begin, strict=True):
+            row[...] = values
+
+    def run() -> float:
+        set_back()
+        drawn.clear()
+        if xp is not np:
+            cuda.synchronize()
+        started = time.perf_counter()
+        resident.launch(TOKENS, [2**31 - 1] * B, [[]] * B)
+        while resident.await_result():
+            drawn.append([x.token for x in resident.take()])
+        return (time.perf_counter() - started) / TOKENS
+
+    def check() -> bool:
+        run()
+        set_back()
+        table = host(batch.page_table)
+        for tokens in drawn:
+            program()
+            if host(found.peaks).tolist() != tokens:
+                return False
+            at = host(batch.lengths)  # of the next token
+            pages = table[np.arange(B), np.minimum(at // PAGE_SIZE, table.shape[1] - 1)]
+            slots = (pages * PAGE_SIZE + at % PAGE_SIZE).astype(np.int32)
+            for row, values in zip(rows, (found.peaks, at, slots, at + 1), strict=True):
+                row[...] = xp.asarray(values)
+        return len(drawn) == TOKENS
+
+    return run, check
 
 
 @lru_cache(maxsize=1)

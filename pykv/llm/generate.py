@@ -30,6 +30,7 @@ from pykv.llm.sessions import Session
 from pykv.llm.tiering import check_tiers, open_tiers
 from pykv.llm.tokenizer import Tokenizer
 from pykv.llm.weights import Model
+from pykv.ops.resident_program import MOST_TOKENS
 from pykv.options import check_choice, check_flag, check_whole
 from pykv.pool import PagedKVCache
 from pykv.specs import KVSpec, as_spec
@@ -92,6 +93,11 @@ class LLM:
             launches, which "auto" takes; "persistent", all of the step by one launch, whose blocks
             wait for each other (up to 8 answers, from sm_70 on; of more it is "graph"); or as
             "steps", a launch after the other. Tokens are the same up to sums in another order.
+        max_tokens_resident: with decode="persistent", tokens of each answer that one launch draws,
+            up to 64, where all answers are greedy and ask for no logprobs, biases or penalties, and
+            no prompt is being read; the host reads them while they come. Other work of the GPU
+            waits for the end of a launch, prompts of this LLM for that of a token; 1: each token is
+            a launch.
         progress: show a bar on stderr while weights are read.
         require_sm: refuse a device that is no GPU of at least this SM, such as 80.
 
@@ -133,6 +139,7 @@ class LLM:
         host_cache: str | int | None = None,
         disk_cache: str | None = None,
         decode: str = "auto",
+        max_tokens_resident: int = MOST_TOKENS,
         progress: bool = False,
         require_sm: int = 0,
     ):
@@ -142,6 +149,10 @@ class LLM:
         self.weights_dtype: str = matrices.STORED if dtype is None else np.dtype(dtype).name
         check_flag("LLM", "progress", progress)
         check_choice("LLM", "decode", decode, DECODES)
+        most = MOST_TOKENS
+        max_tokens_resident = check_whole(
+            "LLM", "max_tokens_resident", max_tokens_resident, 1, most
+        )
         require_sm = check_whole("LLM", "require_sm", require_sm, 0)
         page_size = check_whole("LLM", "page_size", page_size, 1)
         policy = as_policy("LLM", eviction, scheduler.PREFILL_TOKENS, self.spec)
@@ -173,6 +184,7 @@ class LLM:
             policy=policy,
             prefill_device=prefill_device,
             decode=decode,
+            max_tokens_resident=max_tokens_resident,
             require_sm=require_sm,
             progress=progress,
         )

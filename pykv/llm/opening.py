@@ -31,6 +31,7 @@ class Wanted(NamedTuple):
     policy: Policy | AdaKV | None
     prefill_device: str | None
     decode: str
+    max_tokens_resident: int
     require_sm: int
     progress: bool
 
@@ -72,5 +73,6 @@ def open_runner(
             ids = tokenizer.encode(scales.TEXT)[: config.context - 1]
             scales.calibrate(model, cache, ids, xp)
         prefill = None if prefill_device is None else PrefillDevice(prefill_device, load, cache)
-        runner = ModelRunner(model, cache, xp, wanted.policy, wanted.decode, prefill)
+        ways = wanted.decode, prefill, wanted.max_tokens_resident
+        runner = ModelRunner(model, cache, xp, wanted.policy, *ways)
     return device, runner, most

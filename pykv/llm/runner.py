@@ -23,6 +23,7 @@ from pykv.llm.head_rows import HeadRows
 from pykv.llm.model import Batch, forward, graph_rows, step_of
 from pykv.llm.prefill_device import PrefillDevice
 from pykv.llm.prompt_steps import PromptSteps, Span, of_spans
+from pykv.llm.residency import Residency, is_greedy
 from pykv.llm.sampler import Sampler
 from pykv.llm.scheduler import Piece
 from pykv.llm.sequence import Sequence
@@ -50,6 +51,8 @@ class ModelRunner:
         decode: one of DECODES; of more sequences than token_program.TOKENS, and where PYKV_CHECK
             asks to look at all page tables, "persistent" is what "graph" is.
         prefill: computes prompts on another GPU; None: this one does.
+        max_tokens_resident: tokens that a launch of "persistent" draws of each sequence, at most,
+            where all are greedy and nothing else is due; 1: each is a launch.
 
     Raises:
         UnsupportedError: `decode` is "persistent" with an eviction, or token_program.check says so.
@@ -63,6 +66,7 @@ class ModelRunner:
         eviction: Policy | AdaKV | None = None,
         decode: str = "auto",
         prefill: PrefillDevice | None = None,
+        max_tokens_resident: int = 1,
     ) -> None:
         self.model, self.cache, self.xp = model, cache, xp
         if decode == "persistent":
@@ -73,6 +77,8 @@ class ModelRunner:
                 )
             token_program.check("LLM", model)
         self._decode = decode
+        self._max_resident = max_tokens_resident
+        self._residency: Residency | None = None
         self._evictor = None if eviction is None else Evictor(eviction, model, cache)
         # The last tokens of a prompt are a step of their own: somebody must make their logits, and
         # the queries that eviction asks for.
@@ -93,6 +99,8 @@ class ModelRunner:
 
     def prompts(self, pieces: list[Piece]) -> list[int]:
         """Compute the next tokens of prompts as one ragged batch."""
+        if self._residency is not None:
+            self._residency.stop()
         spans = [Span(s.pages, s.cached, s.tokens[s.cached : s.cached + n]) for s, n in pieces]
         done = [i for i, (s, n) in enumerate(pieces) if s.due == n]
         evictor = self._evictor
@@ -113,18 +121,29 @@ class ModelRunner:
             s.is_sent = False  # the host has waited for logits, which come behind the pages
         return tokens
 
-    def decode(self, sequences: list[Sequence]) -> list[int]:
+    def ahead(self, sequences: list[Sequence]) -> int:
+        """How many tokens of each answer are drawn by one launch."""
+        rows = graph_rows(len(sequences), self.xp)
+        goes_on = self._way(rows) == "persistent" and all(map(is_greedy, sequences))
+        return self._max_resident if goes_on else 1
+
+    def decode(self, sequences: list[Sequence], alone: bool) -> list[int]:
         """Put the last token of every answer into the cache, and draw the next."""
         if self._pool is not self.cache.k:  # the cache has grown, or another took its place
+            self._end_residency()
             self._decoders.clear()
             self._pool = self.cache.k
-        most = max(len(s.pages) for s in sequences)
-        rows = graph_rows(len(sequences), self.xp)
-        size = rows, max(TABLE_PAGES, 1 << (most - 1).bit_length())
-        decoder = self._decoders.pop(size, None) or self._decoder(*size)
-        self._decoders[size] = decoder  # the last is the one used last
-        if len(self._decoders) > DECODERS:
-            self._decoders.popitem(last=False)
+        tokens = None if self._residency is None else self._residency.take(sequences)
+        if tokens is None:
+            self._end_residency()
+            decoder = self._decoder_for(sequences)
+            if alone and (ahead := self.ahead(sequences)) > 1:
+                self._residency = decoder.stay(sequences, ahead)
+                tokens = self._residency.take(sequences)
+        if tokens is not None:
+            for s in sequences:
+                s.cached += 1
+            return tokens
         logits = decoder.run(sequences)
         for i, s in enumerate(sequences):
             s.cached += 1
@@ -137,6 +156,11 @@ class ModelRunner:
         """Let work that is enqueued from now on wait for pages that another GPU sends."""
         if self._prefill is not None:
             self._prefill.join()
+
+    def leave(self, sequence: Sequence) -> None:
+        """Write no more to the pages of a sequence."""
+        if self._residency is not None:
+            self._residency.leave(sequence)
 
     def end(self, sequence: Sequence) -> None:
         """Say so where scales that heads or tensors share do not fit a sequence."""
@@ -158,6 +182,8 @@ class ModelRunner:
         """Logits of consecutive positions, [n, V] on the host, and the first position of each; on
         pages that nobody else holds."""
         most = scheduler.PREFILL_TOKENS
+        if self._residency is not None:
+            self._residency.stop()
         step = max(1, min(most, LOGIT_BYTES // (4 * self.model.config.vocab)))
         for start in range(0, len(ids), step):
             part = ids[start : start + step]
@@ -178,6 +204,22 @@ class ModelRunner:
                 s.logprobs.append(logprobs)
         return tokens
 
+    def _end_residency(self) -> None:
+        if self._residency is not None:
+            self._residency.drop()
+            self._residency = None
+
+    def _decoder_for(self, sequences: list[Sequence]) -> _Decoder:
+        """One with rows and pages enough."""
+        most = max(len(s.pages) for s in sequences)
+        rows = graph_rows(len(sequences), self.xp)
+        size = rows, max(TABLE_PAGES, 1 << (most - 1).bit_length())
+        decoder = self._decoders.pop(size, None) or self._decoder(*size)
+        self._decoders[size] = decoder  # the last is the one used last
+        if len(self._decoders) > DECODERS:
+            self._decoders.popitem(last=False)
+        return decoder
+
     def _queries(self, tokens: int) -> Any:
         """Where a step puts the queries of its tokens."""
         config = self.model.config
@@ -190,11 +232,14 @@ class ModelRunner:
             queries = self._queries(rows)
         if evictor is not None and evictor.is_ragged:
             heads = HeadRows(self.cache, self.model.config.heads, rows, width, self.xp)
-        way = self._decode
-        if way == "persistent" and (rows > token_program.TOKENS or paged_check.ALWAYS):
-            way = "graph"
-        sizes, memory = (rows, width), self._memory
+        sizes, memory, way = (rows, width), self._memory, self._way(rows)
         return _Decoder(self.model, self.cache, self.xp, sizes, queries, heads, memory, way)
+
+    def _way(self, rows: int) -> str:
+        """How so many answers are decoded."""
+        if self._decode == "persistent" and (rows > token_program.TOKENS or paged_check.ALWAYS):
+            return "graph"
+        return self._decode
 
 
 class _Decoder:
@@ -236,14 +281,26 @@ class _Decoder:
         ids, positions, slots, lengths = self._inputs
         batch = Batch(ids, positions, slots, None, self._table, lengths)
         self.peaks: Any = None
+        self._step: Any
         if way == "persistent":
-            self._step, self.peaks = token_program.token_step(model, batch, cache)
+            self._step = token_program.TokenStep(model, batch, cache)
+            self.peaks = self._step.peaks
         else:
             of_step = dict(queries=queries, memory=memory, by_graph=way != "steps")
             self._step = step_of(model, batch, heads or cache, **of_step)
 
     def run(self, sequences: list[Sequence]) -> Any:
         """Logits after the last token of each sequence, [n, V]."""
+        self._fill_inputs(sequences)
+        return self._step()[: len(sequences)]
+
+    def stay(self, sequences: list[Sequence], tokens: int) -> Residency:
+        """Begin to draw from the last token of each sequence on."""
+        self._fill_inputs(sequences)
+        return Residency(self._step.resident, sequences, len(self._packed[0]), tokens)
+
+    def _fill_inputs(self, sequences: list[Sequence]) -> None:
+        """Show the step the last token and the pages of each sequence."""
         P, packed = self._page_size, self._packed
         packed[:] = [[0], [0], [-1], [0]]
         for i, s in enumerate(sequences):
@@ -255,7 +312,6 @@ class _Decoder:
             self._fill(self._table, self._pages)
         if self._heads is not None:
             self._heads.show(sequences, self._pages, is_new)
-        return self._step()[: len(sequences)]
 
     def _show(self, sequences: list[Sequence]) -> bool:
         """Note the pages that have come; whether there are any."""

@@ -15,6 +15,7 @@ from bisect import insort
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, count
 from typing import Protocol
 
@@ -62,8 +63,15 @@ class Runner(Protocol):
     def prompts(self, pieces: list[Piece]) -> list[int]:
         """A token for each sequence of which all tokens are computed then, in order."""
 
-    def decode(self, sequences: list[Sequence]) -> list[int]:
-        """A token for each."""
+    def ahead(self, sequences: list[Sequence]) -> int:
+        """Tokens of each that `decode` may begin at once, on pages that they have."""
+
+    def decode(self, sequences: list[Sequence], alone: bool) -> list[int]:
+        """A token for each; the next ones may be begun, too, if they are `alone`: the step computes
+        nothing else."""
+
+    def leave(self, sequence: Sequence) -> None:
+        """Write no more to the pages of a sequence, which are given back."""
 
     def end(self, sequence: Sequence) -> None:
         """Look at what a sequence leaves in its pages."""
@@ -206,7 +214,8 @@ class Scheduler:
                 return
         if decoding:
             started = time.perf_counter()
-            changed += self._compute(lambda: self._runner.decode(decoding), decoding, decoding)
+            decode = partial(self._runner.decode, decoding, alone=not pieces)
+            changed += self._compute(decode, decoding, decoding)
             self.stats.decode_tokens += len(decoding)
             self.stats.decode_seconds += time.perf_counter() - started
         if pieces:
@@ -293,7 +302,8 @@ class Scheduler:
         with ExitStack() as ending:  # each of these, whatever another raises
             ending.callback(s.read)
             ending.callback(self.pages.give_up, s, publish=s.finish_reason != "error")
-            self._runner.end(s)
+            ending.callback(self._runner.end, s)
+            self._runner.leave(s)
 
     # --- Who runs ---
 
@@ -373,6 +383,20 @@ class Scheduler:
                     self._wait_again(youngest, publish=True)
                     if youngest is s:
                         break
+        decoding = [s for s in self.running if s.decodes and not s.finish_reason]
+        if decoding and not self.waiting and (ahead := self._runner.ahead(decoding)) > 1:
+            self._give_pages_ahead(decoding, ahead)
+
+    def _give_pages_ahead(self, sequences: list[Sequence], ahead: int) -> None:
+        """Pages for tokens that may be begun at once, if there are as many for all: then nobody
+        lacks one that another has too early."""
+        manager = self._manager
+        rows = {s: min(s.held + ahead, s.limit) for s in sequences}
+        wanted = {s: manager.pages_for(rows[s]) - len(s.pages) for s in sequences}
+        wanted = {s: n for s, n in wanted.items() if n > 0}
+        if sum(wanted.values()) <= manager.num_free:
+            for s in wanted:
+                self._cache.extend(s.pages, s.held, rows[s])
 
     def _extend(self, s: Sequence) -> None:
         """A page for the next row of a sequence."""
@@ -385,11 +409,11 @@ class Scheduler:
         if s in self.running:
             self.running.remove(s)
             s.preemptions += 1
-            try:
-                self.pages.give_up(s, publish=publish)
-            finally:
-                self.pages.name(s)
-                insort(self.waiting, s, key=_order)
+            with ExitStack() as leaving:  # each of these, whatever another raises
+                leaving.callback(insort, self.waiting, s, key=_order)
+                leaving.callback(self.pages.name, s)
+                leaving.callback(self.pages.give_up, s, publish=publish)
+                self._runner.leave(s)
 
     def _refuse(self, s: Sequence) -> None:
         """End a sequence that finds too few pages although nobody runs. Its answer so far is as

@@ -5,8 +5,7 @@ Dimensions: as in pykv/llm/model.py; T is the number of sequences.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +17,7 @@ from pykv.llm import matrices
 from pykv.llm.model import Batch
 from pykv.llm.weights import Layer, Model
 from pykv.ops.phase_program import OLDEST_SM, PhaseProgram
+from pykv.ops.resident_program import Inputs, ResidentProgram
 from pykv.phases import AddNorm, Append, Argmax, Attend, Attention, Embed, Product
 from pykv.pool import PagedKVCache
 
@@ -144,14 +144,33 @@ def _attention(
     return Attention(append, attend)
 
 
-def token_step(model: Model, batch: Batch, cache: PagedKVCache) -> tuple[Callable[[], Any], Any]:
-    """A function that does such a step by one launch and returns its logits, the same array at each
-    call, and the array of the largest of them; see `token_phases`."""
-    phases, logits, peaks = token_phases(model, batch, cache)
-    program = PhaseProgram(phases)
+class TokenStep:
+    """A step as one launch, or as a launch that goes on to the next tokens.
 
-    def step() -> Any:
-        program()
-        return logits
+    Args:
+        model, batch, cache: as of token_phases.
 
-    return step, peaks
+    Attributes:
+        peaks: where a step leaves the likeliest token of each row.
+
+    Raises:
+        UnsupportedError: layers differ in what phases of a kind must share.
+
+    Called, it does one step and returns its logits, the same array at each call.
+    """
+
+    def __init__(self, model: Model, batch: Batch, cache: PagedKVCache) -> None:
+        self._phases, self._logits, self.peaks = token_phases(model, batch, cache)
+        self._program = PhaseProgram(self._phases)
+        self._batch, self._page_size = batch, cache.page_size
+
+    def __call__(self) -> Any:
+        self._program()
+        return self._logits
+
+    @cached_property
+    def resident(self) -> ResidentProgram:
+        """What goes on from the batch that is there, without logits."""
+        b = self._batch
+        inputs = Inputs(b.ids, b.positions, b.slots, b.lengths, b.page_table, self.peaks)
+        return ResidentProgram(self._phases, inputs, self._page_size)

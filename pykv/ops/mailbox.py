@@ -7,18 +7,17 @@ Kernel: kernels_cu/mailbox.cu; pykv/host_rings.py describes what host and kernel
 from __future__ import annotations
 
 import sys
-import weakref
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import FLOAT32, load_cupy, on_gpu
+from pykv.arrays import FLOAT32, on_gpu
 from pykv.checker import checker
-from pykv.errors import CapacityError, CudaError, DeviceError, ParameterError
-from pykv.host_rings import SLOTS, Rings, State
+from pykv.errors import CapacityError, DeviceError, ParameterError
+from pykv.host_rings import SLOTS, RingKernel, State
 from pykv.options import check_flag, check_number, check_whole
 from pykv.testing import wrong_values
 
@@ -30,7 +29,7 @@ _MOST_STEPS = 1 << 32  # of a job, which is not interrupted: reckoned as 0.1 s
 _MOST_SECONDS = 3600.0
 _LOOKS = 64  # at the ring between two at the kernel's stream, which takes longer
 
-VARIANTS: list[dict[str, Any]] = [dict(BLOCK=_BLOCK, SLOTS=SLOTS)]
+VARIANTS: list[dict[str, Any]] = [dict(BLOCK=_BLOCK, RING_SLOTS=SLOTS)]
 VARIANTS_SMS = range(0)  # none at import: compiled by the first Mailbox
 
 
@@ -84,24 +83,18 @@ class Mailbox:
         self._submitted = self._taken = 0  # commands, and results that the host has taken
         self._refused: set[int] = set()
         self._is_open = True
-        self._rings: Rings | None = None
+        self._kernel: RingKernel | None = None
         if x.size and on_gpu(x):
             self._start()
 
     def _start(self) -> None:
-        """Launch the kernel. Its stream waits for what is enqueued on the current one."""
-        cupy = load_cupy()
-        self._rings = Rings()
+        """Launch the kernel. It waits for what is enqueued on the current stream."""
         R, N = self._x.shape
         kernel = cuda.kernel("mailbox", "mailbox", **VARIANTS[0])
         scalars = dict(first=1, R=R, N=N, limit=int(self._silence * 1e9))
+        self._kernel = RingKernel(_OP)
         launch = cuda.Launch(kernel, 1, _BLOCK, scalars, cooperative=True)
-        cupy.cuda.get_current_stream().synchronize()
-        self._stream = cupy.cuda.Stream(non_blocking=True)
-        # Of a Mailbox that nobody stops: its memory must outlive the kernel.
-        weakref.finalize(self, _end, self._rings, self._stream, self._x)
-        with self._stream:
-            launch(dict(x=self._x, host=self._rings.on_gpu))
+        self._kernel.launch(launch, dict(x=self._x))
 
     def submit(
         self, row: int, scale: float, bias: float, *, iterations: int = 1, n: int | None = None
@@ -134,7 +127,7 @@ class Mailbox:
                 f"of {payload[2]} elements"
             )
         self._check_open()
-        if self._rings is None:
+        if self._kernel is None:
             values = np.float32(scale), np.float32(bias)
             reference(self._x[row, : payload[2]], *values, iterations)
             self._submitted += 1
@@ -153,7 +146,7 @@ class Mailbox:
         self.beat()
         if self._is_done(job):
             return True
-        self._check_open(self._has_ended)
+        self._check_open(asks=True)
         return False
 
     def wait(self, job: int) -> None:
@@ -164,12 +157,12 @@ class Mailbox:
             for _ in range(_LOOKS):
                 if self._is_done(job):
                     return
-            self._check_open(self._has_ended)
+            self._check_open(asks=True)
 
     def beat(self) -> None:
         """Say that the host lives, without asking for anything."""
-        if self._rings is not None:
-            self._rings.beat()
+        if self._kernel is not None:
+            self._kernel.rings.beat()
 
     def counts(self) -> Counts:
         """How many jobs are in which state."""
@@ -188,16 +181,16 @@ class Mailbox:
         if not self._is_open:
             return
         self._is_open = False
-        if self._rings is None:
+        if self._kernel is None:
             return
-        while drain and self._submitted - self._taken >= SLOTS and not self._has_ended():
+        while drain and self._submitted - self._taken >= SLOTS and not self._kernel.has_ended():
             self.beat()
             self._take()
         if drain:
-            self._rings.post(self._submitted + 1, [_STOP])
+            self._kernel.rings.post(self._submitted + 1, [_STOP])
         else:
-            self._rings.abort()
-        self._wait_for_end()
+            self._kernel.rings.abort()
+        self._kernel.wait()
         self._take()
         lost = self._submitted - self._taken
         if drain and lost:
@@ -211,15 +204,15 @@ class Mailbox:
 
     def _post(self, payload: list[int]) -> int:
         """Write a command and return its number."""
-        assert self._rings is not None
-        self._rings.beat()
+        assert self._kernel is not None
+        self._kernel.rings.beat()
         self._take()
         if self._submitted - self._taken >= SLOTS:
             raise CapacityError(
                 f"{_OP}: {SLOTS} jobs are not done yet, expected fewer before another"
             )
         self._submitted += 1
-        self._rings.post(self._submitted, payload)
+        self._kernel.rings.post(self._submitted, payload)
         return self._submitted
 
     def _is_done(self, job: int) -> bool:
@@ -230,55 +223,37 @@ class Mailbox:
 
     def _take(self) -> None:
         """Note the results that have come."""
-        if self._rings is None:
+        if self._kernel is None:
             return
         while self._taken < self._submitted:
-            result = self._rings.result(self._taken + 1)
+            result = self._kernel.rings.result(self._taken + 1)
             if result is None:
                 return
             self._taken += 1
             if result[0] != _DONE:
                 self._refused.add(self._taken)
 
-    def _check_open(self, has_ended: Callable[[], bool] = lambda: False) -> None:
-        """Raise where no kernel will do another job: by its own word, or as the driver says, which
-        takes as long as a job and is asked while one waits."""
+    def _check_open(self, *, asks: bool = False) -> None:
+        """Raise where no kernel will do another job: by its own word, or if it `asks`, as the
+        driver says."""
         if not self._is_open:
             raise DeviceError(f"{_OP}: it is stopped, expected a Mailbox that is not")
-        if self._rings is None:
+        if self._kernel is None:
             return
-        if self._rings.state() > State.RUNNING or has_ended():
+        if self._kernel.rings.state() > State.RUNNING or (asks and self._kernel.has_ended()):
             self._is_open = False
-            self._wait_for_end()
+            self._kernel.wait()
             self._take()
             raise DeviceError(self._why_ended(self._submitted - self._taken))
 
     def _why_ended(self, lost: int) -> str:
-        assert self._rings is not None
-        state = self._rings.state()
+        assert self._kernel is not None
+        state = self._kernel.rings.state()
         why = {State.SILENT: f"it heard nothing of the host for {self._silence} s"}
         return (
             f"{_OP}: the kernel has ended, {why.get(state, state.name.lower())}; {lost} jobs are "
             "not done"
         )
-
-    def _has_ended(self) -> bool:
-        try:
-            return bool(self._stream.done)
-        except load_cupy().cuda.runtime.CUDARuntimeError:
-            return True  # what it has failed of, _wait_for_end says
-
-    def _wait_for_end(self) -> None:
-        try:
-            self._stream.synchronize()
-        except load_cupy().cuda.runtime.CUDARuntimeError as error:
-            raise CudaError(f"{_OP}: the kernel has failed: {error}") from error
-
-
-def _end(rings: Rings, stream: Any, x: Any) -> None:
-    """End a kernel that may still run, and keep its memory until it has ended."""
-    rings.abort()
-    stream.synchronize()
 
 
 _OP = "mailbox.Mailbox"

@@ -6,8 +6,8 @@ Kernel: kernels_cu/phase_program.cu; pykv/phases.py has the phases.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -106,85 +106,111 @@ class PhaseProgram:
     """
 
     def __init__(self, phases: Sequence[Any], *, blocks: int | None = None) -> None:
-        if blocks is not None:
-            blocks = check_whole(_OP, "blocks", blocks, 1)
-        if not isinstance(phases, (list, tuple)):
-            raise DtypeError(f"{_OP}: phases is a {type(phases).__name__}, expected a list")
-        self._phases = list(phases)
-        for phase in self._phases:
-            if not isinstance(phase, PHASES):
-                raise DtypeError(f"{_OP}: phases has a {type(phase).__name__}, expected phases")
-            phase.checked(_OP)
-        _check_alike(self._phases)
+        self._phases, blocks = checked(_OP, phases, blocks)
         self._launch: cuda.Launch | None = None
         if on_gpu(self._phases[0].inputs):
-            self._prepare(blocks)
+            self._packed = pack(_OP, self._phases)
+            self.stages = self._packed.stages
+            self._launch = self._packed.launch("phase_program", blocks)
+            load_cupy().cuda.get_current_stream().synchronize()  # calls may come on another stream
         else:
-            touched = [phase.touched() for phase in self._phases]
-            self.stages = stages_of(touched)
+            self.stages = stages_of([phase.touched() for phase in self._phases])
 
     def __call__(self, stream: Any = None) -> None:
         if self._launch is None:
             cuda.run_on_host(self._on_host, stream=stream)
         else:
-            if (current := cuda.current_device()) != self._device:
-                raise DeviceError(
-                    f"{_OP}: GPU {current} is the current one, expected GPU {self._device}, on "
-                    "which the program was made"
-                )
+            check_device(_OP, self._packed.device)
             cuda.hold(self)  # whose arrays the program has the addresses of
-            self._launch(self._arrays, stream)
+            self._launch(self._packed.arrays, stream)
 
     def _on_host(self) -> None:
         for phase in self._phases:
             reference(phase)
 
-    def _prepare(self, blocks: int | None) -> None:
-        """The launch and the program."""
-        cuda.refuse_capture(_OP, "what it is made of is uploaded; make it before")
-        sm = cuda.current_sm()
-        if sm < OLDEST_SM:
-            raise UnsupportedError(
-                f"{_OP}: the GPU is of sm_{sm}, expected sm_{OLDEST_SM} or newer"
-            )
-        kinds = sorted({p.kind for p in self._phases if hasattr(p, "kind")}) or ["F32"]
-        rows, outs = _rows_and_outs(self._phases, kinds)
-        scratch = _scratch(self._phases)
-        records, shared = [], 0
-        for p in self._phases:
-            cut = None
-            if isinstance(p, Product):
-                cut = block_linear.cut_of(p.x, p.w, p.kind, rows, outs, BLOCK)
-                shared = max(shared, cut.shared_bytes)
-            records += p.records(_OP, cut, scratch)
-        self.stages = stages_of([record.touched for record in records])
-        check_stages(_OP, self.stages, [record.touched for record in records])
-        x, self._device = self._phases[0].inputs, cuda.current_device()
-        words = like(x, (len(records), _PHASE_BYTES // 8), np.uint64)
-        words.set(_packed(records, self.stages, kinds))
-        counters = like(x, (2,), np.uint32)
-        counters.fill(0)
-        self._arrays = dict(program=words, counters=counters)
-        self._scratch = scratch
-        load_cupy().cuda.get_current_stream().synchronize()  # calls may come on another stream
 
-        biases = [p.bias.dtype for p in self._phases if getattr(p, "bias", None) is not None]
-        defines = _defines(kinds, x.dtype, (biases or [FLOATS[0]])[0], rows, outs)
-        kernel = cuda.kernel(
-            "phase_program", "phase_program", **defines, **_cache_defines(self._phases)
-        )
+class Packed(NamedTuple):
+    """Phases as a GPU's kernels take them.
+
+    Attributes:
+        arrays: of the kernel: the phases and the counters of its blocks.
+        scratch: what phases share, beside.
+        stages: of the phases, as of PhaseProgram.
+        tiles: of the phase that has most.
+        defines: of the kernel.
+        shared_bytes: of a block.
+        device: the GPU that has them.
+    """
+
+    arrays: dict[str, Any]
+    scratch: Scratch
+    stages: list[int]
+    tiles: int
+    defines: dict[str, Any]
+    shared_bytes: int
+    device: int
+
+    def launch(
+        self,
+        stem: str,
+        blocks: int | None,
+        scalars: Mapping[str, int] | None = None,
+        **defines: Any,
+    ) -> cuda.Launch:
+        """Of the kernel of a file, with more scalars and defines than the phases have."""
+        kernel = cuda.kernel(stem, stem, **self.defines, **defines)
         most = min(
-            cuda.cooperative_blocks(kernel, BLOCK, shared),
-            max(1, *(record.tiles for record in records)),
+            cuda.cooperative_blocks(kernel, BLOCK, self.shared_bytes),
+            self.tiles,
             blocks or 2**31 - 1,
         )
-        self._launch = cuda.Launch(
-            kernel,
-            most,
-            BLOCK,
-            dict(phases=len(records)),
-            shared_bytes=shared,
-            cooperative=True,
+        given = dict(phases=len(self.stages), **scalars or {})
+        return cuda.Launch(
+            kernel, most, BLOCK, given, shared_bytes=self.shared_bytes, cooperative=True
+        )
+
+
+def pack(op: str, phases: list[Any]) -> Packed:
+    """What the kernels take of checked phases.
+
+    Raises:
+        UnsupportedError: the GPU is older than sm_70, or caches are of several kinds.
+    """
+    cuda.refuse_capture(op, "what it is made of is uploaded; make it before")
+    sm = cuda.current_sm()
+    if sm < OLDEST_SM:
+        raise UnsupportedError(f"{op}: the GPU is of sm_{sm}, expected sm_{OLDEST_SM} or newer")
+    kinds = sorted({p.kind for p in phases if hasattr(p, "kind")}) or ["F32"]
+    rows, outs = _rows_and_outs(phases, kinds)
+    scratch = _scratch(op, phases)
+    records, shared = [], 0
+    for p in phases:
+        cut = None
+        if isinstance(p, Product):
+            cut = block_linear.cut_of(p.x, p.w, p.kind, rows, outs, BLOCK)
+            shared = max(shared, cut.shared_bytes)
+        records += p.records(op, cut, scratch)
+    stages = stages_of([record.touched for record in records])
+    check_stages(op, stages, [record.touched for record in records])
+    x = phases[0].inputs
+    words = like(x, (len(records), _PHASE_BYTES // 8), np.uint64)
+    words.set(_words(records, stages, kinds))
+    counters = like(x, (2,), np.uint32)
+    counters.fill(0)
+    biases = [p.bias.dtype for p in phases if getattr(p, "bias", None) is not None]
+    defines = _defines(kinds, x.dtype, (biases or [FLOATS[0]])[0], rows, outs)
+    defines |= _cache_defines(op, phases)
+    tiles = max(1, *(record.tiles for record in records))
+    arrays = dict(program=words, counters=counters)
+    return Packed(arrays, scratch, stages, tiles, defines, shared, cuda.current_device())
+
+
+def check_device(op: str, device: int) -> None:
+    """Whether the GPU on which a program was made is the current one."""
+    if (current := cuda.current_device()) != device:
+        raise DeviceError(
+            f"{op}: GPU {current} is the current one, expected GPU {device}, on which the program "
+            "was made"
         )
 
 
@@ -193,30 +219,44 @@ def reference(phase: Any) -> None:
     phase.run_alone()
 
 
-def _check_alike(phases: list[Any]) -> None:
+def checked(op: str, phases: Any, blocks: int | None) -> tuple[list[Any], int | None]:
+    """The phases of a program, and how many blocks its launch may have, as PhaseProgram says."""
+    if blocks is not None:
+        blocks = check_whole(op, "blocks", blocks, 1)
+    if not isinstance(phases, (list, tuple)):
+        raise DtypeError(f"{op}: phases is a {type(phases).__name__}, expected a list")
+    for phase in phases:
+        if not isinstance(phase, PHASES):
+            raise DtypeError(f"{op}: phases has a {type(phase).__name__}, expected phases")
+        phase.checked(op)
+    _check_alike(op, list(phases))
+    return list(phases), blocks
+
+
+def _check_alike(op: str, phases: list[Any]) -> None:
     """What all phases of a program must share."""
     if not phases:
-        raise ParameterError(f"{_OP}: phases is empty, expected one or more")
+        raise ParameterError(f"{op}: phases is empty, expected one or more")
     first = phases[0].inputs
     for p in phases:
         x = p.inputs
         if not x.size or len(x) > _TOKENS:
-            raise ShapeError(f"{_OP}: x has shape {x.shape}, expected 1 to {_TOKENS} tokens")
+            raise ShapeError(f"{op}: x has shape {x.shape}, expected 1 to {_TOKENS} tokens")
         if len(x) != len(first):
-            raise ShapeError(f"{_OP}: x has T={len(x)}, expected T={len(first)} as the first")
+            raise ShapeError(f"{op}: x has T={len(x)}, expected T={len(first)} as the first")
         if x.dtype != first.dtype:
-            raise DtypeError(f"{_OP}: x has dtype {x.dtype}, expected {first.dtype}")
+            raise DtypeError(f"{op}: x has dtype {x.dtype}, expected {first.dtype}")
         if on_gpu(x) != on_gpu(first):
-            raise DeviceError(f"{_OP}: phases are of host and device, expected one")
+            raise DeviceError(f"{op}: phases are of host and device, expected one")
     biases = {p.bias.dtype for p in phases if getattr(p, "bias", None) is not None}
     if len(biases) > 1:
-        raise DtypeError(f"{_OP}: biases have dtypes {biases}, expected one")
+        raise DtypeError(f"{op}: biases have dtypes {biases}, expected one")
     written = [rows for p in phases for rows in p.touched().writes]
     for p in phases:
         for name, array in p.constants().items():  # blocks read them before they wait
             constant = place_of(array)
             if any(share(constant, rows) for rows in written):
-                raise ParameterError(f"{_OP}: a phase writes {name}, expected arrays of its own")
+                raise ParameterError(f"{op}: a phase writes {name}, expected arrays of its own")
 
 
 def _rows_and_outs(phases: list[Any], kinds: list[str]) -> tuple[int, int]:
@@ -230,24 +270,24 @@ def _rows_and_outs(phases: list[Any], kinds: list[str]) -> tuple[int, int]:
     return rows, min(outs, *(block_linear.most_outs(kind, rows) for kind in kinds))
 
 
-def _scratch(phases: list[Any]) -> Scratch:
+def _scratch(op: str, phases: list[Any]) -> Scratch:
     x = phases[0].inputs
-    states = max((p.workspace_size(_OP) for p in phases if isinstance(p, Attention)), default=0)
+    states = max((p.workspace_size(op) for p in phases if isinstance(p, Attention)), default=0)
     keys = max((p.keys_size() for p in phases if isinstance(p, Argmax)), default=0)
     scratch = Scratch(
         like(x, (states,), np.float32) if states else None,
         like(x, (keys,), np.uint64) if keys else None,
-        _deferred(phases),
+        _deferred(op, phases),
     )
     if states:
         scratch.workspace[: paged_decode.COUNTERS] = 0
     return scratch
 
 
-def _deferred(phases: list[Any]) -> dict[int, int]:
+def _deferred(op: str, phases: list[Any]) -> dict[int, int]:
     """Splits of each attention whose `out` products alone read, by its address. Several may have
     one `out`, as layers do, if all cut keys alike."""
-    splits = {i: p.splits(_OP) for i, p in enumerate(phases) if isinstance(p, Attention)}
+    splits = {i: p.splits(op) for i, p in enumerate(phases) if isinstance(p, Attention)}
     outs = {address_of(phases[i].attend.out): bytes_of(phases[i].attend.out) for i in splits}
     deferred = {}
     for at, out in outs.items():
@@ -276,7 +316,7 @@ def _is_merged(phases: list[Any], splits: dict[int, int], out: Any) -> bool:
     return is_read
 
 
-def _cache_defines(phases: list[Any]) -> dict[str, Any]:
+def _cache_defines(op: str, phases: list[Any]) -> dict[str, Any]:
     """Defines of the caches that phases append to and read.
 
     Raises:
@@ -286,10 +326,10 @@ def _cache_defines(phases: list[Any]) -> dict[str, Any]:
     for p in phases:
         if not isinstance(p, Attention):
             continue
-        for name, value in p.defines(_OP).items():
+        for name, value in p.defines(op).items():
             if defines.setdefault(name, value) != value:
                 raise UnsupportedError(
-                    f"{_OP}: phases have {name}={defines[name]} and {name}={value}, expected one"
+                    f"{op}: phases have {name}={defines[name]} and {name}={value}, expected one"
                 )
     defines.pop("BLOCK", None)
     return defines
@@ -316,7 +356,7 @@ def _parameters_of(stem: str, name: str) -> list[Any]:
     return [(array, np.uint64) for array in arrays] + scalars
 
 
-def _packed(records: list[Record], stages: list[int], kinds: list[str]) -> Any:
+def _words(records: list[Record], stages: list[int], kinds: list[str]) -> Any:
     """The program, [PHASES, words] uint64."""
     words = np.zeros((len(records), _PHASE_BYTES), np.uint8)
     for row, record, stage in zip(words, records, stages, strict=True):

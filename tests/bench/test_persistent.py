@@ -13,6 +13,7 @@ from tests.simt import machine
 def test_each_way_agrees(xp, rng, monkeypatch, case):
     if xp is simt:
         monkeypatch.setattr(machine, "ARCH", "sm_90")
+        monkeypatch.setattr(persistent, "TOKENS", 2)
         case = case | dict(blocks=4)
     work = persistent.make(case, xp, rng)
     if xp is np and case["by"] == "graph":
@@ -22,6 +23,15 @@ def test_each_way_agrees(xp, rng, monkeypatch, case):
     matrices = 2 * (2 * (256 * 512 + 256 * 256 + 3 * 256 * 256) + 40 * 256)
     rows = case["B"] * 21 * 2 * 2 * 2 * 64 * 2
     assert work.bytes == dict(all=matrices + rows, products=matrices, attention=rows)[case["parts"]]
+
+
+def test_tokens_that_differ_are_seen(rng, monkeypatch):
+    made = persistent.make(dict(persistent.QUICK[0], by="resident"), np, rng)
+    assert made.check() and 0 < made.run() < 60
+    take = persistent.ResidentProgram.take
+    wrong = lambda self: [x._replace(token=x.token ^ 1) for x in take(self)]  # noqa: E731
+    monkeypatch.setattr(persistent.ResidentProgram, "take", wrong)
+    assert not made.check()
 
 
 @pytest.mark.parametrize("phase", ["Attention", "Product", "Argmax"])

@@ -48,8 +48,9 @@ def answer_alone(s):
 class Fake:
     """A cache and a runner in one."""
 
-    def __init__(self, pages, last):
+    def __init__(self, pages, last, most_ahead=1):
         self.manager, self.last = BlockManager(pages, P), last
+        self.most_ahead = most_ahead
         self.states = {}  # of slots
         self.computed = 0  # tokens of all steps
         self.step_tokens = 0
@@ -103,12 +104,29 @@ class Fake:
             self.compute(s, n)
         return [self.draw(s) for s, _ in pieces if s.due == 0]
 
-    def decode(self, sequences):
+    def leave(self, s):
+        pass
+
+    def ahead(self, sequences):
+        return self.most_ahead
+
+    def begin_ahead(self, s):
+        """Write what nobody has asked for, on pages that are nobody else's."""
+        for position in range(s.cached, min(s.cached + self.most_ahead, len(s.pages) * P)):
+            page = s.pages[position // P]
+            assert self.manager._counts[page] == 1 and self.manager._keys[page] is None
+            self.states[self.slot(s, position)] = None
+
+    def decode(self, sequences, alone):
         assert all(s.due == 1 and s.generated for s in sequences)
         self.fail("decode", [(s, 1) for s in sequences])
         for s in sequences:
             self.compute(s, 1)
-        return [self.draw(s) for s in sequences]
+        tokens = [self.draw(s) for s in sequences]
+        if alone and self.most_ahead > 1:
+            for s in sequences:
+                self.begin_ahead(s)
+        return tokens
 
     def end(self, s):
         """All that a sequence has in its pages is what it wrote, or what another wrote alike."""
@@ -184,8 +202,9 @@ class World:
         slots=None,
         most=None,
         choice=None,
+        ahead=1,
     ):
-        self.fake = Fake(pages, last)
+        self.fake = Fake(pages, last, ahead)
         self.tiers = None if choice is None else FakeTiers(self.fake, choice)
         self.scheduler = Scheduler(
             *(self.fake, self.fake),
@@ -397,6 +416,7 @@ def test_many_steps(steps):
             slots=choose.choice([None, None, 3]),
             most=20,
             choice=choose.randrange if choose.random() < 0.5 else None,
+            ahead=choose.choice([1, 1, 3, 20]),
         )
         for _ in range(500):
             if choose.random() < 0.5:
@@ -428,6 +448,19 @@ def test_a_shared_prefix_is_computed_once():
         assert world.fake.computed == len(start) + len(sequences) * (1 + 2)
         assert world.scheduler.stats.reused_tokens == (len(sequences) - 1) * len(start)
         assert [s.reused for s in sequences] == [0] + [len(start)] * (len(sequences) - 1)
+
+
+def test_pages_ahead_are_for_all_or_none():
+    """Of two answers; not beyond their ends, and nobody gives way for them."""
+    for pages, held in ((20, [4, 2]), (5, [1, 1])):
+        world = World(pages, prefix_cache=False, ahead=3 * P)
+        sequences = [world.make([n] * 2, more) for n, more in ((1, 5 * P), (2, P + 2))]
+        world.add(*sequences)
+        for _ in range(2):
+            world.step()
+        assert [len(s.pages) for s in sequences] == held
+        world.finish()
+        assert world.scheduler.stats.preemptions == 0
 
 
 def test_prompts_pass_one_that_waits_for_its_prefix():

@@ -26,8 +26,8 @@ def open_both(tmp_path, xp, monkeypatch):
     def open_(name, **options):
         tiny.write_case(tmp_path / "tiny.gguf", name)
         opened = (
-            LLM(tmp_path / "tiny.gguf", prefix_cache=False, decode=decode, **options)
-            for decode in ("steps", "persistent")
+            LLM(tmp_path / "tiny.gguf", prefix_cache=False, decode=decode, **one, **options)
+            for decode, one in (("steps", {}), ("persistent", dict(max_tokens_resident=1)))
         )
         return list(opened)
 

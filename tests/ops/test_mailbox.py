@@ -79,7 +79,7 @@ def test_a_silent_host_ends_the_kernel(device):
     box = Mailbox(x, silence=0.05)
     box.wait(box.submit(0, 1.0, 1.0))
     deadline = time.monotonic() + 30
-    while not box._stream.done:
+    while not box._kernel.has_ended():
         assert time.monotonic() < deadline
         time.sleep(0.01)
     with pytest.raises(DeviceError, match="the kernel has ended, it heard nothing of the host for"):
@@ -116,7 +116,7 @@ def test_an_error_in_the_context_drops_what_waits(device):
     x = device.asarray(np.zeros((1, 4), np.float32))
     with pytest.raises(KeyError), Mailbox(x, **SLOW) as box:
         raise KeyError
-    assert box._stream.done and box._rings.state() == host_rings.State.ABORTED
+    assert box._kernel.has_ended() and box._kernel.rings.state() == host_rings.State.ABORTED
 
 
 @pytest.mark.parametrize(

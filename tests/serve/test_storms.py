@@ -38,7 +38,13 @@ class Counting:
             s.cached += n
         return [self._letter(s) for s, _ in pieces if s.due == 0]
 
-    def decode(self, sequences):
+    def leave(self, s):
+        pass
+
+    def ahead(self, sequences):
+        return 1
+
+    def decode(self, sequences, alone):
         for s in sequences:
             s.cached += 1
         return [self._letter(s) for s in sequences]

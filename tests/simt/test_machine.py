@@ -804,7 +804,7 @@ def test_every_kernel_runs(device, stem):
         declared -= {"paged_decode_mma", "prefill_mma"}
         declared = set() if stem == "linear_mma" else declared
     declared = set() if stem == "linear_tiles" and sm < 80 else declared
-    declared = set() if stem == "phase_program" and sm < 70 else declared
+    declared = set() if stem in ("phase_program", "resident_program") and sm < 70 else declared
     # Of the two ways of compaction an SM takes one; its tests run both.
     looks_back = sm >= compaction.LOOK_BACK_SM
     declared -= {"compaction_scatter" if looks_back else "compaction"}

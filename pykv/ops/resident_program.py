@@ -1,0 +1,416 @@
+"""Tokens of a few sequences, one after another in one launch, which the host reads meanwhile.
+
+Dimensions: T sequences; M pages of each at most; E tokens that end one.
+Kernel: kernels_cu/resident_program.cu; pykv/host_rings.py describes what host and kernel write.
+"""
+
+from __future__ import annotations
+
+import enum
+import time
+from collections import Counter, deque
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pykv import cuda
+from pykv.arrays import INT32, like, on_gpu
+from pykv.checker import checker
+from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError, UnsupportedError
+from pykv.host_rings import SLOTS, RingKernel, State
+from pykv.ops import phase_program
+from pykv.options import check_number, check_whole
+from pykv.overlaps import place_of, share
+from pykv.phases import Argmax
+
+MOST_TOKENS = SLOTS  # of a launch: the ring holds all of its results, so it waits for nobody
+ENDS = 32  # tokens that may end a sequence, at most
+_MOST_SECONDS = 3600.0
+_LOOKS = 64  # at the ring between two at the kernel's stream, which takes longer
+_STOP = 1  # kind of a command
+_TOKEN_BITS = 24  # of a word of a result; what follows is above
+
+# Of one program; its phases are those of phase_program, which has more.
+VARIANTS: list[dict[str, Any]] = [phase_program.VARIANTS[-2] | dict(RING_SLOTS=SLOTS)]
+VARIANTS_SMS = range(0)  # none at import: compiled by the first program of its kinds
+
+
+class Inputs(NamedTuple):
+    """What phases of a token read and leave, int32.
+
+    Attributes:
+        ids, positions, slots, lengths: [T], of the token that is computed, as phases have them;
+            a sequence of length 0 is none. Those of the next one are written here.
+        page_table: [T, M], -1 where a sequence has no page.
+        peaks: [T], the token that phases draw for each, -1 where none can be.
+    """
+
+    ids: Any
+    positions: Any
+    slots: Any
+    lengths: Any
+    page_table: Any
+    peaks: Any
+
+
+class Why(enum.IntEnum):
+    """What follows a token for its sequence."""
+
+    NEXT = 0  # another token
+    ENDED = 1  # it was one that ends the sequence
+    FULL = 2  # it was the last up to the sequence's limit
+    OUT_OF_PAGES = 3  # no page for the next one, which ends the launch
+    TAKEN_BACK = 4  # the host had stopped the sequence
+    NOT_FINITE = 5  # there is no token
+    NOBODY = 6  # the sequence has ended before, or there is none
+
+
+class Drawn(NamedTuple):
+    """A token of a sequence, of no meaning if `why` says that there is none."""
+
+    token: int
+    why: Why
+
+
+class Counts(NamedTuple):
+    """Launches, tokens of sequences that the host took, and how often launches ended in a state."""
+
+    launches: int
+    tokens: int
+    ends: dict[State, int]
+
+
+class ResidentProgram:
+    """Phases of a token, done again and again by one launch, which draws the tokens of sequences,
+    ends these and makes the inputs of the next token without the host.
+
+    Args:
+        phases: of one token, as of PhaseProgram; they read `inputs`, and an Argmax leaves `peaks`.
+        inputs: of T sequences, 1 to 8.
+        page_size: tokens of a page.
+        blocks: of the launch at most; None: as many as the GPU runs at once and have work.
+        silence: seconds without a call of a method after which a launch ends behind a token. One
+            that pauses for longer loses nothing: it launches again.
+
+    Raises:
+        As PhaseProgram of `phases`, and ShapeError, DtypeError, DeviceError of `inputs`.
+        ParameterError: `page_size` or `silence` is out of its range, a phase writes what is read of
+            the host, or none writes `peaks`.
+        UnsupportedError: the vocabulary has more than 2^24 tokens.
+
+    A launch waits for nobody: it has a bound of tokens, results of all of them have room, and what
+    it lacks ends it. What is enqueued on the stream that was current in `launch` waits for its end.
+    One thread at a time may use a program. NumPy arrays have no kernel: tokens are computed as they
+    are waited for. Idea of a decode loop on the GPU, fed by rings: the project m40-llm.
+
+    >>> ids, positions, slots, lengths, peaks = np.array([[3], [0], [-1], [1], [0]], np.int32)
+    >>> table, x, logits = np.zeros((1, 4), np.int32), np.ones((1, 8), "f4"), np.ones((1, 8), "f4")
+    >>> eye, phases, ops = np.eye(8, dtype=np.float16), pykv.phases, pykv.ops.resident_program
+    >>> of_token = [phases.Embed(ids, eye, "F16", x)]
+    >>> of_token += [phases.Product(x, np.roll(eye, 1, 0), "F16", logits)]
+    >>> of_token += [phases.Argmax(logits, peaks)]
+    >>> inputs = ops.Inputs(ids, positions, slots, lengths, table, peaks)
+    >>> program = ops.ResidentProgram(of_token, inputs, page_size=16)
+    >>> program.launch(3, limits=[100], ends=[[]])
+    >>> [program.take()[0].token for _ in range(3)]
+    [4, 5, 6]
+    """
+
+    def __init__(
+        self,
+        phases: Sequence[Any],
+        inputs: Inputs,
+        page_size: int,
+        *,
+        blocks: int | None = None,
+        silence: float = 1.0,
+    ) -> None:
+        self._phases, blocks = phase_program.checked(_OP, phases, blocks)
+        self._inputs, self._page_size = inputs, check_whole(_OP, "page_size", page_size, 1)
+        seconds = check_number(_OP, "silence", silence, positive=True)
+        if seconds > _MOST_SECONDS:
+            raise ParameterError(
+                f"{_OP}: silence is {silence}, expected up to {_MOST_SECONDS} seconds"
+            )
+        if not isinstance(inputs, Inputs):
+            raise DtypeError(f"{_OP}: inputs is a {type(inputs).__name__}, expected Inputs")
+        dims = _check(*inputs)
+        self._T = dims["T"]
+        self._check_phases()
+        self._results: deque[list[Drawn]] = deque()
+        self._runs, self._state = False, State.OVER
+        self._launches = self._tokens = 0
+        self._ends: Counter[State] = Counter()
+        self._number = self._command = 1  # of the next result and command
+        self._kernel: RingKernel | None = None
+        if on_gpu(inputs.ids):
+            self._prepare(dims, blocks, seconds)
+
+    def _check_phases(self) -> None:
+        first = self._phases[0].inputs
+        if len(first) != self._T:
+            raise ShapeError(f"{_OP}: ids has T={self._T}, expected T={len(first)} as the phases")
+        if on_gpu(first) != on_gpu(self._inputs.ids):
+            raise DeviceError(f"{_OP}: phases and inputs are of host and device, expected one")
+        written = [rows for p in self._phases for rows in p.touched().writes]
+        for name, array in self._inputs._asdict().items():
+            is_written = any(share(place_of(array), rows) for rows in written)
+            if is_written != (name == "peaks"):
+                expected = "a phase to write it" if name == "peaks" else "no phase to write it"
+                raise ParameterError(f"{_OP}: inputs has a {name}, expected {expected}")
+        for p in self._phases:
+            if isinstance(p, Argmax) and p.logits.shape[1] > 1 << _TOKEN_BITS:
+                raise UnsupportedError(
+                    f"{_OP}: logits has V={p.logits.shape[1]}, expected up to {1 << _TOKEN_BITS}"
+                )
+
+    def _prepare(self, dims: dict[str, int], blocks: int | None, seconds: float) -> None:
+        """All that a launch needs: its kernel is loaded and its memory there."""
+        T = self._T
+        packed = phase_program.pack(_OP, self._phases)
+        scalars = dict(T=T, M=dims["M"], P=self._page_size, E=ENDS, limit=int(seconds * 1e9))
+        self._launch = packed.launch("resident_program", blocks, scalars, RING_SLOTS=SLOTS)
+        self._words = like(self._inputs.ids, (T + T * ENDS + 4,), np.int32)  # of a launch
+        self._scratch, self._device = packed.scratch, packed.device
+        self._arrays = packed.arrays | self._inputs._asdict()
+        self._arrays |= dict(
+            limits=self._words[:T],
+            ends=self._words[T:-4],
+            control=self._words[-4:].view(np.uint32),
+        )
+        self._kernel = RingKernel(_OP)
+
+    def launch(self, tokens: int, limits: Sequence[int], ends: Sequence[Sequence[int]]) -> None:
+        """Begin to draw from what `inputs` holds.
+
+        Args:
+            tokens: of each sequence at most, up to 64.
+            limits: of each sequence; it ends when it has so many tokens, its prompt among them.
+            ends: tokens that end each sequence, up to 32.
+
+        Raises:
+            ParameterError: an argument is out of its range, or there is not one for each sequence.
+            DtypeError: `limits` or `ends` is no list of such.
+            DeviceError: a launch has not ended, or its results are not taken.
+            UnsupportedError: the call is being prepared or captured.
+
+        Waits for the current stream.
+        """
+        cuda.refuse_prepare(_OP, "how many tokens are drawn depends on them")
+        cuda.refuse_capture(_OP, "how many tokens are drawn depends on them")
+        tokens = check_whole(_OP, "tokens", tokens, 1, MOST_TOKENS)
+        for name, given in (("limits", limits), ("ends", ends)):
+            if not isinstance(given, (list, tuple)):
+                raise DtypeError(f"{_OP}: {name} is a {type(given).__name__}, expected a list")
+            if len(given) != self._T:
+                raise ParameterError(
+                    f"{_OP}: {name} has {len(given)} entries, expected {self._T} of the sequences"
+                )
+        words = np.full(self._T * (1 + ENDS) + 4, -1, np.int32)
+        for i, (limit, of_sequence) in enumerate(zip(limits, ends, strict=True)):
+            words[i] = check_whole(_OP, "limits", limit, 0, 2**31 - 1)
+            if not isinstance(of_sequence, (list, tuple)):
+                raise DtypeError(f"{_OP}: ends has {of_sequence!r:.80}, expected lists")
+            if len(of_sequence) > ENDS:
+                raise ParameterError(
+                    f"{_OP}: ends has {len(of_sequence)} tokens, expected up to {ENDS}"
+                )
+            at = self._T + i * ENDS
+            tokens_of = [check_whole(_OP, "ends", t, 0, 2**31 - 1) for t in of_sequence]
+            words[at : at + len(tokens_of)] = tokens_of
+        if self._runs or self._results:
+            raise DeviceError(f"{_OP}: a launch is not over, expected all of its results taken")
+        self._left, self._limits, self._ends_of = tokens, words[: self._T], words[self._T : -4]
+        if self._kernel is not None:
+            phase_program.check_device(_OP, self._device)
+            self._launch_kernel(words, tokens)
+        self._launches += 1
+        self._runs, self._state = True, State.RUNNING
+
+    def _launch_kernel(self, words: Any, tokens: int) -> None:
+        assert self._kernel is not None
+        numbers = self._number & 0xFFFFFFFF, self._command & 0xFFFFFFFF
+        words[-4:].view(np.uint32)[:] = *numbers, tokens, 0
+        self._words.set(words)
+        self._kernel.rings.beat()
+        self._kernel.launch(self._launch, self._arrays, (self._phases, self._scratch))
+        self._kernel.let_current_wait()
+
+    def await_result(self) -> bool:
+        """Whether another result comes; waits until that is known.
+
+        Raises:
+            CudaError: the kernel has failed.
+        """
+        while not self._results and self._runs:
+            self._advance()
+        return bool(self._results)
+
+    def take(self) -> list[Drawn]:
+        """The next token of each sequence, in the order in which they were drawn.
+
+        Raises:
+            DeviceError: the launch has ended, and all its results are taken; or there was none.
+            CudaError: the kernel has failed.
+        """
+        if not self.await_result():
+            raise DeviceError(
+                f"{_OP}: the launch has ended, {self._state.name.lower()}, and its results are "
+                "taken; expected another"
+            )
+        drawn = self._results.popleft()
+        self._tokens += sum(x.why < Why.TAKEN_BACK for x in drawn)
+        return drawn
+
+    def stop(self, row: int) -> None:
+        """End a sequence. When this returns nothing of it is written any more, but results that
+        came before may have more of its tokens.
+
+        Args:
+            row: of the sequence.
+
+        Raises:
+            ParameterError: there is no such sequence.
+            CudaError: the kernel has failed.
+        """
+        check_whole(_OP, "row", row, 0, self._T - 1)
+        if not self._runs:
+            return
+        if self._kernel is None:
+            _clear(self._inputs, row)
+            return
+        self._kernel.rings.post(self._command, [_STOP, row])
+        self._command += 1
+        seen = 0
+        while self._runs:
+            if any(x[row].why != Why.NEXT for x in list(self._results)[seen:]):
+                return
+            seen = len(self._results)
+            self._advance()
+
+    def end(self) -> None:
+        """End the launch behind the token under way; results that were not taken stay.
+
+        Raises:
+            CudaError: the kernel has failed.
+        """
+        if not self._runs:
+            return
+        if self._kernel is None:
+            self._close(State.ABORTED)
+            return
+        self._kernel.rings.abort()
+        while self._runs:
+            self._advance()
+
+    def drop(self) -> None:
+        """End the launch, and forget results that were not taken."""
+        self.end()
+        self._results.clear()
+
+    @property
+    def state(self) -> State:
+        """How the last launch ended, as far as that is known; RUNNING until then."""
+        return self._state
+
+    def counts(self) -> Counts:
+        """What was done so far."""
+        return Counts(self._launches, self._tokens, dict(self._ends))
+
+    def _advance(self) -> None:
+        """Note results that have come, or that the launch has ended."""
+        if self._kernel is None:
+            self._advance_on_host()
+            return
+        rings = self._kernel.rings
+        rings.beat()
+        for _ in range(_LOOKS):
+            if self._receive():
+                return
+        if self._kernel.has_ended():
+            try:
+                self._kernel.wait()
+            finally:
+                while self._receive():  # what came between the last look and the end
+                    pass
+                self._close(rings.state())
+        time.sleep(0)  # other threads of the host run meanwhile
+
+    def _receive(self) -> bool:
+        """Note a result; whether one had come."""
+        assert self._kernel is not None
+        words = self._kernel.rings.result(self._number)
+        if words is None:
+            return False
+        self._number += 1
+        mask = (1 << _TOKEN_BITS) - 1
+        self._results.append([Drawn(x & mask, Why(x >> _TOKEN_BITS)) for x in words[: self._T]])
+        return True
+
+    def _advance_on_host(self) -> None:
+        for phase in self._phases:
+            phase_program.reference(phase)
+        self._left -= 1
+        ends = self._ends_of.reshape(self._T, ENDS)
+        drawn = reference(self._inputs, self._page_size, self._limits, ends, self._left == 0)
+        self._results.append(drawn)
+        whys = {x.why for x in drawn}
+        if not whys & {Why.NEXT, Why.OUT_OF_PAGES}:
+            self._close(State.OVER)
+        elif Why.OUT_OF_PAGES in whys:
+            self._close(State.NO_PAGES)
+        elif self._left == 0:
+            self._close(State.SPENT)
+
+    def _close(self, state: State) -> None:
+        self._runs, self._state = False, state
+        self._ends[state] += 1
+
+
+def reference(inputs: Inputs, page_size: int, limits: Any, ends: Any, is_last: bool) -> list[Drawn]:
+    """What follows a token, in NumPy: writes the inputs of the next one."""
+    drawn = []
+    for row, length in enumerate(inputs.lengths.tolist()):
+        token, page = int(inputs.peaks[row]), -1
+        if length // page_size < inputs.page_table.shape[1]:
+            page = int(inputs.page_table[row, length // page_size])
+        why = Why.NEXT
+        if length == 0:
+            why = Why.NOBODY
+        elif token < 0:
+            why = Why.NOT_FINITE
+        elif token in ends[row]:
+            why = Why.ENDED
+        elif length + 1 >= limits[row]:
+            why = Why.FULL
+        elif page < 0 and not is_last:
+            why = Why.OUT_OF_PAGES
+        drawn.append(Drawn(max(token, 0) if why < Why.TAKEN_BACK else 0, why))
+        _clear(inputs, row)
+        if why == Why.NEXT:
+            inputs.ids[row], inputs.positions[row] = token, length
+            inputs.lengths[row] = length + 1
+            if page >= 0:
+                inputs.slots[row] = page * page_size + length % page_size
+    return drawn
+
+
+def _clear(inputs: Inputs, row: int) -> None:
+    """Nobody's inputs, of which nothing is written or read."""
+    for array, value in zip(inputs, (0, 0, -1, 0), strict=False):
+        array[row] = value
+
+
+_OP = "resident_program.ResidentProgram"
+_ROWS = ("T", INT32)
+_check = checker(
+    _OP,
+    ("ids", "positions", "slots", "lengths", "peaks"),
+    ids=_ROWS,
+    positions=_ROWS,
+    slots=_ROWS,
+    lengths=_ROWS,
+    page_table=("T M", INT32),
+    peaks=_ROWS,
+)

@@ -1,0 +1,254 @@
+"""Answers that one launch draws token by token: those of steps, whatever happens meanwhile."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from pykv.errors import ParameterError
+from pykv.host_rings import State
+from pykv.llm import LLM, SamplingParams, token_program
+from pykv.llm.residency import is_greedy
+from pykv.llm.sequence import Sequence
+from pykv.ops.phase_program import PhaseProgram
+from pykv.ops.resident_program import ENDS, ResidentProgram
+from tests.helpers import swept
+from tests.llm import tiny
+from tests.llm.test_model import greedy
+from tests.simt import cupy as simt
+from tests.simt import machine
+
+
+@pytest.fixture
+def open_(tmp_path, xp, monkeypatch):
+    """Opens a tiny model; of few blocks on the SIMT machine."""
+    monkeypatch.setattr("pykv.cuda.array_module", lambda device: np if device == "cpu" else xp)
+    if xp is simt:
+        monkeypatch.setattr(machine, "ARCH", "sm_90")
+        few = lambda *given: PhaseProgram(*given, blocks=2)  # noqa: E731
+        stays = lambda *given: ResidentProgram(*given, blocks=2, silence=60.0)  # noqa: E731
+        monkeypatch.setattr(token_program, "PhaseProgram", few)
+        monkeypatch.setattr(token_program, "ResidentProgram", stays)
+
+    def open_one(name, decode="persistent", **options):
+        tiny.write_case(tmp_path / "tiny.gguf", name)
+        return LLM(tmp_path / "tiny.gguf", decode=decode, **options)
+
+    return open_one
+
+
+@pytest.fixture
+def on_host(tmp_path):
+    """Opens a tiny model without a kernel, for what is the scheduler's and the host's part."""
+
+    def open_one(decode="persistent", **options):
+        tiny.write(tmp_path / "tiny.gguf", "llama")
+        return LLM(tmp_path / "tiny.gguf", device="cpu", decode=decode, **options)
+
+    return open_one
+
+
+def launches(llm):
+    """Those of all decoders."""
+    made = [d._step.resident for d in llm.runner._decoders.values() if "resident" in vars(d._step)]
+    return sum(program.counts().launches for program in made)
+
+
+def ends_of(llm):
+    (decoder,) = llm.runner._decoders.values()
+    program = decoder._step.resident
+    assert not program.await_result()
+    return program.counts().ends
+
+
+CASES = [
+    ("llama-mixed", dict(weights="stored", kv_dtype="fp8"), 2),
+    *swept(
+        [
+            ("gemma3-keys", dict(weights="fp16"), 3),
+            ("qwen3", dict(weights="bf16", kv_dtype="int8"), 3),
+            ("qwen2", dict(weights="fp32", kv_dtype="k8v4"), 1),
+        ]
+    ),
+]
+
+
+@pytest.mark.parametrize("name, options, count", CASES)
+def test_tokens_are_those_of_steps(open_, rng, name, options, count):
+    """Sequences end by a limit and by a token, and go over the ends of pages."""
+    prompts = [rng.integers(3, 200, n).tolist() for n in (5, 15, 33)[:count]]
+    options |= dict(prefix_cache=False)
+    steps = open_(name, "steps", device="cpu", **options)
+    tokens = [a.token_ids for a in steps.generate(prompts, greedy(5))]
+    last = dict(ignore_eos=True, stop_token_ids=(tokens[0][2],))
+    params = [SamplingParams(max_tokens=5, **last), greedy(4), greedy(5)][:count]
+    want = steps.generate(prompts, params)
+    llm = open_(name, **options)
+    got = llm.generate(prompts, params)
+    assert [(a.token_ids, a.finish_reason) for a in got] == [
+        (a.token_ids, a.finish_reason) for a in want
+    ]
+    assert launches(llm) == 1 and ends_of(llm) == {State.OVER: 1}
+
+
+@pytest.mark.sweep
+def test_streams_that_begin_and_stop_meanwhile(open_):
+    """The kernel's part of what follows: rows that the host stops, prompts, a cache that grows."""
+
+    def texts_of(**options):
+        llm = open_("llama", prefix_cache=False, **options)
+        first = llm.stream(list(range(5, 12)), greedy(12))
+        texts = [next(first), ""]
+        second = llm.stream(list(range(40, 60)), greedy(40))
+        for _ in range(3):
+            texts[0] += next(first)
+            texts[1] += next(second)
+        second.close()
+        texts[0] += "".join(first)
+        return texts, llm
+
+    want, _ = texts_of(decode="steps", device="cpu")
+    got, llm = texts_of()
+    assert got == want
+    assert llm.cache.manager.num_free == llm.cache.manager.num_pages and launches(llm) > 0
+
+
+def test_a_launch_has_a_bound(on_host):
+    prompt = list(range(5, 12))
+    want = on_host(decode="steps").generate([prompt], greedy(20))[0].token_ids
+    for most, count in ((1, 0), (6, 4), (64, 1)):
+        llm = on_host(max_tokens_resident=most)
+        assert llm.generate([prompt], greedy(20))[0].token_ids == want
+        assert launches(llm) == count
+
+
+def test_stop_strings_and_streams(on_host):
+    """What was drawn behind a stop is nobody's, and the pages are right for who comes next."""
+    prompt = list(range(5, 25))
+    steps, llm = on_host(decode="steps"), on_host()
+    whole = steps.generate([prompt], greedy(30))[0]
+    stop = whole.text[len(whole.text) // 2 :][:3]
+    for params in (greedy(30, stop=stop), greedy(30)):
+        want, got = (x.generate([prompt, prompt[3:]], params) for x in (steps, llm))
+        assert got == want
+    stream = llm.stream(prompt, greedy(60))
+    pieces = [next(stream) for _ in range(3)]
+    stream.stop()
+    pieces += list(stream)
+    assert "".join(pieces) == stream.completion.text and whole.text.startswith(pieces[0])
+    stream = llm.stream(prompt, greedy(60))
+    next(stream)
+    stream.close()
+    manager = llm.cache.manager
+    assert manager.num_free == manager.num_pages
+    assert llm.generate([prompt], greedy(30))[0] == whole
+
+
+def test_prompts_that_come_meanwhile(on_host, rng):
+    """Streams beside each other, in turns."""
+    prompts = [rng.integers(3, 200, n).tolist() for n in (9, 40, 3)]
+
+    def texts_of(llm):
+        texts, streams = [""] * 3, []
+        for prompt in prompts:
+            streams.append(llm.stream(prompt, greedy(25)))
+            for _ in range(5):
+                for j, stream in enumerate(streams):
+                    texts[j] += next(stream, "")
+        return [text + "".join(stream) for text, stream in zip(texts, streams, strict=True)]
+
+    llm = on_host(prefix_cache=False)
+    assert texts_of(llm) == texts_of(on_host(decode="steps", prefix_cache=False))
+    assert launches(llm) > 0  # those since the cache has grown
+
+
+def test_logits_meanwhile(on_host):
+    llm, prompt = on_host(), list(range(5, 12))
+    want = on_host(decode="steps").generate([prompt], greedy(20))[0].text
+    stream = llm.stream(prompt, greedy(20))
+    text = next(stream)
+    assert llm.logits(prompt[:3]).shape[0] == 3
+    assert text + "".join(stream) == want
+
+
+def test_a_small_pool(on_host, rng):
+    """Where there are no pages ahead nobody loses his own for them."""
+    prompts = [rng.integers(3, 200, n).tolist() for n in (9, 12, 15)]
+    options = dict(page_size=4, pool_tokens=72, prefix_cache=False)
+    want, llm = on_host(decode="steps", **options), on_host(**options)
+    assert llm.generate(prompts, greedy(25)) == want.generate(prompts, greedy(25))
+    assert llm.stats.preemptions == want.stats.preemptions > 0
+    assert launches(llm) > 1
+
+
+def test_what_needs_the_host_goes_step_by_step(on_host):
+    prompt = list(range(5, 12))
+    for options in (
+        dict(temperature=1.0, seed=3),
+        dict(logprobs=2),
+        dict(repetition_penalty=1.2),
+        dict(logit_bias={7: 3.0}),
+    ):
+        steps, llm = on_host(decode="steps"), on_host()
+        want, got = (x.generate([prompt], greedy(5, **options))[0] for x in (steps, llm))
+        assert got.token_ids == want.token_ids and launches(llm) == 0, options
+
+
+def test_wrong_bounds(on_host):
+    for most in (0, 65):
+        with pytest.raises(ParameterError, match=f"LLM: max_tokens_resident is {most}, expect"):
+            on_host(max_tokens_resident=most)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_second_model_and_a_growing_cache_meanwhile(tiny_paths, device):
+    """Kernels are loaded, memory is allocated and given back while a launch runs."""
+
+    def texts_of(decode):
+        llm, other = (
+            LLM(tiny_paths / "llama.gguf", device=device, decode=decode, prefix_cache=False)
+            for _ in range(2)
+        )
+        stream = llm.stream(list(range(5, 12)), greedy(60))
+        text = next(stream)
+        answers = other.generate([[7, 8]], greedy(20)) + llm.generate([[9] * 50], greedy(20))
+        return [text + "".join(stream), *(a.text for a in answers)]
+
+    assert texts_of("persistent") == texts_of("steps")
+
+
+KILLED = """
+import os, signal, sys
+from pykv.llm import LLM, SamplingParams
+llm = LLM(sys.argv[1], device="cuda", decode="persistent")
+stream = llm.stream(list(range(5, 12)), SamplingParams(max_tokens=100, ignore_eos=True))
+next(stream)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(os.name == "nt", reason="has no SIGKILL")
+def test_a_host_that_is_killed_leaves_the_gpu_usable(tiny_paths):
+    path = tiny_paths / "llama.gguf"
+    done = subprocess.run([sys.executable, "-c", KILLED, str(path)], timeout=120)
+    assert done.returncode == -signal.SIGKILL
+    want, got = (
+        LLM(path, device="cuda", decode=decode).generate([[5, 6, 7]], greedy(20))[0].token_ids
+        for decode in ("steps", "persistent")
+    )
+    assert got == want
+
+
+def test_who_is_greedy():
+    params = SamplingParams(min_tokens=2)
+    s = Sequence([1], params, 9, frozenset(range(ENDS)), generated=[4])
+    assert not is_greedy(s)
+    s.generated.append(4)
+    assert is_greedy(s)
+    s.mask = lambda: None
+    assert not is_greedy(s)
+    assert not is_greedy(Sequence([1], SamplingParams(), 9, frozenset(range(ENDS + 1))))

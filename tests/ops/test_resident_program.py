@@ -1,0 +1,258 @@
+"""resident_program: tokens that follow from each other in one launch, which the host reads."""
+
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from pykv import cuda
+from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError, UnsupportedError
+from pykv.host_rings import State
+from pykv.ops import phase_program
+from pykv.ops import resident_program as op
+from pykv.ops.resident_program import Drawn, Inputs, ResidentProgram, Why
+from pykv.phases import Argmax, Embed, Product
+from tests.helpers import to_numpy
+from tests.simt import cupy as simt
+from tests.simt import machine
+
+SLOW = dict(silence=30.0)  # of machines that run tests beside each other
+P, M, V, E = 4, 64, 40, 16
+
+
+@pytest.fixture
+def xp_of_programs(xp, monkeypatch):
+    return _able(xp, monkeypatch)
+
+
+@pytest.fixture
+def device_of_programs(device, monkeypatch):
+    return _able(device, monkeypatch)
+
+
+def _able(xp, monkeypatch):
+    if xp is simt:
+        monkeypatch.setattr(machine, "ARCH", "sm_90")
+    elif xp is not np and cuda.current_sm() < phase_program.OLDEST_SM:
+        pytest.skip("sm_70 is the first with programs")
+    return xp
+
+
+def chain(xp, rng, lengths, **options):
+    """A program whose tokens each follow from the one ahead, and what `expected` goes by."""
+    T = len(lengths)
+    table, head = (rng.standard_normal((V, E)).astype(np.float16) for _ in range(2))
+    follows = (table.astype(float) @ head.astype(float).T).argmax(axis=1)
+    ids = rng.integers(0, V, T)
+    rows = ids, np.maximum(np.array(lengths) - 1, 0), np.full(T, -1), lengths, np.zeros(T)
+    ids_on, positions, slots, held, peaks = (xp.asarray(np.array(x, np.int32)) for x in rows)
+    table_on = xp.asarray(np.arange(T * M, dtype=np.int32).reshape(T, M))
+    x, logits = (xp.asarray(np.full((T, n), np.nan, np.float32)) for n in (E, V))
+    phases = [
+        Embed(ids_on, xp.asarray(table), "F16", x),
+        Product(x, xp.asarray(head), "F16", logits),
+        Argmax(logits, peaks),
+    ]
+    inputs = Inputs(ids_on, positions, slots, held, table_on, peaks)
+    program = ResidentProgram(phases, inputs, P, blocks=2, **(SLOW | options))
+    return SimpleNamespace(program=program, inputs=inputs, phases=phases, ids=ids, follows=follows)
+
+
+def expected(made, row, count):
+    """The first tokens of a row."""
+    tokens, token = [], int(made.ids[row])
+    for _ in range(count):
+        token = int(made.follows[token])
+        tokens.append(token)
+    return tokens
+
+
+def of_row(results, row):
+    """The tokens of a row, and why it ended."""
+    tokens = [x[row].token for x in results if x[row].why < Why.TAKEN_BACK]
+    return tokens, [x[row].why for x in results if x[row].why != Why.NEXT][:1]
+
+
+def all_of(program):
+    results = []
+    while program.await_result():
+        results.append(program.take())
+    return results
+
+
+def test_more_tokens_than_slots(xp_of_programs, rng):
+    """Around the rings, whose numbers begin again, and in the order in which they were drawn."""
+    made = chain(xp_of_programs, rng, [5])
+    program = made.program
+    program._number = program._command = 2**32 - 40
+    if xp_of_programs is not np:  # results of the round before are where those of 0 and on will be
+        words = program._kernel.rings._words
+        for i in range(len(words) // 2 + 16, len(words)):
+            words[i] = 1 << 63
+    results = []
+    for tokens in (64, 5):
+        program.launch(tokens, [10**6], [[]])
+        results += all_of(program)
+        assert program.state == State.SPENT
+    assert of_row(results, 0) == (expected(made, 0, 69), [])
+    assert program.counts() == op.Counts(2, 69, {State.SPENT: 2})
+    assert to_numpy(made.inputs.lengths).tolist() == [74]
+
+
+def test_sequences_end_one_by_one(xp_of_programs, rng):
+    made = chain(xp_of_programs, rng, [5, 9, 0, 2])
+    tokens = [expected(made, row, 9) for row in range(4)]
+    end = next(t for t in tokens[0][2:] if t not in tokens[0][:2])
+    at = tokens[0].index(end) + 1
+    made.program.launch(64, [10**6, 12, 10**6, 2 + 6], [[V + 3, end], [], [], []])
+    results = all_of(made.program)
+    assert of_row(results, 0) == (tokens[0][:at], [Why.ENDED])
+    assert of_row(results, 1) == (tokens[1][:3], [Why.FULL])
+    assert of_row(results, 2) == ([], [Why.NOBODY])
+    assert of_row(results, 3) == (tokens[3][:6], [Why.FULL])
+    assert made.program.state == State.OVER and len(results) == max(at, 6)
+    assert to_numpy(made.inputs.lengths).tolist() == [0] * 4
+
+
+def test_a_sequence_without_a_page_ends_the_launch(xp_of_programs, rng):
+    """Its last token is whole, and the others go on in the next launch."""
+    made = chain(xp_of_programs, rng, [6, 1])
+    made.inputs.page_table[0, 2:] = -1
+    made.program.launch(64, [10**6] * 2, [[], []])
+    results = all_of(made.program)
+    assert made.program.state == State.NO_PAGES
+    assert of_row(results, 0) == (expected(made, 0, 3), [Why.OUT_OF_PAGES])
+    assert to_numpy(made.inputs.lengths).tolist() == [0, 4]
+    made.program.launch(2, [10**6] * 2, [[], []])
+    results += all_of(made.program)
+    assert of_row(results, 1) == (expected(made, 1, 5), [])
+
+
+def test_logits_that_are_not_finite(xp_of_programs, rng):
+    made = chain(xp_of_programs, rng, [1])
+    made.phases[1].w[...] = np.nan
+    made.program.launch(8, [10**6], [[]])
+    assert all_of(made.program) == [[Drawn(0, Why.NOT_FINITE)]]
+
+
+def test_the_host_stops_a_sequence(xp_of_programs, rng):
+    made = chain(xp_of_programs, rng, [1, 1])
+    program = made.program
+    program.launch(20, [10**6] * 2, [[], []])
+    results = [program.take() for _ in range(2)]
+    program.stop(0)
+    assert to_numpy(made.inputs.lengths)[0] == 0
+    program.stop(0)
+    results += all_of(program)
+    tokens, _ = of_row(results, 0)
+    assert 2 <= len(tokens) < 20 and tokens == expected(made, 0, len(tokens))
+    assert of_row(results, 1) == (expected(made, 1, 20), [])
+
+
+def test_the_host_ends_a_launch(xp_of_programs, rng):
+    """What was drawn stays, and the next launch goes on behind it."""
+    made = chain(xp_of_programs, rng, [1])
+    program = made.program
+    program.launch(64, [10**6], [[]])
+    results = [program.take()]
+    program.end()
+    program.end()
+    results += all_of(program)
+    assert program.state == State.ABORTED and len(results) < 64
+    with pytest.raises(DeviceError, match="the launch has ended, aborted, and its results are"):
+        program.take()
+    program.launch(3, [10**6], [[]])
+    results += all_of(program)
+    assert of_row(results, 0) == (expected(made, 0, len(results)), [])
+    program.launch(64, [10**6], [[]])
+    with pytest.raises(DeviceError, match="a launch is not over"):
+        program.launch(64, [10**6], [[]])
+    program.drop()
+    assert not program.await_result()
+
+
+def test_a_silent_host_ends_the_launch(device_of_programs, rng):
+    """It loses nothing: the next launch goes on."""
+    made = chain(device_of_programs, rng, [1], silence=1e-6)
+    made.program.launch(64, [10**6], [[]])
+    deadline = time.monotonic() + 30
+    while not made.program._kernel.has_ended():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    results = all_of(made.program)
+    assert made.program.state == State.SILENT and 1 <= len(results) < 64
+    assert of_row(results, 0) == (expected(made, 0, len(results)), [])
+    with pytest.raises(DeviceError, match="the launch has ended, silent"):
+        made.program.take()
+
+
+@pytest.mark.parametrize(
+    "change, error, text",
+    [
+        (dict(tokens=65), ParameterError, "tokens is 65, expected 1 to 64"),
+        (dict(limits=[3]), ParameterError, "limits has 1 entries, expected 2 of the sequences"),
+        (dict(ends=[[], [1] * 33]), ParameterError, "ends has 33 tokens, expected up to 32"),
+        (dict(limits=[3, -1]), ParameterError, "limits is -1"),
+    ],
+    ids=str,
+)
+def test_wrong_launches(rng, change, error, text):
+    made = chain(np, rng, [1, 1])
+    with pytest.raises(error, match=f"resident_program.ResidentProgram: {text}"):
+        made.program.launch(**(dict(tokens=1, limits=[9, 9], ends=[[], []]) | change))
+    with pytest.raises(DeviceError, match="the launch has ended, over"):
+        made.program.take()
+    with pytest.raises(ParameterError, match="row is 2, expected 0 to 1"):
+        made.program.stop(2)
+
+
+def test_wrong_programs(rng, monkeypatch):
+    made = chain(np, rng, [1, 1])
+    phases, inputs = made.phases, made.inputs
+    few = inputs._replace(
+        **{n: x[:1] for n, x in inputs._asdict().items() if n != "page_table"},
+        page_table=inputs.page_table[:1],
+    )
+    half = inputs._replace(lengths=inputs.lengths.astype(np.int16))
+    for given, change, error, text in (
+        (phases[:2], inputs, ParameterError, "inputs has a peaks, expected a phase to write it"),
+        (
+            [*phases, Argmax(phases[2].logits, inputs.ids)],
+            inputs,
+            ParameterError,
+            "inputs has a ids, expected no phase to write it",
+        ),
+        (phases, few, ShapeError, "ids has T=1, expected T=2 as the phases"),
+        (phases, half, DtypeError, "lengths has dtype int16"),
+        (phases, inputs._replace(ids=inputs.slots), ParameterError, "shares memory"),
+    ):
+        with pytest.raises(error, match=text):
+            ResidentProgram(given, change, P)
+    for silence in (0.0, 1e4):
+        with pytest.raises(ParameterError, match="silence"):
+            ResidentProgram(phases, inputs, P, silence=silence)
+    with pytest.raises(ParameterError, match="page_size is 0"):
+        ResidentProgram(phases, inputs, 0)
+    monkeypatch.setattr(op, "_TOKEN_BITS", 5)
+    with pytest.raises(UnsupportedError, match="logits has V=40, expected up to 32"):
+        ResidentProgram(phases, inputs, P)
+
+
+def _one_more(cls):
+    """A token more than a sequence's limit."""
+
+    class Faulty(cls):
+        def launch(self, tokens, limits, ends):
+            super().launch(tokens, [n + 1 for n in limits], ends)
+
+    return Faulty
+
+
+def _without_ends(reference):
+    return lambda inputs, P, limits, ends, last: reference(inputs, P, limits, ends * 0 - 1, last)
+
+
+# Faults that `pykv verify` must see, in the program and in its reference.
+FAULTS = {"resident_program: a token more": (op, "ResidentProgram", _one_more)}
+REFERENCE_FAULTS = [(op, "reference", _without_ends)]

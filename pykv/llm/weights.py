@@ -91,6 +91,7 @@ def load(
     Raises:
         FormatError, UnsupportedError: see pykv.llm.config.read_config; or a weight is not finite in
             `dtype`; or matrices.check_stored.
+        CapacityError: see source.Source.
     """
     config = read_config(file)
     kinds = {info.kind for info in file.tensors.values() if len(info.shape) == 2}

@@ -91,7 +91,7 @@ def test_a_file_that_changes_meanwhile(xp, file):
 
 def test_no_memory_to_pin(device, file, monkeypatch):
     def refuse(nbytes):
-        raise device.cuda.runtime.CUDARuntimeError("out of memory")
+        raise device.cuda.runtime.CUDARuntimeError(2)  # cudaErrorMemoryAllocation
 
     monkeypatch.setattr(device.cuda, "PinnedMemory", refuse)
     text = "LLM: reading the model asks for 1,.* bytes of pinned host memory"

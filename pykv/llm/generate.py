@@ -149,10 +149,7 @@ class LLM:
         self.weights_dtype: str = matrices.STORED if dtype is None else np.dtype(dtype).name
         check_flag("LLM", "progress", progress)
         check_choice("LLM", "decode", decode, DECODES)
-        most = MOST_TOKENS
-        max_tokens_resident = check_whole(
-            "LLM", "max_tokens_resident", max_tokens_resident, 1, most
-        )
+        resident = check_whole("LLM", "max_tokens_resident", max_tokens_resident, 1, MOST_TOKENS)
         require_sm = check_whole("LLM", "require_sm", require_sm, 0)
         page_size = check_whole("LLM", "page_size", page_size, 1)
         policy = as_policy("LLM", eviction, scheduler.PREFILL_TOKENS, self.spec)
@@ -184,12 +181,12 @@ class LLM:
             policy=policy,
             prefill_device=prefill_device,
             decode=decode,
-            max_tokens_resident=max_tokens_resident,
+            max_tokens_resident=resident,
             require_sm=require_sm,
             progress=progress,
         )
         opened = open_runner(self.file, config, self.tokenizer, device, self.xp, wanted)
-        self._device, self.runner, most = opened
+        self._device, self.runner, most_of_pool = opened
         with cuda.use_device(self._device):
             # Now, as the file may change, or go, before a session is saved.
             self.fingerprint = fingerprint(self.file, self.model)
@@ -204,7 +201,7 @@ class LLM:
             may_grow=pool_tokens is None,
             prefix_cache=prefix_cache,
             tiers=self.tiers,
-            most_pages=most,
+            most_pages=most_of_pool,
         )
 
     def __repr__(self) -> str:

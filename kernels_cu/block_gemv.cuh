@@ -266,7 +266,8 @@ gemv_tiles(float* staged, WarpSums& shared, X_T* out, const Source& x, const u8*
 #pragma unroll
         for (int i = 0; i < SUMS; i++) sums[i] = 0.0f;
     };
-    const auto multiply_round = [&](Share<K> (&now)[OUTS]) {
+#pragma unroll 1
+    while (round.tile < tiles.end) {
         const int slice = round.index * parts + part;
         if (round.index == 0) begin();
         const bool renews_x = rounds > held || round.tile == tiles.first;
@@ -278,18 +279,13 @@ gemv_tiles(float* staged, WarpSums& shared, X_T* out, const Source& x, const u8*
         }
         if (I > 0) {
             const float* of_slice = staged + slice % (held * parts) * (ROWS * SLICE_FLOATS);
-            multiply<K>(sums, now, min(slice * WARP + lane, I / GROUP - 1), of_slice, lane);
+            multiply<K>(sums, shares[0], min(slice * WARP + lane, I / GROUP - 1), of_slice, lane);
         }
-        fetch(now, ahead);
+#pragma unroll
+        for (int i = 0; i < OUTS; i++) shares[0][i] = shares[1][i];
+        fetch(shares[1], ahead);
         ahead.advance(rounds, tiles.step);
         if (round.index + 1 == rounds) finish();
         round.advance(rounds, tiles.step);
-    };
-#pragma unroll 1
-    for (;;) {
-        multiply_round(shares[0]);
-        if (round.tile >= tiles.end) break;
-        multiply_round(shares[1]);
-        if (round.tile >= tiles.end) break;
     }
 }

@@ -15,11 +15,11 @@
 // Traffic:  that of the phases
 // Order:    that of the kernels which have these phases to themselves, whatever the grid is: the same
 //           bits as theirs where they cut products and keys alike
-// Stack: 192 bytes, of weights that wait for a stage: three blocks an SM have registers for most
+// Stack: 304 bytes, of weights that wait for a stage, where products are of two kinds
 #include "phase_program.cuh"
 
 #if __CUDA_ARCH__ >= 700
-extern "C" __global__ void __launch_bounds__(BLOCK, ROWS <= 2 ? 384 / BLOCK : 1)
+extern "C" __global__ void __launch_bounds__(BLOCK, ROWS <= 2 ? 256 / BLOCK : 1)
 phase_program(const u64* program, u32* counters, int phases) {
     extern __shared__ __align__(128) float staged[];
     __shared__ Shared shared;

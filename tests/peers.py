@@ -230,13 +230,20 @@ def synchronise_as_cupy(monkeypatch, streams, **order):
         found = get_attribute(self, name)
         return waits(found) if name in ("tolist", "astype", "copy", "item", "all", "any") else found
 
+    def item(self, key):
+        return (waits(get_item) if _is_device(key) else get_item)(self, key)  # else it is a view
+
     get_attribute, array = simt.ndarray.__getattr__, simt.array
-    for name in ("get", "__bool__", *(f"__{name}__" for name in simt._NAMES.split())):
+    get_item = simt.ndarray.__getitem__
+    monkeypatch.setattr(simt.ndarray, "__getitem__", item)
+    for name in ("get", "__bool__", *(f"__{name}__" for name in simt.OPERATORS)):
         monkeypatch.setattr(simt.ndarray, name, waits(getattr(simt.ndarray, name)))
     monkeypatch.setattr(simt.ndarray, "__getattr__", attribute)
     monkeypatch.setattr(
         *(simt.ndarray, "set"),
-        lambda self, values: streams.enqueue(self.host.__setitem__, ..., np.array(values)),
+        lambda self, values, stream=None: streams.enqueue(
+            self.host.__setitem__, ..., np.array(values)
+        ),
     )
     monkeypatch.setattr(
         simt, "array", lambda x, dtype=None: (waits(array) if _is_device(x) else array)(x, dtype)

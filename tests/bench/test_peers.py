@@ -24,6 +24,7 @@ def simt(request, monkeypatch):
 @pytest.mark.parametrize("case", bench_peers.QUICK, ids=report.label)
 def test_a_case_does_what_it_says(simt, rng, monkeypatch, case):
     _, streams = peers.second_gpu(monkeypatch)
+    peers.synchronise_as_cupy(monkeypatch, streams)
     work = bench_peers.make(case, simt, rng)
     if case["way"] == "nccl":
         assert work is None  # the machine has none

@@ -26,7 +26,6 @@
 //                   every bit
 //           norm    x times norm is multiplied; the sum times the factor of the row, whose squares
 //                   are summed in float
-// Stack: 8 bytes, for one register more than the 128 that ptxas gives gemv of Q4_K on sm_120
 #if !defined(KIND) || !defined(X_T) || !defined(B_T) || !defined(BLOCK) || !defined(ROWS) || \
     !defined(OUTS)
 #error "block_linear.cu needs KIND, X_T, B_T, BLOCK, ROWS and OUTS"

@@ -1,5 +1,5 @@
 // block_gemv.cuh: few tokens times a matrix, on CUDA cores; a part of block_linear.cu and
-// phase_program.cu.
+// phase_program.cuh.
 //
 // A warp multiplies OUTS rows of weights by slices of 1024 elements, a lane 32 of them. Blocks: a
 // group of 32, of which a lane loads 16 bytes of nibbles, 512 bytes a warp. Plain: four times eight
@@ -218,7 +218,7 @@ gemv_tiles(float* staged, WarpSums& shared, X_T* out, const Source& x, const u8*
     };
 
     if (norm && threadIdx.x * 32 < I) prefetch_l2(norm + threadIdx.x * 32);
-    Share<K> shares[2][OUTS];
+    Share<K> shares[2][OUTS] = {};  // or their registers are taken in all phases of a program
     Round round{tiles.first, 0}, ahead = round;
 #pragma unroll
     for (int i = 0; i < 2; i++) {

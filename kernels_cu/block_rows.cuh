@@ -1,5 +1,5 @@
 // block_rows.cuh: four elements of a row of weights, of any kind; a part of block_rows.cu and
-// phase_program.cu.
+// phase_program.cuh.
 #include "plain.cuh"
 
 // Elements i .. i + 3 of a row of I, i a multiple of 4: products and the sum rounded to float each.

@@ -1,5 +1,5 @@
 // paged_decode.cuh: attention of a tile of query rows over a split of their keys, on CUDA cores; a
-// part of paged_decode.cu and phase_program.cu.
+// part of paged_decode.cu and phase_program.cuh.
 //
 // KEY_LANES lanes hold one key, eight elements each (above 256 twice eight), and the state of an online
 // softmax in registers: running maximum m (base 2), weight sum l, unscaled output acc. The block's

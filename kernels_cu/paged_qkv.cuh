@@ -1,5 +1,5 @@
 // paged_qkv.cuh: heads of a token's Q, K and V: normalised, rotated, and written where they belong; a
-// part of paged_qkv.cu and phase_program.cu.
+// part of paged_qkv.cu and phase_program.cuh.
 #include "head_row.cuh"
 #include "pool_write.cuh"
 #include "reduce.cuh"

@@ -11,11 +11,11 @@
 //           at least T. Programs with a cache: what paged_qkv.cu and paged_decode.cu need as well,
 //           of which NEW_T and Q_T are X_T
 // Launch:   cooperative, grid up to what the GPU runs at once, block (BLOCK), dynamic shared memory the
-//           most that a product takes: parts * ROWS * 4608 bytes. From sm_70 on
+//           most that a product takes: held * parts * ROWS * 4608 bytes. From sm_70 on
 // Traffic:  that of the phases
 // Order:    that of the kernels which have these phases to themselves, whatever the grid is: the same
 //           bits as theirs where they cut products and keys alike
-// Stack: 304 bytes, of weights that wait for a stage, where products are of two kinds
+// Stack: 8 bytes, of weights that wait for a stage, where products are of two kinds
 #include "phase_program.cuh"
 
 #if __CUDA_ARCH__ >= 700

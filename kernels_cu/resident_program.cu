@@ -22,7 +22,7 @@
 // Launch:   as of phase_program.cu
 // Traffic:  that of the phases for each token
 // Order:    as of phase_program.cu
-// Stack: 304 bytes, as phase_program.cu
+// Stack: 8 bytes, as phase_program.cu
 #include "host_ring.cuh"
 #include "phase_program.cuh"
 

@@ -1,5 +1,5 @@
 """Phases of a program: what each reads and writes, its check, the op that does it alone, and what
-kernels_cu/phase_program.cu is told of it.
+kernels_cu/phase_program.cuh is told of it.
 
 Dimensions: T tokens, one of each sequence; the others as of the op that a phase stands for.
 """
@@ -24,7 +24,7 @@ from pykv.ops import (
     paged_qkv,
     sample,
 )
-from pykv.ops.block_linear import PLAIN
+from pykv.ops.block_linear import BLOCK, PLAIN
 from pykv.ops.norm import rms_norm
 from pykv.options import check_number
 from pykv.overlaps import bytes_of, check_apart, place_of
@@ -32,7 +32,6 @@ from pykv.ranges import address_of
 from pykv.specs import POOLS, KVSpec, spec_of
 from pykv.stages import Touched
 
-BLOCK = 128  # threads
 OPS = ("PRODUCT", "EMBED", "ADD_NORM", "APPEND", "ATTEND", "PEAKS", "ARGMAX")  # as in the kernel
 _PARTS = 64  # of a row of logits, whose largest are compared then
 _SPLIT_KEYS = 128  # fewest keys of a split, where some sequence can have as many

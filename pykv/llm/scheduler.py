@@ -391,7 +391,7 @@ class Scheduler:
         """Pages for tokens that may be begun at once, if there are as many for all: then nobody
         lacks one that another has too early."""
         manager = self._manager
-        rows = {s: min(s.held + ahead, s.limit) for s in sequences}
+        rows = {s: min(s.held + ahead, s.limit - 1) for s in sequences}  # the last has no row
         wanted = {s: manager.pages_for(rows[s]) - len(s.pages) for s in sequences}
         wanted = {s: n for s, n in wanted.items() if n > 0}
         if sum(wanted.values()) <= manager.num_free:

@@ -30,8 +30,9 @@ KINDS = (*FORMATS, *PLAIN)
 KIND_OF = {dtype: kind for kind, dtype in PLAIN.items()}
 GATES = ("swiglu", "geglu")
 
+BLOCK = 128  # threads
+
 # How `gemv` cuts products, reckoned from bytes and instructions.
-_BLOCK = 128  # threads
 _OUTS = {1: 4, 2: 4, 4: 4, 8: 2}  # rows of w of a warp, by the tokens that share one reading of w
 _FEW_OUTS = 2  # of floats, of which a lane holds 32 elements of each row, and of small matrices
 _BLOCKS = 4  # on an SM, as registers allow
@@ -47,7 +48,7 @@ VARIANTS_SMS = range(0)  # none at import: compiled when a model has a tensor of
 
 
 def _defines(kind: str, x: Any, bias: Any, **sizes: int) -> dict[str, Any]:
-    return dict(KIND=kind, X_T=x, B_T=bias, BLOCK=_BLOCK, **sizes)
+    return dict(KIND=kind, X_T=x, B_T=bias, BLOCK=BLOCK, **sizes)
 
 
 def _outs(kind: str, rows: int) -> tuple[int, ...]:
@@ -295,9 +296,9 @@ def _launch(
     kernel = _kernel("gemv", kind, x.dtype, bias, ROWS=cut.rows, OUTS=cut.outs)
     shared, blocks = cut.shared_bytes, cut.tiles
     if len(x) <= cut.rows:  # then a block stays for the tiles that follow
-        blocks = min(blocks, cuda.cooperative_blocks(kernel, _BLOCK, shared))
+        blocks = min(blocks, cuda.cooperative_blocks(kernel, BLOCK, shared))
     grid = blocks, -(-len(x) // cut.rows)
-    return cuda.Launch(kernel, grid, _BLOCK, scalars, shared_bytes=shared, early=options.early)
+    return cuda.Launch(kernel, grid, BLOCK, scalars, shared_bytes=shared, early=options.early)
 
 
 class Cut(NamedTuple):
@@ -315,15 +316,8 @@ class Cut(NamedTuple):
         return self.held * self.parts * self.rows * _SLICE_BYTES
 
 
-def cut_of(
-    x: Any,
-    w: Any,
-    kind: str,
-    rows: int | None = None,
-    outs: int | None = None,
-    threads: int = _BLOCK,
-) -> Cut:
-    """How `gemv` cuts a product among blocks of `threads`, where it has the choice as asked."""
+def cut_of(x: Any, w: Any, kind: str, rows: int | None = None, outs: int | None = None) -> Cut:
+    """How `gemv` cuts a product, where it has the choice as asked."""
     (T, I), R, sm = x.shape, len(w), cuda.current_sm()
     rows = rows or next(rows for rows in _OUTS if rows >= T or rows == max(_OUTS))
     choice = (outs,) if outs else _outs(kind, rows)
@@ -331,7 +325,7 @@ def cut_of(
     # SMs of data centres have 160 KB of shared memory and more for four blocks, others 64 to 100.
     slices = _SLICES if sm in (80, 90, 100, 103) else _SLICES // 2
     held = max(1, min(slices // (rows * parts), -(-I // (parts * _SLICE))))
-    return Cut(rows, outs, parts, held, tiles=-(-R // (outs * (threads // 32 // parts))))
+    return Cut(rows, outs, parts, held, tiles=-(-R // (outs * (BLOCK // 32 // parts))))
 
 
 def scalars_of(x: Any, w: Any, out: Any, asked: Options, cut: Cut) -> dict[str, Any]:
@@ -380,7 +374,7 @@ def _warps(R: int, I: int, outs: tuple[int, ...], rows: int, num_sms: int) -> tu
     """Rows of w of a warp in `gemv`, one of `outs`, and warps that share them: what lets the block
     that is busy longest end first. Times are those of a row of a slice: reading x, and the end of a
     tile, take as long as one, and telling other warps another."""
-    warps = _BLOCK // 32
+    warps = BLOCK // 32
 
     def time(n: int, parts: int) -> int:
         tiles = -(-R // (n * (warps // parts)))

@@ -12,13 +12,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import FLOATS, like, load_cupy, on_gpu
+from pykv.arrays import FLOATS, like, on_gpu
 from pykv.cuda.launch import SCALARS
 from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError, UnsupportedError
 from pykv.ops import block_linear, paged_decode, paged_qkv
+from pykv.ops.block_linear import BLOCK
 from pykv.options import check_whole
 from pykv.overlaps import bytes_of, is_same, place_of, share
-from pykv.phases import BLOCK, OPS, PHASES, Argmax, Attention, Product, Record, Scratch
+from pykv.phases import OPS, PHASES, Argmax, Attention, Product, Record, Scratch
 from pykv.ranges import address_of
 from pykv.specs import KVSpec
 from pykv.stages import check_stages, stages_of
@@ -112,7 +113,6 @@ class PhaseProgram:
             self._packed = pack(_OP, self._phases)
             self.stages = self._packed.stages
             self._launch = self._packed.launch("phase_program", blocks)
-            load_cupy().cuda.get_current_stream().synchronize()  # calls may come on another stream
         else:
             self.stages = stages_of([phase.touched() for phase in self._phases])
 
@@ -171,7 +171,7 @@ class Packed(NamedTuple):
 
 
 def pack(op: str, phases: list[Any]) -> Packed:
-    """What the kernels take of checked phases.
+    """What the kernels take of checked phases; waits until it is there, for any stream.
 
     Raises:
         UnsupportedError: the GPU is older than sm_70, or caches are of several kinds.
@@ -187,7 +187,7 @@ def pack(op: str, phases: list[Any]) -> Packed:
     for p in phases:
         cut = None
         if isinstance(p, Product):
-            cut = block_linear.cut_of(p.x, p.w, p.kind, rows, outs, BLOCK)
+            cut = block_linear.cut_of(p.x, p.w, p.kind, rows, outs)
             shared = max(shared, cut.shared_bytes)
         records += p.records(op, cut, scratch)
     stages = stages_of([record.touched for record in records])
@@ -202,6 +202,7 @@ def pack(op: str, phases: list[Any]) -> Packed:
     defines |= _cache_defines(op, phases)
     tiles = max(1, *(record.tiles for record in records))
     arrays = dict(program=words, counters=counters)
+    cuda.synchronize()
     return Packed(arrays, scratch, stages, tiles, defines, shared, cuda.current_device())
 
 

@@ -101,8 +101,9 @@ class ResidentProgram:
 
     A launch waits for nobody: it has a bound of tokens, results of all of them have room, and what
     it lacks ends it. What is enqueued on the stream that was current in `launch` waits for its end.
-    One thread at a time may use a program. NumPy arrays have no kernel: tokens are computed as they
-    are waited for. Idea of a decode loop on the GPU, fed by rings: the project m40-llm.
+    Made on a GPU it synchronises once. One thread at a time may use a program. NumPy arrays have no
+    kernel: tokens are computed as they are waited for. Idea of a decode loop on the GPU, fed by
+    rings: the project m40-llm.
 
     >>> ids, positions, slots, lengths, peaks = np.array([[3], [0], [-1], [1], [0]], np.int32)
     >>> table, x, logits = np.zeros((1, 4), np.int32), np.ones((1, 8), "f4"), np.ones((1, 8), "f4")

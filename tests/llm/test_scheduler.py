@@ -454,7 +454,7 @@ def test_pages_ahead_are_for_all_or_none():
     """Of two answers; not beyond their ends, and nobody gives way for them."""
     for pages, held in ((20, [4, 2]), (5, [1, 1])):
         world = World(pages, prefix_cache=False, ahead=3 * P)
-        sequences = [world.make([n] * 2, more) for n, more in ((1, 5 * P), (2, P + 2))]
+        sequences = [world.make([n] * 2, more) for n, more in ((1, 5 * P), (2, 2 * P - 1))]
         world.add(*sequences)
         for _ in range(2):
             world.step()

@@ -81,6 +81,14 @@ def all_of(program):
     return results
 
 
+def test_what_a_program_is_made_of_is_there_at_once(device_of_programs, rng, monkeypatch):
+    """Its first launch may come on another stream."""
+    waits = []
+    monkeypatch.setattr(phase_program.cuda, "synchronize", lambda: waits.append(True))
+    chain(device_of_programs, rng, [1])
+    assert waits == [True]
+
+
 def test_more_tokens_than_slots(xp_of_programs, rng):
     """Around the rings, whose numbers begin again, and in the order in which they were drawn."""
     made = chain(xp_of_programs, rng, [5])

@@ -231,12 +231,14 @@ def synchronise_as_cupy(monkeypatch, streams, **order):
         return waits(found) if name in ("tolist", "astype", "copy", "item", "all", "any") else found
 
     get_attribute, array = simt.ndarray.__getattr__, simt.array
-    for name in ("get", "__bool__", *(f"__{name}__" for name in simt._NAMES.split())):
+    for name in ("get", "__bool__", *(f"__{name}__" for name in simt.OPERATORS.split())):
         monkeypatch.setattr(simt.ndarray, name, waits(getattr(simt.ndarray, name)))
     monkeypatch.setattr(simt.ndarray, "__getattr__", attribute)
     monkeypatch.setattr(
         *(simt.ndarray, "set"),
-        lambda self, values: streams.enqueue(self.host.__setitem__, ..., np.array(values)),
+        lambda self, values, stream=None: streams.enqueue(
+            self.host.__setitem__, ..., np.array(values)
+        ),
     )
     monkeypatch.setattr(
         simt, "array", lambda x, dtype=None: (waits(array) if _is_device(x) else array)(x, dtype)

@@ -95,6 +95,27 @@ def test_tokens_are_those_of_one_gpu(open_both, rng, kv_dtype, name):
     assert llm.stats.reused_tokens == plain.stats.reused_tokens == 28
 
 
+@pytest.mark.parametrize("gpus", MACHINES[:1], indirect=True)
+def test_threads_whose_streams_differ(gpus, open_both, rng):
+    """Each may have a current stream of its own on either GPU; a step comes behind the one before,
+    and who reads pages behind all of them."""
+    plain, llm = open_both()
+    prompt, lanes = tokens_of(rng, 40), gpus.streams.lanes
+    plain.generate([prompt], greedy(1))
+    s = Sequence(prompt, SamplingParams(), 80)
+    llm._scheduler.add(s)
+    for _ in range(3):
+        lanes.update({gpu: gpus.streams.make(gpu) for gpu in lanes})
+        with llm.turn():
+            llm._scheduler.step()
+    lanes.update({gpu: gpus.streams.make(gpu) for gpu in lanes})
+    with llm.turn(), llm.pages.known(prompt) as pages:
+        assert len(pages) == 36 // P
+        gpus.streams.run(first=gpus.xp.DEVICE, newest=True, until=gpus.streams.current())
+        for got, want in zip(bits_of(llm), bits_of(plain), strict=True):
+            assert_same_bits(got[:, pages], want[:, pages])
+
+
 def test_answers_go_on_beside_prompts(gpus, open_both, rng, monkeypatch):
     """Until one takes pages from a prompt that is being computed, which waits for its turn then."""
     monkeypatch.setattr(scheduler, "PREFILL_TOKENS", 8)

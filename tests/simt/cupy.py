@@ -122,7 +122,8 @@ def _in_place(name):
 
 
 _BINARY = "or xor lshift rshift add sub mul truediv floordiv mod pow and"
-for _name in f"{_BINARY} neg invert eq ne lt gt ge".split():
+OPERATORS = f"{_BINARY} neg invert eq ne lt gt ge"
+for _name in OPERATORS.split():
     setattr(ndarray, f"__{_name}__", _operator(f"__{_name}__"))
 for _name in _BINARY.split():
     setattr(ndarray, f"__i{_name}__", _in_place(f"__i{_name}__"))

@@ -23,7 +23,7 @@ import numpy as np
 from pykv import cuda
 from pykv.arrays import load_cupy, to_host
 from pykv.errors import DeviceError, ParameterError, UnsupportedError
-from pykv.llm import sequence
+from pykv.llm import memory, sequence
 from pykv.llm.prompt_steps import PromptSteps, Span
 from pykv.llm.weights import Model
 from pykv.ops import block_copy
@@ -72,13 +72,25 @@ class PrefillDevice:
             if not s.is_sent:
                 pages |= dict.fromkeys(s.pages[: -(-s.cached // self._cache.page_size)])
                 s.is_sent = True
-        count = self._answers.k.shape[1]
-        with self._turn():
-            if self._cache.k.shape[1] < count:
-                self._cache.grow(count)
-            if pages:
-                with load_cupy().cuda.Device(self._home):
-                    copy_pages(self._answers, self._cache, list(pages), list(pages))
+        self.grow(self._answers.k.shape[1])
+        if pages:
+            with self._turn(), load_cupy().cuda.Device(self._home):
+                copy_pages(self._answers, self._cache, list(pages), list(pages))
+
+    def grow(self, pages: int) -> None:
+        """Make room for so many pages, unless there is.
+
+        Raises:
+            CapacityError: the memory cannot be had.
+        """
+        if self._cache.k.shape[1] < pages:
+            with self._turn():
+                self._cache.grow(pages)
+
+    def free(self) -> int:
+        """Bytes that this process may still take of the GPU."""
+        with cuda.use_device(self._device):
+            return memory.free(load_cupy()) or 0
 
     def run(
         self, spans: Sequence[Span], wanted: Sequence[int], asks: bool = False

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from pykv import calibration, cuda
-from pykv.errors import DeviceError, ParameterError, UnsupportedError
-from pykv.llm import LLM, SamplingParams, scheduler
+from pykv.errors import CapacityError, DeviceError, ParameterError, UnsupportedError
+from pykv.llm import LLM, SamplingParams, memory, scheduler
 from pykv.llm.prompt_steps import Span
 from pykv.llm.sequence import Sequence
 from tests import peers
@@ -114,6 +114,25 @@ def test_threads_whose_streams_differ(gpus, open_both, rng):
         gpus.streams.run(first=gpus.xp.DEVICE, newest=True, until=gpus.streams.current())
         for got, want in zip(bits_of(llm), bits_of(plain), strict=True):
             assert_same_bits(got[:, pages], want[:, pages])
+
+
+@pytest.mark.parametrize("gpus", MACHINES[:1], indirect=True)
+def test_a_cache_that_one_gpu_alone_has_room_for(gpus, open_both, rng, monkeypatch):
+    """Is not made, so that shorter prompts go on; a server asks both GPUs how large it may be."""
+    _, llm = open_both()
+    pages = llm.cache.manager.num_pages
+
+    def full(pages):
+        raise CapacityError("planted")
+
+    with monkeypatch.context() as patch, pytest.raises(CapacityError, match="planted"):
+        patch.setattr(llm.runner._prefill._cache, "grow", full)
+        llm.generate([tokens_of(rng, 60)], greedy(2))
+    assert llm.cache.manager.num_pages == pages
+    free = {gpus.xp.DEVICE: 700, gpus.xp.OTHER: 300}
+    monkeypatch.setattr(memory, "free", lambda xp: free[cuda.current_device()])
+    with llm.turn():
+        assert llm.runner.free() == 300
 
 
 def test_answers_go_on_beside_prompts(gpus, open_both, rng, monkeypatch):

@@ -41,6 +41,9 @@ class Counting:
     def leave(self, s):
         pass
 
+    def grow(self, pages):
+        pass
+
     def ahead(self, sequences):
         return 1
 

@@ -41,6 +41,9 @@ class Counting:
     def leave(self, s):
         pass
 
+    def join(self):
+        pass
+
     def grow(self, pages):
         pass
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from pykv.errors import CapacityError, FormatError, NumberError, PykvError, UnsupportedError
-from pykv.llm import LLM, SamplingParams, generate, gguf, memory, tensors
+from pykv.llm import LLM, SamplingParams, gguf, memory, opening, tensors
 from pykv.llm.config import read_config
 from pykv.llm.keys import ARCHITECTURES, HARMLESS, KEYS, ONLY
 from pykv.specs import KVSpec
@@ -549,7 +549,7 @@ def test_memory_is_estimated_before_anything_is_read(tmp_path, monkeypatch, devi
 
     monkeypatch.setattr(memory, "free", lambda xp: sum(need[:2]))
     with monkeypatch.context() as m:
-        m.setattr(generate, "load_with_bar", lambda *_: pytest.fail("weights were read"))
+        m.setattr(opening, "load_with_bar", lambda *_: pytest.fail("weights were read"))
         m.setattr(memory, "free", lambda xp: sum(need[:2]) - 1)
         where = "the host" if device == "cpu" else "the GPU"
         with pytest.raises(CapacityError, match=f"for 1,048,576 tokens.*but {where} has 0.15 GB"):

@@ -33,8 +33,8 @@ def asarray(x: Any) -> Any:
         host with NumPy 2.0.
 
     Raises:
-        DtypeError: `x` speaks none of the protocols, or its element type has no NumPy twin. Codes
-            of FP8 are uint8 here: x.view(torch.uint8), x.view("uint8").
+        DtypeError: `x` speaks none of the protocols, has a mask, or its element type has no NumPy
+            twin. Codes of FP8 are uint8 here: x.view(torch.uint8), x.view("uint8").
         DeviceError: `x` is neither in the host's nor in an NVIDIA GPU's memory, as on torch's
             device "meta", or CuPy or a driver is missing.
         UnsupportedError: a torch tensor requires a gradient (pass x.detach(): pykv computes none),
@@ -56,6 +56,8 @@ def named_array(op: str, name: str, x: Any) -> Any:
     if is_array(x):
         return x
     where = f"{op}: {name}"
+    if isinstance(x, np.ma.MaskedArray):
+        raise DtypeError(f"{where} is a MaskedArray, expected one without a mask, x.filled(...)")
     torch, jax = (sys.modules.get(library) for library in ("torch", "jax"))
     try:
         is_tensor = torch is not None and isinstance(x, torch.Tensor)

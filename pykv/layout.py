@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from pykv.errors import DtypeError, ParameterError
-from pykv.options import check_type, check_whole
+from pykv.options import check_type, check_whole, hold_python_numbers
 
 STACKS = ("NHD", "HND")
 NAMES = (*STACKS, *(f"operational_{order}" for order in STACKS), "universal")
@@ -67,6 +67,9 @@ class Layout:
     layers: tuple[int, int] | None = None
     token_stride: int | None = None
     head_stride: int | None = None
+
+    def __post_init__(self) -> None:
+        hold_python_numbers(self)
 
     @property
     def is_stack(self) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from pykv.arrays import FLOATS
+from pykv.arrays import FLOATS, is_numpy
 from pykv.errors import DtypeError, ParameterError
 
 _BOOLS = {bool, np.bool_}
@@ -41,11 +41,18 @@ def check_type(op: str, name: str, value: Any, types: Any, expected: str = "") -
 
 
 def hold_python_numbers(record: Any) -> None:
-    """Make Python's numbers of NumPy's in the fields of a dataclass: -np.uint8(1) is 255."""
+    """Make Python's numbers of NumPy's, and of arrays without dimensions, in the fields of a
+    dataclass and tuples there: -np.uint8(1) is 255."""
     for field in fields(record):
         value = getattr(record, field.name)
-        if isinstance(value, np.generic):
-            object.__setattr__(record, field.name, value.item())
+        if (held := _as_python(value)) is not value:
+            object.__setattr__(record, field.name, held)
+
+
+def _as_python(value: Any) -> Any:
+    if isinstance(value, np.generic) or (is_numpy(value) and value.ndim == 0):
+        return value.item()
+    return tuple(map(_as_python, value)) if type(value) is tuple else value
 
 
 def check_whole(op: str, name: str, value: Any, least: int, most: int = _LARGEST_SIZE) -> int:
@@ -162,7 +169,7 @@ def page_ids(op: str, name: str, pages: Any, least: int, most: int, *, first: in
 
     Args:
         op, name: for messages, which count entries from `first` on.
-        pages: a sequence or array of integers, none of them a bool.
+        pages: a sequence or array of integers, none of them a bool or masked.
         least, most: page ids.
 
     Raises:
@@ -175,7 +182,8 @@ def page_ids(op: str, name: str, pages: Any, least: int, most: int, *, first: in
     if ids.ndim == 1 and not ids.size:
         return ids.astype(np.int64)
     holds_bools = isinstance(pages, list | tuple) and not _BOOLS.isdisjoint(map(type, pages))
-    if ids.ndim != 1 or ids.dtype.kind not in "iu" or holds_bools:
+    is_masked = isinstance(pages, np.ma.MaskedArray)
+    if ids.ndim != 1 or ids.dtype.kind not in "iu" or holds_bools or is_masked:
         raise ParameterError(f"{op}: {name} is {pages!r:.80}, expected a sequence of page ids")
     check_entries(op, name, ids, least, most, first=first)
     return ids.astype(np.int64)

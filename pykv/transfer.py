@@ -220,7 +220,7 @@ def check_tables(op: str, src_ptrs: Any, dst_ptrs: Any, size: Any, validate: boo
 
 def _integers(op: str, name: str, values: Any) -> Any:
     try:
-        array = np.asarray(values)
+        array = np.asarray(None if isinstance(values, np.ma.MaskedArray) else values)
     except (ValueError, TypeError):  # lists of unlike lengths, or arrays of a GPU
         array = np.asarray(None)
     if array.size and array.dtype.kind not in "iu":

@@ -11,7 +11,12 @@ import pytest
 
 import pykv
 from pykv import cuda
-from pykv.errors import CapacityError, DeviceError, ParameterError, PykvError
+from pykv.errors import CapacityError, DeviceError, DtypeError, ParameterError, PykvError
+from pykv.eviction import Streaming, evict
+from pykv.eviction.block_selection import BlockSelection
+from pykv.kvtc.stream import Header
+from pykv.layout import BlockShape, Layout, strides
+from pykv.options import page_ids
 from pykv.specs import POOLS
 from tests.helpers import to_numpy
 from tests.public import CALLS, OPTIONS, call_of
@@ -263,3 +268,36 @@ def described(x):
     if isinstance(x, int) and x.bit_length() > 10_000:  # Python writes no more digits
         return f"int of {x.bit_length()} bits"
     return f"{type(x).__name__} {ascii(x)[:40]}"
+
+
+U8 = np.uint8
+
+
+@pytest.mark.parametrize("whole", [U8, lambda n: np.array(n, U8)])
+def test_records_hold_numbers_that_do_not_wrap_around(whole):
+    """Of 8 bits, or an array without dimensions: 200 * 2 would be 144, and 200 + 100 be 44."""
+    shape = BlockShape(H=2, L=1, O=2, P=4, D=8, itemsize=2)
+    stack = Layout("NHD", heads=(whole(0), whole(2)), token_stride=whole(200))
+    assert strides(stack, shape).token == 400
+    assert hash(stack) == hash(Layout("NHD", heads=(0, 2), token_stride=200))
+    counts = map(whole, (16, 2, 2, 8, 50, 200, 100, 16))
+    with pytest.raises(ParameterError, match="sinks and window are 200 and 100"):
+        _ = Header("0" * 64, *counts, "fp16").nbytes
+    assert hash(BlockSelection(blocks=whole(200))) == hash(BlockSelection(blocks=200))
+    assert Streaming(sinks=whole(200), recent=whole(100)).budget == 300
+
+
+def test_what_a_mask_hides_is_not_read():
+    """NumPy's asarray forgets masks: what they hide would be an address, a page or a value."""
+    masked = np.ma.array([1, 2], mask=[0, 1])
+    with pytest.raises(DtypeError, match="asarray: x is a MaskedArray"):
+        pykv.asarray(masked)
+    with pytest.raises(ParameterError, match="op: pages is masked_array"):
+        page_ids("op", "pages", masked, 0, 9)
+    tables = np.array([16, 32], np.uint64)
+    for given in ((masked, tables, 4), (tables, masked, 4), (tables, tables, masked)):
+        with pytest.raises(DtypeError, match="is a MaskedArray, expected integers"):
+            pykv.transfer.memcpy_batch(*given)
+    cache = pykv.PagedKVCache(1, 4, 2, 8, page_size=4)
+    with pytest.raises(DtypeError, match="lengths is a MaskedArray"):
+        evict(cache, [cache.manager.allocate(2) for _ in range(2)], masked, Streaming(recent=1))

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from pykv import blocks, cuda
-from pykv.arrays import FLOAT32, FLOATS, INT32, is_array, module_of, to_host
+from pykv.arrays import FLOAT32, FLOATS, INT32, is_array, module_of, not_an_array, to_host
 from pykv.checker import checker
 from pykv.errors import DtypeError, ParameterError, ShapeError
 from pykv.eviction.parts import Rows, check_cache, of_heads, parts
@@ -358,6 +358,8 @@ def _check_sizes(op: str, name: str, x: Any, shape: tuple[int, ...]) -> None:
 
 def _check_lengths(op: str, lengths: Any, shape: tuple[int, int, int]) -> Any:
     """Rows of each head, [L, B, H] int32, of those of each sequence or head."""
+    if isinstance(lengths, np.ma.MaskedArray):
+        raise not_an_array(op, "lengths", lengths)
     try:
         given = np.asarray(to_host(lengths) if is_array(lengths) else lengths)
     except (ValueError, OverflowError):  # lists of several lengths

@@ -43,7 +43,7 @@ from pykv.errors import (
     PykvError,
     ShapeError,
 )
-from pykv.options import check_type, check_whole
+from pykv.options import check_type, check_whole, hold_python_numbers
 from pykv.specs import KVSpec, as_spec
 
 MAGIC = b"\x89PYKVTS\n"
@@ -93,6 +93,9 @@ class Header:
     window: int
     row_bytes: int
     spec: str
+
+    def __post_init__(self) -> None:
+        hold_python_numbers(self)
 
     def sections(self) -> dict[str, Section]:
         """All sections, in order."""

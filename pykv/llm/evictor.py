@@ -83,12 +83,13 @@ def keeps_prefixes(op: str, policy: Policy | AdaKV | None, given: bool | None) -
     sums = sums_attention(policy)
     if given is None:
         return not sums
-    if check_flag(op, "prefix_cache", given) and sums:
+    keeps = check_flag(op, "prefix_cache", given)
+    if keeps and sums:
         raise UnsupportedError(
             f"{op}: eviction is H2O with a prefix_cache, expected prefix_cache=False: pages that "
             "are found do not tell how much attention their rows got"
         )
-    return given
+    return keeps
 
 
 class Evictor:

@@ -86,9 +86,9 @@ class TensorInfo:
         """Fill contiguous bytes with those from `first` on. FormatError as for `blocks`."""
         try:
             with self.path.open("rb") as file:
-                found = stamp(file.fileno())
                 file.seek(self.start + first)
                 size = file.readinto(data.data)
+                found = stamp(file.fileno())  # behind it: who writes may do so meanwhile
         except OSError as error:
             raise FormatError(f"{self.path}: cannot be read ({error})") from None
         if found != self.stamp or size != data.nbytes:

@@ -14,7 +14,8 @@ of a prompt, and these come behind its pages.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ import numpy as np
 from pykv import cuda
 from pykv.arrays import load_cupy, to_host
 from pykv.errors import DeviceError, ParameterError, UnsupportedError
-from pykv.llm import sequence
+from pykv.llm import memory, sequence
 from pykv.llm.prompt_steps import PromptSteps, Span
 from pykv.llm.weights import Model
 from pykv.ops import block_copy
@@ -53,6 +54,8 @@ class PrefillDevice:
         found = {name: to_host(x) for name, x in given_scales(answers).items()}
         with cuda.use_device(device):
             self._gpu = cuda.current_device()
+            self._done = cupy.cuda.Event(disable_timing=True)
+        with self._turn():
             cuda.enable_peer_access(self._gpu, self._home)
             sizes = layers, answers.k.shape[1], heads, head_dim
             alike = dict(page_size=answers.page_size, spec=answers.spec, xp=cupy)
@@ -69,29 +72,51 @@ class PrefillDevice:
             if not s.is_sent:
                 pages |= dict.fromkeys(s.pages[: -(-s.cached // self._cache.page_size)])
                 s.is_sent = True
-        count = self._answers.k.shape[1]
-        if self._cache.k.shape[1] < count:
-            with cuda.use_device(self._device):
-                self._cache.grow(count)
+        self.grow(self._answers.k.shape[1])
         if pages:
-            copy_pages(self._answers, self._cache, list(pages), list(pages))
+            with self._turn(), load_cupy().cuda.Device(self._home):
+                copy_pages(self._answers, self._cache, list(pages), list(pages))
+
+    def grow(self, pages: int) -> None:
+        """Make room for so many pages, unless there is.
+
+        Raises:
+            CapacityError: the memory cannot be had.
+        """
+        if self._cache.k.shape[1] < pages:
+            with self._turn():
+                self._cache.grow(pages)
+
+    def free(self) -> int:
+        """Bytes that this process may still take of the GPU."""
+        with cuda.use_device(self._device):
+            return memory.free(load_cupy()) or 0
 
     def run(
         self, spans: Sequence[Span], wanted: Sequence[int], asks: bool = False
     ) -> tuple[Any, Any]:
         """As PromptSteps.run; logits are on the answers' GPU. No queries can be asked for."""
-        cuda.follow(self._home, self._gpu)
-        with cuda.use_device(self._device):
+        with self._turn():
+            cuda.follow(self._home, self._gpu)
             logits, queries = self._steps.run(spans, wanted, asks)
-        if not wanted:
-            return logits, queries
-        out = load_cupy().empty(logits.shape, np.float32)
-        block_copy.copy_arrays([logits], [out])
+            if not wanted:
+                return logits, queries
+            with load_cupy().cuda.Device(self._home):
+                out = load_cupy().empty(logits.shape, np.float32)
+                block_copy.copy_arrays([logits], [out])
         return out, queries
 
     def join(self) -> None:
         """Let what is enqueued on the answers' GPU from now on wait for pages on their way."""
-        cuda.follow(self._gpu, self._home)
+        with self._turn():
+            cuda.follow(self._gpu, self._home)
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """The GPU is the current one, and what is enqueued on its current stream, which each thread
+        has its own of, comes behind what was before."""
+        with cuda.use_device(self._device), cuda.behind(self._done):
+            yield
 
 
 def check_prefill_device(

@@ -17,7 +17,7 @@ import numpy as np
 from pykv import cuda
 from pykv.errors import UnsupportedError
 from pykv.eviction import AdaKV, Policy
-from pykv.llm import scheduler, token_program
+from pykv.llm import memory, scheduler, token_program
 from pykv.llm.evictor import Evictor
 from pykv.llm.head_rows import HeadRows
 from pykv.llm.model import Batch, forward, graph_rows, step_of
@@ -156,6 +156,22 @@ class ModelRunner:
         """Let work that is enqueued from now on wait for pages that another GPU sends."""
         if self._prefill is not None:
             self._prefill.join()
+
+    def grow(self, pages: int) -> None:
+        """Make room for so many pages; on the GPU of prompts first, so that the cache is never the
+        larger one.
+
+        Raises:
+            CapacityError: the memory cannot be had.
+        """
+        if self._prefill is not None:
+            self._prefill.grow(pages)
+        self.cache.grow(pages)
+
+    def free(self) -> int | None:
+        """Bytes that a cache may still take of each GPU that has one; see memory.free."""
+        free = memory.free(self.xp)
+        return free if self._prefill is None else min(free or 0, self._prefill.free())
 
     def leave(self, sequence: Sequence) -> None:
         """Write no more to the pages of a sequence."""

@@ -79,6 +79,9 @@ class Runner(Protocol):
     def join(self) -> None:
         """Let work that is enqueued from now on wait for pages that another GPU sends."""
 
+    def grow(self, pages: int) -> None:
+        """Make room for so many pages, wherever they have a place, or raise a CapacityError."""
+
 
 class Scheduler:
     """Decides who runs, on which pages.
@@ -129,6 +132,7 @@ class Scheduler:
             runner.room,
             runner.last,
             runner.join,
+            runner.grow,
             may_grow=may_grow,
             prefix_cache=prefix_cache,
             tiers=tiers,
@@ -287,8 +291,9 @@ class Scheduler:
                     s.append(token)
         except BaseException:
             self.failed = list(sequences)
-            for s in sequences:
-                self._wait_again(s, publish=False)
+            with ExitStack() as leaving:  # each of them, whatever another raises
+                for s in sequences:
+                    leaving.callback(self._wait_again, s, publish=False)
             raise
         return drawn
 

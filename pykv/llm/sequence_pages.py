@@ -23,8 +23,6 @@ class Cache(Protocol):
 
     def extend(self, pages: list[int], start: int, stop: int) -> None: ...
 
-    def grow(self, pages: int) -> None: ...
-
 
 class Tiers(Protocol):
     """What a scheduler needs of pykv.tiers.Tiers."""
@@ -44,6 +42,7 @@ class SequencePages:
         room: rows to set aside for all that a sequence may hold; None where pages come one by one.
         last: tokens at the end of a prompt that are computed whether their pages are found or not.
         join: lets work that is enqueued from now on wait for pages that another GPU sends.
+        grow: makes room for so many pages in the cache, and where else they have a place.
         may_grow: grow the cache where pages are missing.
         prefix_cache: keep pages of prompts and answers, as long as nobody needs them, for prompts
             that begin alike.
@@ -57,6 +56,7 @@ class SequencePages:
         room: Callable[[Sequence], int | None],
         last: int,
         join: Callable[[], None],
+        grow: Callable[[int], None],
         *,
         may_grow: bool,
         prefix_cache: bool,
@@ -66,6 +66,7 @@ class SequencePages:
         self.cache, self.may_grow, self.prefix_cache = cache, may_grow, prefix_cache
         self._most_pages = most_pages
         self._room, self._last, self._join, self._tiers = room, last, join, tiers
+        self._grow = grow
 
     # --- Beside sequences ---
 
@@ -153,7 +154,7 @@ class SequencePages:
             if self._tiers is not None:
                 self._tiers.join()
             self._join()
-            self.cache.grow(pages)
+            self._grow(pages)
         manager.require(wanted)
 
     # --- Whose ---

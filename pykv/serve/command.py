@@ -116,11 +116,9 @@ def _grow(llm: Any, slots: int) -> None:
     Raises:
         CapacityError: there is no room for one context.
     """
-    from pykv.llm import memory
-
     cache = llm.cache
     with llm.turn():
-        free = memory.free(llm.xp)
+        free = llm.runner.free()
     tokens = slots * min(llm.context, SLOT_TOKENS)
     if free is not None:
         tokens = min(tokens, int(SHARE * free) // cache.bytes_per_token)
@@ -132,7 +130,7 @@ def _grow(llm: Any, slots: int) -> None:
             "that are free: see --context and --kv-dtype"
         )
     with llm.turn():
-        cache.grow(-(-tokens // cache.page_size))
+        llm.runner.grow(-(-tokens // cache.page_size))
 
 
 def _rows_of_one(llm: Any) -> int:

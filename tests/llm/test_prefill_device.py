@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from pykv import calibration, cuda
-from pykv.errors import DeviceError, ParameterError, UnsupportedError
-from pykv.llm import LLM, SamplingParams, scheduler
+from pykv.errors import CapacityError, DeviceError, ParameterError, UnsupportedError
+from pykv.llm import LLM, SamplingParams, memory, scheduler
 from pykv.llm.prompt_steps import Span
 from pykv.llm.sequence import Sequence
 from tests import peers
@@ -93,6 +93,46 @@ def test_tokens_are_those_of_one_gpu(open_both, rng, kv_dtype, name):
     more = [prompts[0] + want[0].token_ids + tokens_of(rng, 3)]
     assert llm.generate(more, greedy(2)) == plain.generate(more, greedy(2))
     assert llm.stats.reused_tokens == plain.stats.reused_tokens == 28
+
+
+@pytest.mark.parametrize("gpus", MACHINES[:1], indirect=True)
+def test_threads_whose_streams_differ(gpus, open_both, rng):
+    """Each may have a current stream of its own on either GPU; a step comes behind the one before,
+    and who reads pages behind all of them."""
+    plain, llm = open_both()
+    prompt, lanes = tokens_of(rng, 40), gpus.streams.lanes
+    plain.generate([prompt], greedy(1))
+    s = Sequence(prompt, SamplingParams(), 80)
+    llm._scheduler.add(s)
+    for _ in range(3):
+        lanes.update({gpu: gpus.streams.make(gpu) for gpu in lanes})
+        with llm.turn():
+            llm._scheduler.step()
+    lanes.update({gpu: gpus.streams.make(gpu) for gpu in lanes})
+    with llm.turn(), llm.pages.known(prompt) as pages:
+        assert len(pages) == 36 // P
+        gpus.streams.run(first=gpus.xp.DEVICE, newest=True, until=gpus.streams.current())
+        for got, want in zip(bits_of(llm), bits_of(plain), strict=True):
+            assert_same_bits(got[:, pages], want[:, pages])
+
+
+@pytest.mark.parametrize("gpus", MACHINES[:1], indirect=True)
+def test_a_cache_that_one_gpu_alone_has_room_for(gpus, open_both, rng, monkeypatch):
+    """Is not made, so that shorter prompts go on; a server asks both GPUs how large it may be."""
+    _, llm = open_both()
+    pages = llm.cache.manager.num_pages
+
+    def full(pages):
+        raise CapacityError("planted")
+
+    with monkeypatch.context() as patch, pytest.raises(CapacityError, match="planted"):
+        patch.setattr(llm.runner._prefill._cache, "grow", full)
+        llm.generate([tokens_of(rng, 60)], greedy(2))
+    assert llm.cache.manager.num_pages == pages
+    free = {gpus.xp.DEVICE: 700, gpus.xp.OTHER: 300}
+    monkeypatch.setattr(memory, "free", lambda xp: free[cuda.current_device()])
+    with llm.turn():
+        assert llm.runner.free() == 300
 
 
 def test_answers_go_on_beside_prompts(gpus, open_both, rng, monkeypatch):

@@ -541,6 +541,32 @@ def test_pages_on_their_way_are_given_back_where_that_fails(monkeypatch, is_abor
     assert is_aborted or len(comes.generated) == 3
 
 
+def test_all_of_a_step_that_fails_wait_again(monkeypatch):
+    """Whatever fails then, too, as where a device cannot end what it has begun."""
+    world = World(8)
+    sequences = [world.make([n] * 5, 9) for n in (1, 2, 3)]
+    world.add(*sequences)
+    for _ in range(3):
+        world.step()
+    decode, left = world.fake.decode, []
+
+    def failing(some, alone):
+        decode(some, alone)
+        raise RuntimeError("planted")
+
+    def refused(s):
+        left.append(s)
+        raise RuntimeError("planted, too")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="planted, too"):
+        patch.setattr(world.fake, "decode", failing)
+        patch.setattr(world.fake, "leave", refused)
+        world.scheduler.step()
+    assert set(left) == set(sequences) and world.scheduler.waiting == sequences
+    world.check()
+    world.finish()
+
+
 def test_pages_that_others_hold():
     """They are no sequences, and will not end by any step."""
     world = World(4)

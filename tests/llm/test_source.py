@@ -1,5 +1,9 @@
 """Bytes of tensors by pieces: all of them, in order, and none before those ahead have gone."""
 
+import os
+from contextlib import contextmanager
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -87,6 +91,25 @@ def test_a_file_that_changes_meanwhile(xp, file):
             end.write(b"\0")
         with pytest.raises(FormatError, match="has changed since its header was read"):
             list(pieces)
+
+
+def test_a_file_that_changes_while_it_is_read(file, monkeypatch):
+    info, right = file.tensor("blk.0.attn_q.weight"), type(file.path).open
+
+    @contextmanager
+    def open_(path, mode):
+        with right(path, mode) as opened:
+
+            def readinto(data):
+                size = opened.readinto(data)
+                os.utime(path, ns=(1, 1))
+                return size
+
+            yield SimpleNamespace(fileno=opened.fileno, seek=opened.seek, readinto=readinto)
+
+    monkeypatch.setattr(type(file.path), "open", open_)
+    with pytest.raises(FormatError, match="has changed since its header was read"):
+        _ = info.blocks
 
 
 def test_no_memory_to_pin(device, file, monkeypatch):

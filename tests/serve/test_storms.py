@@ -44,6 +44,9 @@ class Counting:
     def join(self):
         pass
 
+    def grow(self, pages):
+        pass
+
     def ahead(self, sequences):
         return 1
 

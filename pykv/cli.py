@@ -144,7 +144,7 @@ def _parser() -> argparse.ArgumentParser:
 
     size = commands.add_parser("size", help="say how large a model's KV cache and its weights are")
     size.add_argument("file", help="a GGUF file, or a model as for `pykv run`")
-    size.add_argument("--ctx", type=int, help="tokens (the model's context)")
+    model_options.add_context(size)
     size.add_argument("--json", action="store_true", help="print one JSON object")
     model_options.add_kv_dtype(size)
     model_options.add_weights(size)

@@ -373,7 +373,7 @@ def test_size_of_weights_as_stored(capsys, tmp_path):
 
 
 def test_size_beyond_the_models_context_is_noted(capsys):
-    code, out, err = run(capsys, "size", "base.gguf", "--ctx", 1000)
+    code, out, err = run(capsys, "size", "base.gguf", "--context", 1000)
     assert code == 0 and "256,000 bytes for 1,000 tokens\n" in out
     assert err == "note: the model's own context is 128 tokens\n"
 

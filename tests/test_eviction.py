@@ -578,7 +578,7 @@ def test_wrong_arguments_change_nothing(xp, rng):
             "has 'window=3', expected each",
         ),
         (lambda: eviction.parse("adakv:adakv:random:8"), DtypeError, "policy is a AdaKV"),
-        (lambda: eviction.parse("snapkv"), ParameterError, "expected one of them"),
+        (lambda: eviction.parse("snapkv"), ParameterError, "one of them, .* text 'snapkv:512'"),
         (lambda: eviction.parse(8), DtypeError, "text is a int"),
     ],
 )

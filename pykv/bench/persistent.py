@@ -1,5 +1,5 @@
 """The next token of B sequences with L tokens each, by a model of noise: as one launch
-(phase_program), as one of many tokens that a launch draws (resident_program; by the clock, until
+(phase_program), as one of many tokens that a launch draws (resident_program, by the clock until
 the host has them), as a CUDA graph of a launch for each phase, and as these launches.
 
 Bytes are those that a step cannot do without; reading is the ceiling:

@@ -56,7 +56,8 @@ class Policy:
         hold_python_numbers(self)
         if self.budget is None and self.ratio is None and self.threshold is None:
             raise ParameterError(
-                f"{op}: budget, ratio and threshold are None, expected one of them"
+                f"{op}: budget, ratio and threshold are None, expected one of them, such as "
+                f"budget=512, as a text '{op.lower()}:512'"
             )
         if self.budget is not None and self.ratio is not None:
             raise ParameterError(f"{op}: budget and ratio are given, expected one of them")

@@ -56,25 +56,29 @@ class Answer:
             self._push(self._decoder.push(token))
         self._num_read = len(s.generated)
         if s.finish_reason and not self._is_complete:
-            self._text += self._decoder.finish()
+            self._push(self._decoder.finish())
             self._is_complete = True
 
     def _push(self, more: str) -> None:
-        """Add text, up to the first stop string; by Knuth, Morris and Pratt, in a few steps for
-        each character and stop string, however long these are."""
-        known = len(self._text)
-        self._text += more
-        for i, (stop, borders) in enumerate(self._stops):
-            n = self._matched[i]
-            for at, character in enumerate(self._text[known:], known + 1):
+        """Add text, up to the stop string that is complete first, and of those that end together
+        the longest: tokens may cut the text anywhere. By Knuth, Morris and Pratt, in a few steps
+        for each character and stop string, however long these are."""
+        for at, character in enumerate(more if self._stops else "", 1):
+            longest = 0
+            for i, (stop, borders) in enumerate(self._stops):
+                n = self._matched[i]
                 while n and stop[n] != character:
                     n = borders[n]
                 n += stop[n] == character
-                if n == len(stop):
-                    self._text, self._is_complete = self._text[: at - n], True
+                longest = max(longest, n if n == len(stop) else 0)
+                self._matched[i] = n
+            if longest:
+                text = self._text + more[:at]
+                self._text, self._is_complete = text[: len(text) - longest], True
+                if self.sequence.finish_reason != "error":
                     self.sequence.finish_reason = "stop"
-                    break
-            self._matched[i] = n
+                return
+        self._text += more
 
     def piece(self) -> str:
         """Text that was not handed out yet, and that no stop string can take back any more."""

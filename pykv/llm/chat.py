@@ -211,7 +211,7 @@ def check_messages(messages: Any) -> None:
     """
     if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence) or not messages:
         raise ParameterError(
-            f"{OP}: messages has {type(messages).__name__}, expected a list of at least one message"
+            f"{OP}: messages is {messages!r:.80}, expected a list of at least one message"
         )
     for n, message in enumerate(messages):
         for key in ("role", "content"):

@@ -417,7 +417,8 @@ class LLM:
         Raises:
             FormatError: this is no such file, it is damaged, or of another version, model, spec,
                 page size or codec; the LLM is as before.
-            CapacityError: its pages exceed the context or the pool.
+            CapacityError: its pages exceed the context or the pool, or what answers of other
+                threads leave of a `pool_tokens`.
             ParameterError: `path` is no regular file, the codec is for another model, or the LLM
                 has no `prefix_cache`, or a `disk_cache` and the file is coded, or was
                 saved where pages had come back from codes (`is_exact`).
@@ -441,7 +442,8 @@ class LLM:
     def logits(self, token_ids: str | Sequence[int]) -> np.ndarray:
         """The logits after each of T `token_ids`, or of a text, [T, vocab] float32, on the host.
 
-        Args, Raises: as a prompt of `generate`.
+        Args, Raises: as a prompt of `generate`; it does not wait for pages, so that a CapacityError
+        also says that answers of other threads hold those of a `pool_tokens`.
         """
         _refuse_prepare("LLM.logits")
         return scoring.logits(self, token_ids)
@@ -452,7 +454,7 @@ class LLM:
         Args:
             text_or_ids: a text, or at least two token ids.
 
-        Raises: as a prompt of `generate`.
+        Raises: as `logits`.
         """
         _refuse_prepare("LLM.perplexity")
         return scoring.perplexity(self, text_or_ids)

@@ -10,6 +10,7 @@ from pykv.errors import CapacityError, ParameterError
 from pykv.llm.answer import Answer
 from pykv.llm.sampling import SamplingParams, check_vocabulary
 from pykv.llm.sequence import Sequence
+from pykv.number_texts import counted
 from pykv.options import check_flag
 
 if TYPE_CHECKING:
@@ -39,8 +40,8 @@ def answer_to(llm: LLM, prompt: Any, params: SamplingParams, special: bool = Fal
     ids = read_ids(llm, "prompt", prompt, special)
     if len(ids) == llm.context:
         raise CapacityError(
-            f"prompt has {len(ids)} tokens, expected fewer than the context of {llm.context}: "
-            "the answer needs room"
+            f"prompt has {counted(len(ids), 'token')}, expected fewer than the context of "
+            f"{llm.context}: the answer needs room"
         )
     limit = min(llm.context, len(ids) + params.max_tokens)
     ends = frozenset() if params.ignore_eos else llm.tokenizer.stop_ids

@@ -30,7 +30,8 @@ class SamplingParams:
         min_p: keep tokens at least this fraction as likely as the likeliest; 0 keeps all.
         seed: the same seed, prompt and parameters give the same draw in any batch.
         max_tokens: tokens to generate at most; the model's context ends a completion as well.
-        stop: a string or strings that end the completion; the text ends before them.
+        stop: a string or strings that end the completion; the text ends before the one that is
+            complete first.
         ignore_eos: go on after the model's own end tokens.
         repetition_penalty: divides the logits of tokens that prompt or answer have, where they are
             positive, and multiplies the others; 0.01 to 100, 1 is none.

@@ -118,8 +118,9 @@ class SequencePages:
         wanted = manager.pages_for(self.rows(s))
         if wanted > manager.num_pages:
             raise CapacityError(
-                f"prompt of {len(s.prompt)} tokens needs {counted(wanted, 'page')}, expected at "
-                f"most the {manager.num_pages} of the pool ({manager.page_size} tokens a page)"
+                f"prompt of {counted(len(s.prompt), 'token')} needs {counted(wanted, 'page')}, "
+                f"expected at most the {manager.num_pages} of the pool "
+                f"({manager.page_size} tokens a page)"
             )
 
     def grow_for(self, sequences: Iterable[Sequence]) -> None:

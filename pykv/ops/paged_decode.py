@@ -77,7 +77,7 @@ def decode(
         page_table: [B, M] int32; physical pages of each sequence, in order. Entries that hold no
             visible key (past the length, before the window) are not read.
         lengths: [B] int32; keys of each sequence, those of the queries included. Where it is not
-            positive, the output is zero and `lse` minus infinity.
+            positive, the output is zero and `lse` minus infinity, or the sink.
         k_scales, v_scales: of code kinds, as `spec` says; see pykv.kinds.
         spec: kinds and layout of the pools; where None, what dtypes tell, in NHD.
         scale: factor of q.k; 1 / sqrt(D) if None.
@@ -85,7 +85,8 @@ def decode(
         logits_soft_cap: c, for scores c * tanh(score / c); not capped if None.
         alibi_slopes: [HQ] float32; slope * (key - query), positions in the sequence, is added to
             scores (ALiBi).
-        sinks: [HQ] float32; a score for each head whose weight has no value (attention sink).
+        sinks: [HQ] float32; a score for each head whose weight has no value (attention sink), and
+            which `lse` counts.
         tree: [B, T] uint64, T <= 64; query t sees the last T keys whose bits are set, and all
             before them. Where None, query t sees the keys up to its own.
         key_positions: [B, M * P] int32; where keys stand in the sequence, ascending, for windows

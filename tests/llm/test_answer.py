@@ -26,6 +26,14 @@ def begin(words, stops):
     return s, Answer(s, Words(words))
 
 
+def cut(text, stops):
+    """Where the first prefix that ends with a stop string has the longest such one."""
+    for end in range(len(text) + 1):
+        if found := [len(x) for x in stops if text[:end].endswith(x)]:
+            return end - max(found)
+    return None
+
+
 def held(text, stops):
     """Characters that a stop string may still take back, by trying all."""
     lengths = range(len(text) + 1)
@@ -51,10 +59,9 @@ def test_random_texts_and_stop_strings():
             assert (s.finish_reason == "stop") == any(stop in text for stop in stops)
             if s.finish_reason:
                 ended += 1
-                # Of two that come by one token, one may begin in the other: then either may cut.
-                cuts = {text.index(stop) for stop in stops if stop in text}
-                assert given == answer.completion().text and len(given) in cuts
-                assert text.startswith(given) and not any(stop in given for stop in stops)
+                # However the tokens cut the text, and whichever stop string is named first.
+                assert given == answer.completion().text == text[: cut(text, stops)]
+                assert not any(stop in given for stop in stops)
                 break
             assert given == text[: len(text) - held(text, stops)]
     assert ended > 1000
@@ -69,6 +76,22 @@ def test_text_of_tokens_behind_a_stop_string_is_no_part():
     s.generated.append(2)
     answer.read()
     assert answer.completion().text == "a " and not answer.piece()
+
+
+def test_what_is_left_at_the_end_may_complete_a_stop_string():
+    """The last token may begin a character only; U+FFFD then stands for it."""
+    for reason, stop, want in (
+        ("length", "b\ufffd", ("a", "stop")),
+        ("length", "c\ufffd", ("ab\ufffd", "length")),
+        ("error", "b\ufffd", ("a", "error")),
+    ):
+        s, answer = begin(["ab"], [stop])
+        answer._decoder.finish = lambda: "\ufffd"
+        s.generated.append(0)
+        s.finish_reason = reason
+        answer.read()
+        assert (answer.completion().text, s.finish_reason) == want
+        assert answer.piece() == want[0]
 
 
 def test_many_long_stop_strings_cost_little():

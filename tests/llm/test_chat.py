@@ -186,10 +186,10 @@ def test_a_file_without_a_template(file):
 @pytest.mark.parametrize(
     "messages, message",
     [
-        ([], "messages has list, expected a list of at least one message"),
-        ("Hi", "messages has str, expected a list"),
-        (USER[0], "messages has dict, expected a list"),
-        (None, "messages has NoneType, expected a list"),
+        ([], r"messages is \[\], expected a list of at least one message"),
+        ("Hi", "messages is 'Hi', expected a list"),
+        (USER[0], "messages is {.*}, expected a list"),
+        (None, "messages is None, expected a list"),
         (["Hi"], r"messages\[0\] has role None, expected a string"),
         ([*USER, {"role": "user"}], r"messages\[1\] has content None, expected a string"),
         ([{"role": "user", "content": []}], r"messages\[0\] has content \[\], expected a string"),

@@ -211,7 +211,7 @@ def test_perplexity_is_that_of_the_logits(llm, rng, monkeypatch):
     logits = llm.logits(ids).astype(np.float64)
     surprise = [np.log(np.exp(row - row[i]).sum()) for row, i in zip(logits, ids[1:], strict=False)]
     assert llm.perplexity(ids) == pytest.approx(np.exp(np.mean(surprise)), rel=1e-5)
-    with pytest.raises(ParameterError, match="1 tokens, expected at least 2"):
+    with pytest.raises(ParameterError, match="1 token, expected at least 2"):
         llm.perplexity([5])
 
 

@@ -362,6 +362,14 @@ def test_logarithms_of_base_2(xp, rng):
     np.testing.assert_array_equal(np.isneginf(binary), np.isneginf(natural))
 
 
+@pytest.mark.parametrize("spec", ["fp16", "fp32"])  # on tensor cores and without
+def test_without_keys_the_sink_is_all_there_is(xp, rng, spec):
+    args, options = feature_case(rng, spec, lengths=(0, 20), sinks=True)
+    out, lse = map(to_numpy, call(xp, *args, **options))
+    assert not out[0].any()
+    np.testing.assert_allclose(lse[0], np.broadcast_to(options["sinks"], lse[0].shape), rtol=1e-6)
+
+
 @pytest.mark.parametrize("spec", ["fp16", "int8", "fp32"])
 def test_fixed_splits_give_the_same_bits_in_any_batch(device, rng, spec):
     """Alone, in two batches, and with more pages to come."""

@@ -41,7 +41,7 @@ def answer_to(llm: LLM, prompt: Any, params: SamplingParams, special: bool = Fal
     if len(ids) == llm.context:
         raise CapacityError(
             f"prompt has {counted(len(ids), 'token')}, expected fewer than the context of "
-            f"{llm.context}: the answer needs room"
+            f"{llm.context:,}: the answer needs room"
         )
     limit = min(llm.context, len(ids) + params.max_tokens)
     ends = frozenset() if params.ignore_eos else llm.tokenizer.stop_ids

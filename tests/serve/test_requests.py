@@ -140,7 +140,7 @@ def test_a_context_that_does_not_fit_says_both_numbers(one):
         assert status == 400 and error["code"] == "context_length_exceeded"
         assert "1000" in error["message"] and error["param"] == "messages"
     status, error = one.refused(TEXT, prompt=[5] * 1000)
-    assert (status, error["param"]) == (400, "prompt") and "1000 tokens" in error["message"]
+    assert (status, error["param"]) == (400, "prompt") and "1,000 tokens" in error["message"]
 
 
 @pytest.mark.parametrize(

@@ -366,7 +366,7 @@ static int warp_of(u16 who) {
 }
 
 static std::string who_text(u16 who) {
-    who &= ~ATOMIC;
+    who &= ~(ATOMIC | COPYING);
     const int rank = block_of(who), warp = warp_of(who);
     if (rank < 0) return "threads of several blocks";
     if (warp < 0) return "threads of several warps" + of_block(rank);

@@ -198,9 +198,9 @@ def device_of(address):
 
 def allocations_at(addresses):
     """(first address, end) of every live allocation that one of the addresses lies in."""
-    bounds = np.array(sorted(_live), np.uint64).reshape(-1, 2)
+    bounds = np.array([(0, 0), *sorted(_live)], np.uint64)  # the first holds nothing
     found = np.searchsorted(bounds[:, 0], addresses.reshape(-1), "right").astype(np.int64) - 1
-    inside = (found >= 0) & (addresses.reshape(-1) < bounds[found, 1])
+    inside = addresses.reshape(-1) < bounds[found, 1]
     return [tuple(map(int, bounds[i])) for i in np.unique(found[inside])]
 
 

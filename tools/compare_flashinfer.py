@@ -15,6 +15,7 @@ case or disagrees is named with its reason.
 import argparse
 import math
 import statistics
+import re
 import sys
 import time
 from functools import partial
@@ -270,7 +271,8 @@ def compare(torch, case, samples, flush):
             device, host, out = measure(torch, make(torch, problem), samples, flush)
         except Exception as error:  # whatever a kernel may raise: its reason goes into the record
             torch.cuda.synchronize()  # a fault of the device is none: it ends the run
-            refused[name] = f"{type(error).__name__}: {error}".splitlines()[0][:160]
+            reason = re.sub(r"/\S*/", "", str(error))  # no folders of this machine
+            refused[name] = f"{type(error).__name__}: {reason}".splitlines()[0][:160]
             continue
         out = out.reshape(problem.q.shape).float()
         want = out if want is None else want

@@ -14,8 +14,8 @@ case or disagrees is named with its reason.
 
 import argparse
 import math
-import statistics
 import re
+import statistics
 import sys
 import time
 from functools import partial

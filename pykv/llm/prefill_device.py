@@ -62,8 +62,7 @@ class PrefillDevice:
             self._cache = PagedKVCache(*sizes, **alike)
             for name, scales in found.items():
                 getattr(self._cache, name)[...] = cupy.asarray(scales)
-            memory = cuda.GraphMemory()
-            self._steps = PromptSteps(load(), self._cache, cupy, memory, answers)
+            self._steps = PromptSteps(load(), self._cache, cupy, cuda.GraphMemory(), answers)
 
     def bring(self, sequences: Sequence[sequence.Sequence]) -> None:
         """Have all pages here that the next step of sequences reads."""

@@ -381,7 +381,7 @@ def _warps(R: int, I: int, outs: tuple[int, ...], rows: int, num_sms: int) -> tu
         turns, rounds = -(-tiles // (_BLOCKS * num_sms)), -(-I // (parts * _SLICE))
         return turns * (rounds * (n + 1) + 1 + (parts > 1))
 
-    most = min(warps, max(1, _SLICES // rows), max(1, -(-I // _SLICE)))  # have something to do
+    most = min(warps, _SLICES // rows, max(1, -(-I // _SLICE)))  # that have something to do
     ways = [(n, parts) for n in outs for parts in (1, 2, 4) if parts <= most]
     return min(ways, key=lambda way: time(*way))
 

@@ -122,6 +122,21 @@ def _num_parts(tiling: Tiling, exact: bool, tiles: int, I: int, num_sms: int) ->
     return max(1, min(slots // tiles, _MOST_PARTS, I // (128 if exact else 256), stages))
 
 
+def split_launch(
+    x: Any, of_kernel: dict[str, Any], rows: int, padded: int, counters: int, eps: float
+) -> cuda.Launch:
+    """What makes the pieces of x in front of a product, here and in linear_tiles.
+
+    Args:
+        of_kernel: defines.
+        rows, padded: of the pieces: T and I up to whole tiles and stages.
+        counters: to set to zero.
+    """
+    (T, I), kernel = x.shape, cuda.kernel("linear_mma", "split", **of_kernel)
+    scalars = dict(T=T, I=I, padded_I=padded, x_stride=row_step(x), num_counters=counters, eps=eps)
+    return cuda.Launch(kernel, rows, of_kernel["BLOCK"], scalars, early=True)
+
+
 def product(
     x: Any,
     w: Any,
@@ -156,13 +171,7 @@ def product(
     of_bias = FLOATS[0] if bias is None else bias.dtype
     every = defines(kind, x.dtype, of_bias, exact, tiling)
     counters = tiles if parts > 1 else 0
-    split = cuda.Launch(
-        cuda.kernel("linear_mma", "split", **every),
-        rows,
-        tiling.BLOCK,
-        dict(T=T, I=I, padded_I=padded, x_stride=row_step(x), num_counters=counters, eps=eps),
-        early=True,
-    )
+    split = split_launch(x, every, rows, padded, counters, eps)
     gemm = cuda.Launch(
         cuda.kernel("linear_mma", "gemm", **every),
         (tiles, parts),

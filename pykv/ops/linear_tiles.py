@@ -14,7 +14,7 @@ import numpy as np
 
 from pykv import cuda
 from pykv.arrays import FLOATS, row_step
-from pykv.ops.linear_mma import FLOAT_KINDS, element, in_turn, num_pieces
+from pykv.ops.linear_mma import FLOAT_KINDS, element, in_turn, num_pieces, split_launch
 
 DEPTH = 64  # elements of I in a stage
 
@@ -111,13 +111,7 @@ def product(
     of_bias = FLOATS[0] if bias is None else bias.dtype
     every = defines(kind, x.dtype, of_bias, tiling)
     counters = tiles if parts > 1 else 0
-    split = cuda.Launch(
-        cuda.kernel("linear_mma", "split", **split_defines(kind, x.dtype)),
-        T,
-        _SPLIT_BLOCK,
-        dict(T=T, I=I, padded_I=padded, x_stride=row_step(x), num_counters=counters, eps=eps),
-        early=True,
-    )
+    split = split_launch(x, split_defines(kind, x.dtype), T, padded, counters, eps)
     multiply = cuda.Launch(
         cuda.kernel("linear_tiles", "linear_tiles", **every),
         (tiles, parts),

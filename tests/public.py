@@ -36,7 +36,7 @@ from pykv.transport import Handover, Local, Region, local, wait_for
 from pykv.transport.region import size_of
 from tests.kvtc import made
 from tests.llm import tiny
-from tests.ops.calls import OPS, RANGES, filled, zeros
+from tests.ops.calls import OPS, RANGES, filled, taking, zeros
 
 STEMS = [name for name in dir(pykv.ops) if not name.startswith("_")]
 PUBLIC = "blocks kinds kvtc.stream_v0 kvtc.v0 layout page_files pages plan.append".split()
@@ -169,18 +169,19 @@ _ARTEFACT = made.artefact(np.random.default_rng(0))
 _OPS = {name_of(importlib.import_module(op.__module__), op.__name__): x for op, x in OPS}
 FUNCTIONS = {
     **_OPS,
-    "ops.bandwidth.write": dict(out=zeros("u4", 4, 4), seed=1),
-    "ops.block_rows.pack": dict(blocks=zeros("u1", 2, 34), kind="Q8_0"),
+    "ops.bandwidth.write": taking("out u4 4 4", seed=1),
+    "ops.block_rows.pack": taking("blocks u1 2 34", kind="Q8_0"),
     "ops.block_copy.copy_arrays": dict(sources=[zeros("f4", 4)], destinations=[zeros("f4", 4)]),
     "ops.block_copy.vectorized_copy": dict(src_ptrs=_FROM, dst_ptrs=_TO, size=16, device="cpu"),
-    "ops.compaction.compress": dict(x=zeros("f4", 8), threshold=0.5, out=zeros("f4", 8))
-    | dict(indices=zeros("i4", 8), count=zeros("i8", 1)),
-    "ops.compaction.count": dict(x=zeros("f4", 8), threshold=0.5),
-    "ops.compaction.expand": dict(values=zeros("f4", 2), indices=ints(1, 5), n=8)
-    | dict(count=np.array([2]), out=zeros("f4", 8)),
+    "ops.compaction.compress": taking("x f4 8, out f4 8, indices i4 8, count i8 1", threshold=0.5),
+    "ops.compaction.count": taking("x f4 8", threshold=0.5),
+    "ops.compaction.expand": taking(
+        "values f4 2, out f4 8", indices=ints(1, 5), n=8, count=np.array([2])
+    ),
     "ops.compaction.workspace_size": dict(n=8, itemsize=4),
-    "ops.contiguous_append.read_token": dict(slot=0, token=1)
-    | dict(k_cache=zeros("f2", 1, 4, 2, 8), v_cache=zeros("f2", 1, 4, 2, 8)),
+    "ops.contiguous_append.read_token": taking(
+        "k_cache f2 1 4 2 8, v_cache f2 1 4 2 8", slot=0, token=1
+    ),
     "ops.paged_check.check_pages": dict(pages=ints(1, -1), num_pages=2),
     "ops.paged_check.check_slots": dict(slots=ints(1, -1), num_slots=2),
     "ops.paged_check.check_starts": dict(starts=ints(0, 1, 2), end=2),
@@ -190,17 +191,21 @@ FUNCTIONS = {
     | dict(num_pages=2, page_size=2),
     "ops.paged_check.check_positions": dict(batch_indices=ints(0), positions=ints(1))
     | dict(indptr=ints(0, 1), page_size=2),
-    "ops.paged_convert.gather_rows": dict(**_POOLS, indices=ints(2, 1), indptr=ints(0, 1, 2))
-    | dict(starts=ints(0, 1, 3), k_out=zeros("f4", 3, 2, 16), v_out=zeros("f4", 3, 2, 16)),
+    "ops.paged_convert.gather_rows": taking(
+        "k_out f4 3 2 16, v_out f4 3 2 16",
+        indices=ints(2, 1),
+        indptr=ints(0, 1, 2),
+        starts=ints(0, 1, 3),
+        **_POOLS,
+    ),
     "ops.paged_decode.kernel_for": dict(spec="fp16", D=64, sm=90),
     "ops.paged_decode.workspace_size": dict(B=2, HQ=4, H=2, D=64, capacity=64),
     "ops.prefill.kernel_for": dict(spec="fp16", D=64, sm=90),
     "ops.paged_qkv.hadamard_matrix": dict(D=4),
     "ops.paged_qkv.hadamard_transform": dict(x=_ROW_OF_HOST),
     "ops.rope.frequencies": dict(dim=8, base=1e4, divisors=_DIVISORS),
-    "ops.kvtc_blocks.gather_mean_subtract": dict(blocks=zeros("f2", 2, 8), mean=zeros("f4", 8)),
-    "ops.kvtc_blocks.mean_add_scatter": dict(x=zeros("f4", 2, 8), mean=zeros("f4", 8))
-    | dict(blocks=zeros("f2", 2, 8)),
+    "ops.kvtc_blocks.gather_mean_subtract": taking("blocks f2 2 8, mean f4 8"),
+    "ops.kvtc_blocks.mean_add_scatter": taking("x f4 2 8, mean f4 8, blocks f2 2 8"),
     "kvtc.stream_v0.compressed_size": dict(ranges=RANGES, batch=2),
     "kvtc.v0.workspace_size": dict(features=8, components=4, batch=2),
     "ops.permute.permute": dict(dst=_UNIVERSAL, src=_NHD, dst_layout="universal", src_layout="NHD"),
@@ -210,20 +215,23 @@ FUNCTIONS = {
     "ops.permute.block_from_operational": dict(blocks=_NHD, operational=_OPERATIONAL),
     "ops.permute.nhd_to_hnd": dict(hnd=_HND, nhd=_NHD),
     "ops.permute.hnd_to_nhd": dict(nhd=_NHD, hnd=_HND),
-    "ops.throughput.fma": dict(x=zeros("f4", 8), steps=2),
-    "ops.throughput.exp2": dict(x=zeros("f4", 8), steps=2),
+    "ops.throughput.fma": taking("x f4 8", steps=2),
+    "ops.throughput.exp2": taking("x f4 8", steps=2),
     "transfer.memcpy_batch": dict(src_ptrs=_FROM, dst_ptrs=_TO, size=16, device="cpu"),
     "transfer.start": dict(sources=[zeros("f4", 4)], destinations=[zeros("f4", 4)]),
-    "elastic.compaction.compress": dict(kv=zeros("f4", 2, 4), threshold=0.5, indices=zeros("i4", 8))
-    | dict(out=zeros("f4", 8), repetitions=1),
-    "elastic.rates.mem_bandwidth": dict(input=zeros("f4", 8), output=zeros("f4", 8), iterations=1),
-    "elastic.rates.mem_bandwidth_batched": dict(input=zeros("f4", 8), output=zeros("f4", 8))
-    | dict(iters_per_launch=1, num_launches=1),
-    "elastic.rates.compute_throughput": dict(data=zeros("f4", 8), ops_per_element=2, repetitions=1),
-    "elastic.cycle.inference_cycle": dict(kv=zeros("f2", 2, 1, 9, 2, 8), q=zeros("f2", 1, 18, 2, 8))
-    | dict(decode_steps=1, keep=0.5, repetitions=1),
+    "elastic.compaction.compress": taking(
+        "kv f4 2 4, indices i4 8, out f4 8", threshold=0.5, repetitions=1
+    ),
+    "elastic.rates.mem_bandwidth": taking("input f4 8, output f4 8", iterations=1),
+    "elastic.rates.mem_bandwidth_batched": taking(
+        "input f4 8, output f4 8", iters_per_launch=1, num_launches=1
+    ),
+    "elastic.rates.compute_throughput": taking("data f4 8", ops_per_element=2, repetitions=1),
+    "elastic.cycle.inference_cycle": taking(
+        "kv f2 2 1 9 2 8, q f2 1 18 2 8", decode_steps=1, keep=0.5, repetitions=1
+    ),
     "elastic.rates.gpu_info": {},
-    "foreign.asarray": dict(x=zeros("f4", 2)),
+    "foreign.asarray": taking("x f4 2"),
     "foreign.from_pointer": dict(address=256, shape=(2, 3), dtype=np.float32),
     "cuda.graphs.graph": dict(function=lambda: None),
     "eval.changes.evict": dict(policy="snapkv:40"),
@@ -233,15 +241,14 @@ FUNCTIONS = {
     "blocks.page_table": dict(sequences=[[7, 3], [5]], width=3),
     "specs.KVSpec": dict(k="int8", v="int4", granularity="head", scale_dtype="fp32", layout="HND"),
     "specs.KVSpec.parse": dict(text="int8:HND"),
-    "kinds.quantize": dict(x=zeros("f4", 2, 8), kind=kinds.KINDS["int8"]),
-    "kinds.dequantize": dict(codes=zeros("i1", 2, 8), kind=kinds.KINDS["int8"])
-    | dict(scale=zeros("f2", 2)),
-    "kinds.pack": dict(codes=zeros("i1", 2, 8)),
-    "kinds.unpack": dict(packed=zeros("u1", 2, 8)),
-    "kvtc.coder.quantise": dict(x=zeros("f4", 2, 64), steps=zeros("f4", 64) + 1, widths=_WIDTHS),
-    "kvtc.coder.dequantise": dict(codes=zeros("i1", 2, 64), steps=zeros("f4", 64), widths=_WIDTHS),
-    "kvtc.coder.pack": dict(codes=zeros("i1", 2, 64), widths=_WIDTHS),
-    "kvtc.coder.unpack": dict(packed=zeros("u1", 2, 20), widths=_WIDTHS),
+    "kinds.quantize": taking("x f4 2 8", kind=kinds.KINDS["int8"]),
+    "kinds.dequantize": taking("codes i1 2 8, scale f2 2", kind=kinds.KINDS["int8"]),
+    "kinds.pack": taking("codes i1 2 8"),
+    "kinds.unpack": taking("packed u1 2 8"),
+    "kvtc.coder.quantise": taking("x f4 2 64", steps=zeros("f4", 64) + 1, widths=_WIDTHS),
+    "kvtc.coder.dequantise": taking("codes i1 2 64, steps f4 64", widths=_WIDTHS),
+    "kvtc.coder.pack": taking("codes i1 2 64", widths=_WIDTHS),
+    "kvtc.coder.unpack": taking("packed u1 2 20", widths=_WIDTHS),
     "layout.strides": dict(layout=layout.Layout("NHD"), stored=layout.BlockShape(1, 1, 1, 2, 4, 2)),
     "kvtc.codec.Codec": dict(artefact=_ARTEFACT, ratio=4, xp=np),
     "llm.sampling.SamplingParams": {},

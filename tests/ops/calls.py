@@ -41,152 +41,126 @@ def zeros(dtype, *shape):
     return np.zeros(shape, dtype)
 
 
-# Arrays that pass, whatever is in them; every other argument is a plain value. CONTENTS has what
-# those of integers hold where zeros would be no valid call.
-ROWS = dict(k=zeros("f4", 2, 2, 16), v=zeros("f4", 2, 2, 16))
-POOLS = dict(k_pool=zeros("i1", 4, 2, 2, 16), v_pool=zeros("i1", 4, 2, 2, 16))
-POOLS |= dict(k_scales=zeros("f2", 4, 2, 2), v_scales=zeros("f2", 4, 2, 2))
-OUTS = dict(zip(("k_out", "v_out", "k_out_scales", "v_out_scales"), POOLS.values(), strict=True))
-TABLE = dict(page_table=zeros("i4", 2, 2), lengths=zeros("i4", 2))
-LISTS = dict(indices=zeros("i4", 2), indptr=zeros("i4", 3))
+def taking(*arrays, **plain):
+    """The arguments of a call: zeros for arrays, which texts list as "name dtype sizes", and plain
+    values."""
+    listed = [text.split() for text in ", ".join(arrays).split(", ") if text]
+    return {name: zeros(dtype, *map(int, sizes)) for name, dtype, *sizes in listed} | plain
+
+
+def call(op, *arrays, **plain):
+    return op, taking(*arrays, **plain)
+
+
+# Arrays that pass, whatever is in them. CONTENTS has what those of integers hold where zeros would
+# be no valid call.
+ROWS = "k f4 2 2 16, v f4 2 2 16"
+POOLS = "k_pool i1 4 2 2 16, v_pool i1 4 2 2 16, k_scales f2 4 2 2, v_scales f2 4 2 2"
+OUTS = "k_out i1 4 2 2 16, v_out i1 4 2 2 16, k_out_scales f2 4 2 2, v_out_scales f2 4 2 2"
+TABLE = "page_table i4 2 2, lengths i4 2"
+LISTS = "indices i4 2, indptr i4 3"
 SPEC = KVSpec("int8", "int8")
-STEPS = dict(k_steps=zeros("f4", 32), v_steps=zeros("f4", 64))
+STEPS = "k_steps f4 32, v_steps f4 64"
 WIDTHS = dict(k_widths=(0, 0, 0, 0, 0, 0, 32, 0), v_widths=(0, 0, 0, 0, 0, 0, 64, 0))
-BASES = dict(k_basis=zeros("f2", 16, 8), v_basis=zeros("f2", 16, 24))
-LAYERS = dict(k_pools=zeros("i1", 2, 4, 2, 2, 16), v_pools=zeros("i1", 2, 4, 2, 2, 16))
-LAYERS |= dict(k_scales=zeros("f2", 2, 4, 2, 2), v_scales=zeros("f2", 2, 4, 2, 2))
-SEQUENCE = dict(table=zeros("i4", 2), positions=zeros("i4", 3), places=zeros("i4", 1, 2))
-SEQUENCE |= dict(mean=zeros("f2", 2, 32), inv_freq=zeros("f4", 1, 8))
-EXEMPT = dict(sinks=zeros("f2", 1, 2, 2, 2, 16), window=zeros("i1", 1, 2, 2, 2, 16))
-EXEMPT |= dict(window_scales=zeros("f2", 1, 2, 2, 2))
-PARAMETERS = dict(temperature="f4", top_k="i4", top_p="f4", min_p="f4", seeds="u8", steps="i4")
-BIASES = dict(bias_indptr=zeros("i4", 3), bias_ids=zeros("i4", 2), bias_values=zeros("f4", 2))
-PENALTIES = dict(tallies=zeros("i4", 3, 5), penalties=zeros("f4", 2, 3), tokens=zeros("i4", 2))
-MASKS = dict(masks=zeros("i4", 2, 1), mask_rows=zeros("i4", 2))
-EXTREMES = dict(min_vals=zeros("f4", 2), max_vals=zeros("f4", 2))
+BASES = "k_basis f2 16 8, v_basis f2 16 24"
+LAYERS = "k_pools i1 2 4 2 2 16, v_pools i1 2 4 2 2 16, k_scales f2 2 4 2 2, v_scales f2 2 4 2 2"
+SEQUENCE = "table i4 2, positions i4 3, places i4 1 2, mean f2 2 32, inv_freq f4 1 8"
+EXEMPT = "sinks f2 1 2 2 2 16, window i1 1 2 2 2 16, window_scales f2 1 2 2 2"
+PARAMETERS = "temperature f4 2, top_k i4 2, top_p f4 2, min_p f4 2, seeds u8 2, steps i4 2"
+BIASES = "bias_indptr i4 3, bias_ids i4 2, bias_values f4 2"
+PENALTIES = "tallies i4 3 5, penalties f4 2 3, tokens i4 2"
+MASKS = "masks i4 2 1, mask_rows i4 2"
+EXTREMES = "min_vals f4 2, max_vals f4 2"
+COLUMNS = dict(start_feature=1, range_features=4)
 RANGES = [Range(0, 2), Range(2, 8, "intx", 4)]
 OPS = [
-    (activation.add, dict(x=zeros("f4", 3, 8), y=zeros("f4", 3, 8))),
-    (
-        adjust_logits.adjust,
-        dict(logits=zeros("f4", 2, 5), **PENALTIES, tally_rows=zeros("i4", 2), **BIASES, **MASKS),
-    ),
-    (activation.embed, dict(table=zeros("f4", 3, 8), ids=zeros("i4", 2))),
-    (activation.swiglu, dict(x=zeros("f4", 3, 8))),
-    (activation.geglu, dict(x=zeros("f4", 3, 8))),
-    (
+    call(activation.add, "x f4 3 8, y f4 3 8"),
+    call(adjust_logits.adjust, "logits f4 2 5, tally_rows i4 2", PENALTIES, BIASES, MASKS),
+    call(activation.embed, "table f4 3 8, ids i4 2"),
+    call(activation.swiglu, "x f4 3 8"),
+    call(activation.geglu, "x f4 3 8"),
+    call(
         attention_scores.score,
-        dict(q=zeros("f4", 2, 2, 16), k_pool=POOLS["k_pool"], k_scales=POOLS["k_scales"], **TABLE)
-        | dict(lse=zeros("f4", 2, 2)),
+        "q f4 2 2 16, lse f4 2 2, k_pool i1 4 2 2 16, k_scales f2 4 2 2",
+        TABLE,
     ),
-    (
-        block_queries.ask,
-        dict(q=zeros("f4", 2, 4, 8), lengths=zeros("i4", 2))
-        | dict(heads=2, block=2, recent=1, blocks=1),
-    ),
-    (bandwidth.read, dict(x=zeros("u4", 4, 4), sums=zeros("u4", 2))),
-    (bandwidth.copy, dict(x=zeros("u4", 4, 4), out=zeros("u4", 4, 4))),
-    (
+    call(block_queries.ask, "q f4 2 4 8, lengths i4 2", heads=2, block=2, recent=1, blocks=1),
+    call(bandwidth.read, "x u4 4 4, sums u4 2"),
+    call(bandwidth.copy, "x u4 4 4, out u4 4 4"),
+    call(
         block_linear.multiply,
-        dict(x=zeros("f4", 3, 32), w=zeros("u1", 6, 48), kind="Q8_0", norm=zeros("f4", 32))
-        | dict(eps=1e-6, gate="swiglu", early=True, exact=False),
+        "x f4 3 32, w u1 6 48, norm f4 32",
+        kind="Q8_0",
+        eps=1e-6,
+        gate="swiglu",
+        early=True,
+        exact=False,
     ),
-    (block_rows.take, dict(w=zeros("u1", 5, 48), kind="Q8_0", I=32, ids=zeros("i4", 2))),
-    (
+    call(block_rows.take, "w u1 5 48, ids i4 2", kind="Q8_0", I=32),
+    call(
         contiguous_append.append,
-        dict(k=zeros("f4", 1, 2, 2, 8), v=zeros("f4", 1, 2, 2, 8), lengths=zeros("i4", 1))
-        | dict(k_cache=zeros("f2", 1, 4, 2, 8), v_cache=zeros("f2", 1, 4, 2, 8)),
+        "k f4 1 2 2 8, v f4 1 2 2 8, lengths i4 1, k_cache f2 1 4 2 8, v_cache f2 1 4 2 8",
     ),
-    (dequant.dequantize, dict(blocks=zeros("u1", 2, 34), kind="Q8_0")),
-    (
-        kv_compact.compact,
-        dict(**POOLS, page_table=TABLE["page_table"], kept=zeros("i4", 2, 2, 4))
-        | dict(counts=zeros("i4", 2, 2)),
-    ),
-    (
+    call(dequant.dequantize, "blocks u1 2 34", kind="Q8_0"),
+    call(kv_compact.compact, "kept i4 2 2 4, counts i4 2 2, page_table i4 2 2", POOLS),
+    call(
         kv_scores.score,
-        dict(pool=POOLS["k_pool"], scales=POOLS["k_scales"], **TABLE, measure="squares")
-        | dict(vectors=zeros("f4", 2, 4, 16), factors=zeros("f4", 2, 4, 3, 16)),
+        "vectors f4 2 4 16, factors f4 2 4 3 16, pool i1 4 2 2 16, scales f2 4 2 2",
+        TABLE,
+        measure="squares",
     ),
-    (
-        kv_scores.means,
-        dict(pool=POOLS["k_pool"], scales=POOLS["k_scales"], **TABLE, run=3),
+    call(kv_scores.means, "pool i1 4 2 2 16, scales f2 4 2 2", TABLE, run=3),
+    call(kv_select.select, "scores f4 2 2 4, lengths i4 2 2, budgets i4 2"),
+    call(kvtc_code.encode, "k f4 2 32, v f4 2 64, out u1 2 24", STEPS, **WIDTHS),
+    call(kvtc_code.decode, "rows u1 2 24", STEPS, **WIDTHS),
+    call(kvtc_project.project, "k f2 3 16, v f2 3 16", BASES),
+    call(kvtc_project.restore, "k f2 3 8, v f2 3 24", BASES),
+    call(kvtc_rows.gather, "kept_positions i4 3", LAYERS, SEQUENCE, EXEMPT),
+    call(kvtc_rows.scatter, "rows f2 2 1 32", LAYERS, SEQUENCE, EXEMPT),
+    call(kvtc_quantize.quantize_fp8, "x f4 2 8", **COLUMNS),
+    call(kvtc_quantize.dequantize_fp8, "codes u1 2 4, out f4 2 8"),
+    call(kvtc_quantize.minmax_reduce, "x f4 2 8", **COLUMNS),
+    call(kvtc_quantize.quantize_intx, "x f4 2 8", EXTREMES, int_bits=4, **COLUMNS),
+    call(
+        kvtc_quantize.dequantize_intx, "codes u1 2 2, out f4 2 8", EXTREMES, int_bits=4, **COLUMNS
     ),
-    (
-        kv_select.select,
-        dict(scores=zeros("f4", 2, 2, 4), lengths=zeros("i4", 2, 2), budgets=zeros("i4", 2)),
-    ),
-    (
-        kvtc_code.encode,
-        dict(k=zeros("f4", 2, 32), v=zeros("f4", 2, 64), **STEPS, out=zeros("u1", 2, 24)) | WIDTHS,
-    ),
-    (kvtc_code.decode, dict(rows=zeros("u1", 2, 24), **STEPS) | WIDTHS),
-    (kvtc_project.project, dict(k=zeros("f2", 3, 16), v=zeros("f2", 3, 16), **BASES)),
-    (kvtc_project.restore, dict(k=zeros("f2", 3, 8), v=zeros("f2", 3, 24), **BASES)),
-    (kvtc_rows.gather, dict(**LAYERS, **SEQUENCE, **EXEMPT, kept_positions=zeros("i4", 3))),
-    (kvtc_rows.scatter, dict(**LAYERS, **SEQUENCE, **EXEMPT, rows=zeros("f2", 2, 1, 32))),
-    (kvtc_quantize.quantize_fp8, dict(x=zeros("f4", 2, 8), start_feature=1, range_features=4)),
-    (kvtc_quantize.dequantize_fp8, dict(codes=zeros("u1", 2, 4), out=zeros("f4", 2, 8))),
-    (kvtc_quantize.minmax_reduce, dict(x=zeros("f4", 2, 8), start_feature=1, range_features=4)),
-    (
-        kvtc_quantize.quantize_intx,
-        dict(x=zeros("f4", 2, 8), **EXTREMES, int_bits=4, start_feature=1, range_features=4),
-    ),
-    (
-        kvtc_quantize.dequantize_intx,
-        dict(codes=zeros("u1", 2, 2), **EXTREMES, int_bits=4, out=zeros("f4", 2, 8))
-        | dict(start_feature=1, range_features=4),
-    ),
-    (kvtc_ranges.quantize_ranges, dict(x=zeros("f4", 2, 8), ranges=RANGES)),
-    (linear.linear, dict(x=zeros("f4", 3, 8), w=zeros("f2", 5, 8))),
-    (
-        logprobs.top,
-        dict(logits=zeros("f4", 2, 5), tokens=zeros("i4", 2), wanted=zeros("i4", 2), K=3),
-    ),
-    (merge_states.merge, dict(values=zeros("f4", 2, 3, 2, 8), lse=zeros("f4", 2, 3, 2))),
-    (norm.rms_norm, dict(x=zeros("f4", 3, 8), weight=zeros("f4", 8))),
-    (page_table.from_lists, dict(**LISTS, last_page_len=zeros("i4", 2), page_size=2, width=2)),
-    (
+    call(kvtc_ranges.quantize_ranges, "x f4 2 8", ranges=RANGES),
+    call(linear.linear, "x f4 3 8, w f2 5 8"),
+    call(logprobs.top, "logits f4 2 5, tokens i4 2, wanted i4 2", K=3),
+    call(merge_states.merge, "values f4 2 3 2 8, lse f4 2 3 2"),
+    call(norm.rms_norm, "x f4 3 8, weight f4 8"),
+    call(page_table.from_lists, "last_page_len i4 2", LISTS, page_size=2, width=2),
+    call(
         page_table.of_blocks,
-        dict(page_table=TABLE["page_table"], rows=zeros("i4", 2), chosen=zeros("i4", 4, 2))
-        | dict(counts=zeros("i4", 4), old=zeros("i4", 4), page_size=2, block_pages=1, width=2),
+        "rows i4 2, chosen i4 4 2, counts i4 4, old i4 4, page_table i4 2 2",
+        page_size=2,
+        block_pages=1,
+        width=2,
     ),
-    (paged_append.append, dict(**ROWS, **POOLS, slots=zeros("i4", 2))),
-    (
-        paged_append.append_decode,
-        dict(**ROWS, **POOLS, **LISTS, last_page_len=zeros("i4", 2), counts="before"),
-    ),
-    (
+    call(paged_append.append, "slots i4 2", ROWS, POOLS),
+    call(paged_append.append_decode, "last_page_len i4 2", ROWS, POOLS, LISTS, counts="before"),
+    call(
         paged_append.append_ragged,
-        dict(**ROWS, **POOLS, **LISTS, append_indptr=zeros("i4", 3), counts="before")
-        | dict(last_page_len=zeros("i4", 2)),
+        "append_indptr i4 3, last_page_len i4 2",
+        ROWS,
+        POOLS,
+        LISTS,
+        counts="before",
     ),
-    (
-        paged_append.append_indexed,
-        dict(**ROWS, **POOLS, **LISTS, batch_indices=zeros("i4", 2), positions=zeros("i4", 2)),
-    ),
-    (paged_convert.gather, dict(**POOLS)),
-    (paged_convert.scatter, dict(k=zeros("f4", 4, 2, 2, 16), v=zeros("f4", 4, 2, 2, 16), **POOLS)),
-    (paged_convert.convert, dict(**POOLS, **OUTS, spec=SPEC, out_spec=SPEC)),
-    (paged_decode.decode, dict(q=zeros("f4", 2, 2, 16), **POOLS, **TABLE)),
-    (paged_qkv.append, dict(qkv=zeros("f4", 2, 96), **POOLS, slots=zeros("i4", 2))),
-    (prefill.prefill, dict(q=zeros("f4", 2, 2, 16), **POOLS, **TABLE, q_starts=zeros("i4", 3))),
-    (
+    call(paged_append.append_indexed, "batch_indices i4 2, positions i4 2", ROWS, POOLS, LISTS),
+    call(paged_convert.gather, POOLS),
+    call(paged_convert.scatter, "k f4 4 2 2 16, v f4 4 2 2 16", POOLS),
+    call(paged_convert.convert, POOLS, OUTS, spec=SPEC, out_spec=SPEC),
+    call(paged_decode.decode, "q f4 2 2 16", POOLS, TABLE),
+    call(paged_qkv.append, "qkv f4 2 96, slots i4 2", POOLS),
+    call(prefill.prefill, "q f4 2 2 16, q_starts i4 3", POOLS, TABLE),
+    call(
         prefill.prefill_contiguous,
-        dict(q=zeros("f4", 4, 2, 2, 16), k=POOLS["k_pool"], v=POOLS["v_pool"])
-        | dict(k_scales=POOLS["k_scales"], v_scales=POOLS["v_scales"]),
+        "q f4 4 2 2 16, k i1 4 2 2 16, v i1 4 2 2 16, k_scales f2 4 2 2, v_scales f2 4 2 2",
     ),
-    (
-        rope.rotate,
-        dict(q=zeros("f4", 3, 2, 8), k=zeros("f4", 3, 1, 8), positions=zeros("i4", 3))
-        | dict(inv_freq=zeros("f4", 4)),
-    ),
-    (sample.argmax, dict(logits=zeros("f4", 2, 5))),
-    (
-        sample.sample,
-        dict(logits=zeros("f4", 2, 5))
-        | {name: zeros(dtype, 2) for name, dtype in PARAMETERS.items()},
-    ),
+    call(rope.rotate, "q f4 3 2 8, k f4 3 1 8, positions i4 3, inv_freq f4 4"),
+    call(sample.argmax, "logits f4 2 5"),
+    call(sample.sample, "logits f4 2 5", PARAMETERS),
 ]
 
 CONTENTS = dict(

@@ -71,185 +71,147 @@ def magnified(numbers, factor, **changes):
     return replace(numbers, magnitude=1 + 0.1 * math.log(factor), **changes)
 
 
-# name: (architecture, keys, further tensors, the numbers that they ask for)
+# name: architecture, the numbers that these ask for: keys, further tensors
 CASES = {
-    "llama": ("llama", {}, {}, LLAMA),
-    "attention output bias": ("llama", {}, in_layers("attn_output.bias", 64), LLAMA),
+    "llama": ("llama", LLAMA),
+    "attention output bias": ("llama", LLAMA, {}, in_layers("attn_output.bias", 64)),
     "q, k and v biases": (
         "llama",
+        LLAMA,
         {},
         in_layers("attn_q.bias", 64) | in_layers("attn_k.bias", 32) | in_layers("attn_v.bias", 32),
-        LLAMA,
     ),
     "gate and up biases": (
         "llama",
+        LLAMA,
         {},
         in_layers("ffn_gate.bias", 96) | in_layers("ffn_up.bias", 96),
-        LLAMA,
     ),
-    "down bias": ("llama", {}, in_layers("ffn_down.bias", 64), LLAMA),
+    "down bias": ("llama", LLAMA, {}, in_layers("ffn_down.bias", 64)),
     "down bias before a post norm": (
         "gemma3",
+        gemma3(2e5, 0.01),
         {},
         in_layers("ffn_down.bias", 64, layers=7),
-        gemma3(2e5, 0.01),
     ),
-    "scale": ("llama", {".attention.scale": 0.5}, {}, replace(LLAMA, scale=0.5)),
-    "scale of 0 is the usual": ("llama", {".attention.scale": 0.0}, {}, LLAMA),
+    "scale": ("llama", replace(LLAMA, scale=0.5), {".attention.scale": 0.5}),
+    "scale of 0 is the usual": ("llama", LLAMA, {".attention.scale": 0.0}),
     "linear": (
         "llama",
-        {".rope.scaling.type": "linear", ".rope.scaling.factor": 4.0},
-        {},
         replace(LLAMA, frequencies=[[f / 4 for f in frequencies(16, 5e3)]] * 2),
+        {".rope.scaling.type": "linear", ".rope.scaling.factor": 4.0},
     ),
     "a factor without a type": (
         "llama",
-        {".rope.scaling.factor": 4.0},
-        {},
         replace(LLAMA, frequencies=[[f / 4 for f in frequencies(16, 5e3)]] * 2),
+        {".rope.scaling.factor": 4.0},
     ),
     "the factor of older files": (
         "llama",
-        {".rope.scale_linear": 4.0},
-        {},
         replace(LLAMA, frequencies=[[f / 4 for f in frequencies(16, 5e3)]] * 2),
+        {".rope.scale_linear": 4.0},
     ),
     "a factor of type none": (
         "llama",
-        {".rope.scaling.type": "none", ".rope.scaling.factor": 4.0},
-        {},
         LLAMA,
+        {".rope.scaling.type": "none", ".rope.scaling.factor": 4.0},
     ),
-    "attn_factor": (
-        "llama",
-        {".rope.scaling.attn_factor": 0.7},
-        {},
-        replace(LLAMA, magnitude=0.7),
-    ),
+    "attn_factor": ("llama", replace(LLAMA, magnitude=0.7), {".rope.scaling.attn_factor": 0.7}),
     "rope_freqs": (
         "llama",
+        replace(LLAMA, frequencies=[[f / (j + 1) for j, f in enumerate(frequencies(16, 5e3))]] * 2),
         {},
         {"rope_freqs.weight": np.arange(1, 9, dtype=F4)},
-        replace(LLAMA, frequencies=[[f / (j + 1) for j, f in enumerate(frequencies(16, 5e3))]] * 2),
     ),
-    "yarn": (
-        "llama",
-        YARN | FROM_32,
-        {},
-        magnified(LLAMA, 4, frequencies=[yarn(16, 5e3, 4, 32)] * 2),
-    ),
+    "yarn": ("llama", magnified(LLAMA, 4, frequencies=[yarn(16, 5e3, 4, 32)] * 2), YARN | FROM_32),
     "yarn without the original context": (
         "qwen3",
-        YARN,
-        {},
         magnified(QWEN3, 4, frequencies=[yarn(32, 5e4, 4, 128)] * 2),
+        YARN,
     ),
     "yarn as DeepSeek-R1 has it": (
         "qwen3",
-        YARN | FROM_32 | {".rope.scaling.attn_factor": 0.8782488562869419},
-        {},
         replace(QWEN3, frequencies=[yarn(32, 5e4, 4, 32)] * 2),
+        YARN | FROM_32 | {".rope.scaling.attn_factor": 0.8782488562869419},
     ),
     "yarn with other betas": (
         "qwen2",
-        YARN | FROM_32 | {".rope.scaling.yarn_beta_fast": 4.0, ".rope.scaling.yarn_beta_slow": 0.5},
-        {},
         magnified(QWEN2, 4, frequencies=[yarn(16, 5e4, 4, 32, 4, 0.5)] * 2),
+        YARN | FROM_32 | {".rope.scaling.yarn_beta_fast": 4.0, ".rope.scaling.yarn_beta_slow": 0.5},
     ),
     "yarn that divides by less than one": (
         "llama",
-        YARN | FROM_32 | {".rope.scaling.factor": 0.5},
-        {},
         replace(LLAMA, frequencies=[yarn(16, 5e3, 0.5, 32)] * 2),
+        YARN | FROM_32 | {".rope.scaling.factor": 0.5},
     ),
     "yarn with a tensor": (
         "llama",
+        magnified(LLAMA, 4, frequencies=[[f / 2 for f in yarn(16, 5e3, 4, 32)]] * 2),
         YARN | FROM_32,
         {"rope_freqs.weight": np.full(8, 2, F4)},
-        magnified(LLAMA, 4, frequencies=[[f / 2 for f in yarn(16, 5e3, 4, 32)]] * 2),
     ),
-    "gemma3": ("gemma3", {}, {}, gemma3(2e5, 0.01)),
+    "gemma3": ("gemma3", gemma3(2e5, 0.01)),
     "gemma3's defaults": (
         "gemma3",
-        {".rope.freq_base": None, ".attention.layer_norm_rms_epsilon": None},
-        {},
         gemma3(1e6, 1e-6),
+        {".rope.freq_base": None, ".attention.layer_norm_rms_epsilon": None},
     ),
-    "gemma3's scale": (
-        "gemma3",
-        {".attention.scale": 0.1},
-        {},
-        replace(gemma3(2e5, 0.01), scale=0.1),
-    ),
+    "gemma3's scale": ("gemma3", replace(gemma3(2e5, 0.01), scale=0.1), {".attention.scale": 0.1}),
     "a pattern of flags": (
         "gemma3",
-        {".attention.sliding_window_pattern": [True, True, False] * 2 + [True]},
-        {},
         gemma3(2e5, 0.01, period=3),
+        {".attention.sliding_window_pattern": [True, True, False] * 2 + [True]},
     ),
     "a pattern of 0": (
         "gemma3",
-        {".attention.sliding_window_pattern": 0},
-        {},
         gemma3(2e5, 0.01, period=8),
+        {".attention.sliding_window_pattern": 0},
     ),
     "gemma3 without a window": (
         "gemma3",
-        {".attention.sliding_window": 0},
-        {},
         gemma3(2e5, 0.01, window=0),
+        {".attention.sliding_window": 0},
     ),
     "gemma3's cap of logits": (
         "gemma3",
-        {".final_logit_softcapping": 3.0},
-        {},
         replace(gemma3(2e5, 0.01), logit_cap=3.0),
+        {".final_logit_softcapping": 3.0},
     ),
-    "gemma2": ("gemma2", {}, {}, GEMMA2),
+    "gemma2": ("gemma2", GEMMA2),
     "gemma2's caps": (
         "gemma2",
-        {".attn_logit_softcapping": 1.5, ".final_logit_softcapping": 4.0},
-        {},
         replace(GEMMA2, attention_cap=1.5, logit_cap=4.0),
+        {".attn_logit_softcapping": 1.5, ".final_logit_softcapping": 4.0},
     ),
     "gemma2 without caps": (
         "gemma2",
-        {".attn_logit_softcapping": 0.0, ".final_logit_softcapping": 0.0},
-        {},
         replace(GEMMA2, attention_cap=math.inf, logit_cap=math.inf),
+        {".attn_logit_softcapping": 0.0, ".final_logit_softcapping": 0.0},
     ),
-    "gemma2 with the usual window": (
-        "gemma2",
-        {".attention.sliding_window": None},
-        {},
-        GEMMA2_WIDE,
-    ),
+    "gemma2 with the usual window": ("gemma2", GEMMA2_WIDE, {".attention.sliding_window": None}),
     "gemma2, linear": (
         "gemma2",
-        {".rope.scaling.factor": 4.0},
-        {},
         replace(GEMMA2, frequencies=[[f / 4 for f in frequencies(32, 5e3)]] * 4),
+        {".rope.scaling.factor": 4.0},
     ),
-    "smollm3": ("smollm3", {}, {}, SMOLLM3),
-    "granite, neutral": ("granite", {}, {}, LLAMA),
+    "smollm3": ("smollm3", SMOLLM3),
+    "granite, neutral": ("granite", LLAMA),
     "granite": (
         "granite",
+        replace(
+            LLAMA, embedding_scale=12.0, residual_scale=0.22, logit_divisor=8.0, scale=0.015625
+        ),
         {
             ".embedding_scale": 12.0,
             ".residual_scale": 0.22,
             ".logit_scale": 8.0,
             ".attention.scale": 0.015625,
         },
-        {},
-        replace(
-            LLAMA, embedding_scale=12.0, residual_scale=0.22, logit_divisor=8.0, scale=0.015625
-        ),
     ),
     "granite without rotation": (
         "granite",
-        {".rope.scaling.finetuned": False},
-        {},
         replace(LLAMA, frequencies=[[0.0] * 8] * 2),
+        {".rope.scaling.finetuned": False},
     ),
 }
 SAME = ("scale of 0 is the usual", "a factor of type none")
@@ -267,7 +229,7 @@ def logits(path):
 @pytest.mark.parametrize("name", CASES)
 def test_keys_and_tensors_that_run(tmp_path, name, device):
     """In a prompt, and one token at a time."""
-    arch, keys, extra, numbers = CASES[name]
+    arch, numbers, keys, extra = (*CASES[name], {}, {})[:4]
     path = tmp_path / "with.gguf"
     tiny.write(path, arch, keys=keys, extra=extra)
     llm = open_exact(path, device)

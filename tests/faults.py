@@ -90,10 +90,15 @@ def without_the_last_byte(op):
     return lambda *lists: op(*([x[:-1] for x in arrays] for arrays in lists))
 
 
-def with_changed_option(name, change):
-    return lambda op: (
-        lambda *args, **options: op(*args, **{**options, name: change(options.get(name))})
-    )
+def misread(**changes):
+    """Options are taken for what these functions make of their values."""
+
+    @planted
+    def faulty(op, *args, **options):
+        taken = {name: change(options.get(name)) for name, change in changes.items()}
+        return op(*args, **options | taken)
+
+    return faulty
 
 
 def halved(x):
@@ -179,10 +184,6 @@ def second_halved(op, *args, **options):
     """The log-sum-exp is off."""
     out, lse = op(*args, **options)
     return out, lse / 2
-
-
-def without(option):
-    return lambda op: lambda *args, **options: op(*args, **options | {option: None})
 
 
 def toward_zero(op):

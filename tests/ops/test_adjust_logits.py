@@ -9,7 +9,7 @@ from pykv import cuda
 from pykv.errors import DtypeError, ParameterError, ShapeError
 from pykv.ops import adjust_logits as op
 from pykv.ops.adjust_logits import adjust
-from tests.faults import scaled, with_changed_option, with_option
+from tests.faults import misread, scaled, with_option
 from tests.helpers import assert_same_bits, product, to_numpy
 
 INF = math.inf
@@ -270,10 +270,10 @@ def doubled(column):
 # Faults that `pykv verify` must see, in the function and in its reference.
 FAULTS = {
     "adjust: 1e-4 off": (op, "adjust", scaled(1e-4)),
-    "adjust: repetition": (op, "adjust", with_changed_option("penalties", doubled(0))),
-    "adjust: presence": (op, "adjust", with_changed_option("penalties", doubled(1))),
-    "adjust: frequency": (op, "adjust", with_changed_option("penalties", doubled(2))),
-    "adjust: not counted": (op, "adjust", with_changed_option("tokens", uncounted)),
+    "adjust: repetition": (op, "adjust", misread(penalties=doubled(0))),
+    "adjust: presence": (op, "adjust", misread(penalties=doubled(1))),
+    "adjust: frequency": (op, "adjust", misread(penalties=doubled(2))),
+    "adjust: not counted": (op, "adjust", misread(tokens=uncounted)),
     "adjust: no biases": (
         *(op, "adjust"),
         with_option(bias_indptr=None, bias_ids=None, bias_values=None),
@@ -282,6 +282,6 @@ FAULTS = {
 }
 REFERENCE_FAULTS = [
     (op, "reference", scaled(1e-4)),
-    (op, "reference", with_changed_option("tokens", uncounted)),
+    (op, "reference", misread(tokens=uncounted)),
     (op, "reference", with_option(masks=None, mask_rows=None)),
 ]

@@ -7,7 +7,7 @@ from pykv import cuda, planes
 from pykv.errors import DtypeError, ParameterError, ShapeError, UnsupportedError
 from pykv.ops import block_linear as op
 from pykv.ops import block_rows, linear_mma, linear_tiles
-from tests.faults import fixed, scaled, with_argument, with_changed_option, with_option
+from tests.faults import fixed, misread, scaled, with_argument, with_option
 from tests.helpers import (
     assert_close_to_oracle,
     assert_same_bits,
@@ -379,7 +379,7 @@ FAULTS = {
     "block_linear: no norm": (op, "multiply", with_option(norm=None)),
     "block_linear: every gate is SwiGLU": (
         *(op, "multiply"),
-        with_changed_option("gate", lambda gate: gate and "swiglu"),
+        misread(gate=lambda gate: gate and "swiglu"),
     ),
     "block_linear: IQ4_NL is Q4_0": (
         *(op, "multiply"),

@@ -7,7 +7,7 @@ import pytest
 from pykv import cuda
 from pykv.errors import DtypeError, ParameterError, ShapeError
 from pykv.ops import block_queries as op
-from tests.faults import planted, with_changed_option
+from tests.faults import misread, planted
 from tests.helpers import to_numpy
 
 SIZES = dict(heads=2, block=4, recent=6, blocks=3)
@@ -65,8 +65,8 @@ def test_errors_name_the_argument(xp):
 
 # Faults that `pykv verify` must see, in the function and in its reference.
 FAULTS = {
-    "ask: a row more is recent": (op, "ask", with_changed_option("recent", lambda n: n + 1)),
-    "ask: a block more": (op, "ask", with_changed_option("blocks", lambda n: n + 1)),
+    "ask: a row more is recent": (op, "ask", misread(recent=lambda n: n + 1)),
+    "ask: a block more": (op, "ask", misread(blocks=lambda n: n + 1)),
 }
 
 

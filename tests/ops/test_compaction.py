@@ -10,7 +10,7 @@ import pykv
 from pykv import cuda
 from pykv.errors import CapacityError, DeviceError, DtypeError, ParameterError, ShapeError
 from pykv.ops import compaction
-from tests.faults import with_argument, with_changed_option, with_option
+from tests.faults import misread, with_argument, with_option
 from tests.helpers import assert_same_bits, launch, product, to_numpy, without_simt
 from tests.simt import machine
 
@@ -398,7 +398,7 @@ FAULTS = {
     "expand: another fill": (compaction, "expand", with_argument(3, lambda fill: 0)),
     "expand: one too few": (
         *(compaction, "expand"),
-        with_changed_option("count", lambda count: None if count is None else count - 1),
+        misread(count=lambda count: None if count is None else count - 1),
     ),
 }
 REFERENCE_FAULTS = [

@@ -8,7 +8,7 @@ from pykv.errors import DtypeError, ParameterError, ShapeError
 from pykv.ops import kv_compact as op
 from pykv.specs import KVSpec
 from pykv.testing import paged
-from tests.faults import does_nothing, with_changed_option
+from tests.faults import does_nothing, misread
 from tests.helpers import assert_same_bits, to_numpy
 
 POOLS = ("k_pool", "v_pool", "k_scales", "v_scales")
@@ -190,7 +190,7 @@ def test_contents_are_looked_at(xp, rng):
 # Faults that `pykv verify` must see, in the function and in its reference.
 FAULTS = {
     "compact: nothing moves": (op, "compact", does_nothing),
-    "compact: onto shared pages": (op, "compact", with_changed_option("out_table", lambda x: None)),
+    "compact: onto shared pages": (op, "compact", misread(out_table=lambda x: None)),
 }
 
 

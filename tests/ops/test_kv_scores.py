@@ -10,7 +10,7 @@ from pykv.errors import CapacityError, DtypeError, ParameterError, ShapeError
 from pykv.ops import kv_scores as op
 from pykv.specs import KVSpec
 from pykv.testing import paged
-from tests.faults import scaled, with_changed_option
+from tests.faults import misread, scaled
 from tests.helpers import assert_close_to_oracle, assert_same_bits, rebuilt, to_numpy
 
 CASES = (
@@ -137,7 +137,7 @@ def halved(x):
 # Faults that `pykv verify` must see, in the functions and in their references.
 FAULTS = {
     "scores: 1e-4 off": (op, "score", scaled(1e-4)),
-    "scores: half the factors": (op, "score", with_changed_option("factors", halved)),
-    "means: runs of one more": (op, "means", with_changed_option("run", lambda n: n + 1)),
+    "scores: half the factors": (op, "score", misread(factors=halved)),
+    "means: runs of one more": (op, "means", misread(run=lambda n: n + 1)),
 }
 REFERENCE_FAULTS = [(op, "reference", scaled(1e-4)), (op, "reference_means", scaled(1e-4))]

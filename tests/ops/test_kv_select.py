@@ -6,7 +6,7 @@ import pytest
 from pykv import cuda
 from pykv.errors import DtypeError, ParameterError, ShapeError
 from pykv.ops import kv_select as op
-from tests.faults import planted, with_argument, with_changed_option
+from tests.faults import misread, planted, with_argument
 from tests.helpers import assert_same_bits, to_numpy
 
 
@@ -160,7 +160,7 @@ def test_a_prepared_call_follows_its_arrays(xp, rng):
 # Faults that `pykv verify` must see, in the function and in its reference.
 FAULTS = {
     "select: one more": (op, "select", with_argument(2, lambda budgets: budgets + 1)),
-    "select: no sinks": (op, "select", with_changed_option("sinks", lambda n: 0)),
+    "select: no sinks": (op, "select", misread(sinks=lambda n: 0)),
 }
 
 

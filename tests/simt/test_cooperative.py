@@ -8,7 +8,7 @@ import pytest
 
 from tests.simt import cupy as simt
 from tests.simt import machine
-from tests.simt.test_machine import add_kernel
+from tests.simt.test_machine import add_kernel, both
 
 pytestmark = pytest.mark.simt
 
@@ -20,8 +20,9 @@ TAKE = f"if (b) {{ {WAIT} out[i] = out[0]; }}"
 PASS = "if (t == 0) add_release(counter, 1);"
 
 
-def fault(wrong, right, error, want):
+def fault(body, error, want):
     """Bodies with and without a fault, the pattern of its error, what `out` begins with without."""
+    wrong, right = both(body)
     return SimpleNamespace(wrong=wrong, right=right, error=error, want=want)
 
 
@@ -30,104 +31,91 @@ PLACE = r"(faulty.cu|grid_barrier.cuh):\d+"
 STUCK = f"waits in load_acquire at {PLACE} for a change that nobody is left to make"
 FAULTS = {
     "the barrier of a block where one of the grid is due": fault(
-        "out[i] = i; __syncthreads(); out[N + i] = out[N - 1 - i];",
-        "out[i] = i; ARRIVE; grid_wait(counter, 1); out[N + i] = out[N - 1 - i];",
+        "out[i] = i; «__syncthreads();|ARRIVE; grid_wait(counter, 1);»"
+        " out[N + i] = out[N - 1 - i];",
         RACE,
         [*range(N), *REVERSED],
     ),
     "a buffer is written again before all have read it": fault(
-        "out[i] = i; ARRIVE; grid_wait(counter, 1); int x = out[N - 1 - i]; out[i] = x;",
-        "out[i] = i; ARRIVE; grid_wait(counter, 1); int x = out[N - 1 - i];"
-        " ARRIVE; grid_wait(counter, 2); out[i] = x;",
+        "out[i] = i; ARRIVE; grid_wait(counter, 1); int x = out[N - 1 - i]; «|ARRIVE;"
+        " grid_wait(counter, 2);» out[i] = x;",
         RACE,
         REVERSED,
     ),
     "a barrier that waits for the one before": fault(
-        "out[i] = i; ARRIVE; grid_wait(counter, 1); out[N + i] = out[N - 1 - i];"
-        " ARRIVE; grid_wait(counter, 1); out[i] = out[N + (i + 64) % N];",
-        "out[i] = i; ARRIVE; grid_wait(counter, 1); out[N + i] = out[N - 1 - i];"
-        " ARRIVE; grid_wait(counter, 2); out[i] = out[N + (i + 64) % N];",
+        "out[i] = i; ARRIVE; grid_wait(counter, 1); out[N + i] = out[N - 1 - i]; ARRIVE;"
+        " grid_wait(counter, «1|2»); out[i] = out[N + (i + 64) % N];",
         RACE,
         [REVERSED[(i + 64) % N] for i in range(N)],
     ),
     "arrival before the block's other threads have written": fault(
-        f"if (b == 0) {{ out[t] = t; {PASS} }} else {{ {WAIT} out[i] = out[t ^ 1]; }}",
-        f"if (b == 0) {{ out[t] = t; __syncthreads(); {PASS} }} else {{ {WAIT}"
-        " out[i] = out[t ^ 1]; }",
+        f"if (b == 0) {{ out[t] = t; «|__syncthreads();» {PASS} }} else {{ {WAIT}"
+        f" out[i] = out[t ^ 1]; }}",
         RACE,
         [*range(64), *[t ^ 1 for t in range(64)] * 3],
     ),
     "signal before its data": fault(
-        f"if (i == 0) {{ add_release(counter, 1); out[0] = 7; }} {TAKE}",
-        f"if (i == 0) {{ out[0] = 7; add_release(counter, 1); }} {TAKE}",
+        f"if (i == 0) {{ «add_release(counter, 1); out[0] = 7;|"
+        f"out[0] = 7; add_release(counter, 1);» }} {TAKE}",
         RACE,
         [7],
     ),
     "a signal without a fence": fault(
-        f"if (i == 0) {{ out[0] = 7; atomicAdd(counter, 1); }} {TAKE}",
-        f"if (i == 0) {{ out[0] = 7; __threadfence(); atomicAdd(counter, 1); }} {TAKE}",
+        f"if (i == 0) {{ out[0] = 7; «|__threadfence();» atomicAdd(counter, 1); }} {TAKE}",
         RACE,
         [7],
     ),
     "the fence of another thread": fault(
-        "if (b == 0) { out[t] = t; __threadfence(); __syncthreads(); if (t == 0)"
-        f" atomicAdd(counter, 1); }} else {{ {WAIT} out[i] = out[t ^ 1]; }}",
-        "if (b == 0) { out[t] = t; __syncthreads(); if (t == 0) { __threadfence();"
-        f" atomicAdd(counter, 1); }} }} else {{ {WAIT} out[i] = out[t ^ 1]; }}",
+        f"if (b == 0) {{ out[t] = t; «__threadfence();|» __syncthreads();"
+        f" if (t == 0) «|{{ __threadfence();» atomicAdd(counter, 1); «|}}» }} else {{ {WAIT}"
+        f" out[i] = out[t ^ 1]; }}",
         RACE,
         [*range(64), *[t ^ 1 for t in range(64)] * 3],
     ),
     "a fence of the block alone": fault(
-        f"if (i == 0) {{ out[0] = 7; __threadfence_block(); atomicAdd(counter, 1); }} {TAKE}",
-        f"if (i == 0) {{ out[0] = 7; __threadfence(); atomicAdd(counter, 1); }} {TAKE}",
+        f"if (i == 0) {{ out[0] = 7; «__threadfence_block|__threadfence»();"
+        f" atomicAdd(counter, 1); }} {TAKE}",
         RACE,
         [7],
     ),
     "a relaxed wait": fault(
         f"if (i == 0) {{ out[0] = 7; {PASS} }} if (b) {{ while (!load_host(word)) {{ }}"
-        " out[i] = out[0]; }",
-        f"if (i == 0) {{ out[0] = 7; {PASS} }} if (b) {{ while (!load_host(word)) {{ }}"
-        " __threadfence(); out[i] = out[0]; }",
+        f" «|__threadfence();» out[i] = out[0]; }}",
         RACE,
         [7],
     ),
     "a plain wait": fault(
-        f"if (i == 0) {{ out[0] = 7; {PASS} }} if (b) {{ while (!*(volatile u32*)counter) {{ }}"
-        " out[i] = 7; }",
-        f"if (i == 0) {{ out[0] = 7; {PASS} }} if (b) {{ {WAIT} out[i] = out[0]; }}",
+        f"if (i == 0) {{ out[0] = 7; {PASS} }} if (b) {{ «while (!*(volatile u32*)counter) {{ }}"
+        f" out[i] = 7|{WAIT} out[i] = out[0]»; }}",
         r"(byte 0 of counter, which thread|reads byte \d+ of counter|writes byte \d+ of counter)",
         [7],
     ),
     "a lost wake-up": fault(
-        "if (b) for (int k = 0; k < 16; k++) if (t == 0) { u32 x = load_acquire(counter);"
-        " store_host(word, x + 1); } if (i == 0) while (load_acquire(counter) < 48) { }",
-        f"if (b) for (int k = 0; k < 16; k++) {PASS}"
-        " if (i == 0) { while (load_acquire(counter) < 48) { } out[0] = 48; }",
+        f"if (b) for (int k = 0; k < 16; k++) «if (t == 0) {{ u32 x = load_acquire(counter);"
+        f" store_host(word, x + 1); }} if (i == 0)|{PASS} if (i == 0) {{»"
+        f" while (load_acquire(counter) < 48) {{ }} «|out[0] = 48; }}»",
         STUCK,
         [48],
     ),
     "counters are set back while some still wait": fault(
-        "ARRIVE; if (i == 0) counter[0] = 0; grid_wait(counter, 1); out[i] = i;",
-        "ARRIVE; grid_wait(counter, 1); out[i] = i; grid_leave(counter);",
+        "ARRIVE; «if (i == 0) counter[0] = 0;|» grid_wait(counter, 1); out[i] = i;"
+        " «|grid_leave(counter);»",
         r"(byte 0 of counter, which thread|reads byte \d+ of counter|writes byte \d+ of counter)",
         range(N),
     ),
     "a block that has ended is waited for": fault(
-        "if (b == 3) return; out[i] = i; ARRIVE; grid_wait(counter, 1);",
-        "ARRIVE; if (b == 3) return; out[i] = i; grid_wait(counter, 1);",
+        "«|ARRIVE;» if (b == 3) return; out[i] = i; «ARRIVE;|» grid_wait(counter, 1);",
         STUCK,
         range(192),
     ),
     "blocks wait in a circle": fault(
-        "if (t == 0) { while (load_acquire(counter) < 1) { } add_release(counter, 1); }",
-        "if (t == 0) { add_release(counter, 1); while (load_acquire(counter) < 4) { }"
-        " out[b] = b; }",
+        "if (t == 0) { «|add_release(counter, 1);» "
+        " while (load_acquire(counter) < «1|4») { } «add_release(counter, 1)|out[b] = b»; }",
         STUCK,
         range(4),
     ),
     "mapped memory by a plain load": fault(
-        "out[i] = (int)host[0];",
-        "out[i] = (int)load_host(host);",
+        "out[i] = (int)«host[0]|load_host(host)»;",
         r"reads byte 0 of host, mapped memory of the host, by a plain access",
         [5] * N,
     ),

@@ -5,31 +5,27 @@ import pytest
 
 from tests.simt import cupy as simt
 from tests.simt import machine
-from tests.simt.test_machine import add_kernel
+from tests.simt.test_machine import add_kernel, both
 
 pytestmark = pytest.mark.simt
 
 WAIT = "await_previous();"
-FAULTS = {  # a body with a fault, its error, and without
+FAULTS = {  # a body with a fault and without, and its error
     "a write ahead of the wait": (
-        f"out[t] = in[t]; {WAIT}",
+        f"«|{WAIT}» out[t] = in[t]; «{WAIT}|»",
         r"writes byte \d+ of out before await_previous at faulty.cu:\d+",
-        f"{WAIT} out[t] = in[t];",
     ),
     "a read of what is written": (
-        f"const int x = out[t]; {WAIT} out[t] = in[t] + 1 + x;",
+        f"«|{WAIT}» const int x = out[t]; «{WAIT}|» out[t] = in[t] + 1 + x;",
         r"reads byte \d+ of out before await_previous at faulty.cu:\d+",
-        f"{WAIT} const int x = out[t]; out[t] = in[t] + 1 + x;",
     ),
     "a warp that does not wait": (
-        f"if (t >= 128) return; {WAIT} out[t] = in[t];",
+        f"«|{WAIT}» if (t >= 128) return; «{WAIT}|» out[t] = in[t];",
         r"thread \(\d+, 0, 0\) ends without await_previous",
-        f"{WAIT} if (t >= 128) return; out[t] = in[t];",
     ),
     "constants are read before it": (
-        f"const int x = in[t]; out[t] = x; {WAIT}",
+        f"const int x = in[t]; «|{WAIT}» out[t] = x; «{WAIT}|»",
         "writes .* before await_previous",
-        f"const int x = in[t]; {WAIT} out[t] = x;",
     ),
 }
 
@@ -42,8 +38,9 @@ def run(folder, body, early):
     return out.get()[:128]
 
 
-@pytest.mark.parametrize("wrong, error, right", FAULTS.values(), ids=FAULTS)
-def test_faults_of_early_kernels(kernel_folder, monkeypatch, wrong, error, right):
+@pytest.mark.parametrize("body, error", FAULTS.values(), ids=FAULTS)
+def test_faults_of_early_kernels(kernel_folder, monkeypatch, body, error):
+    wrong, right = both(body)
     monkeypatch.setattr(machine, "ARCH", "sm_90")
     with pytest.raises(machine.SimtError, match=error):
         run(kernel_folder, wrong, True)

@@ -15,15 +15,20 @@ from tests.simt import machine
 pytestmark = pytest.mark.simt
 
 OPTIONS = ("shared_bytes", "cluster")
-SIZES = dict(grid=1, block=128, n=1000)  # of `in` and `out`, both int32 with out[i] = -1, in[i] = i
+# `in` and `out` have n int32: out[i] = -1, in[i] = i.
+SIZES = dict(grid=1, block=128, n=1000, shared="__shared__ int s[128];")
 
 
-def fault(wrong, right, error, want=None, *, shared="", **sizes):
-    """Kernel bodies with and without a fault, the pattern of its error, and what `out` begins with
-    when the mended one has run."""
-    return SimpleNamespace(
-        **{**SIZES, **sizes}, wrong=wrong, right=right, error=error, want=want, shared=shared
-    )
+def both(body):
+    """A kernel's body with a fault and without: what differs stands in it as «wrong|right»."""
+    return (re.sub(r"«(.*?)\|(.*?)»", rf"\{i}", body, flags=re.S) for i in (1, 2))
+
+
+def fault(body, error, want=range(128), **sizes):
+    """Bodies with and without a fault, the pattern of its error, and what `out` begins with when
+    the mended one has run."""
+    wrong, right = both(body)
+    return SimpleNamespace(**SIZES | sizes, wrong=wrong, right=right, error=error, want=want)
 
 
 # Bodies for clusters of two blocks: `part` is the block's half of `out`, `peer` the other block.
@@ -45,289 +50,226 @@ OTHER_BLOCK = r"(of s|of s of block \(\d, 0, 0\)|of out), which thread \(\d+, 0,
 EXITED = r"of block \(\d, 0, 0\), which (has|may have) exited"
 
 
-def cluster_fault(wrong, right, error, want, **changes):
-    return fault(wrong, right, error, want, **{**IN_CLUSTER, **changes})
+def cluster_fault(body, error, want=range(256), **changes):
+    return fault(body, error, want, **IN_CLUSTER | changes)
 
 
 FAULTS = {
     "barrier missing": fault(
-        "s[t] = in[t]; out[t] = s[127 - t];",
-        "s[t] = in[t]; __syncthreads(); out[t] = s[127 - t];",
+        "s[t] = in[t]; «|__syncthreads();» out[t] = s[127 - t];",
         r"of s, which (thread \(\d+, 0, 0\) (reads or )?writes without|no thread has written)",
         range(127, -1, -1),
-        shared="__shared__ int s[128];",
     ),
     "barrier missing before shared memory is used again": fault(
-        "s[t] = in[t]; __syncthreads(); int x = s[127 - t]; s[t] = x; out[t] = x;",
-        "s[t] = in[t]; __syncthreads(); int x = s[127 - t]; __syncthreads(); s[t] = x; out[t] = x;",
+        "s[t] = in[t]; __syncthreads(); int x = s[127 - t]; «|__syncthreads();» s[t] = x;"
+        " out[t] = x;",
         r"(writes|reads) byte \d+ of s, which thread .* without a barrier",
         range(127, -1, -1),
-        shared="__shared__ int s[128];",
     ),
     "read before another warp has read and written": fault(
-        "if (t < 32) s[t] = t; __syncthreads(); out[t] = s[t % 32]; if (t < 32) s[t] = 0;",
-        "if (t < 32) s[t] = t; __syncthreads(); out[t] = s[t % 32]; __syncthreads();"
+        "if (t < 32) s[t] = t; __syncthreads(); out[t] = s[t % 32]; «|__syncthreads();»"
         " if (t < 32) s[t] = 0;",
         r"(writes byte .* which .*(thread|warp).* reads|reads byte .* writes without)",
         list(range(32)) * 4,
         shared="__shared__ int s[32];",
     ),
     "race between warps": fault(
-        "s[0] = 0; __syncthreads(); s[0] += 1; __syncthreads(); out[t] = s[0];",
-        "if (t == 0) s[0] = 0; __syncthreads(); atomicAdd(s, 1); __syncthreads(); out[t] = s[0];",
+        "«|if (t == 0)» s[0] = 0; __syncthreads(); «s[0] += 1|atomicAdd(s, 1)»; __syncthreads();"
+        " out[t] = s[0];",
         r"(writes|reads) byte 0 of s, which ",
         [128] * 128,
         shared="__shared__ int s[1];",
     ),
     "lost updates": fault(
-        "if (t == 0) s[0] = 0; __syncthreads(); s[0] += 1; __syncthreads(); out[t] = s[0];",
-        "if (t == 0) s[0] = 0; __syncthreads(); atomicAdd(s, 1); __syncthreads(); out[t] = s[0];",
+        "if (t == 0) s[0] = 0; __syncthreads(); «s[0] += 1|atomicAdd(s, 1)»; __syncthreads();"
+        " out[t] = s[0];",
         r"(writes|reads) byte 0 of s, which ",
         [128] * 128,
         shared="__shared__ int s[1];",
     ),
     "plain read beside atomics": fault(
-        "if (t == 0) s[0] = 0; __syncthreads(); atomicAdd(s, 1); out[t] = s[0];",
-        "if (t == 0) s[0] = 0; __syncthreads(); atomicAdd(s, 1); __syncthreads(); out[t] = s[0];",
+        "if (t == 0) s[0] = 0; __syncthreads(); atomicAdd(s, 1); «|__syncthreads();»"
+        " out[t] = s[0];",
         r"byte 0 of s, which ",
         [128] * 128,
         shared="__shared__ int s[1];",
     ),
     "race between blocks": fault(
-        "out[t] = blockIdx.x;",
-        "out[blockIdx.x * 128 + t] = blockIdx.x;",
+        "out[«|blockIdx.x * 128 +» t] = blockIdx.x;",
         r"writes byte \d+ of out, which another block (reads|writes)",
         [0] * 128 + [1] * 128,
         grid=2,
     ),
     "atomic before the block's writes": fault(
-        "out[blockIdx.x * 128 + t] = t; if (t == 0) s[0] = atomicAdd(out + 999, 1);"
-        "__syncthreads(); if (s[0] == 0) out[256 + t] = out[127 - t] + out[255 - t];",
-        "out[blockIdx.x * 128 + t] = t; __syncthreads();"
-        "if (t == 0) s[0] = atomicAdd(out + 999, 1);"
-        "__syncthreads(); if (s[0] == 0) out[256 + t] = out[127 - t] + out[255 - t];",
+        "out[blockIdx.x * 128 + t] = t; «|__syncthreads();»"
+        " if (t == 0) s[0] = atomicAdd(out + 999, 1);"
+        " __syncthreads(); if (s[0] == 0) out[256 + t] = out[127 - t] + out[255 - t];",
         r"reads byte \d+ of out, which another block writes",
         [*range(128), *range(128), *(254 - 2 * t for t in range(128))],
         grid=2,
         shared="__shared__ int s[1];",
     ),
     "race through global memory": fault(
-        "out[t] = in[t]; out[200 + t] = out[127 - t];",
-        "out[t] = in[t]; __syncthreads(); out[200 + t] = out[127 - t];",
+        "out[t] = in[t]; «|__syncthreads();» out[200 + t] = out[127 - t];",
         r"(reads|writes) byte \d+ of out, which thread",
-        range(128),
     ),
     "an atomic where a barrier of the block is due": fault(
-        "out[t] = in[t]; atomicAdd(out + 999, 1); out[200 + t] = out[127 - t];",
-        "out[t] = in[t]; __syncthreads(); atomicAdd(out + 999, 1); out[200 + t] = out[127 - t];",
+        "out[t] = in[t]; «|__syncthreads();» atomicAdd(out + 999, 1); out[200 + t] = out[127 - t];",
         r"(reads|writes) byte \d+ of out, which thread",
-        range(128),
     ),
     "syncwarp missing": fault(
-        "s[t] = in[t]; out[t] = s[t ^ 1];",
-        "s[t] = in[t]; __syncwarp(); out[t] = s[t ^ 1];",
+        "s[t] = in[t]; «|__syncwarp();» out[t] = s[t ^ 1];",
         r"of s, which (thread|no thread)",
         [i ^ 1 for i in range(128)],
-        shared="__shared__ int s[128];",
     ),
     "syncwarp where a barrier is due": fault(
-        "s[t] = in[t]; __syncwarp(); out[t] = s[t ^ 32];",
-        "s[t] = in[t]; __syncthreads(); out[t] = s[t ^ 32];",
+        "s[t] = in[t]; «__syncwarp|__syncthreads»(); out[t] = s[t ^ 32];",
         r"of s, which (thread|no thread)",
         [i ^ 32 for i in range(128)],
-        shared="__shared__ int s[128];",
     ),
     "a shuffle orders no memory": fault(
-        "s[t] = in[t]; __shfl_sync(~0u, t, 0); out[t] = s[t ^ 1];",
-        "s[t] = in[t]; __shfl_sync(~0u, t, 0); __syncwarp(); out[t] = s[t ^ 1];",
+        "s[t] = in[t]; __shfl_sync(~0u, t, 0); «|__syncwarp();» out[t] = s[t ^ 1];",
         r"of s, which (thread|no thread)",
         [i ^ 1 for i in range(128)],
-        shared="__shared__ int s[128];",
     ),
     "uninitialised shared memory": fault(
-        "if (t < 127) s[t] = in[t]; __syncthreads(); out[t] = s[t];",
-        "if (t < 128) s[t] = in[t]; __syncthreads(); out[t] = s[t];",
+        "if (t < «127|128») s[t] = in[t]; __syncthreads(); out[t] = s[t];",
         r"thread \(127, 0, 0\) reads byte 508 of s, which no thread has written",
-        range(128),
-        shared="__shared__ int s[128];",
     ),
     "shared memory of the block before": fault(
-        "if (blockIdx.x == 0) s[t] = in[t]; __syncthreads(); out[blockIdx.x * 128 + t] = s[t];",
-        "s[t] = in[t]; __syncthreads(); out[blockIdx.x * 128 + t] = s[t];",
+        "«if (blockIdx.x == 0)|» s[t] = in[t]; __syncthreads(); out[blockIdx.x * 128 + t] = s[t];",
         r"block \(1, 0, 0\).* of s, which no thread has written",
         [*range(128), *range(128)],
-        shared="__shared__ int s[128];",
         grid=2,
     ),
     "uninitialised dynamic shared memory": fault(
-        "out[t] = s[t];",
-        "s[t] = in[t]; out[t] = s[t];",
+        "«|s[t] = in[t];» out[t] = s[t];",
         r"of dynamic shared memory, which no thread has written",
-        range(128),
         shared="extern __shared__ __align__(16) int s[];",
         shared_bytes=512,
     ),
     "write past the end": fault(
-        "out[t * 8] = t;",
-        "if (t < 125) out[t * 8] = t;",
+        "«|if (t < 125)» out[t * 8] = t;",
         r"thread \(\d+, 0, 0\) writes 4 bytes at byte 40\d\d of out, which has 4000 bytes",
         [0, -1, -1, -1, -1, -1, -1, -1, 1],
     ),
     "write one past the end": fault(
-        "for (int i = t; i <= n; i += 128) out[i] = i;",
-        "for (int i = t; i < n; i += 128) out[i] = i;",
+        "for (int i = t; i <«=|» n; i += 128) out[i] = i;",
         r"writes 4 bytes at byte 4000 of out, which has 4000 bytes",
         range(1000),
     ),
     "read before the beginning": fault(
-        "out[t] = in[t - 1];",
-        "out[t] = in[t ? t - 1 : 0];",
+        "out[t] = in[t «- 1|? t - 1 : 0»];",
         r"thread \(0, 0, 0\) reads 4 bytes at byte -4 of in, which has 4000 bytes",
         [0, *range(127)],
     ),
     "write far away": fault(
-        "out[(1ll << 33) + t] = t;",
-        "out[t] = t;",
-        r"writes 4 bytes at byte \d{11} of (in|out)",
-        range(128),
+        "out[«(1ll << 33) +|» t] = t;", r"writes 4 bytes at byte \d{11} of (in|out)"
     ),
     "index past a shared array": fault(
-        "s[t + 1] = t; __syncthreads(); out[t] = s[t];",
-        "s[t] = t; __syncthreads(); out[t] = s[t];",
+        "s[t «+ 1|»] = t; __syncthreads(); out[t] = s[t];",
         r"thread \(127, 0, 0\) indexes past an array's end at faulty.cu:\d+",
-        range(128),
-        shared="__shared__ int s[128];",
     ),
     "past dynamic shared memory": fault(
-        "s[t + 1] = t; __syncthreads(); out[t] = s[t];",
-        "s[t] = t; __syncthreads(); out[t] = s[t];",
+        "s[t «+ 1|»] = t; __syncthreads(); out[t] = s[t];",
         r"thread \(127, 0, 0\) writes 4 bytes at byte 512 of dynamic shared memory",
-        range(128),
         shared="extern __shared__ int s[];",
         shared_bytes=512,
     ),
     "write to a const array": fault(
-        "const_cast<int*>(in)[t] = t;",
-        "out[t] = t;",
-        r"writes in, which is const",
-        range(128),
+        "«const_cast<int*>(in)|out»[t] = t;", r"writes in, which is const"
     ),
     "null pointer": fault(
-        "int* p = n > 0 ? nullptr : out; p[t] = t;",
-        "int* p = n < 0 ? nullptr : out; p[t] = t;",
+        "int* p = n «>|<» 0 ? nullptr : out; p[t] = t;",
         r"writes 4 bytes at 0x\w+, outside of every array|dereferences a null or mis",
-        range(128),
     ),
     "misaligned 16-byte load": fault(
-        "int4 x = *reinterpret_cast<const int4*>(in + t); out[t] = x.x + x.y - x.z + x.w;",
-        "int4 x = *reinterpret_cast<const int4*>(in + 4 * t); out[t] = x.x + x.y - x.z + x.w;",
+        "int4 x = *reinterpret_cast<const int4*>(in + «|4 *» t); out[t] = x.x + x.y - x.z + x.w;",
         r"dereferences a null or misaligned pointer at faulty.cu:\d+",
         range(2, 1026, 8),
     ),
     "divergent barrier": fault(
-        "if (t < 64) __syncthreads();\n__syncthreads(); out[t] = t;",
-        "__syncthreads(); out[t] = t;",
+        "«if (t < 64) __syncthreads();\n|»__syncthreads(); out[t] = t;",
         r"thread .* waits in __syncthreads at faulty.cu:\d+, but thread .* waits in __syncthreads",
-        range(128),
     ),
     "barrier within half a warp": fault(
-        "if (t % 32 < 16) __syncthreads(); else __shfl_sync(~0u, t, 0); out[t] = t;",
-        "__syncthreads(); __shfl_sync(~0u, t, 0); out[t] = t;",
+        "«if (t % 32 < 16)|» __syncthreads(); «else|» __shfl_sync(~0u, t, 0); out[t] = t;",
         r"waits in __shfl_sync at faulty.cu:\d+ .* for lane \d+, which waits in __syncthreads",
-        range(128),
     ),
     "shuffle mask with absent lanes": fault(
-        "if (t % 32 < 16) out[t] = __shfl_xor_sync(~0u, t, 1);",
-        "if (t % 32 < 16) out[t] = __shfl_xor_sync(0xffffu, t, 1);",
+        "if (t % 32 < 16) out[t] = __shfl_xor_sync(«~0u|0xffffu», t, 1);",
         r"waits in __shfl_xor_sync at .* with mask ffffffff for lane \d+, which has exited",
         [i ^ 1 for i in range(16)] + [-1] * 16,
     ),
     "shuffle mask without the caller": fault(
-        "out[t] = __shfl_xor_sync(0xffffu, t, 1);",
-        "out[t] = __shfl_xor_sync(~0u, t, 1);",
+        "out[t] = __shfl_xor_sync(«0xffffu|~0u», t, 1);",
         r"calls __shfl_xor_sync at faulty.cu:\d+ with mask 0000ffff, in which it is not",
         [i ^ 1 for i in range(128)],
     ),
     "shuffle from a lane outside the mask": fault(
-        "if (t % 32 < 16) out[t] = __shfl_sync(0xffffu, t, 16);",
-        "if (t % 32 < 16) out[t] = __shfl_sync(0xffffu, t, 15);",
+        "if (t % 32 < 16) out[t] = __shfl_sync(0xffffu, t, «16|15»);",
         r"calls __shfl_sync at faulty.cu:\d+ with mask 0000ffff to read lane 16, not in it",
         [15] * 16 + [-1] * 16 + [47] * 16,
     ),
     "lanes at different shuffles": fault(
-        "out[t] = t & 1 ? __shfl_sync(~0u, t, 0) : __shfl_up_sync(~0u, t, 1);",
-        "out[t] = __shfl_sync(~0u, t, 0);",
+        "out[t] = «t & 1 ? __shfl_sync(~0u, t, 0) : __shfl_up_sync(~0u, t, 1)|"
+        "__shfl_sync(~0u, t, 0)»;",
         r"waits in __shfl\w+ at .* for lane \d+, which waits in __shfl",
         [0] * 32 + [32] * 32,
     ),
     "signed overflow of an index": fault(
-        "out[(n * n * n) % 1000 + t] = t;",
-        "out[(i64)n * n * n * n % 1000 + t] = t;",
+        "out[«(n * n * n)|(i64)n * n * n * n» % 1000 + t] = t;",
         r"overflows a signed product at faulty.cu:\d+",
-        range(128),
         n=2000,
     ),
     "shift by too much": fault(
-        "out[t] = 1 << t;",
-        "out[t] = 1 << t % 32;",
+        "out[t] = 1 << t «|% 32»;",
         r"thread \(\d+, 0, 0\) shifts by a negative or too large number at faulty.cu:\d+",
         [1 << i for i in range(31)],
     ),
     "division by zero": fault(
-        "out[t] = n / t;",
-        "out[t] = n / (t + 1);",
+        "out[t] = n / «t|(t + 1)»;",
         r"thread \(0, 0, 0\) divides by zero, or overflows at faulty.cu:\d+",
         [1000 // (i + 1) for i in range(128)],
     ),
     "float that no integer holds": fault(
-        "out[t] = (int)(n * 1e9f);",
-        "out[t] = (int)(n * 1e6f);",
+        "out[t] = (int)(n * «1e9f|1e6f»);",
         r"casts a float to an integer that cannot hold it at faulty.cu:\d+",
         [10**9] * 128,
     ),
     "asynchronous copy not waited for": fault(
-        "cp_async16(s + t, in + 4 * t); cp_async_commit(); out[t] = s[t].x;",
-        "cp_async16(s + t, in + 4 * t); cp_async_commit(); cp_async_wait<0>(); out[t] = s[t].x;",
+        "cp_async16(s + t, in + 4 * t); cp_async_commit(); «|cp_async_wait<0>();» out[t] = s[t].x;",
         r"reads byte \d+ of s, which an asynchronous copy",
         range(0, 512, 4),
         shared="__shared__ uint4 s[128];",
     ),
     "asynchronous copies waited for one too few": fault(
         "cp_async16(s + t, in + 4 * t); cp_async_commit(); cp_async16(s + t + 128, in + 4 * t);"
-        " cp_async_commit(); cp_async_wait<1>(); out[t] = s[t].x + s[t + 128].x;",
-        "cp_async16(s + t, in + 4 * t); cp_async_commit(); cp_async16(s + t + 128, in + 4 * t);"
-        " cp_async_commit(); cp_async_wait<1>(); out[t] = s[t].x; cp_async_wait<0>();"
-        " out[t] += s[t + 128].x;",
+        " cp_async_commit(); cp_async_wait<1>(); out[t] = s[t].x «+|; cp_async_wait<0>();"
+        " out[t] +=» s[t + 128].x;",
         r"reads byte \d+ of s, which an asynchronous copy",
         range(0, 1024, 8),
         shared="__shared__ uint4 s[256];",
     ),
     "asynchronous copy, barrier missing": fault(
         "cp_async16(s + t, in + 4 * t); cp_async_commit(); cp_async_wait<0>();"
-        " out[t] = s[t ^ 32].x;",
-        "cp_async16(s + t, in + 4 * t); cp_async_commit(); cp_async_wait<0>(); __syncthreads();"
-        " out[t] = s[t ^ 32].x;",
+        " «|__syncthreads();» out[t] = s[t ^ 32].x;",
         r"of s, which (thread|no thread|an asynchronous copy)",
         [4 * (i ^ 32) for i in range(128)],
         shared="__shared__ uint4 s[128];",
     ),
     "no barrier before another block is read": cluster_fault(
-        f"s[t] = 128 * peer + t; {READ} {BARRIER}",
-        f"{WRITTEN} {READ} {BARRIER}",
+        f"«s[t] = 128 * peer + t;|{WRITTEN}» {READ} {BARRIER}",
         r"reads byte \d+ of s of block \(\d, 0, 0\), which no thread has written",
-        range(256),
     ),
     "a barrier of the block where the cluster's is due": cluster_fault(
-        f"{WRITTEN} s[t] = t; __syncthreads(); {READ} {BARRIER}",
-        f"{WRITTEN} s[t] = t; {BARRIER} {READ} {BARRIER}",
+        f"{WRITTEN} s[t] = t; «__syncthreads();|{BARRIER}» {READ} {BARRIER}",
         rf"{OTHER_BLOCK} \(\d, 0, 0\) (reads|writes) without a barrier",
         [*range(128)] * 2,
     ),
     **{
         f"block {peer} is read behind a barrier of the block alone": cluster_fault(
-            f"{WRITTEN} if (peer != {peer}) s[t] = t; __syncthreads();"
-            f" if (peer == {peer}) {READ} {BARRIER}",
-            f"{WRITTEN} if (peer != {peer}) s[t] = t; {BARRIER}"
+            f"{WRITTEN} if (peer != {peer}) s[t] = t; «__syncthreads();|{BARRIER}»"
             f" if (peer == {peer}) {READ} {BARRIER}",
             rf"{OTHER_BLOCK} \(\d, 0, 0\) (reads|writes) without a barrier",
             [-1] * 128 * (peer ^ 1) + [*range(128)],
@@ -335,168 +277,131 @@ FAULTS = {
         for peer in (0, 1)
     },
     "written again before all have read": cluster_fault(
-        f"{WRITTEN} {READ} s[t] = 0; {BARRIER}",
-        f"{WRITTEN} {READ} {BARRIER} s[t] = 0;",
+        f"{WRITTEN} {READ} «s[t] = 0; {BARRIER}|{BARRIER} s[t] = 0;»",
         rf"writes byte \d+ of s, which thread .* of block .* reads without|{OTHER_BLOCK}",
-        range(256),
     ),
     "written between arrival and wait": cluster_fault(
-        f"cluster_arrive(); s[t] = 128 * peer + t; cluster_wait(); {READ} {BARRIER}",
-        f"s[t] = 128 * peer + t; cluster_arrive(); cluster_wait(); {READ} {BARRIER}",
+        "«cluster_arrive();|» s[t] = 128 * peer + t; «|cluster_arrive();» cluster_wait();"
+        f" {READ} {BARRIER}",
         rf"reads byte \d+ {OTHER_BLOCK} \(\d, 0, 0\) writes without a barrier",
-        range(256),
     ),
     "read before the wait": cluster_fault(
-        f"s[t] = 128 * peer + t; cluster_arrive(); {READ} cluster_wait(); {BARRIER}",
-        f"s[t] = 128 * peer + t; cluster_arrive(); cluster_wait(); {READ} {BARRIER}",
+        f"s[t] = 128 * peer + t; cluster_arrive(); «{READ} cluster_wait();|cluster_wait();"
+        f" {READ}» {BARRIER}",
         rf"which no thread has written|reads byte \d+ {OTHER_BLOCK} .* writes without a barrier",
-        range(256),
     ),
-    "no barrier before the end": cluster_fault(
-        f"{WRITTEN} {READ}",
-        f"{WRITTEN} {READ} {BARRIER}",
-        EXITED,
-        range(256),
-    ),
+    "no barrier before the end": cluster_fault(f"{WRITTEN} {READ} «|{BARRIER}»", EXITED),
     "only arrival before the end": cluster_fault(
-        f"{WRITTEN} {READ} cluster_arrive();",
-        f"{WRITTEN} {READ} cluster_arrive(); if (t >= 96) cluster_wait();",
-        EXITED,
-        range(256),
+        f"{WRITTEN} {READ} cluster_arrive(); «|if (t >= 96) cluster_wait();»", EXITED
     ),
     "read after the last arrival": cluster_fault(
-        f"{WRITTEN} cluster_arrive(); {READ} cluster_wait();",
-        f"{WRITTEN} {READ} cluster_arrive(); cluster_wait();",
-        EXITED,
-        range(256),
+        f"{WRITTEN} «|{READ}» cluster_arrive(); «{READ}|» cluster_wait();", EXITED
     ),
     **{
         f"block {peer} ends while block {peer ^ 1} reads": cluster_fault(
-            f"{WRITTEN} if (peer == {peer}) {READ}",
-            f"{WRITTEN} if (peer == {peer}) {READ} {BARRIER}",
+            f"{WRITTEN} if (peer == {peer}) {READ} «|{BARRIER}»",
             EXITED,
             [-1] * 128 * (peer ^ 1) + [*range(128 * (peer ^ 1), 128 * (peer ^ 1) + 128)],
         )
         for peer in (0, 1)
     },
     "rank outside of the cluster": cluster_fault(
-        f"{WRITTEN} part[t] = map_shared_rank(s, 2)[t]; {BARRIER}",
-        f"{WRITTEN} part[t] = map_shared_rank(s, 1)[t]; {BARRIER}",
+        f"{WRITTEN} part[t] = map_shared_rank(s, «2|1»)[t]; {BARRIER}",
         r"calls map_shared_rank at faulty.cu:\d+ with rank 2, but its cluster has 2",
         [*range(128), *range(128)],
     ),
     "rank outside of a cluster that is not there": cluster_fault(
-        "s[t] = t; __syncthreads(); out[t] = map_shared_rank(s, 1)[t];",
-        "s[t] = t; __syncthreads(); out[t] = map_shared_rank(s, 0)[t];",
+        "s[t] = t; __syncthreads(); out[t] = map_shared_rank(s, «1|0»)[t];",
         r"calls map_shared_rank at faulty.cu:\d+ with rank 1, but its cluster has 1",
         range(128),
         grid=1,
         cluster=None,
     ),
     "write through map_shared_rank": cluster_fault(
-        f"{WRITTEN} const_cast<int*>(map_shared_rank(s, peer))[t] = t; {BARRIER}",
-        f"{WRITTEN} s[t] = t; {BARRIER} {READ} {BARRIER}",
+        f"{WRITTEN} «const_cast<int*>(map_shared_rank(s, peer))|s»[t] = t; {BARRIER} «|{READ}"
+        f" {BARRIER}»",
         r"writes s of block \(\d, 0, 0\), which map_shared_rank makes const",
         [*range(128), *range(128)],
     ),
     "write to its own memory through map_shared_rank": cluster_fault(
-        f"{WRITTEN} const_cast<int*>(map_shared_rank(s, blockIdx.x))[t] = t; {BARRIER}",
-        f"{WRITTEN} s[t] = t; __syncwarp(); "
-        f"part[t] = map_shared_rank(s, blockIdx.x)[t ^ 1]; {BARRIER}",
+        f"{WRITTEN} «const_cast<int*>(map_shared_rank(s, blockIdx.x))[t] = t|s[t] = t;"
+        f" __syncwarp(); part[t] = map_shared_rank(s, blockIdx.x)[t ^ 1]»; {BARRIER}",
         r"writes s, which map_shared_rank makes const",
         [i ^ 1 for i in range(128)] * 2,
     ),
     "barrier missing before its own memory is read through map_shared_rank": cluster_fault(
-        f"{WRITTEN} s[t] = t; part[t] = map_shared_rank(s, blockIdx.x)[127 - t]; {BARRIER}",
-        f"{WRITTEN} s[t] = t; __syncthreads(); part[t] = map_shared_rank(s, blockIdx.x)[127 - t];",
+        f"{WRITTEN} s[t] = t; «|__syncthreads();» "
+        f" part[t] = map_shared_rank(s, blockIdx.x)[127 - t]; «{BARRIER}|»",
         r"byte \d+ of s, which thread \(\d+, 0, 0\) (reads|writes) without a barrier",
         [*range(127, -1, -1)] * 2,
     ),
     "atomic through map_shared_rank": cluster_fault(
-        f"{WRITTEN} atomicAdd(const_cast<int*>(map_shared_rank(s, peer)) + t, 1); {BARRIER}",
-        f"{WRITTEN} atomicAdd(s + t, 1); {BARRIER} {READ} {BARRIER}",
+        f"{WRITTEN} atomicAdd(«const_cast<int*>(map_shared_rank(s, peer))|s» + t, 1);"
+        f" «|{BARRIER} {READ}» {BARRIER}",
         r"writes s of block \(\d, 0, 0\), which map_shared_rank makes const",
         range(1, 257),
     ),
     "map_shared_rank of global memory": cluster_fault(
-        f"{WRITTEN} part[t] = map_shared_rank(in, peer)[t]; {BARRIER}",
-        f"{WRITTEN} {READ} {BARRIER}",
+        f"{WRITTEN} «part[t] = map_shared_rank(in, peer)[t];|{READ}» {BARRIER}",
         r"calls map_shared_rank at faulty.cu:\d+ for what is not in shared memory",
-        range(256),
     ),
     "past the end of another block's memory": cluster_fault(
-        f"{WRITTEN} part[t] = map_shared_rank(s, peer)[t + 1]; {BARRIER}",
-        f"{WRITTEN} part[t] = map_shared_rank(s + 1, peer)[t - 1]; {BARRIER}",
+        f"{WRITTEN} part[t] = map_shared_rank(s «|+ 1», peer)[t «+|-» 1]; {BARRIER}",
         r"thread \(127, 0, 0\) reads 4 bytes at byte 512 of s of block \(\d, 0, 0\), which has 512",
-        range(256),
     ),
     "unwritten bytes of another block's dynamic shared memory": cluster_fault(
-        f"if (t < 127) {WRITTEN} {READ} {BARRIER}",
-        f"{WRITTEN} {READ} {BARRIER}",
+        f"«if (t < 127)|» {WRITTEN} {READ} {BARRIER}",
         r"reads byte 508 of dynamic shared memory of block \(\d, 0, 0\), which no thread has",
-        range(256),
         shared=IN_CLUSTER["shared"].replace("__shared__ int s[128]", "extern __shared__ int s[]"),
         shared_bytes=512,
     ),
     "wait without arrival": cluster_fault(
-        f"{WRITTEN} {READ} cluster_wait();",
-        f"{WRITTEN} {READ} {BARRIER}",
+        f"{WRITTEN} {READ} «cluster_wait();|{BARRIER}»",
         r"calls cluster_wait at faulty.cu:\d+ without having arrived",
-        range(256),
     ),
     "arrival twice": cluster_fault(
-        f"{WRITTEN} {READ} cluster_arrive(); {BARRIER}",
-        f"{WRITTEN} {READ} cluster_arrive(); cluster_wait(); {BARRIER}",
+        f"{WRITTEN} {READ} cluster_arrive(); «|cluster_wait();» {BARRIER}",
         r"calls cluster_arrive at faulty.cu:\d+ twice without a wait between",
-        range(256),
     ),
     "barrier of a part of the warps": cluster_fault(
-        f"if (t < 64) {{ {BARRIER} }} __syncthreads(); part[t] = t;",
-        f"if (t >= 64) return; {BARRIER} __syncthreads(); part[t] = t;",
+        f"if (t «< 64) {{ {BARRIER} }}|>= 64) return; {BARRIER}» __syncthreads(); part[t] = t;",
         r"waits in cluster_wait at faulty.cu:\d+, but thread \(\d+, 0, 0\).* waits in __syncthreads"
         r" at faulty.cu:\d+ and has not arrived",
         [*range(64), *[-1] * 64] * 2,
     ),
     "arrival of half a warp": cluster_fault(
-        "if (t & 1) cluster_arrive();\nelse cluster_arrive();\ncluster_wait(); part[t] = t;",
-        "cluster_arrive(); cluster_wait(); part[t] = t;",
+        "«if (t & 1) cluster_arrive();\nelse cluster_arrive();\n|cluster_arrive();»"
+        " cluster_wait(); part[t] = t;",
         r"calls cluster_arrive at faulty.cu:\d+ without lane \d+, which waits in cluster_arrive",
         [*range(128)] * 2,
     ),
     "race through global memory in a cluster": cluster_fault(
-        "part[t] = t; out[256 + 128 * peer + t] = out[128 * peer + t];",
-        f"part[t] = t; {BARRIER} out[256 + 128 * peer + t] = out[128 * peer + t];",
+        f"part[t] = t; «|{BARRIER}» out[256 + 128 * peer + t] = out[128 * peer + t];",
         rf"{OTHER_BLOCK} \(\d, 0, 0\) (reads|writes) without a barrier",
         [*range(128)] * 4,
     ),
     "clusters are told what a barrier has gathered before an atomic": cluster_fault(
-        f"part[t] = t; __syncthreads(); {GATHER}",
-        f"part[t] = t; {BARRIER} {GATHER}",
+        f"part[t] = t; «__syncthreads();|{BARRIER}» {GATHER}",
         r"reads byte \d+ of out, which (another block|thread .* of block .*) writes",
         [*range(128)] * 4 + [*range(127, -1, -1)] * 2,
         grid=4,
     ),
     "an atomic in a cluster where a barrier of the block is due": cluster_fault(
-        f"{BARRIER} part[t] = t; atomicAdd(out + 999, 1); part[256 + t] = part[127 - t];",
-        f"{BARRIER} part[t] = t; atomicAdd(out + 999, 1); __syncthreads();"
+        f"{BARRIER} part[t] = t; atomicAdd(out + 999, 1); «|__syncthreads();»"
         " part[256 + t] = part[127 - t];",
         r"(reads|writes) byte \d+ of out, which thread",
         [*range(128)] * 2 + [*range(127, -1, -1)] * 2,
     ),
     "an atomic tells nothing of later ones": cluster_fault(
         f"if (t == 0) atomicAdd(out + 999, 1); {BARRIER} if (peer == 1) {{ part[t] = t;"
-        " __syncthreads(); if (t == 0) atomicAdd(out + 999, 1); } else part[t] = out[t];",
-        f"if (t == 0) atomicAdd(out + 999, 1); {BARRIER} if (peer == 1) {{ part[t] = t;"
-        f" __syncthreads(); if (t == 0) atomicAdd(out + 999, 1); }} {BARRIER}"
-        " if (peer == 0) part[t] = out[t];",
+        f" __syncthreads(); if (t == 0) atomicAdd(out + 999, 1); }} «else|{BARRIER}"
+        " if (peer == 0)» part[t] = out[t];",
         rf"{OTHER_BLOCK} \(\d, 0, 0\) (reads|writes) without a barrier",
         [*range(128)] * 2,
     ),
     **{
         f"read of block {peer} between arrival and wait, beside its own": cluster_fault(
-            f"{WRITTEN} if (peer == {peer}) {{ cluster_arrive(); {READ} }}"
-            f" else {{ part[t] = s[t]; cluster_arrive(); }} cluster_wait(); s[t] = 0; {BARRIER}",
-            f"{WRITTEN} if (peer == {peer}) {{ {READ} cluster_arrive(); }}"
+            f"{WRITTEN} if (peer == {peer}) {{ «|{READ}» cluster_arrive(); «{READ}|» }}"
             f" else {{ part[t] = s[t]; cluster_arrive(); }} cluster_wait(); s[t] = 0; {BARRIER}",
             r"writes byte \d+ of s, which threads of several blocks reads without a barrier",
             [*range(128 * (peer ^ 1), 128 * (peer ^ 1) + 128)] * 2,
@@ -505,19 +410,13 @@ FAULTS = {
     },
     "wait of one warp, and no barrier of the block": cluster_fault(
         "s[t] = 128 * peer + t; cluster_arrive(); if (t < 32) cluster_wait();"
-        f" {READ} if (t >= 32) cluster_wait(); {BARRIER}",
-        "s[t] = 128 * peer + t; cluster_arrive(); if (t < 32) cluster_wait(); __syncthreads();"
-        f" {READ} if (t >= 32) cluster_wait(); {BARRIER}",
+        f" «|__syncthreads();» {READ} if (t >= 32) cluster_wait(); {BARRIER}",
         rf"which no thread has written|{OTHER_BLOCK} \(\d, 0, 0\) (reads|writes) without",
-        range(256),
     ),
     "asynchronous copy under way at the barrier": cluster_fault(
-        "cp_async<4>(s + t, in + 128 * peer + t); cp_async_commit();"
-        f" {BARRIER} {READ} cp_async_wait<0>(); {BARRIER}",
-        "cp_async<4>(s + t, in + 128 * peer + t); cp_async_commit();"
-        f" cp_async_wait<0>(); {BARRIER} {READ} {BARRIER}",
+        "cp_async<4>(s + t, in + 128 * peer + t); cp_async_commit(); «|cp_async_wait<0>();»"
+        f" {BARRIER} {READ} «cp_async_wait<0>();|» {BARRIER}",
         r"of s of block \(\d, 0, 0\), which an asynchronous copy writes",
-        range(256),
     ),
 }
 

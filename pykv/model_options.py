@@ -59,9 +59,7 @@ def add_cache(parser: argparse.ArgumentParser) -> None:
 
 def add_context(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        *("--ctx", "--context"),
-        type=int,
-        help="tokens of prompt and answer (the model's context)",
+        *("--ctx", "--context"), type=int, help="tokens of prompt and answer (the model's context)"
     )
 
 

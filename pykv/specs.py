@@ -203,11 +203,7 @@ class KVSpec:
             for unit, stride in zip(("page", "token", "head"), self.strides(array), strict=True)
         }
 
-    def rules(
-        self,
-        names: tuple[str, ...] = POOLS,
-        pages: str = "N",
-    ) -> dict[str, Any]:
+    def rules(self, names: tuple[str, ...] = POOLS, pages: str = "N") -> dict[str, Any]:
         """Rules of `pykv.checker.checker` for pools of this spec and their scales.
 
         Args:

@@ -22,11 +22,7 @@ SCRATCH = ".pykv-"  # names of files that are not whole yet begin so
 
 
 def replace(
-    path: Path,
-    parts: Iterable[bytes | memoryview],
-    *,
-    private: bool = False,
-    durable: bool = True,
+    path: Path, parts: Iterable[bytes | memoryview], *, private: bool = False, durable: bool = True
 ) -> None:
     """Make parts the contents of a file, or leave it as it is. One that exists keeps its
     permissions; a new one has the usual ones, or is for its owner alone where `private`. One that

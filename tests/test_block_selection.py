@@ -44,8 +44,7 @@ def by_hand(q, k, v, selection):
 
 
 @pytest.mark.parametrize(
-    "spec, tolerance",
-    [("fp32", 1e-5), ("fp16:HND", 2e-3), ("int8", 3e-2), ("int8:head", 5e-2)],
+    "spec, tolerance", [("fp32", 1e-5), ("fp16:HND", 2e-3), ("int8", 3e-2), ("int8:head", 5e-2)]
 )
 def test_best_blocks_and_recent_rows(xp, rng, spec, tolerance):
     cache, table, lengths, rows = cache_of(xp, rng, spec)

@@ -497,12 +497,7 @@ def test_wrong_arguments_change_nothing(xp, rng):
 
     for error, text, arguments, options in (
         (ParameterError, "queries are missing", (LENGTHS, "tova:8"), {}),
-        (
-            ShapeError,
-            r"queries\[0\] has shape",
-            (LENGTHS, "tova:8"),
-            dict(queries=[q[0][0]] * 2),
-        ),
+        (ShapeError, r"queries\[0\] has shape", (LENGTHS, "tova:8"), dict(queries=[q[0][0]] * 2)),
         (ParameterError, r"lengths of sequences\[1\] are up to 13", ([30, 13, 5], "random:8"), {}),
         (ParameterError, "lengths are down to -1", ([30, -1, 5], "random:8"), {}),
         (ShapeError, r"lengths have shape \(2,\)", ([30, 11], "random:8"), {}),
@@ -567,11 +562,7 @@ def test_wrong_arguments_change_nothing(xp, rng):
             ParameterError,
             "'snapkv:8:9' has '9', expected each",
         ),
-        (
-            lambda: eviction.parse("snapkv:eight"),
-            ParameterError,
-            "has 'eight', expected a number",
-        ),
+        (lambda: eviction.parse("snapkv:eight"), ParameterError, "has 'eight', expected a number"),
         (
             lambda: eviction.parse("tova:8:window=3"),
             ParameterError,

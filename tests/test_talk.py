@@ -160,12 +160,7 @@ def test_commands(capsys, monkeypatch, fake):  # noqa: F811
     assert code == 0 and err.endswith("pykv: /nothing is no command; /help lists them\n")
     seen = [[m["content"] for m in messages] for messages, _ in fake.asked]
     two = ["one two"]
-    assert seen == [
-        ["T", "a"],
-        ["S", "a", *two, "b"],
-        ["S", "c"],
-        ["c", *two, "d"],
-    ]
+    assert seen == [["T", "a"], ["S", "a", *two, "b"], ["S", "c"], ["c", *two, "d"]]
 
 
 @pytest.fixture

@@ -171,9 +171,7 @@ def test_cublas_is_judged_where_it_is_found():
 
 
 @pytest.mark.parametrize(
-    "dtype, ulps",
-    [(F16, 2.0**-10), (BFLOAT16, 2.0**-7), (F32, 2.0**-23), (F64, 2.0**-52)],
-    ids=str,
+    "dtype, ulps", [(F16, 2.0**-10), (BFLOAT16, 2.0**-7), (F32, 2.0**-23), (F64, 2.0**-52)], ids=str
 )
 def test_error_and_bound(dtype, ulps):
     oracle = np.array([1.0, 0.5, -4.0])

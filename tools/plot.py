@@ -396,13 +396,7 @@ def elastic(paths):
 
 # --- The command ----------------------------------------------------------------------------------
 
-FIGURES = {
-    "sweep": sweep,
-    "peers": peers,
-    "kinds": kinds,
-    "roofline": roofline,
-    "elastic": elastic,
-}
+FIGURES = {"sweep": sweep, "peers": peers, "kinds": kinds, "roofline": roofline, "elastic": elastic}
 
 
 def read_csv(path):

@@ -44,9 +44,7 @@ def evictions(records):
     """Times of the steps of eviction, and of attention to what stays."""
     records = own(records, "evict")
     found = _by(
-        records,
-        lambda c: (f"{c['B']} x {c['L']:,}", c["kv"], f"{c['keep']:g}"),
-        lambda c: c["job"],
+        records, lambda c: (f"{c['B']} x {c['L']:,}", c["kv"], f"{c['keep']:g}"), lambda c: c["job"]
     )
     ways = list(dict.fromkeys(one["case"]["job"] for one in records))
     text = (

@@ -142,12 +142,7 @@ def _forget(cache: PagedKVCache) -> None:
 
 
 def _prefix(
-    case: Case,
-    cache: PagedKVCache,
-    tiers: Tiers,
-    tokens: int,
-    xp: Any,
-    rng: np.random.Generator,
+    case: Case, cache: PagedKVCache, tiers: Tiers, tokens: int, xp: Any, rng: np.random.Generator
 ) -> Work:
     """A prefix that falls, and comes back."""
     manager, ids = cache.manager, rng.integers(0, 1000, tokens).tolist()

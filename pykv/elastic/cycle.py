@@ -54,13 +54,7 @@ class Cycle:
 
 
 def inference_cycle(
-    kv: Any,
-    q: Any,
-    decode_steps: int,
-    keep: float,
-    *,
-    repetitions: int = 20,
-    warmup: int = 3,
+    kv: Any, q: Any, decode_steps: int, keep: float, *, repetitions: int = 20, warmup: int = 3
 ) -> Cycle:
     """Time tokens that are appended and attend, with and without an eviction before the first.
 

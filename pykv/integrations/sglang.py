@@ -115,11 +115,7 @@ class Storage(HiCacheStorage):  # type: ignore[misc]
         return None
 
     def set(
-        self,
-        key: str,
-        value: Any = None,
-        target_location: Any = None,
-        target_sizes: Any = None,
+        self, key: str, value: Any = None, target_location: Any = None, target_sizes: Any = None
     ) -> bool:
         """Keep the page `value`; whether it is there now."""
         if self._tier is None or value is None:

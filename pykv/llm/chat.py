@@ -183,9 +183,7 @@ def _template(model: ModelFile | str) -> tuple[str, str, dict[str, str]]:
 
 
 def _variables(
-    messages: Sequence[Mapping[str, Any]],
-    given: Mapping[str, Any] | None,
-    tokens: dict[str, str],
+    messages: Sequence[Mapping[str, Any]], given: Mapping[str, Any] | None, tokens: dict[str, str]
 ) -> dict[str, Any]:
     """All that a template sees, checked."""
     check_messages(messages)

@@ -106,11 +106,7 @@ class Sampler:
     def _adjusted(self, logits: Any, sequences: Sequence[Drawing], masks: Any) -> Any:
         """The logits after penalties, biases and masks; those given, if nobody asks for any."""
         B, V = logits.shape
-        asked = {
-            **_biases(sequences, V),
-            **_masks(masks, B, V),
-            **self._penalties(sequences, V),
-        }
+        asked = {**_biases(sequences, V), **_masks(masks, B, V), **self._penalties(sequences, V)}
         if not asked:
             return logits
         parts = [x.reshape(-1).view(np.int32) for x in asked.values()]

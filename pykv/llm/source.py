@@ -41,10 +41,7 @@ class Source:
     """
 
     def __init__(
-        self,
-        file: ModelFile,
-        xp: Any,
-        progress: Callable[[int], object] = lambda nbytes: None,
+        self, file: ModelFile, xp: Any, progress: Callable[[int], object] = lambda nbytes: None
     ) -> None:
         self.xp, self._progress = xp, progress
         self._slots: deque[_Slot] = deque()

@@ -32,8 +32,5 @@ def _defines(text: str, D: int, q_dtype: Any) -> dict[str, Any]:
     return dict(HEAD_DIM=D, Q_T=q_dtype, **types, **block_sizes(D))
 
 
-VARIANTS: list[dict[str, Any]] = [
-    _defines("fp16", 64, FLOATS[0]),
-    _defines("int8", 128, FLOATS[1]),
-]
+VARIANTS: list[dict[str, Any]] = [_defines("fp16", 64, FLOATS[0]), _defines("int8", 128, FLOATS[1])]
 VARIANTS_SMS = range(75, 1000)  # with tensor cores

@@ -39,12 +39,7 @@ VARIANTS_SMS = range(0)  # none at import: few programs call it, and they compil
 
 
 def quantize_ranges(
-    x: Any,
-    ranges: Sequence[Range],
-    *,
-    out: Any = None,
-    nonfinite: Any = None,
-    stream: Any = None,
+    x: Any, ranges: Sequence[Range], *, out: Any = None, nonfinite: Any = None, stream: Any = None
 ) -> Any:
     """All ranges of columns as a v0 stream (pykv/kvtc/stream_v0.py), by one launch.
 

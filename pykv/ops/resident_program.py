@@ -176,9 +176,7 @@ class ResidentProgram:
         self._scratch, self._device = packed.scratch, packed.device
         self._arrays = packed.arrays | self._inputs._asdict()
         self._arrays |= dict(
-            limits=self._words[:T],
-            ends=self._words[T:-4],
-            control=self._words[-4:].view(np.uint32),
+            limits=self._words[:T], ends=self._words[T:-4], control=self._words[-4:].view(np.uint32)
         )
         self._kernel = RingKernel(_OP)
 

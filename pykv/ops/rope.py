@@ -28,13 +28,7 @@ SCALINGS = ("none", "linear", "llama3", "yarn")
 
 
 def rotate(
-    q: Any,
-    k: Any,
-    positions: Any,
-    inv_freq: Any,
-    *,
-    pairing: str = "half",
-    stream: Any = None,
+    q: Any, k: Any, positions: Any, inv_freq: Any, *, pairing: str = "half", stream: Any = None
 ) -> None:
     """Rotate pair j of every head by the angle `positions[t] * inv_freq[j]`, in place.
 

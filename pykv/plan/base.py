@@ -264,12 +264,7 @@ class PagedPlan(Plan):
     _writes: tuple[str, ...] = ()  # arguments that lie apart from all others
 
     def run(
-        self,
-        args: Any,
-        *,
-        workspace: Any = None,
-        check: bool | None = None,
-        stream: Any = None,
+        self, args: Any, *, workspace: Any = None, check: bool | None = None, stream: Any = None
     ) -> None:
         """Do the op's work.
 

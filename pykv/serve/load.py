@@ -59,14 +59,7 @@ def percentile(values: list[float], percent: float) -> float:
 
 
 async def ask(
-    url: str,
-    *,
-    clients: int,
-    requests: int,
-    prompt: int,
-    answer: int,
-    shared: int,
-    seed: int = 0,
+    url: str, *, clients: int, requests: int, prompt: int, answer: int, shared: int, seed: int = 0
 ) -> Load:
     """Let clients ask a server, each one request after another.
 

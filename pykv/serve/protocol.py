@@ -225,15 +225,7 @@ class Protocol:
 
             answers = self._checked(param, make)
             constraints = [constraint and constraint.copy() for _ in answers]
-            return Asked(
-                answers,
-                constraints,
-                n,
-                stream,
-                include_usage,
-                logprobs,
-                tools,
-            )
+            return Asked(answers, constraints, n, stream, include_usage, logprobs, tools)
 
         return asked
 

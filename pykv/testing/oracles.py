@@ -202,13 +202,7 @@ def distance_from_draw(
 
 
 def adjusted_logits(
-    logits: Any,
-    dtype: Any,
-    prompts: Any,
-    answers: Any,
-    penalties: Any,
-    biases: Any,
-    masks: Any,
+    logits: Any, dtype: Any, prompts: Any, answers: Any, penalties: Any, biases: Any, masks: Any
 ) -> Any:
     """Rows of logits [B, V] after penalties, biases and masks, one token at a time.
 

@@ -63,12 +63,7 @@ class Handover:
     """
 
     def __init__(
-        self,
-        llm: LLM,
-        transport: Transport,
-        *,
-        size: str | int = "256MiB",
-        timeout: float = 60.0,
+        self, llm: LLM, transport: Transport, *, size: str | int = "256MiB", timeout: float = 60.0
     ) -> None:
         op = "Handover"
         check_type(op, "llm", llm, LLM, "a pykv.LLM")

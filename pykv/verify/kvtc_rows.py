@@ -30,13 +30,7 @@ def cases_of(spec: KVSpec, rng: np.random.Generator, xp: Any) -> Cases:
 
 
 def _case(
-    spec: KVSpec,
-    D: int,
-    R: int,
-    pairing: str,
-    hadamard: bool,
-    rng: np.random.Generator,
-    xp: Any,
+    spec: KVSpec, D: int, R: int, pairing: str, hadamard: bool, rng: np.random.Generator, xp: Any
 ) -> Cases:
     positions = np.sort(rng.permutation(2 * T)[:T]).astype(np.int32)
     table = rng.permutation(2 * T // P + 3)[: 2 * T // P + 1].astype(np.int32)

@@ -26,12 +26,7 @@ def cases(rng: np.random.Generator, xp: Any) -> Cases:
 
 
 def chain(
-    name: str,
-    lengths: list[int],
-    limits: list[int],
-    tokens: int,
-    rng: np.random.Generator,
-    xp: Any,
+    name: str, lengths: list[int], limits: list[int], tokens: int, rng: np.random.Generator, xp: Any
 ) -> Case:
     """A model in which a token decides the next one; two launches. Sequence 0 ends at a token."""
     T, V, E = len(lengths), 50, 24

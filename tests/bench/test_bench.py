@@ -343,10 +343,7 @@ def test_without_a_name_all_are_listed(capsys):
         (["decode", "--dim", "100"], "--dim has '100', expected a multiple of 8 up to 512"),
         (["decode", "--dim", "520"], "--dim has '520', expected a multiple of 8 up to 512"),
         (["decode", "--page", "0"], "--page has '0', expected a whole number above 0"),
-        (
-            ["decode", "--kv", "int8,zz"],
-            "--kv has 'zz': .*: 'zz' is no kind, expected .*",
-        ),
+        (["decode", "--kv", "int8,zz"], "--kv has 'zz': .*: 'zz' is no kind, expected .*"),
         (["append", "--kv", "int8:head"], "has 'int8:head', expected a kind that finds a scale.*"),
         (["decode", "--dtype", "int8"], "--dtype has 'int8', expected one of fp16, bf16, fp32"),
         (["decode", "--case", "kv=zz"], "'kv=zz' fits no case, expected values of HQ=32,.*"),

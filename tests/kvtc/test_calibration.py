@@ -10,13 +10,7 @@ import pytest
 
 import pykv
 from pykv import cli, cuda, kvtc
-from pykv.errors import (
-    CapacityError,
-    DtypeError,
-    InstallError,
-    NumberError,
-    ParameterError,
-)
+from pykv.errors import CapacityError, DtypeError, InstallError, NumberError, ParameterError
 from pykv.kvtc import Artefact, calibrate, calibration, commands, rows
 from pykv.kvtc.artefact import SINKS
 from pykv.llm import LLM, memory, model

@@ -264,7 +264,7 @@ UNSUPPORTED = {
     "nested array": (
         header([kv("k", 9, struct.pack("<IQ", 9, 1) + numbers(4, [1]))]),
         "key k is an array of arrays",
-    ),
+    )
 }
 
 
@@ -278,8 +278,7 @@ def test_the_pieces_of_the_broken_files_are_right(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "case, error",
-    [(c, FormatError) for c in BROKEN] + [(c, UnsupportedError) for c in UNSUPPORTED],
+    "case, error", [(c, FormatError) for c in BROKEN] + [(c, UnsupportedError) for c in UNSUPPORTED]
 )
 def test_broken_files(tmp_path, case, error):
     data, message = (BROKEN | UNSUPPORTED)[case]

@@ -131,5 +131,5 @@ FAULTS = {
     "kvtc_project: restore 1e-2 off": (op, "restore", scaled(1e-2)),
 }
 REFERENCE_FAULTS = [
-    (op, "reference", fixed(1, lambda bases: tuple(x * np.float16(1.01) for x in bases))),
+    (op, "reference", fixed(1, lambda bases: tuple(x * np.float16(1.01) for x in bases)))
 ]

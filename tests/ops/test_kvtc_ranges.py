@@ -244,9 +244,7 @@ def test_wrong_outputs(xp):
     assert op.dequantize_ranges(xp.zeros(0, np.uint8), ranges, 0).shape == (0, 64)
 
 
-FAULTS = {
-    "kvtc_ranges: another order": (op, "quantize_ranges", fixed(1, lambda plan: plan[::-1])),
-}
+FAULTS = {"kvtc_ranges: another order": (op, "quantize_ranges", fixed(1, lambda plan: plan[::-1]))}
 REFERENCE_FAULTS = [(op, "reference_ranges", zeros), (op, "reference_rows", zeros)]
 
 

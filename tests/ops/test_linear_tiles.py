@@ -61,9 +61,7 @@ SWEEP = [
 
 
 @pytest.mark.parametrize(
-    "kind, dtype, number",
-    [*CASES, *swept(case for case in SWEEP if case not in CASES)],
-    ids=str,
+    "kind, dtype, number", [*CASES, *swept(case for case in SWEEP if case not in CASES)], ids=str
 )
 def test_every_tiling(device, rng, kind, dtype, number):
     """More tokens and outputs than a block has, but no whole blocks, and rows of no whole stages

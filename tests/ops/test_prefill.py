@@ -236,8 +236,7 @@ def test_scales_of_values_differ_from_tile_to_tile(xp, rng, spec, q, D, rises):
 
 
 @pytest.mark.parametrize(
-    "spec, q",
-    [("int8", "float16"), ("int8", "float32"), *swept([("e4m3+int4:fp32", "float32")])],
+    "spec, q", [("int8", "float16"), ("int8", "float32"), *swept([("e4m3+int4:fp32", "float32")])]
 )
 def test_scores_that_grow(xp, rng, spec, q):
     """The maximum moves at most of the tiles: units of weights must not follow."""
@@ -611,13 +610,7 @@ def test_tiles_of_other_sms(rng, request, monkeypatch, sm):
     request.param = "simt"
     xp = array_module(request)
     monkeypatch.setattr(machine, "ARCH", f"sm_{sm}")
-    case = {
-        **COARSE,
-        "kv": "float16",
-        "G": 1,
-        "H": 1,
-        "sequences": ((40, 100),),
-    }
+    case = {**COARSE, "kv": "float16", "G": 1, "H": 1, "sequences": ((40, 100),)}
     args = inputs(rng, **case)
     out = prefill.prefill(*map(xp.asarray, args))
     low, exact = (

@@ -335,11 +335,7 @@ def launch(kernel, grid, block, *args, shared_bytes=0, cluster=None, **options):
     Raises:
         SimtError: the sizes, the arguments or the kernel itself are at fault.
     """
-    _run(
-        kernel,
-        configure(kernel, grid, block, shared_bytes, cluster, **options),
-        *args,
-    )
+    _run(kernel, configure(kernel, grid, block, shared_bytes, cluster, **options), *args)
 
 
 def _run(kernel, config, *args):

@@ -94,11 +94,7 @@ def test_a_file_of_other_heads_under_our_name_is_damaged(rng, tmp_path):
 
 
 def test_parts_that_hold_heads():
-    assert Heads(0, 4, 4).covers() == [
-        [(0, 4)],
-        [(0, 2), (2, 2)],
-        [(0, 1), (1, 1), (2, 1), (3, 1)],
-    ]
+    assert Heads(0, 4, 4).covers() == [[(0, 4)], [(0, 2), (2, 2)], [(0, 1), (1, 1), (2, 1), (3, 1)]]
     assert Heads(2, 2, 4).covers() == [[(2, 2)], [(0, 4)], [(2, 1), (3, 1)]]
     assert Heads(1, 1, 3).covers() == [[(1, 1)], [(0, 3)]]
     assert Heads(1, 2, 6).covers() == [[(1, 2)], [(0, 6)], [(0, 3)], [(1, 1), (2, 1)]]

@@ -5,13 +5,7 @@ import zlib
 import numpy as np
 import pytest
 
-from pykv.errors import (
-    CapacityError,
-    DtypeError,
-    ParameterError,
-    ShapeError,
-    TransportError,
-)
+from pykv.errors import CapacityError, DtypeError, ParameterError, ShapeError, TransportError
 from pykv.transport import messages, region
 from pykv.transport.messages import Message
 from pykv.transport.region import PeerRegion, Region, size_of

@@ -95,23 +95,13 @@ def check_options(
     options = (scale, window, logits_soft_cap, causal, lse_base, fixed_split)
     # 4.0 equals 4 and True equals 1, which are other types of options.
     types = (type(scale), type(window), type(logits_soft_cap), type(causal), type(fixed_split))
-    scores: Scores = dims.keep(
-        options + types, lambda: _check_options(op, dims, tree is not None, *options)
-    )
+    has_tree = tree is not None
+    scores: Scores = dims.keep(options + types, lambda: _check_options(op, dims, has_tree, options))
     return scores
 
 
-def _check_options(
-    op: str,
-    dims: Dims,
-    has_tree: bool,
-    scale: Any,
-    window: Any,
-    logits_soft_cap: Any,
-    causal: Any,
-    lse_base: Any,
-    fixed_split: Any,
-) -> Scores:
+def _check_options(op: str, dims: Dims, has_tree: bool, options: tuple[Any, ...]) -> Scores:
+    scale, window, logits_soft_cap, causal, lse_base, fixed_split = options
     HQ, H, D, T = dims["HQ"], dims["H"], dims["D"], dims.get("T", 1)
     if H == 0 or HQ % H:
         raise ShapeError(f"{op}: q has HQ={HQ}, expected a multiple of H={H}")

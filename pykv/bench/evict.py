@@ -117,45 +117,30 @@ def _evict(case: Case, xp: Any, rng: np.random.Generator, cache: Any, table: Any
             step()
 
     def check() -> bool:
-        arrays = (host(x[0]) for x in (scores, kept, counts))
-        of_lists = stays if job != "score" else 0
-        return _is_right(old, _sequence(cache, table[0]), L, of_lists, compact in timed, *arrays)
+        """Whether the first sequence's scores are right, and the rows that stay: which they are,
+        where the job selects them, and what they hold, where it moves them."""
+        new, all_pages = _sequence(cache, table[0]), np.arange(len(table[0]), dtype=np.int32)[None]
+        where = dict(scales=old.scales[0][0], spec=spec, dtype=np.float64)
+        norms = kv_scores.reference(old.layers[0][0], all_pages, np.array([L]), "norm", **where)[0]
+        found, lists, lengths = (host(x[0]) for x in (scores, kept, counts))
+        if not np.allclose(found, norms, rtol=1e-3):
+            return False
+        for h in range(H if stays and job != "score" else 0):
+            slots = lists[h, : lengths[h]]
+            dropped = np.setdiff1d(np.arange(L), slots)
+            best = found[h, dropped].max(initial=0)
+            if len(slots) != stays or found[h, slots].min() < best:
+                return False
+            for sides in zip(*((x.k, x.v, *_scales(x)) for x in (old, new)), strict=True):
+                a, b = (spec.as_nhd(x[0])[:, :, h].reshape(C, -1) for x in sides)
+                if compact in timed and b[:stays].tobytes() != a[slots].tobytes():
+                    return False
+        return True
 
     size = dict(score=B * L * spec.bytes_per_token(H, D) // 2, select=8 * B * H * L)
     size["compact"] = 2 * B * stays * spec.bytes_per_token(H, D)
     size["evict"] = size["score"] + size["compact"]
     return Work(run, check, size[job], ceiling="copy", graph=(run,))
-
-
-def _is_right(
-    old: PagedKVCache,
-    new: PagedKVCache,
-    L: int,
-    stays: int,
-    moved: bool,
-    scores: Any,
-    kept: Any,
-    counts: Any,
-) -> bool:
-    """Whether what a job left of a sequence is right, by what this held before: scores, lists of
-    `stays` rows, and where these `moved`, the rows."""
-    spec, pages = old.spec, np.arange(old.k.shape[1], dtype=np.int32)[None]
-    where = dict(scales=old.scales[0][0], spec=spec, dtype=np.float64)
-    lengths = np.array([L])
-    norms = kv_scores.reference(old.layers[0][0], pages, lengths, "norm", **where)[0]
-    if not np.allclose(scores, norms, rtol=1e-3):
-        return False
-    for h in range(len(kept) if stays else 0):
-        slots = kept[h, : counts[h]]
-        dropped = np.setdiff1d(np.arange(L), slots)
-        best = scores[h, dropped].max(initial=0)
-        if len(slots) != stays or scores[h, slots].min() < best:
-            return False
-        for a, b in zip((old.k, old.v, *_scales(old)), (new.k, new.v, *_scales(new)), strict=True):
-            a, b = (spec.as_nhd(x[0])[:, :, h].reshape(len(kept[h]), -1) for x in (a, b))
-            if moved and b[:stays].tobytes() != a[slots].tobytes():
-                return False
-    return True
 
 
 def _scales(cache: PagedKVCache) -> list[Any]:

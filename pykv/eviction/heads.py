@@ -5,7 +5,7 @@ Dimensions: as in pykv/eviction.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache as kept
 from typing import Any
 
@@ -76,50 +76,29 @@ def decode(
     HQ, H = dims["HQ"], dims["H"]
     _check_heads(op, made, dims)
     with cuda.on_stream(stream, q):
-        results = [
-            _of_part(part, q, page_table, lengths, positions, H, return_lse, options | given)
-            for part, given in _with_options(made, HQ // H, alibi_slopes, sinks)
-        ]
+        results = []
+        for part in made:
+            group = slice(part.heads.start * (HQ // H), part.heads.stop * (HQ // H))
+            for name, x in dict(alibi_slopes=alibi_slopes, sinks=sinks).items():
+                options[name] = None if x is None else x[group]
+            if positions is not None:
+                options["key_positions"] = part.rows_of(positions)
+            found = paged_decode.decode(
+                of_heads(q if many else q[:, None], H, part.heads),
+                page_table=part.table(page_table),
+                lengths=part.rows_of(lengths),
+                return_lse=return_lse,
+                **part.pools,
+                **options,
+            )
+            outputs = found if return_lse else (found,)
+            results.append([of_sequences(x, len(q), part.n, q.ndim) for x in outputs])
         if len(results) == 1:
             joined = results[0]
         else:
             pairs = zip(*results, strict=True)
             joined = [module_of(q).concatenate(x, q.ndim - 2) for x in pairs]
     return tuple(joined) if return_lse else joined[0]
-
-
-def _with_options(
-    made: list[Part], G: int, alibi_slopes: Any, sinks: Any
-) -> Iterator[tuple[Part, dict[str, Any]]]:
-    """Each part with what is its heads' own."""
-    for part in made:
-        group = slice(part.heads.start * G, part.heads.stop * G)
-        given = dict(alibi_slopes=alibi_slopes, sinks=sinks)
-        yield part, {name: None if x is None else x[group] for name, x in given.items()}
-
-
-def _of_part(
-    part: Part,
-    q: Any,
-    page_table: Any,
-    lengths: Any,
-    positions: Any,
-    H: int,
-    return_lse: bool,
-    options: dict[str, Any],
-) -> list[Any]:
-    """The results of `decode` for the heads of a part."""
-    if positions is not None:
-        options["key_positions"] = part.rows_of(positions)
-    found = paged_decode.decode(
-        of_heads(q if q.ndim == 4 else q[:, None], H, part.heads),
-        page_table=part.table(page_table),
-        lengths=part.rows_of(lengths),
-        return_lse=return_lse,
-        **part.pools,
-        **options,
-    )
-    return [of_sequences(x, len(q), part.n, q.ndim) for x in (found if return_lse else (found,))]
 
 
 def append(

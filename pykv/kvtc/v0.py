@@ -229,7 +229,8 @@ def decompress(
     mean, (F, C), ranges = config.mean, config.projection.shape, tuple(config.ranges)
     check = check_flag(op, "check", check)
     where = dict(dtype=dtype, block_stride=block_stride, num_blocks=num_blocks, device=device)
-    given = kvtc_blocks.locate(op, blocks, mean, **where, writes=True)
+    given = kvtc_blocks.locate(op, blocks, mean, **where)
+    given.check_writeable(op)
     N = given.N
     check_stream(op, codes, ranges, N, mean, check, stream)
     if codes.size == 0:

@@ -125,7 +125,7 @@ def adjust(
         launch = dims.keep(key, lambda: _launch(B, V, tallies, bias_ids, masks))
         launch(dict(out=out, logits=logits, **given), stream)
     else:
-        cuda.look(lambda: _check_contents(op, V, **given))
+        cuda.look(lambda: _check_contents(op, V, given))
         cuda.run_on_host(partial(reference, logits, **given), out, stream)
     return out
 
@@ -212,19 +212,10 @@ def _check_width(op: str, masks: Any, V: int) -> None:
         )
 
 
-def _check_contents(
-    op: str,
-    V: int,
-    tallies: Any,
-    penalties: Any,
-    tally_rows: Any,
-    tokens: Any,
-    bias_indptr: Any,
-    bias_ids: Any,
-    bias_values: Any,
-    masks: Any,
-    mask_rows: Any,
-) -> None:
+def _check_contents(op: str, V: int, given: dict[str, Any]) -> None:
+    tallies, penalties, tally_rows, tokens = (given[name] for name in _PENALTIES)
+    bias_indptr, bias_ids, _ = (given[name] for name in _BIASES)
+    masks, mask_rows = (given[name] for name in _MASKS)
     if tallies is not None:
         check_entries(op, "tally_rows", tally_rows, -1, len(tallies) - 1)
         check_entries(op, "tokens", tokens, -1, V - 1)

@@ -135,7 +135,8 @@ def mean_add_scatter(
     """
     op = "kvtc_blocks.mean_add_scatter"
     checker(op, x=("N | F", FLOAT32), mean=("F", FLOAT32))(x, mean)
-    given = locate(op, blocks, mean, dtype, block_stride, num_blocks, device, writes=True)
+    given = locate(op, blocks, mean, dtype, block_stride, num_blocks, device)
+    given.check_writeable(op)
     if given.N != len(x):
         raise ShapeError(f"{op}: blocks are N={given.N}, expected N={len(x)} like x")
     given.check_apart(op, x=x, mean=mean)
@@ -193,6 +194,15 @@ class Blocks(NamedTuple):
         for name, x in others.items():
             check_apart(op, {name: x}, self.named if x is not None else {})
 
+    def check_writeable(self, op: str) -> None:
+        """Check for `op` that no block is read-only.
+
+        Raises:
+            ParameterError: one is.
+        """
+        for name, array in self.named.items():
+            check_writeable(op, name, array)
+
 
 def locate(
     op: str,
@@ -202,26 +212,8 @@ def locate(
     block_stride: int | None = None,
     num_blocks: int | None = None,
     device: str = "cuda",
-    *,
-    writes: bool = False,
 ) -> Blocks:
-    """Where blocks lie that are given as to `gather_mean_subtract`, which says what is raised; with
-    `writes`, none may be read-only."""
-    located = _located(op, blocks, mean, dtype, block_stride, num_blocks, device)
-    for name, array in located.named.items() if writes else ():
-        check_writeable(op, name, array)
-    return located
-
-
-def _located(
-    op: str,
-    blocks: Any,
-    mean: Any,
-    dtype: Any,
-    block_stride: int | None,
-    num_blocks: int | None,
-    device: str,
-) -> Blocks:
+    """Where blocks lie that are given as to `gather_mean_subtract`, which says what is raised."""
     F = checker(op, mean=("F", FLOAT32))(mean)["F"]
     check_choice(op, "device", device, ("cuda", "cpu"))
     if block_stride is not None:

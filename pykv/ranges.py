@@ -18,6 +18,7 @@ from pykv.foreign import from_pointer, named_array
 from pykv.options import check_type
 
 Ranges = tuple[str, Any, Any]  # name, [C] uint64 addresses, and bytes: an integer or [C] int64
+Pairs = tuple[Any, Any, Any]  # [C] uint64 sources and destinations; bytes, likewise
 
 
 def check_overlaps(op: str, src: Ranges, dst: Ranges) -> None:
@@ -77,6 +78,65 @@ def find_overlap(
         i = int(np.argmax(overlaps))
         return int(order[nearest[i]]), True, i
     return None
+
+
+def check_tables(op: str, src_ptrs: Any, dst_ptrs: Any, size: Any, validate: bool = False) -> Pairs:
+    """Both tables as [N] uint64 and the sizes as an int or [N] int64, without pairs of size 0.
+
+    Args:
+        op: name for messages.
+        src_ptrs, dst_ptrs, size, validate: as of `transfer.memcpy_batch`.
+
+    Raises: as `transfer.memcpy_batch`.
+    """
+    sizes = _integers(op, "size", size)
+    if sizes.ndim > 1:
+        raise ShapeError(f"{op}: size has shape {sizes.shape}, expected an integer or [N]")
+    if sizes.max(initial=0) >= 2**63:
+        raise ParameterError(f"{op}: size is {sizes.max()}, expected less than 2^63")
+    sizes = sizes.astype(np.int64)
+    if sizes.min(initial=0) < 0:
+        raise ParameterError(f"{op}: size is {sizes.min()}, expected at least 0")
+    if not sizes.any():
+        return np.empty(0, np.uint64), np.empty(0, np.uint64), 0
+    tables = []
+    for name, table in (("src_ptrs", src_ptrs), ("dst_ptrs", dst_ptrs)):
+        if table is None:
+            raise ParameterError(f"{op}: {name} is None, expected addresses")
+        table = _integers(op, name, table)
+        if table.ndim != 1:
+            raise ShapeError(f"{op}: {name} has shape {table.shape}, expected [N]")
+        if table.dtype.kind == "i" and table.min(initial=0) < 0:
+            i = int(np.argmin(table))
+            raise ParameterError(f"{op}: {name}[{i}] is {table[i]}, expected an address")
+        tables.append(np.ascontiguousarray(table, np.uint64))
+    src, dst = tables
+    if len(src) != len(dst):
+        raise ParameterError(f"{op}: dst_ptrs has {len(dst)} addresses, expected {len(src)}")
+    if sizes.ndim and len(sizes) != len(src):
+        raise ParameterError(f"{op}: size has {len(sizes)} entries, expected {len(src)}")
+    by_pair = sizes if sizes.ndim else int(sizes)
+    if validate:
+        check_overlaps(op, ("src_ptrs", src, by_pair), ("dst_ptrs", dst, by_pair))
+    if not sizes.all():
+        wanted = sizes > 0
+        src, dst, by_pair = src[wanted], dst[wanted], sizes[wanted]
+    for name, table in (("src_ptrs", src), ("dst_ptrs", dst)):
+        if not table.all():
+            raise ParameterError(f"{op}: {name} has a null address, expected none")
+    return src, dst, by_pair
+
+
+def _integers(op: str, name: str, values: Any) -> Any:
+    try:
+        array = np.asarray(None if isinstance(values, np.ma.MaskedArray) else values)
+    except (ValueError, TypeError):  # lists of unlike lengths, or arrays of a GPU
+        array = np.asarray(None)
+    if array.size and array.dtype.kind not in "iu":
+        is_other = array.dtype.hasobject
+        given = f"is a {type(values).__name__}" if is_other else f"has dtype {array.dtype}"
+        raise DtypeError(f"{op}: {name} {given}, expected integers, as a list or a NumPy array")
+    return array
 
 
 def check_reachable(op: str, name: str, table: Any, sizes: Any) -> None:

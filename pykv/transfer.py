@@ -21,20 +21,17 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import numpy as np
-
 from pykv import copy_ways, cuda, ranges
 from pykv.calibration import DIRECTIONS
 from pykv.copy_ways import calibrate as calibrate
 from pykv.copy_ways import is_available as is_available
 from pykv.copy_ways import is_memcpy_batch_available as is_memcpy_batch_available
-from pykv.errors import CudaError, DtypeError, ParameterError, ShapeError, UnsupportedError
+from pykv.errors import CudaError, UnsupportedError
 from pykv.ops import block_copy
 from pykv.options import check_choice, check_flag
+from pykv.ranges import Pairs
 
 MODES = ("batched_with_fallback", "fallback_only", "batch_without_fallback", "auto")
-
-Pairs = tuple[Any, Any, Any]  # [C] uint64 sources and destinations; bytes, an int or [C] int64
 
 _NOT_READY = 600  # cudaErrorNotReady
 
@@ -132,7 +129,7 @@ def memcpy_batch(
     op = "transfer.memcpy_batch"
     _check_options(op, mode, direction, validate)
     check_choice(op, "device", device, ("cuda", "cpu"))
-    pairs = check_tables(op, src_ptrs, dst_ptrs, size, validate)
+    pairs = ranges.check_tables(op, src_ptrs, dst_ptrs, size, validate)
     if not len(pairs[0]):
         cuda.skip()
         return _NOTHING
@@ -171,63 +168,6 @@ def _check_options(op: str, mode: str, direction: str | None, validate: bool) ->
     if direction is not None:
         check_choice(op, "direction", direction, DIRECTIONS)
     check_flag(op, "validate", validate)
-
-
-def check_tables(op: str, src_ptrs: Any, dst_ptrs: Any, size: Any, validate: bool = False) -> Pairs:
-    """Both tables as [N] uint64 and the sizes as an int or [N] int64, without pairs of size 0.
-
-    Args:
-        op: name for messages.
-        src_ptrs, dst_ptrs, size, validate: as of `memcpy_batch`.
-    """
-    sizes = _integers(op, "size", size)
-    if sizes.ndim > 1:
-        raise ShapeError(f"{op}: size has shape {sizes.shape}, expected an integer or [N]")
-    if sizes.max(initial=0) >= 2**63:
-        raise ParameterError(f"{op}: size is {sizes.max()}, expected less than 2^63")
-    sizes = sizes.astype(np.int64)
-    if sizes.min(initial=0) < 0:
-        raise ParameterError(f"{op}: size is {sizes.min()}, expected at least 0")
-    if not sizes.any():
-        return np.empty(0, np.uint64), np.empty(0, np.uint64), 0
-    tables = []
-    for name, table in (("src_ptrs", src_ptrs), ("dst_ptrs", dst_ptrs)):
-        if table is None:
-            raise ParameterError(f"{op}: {name} is None, expected addresses")
-        table = _integers(op, name, table)
-        if table.ndim != 1:
-            raise ShapeError(f"{op}: {name} has shape {table.shape}, expected [N]")
-        if table.dtype.kind == "i" and table.min(initial=0) < 0:
-            i = int(np.argmin(table))
-            raise ParameterError(f"{op}: {name}[{i}] is {table[i]}, expected an address")
-        tables.append(np.ascontiguousarray(table, np.uint64))
-    src, dst = tables
-    if len(src) != len(dst):
-        raise ParameterError(f"{op}: dst_ptrs has {len(dst)} addresses, expected {len(src)}")
-    if sizes.ndim and len(sizes) != len(src):
-        raise ParameterError(f"{op}: size has {len(sizes)} entries, expected {len(src)}")
-    by_pair = sizes if sizes.ndim else int(sizes)
-    if validate:
-        ranges.check_overlaps(op, ("src_ptrs", src, by_pair), ("dst_ptrs", dst, by_pair))
-    if not sizes.all():
-        wanted = sizes > 0
-        src, dst, by_pair = src[wanted], dst[wanted], sizes[wanted]
-    for name, table in (("src_ptrs", src), ("dst_ptrs", dst)):
-        if not table.all():
-            raise ParameterError(f"{op}: {name} has a null address, expected none")
-    return src, dst, by_pair
-
-
-def _integers(op: str, name: str, values: Any) -> Any:
-    try:
-        array = np.asarray(None if isinstance(values, np.ma.MaskedArray) else values)
-    except (ValueError, TypeError):  # lists of unlike lengths, or arrays of a GPU
-        array = np.asarray(None)
-    if array.size and array.dtype.kind not in "iu":
-        is_other = array.dtype.hasobject
-        given = f"is a {type(values).__name__}" if is_other else f"has dtype {array.dtype}"
-        raise DtypeError(f"{op}: {name} {given}, expected integers, as a list or a NumPy array")
-    return array
 
 
 # --- Transfers ------------------------------------------------------------------------------------
@@ -334,7 +274,7 @@ def start(
     src, dst, sizes, device, gpus = ranges.addresses_of(op, lists[0], lists[1], any_memory=True)
     if validate:
         ranges.check_overlaps(op, ("sources", src, sizes), ("destinations", dst, sizes))
-    pairs = check_tables(op, src, dst, sizes)
+    pairs = ranges.check_tables(op, src, dst, sizes)
     if not len(pairs[0]):
         return Transfer(_NOTHING)
     if device == "cpu":

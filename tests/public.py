@@ -112,7 +112,7 @@ UNCHECKED = """
     plan.base.PagedCacheDescriptor.shapes
     kinds.Kind kinds.Kind.row_bytes kinds.Kind.row_width kinds.row_scales kinds.encode kinds.decode
     specs.KVSpec.page_order specs.KVSpec.as_nhd specs.KVSpec.strides specs.KVSpec.pool_strides
-    specs.KVSpec.rules specs.KVSpec.rules_of_scales transfer.check_tables
+    specs.KVSpec.rules specs.KVSpec.rules_of_scales
     kvtc.artefact.Text kvtc.artefact.Fingerprint kvtc.artefact.Fingerprint.difference
     kvtc.artefact.Plan kvtc.artefact.Side kvtc.artefact.Group kvtc.artefact.Artefact
     kvtc.artefact.Artefact.check_ratio kvtc.artefact.problems

@@ -77,7 +77,7 @@ def as_read_only(array: Any) -> Any:
     return read_only_classes[base](array.shape, array.dtype, array.data, array.strides)
 
 
-read_only_classes: dict[type, type] = {}  # CuPy's class to the one of `as_read_only`; mostly empty
+read_only_classes: dict[type, type] = {}  # those of `as_read_only`, by CuPy's class
 
 
 def strided(array: Any, shape: tuple[int, ...], strides: tuple[int, ...]) -> Any:
@@ -170,6 +170,6 @@ def _check_driver(cupy: Any) -> None:
     try:
         cupy.cuda.runtime.getDeviceCount()
     except cupy.cuda.runtime.CUDARuntimeError as error:
-        from pykv.cuda.devices import why_no_gpu  # which imports this module
+        from pykv.cuda.devices import why_no_gpu  # here: that module imports this one
 
         raise DeviceError(f"GPU arrays need a GPU, but {why_no_gpu(error)}") from error

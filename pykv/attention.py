@@ -20,14 +20,14 @@ from pykv.ops import paged_check
 from pykv.options import check_choice, check_flag, check_number, check_whole
 from pykv.specs import POOLS, KVSpec
 
-ALL_KEYS = 2**31 - 1  # what kernels take as `window` for no window
+ALL_KEYS = 2**31 - 1  # kernels read this `window` as none
 MAX_HEAD_DIM = 512
 LSE_BASES = ("e", "2")
-MAX_TREE = 64  # queries of a sequence whose mask has a bit for each of them
+MAX_TREE = 64  # queries: a tree's mask is one 64-bit word, a bit for each
 LOG2_E = math.log2(math.e)
 LN_2 = math.log(2)
 
-# Defines, and the arrays they are for.
+# Each define tells a kernel that an optional array is given.
 _FLAGS = dict(ALIBI="alibi_slopes", SINKS="sinks", TREE="tree", POSITIONS="key_positions")
 
 
@@ -93,7 +93,7 @@ def check_options(
     """Check options of an attention op against the sizes of its arrays, once for all calls that
     have both; `scale` is 1 / sqrt(D) if None, the others are as of `paged_decode.decode`."""
     options = (scale, window, logits_soft_cap, causal, lse_base, fixed_split)
-    # 4.0 equals 4 and True equals 1, which are other types of options.
+    # The key has types as well, since 4.0 == 4 and True == 1 but checks tell them apart.
     types = (type(scale), type(window), type(logits_soft_cap), type(causal), type(fixed_split))
     has_tree = tree is not None
     scores: Scores = dims.keep(options + types, lambda: _check_options(op, dims, has_tree, options))
@@ -222,7 +222,7 @@ def fill_on_host(
         lse[...] = sums * (1 if lse_base == "e" else LOG2_E)
 
 
-@np.errstate(invalid="ignore")  # an infinity in a row that holds the opposite, or a zero
+@np.errstate(invalid="ignore")  # inf - inf and inf * 0 are NaN
 def masked_scores(
     q: Any,
     k: Any,
@@ -351,12 +351,12 @@ def weigh(scores: Any, v: Any, sinks: Any = None) -> tuple[Any, Any]:
     with np.errstate(divide="ignore"):
         lse = (peak + np.log(total))[..., 0]
     rows = weights.reshape(H, G * T, -1)
-    if np.isfinite(np.vdot(v, v)):  # a hundredth of the time of looking at each
+    if np.isfinite(np.vdot(v, v)):  # a hundred times faster than looking at each value
         values = (rows @ v.transpose(1, 0, 2)).reshape(H, G, T, -1)
     else:
         finite = np.isfinite(v)
         values = (rows @ np.where(finite, v, 0).transpose(1, 0, 2)).reshape(H, G, T, -1)
-        for s in np.flatnonzero(~finite.all((1, 2))):  # for the rows alone that see such a key
+        for s in np.flatnonzero(~finite.all((1, 2))):  # a NaN reaches only rows that see its key
             special = weights[..., s, None] * np.where(finite[s], 0, v[s])[:, None, None]
             values += np.where(np.isneginf(scores[..., s, None]), 0, special)
     values /= np.where(total == 0, 1, total)

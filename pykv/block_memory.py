@@ -25,7 +25,7 @@ Range = tuple[int, int] | None
 class Given(NamedTuple):
     """What a caller gives for a side."""
 
-    name: str  # for errors
+    name: str  # of the argument, for errors
     memory: Any  # arrays or a table of addresses
     layout: Layout
 
@@ -39,12 +39,12 @@ class Side(NamedTuple):
     entries: int
     table: Any  # [N * entries] uint64, on the host or a GPU
     chunks: Any  # N * entries views [H, P, D] of the host
-    heads: tuple[int, int]  # that are stored
+    heads: tuple[int, int]  # range of heads that the memory holds
     layers: tuple[int, int]
     head_stride: int
     token_stride: int
     chunk_stride: int  # 0 where each chunk has an entry
-    arrays: Any  # that were given, which a table does not keep alive
+    arrays: Any  # held here, since a table of addresses keeps no array alive
 
     def without_memory(self) -> Side:
         """What a launch goes by: hashable, and the same for all memory that lies alike."""
@@ -154,7 +154,7 @@ def sides_of_arrays(op: str, dst: Given, src: Given) -> tuple[BlockShape, Side, 
         ParameterError, ShapeError, DtypeError, DeviceError: as permute.permute.
     """
     found = [_find_arrays(op, *side) for side in (dst, src)]
-    # Operational arrays and lists of chunks do not tell all sizes; those of the other side do.
+    # Sizes that operational arrays and lists of chunks do not show are those of the other side.
     known = {"O": 1}
     for arrays in reversed(found):
         for axes, x in arrays[:1]:

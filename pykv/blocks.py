@@ -75,7 +75,7 @@ class BlockManager:
         self._counts: list[int] = []  # of each page: how many sequences hold it
         self._keys: list[bytes | None] = []  # of each page; None where it is not published
         self._places: list[int] = []  # of each page, in the sequence that published it last
-        # Of sequences that rows were evicted from, by identity: the pages before those.
+        # For each sequence with evicted rows, by identity: how many pages come before them.
         self._whole: dict[int, int] = {}
         self._cached: dict[bytes, int] = {}  # the page of a key; of equal pages the first
         self._free: list[int] = []  # pages with no contents; a stack, page 0 goes out first
@@ -178,7 +178,7 @@ class BlockManager:
                     has_evicted = id(pages) in self._whole
                     if counts[page] == 1 and self._keys[page] is None and not has_evicted:
                         return None
-        except (LookupError, TypeError):  # a new sequence, or something else than one
+        except (LookupError, TypeError):  # an empty new sequence, or none: checked below
             pass
         start = check_whole("BlockManager.extend", "start", start, 0)
         stop = check_whole("BlockManager.extend", "stop", stop, start)
@@ -197,7 +197,7 @@ class BlockManager:
             if counts[page] == 1:
                 self._forget(page)
         if self._whole.get(id(pages), -1) * P >= start:
-            del self._whole[id(pages)]  # what followed the evicted rows is given up
+            del self._whole[id(pages)]  # the evicted rows are among what is given up
         copy = None
         for i in shared:
             old, pages[i] = pages[i], self._take()

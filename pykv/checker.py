@@ -42,7 +42,7 @@ class Dims(dict[str, int]):
     def __init__(self) -> None:
         super().__init__()
         self.layouts = object()
-        self.pairs: list[overlaps.Pair] = []  # of which one is written, see pykv.overlaps
+        self.pairs: list[overlaps.Pair] = []  # arrays that must lie apart, as one is written
         self._kept: dict[Any, Any] = {}
 
     def keep(self, options: Any, make: Callable[[], Any]) -> Any:
@@ -60,7 +60,7 @@ class Dims(dict[str, int]):
         try:
             found = self._kept.get(options)
         except TypeError as error:
-            make()  # names the option, where it is a check of options
+            make()  # if it checks options, its error names the wrong one
             raise DtypeError(f"options are {options}, expected plain values: {error}") from error
         if found is None:
             limit(self._kept, 256)
@@ -81,7 +81,7 @@ class Rule(NamedTuple):
     dtypes: Any
     alignment: int | None = None
     optional: bool = False
-    what: str = "an array"  # is expected, where it is missing
+    what: str = "an array"  # what errors expect in place of a missing one
 
 
 def optional(spec: str, dtypes: Any, alignment: int | None = None) -> Rule:
@@ -155,7 +155,7 @@ class _Checker:
     def __call__(self, *arrays: Any) -> Dims:
         try:
             layouts, addresses = _layouts(arrays)
-        except (AttributeError, KeyError):  # not arrays; _check says which
+        except (AttributeError, KeyError):  # something is no array; _check raises its name
             return _check(self._op, self._rules, arrays, self._other_side)
         latest, dims = self._latest
         if dims is None or layouts != latest:
@@ -174,7 +174,7 @@ class _Checker:
         return dims
 
     def _check(self, arrays: tuple[Any, ...]) -> Dims:
-        """The sizes of a new layout, and which of its arrays must lie apart."""
+        """Check a layout seen for the first time; its sizes, and which arrays must lie apart."""
         dims = _check(self._op, self._rules, arrays, self._other_side)
         for i, written in self._writes:
             if arrays[i] is not None and overlaps.repeats(arrays[i]):
@@ -195,7 +195,8 @@ class _Checker:
         return dims
 
     def _check_apart(self, dims: Dims, arrays: tuple[Any, ...], addresses: list[int]) -> None:
-        """Addresses that passed once pass again: a step takes the same ones each time."""
+        """Check that written arrays lie apart. Decode steps repeat their addresses, so those that
+        passed are remembered."""
         found = overlaps.find_shared(dims.pairs, arrays, addresses or None)
         if found is not None:
             names = self._names[found.written], self._names[found.other]

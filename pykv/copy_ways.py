@@ -75,7 +75,7 @@ def run_kernel(op: str, src: Any, dst: Any, sizes: Any, max_ctas: int | None = N
     _captured.append(call)
 
 
-_captured: list[cuda.Prepared] = []  # nothing tells when a graph has had its last replay
+_captured: list[cuda.Prepared] = []  # kept for ever: a graph may be replayed at any time
 
 
 def run_batch(op: str, src: Any, dst: Any, sizes: Any) -> tuple[str, int]:
@@ -121,7 +121,7 @@ def run_few(op: str, src: Any, dst: Any, sizes: Any) -> None:
 
 
 RUNS: dict[str, Callable[..., Any]] = dict(kernel=run_kernel, batch=run_batch, loop=run_loop)
-RUNS |= dict(push=run_few, pull=run_few)  # see `cross`
+RUNS |= dict(push=run_few, pull=run_few)  # on the GPU that `cross` picks
 
 
 def _each(sizes: Any, count: int) -> list[int]:
@@ -259,11 +259,11 @@ def choose(
     """Path and reason of mode "auto", between two GPUs where there is a pair of them."""
     device, count = cuda.current_device(), len(src)
     is_known = device in _tables and not pair
-    may_predict = is_known or not cuda.is_capturing()  # or it would calibrate
+    may_predict = is_known or not cuda.is_capturing()  # else it calibrates first
     size = ranges.mean_size(sizes, count)
     if direction is None:
         if not pair and may_predict and _fastest_anywhere(device, size, count) == "loop":
-            return "loop", "calibrated: fastest in every direction"  # and reaches all memory
+            return "loop", "calibrated: fastest in every direction"  # the loop reaches all memory
         if pair and not cuda.can_reach(*_sides("loop", pair)):
             return "loop", "GPU {} and GPU {} have no direct way".format(*pair)
         direction, why = _direction(src, dst, pair)

@@ -74,7 +74,7 @@ def named_array(op: str, name: str, x: Any) -> Any:
             return as_read_only(array) if is_immutable else array
     except PykvError:
         raise
-    except Exception as error:  # of the other library, which may raise anything
+    except Exception as error:  # the other library may raise anything
         raise DtypeError(f"{where} is a {type(x).__name__}, {error}") from error
     expected = "an array with __dlpack__ or __cuda_array_interface__"
     raise DtypeError(f"{where} is a {type(x).__name__}, expected {expected}")
@@ -92,7 +92,7 @@ def _of_torch(torch: Any, where: str, x: Any) -> Any:
             expected = f"its values in memory, .resolve_{flag}()"
             raise UnsupportedError(f"{where} has torch's {flag} bit, expected {expected}")
     if x.device.type == "cpu":  # not by DLPack, which NumPy 2.0 imports read-only
-        is_bfloat16 = x.dtype == torch.bfloat16  # of which NumPy itself knows nothing
+        is_bfloat16 = x.dtype == torch.bfloat16  # a type that NumPy does not have
         return x.view(torch.int16).numpy().view(BFLOAT16) if is_bfloat16 else x.numpy()
     if x.device.type != "cuda":
         raise DeviceError(f"{where} is on device {x.device}, expected one on cpu or cuda")
@@ -101,7 +101,7 @@ def _of_torch(torch: Any, where: str, x: Any) -> Any:
 
 def _of_dlpack(where: str, x: Any, is_immutable: bool) -> Any:
     device_type, _ = x.__dlpack_device__()
-    if device_type in HOST:  # of DLPack, NumPy knows no bfloat16
+    if device_type in HOST:  # NumPy's DLPack import refuses bfloat16
         return np.asarray(x, copy=False) if is_immutable else np.from_dlpack(x)
     if device_type not in CUDA:
         has = f"is on DLPack's device type {int(device_type)}"

@@ -28,8 +28,8 @@ from pykv.arrays import load_cupy
 from pykv.errors import CudaError
 from pykv.foreign import from_pointer
 
-SLOTS = 64  # of either ring
-_WORDS = 8  # of a slot
+SLOTS = 64  # messages that each ring holds
+_WORDS = 8  # of 64 bits, in a slot
 _BEAT, _ABORT, _STATE, _COMMANDS = 0, 1, 16, 32
 _RESULTS = _COMMANDS + SLOTS * _WORDS
 _SIZE = _RESULTS + SLOTS * _WORDS
@@ -41,8 +41,8 @@ class State(enum.IntEnum):
 
     STARTING = 0
     RUNNING = 1
-    STOPPED = 2  # by command
-    SILENT = 3  # it has not heard of the host for too long
+    STOPPED = 2  # the host told it to end
+    SILENT = 3  # the host has said nothing for too long
     ABORTED = 4
     OVER = 5  # every sequence has ended; this and what follows are a ResidentProgram's
     SPENT = 6  # it has drawn as many tokens as a launch may
@@ -60,7 +60,7 @@ class Rings:
         self._memory = load_cupy().cuda.alloc_pinned_memory(8 * _SIZE)
         words = np.frombuffer(self._memory, np.uint64, _SIZE)
         words[:] = 0
-        self._words = words.data  # a word takes a tenth of the time that NumPy's takes
+        self._words = words.data  # a memoryview reads a word ten times faster than NumPy
         self.on_gpu = from_pointer(words.ctypes.data, (_SIZE,), np.uint64, owner=self._memory)
 
     def begin(self) -> None:
@@ -141,7 +141,7 @@ class RingKernel:
         try:
             return bool(self._stream.done)
         except load_cupy().cuda.runtime.CUDARuntimeError:
-            return True  # what it has failed of, `wait` says
+            return True  # it failed; `wait` raises the reason
 
     def wait(self) -> None:
         """Return when it has ended.

@@ -69,7 +69,7 @@ def require(extra: str, *packages: str) -> list[str]:
     for package in packages:
         try:
             spec = find_spec(package)
-        except ValueError:  # somebody has put None, or a stub, in its place
+        except ValueError:  # sys.modules holds None or a stub for it
             spec = None
         if spec is None or not spec.submodule_search_locations:
             raise InstallError(f"{package} is not installed: {command(extra)}", name=package)

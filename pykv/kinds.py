@@ -45,7 +45,7 @@ from pykv.arrays import BFLOAT16, FLOATS, is_numpy
 from pykv.errors import DtypeError, ParameterError, ShapeError
 from pykv.options import check_float_dtype, check_type
 
-SMALLEST = np.float32(1e-8)  # what max |x| is taken for at least, so that 1 / scale is finite
+SMALLEST = np.float32(1e-8)  # lower bound of max |x|: keeps 1 / scale finite
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ def quantize(
         inverse = np.float32(1) / np.asarray(scale).astype(np.float32)
         inverse = np.where(np.asarray(scale) > 0, inverse, np.float32(0))[..., None]
         y = np.clip(x * inverse, -kind.largest, kind.largest)
-        y = np.where(inverse == 0, np.float32(0), y)  # also of NaN and infinity
+        y = np.where(inverse == 0, np.float32(0), y)  # NaN and infinity become 0 as well
     return encode(y, kind), scale
 
 
@@ -182,7 +182,7 @@ def row_scales(x: Any, kind: Kind, dtype: Any) -> Any:
         dtype: NumPy float16 or float32, of the scales.
     """
     amax = np.abs(x).max(-1, initial=0)
-    finite = np.isfinite(amax)  # NaN wins a maximum
+    finite = np.isfinite(amax)  # a NaN in the row makes its maximum NaN
     scale = np.maximum(np.where(finite, amax, np.float32(0)), SMALLEST) / np.float32(kind.largest)
     if dtype == np.float16:  # no float32 scale is subnormal
         scale = np.where(scale < 2**-14, np.ceil(np.minimum(scale, 1) * 2**24) / 2**24, scale)

@@ -49,7 +49,7 @@ class Parser(argparse.ArgumentParser):
 
 def _read_int(text: str) -> int:
     if not _WHOLE.fullmatch(text):
-        raise ValueError  # argparse names the option
+        raise ValueError  # argparse reports it with the option's name
     return int(text)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from pykv.errors import ParameterError
 
-_MOST_WORK = 1_000  # candidates; views of one pool of like rows take one or two
+_MOST_WORK = 1_000  # pairs that a search looks at; views of one pool need one or two
 
 
 class Written(NamedTuple):
@@ -151,7 +151,7 @@ def _parts(x: Any, y: Any) -> list[tuple[Any, Any]] | None:
         [entry.__array_interface__["data"][0] + edge for edge in _bounds(entry)]
         for entry in (one[0, ...], other[0, ...])
     )
-    # Entry i of one and j of the other meet where begin < end_other + (j - i) * step, and likewise.
+    # Entries i and j meet if begin < end_other + (j - i) * step, and the same with roles swapped.
     least = max((begin - end_other) // step + 1, 1 - len(one))
     most = min(-((begin_other - end) // step) - 1, len(other) - 1)
     if most - least >= 8:
@@ -164,7 +164,7 @@ def is_same(x: Any, y: Any) -> bool:
     if (x.shape, x.dtype) != (y.shape, y.dtype):
         return False
     steps = zip(x.shape, x.strides, y.strides, strict=True)
-    if any(n > 1 and step != other for n, step, other in steps):  # of one there is no next
+    if any(n > 1 and step != other for n, step, other in steps):  # one entry has no step
         return False
     first, second = (place_of(z).__array_interface__["data"][0] for z in (x, y))
     return bool(first == second)

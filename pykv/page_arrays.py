@@ -61,7 +61,7 @@ def check_cache(op: str, name: str, cache: Any) -> tuple[KVSpec, Dims, tuple[Any
     if spec.granularity == "token":
         sizes = _pages_checker(op, name, spec)(*pools, *scales)
         return spec, sizes, (sizes.layouts,)
-    # Scales may be elsewhere than pages that were swapped out.
+    # Pages that were swapped out may have their scales in other memory.
     sizes = _pages_checker(op, name, spec)(*pools)
     of_scales = _scales_checker(op, name, spec, sizes["L"], sizes["H"])(*scales)
     return spec, sizes, (sizes.layouts, of_scales.layouts)
@@ -120,7 +120,7 @@ def check_targets(op: str, ids: Any, num_pages: int) -> None:
     Raises:
         ParameterError: one is.
     """
-    is_target = np.zeros(num_pages, bool)  # a tenth of the time that sorting takes
+    is_target = np.zeros(num_pages, bool)  # ten times faster than sorting
     is_target[ids] = True
     if np.count_nonzero(is_target) < len(ids):
         _, first, group = np.unique(ids, return_index=True, return_inverse=True)
@@ -151,7 +151,7 @@ def check_codec(op: str, codec: Any, hadamard: bool, tokens: Any = None) -> None
             name = "hadamard" if mixed else "tokens"
             raise ParameterError(f"{op}: {name} is given, expected none without a codec")
         return
-    from pykv.kvtc import Codec  # here, as few callers have one
+    from pykv.kvtc import Codec  # here: few callers have one
 
     check_type(op, "codec", codec, Codec, "a pykv.kvtc.Codec")
 
@@ -210,7 +210,7 @@ class Places(NamedTuple):
     arrays: list[Any]  # None for one that is not there
     ids: Any  # [n] pages, one for each token
     addresses: Any  # [arrays, parts * n] uint64, layer by layer or head by head; 0 for no array
-    page_bytes: list[int]  # of a part, by array
+    page_bytes: list[int]  # bytes of a part of a page, for each array
 
     def ranges(self) -> tuple[Any, Any]:
         """All addresses, and the bytes at each, one integer if all are equal."""
@@ -241,7 +241,7 @@ def check_apart(op: str, source: Places, target: Places, *, in_place: bool = Fal
     if not len(ids) or not len(to_ids):
         return
     if not in_place and all(map(_is_same_memory, source.arrays, target.arrays)):
-        is_source = np.zeros(max(ids.max(), to_ids.max()) + 1, bool)  # then ids say it all
+        is_source = np.zeros(max(ids.max(), to_ids.max()) + 1, bool)  # comparing ids is enough
         is_source[ids] = True
         shared = is_source[to_ids]
         if shared.any():
@@ -309,4 +309,4 @@ def check_given_scales(op: str, target: Any, source: Any = None, *, stream: Any 
 
 def same_values(a: Any, b: Any) -> bool:
     a, b = map(to_host, (a, b))
-    return bool(np.array_equal(a.view(f"u{a.itemsize}"), b.view(f"u{b.itemsize}")))  # NaN too
+    return bool(np.array_equal(a.view(f"u{a.itemsize}"), b.view(f"u{b.itemsize}")))  # NaN, too

@@ -155,7 +155,7 @@ def load(
 
 def _load_coded(op: str, path: Path, cache: Any, ids: Any, codec: Codec, hadamard: bool) -> int:
     """Read a stream into pages of a sequence."""
-    from pykv.kvtc import parse  # here, as few callers have a codec
+    from pykv.kvtc import parse  # here: few callers have a codec
 
     try:
         coded = parse(path.read_bytes())

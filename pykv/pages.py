@@ -106,12 +106,12 @@ def zero_pages(cache: Any, pages: Ids, *, stream: Any = None) -> None:
     if not on_gpu(cache.k):
         cuda.run_on_host(lambda: _zero_on_host(arrays, ids), stream=stream)
         return
-    places = places_of(arrays, np.unique(ids))  # block_copy allows no destination twice
+    places = places_of(arrays, np.unique(ids))  # block_copy refuses equal destinations
     with cuda.on_stream(stream):
         zeros = load_cupy().zeros(max(places.page_bytes), np.uint8)
     cuda.hold(zeros, *arrays)
     to, sizes = places.ranges()
-    src = np.full(len(to), ranges.address_of(zeros), np.uint64)  # a page that caches hold
+    src = np.full(len(to), ranges.address_of(zeros), np.uint64)  # all read one page
     block_copy.vectorized_copy(src, to, sizes, stream=stream)
 
 
@@ -250,7 +250,7 @@ def convert_pages(
     check_may_write(op, "target", target)
     if len(sides[1].ids):
         check_given_scales(op, target, stream=stream)
-    # Rows of another layout have other places in a page, so that one would overwrite another.
+    # In place, rows that move within a page would overwrite rows that are still to be read.
     spec, out_spec = as_spec(op, source.spec), as_spec(op, target.spec)
     in_place = spec.layout == out_spec.layout and heads is None and target_heads is None
     check_apart(op, *sides, in_place=in_place)

@@ -33,8 +33,8 @@ from pykv.specs import POOLS, KVSpec, spec_of
 from pykv.stages import Touched
 
 OPS = ("PRODUCT", "EMBED", "ADD_NORM", "APPEND", "ATTEND", "PEAKS", "ARGMAX")  # as in the kernel
-_PARTS = 64  # of a row of logits, whose largest are compared then
-_SPLIT_KEYS = 128  # fewest keys of a split, where some sequence can have as many
+_PARTS = 64  # parts of a row of logits, each with a largest one
+_SPLIT_KEYS = 128  # a split has at least so many keys, if a sequence can have them
 
 
 class Record(NamedTuple):
@@ -58,8 +58,8 @@ class Record(NamedTuple):
 class Scratch(NamedTuple):
     """Arrays that phases of a program share on a GPU."""
 
-    workspace: Any  # of split keys, float32
-    keys: Any  # of the largest logits, uint64
+    workspace: Any  # float32, for states of attention whose keys are split
+    keys: Any  # uint64, a largest logit with its token
     deferred: dict[int, int]  # splits of attention that products merge, by the address of its `out`
 
 
@@ -93,7 +93,7 @@ class Product(NamedTuple):
         return block_linear.checked(op, *given, asked)[1]
 
     def touched(self) -> Touched:
-        # What `accumulate` reads of out it also writes.
+        # With `accumulate` out is read as well; that it is written is all that counts.
         return Touched(
             [place_of(x) for x in (self.x, *self.constants().values())], [place_of(self.out)]
         )

@@ -20,7 +20,7 @@ from pykv.ops import paged_append, paged_decode, paged_qkv, prefill
 from pykv.options import check_number, check_whole, page_ids
 from pykv.specs import KVSpec, as_spec
 
-_first_append = threading.Lock()  # of all caches: it is rare
+_first_append = threading.Lock()  # one for all caches: first appends are rare
 
 
 class PagedKVCache:
@@ -92,7 +92,7 @@ class PagedKVCache:
             raise ParameterError(f"{op}: xp is {xp!r}, expected the module numpy or cupy")
         self.spec = as_spec(op, spec)
         self._margin = margin
-        # Layers that may lack scales.
+        # Layers whose given scales may still be unset.
         self._unset = set(range(layers)) if self.spec.has_given_scales else set()
         self._xp = xp
         self._set_arrays(self._zeros(pages))
@@ -297,7 +297,7 @@ class PagedKVCache:
             if layer not in self._unset:
                 return append()
             cuda.refuse_prepare(op, "a layer's first rows set its scales")
-            # Raises what is wrong with the arrays, and writes nothing.
+            # Prepared, not run: raises if an array is wrong, and writes nothing.
             cuda.prepare(append.func, *append.args, **append.keywords)
             scales = [x for x in self.scales[layer] if x is not None]
             before = [to_host(x).copy() for x in scales]

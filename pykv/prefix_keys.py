@@ -24,7 +24,7 @@ def root(op: str, salt: str | bytes) -> bytes:
     if not salt:
         return bytes(_BYTES)
     salt = salt.encode("utf-8", "surrogatepass") if isinstance(salt, str) else salt
-    # Hashed in another way than pages are: no salt gives the key of a page.
+    # The hash is personalised, so that no salt can give the key of a page.
     return blake2b(salt, digest_size=_BYTES, person=b"salt").digest()
 
 
@@ -53,7 +53,7 @@ def count(op: str, tokens: Sequence[Any]) -> int:
     try:
         if hasattr(tokens, "__getitem__"):
             return len(tokens)
-    except (TypeError, OverflowError):  # an array without dimensions, or a range without an end
+    except (TypeError, OverflowError):  # len() of a 0-d array, or of a range beyond ssize_t
         pass
     given = type(tokens).__name__
     raise DtypeError(f"{op}: tokens is a {given}, expected a sequence of token ids")

@@ -217,7 +217,7 @@ def kinds_of(addresses: Any) -> set[str | int]:
         found.add(kind)
         i = int(np.searchsorted(addresses, np.uint64(end)))
         if kind == PAGEABLE:
-            break  # one such decides
+            break  # pageable memory decides, whatever the others are
     return found
 
 
@@ -273,7 +273,7 @@ def gpu_pair_at(
 def merge(src: Any, dst: Any, sizes: Any) -> tuple[Any, Any, Any]:
     """The same copy with fewer pairs: none empty, and none whose source and destination both
     continue those of the pair before."""
-    if isinstance(sizes, int) and len(src) < 2:  # such as one large copy
+    if isinstance(sizes, int) and len(src) < 2:  # a single copy has no neighbours
         return src, dst, sizes
     if not isinstance(sizes, int) and not sizes.all():
         kept = sizes > 0
@@ -282,7 +282,7 @@ def merge(src: Any, dst: Any, sizes: Any) -> tuple[Any, Any, Any]:
         return src, dst, 0
     lengths = np.uint64(sizes) if isinstance(sizes, int) else sizes[:-1].view(np.uint64)
     follows = src[1:] - src[:-1] == lengths
-    if np.count_nonzero(follows):  # mostly not, and then the destinations need no look
+    if np.count_nonzero(follows):  # mostly none, which saves the look at destinations
         follows &= dst[1:] - dst[:-1] == lengths
     if np.count_nonzero(follows):
         first = np.concatenate(([0], np.flatnonzero(~follows) + 1))

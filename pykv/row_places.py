@@ -20,7 +20,7 @@ from pykv.ops import paged_check
 from pykv.ops.paged_check import COUNTS
 from pykv.options import check_choice, check_flag
 
-ADDRESSES = dict(  # what the kernel calls these functions
+ADDRESSES = dict(  # the kernel's names for the functions of paged_append
     append="SLOTS", append_decode="DECODE", append_ragged="RAGGED", append_indexed="INDEXED"
 )
 

@@ -68,7 +68,7 @@ class KVSpec:
                 raise ParameterError(
                     f"KVSpec: {field} is {name!r}, expected one of {', '.join(names)}"
                 )
-        # Ops look things up by it: computed once instead of at each call.
+        # Computed once: ops use specs as dict keys at each call.
         words = (self.k, self.v, self.granularity, self.scale_dtype, self.layout)
         object.__setattr__(self, "_hash", hash(words))
 

@@ -27,7 +27,7 @@ class Touched(NamedTuple):
 def stages_of(touched: Sequence[Touched]) -> list[int]:
     """The stage of each phase: as few as keep the order wherever it matters."""
     stages: list[int] = []
-    begin = 0  # of the stage that grows
+    begin = 0  # first phase of the stage that is being filled
     for i, phase in enumerate(touched):
         stage = stages[-1] if stages else 0
         if any(phase.conflicts(touched[j]) for j in range(begin, i)):

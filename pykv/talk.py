@@ -100,7 +100,7 @@ def _session(llm: Any, args: argparse.Namespace, *, chat: bool) -> Iterator[list
             if len(history) > (_first_turn(history) if chat else 0):
                 llm.save(path, history, codec=codec)
             else:
-                path.unlink(missing_ok=True)  # as /clear has it
+                path.unlink(missing_ok=True)  # /clear leaves an empty conversation, so no file
 
 
 @contextmanager

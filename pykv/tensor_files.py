@@ -132,7 +132,7 @@ def read_arrays(
         raise FormatError(f"{op}: {path} has {header.size} bytes, expected {want}")
     file.seek(header.begin)
     for x in arrays.values():
-        file.readinto(_bytes(x))  # too few show in the checksum
+        file.readinto(_bytes(x))  # a short read fails the checksum below
     if _digest(header.metadata, header.table, arrays) != header.metadata["sha256"]:
         raise FormatError(f"{op}: {path} is damaged: its checksum does not hold")
 
@@ -151,7 +151,7 @@ def read_rows(
     if header.size != want:
         raise FormatError(f"{op}: {path} has {header.size} bytes, expected {want}")
     file.seek(header.begin + first * size)
-    file.readinto(_bytes(rows))  # too few show in the checksums
+    file.readinto(_bytes(rows))  # a short read fails the checksums below
     found = [hashlib.sha256(row).hexdigest() for row in rows]
     is_whole = _digest(header.metadata, header.table, {}) == header.metadata["sha256"]
     if not is_whole or found != sums[first : first + n]:

@@ -135,7 +135,7 @@ def memcpy_batch(
         return _NOTHING
     if device == "cpu":
         return _copy_on_host(op, pairs, mode, stream)
-    if cuda.is_preparing():  # calls may come when the caller's tables hold something else
+    if cuda.is_preparing():  # the caller may change his tables before the call runs
         pairs = deepcopy(pairs)
     cuda.array_module("cuda")
     with cuda.on_stream(stream):
@@ -153,10 +153,10 @@ def memcpy_batch(
 
     by_kernel = plan.path not in ("batch", "loop")
     if gpus:
-        # Of the kernel, tables go to the GPU when the call is prepared, once.
+        # The kernel's tables are uploaded once, when the call is prepared.
         call = copy if by_kernel else partial(cuda.enqueue, copy)
         copy_ways.cross(op, plan.path, gpus, call, stream)
-    elif by_kernel and cuda.is_preparing():  # likewise
+    elif by_kernel and cuda.is_preparing():  # uploads its tables now, as above
         block_copy.copy_on_gpu(op, *pairs, stream=stream)
     else:
         cuda.enqueue(copy, stream)
@@ -300,7 +300,7 @@ def start(
             report, used = _submit(op, pairs, plan, mode)
 
         try:
-            if gpus:  # behind which the current GPU's stream waits, whichever the copy was on
+            if gpus:  # the current GPU's stream waits for the copy, whichever GPU ran it
                 copy_ways.cross(op, plan.path, gpus, copy)
                 used = handle
             else:

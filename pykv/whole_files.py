@@ -47,7 +47,7 @@ def replace(
     if durable and os.name == "posix":  # elsewhere folders cannot be opened
         folder = os.open(path.parent, os.O_RDONLY)
         try:
-            os.fsync(folder)  # or a crash may undo the renaming
+            os.fsync(folder)  # makes the renaming durable
         finally:
             os.close(folder)
 
@@ -64,7 +64,7 @@ def try_out(path: Path, nbytes: int = 1 << 20) -> None:
         with file:
             file.write(bytes(nbytes))
             file.flush()
-            os.fsync(file.fileno())  # some file systems look for room no sooner
+            os.fsync(file.fileno())  # some file systems allocate only now
     finally:
         os.unlink(file.name)
 
@@ -101,7 +101,7 @@ def _scratch(path: Path, mode: int, *, clears: bool) -> BinaryIO:
         name = path.with_name(prefix + secrets.token_hex(8))
         try:
             return open(name, "xb", opener=lambda path, flags: os.open(path, flags, mode))
-        except OSError as error:  # of the file that somebody asked for
+        except OSError as error:  # name the file that the caller asked for
             raise OSError(error.errno, error.strerror, str(path)) from None
 
     prefix = f"{SCRATCH}{hashlib.sha256(path.name.encode(errors='replace')).hexdigest()[:12]}-"

@@ -36,8 +36,8 @@ class _Recording:
     held: list[Any]  # objects that must live as long as the steps
     steps: list[Step] = field(default_factory=list)
     device: int | None = None  # GPU that the steps need
-    has_work: bool = False  # and not only looks
-    is_idle: bool = False  # there is no work to do, see `skip`
+    has_work: bool = False  # some step does work; `look` steps only check contents
+    is_idle: bool = False  # the op said by `skip` that there is nothing to do
 
 
 class _State(threading.local):
@@ -46,7 +46,7 @@ class _State(threading.local):
     recording: _Recording | None = None
     captured: Any = None  # GraphMemory of the graph being captured
     traced: list[Any] | None = None  # steps, see pykv.cuda.replay
-    used_gpu = False  # since `graph` last asked
+    used_gpu = False  # a step used the GPU since `graph` last reset this
 
 
 state = _State()
@@ -239,7 +239,7 @@ class Prepared:
     def __init__(self, recording: _Recording, result: Any) -> None:
         self._steps, self._held, self.result = recording.steps, recording.held, result
         self._device = recording.device
-        if self._device is not None:  # looked up once: the call has microseconds
+        if self._device is not None:  # GPU number looked up in `prepare`, to save time here
             self._current_device = load_cupy().cuda.runtime.getDevice
 
     def __repr__(self) -> str:
@@ -325,8 +325,8 @@ def prepare(op: Callable[..., Any], /, *args: Any, **options: Any) -> Prepared:
         result = op(*args, **options)
     finally:
         state.recording = outer
-    # Without a step, an op of pykv had nothing to do, or is a function that works at once, such as
-    # the reference of one.
+    # No step was recorded: an op of pykv had nothing to do, or the function works at once, as a
+    # reference does.
     is_op = module.startswith("pykv.") and not str(name).startswith("reference")
     had_none = _is_empty(result) if result is not None else _has_empty((*args, *options.values()))
     if not (recording.steps or recording.is_idle or (is_op and had_none)):

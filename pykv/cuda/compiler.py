@@ -163,7 +163,7 @@ def _key(stem: str, arch: str, defines: dict[str, Any]) -> tuple[bytes, Any]:
     defined = [(name, str(value)) for name, value in sorted(macros(defines, arch).items())]
     options = ProgramOptions(
         name=f"{stem}.cu",
-        arch="sm_90a" if arch == "sm_90" else arch,  # has wgmma, and runs on the same GPUs
+        arch="sm_90a" if arch == "sm_90" else arch,  # sm_90a adds wgmma; the same GPUs run it
         std="c++17",
         lineinfo=True,  # profilers name the source line; the code is the same
         define_macro=defined or None,
@@ -174,7 +174,7 @@ def _key(stem: str, arch: str, defines: dict[str, Any]) -> tuple[bytes, Any]:
     return key, options
 
 
-# The first NVRTC that targets an SM, of those which some NVRTC that we install does not.
+# SMs that the oldest supported NVRTC does not target: the first version that does.
 _SINCE = {100: "12.8", 103: "12.9", 110: "13.0", 120: "12.8", 121: "12.9"}
 
 
@@ -222,7 +222,7 @@ def _nvrtc() -> Any:
 
 # --- Cache of cubins ------------------------------------------------------------------------------
 
-_memory: dict[bytes, bytes] = {}  # cubins that the folder would not take, or may not
+_memory: dict[bytes, bytes] = {}  # cubins that could not be stored in the cache folder
 
 
 @cache
@@ -285,7 +285,7 @@ def clear_cubins() -> int:
     freed = delete(cubins())
     emptied = [*cubin_dir().glob("entries/[0-9a-f][0-9a-f]"), cubin_dir() / "entries"]
     for folder in (*emptied, cubin_dir() / "tmp", cubin_dir()):
-        with suppress(OSError):  # not there, or not empty
+        with suppress(OSError):  # the folder is absent or still holds files
             folder.rmdir()
     _store_at.cache_clear()
     _memory.clear()
@@ -338,7 +338,7 @@ def warmup(archs: list[str], *, force: bool = False) -> int:
         started = len(missing)
         if missing:
             _say(f"{what}: {started} in all", to_terminal=False)
-            missing.sort(key=lambda job: -len(source(job[1])))  # the longest must not end last
+            missing.sort(key=lambda job: -len(source(job[1])))  # start the longest compiles first
             with ThreadPoolExecutor(os.cpu_count()) as pool:
                 for _ in pool.map(lambda job: compile(job[1], job[0], **job[2]), missing):
                     done += 1

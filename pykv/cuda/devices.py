@@ -27,7 +27,7 @@ def has_driver() -> bool:
     return any(map(os.path.exists, ("/dev/nvidiactl", "/dev/dxg")))  # dxg: WSL 2
 
 
-NO_DRIVER = "there is no NVIDIA driver"  # in these words everywhere
+NO_DRIVER = "there is no NVIDIA driver"  # shared by all messages that say so
 
 
 def why_no_gpu(error: Exception) -> str:

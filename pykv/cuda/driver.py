@@ -18,7 +18,7 @@ from pykv.cuda.compiler import compile
 from pykv.cuda.devices import core_stream, current_sm, num_sms
 from pykv.errors import CudaError, DtypeError, ParameterError
 
-SHARED_BYTES = 48 << 10  # that a block may have unasked, its kernel's own variables among them
+SHARED_BYTES = 48 << 10  # static and dynamic, that a block gets without opting in
 
 _lock = threading.Lock()
 
@@ -114,7 +114,7 @@ def _is_captured_behind_others(handle: int) -> bool:
         return False
     from cuda.bindings import driver
 
-    # CUDA 13 has one value more, behind these. Where it refuses, so it does the launch.
+    # CUDA 13 appends one more value. If this query fails, the launch fails too and reports it.
     status, _, _, _, ahead, *_ = driver.cuStreamGetCaptureInfo(handle)
     if status != driver.CUresult.CUDA_SUCCESS:
         return True

@@ -25,12 +25,12 @@ class GraphMemory:
         cupy = load_cupy()
         cuda = cupy.cuda
         self._chunks: list[Any] = []
-        self._held: list[Any] = []  # by the graph being captured
+        self._held: list[Any] = []  # what the graph being captured must keep alive
 
         def allocate(size: int) -> Any:
             try:
                 self._chunks.append(cuda.Memory(size))
-            except cuda.runtime.CUDARuntimeError:  # CuPy's own pool may keep what it does not use
+            except cuda.runtime.CUDARuntimeError:  # CuPy's pool may hold the memory: free and retry
                 cupy.get_default_memory_pool().free_all_blocks()
                 self._chunks.append(cuda.Memory(size))
             return cuda.MemoryPointer(self._chunks[-1], 0)

@@ -39,7 +39,7 @@ class Signature(NamedTuple):
 
     arrays: tuple[str, ...]
     scalars: dict[str, str]  # name to C type
-    written: tuple[str, ...]  # of the arrays, those that are not const
+    written: tuple[str, ...]  # the arrays whose parameters are not const
 
 
 class Kernel(NamedTuple):

@@ -69,7 +69,7 @@ def _open_contexts(op: str, device: int, other: int) -> None:
     driver, runtime = _driver(), load_cupy().cuda.runtime
     here = runtime.getDevice()
     try:
-        runtime.setDevice(other)  # makes its primary context, and that current
+        runtime.setDevice(other)  # creates its primary context and makes it current
         context = _answer("cuCtxGetCurrent")
         runtime.setDevice(device)
         (status,) = driver.cuCtxEnablePeerAccess(context, 0)
@@ -90,7 +90,7 @@ def _open_pools(device: int, other: int) -> None:
     access.flags = driver.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
     for which in ("cuDeviceGetDefaultMemPool", "cuDeviceGetMemPool"):
         status, pool = getattr(driver, which)(other)
-        if status.name == "CUDA_ERROR_NOT_SUPPORTED":  # then nothing was allocated from one
+        if status.name == "CUDA_ERROR_NOT_SUPPORTED":  # no memory pools, so none to open
             return
         if status.name != "CUDA_SUCCESS":
             raise CudaError(f"{which}({other}): {status.name}")
@@ -233,7 +233,7 @@ def cross(
         enable_peer_access(runner, peer)
     if is_preparing():
         with load_cupy().cuda.Device(runner):
-            call = prepare(call)  # tables go to the runner now, once
+            call = prepare(call)  # uploads the tables to the runner, once
 
     def step() -> None:
         with crossing(runner, peer):
@@ -250,7 +250,7 @@ def crossing(runner: int, peer: int) -> Iterator[None]:
     try:
         with load_cupy().cuda.Device(runner):
             yield
-    finally:  # what was enqueued before an error is under way
+    finally:  # after an error too: what was enqueued before it still runs
         follow(runner, peer)
 
 

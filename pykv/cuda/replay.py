@@ -21,8 +21,8 @@ class _Moved(NamedTuple):
     """A launch whose arrays lie in those of a call."""
 
     launch: Launch
-    sources: tuple[int | None, ...]  # of each of its arrays, the index of the call's
-    offsets: tuple[int, ...]  # bytes from that one's address on
+    sources: tuple[int | None, ...]  # for each of its arrays: which array of the call it lies in
+    offsets: tuple[int, ...]  # and how many bytes behind that one's address
 
 
 class _Plan:

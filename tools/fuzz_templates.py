@@ -31,40 +31,13 @@ MESSAGES = [
     {"role": "user", "content": "<b>Hi</b> {0.__class__} %999999999d"},
     {"role": "assistant", "content": None, "tool_calls": [{"name": "f", "arguments": {"x": 1}}]},
 ]
-ATOMS = [
-    *(
-        "1",
-        "-1",
-        "0",
-        "10**9",
-        "9**9**9",
-        "1.5",
-        "1e308",
-        "true",
-        "none",
-        "'a'",
-        "'a' * 10**9",
-        "''",
-    ),
-    *(
-        "'%999999999d'",
-        "'{:999999999}'",
-        "'{0.__class__.__init__}'",
-        "'\\u00e9\\U0001f600'",
-        "'\\x1b[2J'",
-    ),
-    *("[1, 2]", "[[1], 'b']", "{'a': 1}", "(1, 2)", "range(9)", "range(9**5)", "range(10**9)"),
-    *("messages", "messages[0].content", "messages[1].tool_calls", "m", "s", "n", "nothing"),
-    *("loop", "self", "cycler('a')", "joiner('a')", "namespace(a=1)", "dict(a=1)", "lipsum()"),
-    *(
-        "raise_exception('no')",
-        "strftime_now('%Y')",
-        "f",
-        "f(1)",
-        "messages.__class__",
-        "f.__globals__",
-    ),
-]
+ATOMS = r"""
+    1 -1 0 10**9 9**9**9 1.5 1e308 true none 'a' 'a'*10**9 '' '%999999999d' '{:999999999}'
+    '{0.__class__.__init__}' '\u00e9\U0001f600' '\x1b[2J' [1,2] [[1],'b'] {'a':1} (1,2) range(9)
+    range(9**5) range(10**9) messages messages[0].content messages[1].tool_calls m s n nothing loop
+    self cycler('a') joiner('a') namespace(a=1) dict(a=1) lipsum() raise_exception('no')
+    strftime_now('%Y') f f(1) messages.__class__ f.__globals__
+""".split()
 BINARY = ["+", "-", "*", "/", "//", "%", "**", "~", "==", "<", "in", "and", "or", "is not"]
 STATEMENTS = ["include", "import", "extends", "from", "do", "with", "break", "else"]
 METHODS = [

@@ -100,18 +100,7 @@ def test_table():
     found = {"copy": 50.0}
     good = report.with_share(made(us=[100.0] * 3, host=[5.0]), found)
     head, first, second = report.to_table([good, made(us=())]).splitlines()
-    assert head.split() == [
-        "case",
-        "us",
-        "p5",
-        "p95",
-        "host",
-        "us",
-        "prepared",
-        "GB/s",
-        "of",
-        "ceiling",
-    ]
+    assert head.split() == "case us p5 p95 host us prepared GB/s of ceiling".split()
     assert first.split() == [
         *("copy", "size=7", "100.0", "100.0", "100.0", "5.0", "40.0", "80.0%", "copy")
     ]

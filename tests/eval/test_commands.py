@@ -152,18 +152,7 @@ def test_figures(run, in_a_folder):
     assert run("needles", *argv, "--plot", "n.png")[0] == 0
     assert (in_a_folder / "n.png").read_bytes().startswith(b"\x89PNG")
     # Of exact rows the KL is 0, which no logarithm has.
-    argv = (
-        "--text",
-        "a.txt",
-        "--kv-dtype",
-        "fp32",
-        "--windows",
-        "1",
-        "--prefill",
-        "9",
-        "--score",
-        "2",
-    )
+    argv = "--text a.txt --kv-dtype fp32 --windows 1 --prefill 9 --score 2".split()
     assert run("continuation", *argv, "--plot", "c.svg")[0] == 0
     svg = (in_a_folder / "c.svg").read_text()
     assert "a.txt" in svg and ">fp32<" in svg

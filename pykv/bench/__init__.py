@@ -129,7 +129,7 @@ def run(
     needs_none, ceilings = getattr(load(name), "HAS_NO_SHARES", False), load(CEILINGS)
     of_ceilings = ceilings.cases(ceilings.QUICK_SIZE) if quick else ceilings.CASES
     of_ceilings = [] if needs_none else of_ceilings
-    jobs = {CEILINGS: of_ceilings, name: list(cases)}  # one job, where these are what is wanted
+    jobs = {CEILINGS: of_ceilings, name: list(cases)}  # `name` may be CEILINGS itself: one job then
     total, numbers = sum(map(len, jobs.values())), itertools.count(1)
     timer, facts = timing.Timer(xp, samples=samples, warmup=warmup), report.environment(xp)
 
@@ -144,7 +144,7 @@ def run(
                 yield record
 
     try:
-        held = list(measured(CEILINGS))  # their own shares are known when all are measured
+        held = list(measured(CEILINGS))  # all, since their own shares need every ceiling
         found = report.ceilings(held)
         yield from (report.with_share(record, found) for record in held)
         ran = name == CEILINGS and bool(held)

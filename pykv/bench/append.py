@@ -32,7 +32,7 @@ from pykv.testing import caches, host, is_close
 
 SIZES = dict(N=4096, P=16, H=8, D=128)
 TINY = dict(N=16, P=4, H=2, D=16)
-GROUP = 4  # query heads to a KV head, where there are any
+GROUP = 4  # query heads for each KV head, in cases with queries
 CHECKED = 256  # tokens whose queries and keys a check looks at
 EPS = 1e-5
 
@@ -74,7 +74,7 @@ def make(case: Case, xp: Any, rng: np.random.Generator) -> Work | None:
     """The work of a case: `tokens` rows of K and V in `dtype` go to random slots of N pages."""
     spec, T, dtype = KVSpec.parse(case["kv"]), case["tokens"], DTYPES[case["dtype"]]
     N, P, H, D = (case[name] for name in "NPHD")
-    moved = T * (2 * H * D * dtype.itemsize + spec.bytes_per_token(H, D)) + 4 * T  # and slots
+    moved = T * (2 * H * D * dtype.itemsize + spec.bytes_per_token(H, D)) + 4 * T  # slots
     if "op" in case:
         moved += T * 2 * case["HQ"] * D * dtype.itemsize + 4 * T + 4 * (D // 2)
     calls = min(timing.calls_of(xp, moved), N * P // T)
@@ -95,7 +95,7 @@ def make(case: Case, xp: Any, rng: np.random.Generator) -> Work | None:
     )
 
 
-Call = tuple[Callable[[], object], Callable[[], bool]]  # and its check
+Call = tuple[Callable[[], object], Callable[[], bool]]  # a call, and its check
 
 
 def rows(

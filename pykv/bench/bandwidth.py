@@ -30,7 +30,7 @@ CASES: list[dict[str, Any]] = [
     *(dict(what=what, by="memcpy", size=GIB) for what in ("h2d", "d2h")),
 ]
 
-_BYTE = 165  # what memset writes
+_BYTE = 165  # written by memset
 _TILES_A_SUM = 8  # enough for each block to amortise its end, few enough to spread evenly
 
 
@@ -59,7 +59,7 @@ def make(case: dict[str, Any], xp: Any, rng: np.random.Generator) -> Work | None
     flight, memset or memcpy; size = bytes of an array."""
     what, by, size = case["what"], case["by"], case["size"]
     if size > GIB and (xp is np or not memory.fits(xp, 2 * size)):
-        return None  # the host has no start that a larger size would hide
+        return None  # the larger size hides the launch time, which a host does not have
     if xp is np and not by.startswith("kernel"):
         return None
     seed = int(rng.integers(2**32))
@@ -69,9 +69,9 @@ def make(case: dict[str, Any], xp: Any, rng: np.random.Generator) -> Work | None
     return Work(
         run,
         check=lambda: bool(truths().all()),
-        bytes=2 * size if what == "copy" else size,  # read and written, or once
+        bytes=2 * size if what == "copy" else size,  # a copy reads and writes
         ceiling=what,
-        reads_only=what == "read",  # the sums are next to nothing
+        reads_only=what == "read",  # besides a few sums
     )
 
 
@@ -82,7 +82,7 @@ def _call(
     what, by, words = case["what"], case["by"], out.reshape(-1)
     if by == "memset":
         return partial(out.data.memset_async, _BYTE, out.nbytes), lambda: out.view("u1") == _BYTE
-    if by == "memcpy":  # the driver's own copy, host memory being pinned
+    if by == "memcpy":  # the driver copies, from or to pinned host memory
         x, out = memory.place(xp, x, what == "h2d"), memory.place(xp, out, what == "d2h")
         run = memory.copier(xp, address_of(out), address_of(x), x.nbytes)
         return run, lambda: memory.on_device(xp, out) == memory.on_device(xp, x)

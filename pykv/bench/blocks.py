@@ -14,7 +14,7 @@ from pykv.bench.options import Case
 from pykv.bench.report import Record
 from pykv.blocks import BlockManager
 
-DEVICE = "auto"  # no call touches it
+DEVICE = "auto"  # not used: the block manager runs on the host
 HAS_NO_SHARES = True
 PAGES, P = 4096, 16
 
@@ -38,7 +38,7 @@ def make(case: Case, xp: Any, rng: np.random.Generator) -> Work:
     """
     pool = BlockManager(PAGES, P)
     run = ROUNDS[case["what"]](pool, case["operations"], rng)
-    before = pool.num_free, pool.num_cached  # a round leaves as much behind as it finds
+    before = pool.num_free, pool.num_cached  # each round must restore these
     return Work(run, lambda: (pool.num_free, pool.num_cached) == before, bytes=0, wall=True)
 
 

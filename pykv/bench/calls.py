@@ -87,7 +87,7 @@ def _append(case: Case, xp: Any, rng: np.random.Generator) -> Work:
 
 def _decode(case: Case, xp: Any, rng: np.random.Generator) -> Work | None:
     work = decode.make(case, xp, rng)
-    if work is None or (op := work.op) is None:  # there is no memory for it
+    if work is None or (op := work.op) is None:  # the case does not fit into memory
         return None
     work = Work(op, work.check, work.bytes, op=op)
     if case["how"] == "op":

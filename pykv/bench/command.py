@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
                 records.append(record)
                 if record["bench"] == args.name:
                     own.append(record)
-    finally:  # what is measured is kept when somebody interrupts the rest
+    finally:  # after an interrupt, too: keep what has been measured
         getattr(module, "derive", list)(own)
         texts = {
             given.json: report.to_json(records),
@@ -75,7 +75,7 @@ def parser_of(name: str, module: Any) -> argparse.ArgumentParser:
         prog=f"pykv bench {name}",
         description=module.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,  # --page is not --pages
+        allow_abbrev=False,  # else --page would pass as --pages
     )
     device = getattr(module, "DEVICE", "cuda")
     for option, text in (

@@ -30,7 +30,7 @@ CASES: list[Case] = [dict(what=what) for what in ("variant", "warmup", "import")
 QUICK: list[Case] = [dict(what="import")]
 HAS_NO_SHARES = True
 SAMPLES = 5  # a warm-up takes seconds
-HOST_ARCH = "sm_90"  # what is compiled for where there is no GPU
+HOST_ARCH = "sm_90"  # the SM to compile for on a machine without a GPU
 
 _CODE = {
     "variant": (

@@ -60,7 +60,7 @@ def _cases(sizes: dict[str, list[tuple[int, int]]]) -> list[Case]:
                 _case(direction, "batched", size, count),
                 _case(direction, "contiguous", size * count, 1),
             ]
-    return options.distinct(made)  # totals may be equal
+    return options.distinct(made)  # several shapes may give one total
 
 
 def _case(direction: str, backend: str, copy_size: int, num_copies: int) -> Case:
@@ -159,7 +159,7 @@ def make(case: Case, xp: Any, rng: np.random.Generator) -> Work | None:
     room = slots * block
     if xp is np and (direction != "d2d" or backend in MODES):
         return None  # the host has neither a link nor copy engines
-    if not memory.fits(xp, 2 * room + GIB):  # the check takes some more
+    if not memory.fits(xp, 2 * room + GIB):  # the check needs memory of its own
         return None
 
     words = caches.words(xp, room, int(rng.integers(2**32)))
@@ -175,7 +175,7 @@ def make(case: Case, xp: Any, rng: np.random.Generator) -> Work | None:
     return Work(
         run=_runner(case, xp, *tables),
         check=lambda: _holds(xp, src, dst, at, to, slots),
-        bytes=total * (2 if direction == "d2d" else 1),  # read and written; or over the link
+        bytes=total * (2 if direction == "d2d" else 1),  # read and written; over the link, once
         ceiling="copy" if direction == "d2d" else direction,
         wall=backend in BACKENDS,
     )
@@ -206,7 +206,7 @@ def _holds(xp: Any, src: Any, dst: Any, at: Any, to: Any, slots: int) -> bool:
     src, dst = (memory.on_device(xp, x).reshape(slots, -1) for x in (src, dst))
     origin = np.full(slots, -1)
     origin[to] = at
-    step = max((256 * MIB) // (4 * src.shape[1]), 1)  # slots at a time, or memory runs short
+    step = max((256 * MIB) // (4 * src.shape[1]), 1)  # slots at a time, to bound memory
     for first in range(0, slots, step):
         came = origin[first : first + step]
         moved = src[xp.asarray(np.maximum(came, 0))]
@@ -239,7 +239,7 @@ def row(one: report.Record) -> dict[str, Any]:
     }
 
 
-NEARLY = 0.97  # of another rate: as fast
+NEARLY = 0.97  # a rate at least so much of another counts as equal
 
 
 def conclude(records: list[report.Record]) -> str:

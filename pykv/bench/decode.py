@@ -16,7 +16,7 @@ from pykv.testing import caches, host, is_by_definition
 SIZES = dict(HQ=32, H=8, D=128, P=16)
 KINDS = ("bf16", "int8", "e4m3", "int4")
 BATCHES = ((64, 4096), (256, 1024), (16, 4096), (1, 131072), (1, 8192), (1, 1024))
-SHAPES = (  # heads and head sizes of known models, and what else is usual
+SHAPES = (  # heads and head sizes of known models, and other page sizes
     dict(HQ=32, H=32),
     dict(HQ=64, H=8),
     dict(HQ=28, H=4),
@@ -26,8 +26,8 @@ SHAPES = (  # heads and head sizes of known models, and what else is usual
     dict(P=1),
     dict(P=64),
 )
-MIXED = 0  # as a length: lengths of 1 to 16384, drawn evenly
-CHECKED = 2  # sequences that a check looks at
+MIXED = 0  # this L stands for lengths drawn uniformly from 1 to 16384
+CHECKED = 2  # sequences that each check compares
 
 
 def _cases() -> list[dict[str, Any]]:

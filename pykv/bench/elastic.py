@@ -42,7 +42,7 @@ from pykv.testing import caches, host, is_by_definition
 
 KEEPS = (1.0, 0.75, 0.5, 0.375, 0.25, 0.125)
 SHAPES = (
-    dict(B=1, L=1024, HQ=16, H=16, D=64),  # the Elastic KV core's own
+    dict(B=1, L=1024, HQ=16, H=16, D=64),  # as the Elastic KV core measures
     dict(B=1, L=4096, HQ=32, H=32, D=128),
     dict(B=1, L=131072, HQ=32, H=8, D=128),
     dict(B=8, L=16384, HQ=32, H=8, D=128),
@@ -52,9 +52,9 @@ TINY = dict(B=2, L=200, HQ=4, H=2, D=32)
 STEPS = 64
 OPTIONS = ("batch", "seq", "equal_heads", "dim", "row_kv", "compress", "keep", "decode_tokens")
 BASELINE = "attention over all keys, the same kernel in the same run"
-WINDOW = 16  # last queries that score
+WINDOW = 16  # the last so many queries score the keys
 _PAGE = 16
-_QUERY = 5.0  # of logits: about 3 by keys whose elements have a standard deviation of 0.58
+_QUERY = 5.0  # size of queries: with keys of standard deviation 0.58 logits have about 3
 
 
 def _cases(shapes: Sequence[Case], keeps: Sequence[float], steps: int = 0) -> list[Case]:
@@ -169,7 +169,7 @@ class Layer:
             told = store.arrays | store.at(length) | dict(out=out, workspace=workspace)
             return partial(paged_decode.decode, query, **told)
 
-        self.attend = step(self.last, self.some, self.kept)  # to the keys that are kept
+        self.attend = step(self.last, self.some, self.kept)  # over the kept keys alone
         self.attend_to_all = step(self.last, self.all, self.L)
         self._steps: list[Callable[[], Any]] = []  # each an append, and attention
         for t in range(steps):
@@ -196,7 +196,7 @@ class Layer:
 
     def evict(self) -> None:
         """Score every key, select the best of each sequence, and copy their rows, in order."""
-        scores = self.masses(self._window).sum(1)  # of tokens: a row stays in all heads or in none
+        scores = self.masses(self._window).sum(1)  # over heads, which all keep the same tokens
         kv_select.select(scores[:, None], *self._limits, kept=self._kept, counts=self._counts)
         tokens = [self._as_tokens(store) for store in (self.all, self.some)]
         outs = {name.replace("_", "_out_").replace("_pool", ""): x for name, x in tokens[1].items()}
@@ -259,9 +259,9 @@ class Layer:
         kept = host(mass.swapaxes(0, 1).reshape(self.H, -1)[:, self.slots_kept])
         kept = kept.reshape(self.H, self.B, -1).sum(-1, dtype=np.float64).T  # [B, H]
         G = self.HQ // self.H
-        error = np.sqrt((lost**2).sum(-1)).sum(-1)  # of the heads of a group together
+        error = np.sqrt((lost**2).sum(-1)).sum(-1)  # summed over the heads of a group
         bound = 2 * np.maximum(G - kept, 0) * host(self.v_max)
-        slack = 1e-2 * G * host(self.v_max)  # of rounding, and of codes
+        slack = 1e-2 * G * host(self.v_max)  # allows for rounding and quantisation
         of_all = np.sqrt((host(exact).astype(np.float64) ** 2).sum())
         return dict(
             relative_l2=float(np.sqrt((lost**2).sum()) / (of_all or 1.0)),
@@ -285,13 +285,13 @@ def make(case: Case, xp: Any, rng: np.random.Generator) -> Work | None:
     layer = Layer(k, v, q, case["keep"], spec, steps)
     resident = B * layer.kept * layer.bytes_per_token
     facts: dict[str, Any] = dict(kv_bytes=resident)
-    # Of evicting: all keys read once, and what is kept read and written.
+    # Bytes of evicting: all keys are read once, what is kept is read and written.
     moved = (B * L * layer.bytes_per_token // 2 + 2 * resident) * (layer.some is not layer.all)
     if what == "evict":
         return Work(layer.evict, layer.is_evicted, moved, ceiling="copy", wall=True, facts=facts)
     b = int(rng.integers(B))
     if what == "cycle":
-        # Of the steps: keys, values and scales that each sees, read once.
+        # Bytes of the steps: each reads once the keys, values and scales that it sees.
         moved += sum(range(1, steps + 1)) * B * layer.bytes_per_token + steps * resident
         is_right = partial(layer.is_attention, b, q[:, WINDOW + steps - 1], layer.kept + steps)
         return Work(layer.cycle, is_right, moved, ceiling="read", wall=True, facts=facts)

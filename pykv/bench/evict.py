@@ -155,7 +155,7 @@ def _attend(case: Case, xp: Any, rng: np.random.Generator, cache: Any, table: An
     arrays = dict(zip(("k_pool", "v_pool"), cache.layers[0], strict=True), spec=cache.spec)
     arrays |= dict(zip(("k_scales", "v_scales"), cache.scales[0], strict=True), q=q, out=out)
     arrays |= dict(page_table=xp.asarray(table), lengths=xp.full(B, lengths[0, 0], np.int32))
-    if case["job"] == "ragged":  # half of the heads keep two thirds less than the others
+    if case["job"] == "ragged":  # every second head keeps a third of what the others keep
         lengths[:, ::2] //= 2
         lengths[:, 1::2] += lengths[:, ::2]
         (part,) = parts(cache, 0)

@@ -45,7 +45,7 @@ PRODUCTS = ("project", "restore")
 WHOLE = ("compress", "decompress")
 
 TOKEN_FEATURES = 1024  # of a token in a layer: KV heads times head size of Llama 3.1 70B
-ITEMSIZE = 2  # of a block's float16
+ITEMSIZE = 2  # bytes; blocks are float16
 CHECKED = 8  # rows that a check looks at
 
 # Kinds of all coefficients by kvbench's names; or groups of one to 1,024 with bits that fall, as

@@ -23,7 +23,7 @@ from pykv.testing.compare import host
 
 KINDS = ("Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q6_K", "F16")
 SHAPES = ((8192, 2048), (14336, 4096))
-_SAMPLE = 32  # outputs that are checked
+_SAMPLE = 32  # outputs that each check compares
 
 
 def _cases() -> list[dict[str, Any]]:

@@ -29,7 +29,7 @@ def make(case: dict[str, Any], xp: Any, rng: np.random.Generator) -> Work | None
                 begin = time.perf_counter()
                 box.wait(box.submit(0, 1.0, 1.0, n=case["n"]))
                 seconds.append(time.perf_counter() - begin)
-        del seconds[0]  # waited for the launch
+        del seconds[0]  # the first job includes the launch
         facts.update(least_us=1e6 * min(seconds), p95_us=1e6 * float(np.quantile(seconds, 0.95)))
         return float(np.median(seconds))
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from pykv.ops import paged_decode
 
-POISON = np.uint32(0xDEADBEEF)  # what a word holds before a call writes it
+POISON = np.uint32(0xDEADBEEF)  # fills memory that the timed call must write
 
 _pinned: Any = None
 
@@ -50,7 +50,7 @@ def pinned(xp: Any, size: int) -> Any:
     if _pinned is None or _pinned.size < size:
         _pinned = None
         try:
-            # Not from CuPy's pool, which would keep the smaller piece too.
+            # Not from CuPy's pool, which would keep the smaller buffer as well.
             memory = xp.cuda.PinnedMemory(size)
         except xp.cuda.runtime.CUDARuntimeError as error:
             raise MemoryError(f"{size:,} bytes of host memory cannot be pinned") from error

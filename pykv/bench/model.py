@@ -42,7 +42,7 @@ from pykv.testing import host
 
 MODEL = "smollm2-135m"
 PAGE_SIZE = 16
-PROMPTS = 4  # so that neighbours in a batch hold different rows
+PROMPTS = 4  # different ones, so that neighbours in a batch hold different rows
 
 
 def _cases(weights: str, model: str = MODEL) -> list[dict[str, Any]]:
@@ -66,14 +66,14 @@ QUICK = [
     *(_FP16 | dict(kv=kv, B=2, Q=1, L=40) for kv in ("fp16", "int8")),
     _FP16 | dict(kv="fp16", B=1, Q=20, L=20),
 ]
-# Of logits over the same rows, in units of their standard deviation: far more than what sums in
-# another order were seen to change, 0.0005.
+# Largest error of logits over the same rows, in units of their standard deviation. Sums in another
+# order were seen to change them by 0.0005.
 TOLERANCE = 0.025
-# Of a prompt of noise, whose layers hold the same values, so that what is rounded to float16 adds
-# up: 0.044 for the last of 64 tokens of 1b-q8_0, by NumPy.
+# The same for a prompt through a model of noise, whose layers are equal, so that their float16
+# rounding errors add up: NumPy finds 0.044 for the last of 64 tokens of 1b-q8_0.
 NOISE_TOLERANCE = 0.1
-# Of the step's new rows, in units of their largest element: a code may fall to the other side of a
-# tie, and codes of 4 bits are a seventh apart.
+# Largest error of the step's new cache rows, in units of their largest element: a value near a tie
+# may get the next code, and codes of 4 bits are a seventh apart.
 ROW_TOLERANCE = 0.15
 
 
@@ -116,7 +116,7 @@ def make(case: dict[str, Any], xp: Any, rng: np.random.Generator) -> Work | None
     if Q not in (1, L):
         return None
     if synthetic.is_name(case["model"]) and spec.wants_hadamard:
-        return None  # rotated weights come from files
+        return None  # heads are rotated when a file is read
     model = _load(case["model"], case["weights"], xp, spec.wants_hadamard)
     config = model.config
     M = -(-(L + 1) // PAGE_SIZE)

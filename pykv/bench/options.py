@@ -24,7 +24,7 @@ from pykv.specs import KVSpec
 Case = dict[str, Any]
 
 DTYPES = {"fp16": np.dtype(np.float16), "bf16": BFLOAT16, "fp32": np.dtype(np.float32)}
-MAX_HEAD_DIM = 512  # of every op that takes pages
+MAX_HEAD_DIM = 512  # the limit of every op on pages
 MAX_COUNT = 2**31 - 1  # tokens and pages have int32 indices
 
 
@@ -126,8 +126,8 @@ _ROWS = "a kind that finds a scale for each row"
 _KINDS = "kinds of the cache, as in int8,bf16:HND"
 _HEADS = "query heads / KV heads, the former a multiple of the latter, such as 40/8"
 
-# By the names that benchmarks list; some are one flag with other values. The error of KVSpec.parse
-# lists the kinds.
+# By the names that benchmarks list in OPTIONS. Several may share a flag and differ in the values
+# that they take. KVSpec.parse lists the kinds in its error.
 OPTIONS = {
     "batch": number("batch", "B", "sequences"),
     "keys": number("keys", "L", "keys of each sequence"),

@@ -35,7 +35,7 @@ from pykv.ranges import address_of
 from pykv.specs import KVSpec
 from pykv.testing import caches
 
-HAS_NO_SHARES = True  # of the ceilings of one GPU; `derive` knows those of the link
+HAS_NO_SHARES = True  # of one GPU's ceilings; `derive` uses those of the link
 
 KIB, MIB = 1 << 10, 1 << 20
 DIRECTIONS = ("out", "in", "both")
@@ -202,7 +202,7 @@ def _permute(
     with xp.cuda.Device(target):
         dst = side(case["dst"], memory.poison(xp, size))
 
-    def check(_held: Any = src) -> bool:  # of which the call has addresses alone
+    def check(_held: Any = src) -> bool:  # keeps `src` alive: the call has only its addresses
         with xp.cuda.Device(target):
             want = side(case["src"], caches.words(xp, size, seed)).elements(xp)
             return bool((dst.elements(xp) == want).all())
@@ -228,14 +228,14 @@ def _pages(
     with xp.cuda.Device(target):
         to, want = (caches.empty(xp, cache(specs[1])) for _ in range(2))
         twin = cache(specs[0])
-        move(twin, want, ids, to_ids)  # on one GPU
+        move(twin, want, ids, to_ids)  # the same move within one GPU
 
     def check() -> bool:
         with xp.cuda.Device(target):
             pairs = zip(*(moving_arrays(c).values() for c in (to, want)), strict=True)
             return all(bool((a.view("u1") == b.view("u1")).all()) for a, b in pairs)
 
-    # What crosses the link where the kernel runs on the side that is read.
+    # Bytes that cross the link when the kernel runs on the GPU that is read.
     written = sizes[0] * n * sizes[2] * specs[1].bytes_per_token(*sizes[3:])
     return Work(cuda.prepare(move, from_, to, ids, to_ids), check, written, ceiling="p2p")
 

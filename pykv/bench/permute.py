@@ -120,7 +120,7 @@ def make(case: dict[str, Any], xp: Any, rng: np.random.Generator) -> Work | None
     return Work(
         run=cuda.prepare(permute.permute, *sides),
         check=lambda: bool((dst.elements(xp) == src.elements(xp)).all()),
-        bytes=size * (2 if direction == "d2d" else 1),  # read and written; or over the link
+        bytes=size * (2 if direction == "d2d" else 1),  # read and written; over the link, once
         ceiling="copy" if direction == "d2d" else direction,
     )
 

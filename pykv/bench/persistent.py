@@ -32,8 +32,8 @@ from pykv.testing.compare import host
 
 PAGE_SIZE = 16
 WAYS = ("program", "resident", "graph", "launches")
-TOKENS = 32  # of a launch by resident_program
-TOLERANCE = 2e-3  # of results, in units of the largest: sums are in other orders
+TOKENS = 32  # that one launch of resident_program draws
+TOLERANCE = 2e-3  # error in units of the largest result; sums are in another order
 
 
 def _cases() -> list[dict[str, Any]]:
@@ -44,7 +44,7 @@ def _cases() -> list[dict[str, Any]]:
         listed += [usual | dict(by=by) for by in WAYS]
         if model.endswith("f16"):
             listed += [program | dict(parts=parts) for parts in ("products", "attention")]
-            listed += [program | dict(blocks=n) for n in (132, 264)]  # of an H200
+            listed += [program | dict(blocks=n) for n in (132, 264)]  # one and two an SM of an H200
             listed += [usual | dict(by=by, B=8) for by in WAYS[:3]]
         if model == "135m-f16":
             listed += [usual | dict(by=by, kv="int8") for by in WAYS[:3]]
@@ -145,7 +145,7 @@ def _resident(found: TokenPhases, batch: Batch, blocks: int | None, xp: Any) -> 
             program()
             if host(found.peaks).tolist() != tokens:
                 return False
-            at = host(batch.lengths)  # of the next token
+            at = host(batch.lengths)  # position of the next token
             pages = table[np.arange(B), np.minimum(at // PAGE_SIZE, table.shape[1] - 1)]
             slots = (pages * PAGE_SIZE + at % PAGE_SIZE).astype(np.int32)
             for row, values in zip(rows, (found.peaks, at, slots, at + 1), strict=True):

@@ -27,7 +27,7 @@ from pykv.testing import caches, host, is_by_definition, is_close
 
 MATMUL = 8192  # rows of the matrices of the ceiling
 SIZES = dict(HQ=32, H=8, D=128, P=16, dtype="bf16", Q=0)
-MIXED = 0  # as a length: lengths of 1 to 4096, drawn evenly
+MIXED = 0  # this L stands for lengths drawn uniformly from 1 to 4096
 CHECKED = 8  # queries of a sequence that a check looks at
 
 
@@ -73,7 +73,7 @@ def make(case: dict[str, Any], xp: Any, rng: np.random.Generator) -> Work | None
     counts = np.minimum(lengths, case["Q"]) if case["Q"] else lengths
     starts = np.concatenate([[0], np.cumsum(counts)])
     T, of_token = int(starts[-1]), spec.bytes_per_token(H, D)
-    of_queries = 2 * T * HQ * D * dtype.itemsize  # and of the output
+    of_queries = 2 * T * HQ * D * dtype.itemsize  # queries in, outputs out
     if not memory.fits(xp, int((-(-lengths // P)).sum()) * P * of_token + of_queries):
         return None
     layer, table = caches.sequences(xp, rng, spec, lengths, P, H, D)

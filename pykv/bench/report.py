@@ -197,13 +197,13 @@ def read_object(path: str) -> dict[str, Any]:
 def _read(path: str) -> Any:
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # the latter of thousands of brackets
+    except (ValueError, RecursionError) as error:  # RecursionError: thousands of nested brackets
         raise FormatError(f"{path} is no JSON: {error}") from error
     check_numbers(path, found)
     return found
 
 
-# What something is divided by, or a logarithm is taken of; of a dict, of every kernel in it.
+# Fields that tables and figures divide by or take logarithms of; of dicts, each value.
 _POSITIVE = {"median", "p5", "p95", "host_median", "prepared_median", "ceiling_gbps", "read_gbps"}
 _POSITIVE |= {"us", "host_us", "perplexity", "bytes_per_token"}
 

@@ -101,7 +101,7 @@ class _Server:
     """`pykv serve` in a process of its own, which ends when nobody holds this any more."""
 
     def __init__(self, case: Case, device: str) -> None:
-        models.fetch(str(case["model"]))  # a wrong name is told here, in the words of `pykv run`
+        models.fetch(str(case["model"]))  # a wrong name raises the same error as `pykv run`
         command = [sys.executable, "-P", "-m", "pykv", "serve", str(case["model"]), "--port", "0"]
         command += ["--device", device, "--slots", str(case["clients"]), "--log-level", "warning"]
         path = os.pathsep.join(filter(None, sys.path))

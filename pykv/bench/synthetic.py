@@ -23,17 +23,17 @@ def _shape(L: int, E: int, HQ: int, H: int, D: int, F: int, V: int) -> dict[str,
     return sizes | dict(feed_forward=F, vocab=V)
 
 
-# Those of SmolLM2 135M, Llama 3.2 1B and Llama 3.1 8B, and one of which tests see all.
+# Shapes of SmolLM2 135M, Llama 3.2 1B and Llama 3.1 8B, and one that is small enough for tests.
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": _shape(2, 256, 4, 2, 64, 256, 40),
     "135m": _shape(30, 576, 9, 3, 64, 1536, 49_152),
     "1b": _shape(16, 2048, 32, 8, 64, 8192, 128_256),
     "8b": _shape(32, 4096, 32, 8, 128, 14336, 128_256),
 }
-TIED = ("tiny", "135m", "1b")  # whose head is the embedding
+TIED = ("tiny", "135m", "1b")  # models whose output matrix is the embedding
 TYPES = (*planes.FORMATS, "F16")
-_SMALL = 0x1B  # the upper byte of a float16 below 0.004
-_FINITE = 0x3B  # below 1
+_SMALL = 0x1B  # mask for the upper byte of a float16: keeps it below 0.004
+_FINITE = 0x3B  # likewise: below 1
 
 
 def name(shape: str, kind: str) -> str:

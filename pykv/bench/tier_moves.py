@@ -47,7 +47,7 @@ from pykv.tiers.threads import THREADS
 P = 16  # tokens a page
 SAMPLES, STEPS = 7, 40  # of prefixes; decode steps of one sample
 CHECKED = 4  # pages
-_NOISE = 1_000_003  # numbers that repeat, a prime, so that no two pages are alike
+_NOISE = 1_000_003  # random numbers, repeated; a prime count, so that no two pages are alike
 SHAPES = {
     "smollm2": dict(L=30, H=3, D=64, r=1504),
     "8b": dict(L=32, H=8, D=128, r=8192),

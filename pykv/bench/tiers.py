@@ -82,7 +82,7 @@ def make(case: Case, xp: Any, rng: np.random.Generator) -> Work | None:
     found = (L - 1) // llm.cache.page_size * llm.cache.page_size if place != "compute" else 0
     facts: dict[str, Any] = {}
     take = _other_process(llm, case, prompt) if place == "process" else None
-    answers = [llm.generate([prompt], first)[0].token_ids]  # of tokens that were all computed
+    answers = [llm.generate([prompt], first)[0].token_ids]  # no token was taken from a tier
 
     def run() -> float:
         _forget(llm, place)
@@ -90,7 +90,7 @@ def make(case: Case, xp: Any, rng: np.random.Generator) -> Work | None:
         if take is not None:
             facts.update(take())
         answers[1:] = [llm.generate([prompt], first)[0].token_ids]
-        seconds = perf_counter() - began  # the token is on the host
+        seconds = perf_counter() - began  # no wait needed: the token is on the host
         facts.update({} if llm.tiers is None else speeds(llm.tiers))
         return seconds
 
@@ -170,7 +170,7 @@ def drop_cached(folder: Path) -> None:
     """Have the system forget what it keeps of files, where it can be told."""
     for entry in disk.entries(folder) if hasattr(os, "posix_fadvise") else ():
         with open(entry.path, "rb") as file:
-            os.fsync(file.fileno())  # what is not on the disk yet stays in memory
+            os.fsync(file.fileno())  # the system drops only pages that are on the disk
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 

@@ -26,13 +26,13 @@ from pykv.ops import bandwidth
 if TYPE_CHECKING:
     from pykv.bench import Work
 
-WARMUP = 5  # calls before the first that counts
+WARMUP = 5  # untimed calls first
 
 # The flush writes this many times the L2's size: more than once, because lines are not replaced
 # strictly by age, and because 200 MB keep an H200 busy for 50 us, longer than most calls the host.
 _FLUSH_FACTOR = 4
 
-MAX_CALLS = 20  # of a graph: enough to make the events' microsecond small beside the shortest calls
+MAX_CALLS = 20  # in a graph: the shortest calls then outlast the microsecond of events by far
 
 
 def calls_of(xp: Any, nbytes: int) -> int:
@@ -156,7 +156,7 @@ class Timer:
         """Microseconds between events around each call. Nothing waits in between."""
         event = self._cuda.Event
         if graph:
-            run()  # compiles what a capture cannot
+            run()  # compiles kernels, which cannot happen during a capture
             self._stream.begin_capture()
             for call in graph:
                 call()

@@ -12,7 +12,7 @@ from pykv.arrays import module_of, on_gpu
 from pykv.bench import Work, timing
 from pykv.options import check_whole
 
-MOST_CALLS = 10**6  # that may be timed, or go before: hours, not years
+MOST_CALLS = 10**6  # limit of timed and of warm-up calls: hours, not years
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Timed:
 def time_calls(x: Any, run: Callable[[], object], samples: int, warmup: int) -> tuple[float, ...]:
     """Milliseconds of `samples` calls of `run` behind `warmup` untimed ones, where `x` lies."""
     if on_gpu(x):
-        cuda.synchronize()  # the timer has a stream of its own
+        cuda.synchronize()  # the timer runs on a stream of its own
     timer = timing.Timer(module_of(x), samples=samples, warmup=warmup)
     work = Work(run, check=lambda: True, bytes=0)
     return tuple(us / 1e3 for us in timer.time(work).device_us)

@@ -30,7 +30,7 @@ class Judged:
 
     def __init__(self, change: Change, artefact: Artefact) -> None:
         self._change, self._artefact = change, artefact
-        self._sums = np.zeros((2, 2))  # of squares: of K and V what is lost, and what there was
+        self._sums = np.zeros((2, 2))  # of K and of V: squared errors, squares
 
     @staticmethod
     def errors(some: Sequence[Judged]) -> dict[str, float]:

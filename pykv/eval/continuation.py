@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from pykv.llm import LLM
 
 PREFILL, SCORE = 1536, 256  # N and M unless told otherwise
-_ROWS = 32  # of logits that are float64 at a time: 12.6 MB of each sort at 49,152 tokens
+_ROWS = 32  # of logits made float64 at a time: 12.6 MB an array for a vocabulary of 49,152
 
 
 def windows(
@@ -174,7 +174,7 @@ def _check_windows(op: str, llm: LLM, windows: Any, prefill: int) -> None:
     for i, one in enumerate(windows):
         try:
             ids = np.asarray(one)
-        except ValueError:  # of several lengths
+        except ValueError:  # windows of several lengths
             ids = np.empty((0, 0))
         if (
             ids.ndim != 1

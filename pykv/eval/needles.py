@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 FACT = "The secret number of {name} is {value}."
 # SmolLM2 135M answers this; where a question stands before it, it takes one fact for another.
 QUESTION = "\n\nAs the text says, the secret number of {name} is"
-MORE_TOKENS = 3  # of an answer beyond those of the value: a space, a word before it
-# Answers that are computed together, which reads the weights once for all; and bytes of their rows.
+MORE_TOKENS = 3  # drawn beyond those of the value, for a space or a word before it
+# Answers computed in one batch, which reads the weights once, and bytes of their cache rows.
 TOGETHER, TOGETHER_BYTES = 16, 2 << 30
 
 NAMES = """Paris London Madrid Vienna Oslo Cairo Lima Tokyo Delhi Rome Dublin Athens Berlin Prague
@@ -81,7 +81,7 @@ def haystack(llm: LLM, *, keys: int = 1, tokens: int = 440, seed: int = 0) -> Ha
     # RandomState's stream is frozen, those of other generators may change.
     random = np.random.RandomState(check_whole(op, "seed", seed, 0, 2**32 - 1))
     names = [NAMES[i] for i in random.permutation(len(NAMES))[:keys]]
-    # Three digits: a small model repeats them without a mistake, and they are three rows to lose.
+    # Three digits: a small model repeats them reliably, and the cache may lose three rows of them.
     values = [str(100 + i) for i in random.permutation(900)[:keys]]
     depths = (np.arange(keys) + random.random_sample(keys)) / keys
     facts = [FACT.format(name=name, value=value) for name, value in zip(names, values, strict=True)]
@@ -189,7 +189,7 @@ class _Answer:
 
     name: str
     kept: Kept
-    tokens: int  # that were changed
+    tokens: int  # whose cache rows were changed
     value: str
     place: Place
     next_ids: list[int]
@@ -217,7 +217,7 @@ class _Asked:
         self._pages = self._exact.manager.allocate(room)
         copy_bytes = len(self._pages) * self._exact.page_size * self._exact.bytes_per_token
         self._together = max(1, min(TOGETHER, TOGETHER_BYTES // copy_bytes))
-        copies = 1 + self._together  # of agnostic changes, one is copied for each question
+        copies = 1 + self._together  # a query-agnostic cache is copied for each question
         self._trial = ExactCache(llm, copies * len(self._pages) * self._exact.page_size)
         last_logits(llm, self._exact, Place(self._pages), context)
 

@@ -7,7 +7,7 @@ from typing import Any
 from pykv.figures import COLORS, STYLE, finish, new_figure
 
 Record = dict[str, Any]
-# Of ways that are no kinds.
+# Colours of changes other than element kinds.
 _MORE = ("#882255", "#44aa99", "#332288", "#999933", "#117733", "#aa4499", "#88ccee")
 
 

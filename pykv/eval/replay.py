@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pykv.llm import LLM
 
 STEP_TOKENS, STEP_LOGIT_BYTES = 512, 1 << 28  # of one forward step, at most
-QUERIES = 128  # of the last tokens, for policies that score rows by them
+QUERIES = 128  # last queries kept for policies that score rows by attention
 
 
 class ExactCache(PagedKVCache):
@@ -136,7 +136,7 @@ def append(
     )
     cache.ragged = None
     if any(place.missing is not None for place in places):
-        # Each token is a sequence of its own, on the pages of the one that it is of.
+        # Each token is passed as a sequence of its own, on the pages of the real one.
         rows = np.concatenate([np.arange(a.rows, b.rows, dtype=np.int32) for a, b in runs])
         none = np.zeros((cache.config.num_layers, cache.config.kv_heads), np.int32)
         missing = [none if place.missing is None else place.missing for place in places]

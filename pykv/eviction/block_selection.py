@@ -28,7 +28,7 @@ from pykv.options import check_type, check_whole, hold_python_numbers
 from pykv.pool import PagedKVCache
 from pykv.specs import KVSpec
 
-_MEANS = KVSpec("fp32", layout="HND")  # of a head's blocks, as rows of a page
+_MEANS = KVSpec("fp32", layout="HND")  # a head's block means are the rows of a page
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +101,7 @@ def block_means(
     xp, block = module_of(means), np.int32(selection.block)
     last = xp.maximum(lengths - np.int32(1), np.int32(0)) // block
     columns = last[:, None] * np.int32(pages) + xp.arange(pages, dtype=np.int32)
-    columns = xp.minimum(columns, np.int32(dims["M"] - 1))  # of a table that ends in a block
+    columns = xp.minimum(columns, np.int32(dims["M"] - 1))  # the table may end inside of a block
     of_block = dict(page_table=xp.take_along_axis(table, columns, 1), run=selection.block)
     found = kv_scores.means(**keys, **of_block, lengths=lengths - last * block)
     means[xp.arange(len(last)), :, last] = found[:, :, 0]

@@ -18,7 +18,7 @@ from pykv.options import check_type, check_whole
 from pykv.pool import PagedKVCache
 from pykv.specs import POOLS, KVSpec
 
-SLOTS = 2**31  # that int32 counts
+SLOTS = 2**31  # limit: slots are int32
 
 
 class Part(NamedTuple):

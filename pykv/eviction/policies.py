@@ -17,12 +17,12 @@ from pykv.number_texts import number_of, whole_of
 from pykv.ops import kv_scores
 from pykv.options import check_number, check_type, check_whole, hold_python_numbers
 
-_RUN = 512  # rows whose mean is one sum, of KeyDiff
+_RUN = 512  # rows that KeyDiff averages in one sum
 _MOST = 2**31 - 1
-_MOST_SLOTS = 2**24  # whole numbers that float32 has all of
+_MOST_SLOTS = 2**24  # float32 represents all whole numbers up to here
 _ALWAYS = ("sinks", "recent")  # fields: rows that always stay
 _FRACTIONS = ("ratio", "threshold", "epsilon")  # fields that are no whole numbers
-_MOST_AHEAD = 1 << 16  # positions whose rotations are averaged on the host
+_MOST_AHEAD = 1 << 16  # limit of positions whose rotations the host averages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +48,8 @@ class Policy:
     recent: int = 0
 
     per_head: ClassVar[bool] = True  # each KV head keeps rows of its own; else all of a layer agree
-    needs: ClassVar[str] = ""  # the argument of `evict` that scores are made of
-    looks_ahead: ClassVar[bool] = False  # and whether that needs its `rotary`, too
+    needs: ClassVar[str] = ""  # name of the argument of `evict` that it scores by
+    looks_ahead: ClassVar[bool] = False  # it needs `rotary` as well
 
     def __post_init__(self) -> None:
         op = type(self).__name__
@@ -262,7 +262,7 @@ class SnapKV(Policy):
     def score(self, rows: Rows) -> Any:
         """The largest mass of `pooling` neighbours."""
         mass = rows.mass(self.window)
-        # The window's own rows stay; what it gave to itself makes no neighbour worth more.
+        # The window's rows stay anyway; pooling must not spread what they gave each other.
         slots, ends = np.arange(rows.capacity), (rows.lengths - self.window)[:, None]
         mass = mass * rows.send((slots < ends).astype(np.float32).reshape(rows.B, rows.n, -1))
         best = mass.copy()
@@ -311,7 +311,7 @@ class ExpectedAttention(Policy):
         queries = rows.queries[:, -self.window :].astype(np.float32) * np.float32(rows.scale)
         queries = ahead(queries, rows.layer, rows.rotary, self.future)
         mean = queries.mean(1)  # [B * n, G, D]
-        # k.covariance.k / 2 is a sum of squares, of k times what each query adds to the mean.
+        # k.covariance.k / 2 is a sum of squares: of k times each query's deviation from the mean.
         root = np.float32((0.5 / queries.shape[1]) ** 0.5)
         factors = (queries - mean[:, None]).swapaxes(1, 2) * root  # [B * n, G, T, D]
         given = dict(vectors=mean, factors=xp.ascontiguousarray(factors))

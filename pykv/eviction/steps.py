@@ -210,7 +210,7 @@ class _Work:
         found = _of_layers(self.op, "positions", given, range(len(self.lengths)))
         for layer, x in found.items():
             checker(self.op, **{f"positions[{layer}]": ("B H C", INT32)})(x)
-            if x.shape[2] > self.shape[2]:  # of more pages, before an eviction
+            if x.shape[2] > self.shape[2]:  # made before an eviction, for more pages
                 found[layer] = x = self.xp.ascontiguousarray(x[..., : self.shape[2]])
             _check_sizes(self.op, f"positions[{layer}]", x, self.shape)
         return found
@@ -277,8 +277,8 @@ class _Work:
             if floors.any():
                 flat = xp.ascontiguousarray(scores).reshape(B * H, 1, C)
                 first, _ = choose(flat, lengths.reshape(-1, 1), floors)
-                spare = xp.zeros((B * H, 1, 1), np.float32)  # the place of -1, no row
-                largest = np.float32(np.finfo(np.float32).max)  # below infinity, as floors are
+                spare = xp.zeros((B * H, 1, 1), np.float32)  # a column that -1, no row, points to
+                largest = np.float32(np.finfo(np.float32).max)  # below the floors
                 flat = xp.concatenate((xp.minimum(flat, largest), spare), 2)
                 flat[xp.arange(B * H)[:, None], 0, first[:, 0]] = np.float32(np.inf)
                 scores = flat[..., :C].reshape(B, H, C)
@@ -300,7 +300,7 @@ class _Work:
         """Move rows and give up pages."""
         cache, manager, xp = self.cache, self.cache.manager, self.xp
         before = manager.num_free
-        is_less = (counts < self.lengths).any((0, 2))  # of each sequence
+        is_less = (counts < self.lengths).any((0, 2))  # for each sequence
         shrinking = np.flatnonzero(is_less).tolist()
         manager.evict(
             [self.sequences[b] for b in shrinking],

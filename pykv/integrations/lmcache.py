@@ -24,7 +24,7 @@ from pykv import kinds
 from pykv.arrays import FLOATS, is_numpy
 from pykv.errors import CapacityError, DtypeError, ParameterError, ShapeError
 from pykv.foreign import named_array
-from pykv.integrations.tensors import place_of  # names the extra that is missing
+from pykv.integrations.tensors import place_of  # its error names the missing extra
 from pykv.options import check_whole
 
 SCALE_BYTES = 2  # a float16

@@ -65,8 +65,8 @@ class Storage(HiCacheStorage):  # type: ignore[misc]
         self._limit = parse_bytes(op, "limit", given["limit"])
         self._facts = _facts(storage_config)
         self._tier: DiskTier | None = None
-        self._nbytes = 0  # of a page
-        self._lock = threading.Lock()  # of what follows
+        self._nbytes = 0  # bytes of a page
+        self._lock = threading.Lock()  # guards the fields below
         self.refused = self.damaged = 0
 
     def register_mem_pool_host(self, mem_pool_host: Any) -> None:

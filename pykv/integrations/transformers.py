@@ -28,7 +28,7 @@ from transformers import cache_utils  # noqa: E402
 import pykv.integrations.transformers_attention  # noqa: E402, F401  registers "pykv"
 from pykv.integrations.transformers_layer import Layer, Store  # noqa: E402
 
-LAYERS = ("full_attention", "sliding_attention")  # of a model's config that a `Cache` can hold
+LAYERS = ("full_attention", "sliding_attention")  # types in a config that a `Cache` holds
 TAKES_LENGTH = "max_length" in signature(cache_utils.Cache.crop).parameters
 
 

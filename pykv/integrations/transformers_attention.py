@@ -23,7 +23,7 @@ from pykv.integrations.batch import Step, rows_of, set_rows  # noqa: E402
 from pykv.integrations.tensors import place_of  # noqa: E402
 from pykv.integrations.transformers_layer import Layer, Store  # noqa: E402
 
-# Words that models pass on to every implementation, and that say nothing about attention.
+# Options that models pass to every attention implementation and that do not affect attention.
 IGNORED = {
     *("position_ids", "cache_position", "use_cache", "output_hidden_states", "return_dict"),
     *("output_router_logits", "position_embeddings", "layer_idx", "num_items_in_batch"),
@@ -68,7 +68,7 @@ def mask(
     if tuple(attention_mask.shape) != shape:
         given = tuple(attention_mask.shape)
         raise ShapeError(f"{op}: attention_mask has shape {given}, expected [B, S] = {shape}")
-    told = attention_mask.to("cpu", torch.bool, copy=True)  # not the caller's, nor another mask's
+    told = attention_mask.to("cpu", torch.bool, copy=True)  # a copy that gets attributes
     told.seen, told.window = told.numpy(), window
     if window is not None and (np.diff(told.seen.astype(np.int8)) < 0).any():
         raise UnsupportedError(

@@ -105,7 +105,7 @@ class Store:
 class Layer(CacheLayerMixin):  # type: ignore[misc]
     """One layer of a `Cache`, as transformers calls it."""
 
-    is_croppable = True  # asked for since 5.24
+    is_croppable = True  # transformers asks for it since 5.24
     is_sliding = False
     supports_early_init = False
 
@@ -113,7 +113,7 @@ class Layer(CacheLayerMixin):  # type: ignore[misc]
         super().__init__()
         self.store, self.index = store, index
         self.new: tuple[Any, Any] | None = None  # keys and values that `attention` will append
-        self.step: Step | None = None  # of what was appended last
+        self.step: Step | None = None  # where the last rows were appended
 
     def lazy_initialization(self, *_: Any) -> None:
         """Nothing: pools are made for the first keys."""
@@ -165,7 +165,7 @@ class Layer(CacheLayerMixin):  # type: ignore[misc]
 
     @property
     def pool(self) -> PagedKVCache:
-        assert self.store.pool is not None  # made for the first keys
+        assert self.store.pool is not None  # the first keys made it
         return self.store.pool
 
     def get_seq_length(self, *_: Any) -> int:
@@ -179,7 +179,7 @@ class Layer(CacheLayerMixin):  # type: ignore[misc]
     def get_max_length(self) -> int:
         return -1
 
-    get_max_cache_shape = get_max_length  # its name before 5.0
+    get_max_cache_shape = get_max_length  # called so before 5.0
 
 
 def _rows(k: Any, v: Any, rows: Any) -> tuple[Any, Any]:

@@ -109,7 +109,7 @@ class PagedAppendPlan(PagedPlan):
             spec=self._spec,
             counts=self.descriptor.counts,
             advance=self.descriptor.advance,
-            check=False,  # it was looked for, under the plan's name
+            check=False,  # checked already, with the plan's name in errors
             stream=stream,
         )
 

@@ -117,7 +117,7 @@ class Plan:
     covers: str
     descriptor_type: type
     args_type: Any  # a NamedTuple
-    accumulator: str | None = None  # None: the element, of which there are only copies
+    accumulator: str | None = None  # None: no arithmetic, elements are only copied
     may_lack: tuple[str, ...] = ()  # arguments that may be None, besides scales
 
     # What `_select` sets: the check of all arguments, and the shapes of some, in the order in which
@@ -132,7 +132,7 @@ class Plan:
         self._check_descriptor(name, descriptor)
         self.descriptor, self._xp = descriptor, check_module(name, xp)
         self._element = as_dtype(name, "element", element)
-        self._passed: Dims | None = None  # of the arguments that fitted last
+        self._passed: Dims | None = None  # layouts of the arguments that passed last
         self._run_name = f"{self._name()}.run"
         self._workspace_check = checker(self._run_name, workspace=("E", UINT8, VECTOR_BYTES))
         self._spec = self._select(name)
@@ -187,7 +187,7 @@ class Plan:
         dims = error = None
         try:
             dims = self._check(*args)
-            if dims is self._passed:  # layouts that fitted before
+            if dims is self._passed:  # equal layouts passed before
                 return
         except PykvError as found:
             error = found
@@ -260,8 +260,8 @@ class PagedPlan(Plan):
         descriptor, element, preference, xp: as of Plan.
     """
 
-    _lists_are: dict[str, Any] = {}  # options of paged_check.check_table for the lists of pages
-    _writes: tuple[str, ...] = ()  # arguments that lie apart from all others
+    _lists_are: dict[str, Any] = {}  # how paged_check.check_table checks the page lists
+    _writes: tuple[str, ...] = ()  # arguments that are written, so must lie apart
 
     def run(
         self, args: Any, *, workspace: Any = None, check: bool | None = None, stream: Any = None
@@ -346,7 +346,7 @@ def check_head_dim(name: str, size: str, head_dim: int, most: int) -> None:
 def as_dtype(name: str, argument: str, element: Any) -> np.dtype[Any]:
     """The dtype that an `element` names; `name` and `argument` are for messages."""
     try:
-        if element is None:  # NumPy's float64
+        if element is None:  # np.dtype(None) would be float64
             raise TypeError
         dtype: np.dtype[Any] = np.dtype(element)
     except (TypeError, ValueError, AttributeError) as error:

@@ -98,7 +98,7 @@ class PagedDecodePlan(PagedPlan):
             )
         if descriptor.sm_scale is not None:
             check_number(name, "sm_scale", descriptor.sm_scale)
-        self._scratch: int = 0  # bytes that the attention asks for
+        self._scratch: int = 0  # bytes of workspace for the attention
         if self._xp is not np:
             self._scratch = 4 * paged_decode.workspace_size(B, HQ, H, D, self._max_pages * P)
         rules = dict(q=("B HQ | D", self._element), o=("B HQ D", "q"))
@@ -122,7 +122,7 @@ class PagedDecodePlan(PagedPlan):
             parts["table"] = words[floats : floats + B * M].reshape(B, M)
             parts["lengths"] = words[floats + B * M :]
             scratch = words[:floats].view(np.float32)
-        elif not on_gpu(args.q):  # zeros: attention being prepared may look at them already
+        elif not on_gpu(args.q):  # zeros, since preparing the attention may read them
             parts["table"], parts["lengths"] = np.zeros((B, M), np.int32), np.zeros(B, np.int32)
         lists = (args.indices, args.indptr, args.last_page_len)
         table, lengths = page_table.from_lists(*lists, **parts, stream=stream)
@@ -136,6 +136,6 @@ class PagedDecodePlan(PagedPlan):
             lse=args.lse,
             lse_base="2",
             workspace=scratch,
-            check=False,  # lists were looked at, and the table is made of them
+            check=False,  # the lists that the table is made of are checked
             stream=stream,
         )

@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 
 LARGEST = {"int8": 127.0, "int4": 7.0, "e4m3": 448.0, "e5m2": 57344.0}
-DTYPES = {  # of arrays that hold a kind
+DTYPES = {  # element types of pools, by kind
     "fp32": np.dtype(np.float32),
     "fp16": np.dtype(np.float16),
     "bf16": np.dtype(ml_dtypes.bfloat16),

@@ -61,7 +61,7 @@ def error_and_bound(got: Any, low: Any, oracle: Any) -> tuple[float, float]:
 def is_close(got: Any, low: Any, oracle: Any) -> bool:
     """Whether the error of `got` is within its bound, see `error_and_bound`."""
     error, bound = error_and_bound(got, low, oracle)
-    return error <= bound  # false for NaN
+    return error <= bound  # False where it is NaN
 
 
 def is_by_definition(got: Any, definition: Callable[[Any], Any], x: Any) -> bool:

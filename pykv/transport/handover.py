@@ -33,8 +33,8 @@ from pykv.tiers.sizes import parse_bytes
 from pykv.transport.interface import Transport, check_engine
 from pykv.transport.messages import Message, check_seconds
 
-THREADS = min(8, os.cpu_count() or 1)  # that read and check pages
-_LOOK = 0.2  # seconds after which one looks whether a silent process lives
+THREADS = min(8, os.cpu_count() or 1)  # for reading and checking pages
+_LOOK = 0.2  # seconds of silence before checking that the peer lives
 
 
 class Handover:
@@ -88,7 +88,7 @@ class Handover:
         self._host = HostTier(rows)
         with llm.turn():
             self._moves = Moves(cache, form, rows)
-            if on_gpu(cache.k):  # copies of a GPU want memory that stays where it is
+            if on_gpu(cache.k):  # pinned, so that a GPU can copy to and from it
                 device = f"cuda:{load_cupy().cuda.runtime.getDevice()}"
                 _pin(f"{op}: size", rows)
                 weakref.finalize(self, _unpin, device, rows, self._moves)
@@ -147,7 +147,7 @@ class Handover:
                 try:
                     self._transport.notify(message.sender, facts)
                 except TransportError:
-                    pass  # it has gone meanwhile
+                    pass  # the peer has gone meanwhile
 
     def _answer(self, message: Message) -> dict[str, Any]:
         request, tokens = message.facts.get("request"), message.facts.get("tokens")
@@ -183,7 +183,7 @@ class Handover:
         """
         ids = read_ids(self._llm, "prompt", prompt)
         request = secrets.token_hex(8)
-        self._transport.connect(peer)  # before it computes what could not be taken
+        self._transport.connect(peer)  # first, so that it computes nothing that cannot be taken
         self._transport.notify(peer, dict(request=request, tokens=ids))
         facts = self._wait_for(peer, request)
         if "error" in facts:
@@ -194,7 +194,7 @@ class Handover:
         """What a peer answers to a request. Answers to requests that were given up are left out."""
         end = time.monotonic() + self._timeout
         while (left := end - time.monotonic()) > 0:
-            alive = self._transport.is_alive(peer)  # before: it may answer, and end
+            alive = self._transport.is_alive(peer)  # asked first: it may answer and then end
             for message in self._transport.messages(min(left, _LOOK)):
                 if message.sender == peer and message.facts.get("answer") == request:
                     return message.facts
@@ -251,7 +251,7 @@ class Handover:
                     try:
                         moved.wait()
                     except BaseException:
-                        moved.join()  # the pages go to others
+                        moved.join()  # wait, since the pages are given to others next
                         raise
                     manager.publish(pages, ids[: stop * P])
                     self.taken_pages += len(rows)
@@ -282,8 +282,8 @@ class Handover:
                 wait(reads, return_when=FIRST_EXCEPTION)
             finally:
                 for read in reads:
-                    read.cancel()  # what has not begun, where one has failed
-                wait(reads)  # or rows would be written to that are given back
+                    read.cancel()  # one read failed: drop those that have not begun
+                wait(reads)  # before their rows are given back
             came = [read.result() for read in reads if not read.cancelled()]
         except BaseException:
             self._host.release(slots)

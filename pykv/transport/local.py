@@ -46,7 +46,7 @@ from pykv.transport.messages import (
 from pykv.transport.region import PeerRegion, Region, check_region, size_of
 
 LOCK, PAGES, SOCKET = ".pykv-lock", ".pykv-pages", ".pykv-socket"
-_BACKLOG = 64  # senders at once
+_BACKLOG = 64  # senders that may wait to be accepted
 _PATIENCE = 5.0  # seconds to send or receive one message
 
 
@@ -123,7 +123,7 @@ class Local:
         size, path = size_of(count, nbytes), self._path(self.name, PAGES)
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         try:
-            if hasattr(os, "posix_fallocate"):  # or memory that is full would end the process later
+            if hasattr(os, "posix_fallocate"):  # else a full memory kills us later
                 os.posix_fallocate(fd, 0, size)
             else:
                 os.truncate(fd, size)
@@ -230,7 +230,7 @@ class Local:
         return self._folder / f"{name}{suffix}"
 
     def _remove(self, name: str) -> None:
-        for suffix in (PAGES, SOCKET, LOCK):  # the lock last, which says whose they are
+        for suffix in (PAGES, SOCKET, LOCK):  # the lock last: it says who owns the files
             with suppress(OSError):
                 self._path(name, suffix).unlink()
 
@@ -324,12 +324,12 @@ def _as_path(op: str, folder: Any) -> Path:
 
 def _hold(path: Path) -> int | None:
     """Open and lock a file until it is closed; None where another process holds it."""
-    for _ in range(20):  # those who look hold it for a moment
+    for _ in range(20):  # a process that only looks holds the lock for a moment
         fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.exists(path) and os.path.samestat(os.fstat(fd), os.stat(path)):
-                return fd  # nobody has removed it meanwhile
+                return fd  # the file is still there, and ours
         except BlockingIOError:
             pass
         os.close(fd)
@@ -359,6 +359,6 @@ def _check_own(folder: Path) -> None:
     Raises:
         PermissionError: it is one.
     """
-    found = folder.lstat()  # once: from then on nobody else can put another in its place
+    found = folder.lstat()  # once is enough: nobody else can replace it afterwards
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
         raise PermissionError(errno.EPERM, "it is a link, or another user's", str(folder))

@@ -21,7 +21,7 @@ from pykv.options import check_number, check_type
 
 MAGIC = b"\x89PYKVTM\n"
 VERSION = 1
-MOST_BYTES = 1 << 26  # of a message
+MOST_BYTES = 1 << 26  # size limit of a message
 _HEADER = struct.Struct("<8s4I")
 
 

@@ -33,8 +33,8 @@ from pykv.transport.region import PeerRegion, Region, check_region, size_of
 
 _PACKAGES = ("nixl", "nixl_cu13", "nixl_cu12")  # the first one picks one of the others, by torch
 _SCRATCH = 1 << 20  # bytes of one transfer at most; caches hold them while they are copied on
-_AGAIN = 1.0  # seconds after which a peer is asked once more for what it has
-_PAUSE = 2e-4  # seconds between two looks at a transfer, or for messages
+_AGAIN = 1.0  # seconds before a request to a peer is repeated
+_PAUSE = 2e-4  # seconds between polls of transfers and messages
 
 
 class Nixl:
@@ -75,11 +75,11 @@ class Nixl:
         self._agent = _call("starts not", lambda: api.nixl_agent(name, config))
         if backend not in self._agent.backends:
             raise TransportError(f"{op}: NIXL has no backend {backend!r}")
-        self._lock = threading.Lock()  # of transfers
-        self._late: dict[str, tuple[Any, Any]] = {}  # transfers not over, and their memory, by peer
+        self._lock = threading.Lock()  # held during a transfer
+        self._late: dict[str, tuple[Any, Any]] = {}  # by peer: unfinished transfer, memory
         self._inbox: list[Message] = []
-        self._asked: dict[str, tuple[str, list[int]]] = {}  # peer; address and size; by request
-        self._spares: list[Any] = []  # memory of transfers to come
+        self._asked: dict[str, tuple[str, list[int]]] = {}  # by request: peer, its region
+        self._spares: list[Any] = []  # buffers that later transfers reuse
         self._registered: list[Any] = []
         self._memory: Any = None
         self._facts: dict[str, str] = {}
@@ -125,7 +125,7 @@ class Nixl:
             self.notify(peer, {"region?": request})
             self._wait(op, peer, end, is_answered)
         finally:
-            del self._asked[request]  # whose answer may still come
+            del self._asked[request]  # a late answer is ignored
         address, size = where
         descs = _call("takes no address", lambda: self._descs([(address, size)]))
         self._reach(op, peer, end, descs)
@@ -164,7 +164,7 @@ class Nixl:
             try:
                 state = str(agent.transfer(handle))
                 while state == "PROC" and time.monotonic() < end:
-                    state = "ERR"  # if the next line raises: the transfer has failed, and is over
+                    state = "ERR"  # stays so if the next line raises
                     state = str(agent.check_xfer_state(handle))
             finally:
                 if state == "PROC":
@@ -258,7 +258,7 @@ class Nixl:
 
     def close(self) -> None:
         """See pykv.transport.Transport.close."""
-        self._late = {}  # handles go before their agent does, and that before its memory
+        self._late = {}  # release handles before the agent, and the agent before its memory
         self._agent = None
         self._memory, self._spares, self._registered = None, [], []
 

@@ -42,7 +42,7 @@ HEADER_BYTES = 128
 _HEADER = struct.Struct("<8s2I2Q32s")
 _ENTRY = np.dtype([("key", "V16"), ("generation", "<u8"), ("checksum", "<u8"), ("zeros", "V32")])
 _NO_KEY = bytes(16)
-MOST_ROWS = 1 << 22  # whose table is 256 MiB, which a reader allocates
+MOST_ROWS = 1 << 22  # bounds the table that a reader allocates to 256 MiB
 
 Read = Callable[[list[tuple[int, Any]]], None]
 
@@ -163,7 +163,7 @@ class PeerRegion:
         except MemoryError as error:
             raise CapacityError(f"PeerRegion.exists: a table of {self._count} rows") from error
         self._read([(HEADER_BYTES, table.view(np.uint8))])
-        words = np.ascontiguousarray(table["key"]).view("<u8")[::2]  # a peer may have millions
+        words = np.ascontiguousarray(table["key"]).view("<u8")[::2]  # half a key: faster
         found = np.flatnonzero(np.isin(words, np.frombuffer(b"".join(keys), "<u8")[::2]))
         self._slots = {
             entry["key"].tobytes(): (i, int(entry["generation"]), int(entry["checksum"]))
@@ -192,13 +192,13 @@ class PeerRegion:
         begin, known = _begin(self._count), [self._slots[key] for key in keys]
         for i, (key, row) in enumerate(zip(keys, rows, strict=True)):
             slot, generation, checksum = known[i]
-            self._read([(begin + slot * self._nbytes, row)])  # which caches hold for the checksum
+            self._read([(begin + slot * self._nbytes, row)])  # stays in CPU caches
             if _checksum(key, generation, row) == checksum:
                 continue
             entry = np.empty(1, _ENTRY)
             self._read([(HEADER_BYTES + slot * _ENTRY.itemsize, entry.view(np.uint8))])
             if entry["key"][0].tobytes() != key or int(entry["generation"][0]) != generation:
-                return i  # filled with another page meanwhile
+                return i  # the slot holds another page by now
             raise TransportError(
                 f"transport: {self._peer} has a page {key.hex()} that is damaged: its checksum "
                 "does not hold"

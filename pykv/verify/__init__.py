@@ -61,7 +61,7 @@ class Row:
 
     @property
     def ok(self) -> bool:
-        return self.error <= self.bound  # false for NaN
+        return self.error <= self.bound  # False where it is NaN
 
     def as_dict(self) -> dict[str, Any]:
         """Ready for JSON, which knows no infinity and no NaN: those become None."""
@@ -103,7 +103,7 @@ def rows(stem: str, family: Family, rng: np.random.Generator, xp: Any) -> Iterat
     try:
         for case in family(rng, xp):
             yield Row(stem, *case)
-    except Exception as error:  # whatever an op raises is wrong: a family asks for what is allowed
+    except Exception as error:  # families make valid calls only, so any error is a fault
         text = " ".join(f"{type(error).__name__}: {error}".split())
         yield Row(stem, f"raised {text}", np.inf, 0.0)
 

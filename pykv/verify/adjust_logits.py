@@ -29,7 +29,7 @@ def cases(rng: np.random.Generator, xp: Any) -> Cases:
     yield "all of them", *_judged(xp, logits, prompts, answers, **asked)
     prompts[0] = prompts[3] = None
     yield "some rows unpenalised", *_judged(xp, logits, prompts, answers, **asked)
-    # The last token is counted by the call, and the host gets the same bits.
+    # The call counts the last token; results must agree bit for bit.
     arguments = _arguments(prompts, answers, **asked)
     got = adjust_logits.adjust(*(xp.asarray(x) for x in [logits]), **_on(xp, arguments))
     want = adjust_logits.adjust(logits, **_on(np, arguments))
@@ -57,7 +57,7 @@ def _on(xp: Any, arguments: dict[str, Any]) -> dict[str, Any]:
 
 def _penalised(prompts: Any, answers: Any) -> list[tuple[Any, Any]]:
     pairs = zip(prompts, answers, strict=True)
-    return [pair for pair in pairs if pair[0] is not None][::-1]  # rows of tallies in any order
+    return [pair for pair in pairs if pair[0] is not None][::-1]  # tally rows need not be in order
 
 
 def _tally(prompt: list[int], answer: list[int]) -> Any:

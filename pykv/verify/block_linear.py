@@ -57,7 +57,7 @@ def product(
     x, old = (rng.standard_normal((T, n)).astype(np.float32) for n in (I, O))
     blocks, values = blocks_of(kind, R, I, rng)
     bias = rng.standard_normal(R).astype(np.float32)
-    # Products of normalised rows are near 1, where gates bend.
+    # Scaled so that products are near 1, where gates are far from linear.
     weights = (rng.uniform(-1, 1, I) / (np.abs(values).mean() * I**0.5)).astype(np.float32)
     w = xp.asarray(blocks)
     w = w if kind in block_linear.PLAIN else block_rows.pack(w, kind)

@@ -18,7 +18,7 @@ def cases(rng: np.random.Generator, xp: Any) -> Cases:
     for dtype in FLOATS:
         x = rng.standard_normal(30_001).astype(dtype)
         x[rng.permutation(x.size)[: 8 * len(_UNUSUAL)]] = np.tile(np.array(_UNUSUAL, dtype), 8)
-        given = xp.asarray(x)[1:]  # at no multiple of 16 bytes
+        given = xp.asarray(x)[1:]  # not aligned to 16 bytes
         for threshold, mode in ((0.5, "gt"), (0.5, "ge"), (0.0, "ge"), (2.0, "gt")):
             name = f"{dtype}, {mode} {threshold}"
             values, indices = oracles.exceeding(x[1:], threshold, mode)

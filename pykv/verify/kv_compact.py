@@ -33,7 +33,7 @@ def _cases(spec: KVSpec, D: int, rng: np.random.Generator, xp: Any) -> Cases:
             counts[b, a] = len(slots)
             kept[b, a, : len(slots)] = slots
         to = cache["page_table"].copy()
-        if moves:  # of one sequence the first page is another, which held nothing
+        if moves:  # one sequence gets another first page, an empty one
             free = set(range(len(cache["k_pool"]))) - set(to.ravel().tolist())
             to[3, 0] = free.pop()
         want = {name: cache[name].copy() for name in _POOLS if cache[name] is not None}

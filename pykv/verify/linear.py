@@ -19,7 +19,7 @@ def cases(rng: np.random.Generator, xp: Any) -> Cases:
     for gemm in ["own"] + ["cublas"] * (xp is not np and linear.has_cublas()):
         for shape in ((1, 576, 576), (3, 1000, 1536), (70, 576, 576)):
             yield case(gemm, shape, F16, rng, xp)
-        if gemm == "own" or cuda.current_sm() >= 80:  # cuBLAS multiplies bfloat16 from there on
+        if gemm == "own" or cuda.current_sm() >= 80:  # cuBLAS multiplies bfloat16 from sm_80 on
             yield case(gemm, (3, 72, 576), BFLOAT16, rng, xp)
         yield case(gemm, (3, 72, 576), F16, rng, xp, accumulate=True)
     O = 72 if xp is np else 16 * cuda.num_sms(cuda.current_device()) + 8  # tiles that fill a GPU

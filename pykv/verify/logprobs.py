@@ -17,7 +17,7 @@ def cases(rng: np.random.Generator, xp: Any) -> Cases:
     B, V = 6, 3000
     logits = (3 * rng.standard_normal((B, V))).astype(np.float32)
     tied = np.round(logits)
-    tied[:, ::7], tied[0, 20:] = np.nan, -np.inf  # one row with fewer tokens than are wanted
+    tied[:, ::7], tied[0, 20:] = np.nan, -np.inf  # row 0 has fewer tokens than K
     tokens = rng.integers(1, 20, B).astype(np.int32)
     tokens[tokens % 7 == 0] = 1
     wanted = np.array([K, 5, 0, 1, K, K], np.int32)

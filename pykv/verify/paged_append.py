@@ -36,7 +36,7 @@ def _case(spec: KVSpec, new: Any, rng: np.random.Generator, xp: Any) -> Case:
     slots = rng.permutation(N * P)[:T].astype(np.int32)
     slots[::5] = -1
     k: Any = rng.standard_normal((T, H, D)).astype(new)
-    k[1] = 1e-5  # where scales of 16 bits are subnormal
+    k[1] = 1e-5  # makes float16 scales subnormal
     k[2, 0, 3] = np.nan
     want = paged.blank(spec, N, P, H, D)
     got = paged.send(xp, want)
@@ -64,7 +64,7 @@ def _by_lists(rng: np.random.Generator, xp: Any) -> Cases:
     new = np.array([3, 1, 1, 5, 2], np.int32)
     starts = np.cumsum([0, *new]).astype(np.int32)
     of_rows = [_place(b, TOKENS[b] + i) for b in range(5) for i in range(new[b])]
-    of_rows += [None, None]  # past the last request's
+    of_rows += [None, None]  # rows behind the last request's are skipped
     one_each = [_place(b, tokens) for b, tokens in enumerate(TOKENS)]
     for counts, are_counted in (("before", 0), ("after", 1)):
         last = LAST + np.int32(are_counted)

@@ -14,7 +14,7 @@ from pykv.phases import Argmax, Embed, Product
 from pykv.testing.compare import host
 from pykv.verify import Case, Cases
 
-_P, _M = 4, 6  # tokens of a page, pages of a sequence
+_P, _M = 4, 6  # tokens a page, pages of a sequence
 
 
 def cases(rng: np.random.Generator, xp: Any) -> Cases:

@@ -15,8 +15,8 @@ from pykv.kvtc import coder
 from pykv.ops.rope import PAIRINGS
 from pykv.options import check_whole
 
-SINKS, WINDOW = 4, 128  # first tokens kept as they are, and last ones kept as int8
-MOST = 1 << 14  # layers, heads, elements of a head and the like; and the ratio
+SINKS, WINDOW = 4, 128  # first tokens are kept exactly, the last ones as int8
+MOST = 1 << 14  # limit of layers, heads, head size and the like, and of the ratio
 # Weights of heads; bases times these keep their precision in float16.
 LIGHTEST, HEAVIEST = 2.0**-5, 2.0**5
 

@@ -47,7 +47,7 @@ from pykv.kvtc.artefact import MOST, Artefact, Fingerprint, Group, Plan, Side, T
 from pykv.ops.rope import PAIRINGS
 
 MAGIC = b"\x89PYKVTC\n"
-VERSION = 3  # 1 had no weights, 2 a number for each element
+VERSION = 3  # version 1 had no weights, version 2 one for each element
 _HEADER = struct.Struct("<8s2IQ32s32s32s9I")
 _TEXT = np.dtype([("name", "S96"), ("sha256", "V32"), ("tokens", "<u8")])
 _ALIGNMENT = 64

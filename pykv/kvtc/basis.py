@@ -16,10 +16,10 @@ from pykv.errors import NumberError
 
 Blocks = Callable[[], Iterator[Any]]  # rows [n, F] float16 of `xp`, some at a time
 
-SMALL = 2048  # features of which the host decomposes the Gram matrix
+SMALL = 2048  # up to so many features the host decomposes the Gram matrix
 _LEAF = 512  # rows of a matrix that the host factorises
 _PART = 4096  # rows of a matrix that are copied at a time
-_MOST_ITERATIONS, _TOLERANCE = 12, 0.02  # of the energy that the basis misses
+_MOST_ITERATIONS, _TOLERANCE = 12, 0.02  # relative change of the energy that the basis misses
 
 
 def mean_of(blocks: Blocks) -> Any:
@@ -90,7 +90,7 @@ def components(gram: Any, count: int, xp: Any, *, small: int = SMALL) -> Any:
         before, missed = missed, total - float((q * y).sum(dtype=np.float64))
         if before - missed <= _TOLERANCE * missed:
             break
-    return orthonormal(q, xp, least=0.5)  # they are almost, where there are as many directions
+    return orthonormal(q, xp, least=0.5)  # they nearly are, at full rank
 
 
 def orthonormal(y: Any, xp: Any, least: float = 0.0) -> Any:

@@ -30,7 +30,7 @@ from pykv.terminal import note
 RATIOS = (8, 16, 32, 64)
 HELD = 6  # one row of so many is held out,
 MOST_HELD = 8192  # but not more in all
-_ROWS_PER_FEATURE = 2  # fewer rows give a basis of their noise
+_ROWS_PER_FEATURE = 2  # a basis from fewer rows fits their noise
 _WINDOW = 1024  # tokens
 _BLOCK = 4096  # rows on the device at a time
 _OP = "kvtc.calibrate"
@@ -211,7 +211,7 @@ def v0_configs(
     ratio = check_whole(op, "ratio", ratio, 1)
     found = {}
     for layers, side, of_side, centred in _centred(op, model, artefact, texts, tokens):
-        # A v0 stream has no weights: its basis is that of the same rows without them.
+        # A v0 stream has no weights, so its basis is fitted to the same rows without them.
         spanned = weigh(of_side.basis.T.astype(np.float32), inverse(of_side.weights)).T
         basis = orthonormal(spanned, np).astype(np.float16)
         kept = centred @ basis.astype(np.float32)

@@ -96,11 +96,11 @@ class Codec:
         self._rows = self._xp.empty(rows, np.float16)
         self._coefficients = self._xp.empty(components, np.float32)
         if self._xp is not np:
-            cuda.synchronize()  # or calls on other streams might not find what was uploaded
-        self._own = [self._rows, self._coefficients]  # arrays that launches take, beside the calls'
+            cuda.synchronize()  # calls on any stream need what was uploaded
+        self._own = [self._rows, self._coefficients]  # arrays of our own that launches take
         for n in self._groups:
             self._own += [n.places, n.mean, n.inv_freq, *n.bases, *n.back, *n.steps]
-        self._kept = Dims()  # headers, and what calls of known layouts enqueue
+        self._kept = Dims()  # keeps headers, and what calls enqueue, by layout
 
     def header(
         self,

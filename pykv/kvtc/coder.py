@@ -37,7 +37,7 @@ def check_widths(op: str, widths: Any) -> tuple[int, ...]:
     """
     try:
         given = tuple(widths)
-    except (TypeError, OverflowError):  # none, or a range without an end
+    except (TypeError, OverflowError):  # no sequence, or a range beyond ssize_t
         given = ()
     if len(given) != len(WIDTHS):
         raise ParameterError(f"{op}: widths is {widths!r:.80}, expected {len(WIDTHS)} numbers")

@@ -12,7 +12,7 @@ from pykv.kvtc.artefact import Artefact
 from pykv.model_options import PLACE, open_llm
 from pykv.number_texts import whole_of
 
-OPTIONS = PLACE | {"ctx": "context"}  # of a model, whose cache is one of floats
+OPTIONS = PLACE | {"ctx": "context"}  # no cache options: its cache holds floats
 
 
 def add_calibrate(calibrate: argparse.ArgumentParser) -> None:

@@ -26,7 +26,7 @@ SIZES = (1, 16, 64, 256, 1024)
 BITS = {"none": 0, "int2": 2, "int4": 4, "fp8": 8}
 OVERHEAD, V0_OVERHEAD = 32, 64  # bits of a row's shift and scale, or its extremes in a v0 stream
 UNIT = 2  # bits; every cost is a multiple
-ROWS = 256  # of which errors are measured; each is coded once for every place and size of a group
+ROWS = 256  # sample for errors; each is coded for every place and size of a group
 _ELEMENTS = 1 << 20  # at a time
 _FP8 = ml_dtypes.float8_e4m3fn
 _FP8_LARGEST = 448.0
@@ -114,7 +114,7 @@ def plan(
     options = [(size, kind, costs.get((size, kind), 0)) for size, kind in errors]
     C, units = len(errors[1, "none"]), max(0, bits // UNIT)
     longest = max(size for size, _, _ in options)
-    # Least errors of the components up to each of the last ends, by units that may be spent.
+    # Least error of the components up to each recent end, by the units that may be spent on them.
     least = np.full((longest + 1, units + 1), np.inf)
     least[0] = 0
     taken = np.empty((C + 1, units + 1), np.uint8)

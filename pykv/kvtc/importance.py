@@ -32,12 +32,12 @@ from pykv.llm import matrices
 from pykv.llm.weights import Model
 from pykv.ops import paged_qkv, rope
 
-QUERIES = 256  # last tokens of a window that ask
-KEYS = 4.0  # how much more errors of keys count than scores say to the first order
-EVERY = 4  # one key of so many is looked at for the directions of queries
-EVEN = 0.1  # the part of a head's importance that all its directions share
-_KEYS = 16  # that are looked at at a time, as memory goes
-_LEAST = 2.0**-40  # of the largest importance: logarithms of zero there are none
+QUERIES = 256  # last tokens of a window whose queries count
+KEYS = 4.0  # factor on errors of keys, beyond the first-order change of scores
+EVERY = 4  # directions of queries are found from every fourth key
+EVEN = 0.1  # share of a head's importance that is spread evenly over its directions
+_KEYS = 16  # at a time, to bound memory
+_LEAST = 2.0**-40  # times the largest importance: a floor, so that logarithms exist
 
 
 def measure(model: Model, ids: list[int], xp: Any) -> Any:
@@ -119,7 +119,7 @@ def _of_layer(model: Model, i: int, q: Any, k: Any, v: Any, squares: Any, xp: An
         of_here = counts[..., xp.asarray(here - SINKS)].reshape(H, -1, len(here))
         asked = of_here.swapaxes(1, 2)[..., None] * by_head[:, None]  # [H, keys, G * T, D]
         of_keys += _turned_back(asked.swapaxes(2, 3) @ by_head[:, None], here, model, i, xp)
-    # What those keys say of directions; how much is known of all.
+    # Directions come from those keys, their total from all keys.
     whole = (counts.sum(axis=3).reshape(H, -1) * (by_head * by_head).sum(axis=2)).sum(axis=1)
     traces = xp.trace(of_keys, axis1=1, axis2=2)
     of_keys *= (whole / xp.maximum(traces, np.float32(1e-30)))[:, None, None]

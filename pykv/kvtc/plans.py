@@ -17,12 +17,11 @@ from pykv.kvtc.artefact import Plan, Side
 from pykv.kvtc.basis import Blocks, components, gram_of, inverse, mean_of, weigh, weigh_gram
 from pykv.kvtc.coder import GROUP, WIDTHS, bits_of
 
-# The best uniform steps for a Gaussian of deviation 1, by bits (Max, 1960), and what they are
-# multiplied by: components have heavier tails. Smaller steps suit rows that are held out by chance,
-# and clip others.
+# Optimal uniform steps for a Gaussian of standard deviation 1, by bits (Max, 1960), and a factor on
+# them, since components have heavier tails. Smaller steps may suit held-out rows, but clip others.
 GAUSSIAN_STEPS = {1: 1.596, 2: 0.996, 3: 0.586, 4: 0.335, 5: 0.188, 6: 0.104, 7: 0.057, 8: 0.031}
 STRETCHES = (1.0, 1.1, 1.22, 1.36, 1.5, 1.75)
-_ROWS = 256  # of a pass over components, so that they stay in a core's cache
+_ROWS = 256  # in a pass over components, so that the rows stay in a core's cache
 
 
 class Found(NamedTuple):
@@ -204,7 +203,7 @@ def _least_errors(errors: Any, units: int) -> tuple[Any, Any]:
     least[8, 0] = 0
     came_from = np.empty((count, 9, units + 1), np.uint8)
     for g in range(count):
-        # The best predecessor of at least so many bits, for all bits at once.
+        # For each number of bits, the best predecessor with at least as many.
         best, origin = least.copy(), np.repeat(np.arange(9, dtype=np.uint8)[:, None], units + 1, 1)
         for bits in range(7, -1, -1):
             better = best[bits + 1] < best[bits]

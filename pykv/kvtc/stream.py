@@ -50,7 +50,7 @@ MAGIC = b"\x89PYKVTS\n"
 VERSION = 1
 ALIGNMENT = 128
 _HEADER = struct.Struct("<8s2IQ32s8I32s")
-_MOST = 1 << 14  # layers, heads, elements of a head; and the ratio
+_MOST = 1 << 14  # limit of layers, heads and head size, and of the ratio
 
 
 class Section(NamedTuple):

@@ -33,7 +33,7 @@ QUANT_TYPES = ("fp8", "intx")  # by their numbers in a header
 BITS = (1, 2, 4, 8)  # of a code of intx
 HEADER = struct.Struct("<iiQQQQ")
 FIELDS = ("quant_type", "int_bits", "start_idx", "end_idx", "packed_data_bytes", "metadata_bytes")
-MOST = 2**28 - 1  # coefficients of a row, whose bits kernels count in 32 bits
+MOST = 2**28 - 1  # coefficients of a row: kernels count their bits in 32 bits
 
 
 class Range(NamedTuple):
@@ -95,7 +95,7 @@ def check_ranges(
     for i, one in enumerate(ranges):
         check_type(op, f"ranges[{i}]", one, Range)
     try:
-        types = tuple(type(field) for one in ranges for field in one)  # as 1.0 and True equal 1
+        types = tuple(type(field) for one in ranges for field in one)  # as 1.0 == True == 1
         return _checked(op, tuple(ranges), features, types)
     except TypeError as error:
         if isinstance(error, DtypeError):

@@ -82,7 +82,7 @@ class KvtcConfig:
             raise ShapeError(f"{op}: projection has shape {(F, C)}, expected no zeros ([F C])")
         set_ = object.__setattr__
         set_(self, "ranges", check_ranges(op, self.ranges, C))
-        # linear multiplies by rows of a multiple of eight: those of either side, with zeros behind.
+        # `linear` wants rows of a multiple of eight elements, so both sides are padded with zeros.
         there, back = self.projection.T, self.projection
         set_(self, "_there", _padded(there, _wide(F)))
         set_(self, "_back", back if C % 8 == 0 else _padded(back, _wide(C)))

@@ -29,8 +29,8 @@ from pykv.serve.replies import Reply
 _T = TypeVar("_T")
 
 BODY_BYTES = 8 << 20  # of a request; a context of a million tokens fits
-BODY_SECONDS = 30.0  # for a body to arrive
-SEND_SECONDS = 60.0  # for a client to take what was sent
+BODY_SECONDS = 30.0  # within which a body must arrive
+SEND_SECONDS = 60.0  # within which a client must take what was sent
 _PAGE = {"/": ("index.html", "text/html"), "/chat.js": ("chat.js", "text/javascript")}
 _PAGE |= {"/style.css": ("style.css", "text/css")}
 _CSP = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
@@ -166,7 +166,7 @@ async def _begin(
     asked = await _read(request, read)
     work = make_work(asked.answers, asked.constraints)
     server.engine.submit(work)
-    request.scope["pykv.work"] = work  # what is refused has no tokens, and no latency
+    request.scope["pykv.work"] = work  # for the log and metrics; refused requests have none
     return asked, work
 
 

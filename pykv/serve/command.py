@@ -17,11 +17,11 @@ from pykv.model_options import open_llm
 from pykv.options import check_whole
 from pykv.terminal import note
 
-STOP_SECONDS = 30  # that running answers have to end after SIGTERM
+STOP_SECONDS = 30  # for running answers to end after SIGTERM
 QUEUE = 8  # sequences that may wait, for each slot
 GPU_SLOTS, HOST_SLOTS = 64, 16
-SLOT_TOKENS = 2048  # of the pool for each slot, if there is memory for so many
-SHARE = 0.5  # of the free memory that the pool takes at most, unless one context needs more
+SLOT_TOKENS = 2048  # of the pool for each slot, if memory allows
+SHARE = 0.5  # of the free memory: limit of the pool, unless one context needs more
 
 
 def add_serve(serve: argparse.ArgumentParser) -> None:
@@ -55,7 +55,7 @@ def add_serve(serve: argparse.ArgumentParser) -> None:
 
 def _serve(args: argparse.Namespace) -> None:
     install.require("serve", "starlette", "uvicorn", "llguidance")
-    if args.api_key == "":  # as of a variable of the shell that is not set
+    if args.api_key == "":  # an unset shell variable expands to this
         raise ParameterError("serve: --api-key is empty, expected a key")
     key = args.api_key or os.environ.get("PYKV_API_KEY") or None
     if key is not None and (key != key.strip() or re.search(r"[\r\n]", key)):
@@ -63,7 +63,7 @@ def _serve(args: argparse.Namespace) -> None:
             "serve: the API key has blanks around it, or line ends, expected what a header can hold"
         )
     for name in args.served_model_name or ():
-        if not name.isprintable():  # nor are bytes of the command line that are no UTF-8
+        if not name.isprintable():  # bytes that are no UTF-8 are not printable either
             raise ParameterError(f"serve: --served-model-name is {name!r}, expected letters")
     slots = None if args.slots is None else check_whole("serve", "--slots", args.slots, 1, 4096)
     loopback = _is_loopback(args.host)
@@ -74,7 +74,7 @@ def _serve(args: argparse.Namespace) -> None:
     logging.basicConfig(
         level=args.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s"
     )
-    with _listen(args.host, args.port) as listening:  # a port in use is noticed before the model
+    with _listen(args.host, args.port) as listening:  # a port in use fails before a model loads
         server, facts = open_server(args, slots)
         host = f"[{args.host}]" if ":" in args.host else args.host
         url = f"http://{host}:{listening.getsockname()[1]}"
@@ -174,7 +174,7 @@ def run(
     def end(*_: Any) -> None:
         announced.should_exit = True
 
-    # For what comes before uvicorn sets its own; it raises that again once it has stopped.
+    # Until uvicorn sets its own handlers; it raises the signal again once it has stopped.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, end)
     announced.run(sockets=[listening])

@@ -7,7 +7,7 @@ import asyncio
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-HEADER_SECONDS = 30.0  # from the connection, or a header's first byte, to its end
+HEADER_SECONDS = 30.0  # for a header, from the connection or its first byte on
 
 
 class Connection(H11Protocol):
@@ -25,7 +25,7 @@ class Connection(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
-        self._unset_keepalive_if_required()  # with exc uvicorn keeps it, and the request
+        self._unset_keepalive_if_required()  # which uvicorn skips if given `exc`
         self._stop_timer()
 
     def _watch(self) -> None:

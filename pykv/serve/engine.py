@@ -74,7 +74,7 @@ class Job:
 
     def read(self, metrics: Metrics) -> None:
         """Put what is new into the queue, until the end is there; of the engine's thread."""
-        if self._is_over:  # a stop string ended it before the scheduler did
+        if self._is_over:  # a stop string ended the answer early
             return
         s, now = self.sequence, time.perf_counter()
         self.answer.read()
@@ -163,11 +163,11 @@ class Engine:
         self.scheduler, self.metrics, self.limit = scheduler, metrics, limit
         self._turn = turn
         self._lock = threading.Condition()
-        self._inbox: list[tuple[Work, bool]] = []  # a request, and whether it begins or is aborted
+        self._inbox: list[tuple[Work, bool]] = []  # a request; True: begin it, False: abort it
         self._stopping = False
-        self._jobs: dict[Job, Work] = {}  # that run; of the thread
-        self._changed: list[Job] = []  # jobs that were read since the readers were woken
-        self._num_open = 0  # sequences that were taken and have not ended; under the lock
+        self._jobs: dict[Job, Work] = {}  # running ones; used by the thread alone
+        self._changed: list[Job] = []  # jobs with tokens that readers were not woken for yet
+        self._num_open = 0  # sequences accepted and not ended; guarded by the lock
         self._thread = threading.Thread(target=self._run, name="pykv-engine", daemon=True)
 
     def start(self) -> None:
@@ -235,7 +235,7 @@ class Engine:
         try:
             while self._go_on():
                 pass
-        except Exception:  # a fault of the engine: who waits for it shall not wait for ever
+        except Exception:  # a fault of the engine must not leave clients waiting for ever
             log.exception("the engine ends")
         with self._lock:
             self._stopping = True
@@ -291,7 +291,7 @@ class Engine:
         try:
             with self._turn():
                 self.scheduler.step()
-        except Exception as error:  # the sequences of the step would be computed again, and fail
+        except Exception as error:  # a retry would fail again, so end its sequences
             log.error("a step failed: %s: %s", type(error).__name__, error)
             failed = [job for job in self._jobs if job.sequence in self.scheduler.failed]
             self._fail(failed or list(self._jobs), error)
@@ -300,7 +300,7 @@ class Engine:
         for job in changed:
             if job.sequence.finish_reason:
                 self._end(job)
-        _wake(works)  # last, so that who reads an answer finds it counted
+        _wake(works)  # last: whoever reads an answer finds it counted
 
     def _read(self, job: Job) -> None:
         """Called by the scheduler when a sequence has got a token or ended."""
@@ -351,7 +351,7 @@ def _wake(works: Iterable[Work]) -> None:
 
         try:
             loop.call_soon_threadsafe(wake)
-        except RuntimeError:  # the loop is closed: nobody reads any more
+        except RuntimeError:  # the event loop is closed: there are no readers
             pass
 
 

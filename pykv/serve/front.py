@@ -18,7 +18,7 @@ from pykv.serve.metrics import Metrics
 
 log = logging.getLogger("pykv.serve")
 
-_OPEN = ("/", "/chat.js", "/style.css", "/health")  # without a key
+_OPEN = ("/", "/chat.js", "/style.css", "/health")  # need no key
 HEADER_BYTES = 32 << 10
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
@@ -47,7 +47,7 @@ class App:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        scope["app"] = self  # so that the router raises what it refuses
+        scope["app"] = self  # then the router raises HTTPException for unknown paths
         began, status = time.perf_counter(), 0
 
         async def noted(message: Message) -> None:
@@ -72,7 +72,7 @@ class App:
             except Exception as error:
                 log.exception("a fault at %.100r", scope["path"])  # quoted: it may hold line ends
                 if status:
-                    raise  # in the middle of an answer: the connection is closed
+                    raise  # the answer has begun, so the connection is closed
                 fault = ApiError(500, f"a fault inside the server: {type(error).__name__}")
                 await self._refuse(fault, scope, receive, noted)
         finally:
@@ -99,7 +99,7 @@ class App:
                 raise ApiError(403, f"host is {host!r:.80}, expected localhost, or an --api-key")
         elif scope["path"] not in _OPEN:
             given = headers.get("authorization", "").removeprefix("Bearer ")
-            key = self._key.encode("utf-8", "surrogateescape")  # the bytes of the command line
+            key = self._key.encode("utf-8", "surrogateescape")  # its bytes on the command line
             if not hmac.compare_digest(given.encode("latin-1"), key):
                 advice = {"WWW-Authenticate": "Bearer"}
                 message = "the API key is missing or wrong, expected Authorization: Bearer KEY"
@@ -109,7 +109,7 @@ class App:
         # m40-llm's endpoint has the message alone.
         plain = scope["path"] == "/generate"
         body: dict[str, Any] = {"error": str(error)} if plain else error.body()
-        if error.status in (408, 413):  # what is left of the body is not read
+        if error.status in (408, 413):  # the rest of the body stays unread
             error.headers["Connection"] = "close"
         await JSONResponse(body, error.status, error.headers)(scope, receive, send)
 

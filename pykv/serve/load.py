@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
-TOKENS = range(32, 250)  # that prompts are made of: bytes, or the like, in every vocabulary
-SECONDS = 600.0  # that one request may take
+TOKENS = range(32, 250)  # ids for prompts: single bytes or short tokens in every vocabulary
+SECONDS = 600.0  # limit of one request
 
 
 @dataclass

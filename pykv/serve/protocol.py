@@ -28,14 +28,14 @@ log = logging.getLogger("pykv.serve")
 
 MAX_CHOICES = 128  # prompts times n
 MAX_TOP_LOGPROBS = 20
-MAX_STOPS = 16  # strings, and characters of each are MAX_STOP
+MAX_STOPS = 16  # stop strings, of MAX_STOP characters each
 MAX_STOP = 256
 MAX_IDS = 1024  # of logit_bias, and of stop_token_ids: each step looks at all of them
-# What OpenAI's clients may send and nothing here depends on.
+# Fields that OpenAI's clients may send and that have no effect here.
 _IGNORED = """
     user store metadata service_tier safety_identifier prompt_cache_key reasoning_effort verbosity
 """.split()
-# What the description of bodies says of fields that functions below check.
+# Schemas, for the description of bodies, of fields that functions below check.
 _STOP: dict[str, Any] = dict(minLength=1, maxLength=MAX_STOP)
 _STOPS = _STOP | dict(maxItems=MAX_STOPS, items={"type": "string", **_STOP})
 _BIAS = {"type": "number", "minimum": -100, "maximum": 100}
@@ -204,7 +204,7 @@ class Protocol:
         params = self._params(fields, most, logprobs, temperature)
         if rule is not None and params.ignore_eos:
             raise wrong("ignore_eos", True, "false beside tools or a response_format")
-        if rule is not None and params.min_tokens:  # a grammar may leave nothing but the end
+        if rule is not None and params.min_tokens:  # a grammar may allow nothing but the end
             raise wrong("min_tokens", params.min_tokens, "0 beside tools or a response_format")
         self._note_unknown(fields)
         constraint = self._constraint(rule)

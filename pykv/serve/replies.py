@@ -16,7 +16,7 @@ from pykv.serve.engine import Delta, Job, Work
 from pykv.serve.protocol import Asked
 from pykv.serve.tools import Call, CallReader
 
-LEAST = -9999.0  # what OpenAI says of tokens that cannot come; JSON has no infinity
+LEAST = -9999.0  # stands for -inf, which JSON lacks, as OpenAI has it
 
 
 class Reply:
@@ -41,12 +41,12 @@ class Reply:
             "created": int(time.time()),
             "model": model,
         }
-        self._head = json.dumps(head)[:-1]  # of every chunk, which then goes on
+        self._head = json.dumps(head)[:-1]  # common beginning of all chunks
         self._readers = [CallReader(asked.tools) if asked.tools else None for _ in work.jobs]
-        self._offsets = [0] * len(work.jobs)  # characters before the next token, for logprobs
-        self._decoders = [tokenizer.stream_decoder() for _ in work.jobs]  # that count them
+        self._offsets = [0] * len(work.jobs)  # of the next token in the text, for logprobs
+        self._decoders = [tokenizer.stream_decoder() for _ in work.jobs]  # find the offsets
         self._spellings: dict[int, tuple[str, list[int]]] = {}
-        self._entries: dict[int, tuple[str, str]] = {}  # JSON before a logprob, and behind
+        self._entries: dict[int, tuple[str, str]] = {}  # JSON around a token's logprob
 
     async def body(self) -> Response:
         """The whole answer."""
@@ -69,7 +69,7 @@ class Reply:
             body = f'{self._head}, "choices": [{choices}], "usage": {counts}}}'
             return Response(body, media_type="application/json")
 
-        # Logprobs of long answers take seconds, in which others would get no tokens.
+        # Logprobs of long answers take seconds; other answers must go on meanwhile.
         return await asyncio.to_thread(encoded)
 
     @staticmethod

@@ -17,11 +17,11 @@ from pykv.serve.fields import Fields, wrong
 OPENING, CLOSING = "<tool_call>", "</tool_call>"
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 _NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
-# A part of a message's content, for the description of bodies.
+# Schema of a part of a message's content, for the description of bodies.
 _TEXT = {kind: {"type": "string"} for kind in ("text", "refusal")}
 _PART = {"type": "object", "properties": {"type": {"enum": [*_TEXT]}, **_TEXT}}
 _PART |= {"required": ["type"]}
-# Blanks that a grammar leaves open are where a small model loops.
+# A small model may loop on blanks, so the grammar allows none.
 _COMPACT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
@@ -43,7 +43,7 @@ def read_messages(fields: Fields, *, native: bool) -> list[dict[str, Any]]:
         native: whether the template knows tools; else calls and results become text.
     """
     messages: list[dict[str, Any]] = []
-    names: dict[str, str] = {}  # of called functions, by the id of the call
+    names: dict[str, str] = {}  # by id of a call: the function's name
     for message in fields.each("messages"):
         role = message.choice("role", None, *_ROLES)
         calls = _read_calls(message) if role == "assistant" else []

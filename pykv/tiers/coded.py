@@ -74,7 +74,7 @@ class CodedForm:
                 f"{op}: {name} has an artefact, expected none: the cache holds {cache.spec}"
             )
         self._codec, self._hadamard, self._page_size = codec, hadamard, cache.page_size
-        self._lock = threading.Lock()  # a codec has one workspace
+        self._lock = threading.Lock()  # for the codec, which has one workspace
         self.nbytes = cache.page_size * codec.row_bytes
         self.exact_pages = -(-codec.sinks // cache.page_size)
         self.name = f"kvtc {codec.artefact} {codec.ratio} after {self.exact_pages} pages"

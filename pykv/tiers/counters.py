@@ -7,7 +7,7 @@ from typing import Any
 
 from pykv.number_texts import counted
 
-_MOST = 1 << 62  # things; sums stay below
+_MOST = 1 << 62  # limit of each count
 
 
 @dataclass

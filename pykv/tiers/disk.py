@@ -34,14 +34,14 @@ from pykv.cache_folder import check_private
 from pykv.errors import FormatError
 from pykv.tiers.counters import Counters
 
-FORMAT = "pykv.tier.2"  # the layout version: another one is another identity
-FLOOR = 1 << 30  # bytes of the disk that stay free
+FORMAT = "pykv.tier.2"  # part of a tier's identity: change it with the layout of files
+FLOOR = 1 << 30  # bytes of the disk that are left free
 SUFFIX = ".page"
 _OP = "tiers.disk"
 _HEADER, _SUM = 1024, 65  # bytes of a file beside its page, at most, and for each head
-_KEEP = 0.9  # of the limit, once room was made
-_AHEAD = 60  # seconds that clocks of hosts that share a folder may differ
-_LOOK = 1 / 16  # of the limit, written by us alone before others' files are counted again
+_KEEP = 0.9  # making room goes down to this share of the limit
+_AHEAD = 60  # seconds by which the clocks of hosts that share a folder may differ
+_LOOK = 1 / 16  # of the limit: after writing so much, count others' files again
 
 
 class Heads(NamedTuple):
@@ -72,7 +72,7 @@ class Entry(NamedTuple):
     path: Path
 
 
-_making_room = threading.Lock()  # of all tiers of this process, which may share a folder
+_making_room = threading.Lock()  # one for all tiers, since several may share a folder
 
 
 class DiskTier:
@@ -104,7 +104,7 @@ class DiskTier:
         heads: Heads | None = None,
     ) -> None:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        check_private(folder)  # who can write there decides what models say
+        check_private(folder)  # whoever writes there could change what models say
         facts = identity | dict(format=FORMAT, page_bytes=str(nbytes))
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
         self.folder, self.limit = folder, limit
@@ -113,11 +113,11 @@ class DiskTier:
         self._identity, self._own = digest, folder / digest[:32]
         self._own.mkdir(mode=0o700, exist_ok=True)
         check_private(self._own)
-        self._lock = threading.Condition()  # of what follows
+        self._lock = threading.Condition()  # guards the counts below
         self._known: set[bytes] = set()
-        self._total = self._written = 0  # bytes of all files; those of ours since they were counted
+        self._total = self._written = 0  # bytes of all files; our own since a count
         self._pending = 0  # bytes that threads are about to write
-        self._added = 0  # bytes that they have written since this began
+        self._added = 0  # bytes that they have written since making room began
         self._count()
         for place in (folder, *self._own.iterdir()):
             whole_files.clear(place)
@@ -125,7 +125,7 @@ class DiskTier:
     def __contains__(self, key: bytes) -> bool:
         if key in self._known:
             return True
-        exists = os.path.exists  # False where the disk fails
+        exists = os.path.exists  # False if the disk fails, too
         return any(all(exists(self._path(key, x)) for x in cover) for cover in self._covers)
 
     def read(self, key: bytes, page: np.ndarray) -> bool:
@@ -154,7 +154,7 @@ class DiskTier:
             end = min(sum(part), self._heads.first + self._heads.number)
             first, rows = begin - part[0], rows[begin - self._heads.first :][: end - begin]
         try:
-            if path.exists() and not path.is_file():  # nor a pipe, which would be waited for
+            if path.exists() and not path.is_file():  # a pipe would block
                 raise FormatError(f"{_OP}: {path} is no file")
             with open(path, "rb") as file:
                 header = tensor_files.read_header(_OP, file, path, "page of a tier", FORMAT)
@@ -179,7 +179,7 @@ class DiskTier:
         with self._room_for(size):
             if shutil.disk_usage(self.folder).free < FLOOR + size:
                 raise OSError(errno.ENOSPC, f"less than {FLOOR:,} bytes would stay free", str(path))
-            for place in (self._own, path.parent):  # of which somebody may have removed the first
+            for place in (self._own, path.parent):  # somebody may have removed both
                 place.mkdir(mode=0o700, exist_ok=True)
             how: dict[str, bool] = dict(private=True, durable=False, by_row=True)
             tensor_files.write(path, self._facts(key, part), {"page": rows}, **how)
@@ -217,7 +217,7 @@ class DiskTier:
 
     def _open_lock(self) -> BinaryIO:
         path = self.folder / "lock"
-        if path.exists() and not path.is_file():  # nor a pipe, which would be waited for
+        if path.exists() and not path.is_file():  # a pipe would block
             raise OSError(errno.EEXIST, "it is no file", str(path))
         return open(path, "ab")
 
@@ -314,7 +314,7 @@ def entries(folder: Path) -> list[Entry]:
         for sub in _folders(identity):
             with suppress(OSError), os.scandir(sub) as items:
                 for item in items:
-                    with suppress(OSError):  # gone meanwhile
+                    with suppress(OSError):  # another process removed it
                         if item.name.endswith(SUFFIX) and item.is_file(follow_symlinks=False):
                             facts = item.stat(follow_symlinks=False)
                             found.append(Entry(facts.st_mtime, facts.st_size, Path(item.path)))
@@ -329,7 +329,7 @@ def read_counters(folder: Path) -> Counters:
             return Counters.from_dict(json.loads(path.read_bytes()))
     except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         pass
-    return Counters()  # none, damaged, or of another version: counting begins anew
+    return Counters()  # no file, damaged, or another version: count from 0
 
 
 def _folders(folder: str | Path) -> list[str]:

@@ -42,7 +42,7 @@ class Fetch:
         self.stop = self._start + len(keys)
         self._index = {key: i for i, key in enumerate(keys)}
         self._moving: deque[tuple[int, Moved]] = deque()  # pages, and their copy
-        self._asked: set[bytes] = set()  # that threads were to read
+        self._asked: set[bytes] = set()  # keys that threads are reading
 
     @property
     def is_over(self) -> bool:
@@ -54,7 +54,7 @@ class Fetch:
         i = self._index.get(key)
         if i is None or not self._released <= self._start + i < self.stop:
             return False
-        # Pages that come before it may need the row, to which a file brings it back.
+        # Unless its turn is near, earlier pages may take the row: a file brings this page back.
         at, tiers = self._start + i, self._tiers
         return at < self._sent + tiers.most_ahead(at) or not tiers.has_file(key)
 
@@ -151,7 +151,7 @@ class Fetch:
             if not tiers.has_row(key, at):
                 if not tiers.read_later(key, at):
                     if at == self._sent and not tiers.is_busy:
-                        self._end_at(at)  # there will be no row for it
+                        self._end_at(at)  # no row is left for it
                     return
                 self._asked.add(key)
             at += 1

@@ -120,7 +120,7 @@ class Form:
         move(source, target, ids, slots)
 
     take = put
-    copy = staticmethod(copy_pages)  # over the link of a GPU
+    copy = staticmethod(copy_pages)  # between host and GPU
 
 
 def form_of(op: str, name: str, cache: PagedKVCache, codec: str) -> Form:

@@ -82,7 +82,7 @@ class HostTier:
         self._free += slots
 
 
-_MEMORY_PAGE = 4096  # bytes that a host hands out at once, at least
+_MEMORY_PAGE = 4096  # the system maps memory in pages of at least so many bytes
 
 
 def allocate(op: str, name: str, xp: Any, count: int, nbytes: int) -> np.ndarray:
@@ -96,7 +96,7 @@ def allocate(op: str, name: str, xp: Any, count: int, nbytes: int) -> np.ndarray
     try:
         if xp is np:
             rows = np.empty((count, nbytes), np.uint8)
-            rows.reshape(-1)[::_MEMORY_PAGE] = 0  # or the memory would be taken as rows fill
+            rows.reshape(-1)[::_MEMORY_PAGE] = 0  # takes the memory now, not as rows fill
             return rows
         cuda = load_cupy().cuda
         try:

@@ -120,7 +120,7 @@ class Moves:
         current = cuda.get_current_stream()
         current.wait_event(half.free)
         if isinstance(self._form, CodedForm):
-            current.wait_event(self._up.end)  # of its codec, which has one workspace
+            current.wait_event(self._up.end)  # the codec's one workspace must be free
         self._form.put(self._cache, half.memory, ids, at, places)
         staged.record(current)
         way.stream.wait_event(staged)
@@ -129,7 +129,7 @@ class Moves:
             try:
                 link[0].record(way.stream)
                 self._form.copy(half.memory, self.view, at, slots)
-            finally:  # also behind what is enqueued when it raises: the rows go to others
+            finally:  # after an error, too: rows are given away behind what is enqueued
                 link[1].record(way.stream)
         return Moved(0.0, link, link[1])
 
@@ -144,7 +144,7 @@ class Moves:
         now.record(current)
         with way.stream:
             way.stream.wait_event(half.free)
-            way.stream.wait_event(self._down.end)  # of these rows, perhaps
+            way.stream.wait_event(self._down.end)  # which may still be writing these rows
             link[0].record(way.stream)
             self._form.copy(self.view, half.memory, slots, at)
             link[1].record(way.stream)
@@ -156,7 +156,7 @@ class Moves:
                 self._form.take(half.memory, self._cache, at, ids, places)
             except BaseException:
                 end.record(self._unpack)
-                current.wait_event(end)  # of what is enqueued: the pages go to others
+                current.wait_event(end)  # before the pages are given to others
                 raise
             end.record(self._unpack)
         return Moved(0.0, link, end)

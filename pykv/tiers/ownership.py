@@ -11,7 +11,7 @@ from pykv.tiers.coded import CodedForm
 from pykv.tiers.disk import Heads
 from pykv.tiers.forms import Form
 
-MOST_HEADS = 1 << 16  # of a model, whose ranks of every size are looked for
+MOST_HEADS = 1 << 16  # limit: files of ranks of every size are looked for
 
 
 def check_identity(given: Any) -> None:

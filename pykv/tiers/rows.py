@@ -17,7 +17,7 @@ from pykv.tiers.host import HostTier, allocate
 from pykv.tiers.moves import Moved, Moves
 from pykv.tiers.sizes import Limit
 
-EXACT_SHARE = 4  # beside coded rows, a fourth of host memory is for the pages before them
+EXACT_SHARE = 4  # with a codec, 1 / 4 of host memory holds exact first pages
 
 
 class Rows:

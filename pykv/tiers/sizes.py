@@ -93,7 +93,7 @@ def parse_disk(op: str, name: str, value: Any) -> Limit:
     folder = Path(os.path.realpath(os.path.expanduser(found["folder"])))
     if folder.exists() and not folder.is_dir():
         raise ParameterError(f"{op}: {name} is {folder}, expected a folder")
-    if not folder.parent.is_dir():  # a slip of the pen, or a disk that is not mounted yet
+    if not folder.parent.is_dir():  # a typing mistake, or a disk that is not mounted yet
         raise ParameterError(
             f"{op}: {name} is {folder}, expected a folder, or a new one in a folder that exists, "
             f"which {folder.parent} is not"

@@ -35,9 +35,9 @@ from pykv.tiers.rows import Rows, check_fits, counts_of
 from pykv.tiers.sizes import Limit, artefact_of, parse_disk, parse_host
 from pykv.tiers.threads import FileThreads
 
-BUFFER_BYTES = 64 << 20  # of host memory where there is a disk tier alone
-_MOST_NOTED = 64  # copies whose seconds are not known yet, before they are asked for
-_CODED_TOKENS = 512  # that a codec works on at a time; its workspace is in a GPU's memory
+BUFFER_BYTES = 64 << 20  # of host memory, if there is only a disk tier
+_MOST_NOTED = 64  # untimed copies that may collect before their times are read
+_CODED_TOKENS = 512  # coded at a time: bounds the codec's workspace on the GPU
 
 Opener = Callable[[str, str, Any, int], Codec]
 
@@ -121,7 +121,7 @@ class Tiers:
                     f"host_cache's {own.codec}: what that lost does not come back"
                 )
             if is_larger:
-                of_files = of_rows  # files of no codec are as the rows are
+                of_files = of_rows  # without a codec files hold what rows hold
             elif isinstance(of_rows, CodedForm):
                 raise ParameterError(
                     f"Tiers: disk_cache has the codec {limit.codec}, expected none or {own.codec}: "
@@ -145,10 +145,10 @@ class Tiers:
         self.counters = Counters()
         self.folder = None if limit is None else limit.folder
         self.is_exact = {own.codec, limit.codec if limit else "none"} == {"none"}
-        self._noted = Counters()  # what the folder knows of them
+        self._noted = Counters()  # what has been written to the folder's counters
         self._threads = FileThreads(self._files, self.counters, self._lost)
-        self._moving: list[tuple[Flow, int, int, Moved]] = []  # whose seconds are not known yet
-        self._fetches: list[Fetch] = []  # that hold rows
+        self._moving: list[tuple[Flow, int, int, Moved]] = []  # copies that are not timed yet
+        self._fetches: list[Fetch] = []  # those that hold rows
         cache.manager.on_forget = self.fall
 
     def _rows_of(self, place: int) -> Rows:
@@ -261,7 +261,7 @@ class Tiers:
             if fetch is not None:
                 given_up.callback(fetch.cancel)
                 stop = min(fetch.stop, start + manager.num_free)
-                manager.extend(pages, start * P, stop * P)  # others may fall now
+                manager.extend(pages, start * P, stop * P)  # may make other pages fall
                 manager.publish(pages, tokens[: fetch.advance(wait=True) * P])
 
     def join(self) -> None:

@@ -76,7 +76,7 @@ class FileThreads:
             self.writing[key] = _Writing(written, nbytes)
             self._pool.submit(_fulfil, written, rows.write, files, key, slot, moved)
         except BaseException:
-            if written.cancel():  # no thread has begun, and none will
+            if written.cancel():  # no thread had begun it
                 self.writing.pop(key, None)
             raise
 
@@ -140,7 +140,7 @@ class FileThreads:
             self._counters.from_disk.count(1, rows.file_form_at(place).nbytes, seconds)
             return
         rows.host.release([slot])
-        if key not in rows.host:  # it has not fallen meanwhile
+        if key not in rows.host:  # else it has fallen again meanwhile
             self._lost(key)
         self._counters.damaged += error is not None
         if error is not None and not isinstance(error, FormatError | OSError | MemoryError):
@@ -168,7 +168,7 @@ def _start(count: int) -> ThreadPoolExecutor:
     try:
         wait([pool.submit(all_run.wait) for _ in range(count)])
     except BaseException as error:
-        all_run.abort()  # or those that wait would never end
+        all_run.abort()  # releases the threads that wait
         pool.shutdown(wait=False, cancel_futures=True)
         if not isinstance(error, RuntimeError):
             raise

@@ -39,11 +39,11 @@ class Answer:
         self.sequence, self._decoder = sequence, decoder
         sequence.read = self.read
         self._text = ""
-        self._num_read = 0  # tokens that are in the text
+        self._num_read = 0  # tokens that the text has taken
         self._num_given = 0  # characters that `piece` has handed out
         self._is_complete = False
-        # Of each stop string, as they are matched: how many of its characters the text ends with,
-        # and where to go on where the next is another.
+        # For each stop string, matched character by character: how many of its characters the text
+        # ends with, and where matching goes on if the next one differs.
         self._stops = [(stop, _borders(stop)) for stop in sequence.params.stop]
         self._matched = [0] * len(self._stops)
 
@@ -51,7 +51,7 @@ class Answer:
         """Turn new tokens into text, and end the sequence at a stop string."""
         s = self.sequence
         for token in s.generated[self._num_read :]:
-            if self._is_complete:  # it came before anybody read that the text is over
+            if self._is_complete:  # drawn before its stop string was seen
                 break
             self._push(self._decoder.push(token))
         self._num_read = len(s.generated)
@@ -91,7 +91,7 @@ class Answer:
         """What is known by now."""
         s = self.sequence
         asks = s.params.logprobs is not None
-        logprobs = s.logprobs[: len(s.generated)] if asks else None  # an end token's is behind
+        logprobs = s.logprobs[: len(s.generated)] if asks else None  # not of an end token
         return Completion(self._text, s.generated, s.prompt, s.finish_reason, logprobs)
 
 
@@ -112,7 +112,7 @@ class Stream(Iterator[str]):
 
     def __init__(self, answer: Answer, pieces: Generator[str, None, None]) -> None:
         self._answer, self._pieces = answer, pieces
-        self._lock = threading.RLock()  # a generator refuses a second thread
+        self._lock = threading.RLock()  # generators raise if a second thread enters
 
     def __next__(self) -> str:
         with self._lock:

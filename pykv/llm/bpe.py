@@ -35,8 +35,8 @@ def _class(ranges: str) -> str:
     return "[" + re.sub("([0-9A-F]+)", r"\\x{\1}", ranges).replace(" ", "") + "]"
 
 
-# DeepSeek's first models name their letters one range at a time. It is no property of Unicode:
-# most letters with case up to Unicode 11, but for some of Georgian and the mathematical ones.
+# DeepSeek's first models list ranges of letters. No Unicode property gives this list: it has most
+# cased letters up to Unicode 11, but not the mathematical ones and some of Georgian.
 DEEPSEEK_LETTERS = _class(
     "41-5A 61-7A B5 C0-D6 D8-F6 F8-1BA 1BC-1BF 1C4-293 295-2AF 370-373 376 377 37B-37D 37F 386 "
     "388-38A 38C 38E-3A1 3A3-3F5 3F7-481 48A-52F 531-556 10A0-10C5 13A0-13F5 13F8-13FD 1C90-1CBA "
@@ -68,7 +68,7 @@ CUTS = {
     "deepseek-coder": (*(r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", f"{DEEPSEEK_SCRIPTS}+", r"\p{N}"),),
     "seed-coder": (SEED_CODER,),
 }
-# Models that take a word found in the vocabulary whole, and whose texts begin with BOS.
+# Models that take a word whole if the vocabulary has it, and whose texts begin with BOS.
 WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "midm-2.0", "tekken")
 # Models whose texts are composed first (NFC: "e" and U+0301 become one character), as transformers
 # does for Qwen, GPT-NeoX's vocabulary (MPT, OLMo), Command R and StableLM 2.

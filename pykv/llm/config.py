@@ -70,7 +70,7 @@ def read_config(file: ModelFile) -> Config:
     head_dim = keys.get("attention.key_length", max(1, embedding // heads))
     residual = keys.optional("residual_scale", 1.0)
     tokens = file.get("tokenizer.ggml.tokens", [], list)
-    # The 27B models of Gemma divide by the width of a query head's share of the embedding.
+    # The 27B models of Gemma scale by embedding / query heads in place of the head size.
     big_gemma = (keys.name, num_layers) in (("gemma2", 46), ("gemma3", 62))
     usual_scale = 1 / math.sqrt(max(1, embedding // heads) if big_gemma else head_dim)
     config = Config(
@@ -98,7 +98,7 @@ def read_config(file: ModelFile) -> Config:
     tensors.check(file, config)
     windows = _windows(keys, num_layers)
     inv_freq, magnitude = _frequencies(keys, config, windows)
-    scale = config.attention_scale * magnitude**2  # of queries and of keys
+    scale = config.attention_scale * magnitude**2  # queries and keys have the magnitude each
     return replace(config, attention_scale=scale, windows=windows, inv_freq=inv_freq)
 
 
@@ -197,7 +197,7 @@ def _frequencies(
     except (ParameterError, ShapeError) as error:
         raise FormatError(f"{path}: the keys of {keys.name}.rope: {error}") from None
     rotated = keys.optional("rope.scaling.finetuned", True)
-    still = np.zeros_like(scaled)  # a rotation by nothing
+    still = np.zeros_like(scaled)  # frequencies of layers that do not rotate
     every = kind.unrotated_every
     return tuple(
         still

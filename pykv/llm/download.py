@@ -22,11 +22,11 @@ from pykv.errors import FetchError
 from pykv.number_texts import whole_of
 from pykv.terminal import visible
 
-LARGEST = 1 << 36  # bytes of a file whose size nobody states; hubs hold smaller ones
-PAGE = 1 << 26  # bytes of a page that is read into memory
-PIECE = 1 << 16  # bytes; of a connection that breaks, the last piece is lost
+LARGEST = 1 << 36  # limit in bytes for a file of unknown size; hubs hold smaller ones
+PAGE = 1 << 26  # limit in bytes for a page read into memory
+PIECE = 1 << 16  # bytes; a broken connection loses at most one piece
 TIMEOUT = 30.0  # seconds without an answer, or without a byte of one
-PAUSES = (1.0, 4.0, 10.0)  # seconds before it is tried again, which a byte that arrived restarts
+PAUSES = (1.0, 4.0, 10.0)  # seconds before each retry; any byte received starts over
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def probe(url: str, sha256: str | None = None, headers: dict[str, str] | None = 
             url,
             sha256,
             length,
-            tag if tag and not tag.startswith("W/") else None,  # W/: much the same, not the same
+            tag if tag and not tag.startswith("W/") else None,  # weak: not the same bytes
             headers or {},
         )
 
@@ -156,10 +156,10 @@ def _append(
         if remote.tag:
             headers["If-Range"] = remote.tag
     with _answer(remote.url, headers) as response:
-        if response.status_code == 200:  # a server without ranges, or with another file by now
+        if response.status_code == 200:  # the server ignores ranges, or has another file now
             digest, have = hashlib.sha256(), 0
         elif not _continues(response, remote, have):
-            part.unlink(missing_ok=True)  # or it would be asked for the same again for ever
+            part.unlink(missing_ok=True)  # else each retry would ask for the same range
             raise ConnectionError("the server sends another range or version")
         with part.open("ab" if have else "wb") as file:
             show(have)
@@ -199,7 +199,7 @@ def _answer(url: str, headers: dict[str, str]) -> Iterator[Any]:
     read."""
     import requests
 
-    headers = {"Accept-Encoding": "identity", **headers}  # sizes and ranges are of the file itself
+    headers = {"Accept-Encoding": "identity", **headers}  # sizes and ranges count bytes of the file
     try:
         with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
             words = visible(response.reason or "")[:80]
@@ -211,7 +211,7 @@ def _answer(url: str, headers: dict[str, str]) -> Iterator[Any]:
             if response.status_code not in (200, 206, *[416] * ("Range" in headers)):
                 raise FetchError(f"cannot fetch {shown(url)}: {status}")
             yield response
-    except (requests.RequestException, ValueError) as error:  # the latter: where a redirect leads
+    except (requests.RequestException, ValueError) as error:  # ValueError: of a bad redirect
         reason = getattr(error.args[0] if error.args else error, "reason", error)
         raise ConnectionError(" ".join(str(reason).split())) from error
 

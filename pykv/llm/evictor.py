@@ -25,7 +25,7 @@ from pykv.options import check_flag
 from pykv.pool import PagedKVCache
 from pykv.specs import KVSpec
 
-EVERY = 64  # rows that a sequence gets between two evictions
+EVERY = 64  # new rows of a sequence between two evictions
 
 
 def as_policy(op: str, given: Any, most: int, spec: KVSpec) -> Policy | AdaKV | None:
@@ -150,7 +150,7 @@ class Evictor:
             return
         if self.sums:
             s.unsummed.append(queries.copy())  # the next step overwrites them
-            if len(s.unsummed) >= EVERY:  # or they would fill the memory
+            if len(s.unsummed) >= EVERY:  # bounds their memory
                 self._sum(s)
         behind = 0.0 if s.behind is None else s.behind.mean(1).min()
         if s.held - behind >= budget + EVERY:

@@ -188,10 +188,10 @@ class LLM:
         opened = open_runner(self.file, config, self.tokenizer, device, self.xp, wanted)
         self._device, self.runner, most_of_pool = opened
         with cuda.use_device(self._device):
-            # Now, as the file may change, or go, before a session is saved.
+            # Taken now: the file may change or go before a session is saved.
             self.fingerprint = fingerprint(self.file, self.model)
             self._done = None if self.xp is np else self.xp.cuda.Event(disable_timing=True)
-            with cuda.behind(self._done):  # so that the first turn is behind all that was made
+            with cuda.behind(self._done):  # so that the first turn waits for all of this
                 self.tiers = open_tiers(self, host_cache, disk_cache)
         self.prefix_cache = prefix_cache
         self.is_exact = self.tiers is None or self.tiers.is_exact

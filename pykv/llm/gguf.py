@@ -65,7 +65,7 @@ class TensorInfo:
     row_bytes: int
     path: Path
     start: int  # in the file
-    stamp: tuple[int, ...]  # of the file when its header was read
+    stamp: tuple[int, ...]  # identifies the file as it was when its header was read
 
     @property
     def nbytes(self) -> int:
@@ -88,7 +88,7 @@ class TensorInfo:
             with self.path.open("rb") as file:
                 file.seek(self.start + first)
                 size = file.readinto(data.data)
-                found = stamp(file.fileno())  # behind it: who writes may do so meanwhile
+                found = stamp(file.fileno())  # after reading, since somebody may write meanwhile
         except OSError as error:
             raise FormatError(f"{self.path}: cannot be read ({error})") from None
         if found != self.stamp or size != data.nbytes:

@@ -96,7 +96,7 @@ class Cursor:
                 found.append(str(data[at + 8 : end], "utf-8"))
                 at = end
         except struct.error:
-            pass  # no room for a length: reported below
+            pass  # fewer bytes than a length: reported below
         except UnicodeDecodeError as error:
             raise FormatError(
                 f"{self.path}: {what} has invalid UTF-8 at offset {at + 8 + error.start}"

@@ -55,7 +55,7 @@ _WINDOW_KEYS = (
     "final_logit_softcapping",
 )
 
-# The converter permutes q and k of llama and its kin for adjacent pairs; the others keep halves.
+# Converters permute q and k of llama and its relatives to rotate adjacent pairs; others have halves.
 ARCHITECTURES = {
     "llama": Architecture(pairing="adjacent"),
     "qwen2": Architecture(roles=("q_bias", "k_bias", "v_bias")),
@@ -114,10 +114,10 @@ KEYS = {
     "attention.key_length": _COUNT,
     "attention.value_length": _COUNT,
     "attention.layer_norm_rms_epsilon": Range(float, 1e-20, 1e6),
-    "attention.scale": _OR_OFF,  # 0: the usual one
+    "attention.scale": _OR_OFF,  # 0: 1 / sqrt(D)
     "rope.dimension_count": _COUNT,
     "rope.freq_base": Range(float, 1, 1e30),
-    "rope.scale_linear": _OR_OFF,  # name of the factor in older files
+    "rope.scale_linear": _OR_OFF,  # rope.scaling.factor of older files
     "rope.scaling.type": Range(str),
     "rope.scaling.factor": _OR_OFF,
     "rope.scaling.original_context_length": _COUNT,
@@ -127,7 +127,7 @@ KEYS = {
     "rope.scaling.low_freq_factor": _POSITIVE,
     "rope.scaling.high_freq_factor": _POSITIVE,
 }
-# Those of `Architecture.keys`; the pattern is a period, or a list of flags.
+# Ranges of `Architecture.keys`; a pattern is a period, or a list of flags.
 MORE_KEYS = {
     "attention.sliding_window": Range(int, 0, 2**31 - 1),
     "attention.sliding_window_pattern": Range(int, 0, 2**31 - 1),
@@ -146,9 +146,9 @@ HARMLESS = {
     "tensor_data_layout": "the order of rows before they were converted",
     "use_parallel_residual": "of GPT-NeoX; converters of 2024 wrote it into files of others",
 }
-# Beginnings of keys of a vision part, whose tensors are refused where the file has them.
+# Prefixes of keys of a vision part; its tensors are refused if the file has them.
 _VISION = ("mm.", "vision.")
-# Keys that run with one value only, and what another would ask for.
+# Keys with one supported value, and the feature that another value would need.
 ONLY = {
     "attention.causal": (True, "attention to later tokens"),
     "attention.clamp_kqv": (0, "clamped queries, keys and values"),
@@ -171,7 +171,7 @@ ONLY = {
     "rope.scaling.yarn_ext_factor": (1, "a part of YaRN's extrapolation"),
     "rope.scaling.yarn_log_multiplier": (0, "YaRN as DeepSeek has it"),
 }
-# Files that are no language model, by general.architecture or general.type.
+# Values of general.architecture or general.type of files that are no language model.
 OTHER_FILES = {
     "clip": "a vision or audio projector (mmproj), which belongs beside a language model",
     "mmproj": "a vision or audio projector (mmproj), which belongs beside a language model",

@@ -18,7 +18,7 @@ from pykv.ops.block_linear import PLAIN
 from pykv.ops.norm import rms_norm
 from pykv.pool import float_kind
 
-STORED = "stored"  # what `weights` says for matrices that stay as they are in the file
+STORED = "stored"  # value of `weights`: matrices stay as they are in the file
 
 
 class Stored(NamedTuple):

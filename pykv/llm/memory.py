@@ -70,7 +70,7 @@ def free(xp: Any) -> int | None:
     try:
         group = Path("/sys/fs/cgroup")
         limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
-        # Of what it uses, cached pages of files go when memory is asked for.
+        # The group's use includes cached pages of files, which make room when memory is needed.
         cached = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
         return min(available, limit - used + int(cached["inactive_file"]))
     except (OSError, ValueError, KeyError):  # no control group, or "max"

@@ -24,7 +24,7 @@ from pykv.llm import matrices
 from pykv.llm.weights import Model
 from pykv.ops import activation, norm, paged_check, paged_decode
 
-GRAPH_ROWS = 64  # rows of a graph's step: a power of two up to here, then multiples of it
+GRAPH_ROWS = 64  # graphs have rows of a power of two up to here, then of multiples of it
 
 
 @dataclass
@@ -85,7 +85,7 @@ def forward(
     hidden = like(x, (T, config.feed_forward), np.float32)
     attended_rows = attended.reshape(T, -1)
     workspace = None
-    if batch.q_starts is None and on_gpu(x):  # scratch of split keys, the same for all layers
+    if batch.q_starts is None and on_gpu(x):  # scratch for split keys, shared by all layers
         capacity = batch.page_table.shape[1] * cache.page_size
         size = paged_decode.workspace_size(T, HQ, H, config.head_dim, capacity)
         workspace = like(x, (size,), np.float32)
@@ -126,7 +126,7 @@ def forward(
         add_product(hidden, layer.down, layer.down_bias, layer.post_ffn_norm)
 
     if rows is not None:
-        x = activation.embed(x, rows)  # rows of a table
+        x = activation.embed(x, rows)  # x is the table
         normed = like(x, x.shape, np.float32)
     logits = multiply(x, model.head, norm=model.output_norm, normed=normed, out=out)
     if config.logit_cap is not None:

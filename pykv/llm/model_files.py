@@ -108,7 +108,7 @@ def check(path: Path, model: str, sha256: str | None = None) -> None:
             f"{path} has SHA-256 {found}, expected {expected or 'a file that pykv fetched'}: it is "
             f"damaged. Delete it, and {model} is fetched again"
         )
-    with suppress(OSError):  # a folder that root filled: it is looked at each time
+    with suppress(OSError):  # a folder of root: then the file is checked each time
         write_record(path, model, found, path)
 
 
@@ -133,7 +133,7 @@ def remove(*, models: bool) -> tuple[int, int]:
         records = [_record(record.path) for record in _records()] if models else []
         freed = delete(files), delete(unfinished())
         delete(records)
-    with suppress(OSError):  # not empty
+    with suppress(OSError):  # the folder is not empty
         folder().rmdir()
     return freed
 

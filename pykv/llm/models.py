@@ -119,7 +119,7 @@ def fetch(model: str) -> Path:
         check_private(folder())
         if not path.is_file():
             with model_files.lock(wait=True):
-                if not path.is_file():  # no other process fetched it meanwhile
+                if not path.is_file():  # else another process fetched it meanwhile
                     _fetch(model, path)
         model_files.check(path, label, sha256)
     except PykvError:
@@ -133,14 +133,14 @@ def fetch(model: str) -> Path:
 
 
 def _local(model: str) -> Path:
-    # ~ is of --model=~/x, which a shell leaves as it is
+    # Shells do not expand ~ in --model=~/x.
     path = Path(os.path.expanduser(model) if model.startswith("~/") else model)
     try:
         if path.is_file():
             return path
         siblings = [str(x) for x in path.parent.glob("*.gguf")] if path.parent.is_dir() else []
         found = "that is no file" if path.exists() else "no such file exists"
-    except OSError as error:  # a name that no file can have, a folder that is closed
+    except OSError as error:  # an impossible name, or a folder that may not be read
         raise FetchError(f"model is {model!r:.300}, expected a file: {error.strerror}") from error
     known = {name.lower(): name for name in (*siblings, *MODELS)}
     near = [known[name] for name in get_close_matches(model.lower(), known, cutoff=0.5)]
@@ -202,10 +202,10 @@ def _split(model: str) -> tuple[str, str | None, dict[str, str]]:
         raise wrong("one file (fetch the parts of a split one yourself, and give a path)")
     if name.startswith("hf:"):
         names = re.fullmatch(r"hf:([\w.-]+)/([\w.-]+)/(.+\.gguf)", name)
-        if not names or {".", "..", ""} & {*name[3:].split("/")}:  # they lead to another repository
+        if not names or {".", "..", ""} & {*name[3:].split("/")}:  # would lead elsewhere
             raise wrong("hf:owner/repo/file.gguf")
         endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
-        token = os.environ.get("HF_TOKEN", "").strip()  # of a file, with its line end
+        token = os.environ.get("HF_TOKEN", "").strip()  # read from a file it ends with a line end
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         url = f"{endpoint}/{names[1]}/{names[2]}/resolve/main/{quote(names[3])}"
         return url, sha256, headers

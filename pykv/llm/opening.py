@@ -53,7 +53,7 @@ def open_runner(
     if wanted.policy is not None:
         check_size("LLM", pages, spec, page_size, config.kv_heads)
         most = most_pages(spec, page_size, config.kv_heads)
-    # Without a pool or a context of its own the cache grows as calls need it.
+    # Without `pool_tokens` or `context` the cache grows as calls need it.
     tokens = wanted.pool_tokens or wanted.context or page_size
     need = memory.needed(file, config, dtype, spec, tokens, xp)
     nbytes = need.weights + need.cache

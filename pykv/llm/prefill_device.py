@@ -66,7 +66,7 @@ class PrefillDevice:
 
     def bring(self, sequences: Sequence[sequence.Sequence]) -> None:
         """Have all pages here that the next step of sequences reads."""
-        pages: dict[int, None] = {}  # in order; two may have one in common
+        pages: dict[int, None] = {}  # in order, each once: sequences may share pages
         for s in sequences:
             if not s.is_sent:
                 pages |= dict.fromkeys(s.pages[: -(-s.cached // self._cache.page_size)])

@@ -31,11 +31,11 @@ from pykv.llm.weights import Model
 from pykv.ops import paged_check
 from pykv.pool import PagedKVCache
 
-CLAMPED_SHARE = 1e-3  # of the elements of a layer's keys or values that shared scales clamp
-LOGIT_BYTES = 1 << 27  # logits of one step at most, where all positions are asked for
+CLAMPED_SHARE = 1e-3  # of a layer's keys or values: if shared scales clamp more, warn
+LOGIT_BYTES = 1 << 27  # limit of a step's logits, where all positions are asked for
 DECODES = ("auto", "graph", "persistent", "steps")  # how answers go on, see LLM
-DECODERS = 8  # are kept, of other numbers of rows and pages: each may be a graph with its memory
-TABLE_PAGES = 16  # of a decoder at least; 256 keys of usual pages are read without splits
+DECODERS = 8  # kept, by rows and pages; each may be a graph with its memory
+TABLE_PAGES = 16  # least width of a decoder's table; 256 keys of 16 a page need no splits
 
 
 class ModelRunner:
@@ -84,7 +84,7 @@ class ModelRunner:
         # the queries that eviction asks for.
         self.last = max(1, self._evictor.asked if self._evictor else 0)
         self._decoders: OrderedDict[tuple[int, int], _Decoder] = OrderedDict()
-        self._pool: Any = None  # of the decoders
+        self._pool: Any = None  # the pool that the decoders were made for
         # Steps follow each other, so their graphs share what they need meanwhile.
         self._memory = None if xp is np else cuda.GraphMemory()
         self._prefill = prefill
@@ -118,7 +118,7 @@ class ModelRunner:
         whole = [pieces[i][0] for i in done]
         tokens = self._draw(whole, logits)
         for s in whole:
-            s.is_sent = False  # the host has waited for logits, which come behind the pages
+            s.is_sent = False  # waiting for logits has waited for the pages, too
         return tokens
 
     def ahead(self, sequences: list[Sequence]) -> int:
@@ -129,7 +129,7 @@ class ModelRunner:
 
     def decode(self, sequences: list[Sequence], alone: bool) -> list[int]:
         """Put the last token of every answer into the cache, and draw the next."""
-        if self._pool is not self.cache.k:  # the cache has grown, or another took its place
+        if self._pool is not self.cache.k:  # the cache has grown or was replaced
             self._end_residency()
             self._decoders.clear()
             self._pool = self.cache.k
@@ -231,7 +231,7 @@ class ModelRunner:
         rows = graph_rows(len(sequences), self.xp)
         size = rows, max(TABLE_PAGES, 1 << (most - 1).bit_length())
         decoder = self._decoders.pop(size, None) or self._decoder(*size)
-        self._decoders[size] = decoder  # the last is the one used last
+        self._decoders[size] = decoder  # moved to the end: the latest used
         if len(self._decoders) > DECODERS:
             self._decoders.popitem(last=False)
         return decoder
@@ -291,7 +291,7 @@ class _Decoder:
         self._inputs = xp.empty((4, rows), np.int32)  # one transfer for all four
         self._table = xp.full(size, -1, np.int32)
         self._packed = np.empty((4, rows), np.int32)
-        self._pages = np.full(size, -1, np.int32)  # what the table shall hold
+        self._pages = np.full(size, -1, np.int32)  # the table, on the host
         # Of each row: the list of its pages, how many of them are in the table, rows evicted.
         self._shown: list[tuple[list[int] | None, int, int, Any]] = [(None, 0, 0, None)] * rows
         ids, positions, slots, lengths = self._inputs

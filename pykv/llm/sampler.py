@@ -46,7 +46,7 @@ class Sampler:
     def __init__(self, xp: Any) -> None:
         self._xp = xp
         self._tallies = xp.zeros((0, 0), np.int32)
-        # Whose a row is, and how many tokens of its answer are counted; the latest used comes last.
+        # Owner of each row, and how many tokens of its answer are counted; the latest used is last.
         self._owners: dict[int, tuple[Any, int]] = {}
 
     def draw(
@@ -142,7 +142,7 @@ class Sampler:
             if owner is s and counted == len(s.generated) - 1:
                 tokens[b] = s.generated[-1]
             elif owner is not s or counted != len(s.generated):
-                self._owners[row] = _NOBODY  # until `adjust` has been called
+                self._owners[row] = _NOBODY  # until `adjust` succeeds
                 tally = 2 * np.bincount(np.array(s.generated, np.int32), minlength=V)
                 tally[s.prompt] |= 1
                 self._tallies[row] = self._xp.asarray(tally.astype(np.int32))

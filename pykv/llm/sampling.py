@@ -78,7 +78,7 @@ class SamplingParams:
         if logprobs is not None:
             logprobs = check_whole(op, "logprobs", logprobs, 0, MAX_LOGPROBS)
         between = partial(check_number, op, least=-2, most=2)
-        # Python's numbers: NumPy's wrap around, and round what they are compared with.
+        # As Python's numbers: NumPy's wrap around, and round what they are compared with.
         for name, value in dict(
             temperature=check_number(op, "temperature", self.temperature, least=0),
             top_k=check_whole(op, "top_k", self.top_k, 0, 2**31 - 1),
@@ -131,7 +131,7 @@ def _biases(op: str, given: Any) -> tuple[tuple[int, float], ...]:
     """Pairs in the order of their token ids."""
     name = "logit_bias"
     is_pairs = isinstance(given, tuple) and all(isinstance(x, tuple) and len(x) == 2 for x in given)
-    given = dict(given) if is_pairs else given  # those of other params
+    given = dict(given) if is_pairs else given  # pairs: taken from other params
     if not isinstance(given, Mapping):
         raise DtypeError(f"{op}: {name} is {given!r:.80}, expected a dict of token ids and numbers")
     pairs = []

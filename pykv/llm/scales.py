@@ -16,11 +16,11 @@ from pykv.llm.sequence import Sequence
 from pykv.llm.weights import Model
 from pykv.pool import PagedKVCache
 
-# How far scales reach beyond the largest magnitude of TEXT.
+# Factor by which scales exceed what the largest magnitude of TEXT needs.
 MARGIN = 1.5
-# A share of the root mean square of keys or values by which rounding to codes may move them. Of
-# smollm2-135m int8 with shared scales moves them by 0.02, int4 with a scale for each token by 0.1,
-# and int4 with shared ones by 0.3, of which nothing that makes sense comes.
+# Limit of the rounding error of keys or values, in units of their root mean square. smollm2-135m
+# has 0.02 as int8 with shared scales, 0.1 as int4 with a scale for each token, and 0.3 as int4 with
+# shared scales, where its answers make no sense.
 COARSE = 0.15
 TEXT = """\
 The old harbour lay quiet under a pale sky, and only the gulls argued about breakfast. In 1912, at
@@ -65,7 +65,7 @@ def _warn_if_coarse(cache: PagedKVCache, elements: int) -> None:
     of keys and of values in each layer."""
     sides = zip(("keys", "values"), cache.spec.kinds, (cache.k, cache.v), strict=True)
     for name, kind, pools in sides:
-        if kind.name not in ("int8", "int4"):  # codes of fp8 have steps of their own
+        if kind.name not in ("int8", "int4"):  # steps of fp8 depend on the value
             continue
         squares = [np.square(kinds.decode(to_host(pool), kind)).sum(dtype=float) for pool in pools]
         # Rounding to whole codes moves each by 1 / sqrt(12) in the root mean square.

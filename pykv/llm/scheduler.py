@@ -194,7 +194,7 @@ class Scheduler:
         self._give_pages(changed)
         try:
             self._run(changed)
-        finally:  # a token that is drawn is read before the next is, whatever came behind it
+        finally:  # even after an error: tokens drawn must be read before the next are drawn
             for s in changed:
                 if not s.finish_reason:
                     s.read()
@@ -243,7 +243,7 @@ class Scheduler:
             if s.cached < s.prefix:
                 n = min(s.prefix - s.cached, room)
                 whole = (s.cached + n) // P * P - s.cached
-                n = whole if whole > 0 or pieces else n  # a page may be more than a step
+                n = whole if whole > 0 or pieces else n  # a page may exceed a step: then part of it
             elif s.decodes or s.group in held_back:
                 continue
             elif last == 1 or s.due <= min(room, last):
@@ -287,7 +287,7 @@ class Scheduler:
         """Run a part of a step, in which `drawn` of its sequences get a token. Returns these."""
         try:
             for s, token in zip(drawn, run(), strict=True):
-                if not s.finish_reason:  # nobody has ended it meanwhile
+                if not s.finish_reason:  # else somebody has ended it meanwhile
                     s.append(token)
         except BaseException:
             self.failed = list(sequences)
@@ -373,7 +373,7 @@ class Scheduler:
         the pool alone is as long as fits, as at the end of a context."""
         P = self._manager.page_size
         for s in list(self.running):
-            if s.finish_reason or not s.decodes:  # what was preempted has more due
+            if s.finish_reason or not s.decodes:  # a preempted one has more tokens due
                 continue
             while s.held == len(s.pages) * P:
                 try:

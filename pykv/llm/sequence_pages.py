@@ -199,7 +199,7 @@ class SequencePages:
     def give_up(self, s: Sequence, *, publish: bool) -> None:
         """Give the pages of a sequence back; what was computed on them may be reused."""
         manager, fetch = self.cache.manager, s.fetch
-        is_whole = not s.dropped and s.behind is None  # else slots hold other tokens
+        is_whole = not s.dropped and s.behind is None  # after an eviction slots hold other tokens
         try:
             if fetch is not None:
                 fetch.cancel()
@@ -209,7 +209,7 @@ class SequencePages:
                 manager.publish(s.pages, s.tokens[: s.cached])
         finally:
             manager.free(s.pages)
-            s.pages, s.cached, s.dropped = [], 0, 0  # a new list: tables know a sequence by it
+            s.pages, s.cached, s.dropped = [], 0, 0  # a new list: tables go by identity
             s.behind, s.mass, s.unsummed, s.fetch, s.is_sent = None, {}, [], None, False
 
     def name(self, s: Sequence) -> None:

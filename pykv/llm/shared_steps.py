@@ -28,9 +28,9 @@ def run(scheduler: Scheduler, turn: Turn, answers: list[Answer]) -> Generator[No
                 raise error
             is_over = all(s.finish_reason for s in sequences)
             if is_over:
-                _abort(scheduler, turn, sequences)  # those that a caller has ended
+                _abort(scheduler, turn, sequences)  # a caller may have ended some
             yield
-    finally:  # or pages stay taken when we are closed
+    finally:  # gives pages back if the generator is closed
         _abort(scheduler, turn, sequences)
 
 

@@ -17,8 +17,8 @@ import numpy as np
 from pykv.llm.gguf import ModelFile, TensorInfo
 from pykv.tiers import host
 
-_PIECE = 8 << 20  # bytes, or a row
-_READERS = 3  # threads, as one copies from the file cache more slowly than the link takes
+_PIECE = 8 << 20  # bytes read at once, or a row if that is more
+_READERS = 3  # threads: one alone reads the file cache more slowly than the link copies
 
 
 class _Slot(NamedTuple):

@@ -18,13 +18,13 @@ from pykv.llm.token_types import BYTE, NORMAL, special_id
 SPACE = "\u2581"  # stands for a blank inside pieces
 BORDER = "\ud800"  # in no piece: a lone surrogate is no UTF-8
 WORD_CACHE = 1 << 15  # words of up to CACHED_LENGTH characters; about 10 MB when full, 25 at most
-CACHED_LENGTH = 16  # texts without blanks, such as Chinese, are few long words that never return
+CACHED_LENGTH = 16  # longer words, as of Chinese without blanks, hardly ever return
 
 
 class Encoder:
     """Merges by score, with byte fallback; `prefix` says whether texts gain a leading blank."""
 
-    add_bos = True  # where the file does not say
+    add_bos = True  # default, if the file does not say
 
     def __init__(self, file: ModelFile, tokens: list[str], types: list[int]) -> None:
         scores = file.require("tokenizer.ggml.scores", list)
@@ -46,8 +46,8 @@ class Encoder:
         }
         self.bytes = {i: bytes([value]) for value, i in self.byte_ids.items()}
         self.unknown = special_id(file, "unknown", len(tokens)) or 0
-        # No merge crosses from c to a blank unless a piece holds c and then a blank, so texts fall
-        # apart there into words that repeat. Gemma: one such piece in 262 144, "> </".
+        # A merge across c and a blank needs a piece that holds both, so texts can be cut everywhere
+        # else into words, which repeat. Gemma has one such piece in 262 144: "> </".
         holding = "".join(set(re.findall(f"([^{SPACE}]){SPACE}", BORDER.join(self.ids))) - {BORDER})
         self.word_start = re.compile(f"(?<=[^{re.escape(SPACE + holding)}])(?={SPACE})")
         self.cached = lru_cache(WORD_CACHE)(self.word)

@@ -13,7 +13,7 @@ from datetime import datetime
 from functools import lru_cache
 from typing import Any, NoReturn
 
-MEMORY = 1 << 29  # bytes of address space that templates may use, where the system can bound it
+MEMORY = 1 << 29  # limit of address space in bytes, where the system can enforce one
 LENGTH = 1 << 25  # characters of a rendered template
 raw = ""  # characters that `tojson` never escapes
 

@@ -25,7 +25,7 @@ from pykv import install
 from pykv.errors import CapacityError, FormatError, ParameterError, UnsupportedError
 
 OP = "chat_prompt"
-SECONDS = 5.0  # for one template, the start of the process included
+SECONDS = 5.0  # limit for one template, with the start of the process
 LENGTH = 1 << 24  # bytes that a template and its variables may have; beyond any context
 _PASSED = ("TZ", "SYSTEMROOT", "PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
 
@@ -89,8 +89,8 @@ class _Worker:
         """The reply to a request; None where the process had to be killed, or died."""
         with self.lock:
             if self.process and self.owner == os.getpid() and self.process.poll() is not None:
-                self.stop()  # somebody ended it
-            if self.process is None or self.owner != os.getpid():  # a fork has its own
+                self.stop()  # the process has ended
+            if self.process is None or self.owner != os.getpid():  # a forked process starts its own
                 self.process, self.owner = _start(), os.getpid()
             process = self.process
             assert process.stdin and process.stdout
@@ -103,7 +103,7 @@ class _Worker:
                 line = process.stdout.readline()
             except OSError:  # it has died
                 pass
-            finally:  # after Ctrl-C a reply would come that nobody waits for
+            finally:  # after Ctrl-C: its late reply must not answer the next request
                 timer.cancel()
                 if not line.endswith(b"\n"):
                     self.stop()
@@ -115,7 +115,7 @@ class _Worker:
         process, self.process = self.process, None
         if process and self.owner == os.getpid():
             process.kill()
-            with suppress(OSError):  # the rest of a request goes nowhere
+            with suppress(OSError):  # drops the unsent rest of a request
                 process.communicate()
 
 
@@ -129,7 +129,7 @@ def _start() -> subprocess.Popen[bytes]:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             env={name: os.environ[name] for name in _PASSED if name in os.environ},
-            start_new_session=True,  # Ctrl-C is for us alone
+            start_new_session=True,  # so that Ctrl-C does not reach it
         )
     except OSError as error:
         raise UnsupportedError(
@@ -139,7 +139,7 @@ def _start() -> subprocess.Popen[bytes]:
 
 _worker = _Worker()
 atexit.register(_worker.stop)
-if hasattr(os, "register_at_fork"):  # a fork in the middle of a request would have half of it
+if hasattr(os, "register_at_fork"):  # a fork must not inherit half a request
     os.register_at_fork(
         before=_worker.lock.acquire,
         after_in_parent=_worker.lock.release,

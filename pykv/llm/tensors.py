@@ -23,7 +23,7 @@ from pykv.ops.block_linear import PLAIN
 if TYPE_CHECKING:
     from pykv.llm.config import Config
 
-# Names a tensor may have, first match wins; {i} is the layer.
+# Names of a tensor in files; the first match wins, {i} is the layer.
 NAMES = {
     "embedding": ("token_embd.weight", "tok_embeddings.weight"),
     "output_norm": ("output_norm.weight", "norm.weight"),
@@ -91,7 +91,7 @@ def layer_shapes(c: Config) -> dict[str, tuple[int, ...]]:
     }
 
 
-# Vectors that are joined: where a layer has one, it has all.
+# Vectors that are joined, so a layer must have all of them or none.
 _TOGETHER = (("q_bias", "k_bias", "v_bias"), ("gate_bias", "up_bias"))
 
 
@@ -162,7 +162,7 @@ def fill(source: Source, out: Any, info: TensorInfo, dtype: Any) -> None:
         if by_gpu:
             dequant.dequantize(blocks, info.kind, out=rows)
             continue
-        step = max(1, _PIECE // (16 * out.shape[1]))  # so that a piece stays in a core's cache
+        step = max(1, _PIECE // (16 * out.shape[1]))  # keeps a piece in a core's cache
         for start in range(0, len(rows), step):
             part = slice(start, start + step)
             rows[part] = xp.asarray(rounded(_dequantized(blocks[part], info.kind), dtype))

@@ -60,7 +60,7 @@ def open_tiers(llm: LLM, host: Any, disk: Any) -> Tiers | None:
     """The tiers of a model's cache; None where it has none."""
     if host is None and disk is None:
         return None
-    _check_free("LLM", host)  # once more, beside the weights
+    _check_free("LLM", host)  # again, now that the weights are loaded
 
     def opened(name: str, codec: str, xp: Any, tokens: int) -> Codec:
         made = open_codec("LLM", codec, llm, name=f"{name}'s codec", xp=xp, tokens=tokens)

@@ -21,7 +21,7 @@ from pykv.ops.resident_program import Inputs, ResidentProgram
 from pykv.phases import AddNorm, Append, Argmax, Attend, Attention, Embed, Product
 from pykv.pool import PagedKVCache
 
-TOKENS = 8  # at most
+TOKENS = 8  # limit of a step, one for each sequence
 
 
 class TokenPhases(NamedTuple):

@@ -16,7 +16,7 @@ USER_DEFINED = 4  # found in any text before it is cut and merged
 UNUSED = 5
 BYTE = 6  # <0x0A>
 
-# Ids of SentencePiece files that name none, as llama.cpp has it.
+# Ids of files with a SentencePiece vocabulary that name none, as in llama.cpp.
 SENTENCEPIECE_IDS = {"bos": 1, "eos": 2, "unknown": 0}
 
 
@@ -45,8 +45,8 @@ def _key(role: str) -> str:
     return f"tokenizer.ggml.{role}_token_id"
 
 
-# Tokens after which an answer is over, known by their text: files name one or two in their keys,
-# and converters have typed some of them as normal. Source: llama.cpp.
+# Texts of tokens that end an answer: keys of files name only one or two, and converters have given
+# some of them the type of normal tokens. Source: llama.cpp.
 ENDINGS = {
     *(
         "</s>",
@@ -68,9 +68,9 @@ def endings(tokens: list[str]) -> list[int]:
     """Ids of the tokens that end an answer by their text, whatever their types."""
     found = {token: i for i, token in enumerate(tokens) if token in ENDINGS}
     if "<eos>" in found:
-        found.pop("</s>", None)  # Gemma: the end of text that is struck through, in HTML
+        found.pop("</s>", None)  # in Gemma HTML: ends struck-through text
     if found.keys() & {"<|call|>", "<|calls|>"} and found.keys() & {"<|return|>", "<|flush|>"}:
-        found.pop("<|end|>", None)  # Harmony: the end of one message of several
+        found.pop("<|end|>", None)  # in Harmony it ends one message of several
     return list(found.values())
 
 
@@ -79,7 +79,7 @@ class Finder:
 
     def __init__(self, ids: dict[str, int]) -> None:
         self.ids = {token: i for token, i in ids.items() if token}
-        starts = {token[:2] for token in self.ids}  # two: "  " is a token where " " is everywhere
+        starts = {token[:2] for token in self.ids}  # by two characters, as " " alone is everywhere
         self.start = re.compile("|".join(map(re.escape, starts)) or "(?!)")
         self.lengths: dict[str, list[int]] = {}
         for length in sorted(set(map(len, self.ids)), reverse=True):

@@ -109,7 +109,7 @@ def load(
     def layer(reader: _Reader, i: int) -> Layer:
         weights = reader.layer(i, frequencies[id(config.inv_freq[i])])
         if mixing is not None:
-            rows = weights.attention_out.reshape(-1, D).astype(np.float32)  # rounded once already
+            rows = weights.attention_out.reshape(-1, D).astype(np.float32)  # rounded already
             weights.attention_out = linear.linear(rows, mixing).reshape(E, -1)
         return weights
 
@@ -119,7 +119,7 @@ def load(
         layers = (pool.map if xp is np else map)(partial(layer, reader), range(config.num_layers))
         embedding = reader.matrix("embedding")
         output_norm = reader.vector("output_norm")
-        if config.logit_divisor != 1:  # logits are a product with it
+        if config.logit_divisor != 1:  # logits are linear in this weight
             output_norm = output_norm * np.float32(1 / config.logit_divisor)
         model = Model(
             config=config,
@@ -131,7 +131,7 @@ def load(
         )
     reader.refuse_infinite()
     if xp is not np:
-        xp.get_default_memory_pool().free_all_blocks()  # what pieces took on their way
+        xp.get_default_memory_pool().free_all_blocks()  # scratch of the pieces that were loaded
     return model
 
 
@@ -165,7 +165,7 @@ class _Reader:
     config: Config
     source: Source
     dtype: Any
-    rounded: dict[str, Any]  # dtypes of roles that do not stay as they are stored
+    rounded: dict[str, Any]  # by role: dtypes of matrices that do not stay as stored
     finite: list[tuple[list[TensorInfo], Any, Any]] = field(default_factory=list)
 
     def layer(self, i: int, inv_freq: Any) -> Layer:

@@ -55,7 +55,7 @@ _WINDOW_KEYS = (
     "final_logit_softcapping",
 )
 
-# Converters permute q and k of llama and its relatives to rotate adjacent pairs; others have halves.
+# Converters permute q and k of llama and its relatives to rotate adjacent pairs; others: halves.
 ARCHITECTURES = {
     "llama": Architecture(pairing="adjacent"),
     "qwen2": Architecture(roles=("q_bias", "k_bias", "v_bias")),

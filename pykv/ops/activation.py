@@ -152,7 +152,7 @@ def reference(name: str, x: Any) -> Any:
     """The definition of `swiglu` and `geglu`, in NumPy, and what the kernels are tested against."""
     wide = x.astype(np.result_type(x.dtype, np.float32))
     gate, up = np.split(wide, 2, axis=-1)
-    with np.errstate(over="ignore"):  # the cube, whose sigmoid is then 0 or 1
+    with np.errstate(over="ignore"):  # where the cube overflows the sigmoid is 0 or 1
         u = gate if name == "swiglu" else 2 * math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)
     z = np.exp(-np.abs(u))  # (1 + tanh(u / 2)) / 2 = 1 / (1 + exp(-u)), which does not cancel
     sigmoid = np.where(u < 0, z, 1) / (1 + z)

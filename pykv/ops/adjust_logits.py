@@ -23,7 +23,7 @@ _BLOCK, _ITEMS = 256, 4  # threads, and tokens of each; many blocks share a row
 VARIANTS = [dict(BLOCK=_BLOCK, ITEMS=_ITEMS)]
 VARIANTS_SMS = range(0)  # none at import: few programs call it, and they compile what they need
 
-# Arguments that are given together, or not at all.
+# Groups of arguments: all of a group are given, or none.
 _PENALTIES = ("tallies", "penalties", "tally_rows", "tokens")
 _BIASES = ("bias_indptr", "bias_ids", "bias_values")
 _MASKS = ("masks", "mask_rows")

@@ -29,7 +29,7 @@ _SIZES = dict(BLOCK=128, KEYS=256)  # threads, and the keys that they take
 VARIANTS: list[dict[str, Any]] = [dict(_SIZES, HEAD_DIM=128, Q_T="float", K_T="f16", SCALE_T="f16")]
 
 
-# The options of `decode` that decide which keys a query sees and how it weighs them.
+# Options of paged_decode.decode that decide which keys a query sees and how it weighs them.
 def score(
     q: Any,
     k_pool: Any,

@@ -11,7 +11,7 @@ from typing import Any
 from pykv.arrays import FLOATS
 from pykv.specs import KVSpec
 
-LEAST_ROWS = 16  # query rows of a KV head that fill an operand of mma
+LEAST_ROWS = 16  # query rows of a KV head, which fill one operand of mma
 _BLOCK = 128
 
 

@@ -30,17 +30,17 @@ from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError
 from pykv.options import check_choice, check_flag, check_whole
 from pykv.ranges import addresses_of, bytes_at, check_memory, gpu_pair_at, mean_size, merge
 
-# What an H200 runs fastest: many blocks of one warp with a small tile each, for the hardware to
-# deal out; but where the caller limits the blocks, each must keep more bytes in flight. Eight small
-# pairs, such as the scales of pages, share a tile: alone, each occupies a warp as long as a tile.
+# Fastest on an H200: many blocks of one warp with a small tile each, dealt out by the hardware.
+# If the caller limits the blocks, each must keep more bytes in flight. Eight small pairs, such as
+# scales of pages, share a tile, since a pair alone occupies a warp as long as a whole tile does.
 # Threads, blocks an SM, loads, bytes, pairs:
 MANY = dict(BLOCK=32, CTAS_PER_SM=32, UNROLL=4, TILE=2048, GROUP=8)
 FEW = dict(BLOCK=128, CTAS_PER_SM=8, UNROLL=8, TILE=4096, GROUP=8)
 VARIANTS = [MANY, FEW]
 LINK_CTAS = 32  # blocks that fill a link to the host or a GPU; more keep others from the SMs
-RUNS = 4  # of pairs of equal sizes, which the kernel tells apart without tables of sizes
+RUNS = 4  # runs of pairs of equal size that need no table of sizes in the kernel
 
-ADDRESSES = (*UINT64, np.dtype(np.int64))  # signed: how torch tables hold data_ptr()
+ADDRESSES = (*UINT64, np.dtype(np.int64))  # signed: torch stores data_ptr() so
 
 
 def vectorized_copy(
@@ -243,10 +243,10 @@ def _launch(
     scalars = dict(num_pairs=num_pairs, num_tiles=num_tiles)
     if runs:
         ctas = max_ctas or shape["CTAS_PER_SM"] * cuda.num_sms(device)
-        # Where every tile has a warp at once, sharing would only make pairs slower.
+        # If every tile has a warp at once, sharing tiles would only slow pairs down.
         small = shape["TILE"] // 4 if num_tiles > ctas * warps else 0
         num_tiles, scalars = _deal(runs, small, shape["TILE"], shape["GROUP"])
-    # Blocks that stay and take more tiles are slower, so each warp has one where it may.
+    # Blocks that loop over tiles are slower, so each warp takes one tile unless blocks are limited.
     grid = -(-num_tiles // warps)
     return cuda.Launch(
         cuda.kernel("block_copy", "block_copy" if runs else "block_copy_any", **shape),
@@ -275,13 +275,13 @@ def _check_pairs(
             "int64 (the host counts the tiles)"
         )
     if num_pairs is not None:
-        num_pairs = check_whole(op, "num_pairs", num_pairs, -(2**63))  # below 0 is told later
+        num_pairs = check_whole(op, "num_pairs", num_pairs, -(2**63))  # below 0 raises later
     _checker(op)(src_ptrs, dst_ptrs)
     tables = dict(src_ptrs=src_ptrs, dst_ptrs=dst_ptrs)
     lengths = {name: len(table) for name, table in tables.items() if table is not None}
     if by_pair:
         lengths["size"] = checker(op, size=("C", np.dtype(np.int64)))(size)["C"]
-    first, shared = next(iter(lengths.items()), ("", 1))  # 1 leads to the error of a null table
+    first, shared = next(iter(lengths.items()), ("", 1))  # without a table: 1, an error below
     for name, length in lengths.items():
         if num_pairs is None and length != shared:
             raise ShapeError(f"{op}: {name} has {length} entries, expected {shared} like {first}")
@@ -326,7 +326,7 @@ def _runs(sizes: Any, num_pairs: int) -> list[tuple[int, int, int]]:
 
 def _by_size(src: Any, dst: Any, sizes: Any) -> tuple[Any, Any, Any]:
     """The same pairs, those of one size side by side; untouched where sizes are more than RUNS."""
-    ordered = np.sort(sizes)  # a tenth of the time that argsort and np.unique take
+    ordered = np.sort(sizes)  # ten times faster than argsort and np.unique
     if np.count_nonzero(ordered[1:] != ordered[:-1]) >= RUNS:
         return src, dst, sizes
     order = np.argsort(sizes, kind="stable")
@@ -348,7 +348,7 @@ def _deal(
             shared_tiles = num_tiles
         else:
             num_tiles += (end - first) * -(-size // tile)
-    del scalars["tile_0"]  # 0, as the kernel knows
+    del scalars["tile_0"]  # always 0, so no parameter of the kernel
     return num_tiles, scalars | dict(shared_tiles=shared_tiles, num_tiles=num_tiles)
 
 
@@ -366,9 +366,9 @@ def upload(op: str, tables: dict[str, Any]) -> dict[str, Any]:
     cupy = cuda.array_module("cuda")
     joined = np.frombuffer(b"".join(on_host.values()), np.uint8)
     packed = cupy.empty(joined.size, np.uint8)
-    packed.set(joined)  # a third of the time that asarray takes, which pins memory first
+    packed.set(joined)  # three times faster than asarray, which pins memory first
     uploaded, at = {}, packed.data
     for name, table in on_host.items():
-        uploaded[name] = cupy.ndarray(len(table), table.dtype, at)  # half of a slice and a view
+        uploaded[name] = cupy.ndarray(len(table), table.dtype, at)  # faster than slice and view
         at = at + table.nbytes  # += would move the pointer of the array just made
     return tables | uploaded

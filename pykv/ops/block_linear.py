@@ -24,7 +24,7 @@ from pykv.ops import norm as rms_norm
 from pykv.options import check_choice, check_flag, check_number
 from pykv.planes import FORMATS
 
-# Kinds whose rows are floats, not blocks, and their dtypes.
+# Kinds whose rows are floats instead of blocks, and their dtypes.
 PLAIN = dict(zip(("F32", "F16", "BF16"), FLOATS, strict=True))
 KINDS = (*FORMATS, *PLAIN)
 KIND_OF = {dtype: kind for kind, dtype in PLAIN.items()}
@@ -32,8 +32,8 @@ GATES = ("swiglu", "geglu")
 
 BLOCK = 128  # threads
 
-# How `gemv` cuts products, reckoned from bytes and instructions.
-_OUTS = {1: 4, 2: 4, 4: 4, 8: 2}  # rows of w of a warp, by the tokens that share one reading of w
+# How `gemv` cuts products; chosen by counting bytes and instructions.
+_OUTS = {1: 4, 2: 4, 4: 4, 8: 2}  # rows of w for each warp, by tokens that share a reading of w
 _FEW_OUTS = 2  # of floats, of which a lane holds 32 elements of each row, and of small matrices
 _BLOCKS = 4  # on an SM, as registers allow
 _SLICE = 1024  # elements of a row that a warp multiplies at a time
@@ -153,7 +153,7 @@ def multiply(
     if out.size == 0:
         return out
     if dims["I"] == 0:
-        norm = None  # of no elements, whose products are 0
+        norm = None  # I = 0: products are 0, with a norm or without
     if on_gpu(x):
         product(dims, x, w, kind, bias, norm, out, options)(stream)
     else:
@@ -295,7 +295,7 @@ def _launch(
     scalars = scalars_of(x, w, out, options, cut)
     kernel = _kernel("gemv", kind, x.dtype, bias, ROWS=cut.rows, OUTS=cut.outs)
     shared, blocks = cut.shared_bytes, cut.tiles
-    if len(x) <= cut.rows:  # then a block stays for the tiles that follow
+    if len(x) <= cut.rows:  # one pass over x: blocks loop over tiles of w
         blocks = min(blocks, cuda.cooperative_blocks(kernel, BLOCK, shared))
     grid = blocks, -(-len(x) // cut.rows)
     return cuda.Launch(kernel, grid, BLOCK, scalars, shared_bytes=shared, early=options.early)
@@ -322,7 +322,7 @@ def cut_of(x: Any, w: Any, kind: str, rows: int | None = None, outs: int | None 
     rows = rows or next(rows for rows in _OUTS if rows >= T or rows == max(_OUTS))
     choice = (outs,) if outs else _outs(kind, rows)
     outs, parts = _warps(R, I, choice, rows, cuda.num_sms(x.data.device_id))
-    # SMs of data centres have 160 KB of shared memory and more for four blocks, others 64 to 100.
+    # Data-centre SMs have 160 KB of shared memory or more for four blocks, others 64 to 100 KB.
     slices = _SLICES if sm in (80, 90, 100, 103) else _SLICES // 2
     held = max(1, min(slices // (rows * parts), -(-I // (parts * _SLICE))))
     return Cut(rows, outs, parts, held, tiles=-(-R // (outs * (BLOCK // 32 // parts))))
@@ -381,7 +381,7 @@ def _warps(R: int, I: int, outs: tuple[int, ...], rows: int, num_sms: int) -> tu
         turns, rounds = -(-tiles // (_BLOCKS * num_sms)), -(-I // (parts * _SLICE))
         return turns * (rounds * (n + 1) + 1 + (parts > 1))
 
-    most = min(warps, _SLICES // rows, max(1, -(-I // _SLICE)))  # that have something to do
+    most = min(warps, _SLICES // rows, max(1, -(-I // _SLICE)))  # no more than have work
     ways = [(n, parts) for n in outs for parts in (1, 2, 4) if parts <= most]
     return min(ways, key=lambda way: time(*way))
 

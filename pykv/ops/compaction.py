@@ -21,9 +21,9 @@ from pykv.options import check_choice, check_flag, check_number, check_whole
 INT64 = (np.dtype(np.int64),)
 INDICES = (np.dtype(np.int32), *INT64)
 MODES = ("gt", "ge")
-MOST = 2**42  # elements, whose tiles 32 bits count
+MOST = 2**42  # elements: tiles are counted in 32 bits
 
-LOOK_BACK_SM = 70  # the first whose order of memory the one-pass kernel is written for
+LOOK_BACK_SM = 70  # first SM with the memory model that the one-pass kernel needs
 _POSITION_BYTES = 2  # of a kept element in its tile
 _INDEX_TYPES = dict(zip(INDICES, ("int", "i64"), strict=True))
 
@@ -40,7 +40,7 @@ def _shape(sm: int) -> dict[str, int]:
     if sm in (80, 90, 100, 103):
         per_sm = 2 if sm == 80 else 3
         return dict(BLOCK=512, VECTORS=4, AHEAD=0, BLOCKS_PER_SM=per_sm, LOOK=1, PARTS=4)
-    vectors = 2 if sm == 75 else 4  # which has 64 KiB for all that a block shares
+    vectors = 2 if sm == 75 else 4  # sm_75 has only 64 KiB of shared memory
     return dict(BLOCK=256, VECTORS=vectors, AHEAD=0, BLOCKS_PER_SM=3, LOOK=2, PARTS=4)
 
 

@@ -114,7 +114,7 @@ def append(
         cuda.run_on_host(write, stream=stream)
 
 
-_SPECS = {layout: KVSpec(layout=layout) for layout in LAYOUTS}  # which know their axes
+_SPECS = {layout: KVSpec(layout=layout) for layout in LAYOUTS}  # specs know the axes
 
 
 @cache

@@ -83,7 +83,7 @@ def dequantize(
         launch = dims.keep((kind, out.dtype), lambda: _launch(kind, out))
         launch(dict(out=out, blocks=blocks), stream)
     else:
-        _gguf()  # an error here, rather than at a prepared call
+        _gguf()  # raises now if it is missing, not at a prepared call
         cuda.run_on_host(lambda: reference(blocks, kind, out), stream=stream)
     return out
 

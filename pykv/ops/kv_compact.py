@@ -22,7 +22,7 @@ from pykv.ops import paged_check
 from pykv.specs import KVSpec, spec_of
 
 _BLOCK = 256  # threads
-_AHEAD = 4  # units of keys, and of values, that a thread holds: 32 KiB a block, 128 KiB an SM
+_AHEAD = 4  # units of K and of V that a thread loads ahead: 32 KiB a block, 128 KiB an SM
 
 
 def _shape(sm: int) -> dict[str, int]:
@@ -149,7 +149,7 @@ def _look_apart(op: str, tables: dict[str, Any], P: int) -> None:
     """Check that no row moves to a page that another entry reads or writes, of any sequence."""
     page_table, out_table, kept, counts = map(to_host, tables.values())
     reads: dict[int, set[tuple[int, int]]] = {}  # entries [b, i] of page_table, by page
-    writes: dict[int, set[tuple[int, int]]] = {}  # of out_table, whose rows change
+    writes: dict[int, set[tuple[int, int]]] = {}  # entries of out_table whose pages are written
     for b, a in np.ndindex(*counts.shape):
         slots = kept[b, a, : max(counts[b, a], 0)]
         to, of = np.arange(len(slots)) // P, slots // P

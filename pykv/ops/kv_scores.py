@@ -29,8 +29,8 @@ MEASURES = (
     "cosine",
     "product",
     "squares",
-)  # numbers of kv_scores, and kv_squares
-# Threads, the rows that they score, and bytes that each loads ahead.
+)  # the kernel has their numbers; "squares" is a kernel of its own
+# Threads of a block, rows that they score, and bytes that each thread loads ahead.
 _SIZES: dict[str, Any] = dict(BLOCK=128, KEYS=256, AHEAD_BYTES=64, Q_T="float")
 
 VARIANTS: list[dict[str, Any]] = [

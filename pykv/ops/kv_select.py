@@ -21,7 +21,7 @@ from pykv.options import check_number, check_whole
 BLOCK, ITEMS = 512, 4  # threads, and scores that each has at once
 _PASSES, _DIGITS = 3, 2048  # a score's 32 bits are three digits
 _SIZES = dict(BLOCK=BLOCK, ITEMS=ITEMS, TALLIES=_PASSES * _DIGITS)
-LONG = 32768  # scores of a group from which parts should pay for five launches; reckoned
+LONG = 32768  # from so many scores a group is split: five launches should pay; an estimate
 _MOST = 2**31 - 1
 
 VARIANTS = [_SIZES]
@@ -132,11 +132,11 @@ def reference(
         is_there = row < ends
         is_first = is_there & ((row < sinks) | (row >= ends - recent))
         values = np.where(np.isnan(scores[r]), -np.inf, scores[r])
-        values = np.where(is_first, np.inf, values)  # of sinks and recent rows the first go first
+        values = np.where(is_first, np.inf, values)  # ties: in order
         may_stay = (
             is_there if threshold is None else is_first | (is_there & (scores[r] > threshold))
         )
-        # Stable: of equal rows the first; those that go before all others stand in front.
+        # A stable sort: of equal scores the first wins; sinks and recent rows come before all.
         order = np.lexsort((-values.ravel(), ~is_first.ravel()))
         order = order[may_stay.ravel()[order]]
         if budgets is not None:

@@ -36,7 +36,7 @@ from pykv.ranges import address_of, bytes_at, check_device
 
 DTYPES = (*FLOATS, np.dtype(np.float64))
 _C_TYPES = dict(zip(DTYPES, ("float", "f16", "bf16", "double"), strict=True))
-_BLOCK, _ROWS = 128, 8  # threads; blocks that share a reading of the mean
+_BLOCK, _ROWS = 128, 8  # threads; cache blocks that share one reading of the mean
 _LIMIT = 2**31
 
 VARIANTS = [dict(BLOCK_T=name, BLOCK=_BLOCK, ROWS=_ROWS) for name in ("f16", "bf16")]
@@ -175,7 +175,7 @@ class Blocks(NamedTuple):
     stride: int
     array: Any  # [N, F]
     table: Any  # [K] uint64
-    arrays: Any  # that were given
+    arrays: Any  # those given by the caller
 
     @property
     def named(self) -> dict[str, Any]:

@@ -232,7 +232,7 @@ def _launch(
 
 # --- cuBLAS ---------------------------------------------------------------------------------------
 
-_CUBLAS_TOKENS = 64  # fewer read the bases once, which the own kernel does as well
+_CUBLAS_TOKENS = 64  # for fewer, reading the bases once decides: the own kernel is as fast
 
 
 def _uses_cublas(op: str, T: int, gemm: str) -> bool:
@@ -260,6 +260,6 @@ def _cublas(
             if not x.size:
                 out.data.memset_async(0, out.nbytes)
             elif out.size:
-                if basis.strides[0] < basis.shape[1] * basis.itemsize:  # repeated, or backwards
+                if basis.strides[0] < basis.shape[1] * basis.itemsize:  # broadcast or reversed
                     basis = load_cupy().ascontiguousarray(basis)
                 linear.gemm_ex(handle, x, basis, out, transposed=back)

@@ -191,7 +191,7 @@ def stream_for(op: str, ranges: tuple[Range, ...], batch: int, beside: Any, out:
 
 def _check_headers(op: str, codes: Any, ranges: tuple[Range, ...], B: int, by_gpu: bool) -> None:
     if by_gpu and not on_gpu(codes):
-        cuda.synchronize()  # what is in pinned memory may still be on its way
+        cuda.synchronize()  # the headers may be in pinned memory that the GPU still writes
     starts = np.array(stream_v0.offsets(ranges, B)[:-1])
     at = module_of(codes).asarray(np.add.outer(starts, np.arange(HEADER.size)))
     found = codes[at]
@@ -276,7 +276,7 @@ def _on_device(device: int, op: str, ranges: tuple[Range, ...]) -> tuple[Any, An
     cupy = cuda.array_module("cuda")
     table, tiles, _ = _tables(ranges)
     uploaded = cupy.asarray(table), cupy.asarray(tiles)
-    cuda.synchronize()  # calls of any stream follow
+    cuda.synchronize()  # later calls may be on any stream
     return uploaded
 
 

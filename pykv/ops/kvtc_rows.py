@@ -36,7 +36,7 @@ BLOCK = 128  # threads
 TOKENS = 4  # of a block: they share the mean, and their loads are in flight together
 _FLOAT16 = FLOATS[1:2]
 _INT8 = KINDS["int8"]
-_MOST_PAIRS = 1280  # and one of each row of frequencies: a block shares those of its tokens
+_MOST_PAIRS = 1280  # limit of U * (R + 1): a block keeps their sines and cosines for its tokens
 _POOLS = ("k_pools", "v_pools", "k_scales", "v_scales")
 
 

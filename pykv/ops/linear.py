@@ -26,7 +26,7 @@ GEMMS = ("auto", "own", "cublas")
 
 _TILE = 64  # tokens and outputs of a block of `gemm`
 _BLOCK = 256  # threads
-_PIECES = dict(zip(FLOATS, (1, 2, 3), strict=True))  # that a float32 is split into, see `linear`
+_PIECES = dict(zip(FLOATS, (1, 2, 3), strict=True))  # terms of a split float32, see `linear`
 
 VARIANTS = [dict(X_T="float", W_T="f16", B_T="float", BLOCK=_BLOCK, TILE=_TILE, X_PIECES=2)]
 
@@ -149,9 +149,9 @@ def reference(x: Any, w: Any, bias: Any, out: Any, accumulate: bool) -> None:
     out[...] = y
 
 
-_FEW_TOKENS = 8  # that share one reading of the weights
-# Up to here linear_mma beats cuBLAS, which takes float32 by pieces, and where it has no kernel
-# reading weights again beats the tiles of linear.cu.
+_FEW_TOKENS = 8  # tokens that share one reading of the weights
+# Up to here linear_mma beats cuBLAS, which needs float32 split into terms. Where linear_mma has no
+# kernel, reading the weights several times beats the tiles of linear.cu.
 _OWN_TOKENS = 64
 # Of matrices so small that there are no more multiplications linear_mma also beats it, as cuBLAS
 # keeps the host 150 to 200 us a call. On an H200 a prompt of 512 tokens takes SmolLM2 20 ms by it
@@ -285,7 +285,7 @@ def _add_split_product(handle: int, x: Any, w: Any, bias: Any, out: Any) -> None
         one = scalars.data.ptr + 4 * scalars.itemsize
         for number, piece in enumerate(pieces):
             alpha = scalars.data.ptr + (1 + number) * scalars.itemsize
-            panel = _PANEL if number == 0 else I  # truncation in a lesser piece does not show
+            panel = _PANEL if number == 0 else I  # truncation of the smaller terms does not matter
             for first in range(0, I, panel):
                 part = slice(first, min(I, first + panel))
                 gemm_ex(handle, piece[:, part], w[:, part], out, alpha, one)

@@ -74,7 +74,7 @@ def tilings(kind: str, exact: bool, sm: int) -> list[Tiling]:
     shapes of models on an H200."""
     is_float = kind in FLOAT_KINDS
     stages = 2 if sm < 80 else 3
-    ahead = 0 if exact else 1  # operands of tokens
+    ahead = 0 if exact else 1  # operands of tokens loaded ahead
     if exact or is_float:
         few = [Tiling(tokens, 1, 128, 128, stages, 4, ahead, 2 + ahead) for tokens in (8, 16)]
         if exact:
@@ -82,8 +82,8 @@ def tilings(kind: str, exact: bool, sm: int) -> list[Tiling]:
             return [*few, Tiling(64, 2, 128, 64, stages, 1, 0, 2)]
         few.append(Tiling(32, 1, 128, 128, stages, 4, 1, 3))
         return [*few, Tiling(64, 1, 128, 64, stages + (sm >= 80), 2, 1, 4)]
-    # Of few tokens, whose sums take few registers, two units are on their way: half as many bytes
-    # of a row leave the memory waiting.
+    # With few tokens, whose sums take few registers, two units are in flight: one alone does not
+    # keep the memory busy.
     few = [Tiling(tokens, 1, 128, 256, stages, 2, 1, 4) for tokens in (8, 16)]
     few += [Tiling(32, 1, 128, 256, 2, 2, 1, 4), Tiling(64, 1, 128, 128, 2, 1, 1, 2)]
     # Scales of halves take the registers of more sums.
@@ -93,8 +93,8 @@ def tilings(kind: str, exact: bool, sm: int) -> list[Tiling]:
 
 
 _LEAST_TILE = 16  # tokens of a block, where there are more than 8
-_WORK = 512  # elements of a row that are enough for a block
-_MOST_PARTS = 8  # of I
+_WORK = 512  # a block takes at least so many elements of a row
+_MOST_PARTS = 8  # that I is cut into
 _RESIDENT = {8: 4, 16: 4, 32: 3, 64: 2, 128: 2}  # blocks on a multiprocessor, by their tokens
 
 

@@ -130,7 +130,7 @@ def reference(logits: Any, tokens: Any, wanted: Any, K: int) -> tuple[Any, Any, 
         row -= np.log(np.exp(row).sum())
         if 0 <= tokens[b] < V:
             out[b] = row[tokens[b]]
-        # By logits: log probabilities are rounded once more, and may tie where those do not.
+        # Ranked by logits: log probabilities are rounded once more and may tie where logits do not.
         ids = _likeliest(logits[b], min(int(wanted[b]), K))
         top_ids[b, : len(ids)] = ids
         top_logprobs[b, : len(ids)] = row[ids]

@@ -23,11 +23,11 @@ from pykv.testing import wrong_values
 
 _BLOCK = 256
 _STOP, _SCALE = 1, 2  # kinds of commands
-_DONE = 1  # verdict of a result; all others: refused
+_DONE = 1  # result code of success; any other: refused
 _MOST_ITERATIONS = 1 << 16
-_MOST_STEPS = 1 << 32  # of a job, which is not interrupted: reckoned as 0.1 s
+_MOST_STEPS = 1 << 32  # limit of a job, which cannot be interrupted: about 0.1 s
 _MOST_SECONDS = 3600.0
-_LOOKS = 64  # at the ring between two at the kernel's stream, which takes longer
+_LOOKS = 64  # polls of the ring for each query of the stream, which is slower
 
 VARIANTS: list[dict[str, Any]] = [dict(BLOCK=_BLOCK, RING_SLOTS=SLOTS)]
 VARIANTS_SMS = range(0)  # none at import: compiled by the first Mailbox
@@ -80,7 +80,7 @@ class Mailbox:
                 f"{_OP}: silence is {silence}, expected up to {_MOST_SECONDS} seconds"
             )
         self._x, self._silence = x, seconds
-        self._submitted = self._taken = 0  # commands, and results that the host has taken
+        self._submitted = self._taken = 0  # commands sent, results taken
         self._refused: set[int] = set()
         self._is_open = True
         self._kernel: RingKernel | None = None
@@ -261,7 +261,7 @@ _check = checker(_OP, ("x",), x=("R N", FLOAT32))
 
 
 def _bits(name: str, value: Any) -> int:
-    of_float = array("f", [check_number(_OP, name, value)])  # a third of the time of NumPy's
+    of_float = array("f", [check_number(_OP, name, value)])  # three times faster than NumPy
     return int.from_bytes(of_float.tobytes(), sys.byteorder)
 
 

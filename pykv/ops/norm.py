@@ -19,7 +19,7 @@ from pykv.options import check_number
 from pykv.overlaps import Written
 
 _BLOCK = 256  # threads
-_WARP_MAX_D = 512  # up to here a warp takes a row: heads; above, a block: model widths
+_WARP_MAX_D = 512  # rows up to here (heads) take a warp, longer ones (model width) a block
 
 VARIANTS = [dict(X_T="float", W_T="float", BLOCK=_BLOCK)]
 

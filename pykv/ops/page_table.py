@@ -21,7 +21,7 @@ from pykv.ops import paged_check
 from pykv.options import check_whole
 
 _BLOCK = 128  # threads
-_MOST = 2**31 - 1  # tokens of a request, pages and tokens a page: kernels count them in 32 bits
+_MOST = 2**31 - 1  # limit of tokens, pages and tokens a page, which are int32 in kernels
 
 VARIANTS = [dict(BLOCK=_BLOCK)]
 

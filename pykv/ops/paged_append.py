@@ -40,8 +40,8 @@ from pykv.specs import POOLS, KVSpec, spec_of
 SLOTS = (*INT32, np.dtype(np.int64))
 
 BLOCK = 128  # threads
-LANE_ELEMENTS = 16  # of a row that a thread has: its loads are in flight together
-MAX_HEAD_DIM = 32 * LANE_ELEMENTS  # of the lanes of a warp
+LANE_ELEMENTS = 16  # elements of a row for each lane, loaded at once
+MAX_HEAD_DIM = 32 * LANE_ELEMENTS  # a warp has the row
 
 
 def append(
@@ -96,7 +96,7 @@ def append(
     _append("append", arrays, (slots, None, None, None), spec, check, stream)
 
 
-# A cache is four arrays and a spec, a page table three arrays: callers pass each by its own name.
+# Many parameters: a cache is four arrays and a spec, a page table three arrays, all passed by name.
 def append_decode(
     k: Any,
     v: Any,
@@ -357,7 +357,7 @@ def defines_of(
     defines = dict(NEW_T=dtype, ADDRESS=address, ROW_T="int", AFTER=0, ADVANCE=0) | flags
     lanes, rows = lanes_of(D), BLOCK // lanes_of(D)
     block = BLOCK
-    if defines["ADVANCE"]:  # all heads of a token meet in one block
+    if defines["ADVANCE"]:  # one block a token, so that it counts the token once
         block, rows = min(512, -(-H * lanes // 32) * 32), H
     return defines | pool_defines(spec, H, D, P) | dict(BLOCK=block, LANES=lanes, ROWS=rows)
 

@@ -41,12 +41,12 @@ BLOCK = 256  # threads
 VARIANTS = [dict(INDEX=index, BLOCK=BLOCK) for index in ("int", "i64")]
 ALL_TOKENS = 2**31  # more than any sequence has
 _MOST = 2**63 - 1  # of pages and rows
-COUNTS = ("before", "after")  # of what `last_page_len` counts
+COUNTS = ("before", "after")  # whether `last_page_len` counts the new tokens
 
 INDICES = (*INT32, np.dtype(np.int64))
 ALWAYS = os.environ.get("PYKV_CHECK") == "1"
 
-# As in the kernel: reasons in the order in which they are reported.
+# Reasons, numbered as in the kernel, in the order in which they are reported.
 BAD_START, BAD_ORDER, BAD_END, NO_PAGE, BAD_COUNT, BAD_ENTRY, REPEATED = range(7)
 NOTHING = np.uint64(2**64 - 1)
 
@@ -434,7 +434,7 @@ def _cuda(
     index = "i64" if dtype == np.int64 else "int"
     kernel = cuda.kernel("paged_check", f"paged_check_{what}", INDEX=index, BLOCK=BLOCK)
     found = xp.full(1, NOTHING, np.uint64)
-    if what == "slots":  # a hash table of the slots seen
+    if what == "slots":  # memory for a hash table of the slots seen
         size = 1 << (2 * threads - 1).bit_length()
         arrays = arrays | dict(seen=xp.full(size, NOTHING, np.uint64))
         scalars = scalars | dict(mask=size - 1)

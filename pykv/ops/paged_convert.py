@@ -154,7 +154,7 @@ def scatter(
     _move(op, _dense(op, k, v, ("k", "v")), target, check, stream)
 
 
-def convert(  # two caches, each of four arrays, a spec and a list of pages
+def convert(  # many parameters: two caches of four arrays, a spec and a list of pages each
     k_pool: Any,
     v_pool: Any,
     k_out: Any,
@@ -202,9 +202,9 @@ def _dense(op: str, k: Any, v: Any, names: tuple[str, str], dims: str = "n P H |
     """Arrays of floats, [n, P, H, D] or of other dimensions."""
     for name, x in zip(names, (k, v), strict=True):
         if getattr(x, "dtype", None) not in FLOATS:
-            checker(op, **{name: (dims, FLOATS)})(x)  # says what is wrong
+            checker(op, **{name: (dims, FLOATS)})(x)  # raises what is wrong
     k_name, v_name = names
-    others = (f"scales of {k_name}", f"scales of {v_name}", f"pages of {k_name}")  # there are none
+    others = (f"scales of {k_name}", f"scales of {v_name}", f"pages of {k_name}")  # not of dense
     return Side(spec_of(op, None, k, v), (k, v, None, None), None, (*names, *others))
 
 
@@ -280,7 +280,7 @@ def _checker(
     rows of tokens; with `two_gpus` the second may be on another GPU."""
     rules: dict[str, Any] = {}
     for (spec, names, listed), letter in ((source, "N"), (target, "M")):
-        pages = letter if listed or by_token else "n"  # page i is page i
+        pages = letter if listed or by_token else "n"  # all pages, in order
         rules |= spec.rules(names[:4], pages)
         rules[names[4]] = optional("n", INT32)
     if by_token:
@@ -288,7 +288,7 @@ def _checker(
         rules |= {name: ("T H | D", FLOATS) for name in target[1][:2]}
         rules |= dict(indptr=("B+1", INT32), starts=("B+1", INT32))
     writes: tuple[Any, ...] = target[0].written(target[1])
-    if op == "paged_convert.convert":  # within one cache: `check_apart` looks which pages are meant
+    if op == "paged_convert.convert":  # may be one cache: `check_apart` compares pages
         writes = tuple(Written(x, may_meet=(y,)) for x, y in zip(writes, source[1], strict=False))
     return checker(op, writes, target[1] if two_gpus else (), **rules)
 

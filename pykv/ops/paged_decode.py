@@ -24,11 +24,11 @@ from pykv.ops import paged_decode_mma as mma
 from pykv.options import check_flag, check_whole
 from pykv.specs import KVSpec, as_spec, spec_of
 
-COUNTERS = mma.COUNTERS  # elements at the start of a workspace that must be zero at first
+COUNTERS = mma.COUNTERS  # first elements of a workspace, zero before the first call
 BLOCK = 128  # threads
-MAX_ROWS = 4  # query rows a block serves: their state fills the registers of three blocks an SM
+MAX_ROWS = 4  # query rows of a block; registers then allow three blocks an SM
 
-_SIZES = dict(BLOCK=BLOCK, COUNTERS=COUNTERS)  # that the kernels are told
+_SIZES = dict(BLOCK=BLOCK, COUNTERS=COUNTERS)  # defines of all kernels
 
 VARIANTS: list[dict[str, Any]] = [
     dict(_SIZES, HEAD_DIM=d, QUERY_ROWS=4, Q_T="float", **KVSpec().type_defines) for d in (64, 128)
@@ -36,7 +36,7 @@ VARIANTS: list[dict[str, Any]] = [
 VARIANTS_SMS = range(75)  # from sm_75 on paged_decode_mma takes such pools
 
 
-# Models ask for any combination of these options, so each is a keyword of its own.
+# Many parameters: models combine these options freely, so each is a keyword.
 def decode(
     q: Any,
     k_pool: Any,

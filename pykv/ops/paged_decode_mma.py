@@ -18,10 +18,10 @@ STEM = "paged_decode_mma"
 ROWS = 8  # query rows of a tile
 WARPS = 4
 BLOCK = 32 * WARPS
-MIN_KEYS = 128  # of a range; fewer are not worth a merge
-BLOCKS_OF_SM = (1, 2, 3)  # that a kind may run at once; more do not always mean more ranges
+MIN_KEYS = 128  # of a range of keys; fewer are not worth a merge
+BLOCKS_OF_SM = (1, 2, 3)  # blocks an SM may run, by kind; more need not mean more ranges
 CLUSTER = 8  # blocks that join the states of one sequence through each other's shared memory
-CLUSTER_KEYS = 4096  # of a cluster at most; for more it pays to have more blocks
+CLUSTER_KEYS = 4096  # limit of a cluster; for more keys more blocks pay
 COUNTERS = 4096  # at the start of the workspace, zero before and after each call
 
 

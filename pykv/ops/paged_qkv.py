@@ -29,7 +29,7 @@ from pykv.specs import POOLS, KVSpec, spec_of
 BLOCK = 128  # threads at most
 
 
-def append(  # one call in place of four: split, norm, rotation and append, with their options
+def append(  # many parameters: those of split, norm, rotation and append in one call
     qkv: Any,
     k_pool: Any,
     v_pool: Any,
@@ -337,7 +337,7 @@ def defines_of(
     lanes = paged_append.lanes_of(D)
     heads = HQ + 2 * H
     blocks = -(-heads * lanes // BLOCK)  # of a token
-    rows = -(-heads // blocks)  # of a block, the same in all
+    rows = -(-heads // blocks)  # of a block: spread evenly
     defines = dict(NEW_T=dtype, W_T="float" if norm_dtype is None else norm_dtype)
     defines |= dict(NORM=int(norm_dtype is not None), Q_HEADS=HQ, PAIRS=F, ROW_T="int", HADAMARD=0)
     defines |= dict(BLOCK=-(-rows * lanes // 32) * 32, LANES=lanes)

@@ -41,7 +41,7 @@ from pykv.ranges import check_memory
 
 VARIANTS = [dict(BLOCK=128, UNROLL=4)]
 
-LIMIT = 2**31  # of bytes of a chunk and of tiles, which the kernel counts in 32 bits
+LIMIT = 2**31  # bytes of a chunk, and tiles: the kernel counts both in 32 bits
 
 
 def permute(
@@ -189,7 +189,7 @@ def _move_on_gpu(
     places = to.without_memory(), from_.without_memory()
     launch = _launch(cuda.current_device(), op, *places, moved, head, layer, max_ctas)
     for name, side in (("dst_ptrs", to), ("src_ptrs", from_)):
-        if side.chunk_stride == 0:  # the first entries of a stack may be those of layers that stay
+        if side.chunk_stride == 0:  # skip the entries of layers that do not move
             tables[name] = tables[name][(layer - side.layers[0]) * moved.O :]
     launch(tables, stream)
 
@@ -232,7 +232,7 @@ def _moved(
             f"like {from_.name}, or a Layout that says which"
         )
     first, end = max(s[0] for s in stored), min(s[1] for s in stored)
-    return first, max(first, end)  # parts that do not meet: nothing moves
+    return first, max(first, end)  # empty if the parts do not meet
 
 
 # --- Launch ---------------------------------------------------------------------------------------

@@ -25,9 +25,9 @@ from pykv.specs import KVSpec
 from pykv.stages import check_stages, stages_of
 
 OLDEST_SM = 70  # with acquire and release
-_TOKENS = 8  # at most: those that share one reading of a matrix
+_TOKENS = 8  # limit of tokens, which share one reading of each matrix
 _PHASE_BYTES = 528
-_HEAD_BYTES = 16  # op, kind, stage and tiles, in front of what the op is told
+_HEAD_BYTES = 16  # op, kind, stage and tiles, in front of the op's struct
 _OP = "phase_program.PhaseProgram"
 
 # The kernels that have the struct of an op as their parameters, and what it has behind them.
@@ -121,7 +121,7 @@ class PhaseProgram:
             cuda.run_on_host(self._on_host, stream=stream)
         else:
             check_device(_OP, self._packed.device)
-            cuda.hold(self)  # whose arrays the program has the addresses of
+            cuda.hold(self)  # the program has only addresses of its arrays
             self._launch(self._packed.arrays, stream)
 
     def _on_host(self) -> None:
@@ -254,7 +254,7 @@ def _check_alike(op: str, phases: list[Any]) -> None:
         raise DtypeError(f"{op}: biases have dtypes {biases}, expected one")
     written = [rows for p in phases for rows in p.touched().writes]
     for p in phases:
-        for name, array in p.constants().items():  # blocks read them before they wait
+        for name, array in p.constants().items():  # read ahead of the waits
             constant = place_of(array)
             if any(share(constant, rows) for rows in written):
                 raise ParameterError(f"{op}: a phase writes {name}, expected arrays of its own")

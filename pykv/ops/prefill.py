@@ -40,7 +40,7 @@ VARIANTS: list[dict[str, Any]] = [
 VARIANTS_SMS = range(75)  # from sm_75 on prefill_mma takes such pools
 
 
-# Models ask for any combination of these options, so each is a keyword of its own.
+# Many parameters: models combine these options freely, so each is a keyword.
 def prefill(
     q: Any,
     k_pool: Any,
@@ -324,7 +324,7 @@ def reference(
     out, lse = np.zeros(q.shape, dtype), np.full(q.shape[:2], -np.inf, dtype)
     scores, starts = attention.Scores(scale, window, causal=causal, **options), q_starts.tolist()
     for b, length in enumerate(lengths.tolist()):
-        # Query t stands at position t + shift; those before 0 see nothing.
+        # Query t is at position t + shift; queries before position 0 see nothing.
         start, stop = starts[b], starts[b + 1]
         shift = length - stop
         if causal:
@@ -338,7 +338,7 @@ def reference(
         step = max(1, SCORE_BYTES // (HQ * len(k) * dtype.itemsize))
         for t in range(start, stop, step):
             low, high, end = first, length, min(t + step, stop)
-            if causal:  # keys that some query of these sees
+            if causal:  # only keys that one of these queries sees
                 low, high = max(t + shift + 1 - window, 0) if window else 0, end + shift
             seen = slice(low - first, high - first)
             of_queries = attention.masked_scores(q[t:end].astype(dtype), k[seen], low, high, scores)
@@ -354,7 +354,7 @@ def _launch(
     q, k_pool, v_pool = (arrays[name] for name in ("q", "k_pool", "v_pool"))
     scalars = attention.kernel_scalars(spec, scores, dims, arrays) | dict(B=B, HQ=HQ, H=H)
     scalars |= dict(q_stride=row_step(q), causal=scores.causal)
-    # Nothing follows a single page, and kernels like even ones.
+    # Nothing lies behind a single page, so P may be rounded up to what suits the kernels.
     scalars |= dict(P=-(-P // 64) * 64 if M == 1 else P)
     defines = attention.kernel_defines(spec, scores, arrays)
     sm = cuda.current_sm()

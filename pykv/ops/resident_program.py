@@ -24,12 +24,12 @@ from pykv.options import check_number, check_whole
 from pykv.overlaps import place_of, share
 from pykv.phases import Argmax
 
-MOST_TOKENS = SLOTS  # of a launch: the ring holds all of its results, so it waits for nobody
+MOST_TOKENS = SLOTS  # of a launch: the ring holds all results, so the kernel never waits
 ENDS = 32  # tokens that may end a sequence, at most
 _MOST_SECONDS = 3600.0
-_LOOKS = 64  # at the ring between two at the kernel's stream, which takes longer
+_LOOKS = 64  # polls of the ring for each query of the stream, which is slower
 _STOP = 1  # kind of a command
-_TOKEN_BITS = 24  # of a word of a result; what follows is above
+_TOKEN_BITS = 24  # lower bits of a result word; a `Why` is above
 
 # Of one program; its phases are those of phase_program, which has more.
 VARIANTS: list[dict[str, Any]] = [phase_program.VARIANTS[-2] | dict(RING_SLOTS=SLOTS)]
@@ -58,12 +58,12 @@ class Why(enum.IntEnum):
     """What follows a token for its sequence."""
 
     NEXT = 0  # another token
-    ENDED = 1  # it was one that ends the sequence
-    FULL = 2  # it was the last up to the sequence's limit
-    OUT_OF_PAGES = 3  # no page for the next one, which ends the launch
-    TAKEN_BACK = 4  # the host had stopped the sequence
-    NOT_FINITE = 5  # there is no token
-    NOBODY = 6  # the sequence has ended before, or there is none
+    ENDED = 1  # the token ends the sequence
+    FULL = 2  # the sequence has reached its limit
+    OUT_OF_PAGES = 3  # the next token has no page, so the launch ends
+    TAKEN_BACK = 4  # not valid: the host had stopped the sequence
+    NOT_FINITE = 5  # no token: logits are not finite
+    NOBODY = 6  # the row has no sequence, or one that has ended
 
 
 class Drawn(NamedTuple):
@@ -143,7 +143,7 @@ class ResidentProgram:
         self._runs, self._state = False, State.OVER
         self._launches = self._tokens = 0
         self._ends: Counter[State] = Counter()
-        self._number = self._command = 1  # of the next result and command
+        self._number = self._command = 1  # numbers of the next result and command
         self._kernel: RingKernel | None = None
         if on_gpu(inputs.ids):
             self._prepare(dims, blocks, seconds)
@@ -331,10 +331,10 @@ class ResidentProgram:
             try:
                 self._kernel.wait()
             finally:
-                while self._receive():  # what came between the last look and the end
+                while self._receive():  # results between the last poll and the end
                     pass
                 self._close(rings.state())
-        time.sleep(0)  # other threads of the host run meanwhile
+        time.sleep(0)  # lets other threads run
 
     def _receive(self) -> bool:
         """Note a result; whether one had come."""

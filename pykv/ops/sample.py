@@ -22,9 +22,9 @@ VARIANTS = [dict(BLOCK=_BLOCK)]
 
 MAX_V = 2**23  # weights up to 2^40 then add up below 2^63
 
-# Levels: how far a probability lies below the largest, in 2^-26 of a halving.
+# A level says how far a probability lies below the largest, in units of 2^-26 of a halving.
 _STEP_BITS = 26
-_LAST_LEVEL = 40 << _STEP_BITS  # of weight 1; below it no token is drawn
+_LAST_LEVEL = 40 << _STEP_BITS  # has weight 1; tokens below it are never drawn
 _STEPS_PER_NAT = np.float32(1.4426950408889634) * np.float32(1 << _STEP_BITS)
 
 # Minimax polynomial of 2^-y on 0 .. 1 with exact ends, in units of 2^-32:

@@ -17,7 +17,7 @@ from pykv.checker import checker
 from pykv.options import check_number, check_whole
 from pykv.testing import judged
 
-CHAINS = 8  # of a thread, so that the latency of one step hides behind the others
+CHAINS = 8  # independent ones in a thread, to hide the latency of a step
 _BLOCK = 256  # threads
 
 VARIANTS = [dict(CHAINS=CHAINS, BLOCK=_BLOCK)]

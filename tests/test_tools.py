@@ -459,18 +459,7 @@ def test_elastic_figure(drawn, write_json):
         ("kinds", "x.json", "[]"),
         ("kinds", "x.json", "{"),
         ("elastic", "x.json", json.dumps(SWEEP)),
-    ],
-)
-def test_other_files_are_refused(drawn, tmp_path, capsys, figure, name, text):
-    (tmp_path / name).write_text(text)
-    assert plot.main([figure, str(tmp_path / name)]) == 2
-    err = capsys.readouterr().err
-    assert err.startswith("plot: ") and name in err and err.count("\n") == 1
-
-
-@pytest.mark.parametrize(
-    "figure, name, text",
-    [
+        # Damaged files:
         ("sweep", "x.json", DEEP),
         ("sweep", "x.json", json.dumps([{**SWEEP[0], "median": 0.0}])),
         ("sweep", "x.json", json.dumps([{**SWEEP[0], "median": -1.0}])),
@@ -491,7 +480,7 @@ def test_other_files_are_refused(drawn, tmp_path, capsys, figure, name, text):
         ("kinds", "x.json", "{}"),
     ],
 )
-def test_damaged_files_are_one_line(drawn, tmp_path, capsys, figure, name, text):
+def test_other_and_damaged_files_are_one_line(drawn, tmp_path, capsys, figure, name, text):
     (tmp_path / name).write_text(text)
     assert plot.main([figure, str(tmp_path / name)]) == 2
     err = capsys.readouterr().err

@@ -94,32 +94,31 @@ def place(xp):
 # --- Every layout to every other ------------------------------------------------------------------
 
 
+def check_arrays(xp, rng, dst, src, sizes, dtype, move=None):
+    """That `move(to, of)` brings arrays of `sizes` from the layout `src` into `dst`."""
+    given = random_blocks(rng, src, *sizes, dtype)
+    want = expected(dst, src, given, *sizes)
+    to = xp.asarray(shaped(flat_blocks(dst, *sizes, dtype), dst, *sizes))
+    of = xp.asarray(shaped(given, src, *sizes))
+    move(to, of) if move else permute.permute(to, dst, of, src)
+    assert_same_bits(to.reshape(want.shape), want)
+    assert_same_bits(of.reshape(given.shape), given)
+
+
 @pytest.mark.parametrize("dst, src", DIRECTIONS)
 @pytest.mark.parametrize("case", CASES[:6], ids=str)
 def test_arrays_move(xp, rng, case, dst, src):
-    case = {**case, "dtype": dtype_of(case["dtype"])}
-    *sizes, dtype = case.values()
-    given = random_blocks(rng, src, **case)
-    want = expected(dst, src, given, *sizes)
-    to = xp.asarray(shaped(flat_blocks(dst, **case), dst, *sizes))
-    of = xp.asarray(shaped(given, src, *sizes))
     if dst.startswith("op") and src.startswith("op"):
         pytest.skip("arrays of neither side tell the sizes of a chunk")
-    permute.permute(to, dst, of, src)
-    assert_same_bits(to.reshape(want.shape), want)
-    assert_same_bits(of.reshape(given.shape), given)
+    *sizes, dtype = case.values()
+    check_arrays(xp, rng, dst, src, sizes, dtype_of(dtype))
 
 
 @pytest.mark.parametrize("dst, src", [("universal", "NHD"), ("NHD", "universal"), ("HND", "NHD")])
 @pytest.mark.parametrize("case", CASES[6:], ids=str)
 def test_sizes_of_all_kinds_move(xp, rng, case, dst, src):
-    case = {**case, "dtype": dtype_of(case["dtype"])}
     *sizes, dtype = case.values()
-    given = random_blocks(rng, src, **case)
-    want = expected(dst, src, given, *sizes)
-    to = xp.asarray(shaped(flat_blocks(dst, **case), dst, *sizes))
-    permute.permute(to, dst, xp.asarray(shaped(given, src, *sizes)), src)
-    assert_same_bits(to.reshape(want.shape), want)
+    check_arrays(xp, rng, dst, src, sizes, dtype_of(dtype))
 
 
 @pytest.mark.parametrize("on_device", [False, True], ids=["numpy tables", "device tables"])
@@ -151,22 +150,13 @@ NAMED = {  # function: (destination, source)
 def test_named_functions(xp, rng, function, layout):
     dst, src = (name.format(layout) if name else layout for name in NAMED[function])
     sizes, dtype = (3, 3, 2, 2, 4, 5), np.dtype(np.float32)
-    given = random_blocks(rng, src, *sizes, dtype)
-    to = xp.asarray(shaped(flat_blocks(dst, *sizes, dtype), dst, *sizes))
-    function(to, xp.asarray(shaped(given, src, *sizes)), layout=layout)
-    want = expected(dst, src, given, *sizes)
-    assert_same_bits(to.reshape(want.shape), want)
+    check_arrays(xp, rng, dst, src, sizes, dtype, lambda *x: function(*x, layout=layout))
 
 
 @pytest.mark.parametrize("function", [permute.nhd_to_hnd, permute.hnd_to_nhd])
 def test_chunks_change_their_order(xp, rng, function):
     src, dst = ("NHD", "HND") if function is permute.nhd_to_hnd else ("HND", "NHD")
-    sizes, dtype = (2, 3, 2, 2, 4, 5), np.dtype(np.float16)
-    given = random_blocks(rng, src, *sizes, dtype)
-    to = xp.asarray(shaped(flat_blocks(dst, *sizes, dtype), dst, *sizes))
-    function(to, xp.asarray(shaped(given, src, *sizes)))
-    want = expected(dst, src, given, *sizes)
-    assert_same_bits(to.reshape(want.shape), want)
+    check_arrays(xp, rng, dst, src, (2, 3, 2, 2, 4, 5), np.dtype(np.float16), function)
 
 
 @pytest.mark.parametrize("layout", ["NHD", "HND"])

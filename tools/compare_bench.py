@@ -15,8 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pykv.bench import report  # noqa: E402
-from pykv.errors import PykvError  # noqa: E402
+from pykv.bench import report
+from pykv.errors import PykvError
 
 
 def compare(old, new, slack):

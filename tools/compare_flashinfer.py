@@ -25,11 +25,11 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import pykv  # noqa: E402
-from pykv import KVSpec, cuda  # noqa: E402
-from pykv.bench import report  # noqa: E402
-from pykv.bench.decode import BATCHES, KINDS, MIXED, SHAPES, SIZES  # noqa: E402
-from pykv.ops import bandwidth, paged_decode, prefill  # noqa: E402
+import pykv
+from pykv import KVSpec, cuda
+from pykv.bench import report
+from pykv.bench.decode import BATCHES, KINDS, MIXED, SHAPES, SIZES
+from pykv.ops import bandwidth, paged_decode, prefill
 
 PEER_KINDS = ("bf16", "e4m3")  # the others are pykv's alone
 TORCH_TYPES = {"bf16": "bfloat16", "e4m3": "float8_e4m3fn"}

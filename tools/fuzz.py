@@ -28,9 +28,9 @@ os.environ["OPENBLAS_NUM_THREADS"] = "1"  # a fork keeps one thread
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import numpy as np  # noqa: E402
+import numpy as np
 
-from pykv.errors import PykvError  # noqa: E402
+from pykv.errors import PykvError
 
 SECONDS = 5.0  # that one attempt may take
 MEMORY = 2 << 30  # bytes of address space, libraries included

@@ -20,15 +20,15 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tools import fuzz  # noqa: E402, I001 - first, as it sets the number of threads
+from tools import fuzz  # noqa: I001 - first, as it sets the number of threads
 
-import gguf as library  # noqa: E402
-import jinja2  # noqa: E402, F401 - here, not in each attempt
-import numpy as np  # noqa: E402
-import tokenizers  # noqa: E402, F401
+import gguf as library
+import jinja2  # noqa: F401 - here, not in each attempt
+import numpy as np
+import tokenizers  # noqa: F401
 
-from pykv.llm import LLM, SamplingParams, gguf  # noqa: E402
-from tests.llm import tiny  # noqa: E402
+from pykv.llm import LLM, SamplingParams, gguf
+from tests.llm import tiny
 
 VALUES: list[Any] = [
     *(0, 1, 2, 3, 7, 100, 2**31 - 1, 2**31, 2**32 - 1, 2**63, 2**64 - 1, -1, -(2**31)),

@@ -14,13 +14,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tools import fuzz  # noqa: E402, I001 - first, as it sets the number of threads
+from tools import fuzz  # noqa: I001 - first, as it sets the number of threads
 
-import numpy as np  # noqa: E402
+import numpy as np
 
-from pykv.errors import FormatError  # noqa: E402
-from pykv.kvtc import stream_v0, v0  # noqa: E402
-from pykv.kvtc.v0 import KvtcConfig, Range  # noqa: E402
+from pykv.errors import FormatError
+from pykv.kvtc import stream_v0, v0
+from pykv.kvtc.v0 import KvtcConfig, Range
 
 N, F = 3, 24
 PLANS = (

@@ -22,12 +22,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tools import fuzz  # noqa: E402, I001 - first, as it sets the number of threads
+from tools import fuzz  # noqa: I001 - first, as it sets the number of threads
 
-import numpy as np  # noqa: E402
+import numpy as np
 
-from pykv import PagedKVCache, page_files  # noqa: E402
-from pykv.errors import PykvError  # noqa: E402
+from pykv import PagedKVCache, page_files
+from pykv.errors import PykvError
 
 SPECS = ("fp16", "int8", "k8v4:HND", "e4m3:head")
 VALUES: tuple[Any, ...] = (

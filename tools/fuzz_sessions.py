@@ -24,17 +24,17 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tools import fuzz  # noqa: E402, I001 - first, as it sets the number of threads
+from tools import fuzz  # noqa: I001 - first, as it sets the number of threads
 
-import numpy as np  # noqa: E402
+import numpy as np
 
-from pykv import tensor_files  # noqa: E402
-from pykv.errors import PykvError  # noqa: E402
-from pykv.kvtc import Codec  # noqa: E402
-from pykv.llm import LLM, SamplingParams  # noqa: E402
-from tests.kvtc import made  # noqa: E402
-from tests.llm import tiny  # noqa: E402
-from tools.fuzz_page_files import digest_of, other_headers  # noqa: E402
+from pykv import tensor_files
+from pykv.errors import PykvError
+from pykv.kvtc import Codec
+from pykv.llm import LLM, SamplingParams
+from tests.kvtc import made
+from tests.llm import tiny
+from tools.fuzz_page_files import digest_of, other_headers
 
 TEMPLATE = "{% for m in messages %}[{{ m.role }}:{{ m.content }}]{% endfor %}"
 TALK = [{"role": "user", "content": "rain"}, {"role": "assistant", "content": "in the time"}]

@@ -17,13 +17,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tools import fuzz  # noqa: E402, I001 - first, as it sets the number of threads
+from tools import fuzz  # noqa: I001 - first, as it sets the number of threads
 
-from jinja2.defaults import DEFAULT_FILTERS, DEFAULT_TESTS  # noqa: E402
+from jinja2.defaults import DEFAULT_FILTERS, DEFAULT_TESTS
 
-from pykv.errors import PykvError  # noqa: E402
-from pykv.llm import templates  # noqa: E402
-from pykv.llm.chat import chat_prompt  # noqa: E402
+from pykv.errors import PykvError
+from pykv.llm import templates
+from pykv.llm.chat import chat_prompt
 
 BATCH = 20
 SECONDS = 0.5  # for a template; those that end do so in a millisecond

@@ -23,7 +23,7 @@ from cuda.core import Program  # here, because threads must not import it side b
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pykv import cuda  # noqa: E402
+from pykv import cuda
 
 # The SMs that each line of NVRTC answers for: the oldest it targets, and every GPU we name.
 ARCHS = {

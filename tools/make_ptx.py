@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pykv import cuda  # noqa: E402
+from pykv import cuda
 
 loaded = {}  # (stem, items of the defines), in the order of their first use
 

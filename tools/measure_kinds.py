@@ -30,15 +30,15 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import pykv  # noqa: E402
-from pykv import PagedKVCache  # noqa: E402
-from pykv.bench import report  # noqa: E402
-from pykv.errors import FormatError, PykvError  # noqa: E402
-from pykv.eval import continuation, replay  # noqa: E402
-from pykv.eval.changes import static_scale, stored  # noqa: E402
-from pykv.ops import paged_decode  # noqa: E402
-from pykv.specs import KVSpec  # noqa: E402
-from pykv.testing import host  # noqa: E402
+import pykv
+from pykv import PagedKVCache
+from pykv.bench import report
+from pykv.errors import FormatError, PykvError
+from pykv.eval import continuation, replay
+from pykv.eval.changes import static_scale, stored
+from pykv.ops import paged_decode
+from pykv.specs import KVSpec
+from pykv.testing import host
 
 TOPICS = ("execmodel", "import")
 MODELS = ("smollm2-135m", "gemma3-270m")

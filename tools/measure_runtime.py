@@ -22,10 +22,10 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import pykv  # noqa: E402
-from pykv import cuda  # noqa: E402
-from pykv.bench import report  # noqa: E402
-from pykv.ops import paged_append, paged_decode  # noqa: E402
+import pykv
+from pykv import cuda
+from pykv.bench import report
+from pykv.ops import paged_append, paged_decode
 
 PROMPT = "The capital of France is"
 IMPORT = "import time; t = time.perf_counter(); import pykv; "

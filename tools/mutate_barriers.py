@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pykv import cuda  # noqa: E402
+from pykv import cuda
 
 ROOT = Path(__file__).parent.parent
 BARRIER = re.compile(

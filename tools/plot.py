@@ -19,11 +19,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pykv import install  # noqa: E402
-from pykv.bench import CEILINGS, copy, report  # noqa: E402
-from pykv.errors import FormatError, ParameterError, PykvError  # noqa: E402
-from pykv.figures import COLORS, RED, STYLE, SUFFIXES, finish, new_figure, save  # noqa: E402
-from pykv.specs import KVSpec  # noqa: E402
+from pykv import install
+from pykv.bench import CEILINGS, copy, report
+from pykv.errors import FormatError, ParameterError, PykvError
+from pykv.figures import COLORS, RED, STYLE, SUFFIXES, finish, new_figure, save
+from pykv.specs import KVSpec
 
 # --- sweep ----------------------------------------------------------------------------------------
 

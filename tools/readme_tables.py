@@ -24,10 +24,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pykv.bench import report  # noqa: E402
-from pykv.errors import FormatError, PykvError  # noqa: E402
-from tools import system_tables, tables  # noqa: E402
-from tools.tables import table  # noqa: E402
+from pykv.bench import report
+from pykv.errors import FormatError, PykvError
+from tools import system_tables, tables
+from tools.tables import table
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path("tools/results")

@@ -57,7 +57,7 @@ adjust_logits(float* out, int* __restrict__ tallies, const float* logits,
     const bool has_bias = first < last;
     if (!tally && !mask && !has_bias && out == logits) return;
 
-    if (has_bias) {  // the whole block
+    if (has_bias) {  // the whole block branches alike
         for (int i = threadIdx.x; i < CHUNK; i += BLOCK) bias[i] = 0.0f;
         __syncthreads();
         for (int e = first + threadIdx.x; e < last; e += BLOCK) {
@@ -77,7 +77,7 @@ adjust_logits(float* out, int* __restrict__ tallies, const float* logits,
             if (n) logit = penalised(logit, n, penalties + 3 * b);
         }
         if (has_bias && bias[i] != 0.0f) logit = __fadd_rn(logit, bias[i]);
-        if (given != given) logit = given;  // the NaN that it was
+        if (given != given) logit = given;  // keep the NaN's bits
         if (mask && !(mask[id / 32] >> id % 32 & 1)) logit = -INF;
         out[(i64)b * V + id] = logit;
     }

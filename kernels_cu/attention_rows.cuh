@@ -8,7 +8,7 @@
 static_assert(D % 8 == 0 && D >= 8 && D <= 512, "lanes hold eight elements");
 constexpr int KEY_LANES = lanes_of_row(D);
 constexpr int SLOTS = THREADS / KEY_LANES;
-constexpr int EIGHTS = D > 8 * WARP ? 2 : 1;  // of a lane
+constexpr int EIGHTS = D > 8 * WARP ? 2 : 1;  // eights of elements that a lane has of a row
 
 // Where one of this lane's eights begins; safe_column: one of the row where that lies past it.
 __device__ __forceinline__ int key_column(int e) { return (e * KEY_LANES + threadIdx.x % KEY_LANES) * 8; }

@@ -30,7 +30,7 @@
 #ifndef KEYS
 #error "attention_scores.cu needs KEYS"
 #endif
-constexpr int ROWS = EIGHTS == 2 ? 2 : 4;  // whose queries stay in registers
+constexpr int ROWS = EIGHTS == 2 ? 2 : 4;  // rows whose queries stay in registers
 
 extern "C" __global__ void __launch_bounds__(THREADS, 4)
 attention_scores(float* __restrict__ scores, const Q_T* __restrict__ q,

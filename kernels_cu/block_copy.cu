@@ -65,7 +65,7 @@ __device__ __forceinline__ void move(V* to, const V* from, int n) {
     int rows = n / LANES;
     to += lane, from += lane;
     if (lane < n % LANES) to[rows * LANES] = from[rows * LANES];
-#pragma unroll 1  // or registers run out
+#pragma unroll 1  // unrolled, it would run out of registers
     for (; rows >= UNROLL; rows -= UNROLL) {
         move_rows<LANES, UNROLL>(to, from);
         to += UNROLL * LANES, from += UNROLL * LANES;
@@ -144,7 +144,7 @@ block_copy(const u64* __restrict__ src_ptrs, const u64* __restrict__ dst_ptrs,
                 move_bytes<TEAM>((u8*)dst_ptrs[pair], (const u8*)src_ptrs[pair], (int)run.size);
             }
         } else {
-            const u32 tiles = (u32)((u64)(run.size - 1) / TILE) + 1;  // of a pair
+            const u32 tiles = (u32)((u64)(run.size - 1) / TILE) + 1;  // tiles of a pair
             const u32 pair = run.first_pair + of_run / tiles;
             move_tile(dst_ptrs[pair], src_ptrs[pair], run.size, of_run % tiles, tiles);
         }

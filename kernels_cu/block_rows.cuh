@@ -10,7 +10,7 @@ template <typename K> struct RowQuad {
         const u8* high = row + (i64)G * CodesOf::WORDS * 4;
         const int place = (g * CodesOf::WORDS + (K::BITS == 8 ? 4 * half : 0) + s) * 4;
         const u32 word = CodesOf::WORDS ? *reinterpret_cast<const u32*>(row + place) : 0u;
-        CodesOf c{};  // kinds without pairs load none
+        CodesOf c{};  // stays empty for kinds without pairs
         c.load_high(high, g, G);
         float d[K::HALVES], m[K::HALVES];
         K::decode(d, m, K::load(row + (i64)G * CodesOf::BYTES, g, G), g);

@@ -68,7 +68,7 @@ compaction(X_T* __restrict__ values, I_T* __restrict__ indices, i64* __restrict_
 
     // The next tile is on its way, this one is counted and gathered, the last one is stored.
     uint4 vectors[VECTORS];
-    int tile = num_tiles, last = num_tiles, last_total = 0;  // num_tiles: none
+    int tile = num_tiles, last = num_tiles, last_total = 0;  // num_tiles means none
     if (threadIdx.x == 0) ticket = ask();
     __syncthreads();
     for (int turn = 0;; turn ^= 1) {
@@ -153,7 +153,7 @@ compaction_count(u64* __restrict__ words, const X_T* __restrict__ x, i64 n, floa
 
 extern "C" __global__ void __launch_bounds__(BLOCK)
 compaction_scan(u64* __restrict__ words, i64* __restrict__ count, i64 num_tiles) {
-    constexpr int OWN = 8;  // consecutive words of a thread
+    constexpr int OWN = 8;  // consecutive words that a thread takes
     __shared__ u64 sums[WARPS];
     const int warp = threadIdx.x / WARP;
     u64 before = 0;
@@ -211,7 +211,7 @@ compaction_expand(X_T* __restrict__ out, const X_T* __restrict__ values,
                   i64 capacity, float fill) {
     constexpr int OWN = 8;
     __shared__ __align__(16) X_T tile[TILE];
-    __shared__ i64 bounds[3];  // where the indices of the first two tiles begin; of a later one
+    __shared__ i64 bounds[3];  // starts of the first two tiles' indices, and of a later one's
     const i64 kept = count == nullptr ? capacity : max(min(*count, capacity), 0ll);
     const int begin = blockIdx.x * PARTS, end = min(begin + PARTS, tiles_of(n));
     const int warp = threadIdx.x / WARP;
@@ -222,7 +222,7 @@ compaction_expand(X_T* __restrict__ out, const X_T* __restrict__ values,
         return reinterpret_cast<Vector<X_T, E>*>(tile + (j * BLOCK + threadIdx.x) * E);
     };
     const auto put = [&](i64 at, X_T value) {
-        if (at >= 0 && at < TILE) tile[at] = value;  // always, where indices ascend
+        if (at >= 0 && at < TILE) tile[at] = value;  // always true where indices ascend
     };
 #pragma unroll
     for (int j = 0; j < VECTORS; j++) *own(j) = empty;

@@ -13,15 +13,15 @@ constexpr u64 PART = 1ull << 62, WHOLE = 2ull << 62, NUMBER = PART - 1;
 
 // What words of consecutive tiles say, from the last tile backwards.
 struct Seen {
-    u64 sum;      // of the counts up to the nearest WHOLE, that included
-    bool is_whole, is_known;  // there is one; no word up to there is missing
+    u64 sum;      // of the counts back to the nearest WHOLE, inclusive
+    bool is_whole, is_known;  // a WHOLE was found; no word up to it is missing
 };
 
 // Of one word of each lane; lanes count backwards.
 __device__ __forceinline__ Seen see(u64 word) {
     const u32 known = __ballot_sync(FULL_MASK, word != 0);
     const u32 whole = __ballot_sync(FULL_MASK, word >= WHOLE);
-    const u32 wanted = whole ? whole ^ (whole - 1) : FULL_MASK;  // up to the nearest
+    const u32 wanted = whole ? whole ^ (whole - 1) : FULL_MASK;  // words up to the nearest WHOLE
     const bool counts = (wanted & ~whole) >> threadIdx.x % WARP & 1;
     const u32 parts = __shfl_sync(FULL_MASK, warp_scan(counts ? (u32)word : 0u), WARP - 1);
     const u64 nearest = __shfl_sync(FULL_MASK, word, __ffs((int)whole) - 1 & (WARP - 1));

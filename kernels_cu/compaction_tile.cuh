@@ -50,7 +50,7 @@ __device__ __forceinline__ void load_tile(uint4 (&vectors)[VECTORS], const X_T* 
 // What this thread keeps of its vectors of a tile.
 struct Share {
     u32 kept;                 // element e of vector j: bit 4 * j + e; of 16 bits: see bit_of
-    u32 before[VECTORS / 2];  // of two vectors each, in halves: kept elements of the warp before it
+    u32 before[VECTORS / 2];  // kept elements of the warp before a vector; each word has two
 };
 
 // Where `kept >> 4 * j` has element e of vector j. Two elements of 16 bits stand in a word, and so do
@@ -127,7 +127,7 @@ __device__ __forceinline__ void gather(X_T* elements, u16* positions, int start,
                                        const uint4 (&vectors)[VECTORS]) {
 #pragma unroll
     for (int j = 0; j < VECTORS; j++) {
-        const int kept = opaque((int)(share.kept >> 4 * j));  // or each bit would take a register
+        const int kept = opaque((int)(share.kept >> 4 * j));  // else each bit takes a register
         int at = start + (int)(share.before[j / 2] >> j % 2 * 16 & 0xffffu);
 #pragma unroll
         for (int e = 0; e < E; e++) {
@@ -150,7 +150,7 @@ __device__ __forceinline__ void store_run(Out* to, int count, Entry entry) {
         for (int i = (int)threadIdx.x - shift; i < count; i += BLOCK) {
             if (i >= 0) __stcs(to + i, entry(i));
         }
-    } else {  // two at once
+    } else {  // two elements at once
 #pragma unroll 4
         for (int i = 2 * (int)threadIdx.x - shift; i < count; i += 2 * BLOCK) {
             if (i >= 0 && i + 1 < count) {

@@ -74,7 +74,7 @@ contiguous_append(K_T* __restrict__ k_cache, V_T* __restrict__ v_cache,
     // With ADVANCE the rows of one token, which a block has all to itself.
     for (int row = blockIdx.x * GROUPS + threadIdx.x / LANES; row < num_rows; row += GROUPS) {
         const i64 token = row / H, head = row % H;
-        if (token < capacity - length) {  // a length of any size, so no sum before
+        if (token < capacity - length) {  // a sum with any length may overflow
             const i64 position = length + token;
             const NEW_T* from = k + blockIdx.y * k_batch + token * k_token + head * k_head;
             K_T* to = k_cache + slot * k_cache_slot + position * k_cache_token +

@@ -55,7 +55,7 @@ __device__ __forceinline__ u8 float_to_fp8(float x) {
     constexpr u32 GRID = NORMAL + (DROPPED << 23);   // its last place is the smallest subnormal
     const u32 sign = __float_as_uint(x) >> 24 & 0x80u;
     const u32 a = __float_as_uint(x) & 0x7fffffffu;
-    if (a < NORMAL) {  // the addition rounds
+    if (a < NORMAL) {  // a subnormal: the addition rounds it
         return (u8)(sign | (__float_as_uint(__uint_as_float(a) + __uint_as_float(GRID)) - GRID));
     }
     const u32 rounded = (a + (1u << (DROPPED - 1)) - 1u + (a >> DROPPED & 1u)) >> DROPPED;

@@ -21,8 +21,8 @@ template <typename T, int N> struct Fragment {
     static constexpr int ELEMENTS = WORDS * PER_WORD<T>;
     static_assert(ROW_BYTES % 4 == 0 && ELEMENTS * COUNT * N == D, "whole words");
 };
-using KFragment = Fragment<K_T, 4>;  // of one key for each lane / 4
-using VFragment = Fragment<V_T, 8>;  // of four keys for each lane % 4
+using KFragment = Fragment<K_T, 4>;  // each lane / 4 has one key
+using VFragment = Fragment<V_T, 8>;  // each lane % 4 has four keys
 
 // Pitch of rows in shared memory, in bytes. No row of up to 128 bytes crosses a line of 128 bytes
 // there: a copy of one global line into parts of two shared lines would be two requests.
@@ -44,7 +44,7 @@ using VM = Operand<V_T>::Type;
 constexpr bool Q_IS_EXACT = sizeof(Q_T) == 2 && IS_BF16<Q_T> == IS_BF16<KM>;
 constexpr bool Q_HAS_LOW = sizeof(Q_T) == 4 || (IS_BF16<KM> && !IS_BF16<Q_T>);
 constexpr bool Q_HAS_REST = sizeof(Q_T) == 4 && IS_BF16<KM>;
-constexpr float P_HEADROOM = IS_BF16<VM> ? 0.0f : HEADROOM;  // of weights
+constexpr float P_HEADROOM = IS_BF16<VM> ? 0.0f : HEADROOM;  // headroom of the weights
 constexpr bool P_HAS_REST = sizeof(Q_T) == 4 && IS_BF16<VM>;
 
 // Results of 16-bit queries are rounded to 16 bits. Then sums may stay in the mma, which truncates

@@ -12,10 +12,10 @@ constexpr bool Q_IN_SHARED = D > 128;
 static_assert(Q_BYTES == (Q_IN_SHARED ? TERMS * D * 16 : 0), "of a warp");
 
 struct Query {
-    uint2 steps[TERMS][Q_IN_SHARED ? 1 : D / 16];  // of four elements
+    uint2 steps[TERMS][Q_IN_SHARED ? 1 : D / 16];  // four elements each
     uint2* shared;
-    float unit;  // of the pairs: f16 cannot hold every q
-    float sum;   // of the pairs
+    float unit;  // what the pairs count in: f16 cannot hold every q
+    float sum;   // the pairs' sum
 
     __device__ __forceinline__ uint2 step(int term, int i) const {
         if constexpr (Q_IN_SHARED) return shared[(term * (D / 16) + i) * WARP];
@@ -40,7 +40,7 @@ __device__ __forceinline__ void load_query(Query& q, const Q_T* row, bool is_row
     }
     float factor = 1.0f;
     q.unit = 1.0f;
-    if constexpr (!Q_IS_EXACT) {  // the largest becomes 128 to 256
+    if constexpr (!Q_IS_EXACT) {  // scale the largest to 128 .. 256
         largest = max(largest, __shfl_xor_sync(FULL_MASK, largest, 1));
         largest = max(largest, __shfl_xor_sync(FULL_MASK, largest, 2));
         const u32 exponent = max(largest >> 23, 8u);

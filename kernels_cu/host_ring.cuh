@@ -13,15 +13,15 @@
 #endif
 static_assert(RING_SLOTS > 0 && (RING_SLOTS & (RING_SLOTS - 1)) == 0, "numbers wrap around at a whole round");
 
-constexpr int SLOT_WORDS = 8, LINE_WORDS = 16;  // a line of 128 bytes is one side's
+constexpr int SLOT_WORDS = 8, LINE_WORDS = 16;  // each side writes its own line of 128 bytes
 constexpr int BEAT = 0, ABORT = 1;              // the host's line: it counts calls; 1 ends the kernel
 constexpr int STATE = LINE_WORDS;               // the kernel's line
 constexpr int COMMANDS = 2 * LINE_WORDS, RESULTS = COMMANDS + RING_SLOTS * SLOT_WORDS;
 
 enum State {
-    STARTING = 0,  // of a look: nothing has come
+    STARTING = 0,  // result of a look that found nothing new
     RUNNING = 1, STOPPED = 2, SILENT = 3, ABORTED = 4,
-    OVER = 5, SPENT = 6, NO_PAGES = 7,  // of resident_program.cu
+    OVER = 5, SPENT = 6, NO_PAGES = 7,  // of resident_program.cu alone
 };
 
 // One look of a whole warp: RUNNING if command `number` is there, its words in lanes 0 to 7; SILENT if

@@ -44,7 +44,7 @@ template <> struct UnitOf<8> { using type = uint2; };
 template <> struct UnitOf<16> { using type = uint4; };
 
 struct Place { int page, token; };
-struct Move { Place from, to; };  // of a row; from.token < 0: it stays
+struct Move { Place from, to; };  // of one row; from.token < 0 means that it stays
 
 struct Strides {  // bytes
     i64 page, token, offset;  // offset of the head

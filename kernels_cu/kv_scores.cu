@@ -80,7 +80,7 @@ __device__ __forceinline__ void add_squares(float (&scores)[TOGETHER],
 
 // What a row is measured by, of a lane's share of it or of all: codes, which the row's scale follows.
 struct Measured {
-    float squares, product;  // with the vector
+    float squares, product;  // the product is with the vector
     u32 peak;                // bits of the largest magnitude; those of NaN are larger
 };
 
@@ -231,7 +231,7 @@ kv_means(float* __restrict__ means, const K_T* __restrict__ pool,
     const int slot = threadIdx.x / KEY_LANES;
     float sum[EIGHTS][8] = {};
 #pragma unroll 4
-    for (int first = 0; first < rows; first += SLOTS) {  // as often for all lanes of a warp
+    for (int first = 0; first < rows; first += SLOTS) {  // all lanes of a warp turn equally often
         const u32 safe = begin + min(first + slot, rows - 1);
         const i64 page = page_table[(i64)b * M + safe / P], token = safe % P;
         float scale = 1.0f, x[EIGHTS][8];

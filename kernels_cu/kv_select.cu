@@ -133,7 +133,7 @@ __device__ __forceinline__ void cut_deeper(Cut& cut, const int* histogram, u64* 
 #pragma unroll
     for (int i = 0; i < SHARE; i++) own += histogram[top - i];
     u64 above = counts_before(own, scratch, total);
-    if (total <= ties) {  // of the first digit alone: later ones hold more than `ties`
+    if (total <= ties) {  // only at the first digit: later ones hold more than `ties`
         cut.takes_all = true;
     } else if (above <= ties && above + own > ties) {
         for (int i = 0; i < SHARE; i++) {
@@ -197,7 +197,7 @@ __device__ __forceinline__ void write_rows(int* out, const float* scores, int be
             mine += pair;
         }
         before += total;
-        __syncthreads();  // `scratch` is read
+        __syncthreads();  // all have read `scratch`
     }
 }
 
@@ -243,8 +243,8 @@ kv_select(int* __restrict__ kept, int* __restrict__ counts, const float* __restr
 
 // A part of a segment: block (part, segment, group).
 struct Part {
-    i64 segment;              // of all groups
-    int begin, end, length;   // rows that are there, and those of the segment
+    i64 segment;              // number of the segment among those of all groups
+    int begin, end, length;   // the part's rows, and how many the segment has
     __device__ Part(const int* lengths, int S, int C, int slice) {
         segment = (i64)blockIdx.z * S + blockIdx.y;
         length = max(0, min(lengths[segment], C));
@@ -331,7 +331,7 @@ kv_select_write(int* kept, int* counts, const u64* pairs, const int* tallies, co
         u64 total;
         counts_before(sum, scratch, total);
         sum = total;
-        __syncthreads();  // `scratch` is read
+        __syncthreads();  // all have read `scratch`
     }
 
     const int start = of_rows.kept(sums[0]), count = of_rows.kept(sums[2]) - start;

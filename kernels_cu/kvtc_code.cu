@@ -80,7 +80,7 @@ struct Coder {
 #pragma unroll
             for (int j = 0; j < 8; j++) {
                 const float most = largest * steps[j];
-                const float clamped = fminf(fmaxf(x[j] * SCALE, -most), most);  // NaN: the lowest
+                const float clamped = fminf(fmaxf(x[j] * SCALE, -most), most);  // NaN gives -most
                 const int level = (int)floorf(quotient(clamped, steps[j], inverses[j]));
                 packed[j / 4] |= (u32)(min(level, half - 1) + half) << j % 4 * bits;
             }

@@ -16,7 +16,7 @@
 #error "kvtc_codes.cuh needs BLOCK, SMALL, MEDIUM and PIECE"
 #endif
 constexpr int WARPS = BLOCK / WARP;
-constexpr int CTAS = 640 / BLOCK;  // blocks of an SM
+constexpr int CTAS = 640 / BLOCK;  // blocks that an SM holds
 constexpr float LARGEST_FLOAT = 3.402823466e38f;
 static_assert(BLOCK % WARP == 0 && SMALL + 3 <= 128 && PIECE % 32 == 0, "tiles fit");
 
@@ -90,7 +90,7 @@ struct Extremes {
         }
     }
     __device__ bool is_odd() const { return odd != odd; }
-    __device__ float low() const { return -negated + 0.0f; }  // no -0.0
+    __device__ float low() const { return -negated + 0.0f; }  // + 0.0f turns -0.0 into 0.0
     __device__ float top() const { return high + 0.0f; }
 };
 constexpr Extremes NOTHING = {-LARGEST_FLOAT, -LARGEST_FLOAT, 0.0f, 0};
@@ -139,7 +139,7 @@ struct Steps {
         inverse = 1.0f / width;
     }
     __device__ u32 operator()(float x) const {
-        const float above = fminf(fmaxf(__fmaf_rn(x, scale, offset), 0.0f), width);  // NaN: 0
+        const float above = fminf(fmaxf(__fmaf_rn(x, scale, offset), 0.0f), width);  // NaN gives 0
         const float t = __fmul_rn(quotient(above, width, inverse), last);
         return (u32)(t + 0.49999997f);  // halves go up: the largest float below a half rounds so
     }
@@ -197,12 +197,12 @@ __device__ __forceinline__ void put_codes(u8* to, const float* x, int n, int bit
 // --- Quantize ------------------------------------------------------------------------------------
 
 // What becomes of extremes.
-enum Mode { GIVEN, ALL, FINITE };  // read; found, with infinities; found, of finite values
+enum Mode { GIVEN, ALL, FINITE };  // range is read; is that of all values; of the finite ones
 
 // Columns start .. end - 1 of `rows` rows to shared memory, `pitch` floats a row, and a barrier.
 __device__ __forceinline__ void stage(float* tile, const Rows& from, int start, int end, i64 row,
                                       int rows, int pitch) {
-    __syncthreads();  // nobody reads what was there
+    __syncthreads();  // all have read what was there
     const int offset = from.offset(start), width = offset + end - start;
     const int lanes = rows == 1 ? BLOCK : WARP;
     for (int i = threadIdx.x / lanes; i < rows; i += BLOCK / lanes) {
@@ -264,14 +264,14 @@ __device__ __forceinline__ void quantize_wide(float* tile, Extremes (&of_warps)[
         }
         if (pass == 2) return;
         found.join_lanes(WARP);
-        __syncthreads();  // nobody reads what warps have found before
+        __syncthreads();  // all have read what warps found before
         if (threadIdx.x % WARP == 0) of_warps[threadIdx.x / WARP] = found;
         __syncthreads();
         found = of_warps[0];
         for (int warp = 1; warp < WARPS; warp++) found.join(of_warps[warp]);
         if (pass == 0 && mode == FINITE && found.is_odd()) continue;
         put_extremes(to, found, mode, low, high, threadIdx.x == 0, nonfinite, row);
-        pass = 1;  // 2 is next
+        pass = 1;  // the loop goes on with pass 2
     }
 }
 

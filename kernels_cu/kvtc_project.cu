@@ -56,8 +56,8 @@ __device__ __forceinline__ void multiply(const Product& p, int t0, int o0) {
 
 // --- On CUDA cores -------------------------------------------------------------------------------
 
-constexpr int DEPTH = 16;  // of I, held in shared memory at a time
-constexpr int OWN = 4;     // tokens and outputs of a thread
+constexpr int DEPTH = 16;  // elements of I that shared memory holds at a time
+constexpr int OWN = 4;     // tokens, and outputs, that a thread has
 static_assert(TILE_T == 64 && TILE_O == 64 && BLOCK == 256, "equal shares");
 static_assert(SHARED_BYTES == DEPTH * (TILE_T + TILE_O) * 4, "both tiles");
 

@@ -318,7 +318,7 @@ kvtc_rows(ROW_FLOAT* rows, f16* sinks, i8* window, f16* window_scales, int* kept
                            v_pool_layer, v_scales_layer};
     const int heads = layers * H, group = threadIdx.x / LANES;
     for (int first = blockIdx.y * GROUPS; first < heads; first += gridDim.y * GROUPS) {
-        const bool wanted = first + group < heads;  // no lane leaves its warp
+        const bool wanted = first + group < heads;  // idle lanes stay with their warp
         const int head = min(first + group, heads - 1);
         float* const row = exchange[IN_LANE ? 0 : group];
         move_heads(c, of_k, of_v, head, wanted, rotations, row);

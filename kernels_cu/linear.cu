@@ -29,8 +29,8 @@
 
 // --- A tile of tokens by outputs -----------------------------------------------------------------
 
-constexpr int DEPTH = 16;  // of I, held in shared memory at a time
-constexpr int OWN = 4;     // tokens and outputs of a thread
+constexpr int DEPTH = 16;  // elements of I that shared memory holds at a time
+constexpr int OWN = 4;     // tokens, and outputs, that a thread has
 static_assert(BLOCK * OWN * OWN == TILE * TILE && BLOCK * 8 == 2 * TILE * DEPTH, "equal shares");
 
 // Eight elements of row `row` of [rows, I] at column i; zeros outside.

@@ -64,13 +64,13 @@ using M = f16;
 #error "linear_mma.cu needs OWN_TILES, DEPTH, STAGES, AHEAD, X_AHEAD, RESIDENT, GROUP_O and SHARED_BYTES"
 #endif
 constexpr int OWN_O = 16 * OWN_TILES;      // outputs of a warp
-constexpr int TILE_O = OWN_O * WARPS;      // and of a block
+constexpr int TILE_O = OWN_O * WARPS;      // outputs of a block
 constexpr int N_TILES = TILE_T / 8;
 constexpr int N_OF_TURN = N_TILES % 2 ? 1 : 2;  // tiles of tokens whose mma alternate
-constexpr int ROWS = 2 * OWN_TILES;        // of weights, of a lane
+constexpr int ROWS = 2 * OWN_TILES;        // rows of weights that a lane has
 constexpr int PITCH = DEPTH * 2;           // bytes of a token in a stage
-constexpr int CHUNKS = DEPTH / 8;          // of 16 bytes
-constexpr int UNITS = DEPTH / (32 * W::SUBS);  // of weights in a stage
+constexpr int CHUNKS = DEPTH / 8;          // chunks of 16 bytes of a token in a stage
+constexpr int UNITS = DEPTH / (32 * W::SUBS);  // units of weights in a stage
 constexpr int TOTALS = W::HAS_ADDEND ? DEPTH / 16 : 0;
 constexpr int PIECE_BYTES = TILE_T * PITCH;
 constexpr int STAGE_BYTES = PIECES * PIECE_BYTES + TILE_T * TOTALS * 4;
@@ -169,7 +169,7 @@ split(M* pieces, float* totals, float* units, u32* counters, const X_T* x, const
 
 #if TILE_T > 0
 #if __CUDA_ARCH__ >= 750
-constexpr int PARTS = W::SCALES ? W::SCALES : 1;  // of a group, with a scale each
+constexpr int PARTS = W::SCALES ? W::SCALES : 1;  // parts of a group, each with its own scale
 using Sums = float[OWN_TILES][N_TILES][4];
 
 // A stage of x: DEPTH elements of TILE_T tokens of each piece, whose chunks of 16 bytes are
@@ -201,7 +201,7 @@ __device__ __forceinline__ void copy_stage(u8* to, const M* pieces, const float*
 
 // What a warp needs of its weights for 32 elements of a row.
 struct Operands {
-    u32 a[OWN_TILES][2][2][2];  // by tile, row, step, pair
+    u32 a[OWN_TILES][2][2][2];  // indexed by tile, row, step, pair
     float d[OWN_TILES][2][PARTS], m[OWN_TILES][2][PARTS];
 };
 
@@ -229,7 +229,7 @@ __device__ __forceinline__ void multiply_tiles(Sums& sums, const Operands& w,
     if constexpr (W::SCALES > 0) {
 #pragma unroll
         for (int i = 0; i < N_OF_TURN; i++) {
-            float total[2][2] = {};  // by token of this lane, half
+            float total[2][2] = {};  // indexed by this lane's token and by half
             if constexpr (TOTALS > 0) {
 #pragma unroll
                 for (int j = 0; j < 2; j++) {
@@ -278,7 +278,7 @@ __device__ __forceinline__ void multiply_group(Sums& sums, const Operands& w, co
 #pragma unroll
     for (int n = 0; n < N_TILES; n += N_OF_TURN) {
         load(n + LOOK * N_OF_TURN);
-        schedule_fence();  // else all operands come first, for want of registers
+        schedule_fence();  // else the compiler loads all operands first and spills
         multiply_tiles(sums, w, b[n / N_OF_TURN % (LOOK + 1)], n, totals);
     }
 }

@@ -52,7 +52,7 @@ logprobs(float* __restrict__ out, int* __restrict__ top_ids, float* __restrict__
     const int b = blockIdx.x;
     const float* row = logits + (i64)b * V;
     const i64 place = (i64)b * K;
-    int found = 0;  // of the likeliest tokens; all threads agree
+    int found = 0;  // how many of the likeliest tokens; the same in all threads
     float logprob = -INF;
 
     if (wanted[b] >= 0) {
@@ -84,7 +84,7 @@ logprobs(float* __restrict__ out, int* __restrict__ top_ids, float* __restrict__
                 // All look at the tokens of the thread that had the best one.
                 const int owner = index % THREADS;
                 u64 next = 0;
-#pragma unroll 1  // once, up to a million tokens; more at a time spill
+#pragma unroll 1  // one turn suffices up to a million tokens; unrolled turns spill
                 for (i64 i = owner + (i64)THREADS * threadIdx.x; i < V; i += THREADS * THREADS) {
                     const u64 key = key_of(row[i], (int)i);
                     if (key < best) next = max(next, key);

@@ -37,7 +37,7 @@ mailbox(float* x, u64* host, u32 first, int R, int N, u64 limit) {
             const State found = await_command(payload, beat, host, number, limit);
             if (lane < SLOT_WORDS) command[lane] = payload;
             if (lane == 0) told = found;
-            __threadfence_system();  // what the host has written to x ahead of the command
+            __threadfence_system();  // to see what the host wrote to x ahead of the command
         }
         __syncthreads();
         state = told;
@@ -59,7 +59,7 @@ mailbox(float* x, u64* host, u32 first, int R, int N, u64 limit) {
         }
         __syncthreads();
         if (talks) {
-            __threadfence_system();  // x, ahead of the result
+            __threadfence_system();  // so that the host sees x ahead of the result
             const u32 took = (u32)(global_timer() - begin), verdict = is_good ? DONE : REFUSED;
             post_result(host, number, lane == 0 ? verdict : lane == 1 ? took : 0);
         }

@@ -73,7 +73,7 @@ template <typename T> __device__ __forceinline__ u32 zip(u32 a, u32 b, int upper
 // Integer codes, offset to start at 0, as the bits of subnormal f16, which mma takes: code c is
 // c * 2^-24. It needs no arithmetic. In odd pairs of an i4 word codes count 16-fold.
 template <typename T> struct Subnormal {};
-template <typename T> constexpr float SUBNORMAL_ZERO = 0.0f;  // of the code 0, times 2^24
+template <typename T> constexpr float SUBNORMAL_ZERO = 0.0f;  // value of the code 0, times 2^24
 template <> constexpr float SUBNORMAL_ZERO<Subnormal<i8>> = 128.0f;
 template <> constexpr float SUBNORMAL_ZERO<Subnormal<i4>> = 8.0f;
 template <typename T> __device__ constexpr float subnormal_factor(int pair) { return 1.0f; }

@@ -9,8 +9,8 @@
 #include "mma.cuh"
 
 constexpr int DEPTH = 64;
-constexpr int CHUNKS = DEPTH / 8;  // of a row
-constexpr int STEPS = DEPTH / 16;  // of mma
+constexpr int CHUNKS = DEPTH / 8;  // chunks of 16 bytes of a row
+constexpr int STEPS = DEPTH / 16;  // steps of mma
 constexpr int PITCH = DEPTH * 2;   // bytes of a row
 constexpr int X_BYTES = TILE_T * PITCH, STAGE_BYTES = X_BYTES + TILE_O * PITCH;
 
@@ -32,7 +32,7 @@ __device__ __forceinline__ int own_t(int m) {
 __device__ __forceinline__ int own_o() { return 0; }
 #else
 constexpr int OWN_T = TILE_T / WARPS_T, OWN_O = TILE_O / (BLOCK / WARP / WARPS_T);
-constexpr int X_ROWS = OWN_T / 16, W_PAIRS = OWN_O / 16;  // fragments of a warp
+constexpr int X_ROWS = OWN_T / 16, W_PAIRS = OWN_O / 16;  // fragments that a warp has
 static_assert(X_ROWS * 16 * WARPS_T == TILE_T, "whole tiles of mma");
 static_assert(W_PAIRS * 16 * (BLOCK / WARP / WARPS_T) == TILE_O, "and of outputs");
 static_assert(STAGES >= 2, "one is read while another comes");
@@ -54,7 +54,7 @@ template <int ROWS, typename M>
 __device__ __forceinline__ void stage_rows(u8* to, const M* from, i64 stride, int first, int rows,
                                            int i, int in) {
     static_assert(ROWS * CHUNKS % BLOCK == 0, "equal shares");
-    first = opaque(first);  // else offsets of all rows would take registers of the sums
+    first = opaque(first);  // else the offsets of all rows take the registers that sums need
     const int row = threadIdx.x / CHUNKS, chunk = threadIdx.x % CHUNKS, column = i + chunk * 8;
 #pragma unroll
     for (int n = 0; n < ROWS; n += BLOCK / CHUNKS) {
@@ -100,7 +100,7 @@ __device__ __forceinline__ void multiply_stages(Sums& sums, u8* shared, int firs
     for (int stage = first; stage < last; stage++) {
         cp_async_wait<STAGES - 3>();
         fence_async_proxy();
-        __syncthreads();  // the stage is there, and none is read but the one before
+        __syncthreads();  // the stage is there; only the one before may still be read
         const u8* const x = slot(stage) + threadIdx.x / 128 * (OWN_T * PITCH);
         const u8* const w = slot(stage) + X_BYTES;
         wgmma_fence();

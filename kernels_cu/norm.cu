@@ -87,7 +87,7 @@ rms_norm_warp(X_T* out, const X_T* x, const W_T* weight, i64 out_stride, i64 x_s
     let_next_start();
     await_previous();
     const int row = blockIdx.x * (BLOCK / WARP) + threadIdx.x / WARP;
-    if (row >= rows) return;  // a whole warp
+    if (row >= rows) return;  // all lanes of a warp alike
     const int token = row / H, head = row % H;
     norm_row(Warp{(int)threadIdx.x % WARP}, out + token * out_stride + (i64)head * D,
              x + token * x_stride + (i64)head * D, weight, D, eps, offset);

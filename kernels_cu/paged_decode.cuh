@@ -107,7 +107,7 @@ __device__ __forceinline__ void attend_split(AttendShared& shared, const Attend&
 
     const Q_T* const q = queries();
     float query[QUERY_ROWS][EIGHTS][8], acc[QUERY_ROWS][EIGHTS][8] = {}, m[QUERY_ROWS], l[QUERY_ROWS];
-    int row_position[QUERY_ROWS];  // of the query in its sequence
+    int row_position[QUERY_ROWS];  // position of a row's query in its sequence
 #pragma unroll
     for (int r = 0; r < QUERY_ROWS; r++) {
         const int row = tile * QUERY_ROWS + min(r, num_rows - 1);

@@ -58,7 +58,7 @@ using HeadRow = Fragment<float>;  // what lanes hold of a head of Q or K
 using HeadRow = Fragment<NEW_T>;
 #endif
 #if HADAMARD
-using HeadValue = Fragment<float>;  // and of V
+using HeadValue = Fragment<float>;  // what lanes hold of a head of V
 #else
 using HeadValue = Fragment<NEW_T>;
 #endif
@@ -135,7 +135,7 @@ __device__ __forceinline__ void store_head(const Append& p, Place place, u32 kno
 __device__ __forceinline__ void append_heads(AppendShared& shared, const Append& p, u32 token,
                                              u32 heads) {
     const u32 head = heads * GROUPS + threadIdx.x / LANES;
-    const u32 known = head < HQ + 2 * H ? head : HQ + 2 * H - 1;  // no lane leaves its warp
+    const u32 known = head < HQ + 2 * H ? head : HQ + 2 * H - 1;  // idle lanes do the last head
     const Place place = place_of_slot(p.slots[token]);
     make_head(shared, p, token, known, [&](const HeadRow& row, const HeadValue& value, u32 largest) {
         if (head < HQ) {

@@ -72,7 +72,7 @@ permute(const u64* __restrict__ dst_ptrs, const u64* __restrict__ src_ptrs,
     const Divisor by_chunks{num_chunks, num_chunks_magic, num_chunks_shift};
     const Loops to{dst_outer, dst_inner}, from{src_outer, src_inner};
     for (u32 tile = blockIdx.x; tile < num_tiles; tile += gridDim.x) {
-        const u32 nth = divide(tile, by_tiles);  // of all chunks
+        const u32 nth = divide(tile, by_tiles);  // the chunk's number among all
         const u32 block = divide(nth, by_chunks);
         const u32 c = nth - block * num_chunks;
         u8* dst = (u8*)dst_ptrs[(i64)block * dst_entries + (dst_entries > 1 ? c : 0)];

@@ -13,7 +13,7 @@ constexpr int GROUP = 32;
 
 // Codes of a group as they lie in a row. Which members count is a matter of BITS.
 template <int BITS> struct Codes {
-    static constexpr int WORDS = BITS == 8 ? 8 : BITS >= 4 ? 4 : 0;  // of bytes or nibbles
+    static constexpr int WORDS = BITS == 8 ? 8 : BITS >= 4 ? 4 : 0;  // words of bytes or nibbles
     static constexpr bool HAS_PAIRS = BITS == 2 || BITS == 3 || BITS == 6;
     static constexpr bool HAS_ONES = BITS == 3 || BITS == 5;
     static constexpr int BYTES = WORDS * 4 + HAS_PAIRS * 8 + HAS_ONES * 4;
@@ -143,7 +143,7 @@ struct MXFP4 {
 template <int BITS_> struct Groups {
     static constexpr int BITS = BITS_, ZERO = 0, HALVES = 1;
     static constexpr bool TABLE = false, HAS_ADDEND = true;
-    using Raw = uint4;  // two halves, twelve bytes
+    using Raw = uint4;  // two halves and twelve bytes
 
     static __device__ __forceinline__ Raw load(const u8* scales, int g, int) {
         return *reinterpret_cast<const uint4*>(scales + (i64)(g / 8) * 16);
@@ -228,7 +228,7 @@ struct Q3_K {
 struct IQ4_XS {
     static constexpr int BITS = 4, ZERO = 128, HALVES = 1;
     static constexpr bool TABLE = true, HAS_ADDEND = false;
-    using Raw = uint2;  // a half, pairs of eight scales, their nibbles
+    using Raw = uint2;  // a half, the scales' upper bits in pairs, their nibbles
     static __device__ __forceinline__ uint4 table() { return iq4_table(); }
 
     static __device__ __forceinline__ Raw load(const u8* scales, int g, int) {

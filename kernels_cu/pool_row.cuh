@@ -6,7 +6,7 @@
 #error "pool_row.cuh needs HEAD_DIM, BLOCK and LANES"
 #endif
 constexpr int GROUPS = BLOCK / LANES;
-constexpr int PIECES = (D / 8 + LANES - 1) / LANES;  // of eight elements, that a lane has of a row
+constexpr int PIECES = (D / 8 + LANES - 1) / LANES;  // a lane's pieces of eight elements
 static_assert(D % 8 == 0 && D > 0, "rows move in pieces of eight elements");
 static_assert(BLOCK % WARP == 0 && WARP % LANES == 0, "whole warps of whole groups");
 

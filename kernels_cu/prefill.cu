@@ -44,8 +44,8 @@ constexpr int KEYS = D <= 128 ? 32 : D <= 256 ? 16 : 8;
 constexpr int X = D <= 256 ? 16 : 8, Y = 8;
 constexpr int MY_ROWS = ROWS / Y;
 constexpr int MY_KEYS = KEYS / X;
-constexpr int PART = D <= 256 ? D : 128;  // of a row, summed alone: more products would cost bits
-constexpr int MY_VECTORS = (D / 4 + X - 1) / X;  // of four columns
+constexpr int PART = D <= 256 ? D : 128;  // columns summed apart: a longer sum would lose bits
+constexpr int MY_VECTORS = (D / 4 + X - 1) / X;  // vectors of four columns that a thread has
 
 // Four floats of padding put consecutive rows on different banks for 16-byte reads.
 constexpr int ROW_PITCH = D + 4;
@@ -234,7 +234,7 @@ prefill(Q_T* __restrict__ out, float* __restrict__ lse, const Q_T* __restrict__ 
             const float base = finite_base(peak);
             const float rescale = exp2f(m[r] - base);
             m[r] = peak;
-            l[r] *= rescale;  // of this thread's keys; summed over x at the end
+            l[r] *= rescale;  // sum over this thread's keys; the end adds those of all x
 #pragma unroll
             for (int j = 0; j < MY_KEYS; j++) {
                 const float weight = exp2f(score[r][j] - base);

@@ -78,13 +78,13 @@ prefill_mma(Q_T* out, float* lse, const Q_T* q, const K_T* k_pool, const V_T* v_
         return max(last_of_all + (causal ? token : 0), -1);
     };
     const auto first_of = [&](int row) { return max(last_of(row) - window + 1, 0); };
-    const int begin = first_of(0), end = last_of(ROWS - 1) + 1;  // of the block
+    const int begin = first_of(0), end = last_of(ROWS - 1) + 1;  // the keys that the block reads
     const int warp_row = warp * WARP_ROWS;
-    const int full_begin = first_of(warp_row + WARP_ROWS - 1);  // keys that all of a warp see
+    const int full_begin = first_of(warp_row + WARP_ROWS - 1);  // keys that the whole warp sees
     const int full_end = warp_row < rows.num_rows ? last_of(warp_row) + 1 : 0;
-    const int shared_begin = first_of(ROWS - 1), shared_end = last_of(0) + 1;  // that all rows see
+    const int shared_begin = first_of(ROWS - 1), shared_end = last_of(0) + 1;  // keys that all see
 
-    float* const tile_scales = (float*)(shared + SCALES_AT);  // of keys, then of values
+    float* const tile_scales = (float*)(shared + SCALES_AT);  // scales of keys, then of values
     const bool pages_are_even = P % WARP_KEYS == 0;  // no page ends between a warp's rows
 
     // Page and token of this warp's row lane % WARP_KEYS in the next tile, and the scale of its
@@ -175,7 +175,7 @@ prefill_mma(Q_T* out, float* lse, const Q_T* q, const K_T* k_pool, const V_T* v_
 #pragma unroll
                 for (int r = 0; r < R; r++) last[r] = last_of(warp_row + 8 * r + g);
                 add_special_values(sums, v_tile, v_scales, first, last, window);
-                __syncthreads();  // all warps have added them
+                __syncthreads();  // all warps have added their part
                 clear_special_values(v_tile, v_scales);
                 __syncthreads();
             }

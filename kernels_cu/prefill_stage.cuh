@@ -45,7 +45,7 @@ __device__ __forceinline__ void copy_rows(u8* to, const T* pool, i64 offset, i64
 
 template <typename T> __device__ __forceinline__ void decode_tile(u8* tile, const u8* raw) {
     if constexpr (LARGEST<T> > 0.0f) {
-        constexpr int EIGHTS = D / 8, STEP = THREADS / EIGHTS;  // of a row; rows at a time
+        constexpr int EIGHTS = D / 8, STEP = THREADS / EIGHTS;  // eights of a row; rows at a time
         constexpr int BYTES = RAW_BYTES<T> / EIGHTS;
         const auto decode = [&](int place, const u8* from) {
             *(uint4*)(tile + place) = to_halves<T>(get8((const T*)from));

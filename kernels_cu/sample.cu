@@ -32,8 +32,8 @@ static_assert(WARPS == WARP, "one lane for each warp's sum");
 constexpr int BINS = 2048;
 static_assert(BINS == 2 * THREADS, "two bins a thread");
 
-constexpr int STEP_BITS = 26;                 // of a halving
-constexpr u32 LAST_LEVEL = 40u << STEP_BITS;  // of weight 1; below it no token is drawn
+constexpr int STEP_BITS = 26;                 // 2^26 levels halve the weight
+constexpr u32 LAST_LEVEL = 40u << STEP_BITS;  // has weight 1; tokens past it are never drawn
 constexpr u32 NO_LEVEL = 0xffffffffu;
 
 struct Scratch {
@@ -142,7 +142,7 @@ __device__ __forceinline__ u64 bin_sum(const Scratch& s, u32 bin) {
 template <typename Measure, typename Goal>
 __device__ __forceinline__ void keep_prefix(Row& row, Measure measure, Goal goal, Scratch& s) {
     u32 found = 0, mask = 0;  // bits of the level where the prefix ends
-    u64 rest = 0;             // of the goal, when all levels before `found` are in
+    u64 rest = 0;             // what the goal lacks once all levels before `found` are taken
     for (int round = 0; round < 3; round++) {
         const int shift = round == 2 ? 0 : 21 - 11 * round;
         for (int bin = threadIdx.x; bin < BINS; bin += THREADS) s.low[bin] = s.high[bin] = 0;
@@ -164,9 +164,9 @@ __device__ __forceinline__ void keep_prefix(Row& row, Measure measure, Goal goal
         const u64 warps = warp_scan(s.sums[lane]);
         through += __shfl_sync(FULL_MASK, warps - s.sums[lane], warp);
         if (round == 0) rest = goal(__shfl_sync(FULL_MASK, warps, WARP - 1));
-        if (rest == 0) return;  // the whole block
+        if (rest == 0) return;  // all threads of the block
         const u64 before = through - left - right;
-        if (before < rest && rest <= through) {  // one thread
+        if (before < rest && rest <= through) {  // true in one thread
             const bool second = rest > before + left;
             s.digit = bin + second;
             s.sum = second ? right : left;
@@ -224,7 +224,7 @@ sample(int* __restrict__ out, const float* __restrict__ logits,
     const float* row_logits = logits + (i64)b * V;
     const int best = largest_index(row_logits, V, s);
     const int k = top_k[b];
-    if (!(temperature[b] > 0.0f) || k == 1 || best < 0) {  // the whole block
+    if (!(temperature[b] > 0.0f) || k == 1 || best < 0) {  // all threads of the block alike
         if (threadIdx.x == 0) out[b] = best;
         return;
     }

@@ -16,7 +16,7 @@ constexpr float LN_2 = 0.693147180559945f;
 __device__ __forceinline__ float finite_base(float m) { return m == -INF ? 0.0f : m; }
 
 constexpr float HEADROOM = 7.0f;  // as a binary logarithm
-constexpr float LAG = 8.0f;       // likewise; sums are seldom rescaled
+constexpr float LAG = 8.0f;       // also a binary logarithm; with it, sums are seldom rescaled
 
 // The exponent of the power of two above |scale|, from -64 to 107: the base follows it, and sums of
 // weights must stay floats of full precision. Larger scales, of values above 1e34, overflow f16.

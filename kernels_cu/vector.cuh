@@ -155,7 +155,7 @@ __device__ __forceinline__ float byte_to_float(u32 x, int i, float bias) {
 
 __device__ __forceinline__ void unpack8(float (&x)[8], const Eight<i8>& eight) {
 #pragma unroll
-    for (int i = 0; i < 8; i++) {  // + 128
+    for (int i = 0; i < 8; i++) {  // codes + 128
         x[i] = byte_to_float(eight.words[i / 4] ^ 0x80808080u, i % 4, 128.0f);
     }
 }

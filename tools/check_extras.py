@@ -14,15 +14,15 @@ from pathlib import Path
 
 PYPROJECT = Path(__file__).resolve().parents[1] / "pyproject.toml"
 PYTHONS = ("3.11", "3.12", "3.13", "3.14")
-OTHERS = {  # by the oldest glibc that there are wheels for: llguidance, of serve, sets the latter
+OTHERS = {  # by the oldest glibc that has wheels; llguidance, which serve needs, sets it
     "2_28": ("llm", "plot", "notebook"),
     "2_31": ("llm", "serve", "plot", "notebook", "test"),
 }
-TORCH = {  # pins NVRTC or cuda-bindings to the CUDA line that it was built for
+TORCH = {  # torch pins NVRTC or cuda-bindings to the CUDA line that it was built for
     "cu12": ("2.5.1", "2.6.0", "2.7.1", "2.8.0", "2.9.1", "2.10.0"),
     "cu13": ("2.11.0", "2.13.0", "2.15.0"),
 }
-WITH_TORCH = ("torch", "transformers", "nixl")  # extras that bring torch, the newest of the line
+WITH_TORCH = ("torch", "transformers", "nixl")  # extras that bring the newest torch of the line
 CASES = [
     ("", python, (extra, *OTHERS[glibc]), glibc)
     for python, extra, glibc in itertools.product(PYTHONS, TORCH, OTHERS)
@@ -51,7 +51,7 @@ def resolve(torch, python, extras, glibc):
 
 
 def main():
-    with ThreadPoolExecutor(4) as pool:  # most of the time is the index's
+    with ThreadPoolExecutor(4) as pool:  # most of the time is spent waiting for the index
         reasons = list(pool.map(lambda case: resolve(*case), CASES))
     for (torch, python, extras, glibc), reason in zip(CASES, reasons, strict=True):
         beside = f" beside torch {torch}" if torch else ""

@@ -26,7 +26,7 @@ from pathlib import Path
 
 SLACK, SHORT_US, SHORT_SLACK_US = 0.02, 20.0, 0.5
 WARMUP, HOST_CALLS = 3, 50
-FLUSH_FACTOR = 4  # of the L2's size
+FLUSH_FACTOR = 4  # the flushed bytes are a multiple of the L2's
 
 # A few cases of each benchmark that stand for the rest: the values of --case.
 QUICK = {
@@ -136,7 +136,7 @@ class Tree:
         return json.loads(text)
 
     def close(self):
-        with suppress(BrokenPipeError):  # of a process that has ended
+        with suppress(BrokenPipeError):  # the process may have ended
             self._process.stdin.close()
         self._process.wait()
         self._process.stdout.close()
@@ -151,10 +151,10 @@ def compare(old, new, benches, rounds, samples):
             if json.dumps(case, sort_keys=True) not in listed or not fits(case, filters):
                 continue
             for tree in (old, new):
-                tree.send("make", bench, case)  # both at once: most of it is the host's work
+                tree.send("make", bench, case)  # start both first: most of the work is the host's
             ready = [tree.answer() for tree in (old, new)]
             if None in ready:
-                continue  # not on this device
+                continue  # this device cannot run the case
             one = {"bench": bench, "case": case, "old": [], "new": []}
             for name, right in zip(("old", "new"), ready, strict=True):
                 if not right:
@@ -217,7 +217,7 @@ def report(found, seconds):
 
 def work():
     """Answer requests from standard input until it ends."""
-    answers, sys.stdout = sys.stdout, sys.stderr  # nobody else writes between answers
+    answers, sys.stdout = sys.stdout, sys.stderr  # so that only answers go to stdout
     import cupy
     import numpy as np
 
@@ -298,7 +298,7 @@ def timed(cupy, stream, made, replay, flush, samples):
     device += [1e3 * cupy.cuda.get_elapsed_time(*pair) for pair in pairs]
     for _ in range(HOST_CALLS):
         stream.synchronize()
-        made.run()  # the first after a wait pays for the wait, too
+        made.run()  # the first run after a wait takes longer
         start = clock()
         made.run()
         host.append(1e6 * (clock() - start))

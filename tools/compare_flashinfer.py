@@ -31,14 +31,14 @@ from pykv.bench import report
 from pykv.bench.decode import BATCHES, KINDS, MIXED, SHAPES, SIZES
 from pykv.ops import bandwidth, paged_decode, prefill
 
-PEER_KINDS = ("bf16", "e4m3")  # the others are pykv's alone
+PEER_KINDS = ("bf16", "e4m3")  # only pykv has the others
 TORCH_TYPES = {"bf16": "bfloat16", "e4m3": "float8_e4m3fn"}
 # Largest error, root mean square, of a peer against pykv, as a share of the values: sums of 16-bit
 # weights differ by 2^-8; XQA takes queries and weights of fp8 caches to fp8, which costs 2^-4.5.
 TOLERANCES = {"bf16": 2.0**-6, "e4m3": 2.0**-3.5}
 WARMUP = 3
 FLUSH_BYTES, CEILING_BYTES = 256 << 20, 4 << 30
-SCRATCH_BYTES = 512 << 20  # for a peer
+SCRATCH_BYTES = 512 << 20  # workspace of a peer
 PARTS = ("decode", "prefill", "shapes")
 
 
@@ -94,9 +94,9 @@ class Problem:
             )
             self.scales = torch.full(shape[:3], 1 / 64, dtype=torch.float16, device=device)
         row = {"bf16": 2 * self.D, "e4m3": self.D, "int8": self.D + 2, "int4": self.D // 2 + 2}
-        # Of keys, values and their scales, which every kernel has to read.
+        # Bytes of keys, values and scales, which every kernel has to read.
         self.nbytes = int(2 * lengths.sum()) * self.H * row[self.kind]
-        seen = int((counts * (2 * lengths - counts + 1) // 2).sum())  # keys, over all queries
+        seen = int((counts * (2 * lengths - counts + 1) // 2).sum())  # keys seen, over all queries
         self.flops = 4 * self.HQ * self.D * seen
 
 
@@ -125,7 +125,7 @@ def ours(torch, problem):
         capacity = problem.M * problem.P
         size = paged_decode.workspace_size(problem.B, problem.HQ, problem.H, problem.D, capacity)
         given["workspace"] = cupy.zeros(size, np.float32)
-        # As the others' `plan`, not timed.
+        # Not timed, like the others' `plan`.
         attend = pykv.prepare(paged_decode.decode, *arrays, **given)
     else:
         attend = partial(prefill.prefill, *arrays, share(problem.starts), **given)
@@ -140,7 +140,7 @@ def ours(torch, problem):
 def fa2_decode(torch, problem, tensor_cores):
     import flashinfer
 
-    if problem.D not in (64, 128, 256):  # their merge faults the device
+    if problem.D not in (64, 128, 256):  # at other sizes their merge faults the device
         raise NotImplementedError("head sizes of 64, 128 and 256 alone")
     wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
         torch.zeros(SCRATCH_BYTES, dtype=torch.uint8, device="cuda"),
@@ -229,7 +229,7 @@ def measure(torch, run, samples, flush):
     host, device = [], []
     for _ in range(WARMUP + samples):
         torch.cuda.synchronize()
-        run()  # the first compiles what a capture cannot; all pay for the wait before them
+        run()  # the first run compiles, which a capture forbids; each pays for the wait before it
         started = time.perf_counter()
         run()
         host.append(1e6 * (time.perf_counter() - started))
@@ -239,7 +239,7 @@ def measure(torch, run, samples, flush):
         out = run()
     for _ in range(WARMUP + samples):
         flush.zero_()
-        flush.sum()  # leaves the lines clean
+        flush.sum()  # reading leaves clean lines in the L2
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         graph.replay()
@@ -262,7 +262,7 @@ def read_ceiling(torch, samples, flush):
 def compare(torch, case, samples, flush):
     """The record of a case: medians by kernel, and the reasons of those that gave none."""
     problem = Problem(torch, case)
-    us = dict.fromkeys(KERNELS[case["op"]])  # in this order, None where there is none
+    us = dict.fromkeys(KERNELS[case["op"]])  # keeps this order; None where a kernel gave no time
     host_us, refused, want = dict(us), {}, None
     for name, make in KERNELS[case["op"]].items():
         if name != "pykv" and problem.kind not in PEER_KINDS:
@@ -270,8 +270,8 @@ def compare(torch, case, samples, flush):
         try:
             device, host, out = measure(torch, make(torch, problem), samples, flush)
         except Exception as error:  # whatever a kernel may raise: its reason goes into the record
-            torch.cuda.synchronize()  # a fault of the device is none: it ends the run
-            reason = re.sub(r"/\S*/", "", str(error))  # no folders of this machine
+            torch.cuda.synchronize()  # a fault of the device raises here and ends the run
+            reason = re.sub(r"/\S*/", "", str(error))  # without the folders of this machine
             refused[name] = f"{type(error).__name__}: {reason}".splitlines()[0][:160]
             continue
         out = out.reshape(problem.q.shape).float()

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-os.environ["OPENBLAS_NUM_THREADS"] = "1"  # a fork keeps one thread
+os.environ["OPENBLAS_NUM_THREADS"] = "1"  # a forked process has one thread only
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -32,7 +32,7 @@ import numpy as np
 
 from pykv.errors import PykvError
 
-SECONDS = 5.0  # that one attempt may take
+SECONDS = 5.0  # time that one attempt may take
 MEMORY = 2 << 30  # bytes of address space, libraries included
 
 Mutant = tuple[str, bytes]  # what was done, the input

@@ -36,7 +36,7 @@ VALUES: list[Any] = [
     *("", "x", "yarn", "longrope", "\x1b[2J\nno", "\u00e9" * 1000),
     *([], [0], [1] * 5, [2**31] * 2, [1.5], ["a", "b"], [True, False], [-1] * 300),
 ]
-MORE_KEYS = (  # of an architecture, beyond those in the file
+MORE_KEYS = (  # keys of an architecture that the file lacks
     *("vocab_size", "attention.scale", "attention.causal", "rope.scaling.type", "pooling_type"),
     *("rope.scaling.factor", "rope.scaling.original_context_length", "rope.scaling.attn_factor"),
     *("rope.scaling.yarn_beta_fast", "rope.dimension_count", "attention.key_length"),
@@ -159,7 +159,7 @@ def main() -> int:
         paths = [folder / f"{arch}.gguf" for arch in tiny.ARCHITECTURES]
         for path in paths:
             tiny.write(path, path.stem)
-            attempt(path.read_bytes(), path)  # what is wrong with these is no fault of a mutant
+            attempt(path.read_bytes(), path)  # the undamaged inputs must pass
         whole = given.count // 2 // len(paths)
         inputs = itertools.chain(
             changed_files(paths, given.count - whole * len(paths), given.seed),

@@ -65,7 +65,7 @@ def main() -> int:
     for n, plan in enumerate(PLANS):
         config = make_config(plan)
         data = make_stream(config)
-        attempt(data, config)  # what is wrong with this is no fault of a mutant
+        attempt(data, config)  # the undamaged input must pass
         count = given.count * (n + 1) // len(PLANS) - given.count * n // len(PLANS)
         mutants = fuzz.mutants(data, count, given.seed)
         report = fuzz.run(lambda data, config=config: attempt(data, config), mutants)

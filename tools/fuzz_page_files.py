@@ -106,7 +106,7 @@ def main() -> int:
         for n, spec in enumerate(SPECS):
             page_files.save(path, make_cache(spec), model="m")
             data = path.read_bytes()
-            attempt(data, path)  # what is wrong with this is no fault of a mutant
+            attempt(data, path)  # the undamaged input must pass
             count = given.count * (n + 1) // len(SPECS) - given.count * n // len(SPECS)
             inputs += fuzz.mutants(data, count // 2, given.seed)
             inputs += other_headers(data, count - count // 2, given.seed)

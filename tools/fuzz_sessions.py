@@ -38,10 +38,10 @@ from tools.fuzz_page_files import digest_of, other_headers
 
 TEMPLATE = "{% for m in messages %}[{{ m.role }}:{{ m.content }}]{% endfor %}"
 TALK = [{"role": "user", "content": "rain"}, {"role": "assistant", "content": "in the time"}]
-BEFORE = list(range(3, 23))  # what an LLM holds before it loads a session
+BEFORE = list(range(3, 23))  # tokens that an LLM holds before it loads a session
 NEXT = SamplingParams(max_tokens=1, ignore_eos=True)
 DTYPES = {"F16": np.float16, "I8": np.int8, "U8": np.uint8, "I32": np.int32}
-CRC = slice(12, 16)  # of a stream of pykv.kvtc
+CRC = slice(12, 16)  # its place in a stream of pykv.kvtc
 
 Parts = tuple[dict[str, str], dict[str, Any]]  # facts and arrays of a file
 
@@ -163,7 +163,7 @@ def _changed(x: Any, name: str, rng: random.Random) -> Any:
 
 def main() -> int:
     given = fuzz.arguments("Load damaged sessions.", 150)
-    warnings.simplefilter("ignore")  # values may be wild
+    warnings.simplefilter("ignore")  # wild values overflow
     with tempfile.TemporaryDirectory() as name:
         model, foreign, path = (Path(name, x) for x in ("a.gguf", "b.gguf", "mutant"))
         tiny.write(model, "llama")

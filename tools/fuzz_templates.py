@@ -26,7 +26,7 @@ from pykv.llm import templates
 from pykv.llm.chat import chat_prompt
 
 BATCH = 20
-SECONDS = 0.5  # for a template; those that end do so in a millisecond
+SECONDS = 0.5  # time that a template may take; those that end take a millisecond
 MESSAGES = [
     {"role": "user", "content": "<b>Hi</b> {0.__class__} %999999999d"},
     {"role": "assistant", "content": None, "tool_calls": [{"name": "f", "arguments": {"x": 1}}]},
@@ -119,7 +119,7 @@ def attempt(data: bytes) -> None:
 
 def main() -> int:
     given = fuzz.arguments("Render random chat templates.", 300)
-    seconds = 10 + BATCH * (SECONDS + 1)  # a process is started after each that was killed
+    seconds = 10 + BATCH * (SECONDS + 1)  # a killed process is replaced, which takes time
     report = fuzz.run(attempt, batches(given.count, given.seed), seconds=seconds)
     return report.finish(given.keep, ".jinja")
 

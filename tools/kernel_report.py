@@ -32,7 +32,7 @@ ARCHS = {
 }
 
 # Attributes in section .nv.info of a cubin, by cuobjdump's names: a symbol and its value.
-MIN_STACK_SIZE = 0x12  # of the kernel and all that it calls
+MIN_STACK_SIZE = 0x12  # stack of the kernel and of all that it calls
 REGCOUNT = 0x2F
 
 
@@ -67,7 +67,7 @@ def measure(stem, arch, defines):
     for name, stack in stacks.items():
         shared = sizes.get(f".nv.shared.{name}", 0)
         if shared and int(arch[3:]) >= 90:
-            shared -= 1024  # which the system keeps for itself in every block
+            shared -= 1024  # the system keeps these bytes for itself in every block
         registers = attributes[REGCOUNT, name]
         usages[name] = Usage(registers, shared, stack, *spills.get(name, (0, 0)))
     return usages

@@ -27,11 +27,11 @@ from pykv import whole_files  # noqa: E402
 from pykv.tiers import disk  # noqa: E402
 from tests.tiers.made import KVTC, World  # noqa: E402
 
-CODECS = ("none", "int8", "int4", KVTC)  # of a round, in turn; all have files in the folder
+CODECS = ("none", "int8", "int4", KVTC)  # rounds take them in turn; all leave files in the folder
 HEAD_DIM = 64
-LIMIT = 40_000  # bytes of the folder: some twenty files, so that room is made all the time
-MOST = 13  # tokens of a prompt
-MOST_ASKED = 200  # prompts, of which a handful suffices where files can be written
+LIMIT = 40_000  # bytes of the folder: twenty files or so, which keeps evicting them
+MOST = 13  # tokens that a prompt has at most
+MOST_ASKED = 200  # prompts at most; a handful suffices where files can be written
 WRONG = 3  # exit code of a process that was given a wrong page
 
 
@@ -81,7 +81,7 @@ def start(folder: Path, codec: str, seed: int, dies: bool) -> int:
         work(folder, codec, seed, dies)
     except AssertionError as error:
         print(f"seed {seed}: {error}", file=sys.stderr)
-    except BaseException as error:  # of a process that was not asked to end
+    except BaseException as error:  # the process was not asked to end, so this is a fault
         print(f"seed {seed}: {type(error).__name__}: {error}", file=sys.stderr)
     os._exit(WRONG)
 
@@ -126,7 +126,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, help="a new one by default")
     args = parser.parse_args(argv)
-    disk.FLOOR = 0  # a small disk will do
+    disk.FLOOR = 0  # so that a small disk suffices
     rng = np.random.default_rng(args.seed)
     with tempfile.TemporaryDirectory() as made:
         folder = args.folder or Path(made, "tier")

@@ -141,7 +141,7 @@ def continued(network: Any, ids: list[int], others: list[int], text: str | None)
     step = run(network, ids, use_cache=True, logits_to_keep=1)
     greedy: list[int] = []
     while True:
-        greedy.append(int(np.argmax(step.logits[0, -1].numpy())))  # the lowest index on ties
+        greedy.append(int(np.argmax(step.logits[0, -1].numpy())))  # ties go to the lowest index
         if len(greedy) == STEPS:
             break
         step = run(network, greedy[-1:], use_cache=True, past_key_values=step.past_key_values)

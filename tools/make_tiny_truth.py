@@ -44,11 +44,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tests.llm import tiny  # noqa: E402
 
 OUT = ROOT / "tests/llm/data/tiny.json"
-POSITIONS = [0, 11, 23]  # one key; past one window; the last
+POSITIONS = [0, 11, 23]  # the first sees one key, the next is past a window, then the last
 SOME_IDS = list(range(0, 256, 8))
 STEPS = 8
-MUST_MOVE = 0.03  # thirty times what a careless float32 runtime is allowed
-MIN_GAP = 0.1  # greedy tokens survive half-precision keys and values
+MUST_MOVE = 0.03  # thirty times the error that a float32 runtime may have
+MIN_GAP = 0.1  # so that half-precision keys and values give the same greedy tokens
 INPUTS = 24  # tokens: three gemma3 windows of 8
 
 NAMES = {
@@ -165,7 +165,7 @@ def config(model: tiny.Spec) -> transformers.PreTrainedConfig:
         layer_types=[
             "sliding_attention" if local[i] else "full_attention" for i in range(model.layers)
         ],
-        sliding_window=model.window or model.context,  # no None, even where no layer uses it
+        sliding_window=model.window or model.context,  # None is refused, even where unused
         query_pre_attn_scalar=model.head_dim,
         hidden_activation="gelu_pytorch_tanh",
     )
@@ -368,7 +368,7 @@ def truth(name: str, folder: Path) -> dict[str, object]:
 
 def main() -> None:
     torch.set_num_threads(1)
-    transformers.logging.set_verbosity_error()  # it dislikes the factor of one mistake
+    transformers.logging.set_verbosity_error()  # it would warn of the factor of one mistake
     with tempfile.TemporaryDirectory() as folder:
         cases = {name: truth(name, Path(folder)) for name in tiny.CASES}
     head = {

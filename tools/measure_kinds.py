@@ -47,7 +47,7 @@ SPECS = [
     *("fp32", "fp16", "bf16"),
     *(spec for code in CODES for spec in (code, f"{code}:fp32", f"{code}:head", f"{code}:tensor")),
 ]
-EVERY = 64  # of so many positions, one gives a query of which the attention output is judged
+EVERY = 64  # one position in so many gives a query whose attention output is judged
 
 
 # --- Passes ---------------------------------------------------------------------------------------

@@ -72,7 +72,7 @@ def imports(on_gpu):
 
 def model_speed(model):
     """Tokens a second of one sequence, and the time from process start to the first text."""
-    llm = pykv.LLM(model, prefix_cache=False)  # or prompts would be computed once
+    llm = pykv.LLM(model, prefix_cache=False)  # else a prompt would be computed only once
     params = pykv.SamplingParams(max_tokens=128, ignore_eos=True)
     long = llm.tokenize(PROMPT) * 100
     llm.generate(PROMPT, params)

@@ -31,7 +31,7 @@ BARRIER = re.compile(
 def tests_of(file):
     """The tests of every kernel file that this file is a part of."""
     stems = [stem for stem in cuda.stems() if f'#line 1 "{file}"' in cuda.source(stem)]
-    ops = {stem.removesuffix("_mma") for stem in stems}  # with and without tensor cores: one op
+    ops = {stem.removesuffix("_mma") for stem in stems}  # an op's tensor-core twin is the same op
     return [f"tests/ops/test_{op}.py" for op in sorted(ops)]
 
 
@@ -66,7 +66,7 @@ def main():
             shutil.copytree(ROOT / name, tree / name)
         for path in sorted((tree / "kernels_cu").glob("*.cu*")):
             if path.name == "ptx.cuh" or (args.names and path.stem not in args.names):
-                continue  # in place of ptx.cuh the machine has twins
+                continue  # the machine replaces ptx.cuh by functions of its own
             text = path.read_text()
             for found in BARRIER.finditer(text):
                 path.write_text(text[: found.start()] + ";" + text[found.end() :])

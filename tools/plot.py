@@ -190,7 +190,7 @@ def kinds(paths):
         for row in one["rows"]:
             spec = KVSpec.parse(row["spec"])
             if spec.k == "fp32" or spec.scale_dtype != "fp16":
-                continue  # one story: scales of fp16, which are the default
+                continue  # show only scales of fp16, the default
             name = "k8v4" if spec.k != spec.v else spec.k
             rise = 100 * (row["perplexity"] / base - 1)
             by_row = spec.granularity == "token"

@@ -123,7 +123,7 @@ ATTENTION = {  # rows of the speed table, by their texts: cases of compare_flash
         op="prefill", B=8, L=2048, kv="bf16", **_LLAMA
     ),
 }
-MODELS = {  # likewise, cases of `pykv bench model`
+MODELS = {  # rows of the speed table, by their texts: cases of `pykv bench model`
     "SmolLM2-135M in Q4_1, 1 and 64 sequences": [
         dict(model="smollm2-135m", B=batch, Q=1) for batch in (1, 64)
     ],
@@ -135,7 +135,7 @@ MODELS = {  # likewise, cases of `pykv bench model`
     ],
 }
 
-# Heading, command, record, table, figure.
+# Each part's heading, command, record, table and figure.
 SECTIONS = [
     ("Decode", "pykv bench decode", "decode", tables.decodes, "roofline.svg"),
     (

@@ -127,7 +127,7 @@ def caches(records):
         if one["bench"] == CEILINGS or one["median"] is None:
             continue
         if case["kv"] not in ("fp16", "int8", "int4", "e4m3") or case.get("L", 1) != 1:
-            continue  # the records hold more
+            continue  # records may hold other rows, too
         if case.get("dtype", "fp16") != "fp16":
             continue
         if one["bench"] == "append" and "op" in case:

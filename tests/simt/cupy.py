@@ -18,8 +18,8 @@ from numpy.lib.array_utils import byte_bounds
 DEVICE = 1000  # an ordinal that no GPU has, since pykv keeps facts by ordinal
 OTHER = DEVICE + 1  # a second GPU, whose memory is what was allocated while it was the current one
 NUM_SMS = 16
-ALIGNMENT = 256  # bytes, as cudaMalloc aligns
-GUARD = 1 << 16  # bytes between arrays, so that no overflow hits the next one
+ALIGNMENT = 256  # cudaMalloc aligns to so many bytes
+GUARD = 1 << 16  # bytes between arrays, so that an overflow does not hit the next one
 _live = weakref.WeakValueDictionary()  # (first address, end) of each allocation to its memory
 
 
@@ -51,7 +51,7 @@ class MemoryPointer:
 class ndarray:
     """A device array; `host` is the NumPy array behind it."""
 
-    __array_ufunc__ = None  # NumPy leaves mixed arithmetic to this class, which has none
+    __array_ufunc__ = None  # NumPy then leaves mixed arithmetic to this class, which refuses it
 
     def __init__(self, host, dtype=None, memptr=None, strides=None):
         """Around a NumPy array, or as CuPy's: a shape, and the memory from where on it lies."""
@@ -79,13 +79,13 @@ class ndarray:
         self.host[...] = values
 
     def fill(self, value):
-        enqueue(self.host.fill, value or 0)  # CuPy fills -0 as +0
+        enqueue(self.host.fill, value or 0)  # CuPy fills +0 where it is given -0
 
     def __array__(self, *args, **kwargs):
         raise TypeError("a device array becomes a NumPy array by .get() alone")
 
     def __getattr__(self, name):
-        if name.startswith("__"):  # or NumPy would find the host's __array_interface__
+        if name.startswith("__"):  # else NumPy would find the host's __array_interface__
             raise AttributeError(name)
         return _device(getattr(self.host, name))
 
@@ -171,7 +171,7 @@ def empty(shape, dtype=np.float32):
     shape = (shape,) if isinstance(shape, int | np.integer) else tuple(shape)
     nbytes = math.prod(shape) * dtype.itemsize
     if nbytes == 0:
-        return ndarray(np.empty(shape, dtype))  # no memory, and no address
+        return ndarray(np.empty(shape, dtype))  # an empty array has no memory and no address
     memory = np.empty(nbytes + 2 * GUARD + ALIGNMENT, np.uint8)
     start = GUARD + -(memory.ctypes.data + GUARD) % ALIGNMENT
     inside = memory[start : start + nbytes]
@@ -198,13 +198,13 @@ def device_of(address):
 
 def allocations_at(addresses):
     """(first address, end) of every live allocation that one of the addresses lies in."""
-    bounds = np.array([(0, 0), *sorted(_live)], np.uint64)  # the first holds nothing
+    bounds = np.array([(0, 0), *sorted(_live)], np.uint64)  # (0, 0) contains no address
     found = np.searchsorted(bounds[:, 0], addresses.reshape(-1), "right").astype(np.int64) - 1
     inside = addresses.reshape(-1) < bounds[found, 1]
     return [tuple(map(int, bounds[i])) for i in np.unique(found[inside])]
 
 
-_pinned = weakref.WeakValueDictionary()  # as _live, of the host's pinned memory
+_pinned = weakref.WeakValueDictionary()  # like _live, for the host's pinned memory
 
 
 def _pin(size):
@@ -219,7 +219,7 @@ def is_pinned(address):
     return any(first <= address < end for first, end in list(_pinned))
 
 
-_registered = {}  # address -> memory of others that is page-locked
+_registered = {}  # address -> other memory that was page-locked
 
 
 def _register(address, size, flags):
@@ -236,7 +236,7 @@ def _unregister(address):
 
 # --- Kernels that run while the host goes on ------------------------------------------------------
 
-_beside = []  # (thread, what it raised)
+_beside = []  # threads that run kernels, each with what it raised
 
 
 def run_beside(work):
@@ -335,10 +335,10 @@ class Device:
 class Stream:
     """As much of a stream as capturing into a graph needs."""
 
-    captured = None  # what the graph of the stream that is being captured shall do
+    captured = None  # the work recorded so far, while a stream is being captured
 
     def __init__(self, non_blocking=False):
-        assert non_blocking  # the legacy default stream cannot be captured
+        assert non_blocking  # since the legacy default stream cannot be captured
 
     def __enter__(self):
         return self
@@ -411,12 +411,10 @@ cuda = SimpleNamespace(
     ),
     Event=Event,
     Stream=Stream,
-    # Memory that another array, which keeps it alive, holds: pinned memory of the host.
+    # Memory that another array holds and keeps alive: pinned memory of the host.
     UnownedMemory=lambda address, nbytes, owner, device: _at(address, (nbytes,), np.uint8, (1,)),
     MemoryPointer=lambda memory, offset: MemoryPointer(memory[offset:]),
-    MemoryPool=lambda allocate: SimpleNamespace(
-        malloc=None
-    ),  # memory is never given to somebody else here
+    MemoryPool=lambda allocate: SimpleNamespace(malloc=None),  # freed memory is not reused here
     using_allocator=lambda malloc: nullcontext(),
     get_elapsed_time=lambda started, finished: 0.001,  # milliseconds
     runtime=SimpleNamespace(

@@ -31,23 +31,12 @@ HERE = Path(__file__).parent
 ARCH = os.environ.get("PYKV_ARCH", "sm_90").replace("compute_", "sm_")
 MAX_GRID = (2**31 - 1, 65535, 65535)
 MAX_BLOCK = (1024, 1024, 64)
-MAX_CLUSTER = 8  # blocks, where no kernel asks for more; the machine's limit of cooperative grids
-MAX_CLUSTER_THREADS = 1024  # of whole warps: the machine's own limit, of cooperative grids too
+MAX_CLUSTER = 8  # blocks of a cluster, unless a kernel asks for more; also of a cooperative grid
+MAX_CLUSTER_THREADS = 1024  # the machine's own limit, in whole warps; also of a cooperative grid
 STATIC_SHARED = 48 << 10
-# Bytes of shared memory that a block may ask for (CUDA programming guide, compute capabilities).
-SHARED = {
-    52: 48,
-    60: 48,
-    61: 48,
-    70: 96,
-    75: 64,
-    80: 163,
-    86: 99,
-    89: 99,
-    90: 227,
-    100: 227,
-    120: 99,
-}
+# Shared memory that a block may ask for (CUDA programming guide, compute capabilities).
+SHARED = {70: 96, 75: 64, 80: 163, 90: 227, 100: 227}  # SM: KiB
+SHARED |= dict.fromkeys((52, 60, 61), 48) | dict.fromkeys((86, 89, 120), 99)
 
 # A parameter's type as the Itanium C++ ABI spells it, and the dtype that may be passed.
 DTYPES = {
@@ -62,7 +51,7 @@ DTYPES = {
     "d": np.float64,
     "3f16": np.float16,
     "4bf16": ml_dtypes.bfloat16,
-    "4e4m3": np.uint8,  # CuPy has no such dtypes
+    "4e4m3": np.uint8,  # CuPy has no fp8 and int4
     "4e5m2": np.uint8,
     "2i4": np.uint8,
 }
@@ -85,25 +74,25 @@ int simt_run(struct Launch*);
 """
 FLAGS = [
     *("-std=c++17", "-fPIC", "-shared", "-U_FORTIFY_SOURCE"),
-    *("-g1", "-gdwarf-4"),  # lines; addr2line takes #line's names from this version alone
-    "-fno-var-tracking",  # of half a tensor-core kernel's build, for a debugger alone
+    *("-g1", "-gdwarf-4"),  # line numbers; only from DWARF 4 does addr2line read the names of #line
+    "-fno-var-tracking",  # it takes half of a tensor-core kernel's build and serves only debuggers
     "-ffp-contract=off",
 ]
 CHECKS = [
-    # -O1 takes twice as long for a tensor-core kernel, which then runs 6 % faster.
+    # -O1 compiles a tensor-core kernel in twice the time and makes it 6 % faster.
     *("-Og", "-finline-functions-called-once", "-finline-small-functions"),
     "-fsanitize=thread",
     "-fsanitize=alignment,null,bounds,signed-integer-overflow,shift-exponent",
     "-fsanitize=integer-divide-by-zero,float-cast-overflow",
     "-Werror=uninitialized",
-    *("-nostdlib", "-lgcc"),  # the machine brings C's and C++'s, nobody those of the sanitizers
+    *("-nostdlib", "-lgcc"),  # the machine brings C's and C++'s; the sanitizers' are not wanted
 ]
 
-POISON = "-ftrivial-auto-var-init=pattern"  # of locals; from g++ 12 and clang++ 16 on
-OWN_STATICS = "-fno-gnu-unique"  # or g++ lets libraries share those of inline functions
+POISON = "-ftrivial-auto-var-init=pattern"  # fills local variables; g++ 12 and clang++ 16 have it
+OWN_STATICS = "-fno-gnu-unique"  # else g++ lets libraries share the statics of inline functions
 
 launched = set()  # (stem, kernel) of every launch so far
-_lock = threading.Lock()  # the machine is one
+_lock = threading.Lock()  # there is one machine, which runs one launch at a time
 
 
 class SimtError(PykvError):
@@ -166,12 +155,12 @@ def build(name, text, flags):
     parts = [version(), text, *FLAGS, *flags]
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
     library = cuda.cache_dir() / "simt" / f"{name}-{key}.so"
-    make_private(library.parent)  # what lies there is run
+    make_private(library.parent)  # its files are executed
     if library.exists():
         return library
     scratch = library.with_suffix(f".{os.getpid()}")
     _run_compiler(name, language, text, ["-o", str(scratch), *FLAGS, *flags])
-    os.replace(scratch, library)  # at once, so that two processes do no harm
+    os.replace(scratch, library)  # atomically, as another process may build the same
     return library
 
 
@@ -226,7 +215,7 @@ def _library(stem, source, arch, macros):
     dynamic = r"extern __shared__ (?:__align__\(\d+\) )?(\w+) (\w+)\[\];"
     text = re.sub(dynamic, r"\1* const \2 = (\1*)simt::dynamic_shared();", source)
     flags = [f"-I{HERE}", f"-D__CUDA_ARCH__={arch[3:]}0"]
-    if arch == "sm_90":  # which kernels are compiled for as sm_90a
+    if arch == "sm_90":  # pykv compiles for it as sm_90a
         flags.append("-D__CUDA_ARCH_FEAT_SM90_ALL")
     flags += [f"-D{name}={value}" for name, value in macros]
     flags += [*CHECKS, *filter(takes, (POISON, OWN_STATICS))]
@@ -272,7 +261,7 @@ class Kernel:
         self.parameters = [  # (name, type)
             (parameter, ffi.string(kind(i)).decode()) for i, parameter in enumerate(kernels[name])
         ]
-        # A helper's variables count for every kernel: which of them calls it is not known.
+        # Shared variables of a helper count for every kernel, as its callers are not known.
         self.shared_bytes = sum(
             size for owner, _, _, size in self.shared if owner == name or owner not in kernels
         )
@@ -347,7 +336,7 @@ def _run(kernel, config, *args):
         values.append(_value(kernel.label, name, kind, arg))
         if isinstance(arg, cupy.ndarray):
             begin, end = byte_bounds(arg.host)
-            # Of other kernels the host waits for the end, so they may touch it by plain accesses.
+            # The host waits until other kernels end, so those may use plain accesses.
             is_mapped = cooperative and cupy.is_pinned(begin)
             arrays.append((name, begin, end, not kind.startswith("PK"), False, is_mapped))
             if arg.dtype == np.uint64 and not is_mapped:  # may be a table of addresses
@@ -378,7 +367,7 @@ def _run(kernel, config, *args):
     kept = (names, table, pointers, values, dynamic, args)
     launched.add((kernel.stem, kernel.name))
     if cooperative and any(mapped for *_, mapped in regions):
-        cupy.run_beside(partial(_finish, kernel, state, kept))  # the host goes on, and talks to it
+        cupy.run_beside(partial(_finish, kernel, state, kept))  # while the host talks to it
     else:
         _finish(kernel, state, kept)
 

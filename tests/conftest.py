@@ -78,7 +78,7 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_collection_finish():
-    gc.freeze()  # or each full collection of a test walks the objects of 20,000 others
+    gc.freeze()  # else each full collection in a test walks the objects of 20,000 others
 
 
 def leave_out(config, items, left_out):

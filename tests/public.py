@@ -46,7 +46,7 @@ PUBLIC += [
     f"eviction.{name}" for name in ("block_selection", "heads", "policies", "rotary", "steps")
 ]
 PUBLIC += [f"kvtc.{name}" for name in ("artefact", "calibration", "codec", "coder", "stream")]
-if local.fcntl:  # as systems have that run Local
+if local.fcntl:  # a system that can run Local
     engines = "handover interface local messages region".split()
     PUBLIC += [f"transport.{name}" for name in engines]
 PUBLIC += [f"eval.{name}" for name in ("changes", "coding", "continuation", "needles", "replay")]
@@ -61,7 +61,7 @@ def functions(module):
         if inspect.isclass(thing):
             found[name] = thing
             for method, raw in vars(thing).items():
-                raw = getattr(raw, "__func__", raw)  # of a classmethod or staticmethod
+                raw = getattr(raw, "__func__", raw)  # the function of a classmethod or staticmethod
                 if not method.startswith("_") and inspect.isfunction(raw):
                     found[f"{name}.{method}"] = raw
         elif inspect.isfunction(inspect.unwrap(thing)):
@@ -836,7 +836,7 @@ def call_of(name, xp):
     return functools.reduce(getattr, dotted.split("."), module), arguments
 
 
-OPTIONS = {  # whose options a call passes on
+OPTIONS = {  # function: the one to which it passes its options
     "ops.prefill.prefill_contiguous": pykv.ops.prefill.prefill,
     **{name: permute.permute for name in FUNCTIONS if name.startswith("ops.permute.")},
     "pool.PagedKVCache.append": pykv.ops.paged_append.append,

@@ -197,7 +197,7 @@ def test_asarray_shares_memory():
     assert asarray(a) is a
     view = asarray(Exporter(a))
     assert np.shares_memory(view, a)
-    if not np.__version__.startswith("2.0."):  # which imports as read-only, and exports nothing so
+    if not np.__version__.startswith("2.0."):  # 2.0 imports and exports no other
         assert view.flags.writeable
         a.flags.writeable = False
         assert not asarray(Exporter(a)).flags.writeable

@@ -88,7 +88,7 @@ class Pool(RuleBasedStateMachine):
         partial = bool(fresh) and fresh[0] == start // P and start % P > 0
         assert (copy is not None) == partial
         new = {pages[i] for i in fresh} | set(pages[len(before) :])
-        assert not new & set(before) and not new & set(self.idle)  # none that holds something
+        assert not new & set(before) and not new & set(self.idle)  # new pages were free and empty
         if copy is not None:
             assert copy == (before[fresh[0]], pages[fresh[0]])
             for offset in range(P):

@@ -52,7 +52,7 @@ def in_the_folder(files, monkeypatch, tmp_path):
     """Files are named as a user in their folder would; nothing reaches the user's own cache."""
     monkeypatch.chdir(files)
     monkeypatch.setenv("PYKV_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setenv("PYKV_COMPILE", "lazy")  # or each process fills the empty cache
+    monkeypatch.setenv("PYKV_COMPILE", "lazy")  # else each process fills the empty cache
 
 
 def run(capsys, *argv):

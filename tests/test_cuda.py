@@ -171,7 +171,7 @@ def test_arch_that_this_line_cannot_target_names_the_extra(folder):
 def test_an_sm_newer_than_the_oldest_nvrtc_names_the_one_that_it_needs(
     folder, monkeypatch, arch, wanted
 ):
-    monkeypatch.setattr(cuda.compiler, "_targets", lambda: (50, 70, 75, 90))  # as NVRTC 12.4
+    monkeypatch.setattr(cuda.compiler, "_targets", lambda: (50, 70, 75, 90))  # those of NVRTC 12.4
     with pytest.raises(UnsupportedError, match=f"arch is {arch}, .* expected NVRTC {wanted} or ne"):
         cuda.compile(**{**JOB, "arch": arch})
 
@@ -313,7 +313,7 @@ def test_cubins_that_others_could_plant_are_not_loaded(folder, compiles, name, m
     planted = b"planted" * 99
     path.write_bytes(planted + hashlib.sha256(planted).digest())
     (folder / name).chmod(mode)
-    cuda.compiler._store_at.cache_clear()  # as in the next process
+    cuda.compiler._store_at.cache_clear()  # as if in another process
     with pytest.warns(RuntimeWarning, match=f"in {folder / name} .*others can write.*chmod go-w"):
         assert b"planted" not in cuda.compile(**JOB).code
     assert len(compiles) == 2

@@ -99,7 +99,7 @@ class Machine:
         self.runtime.getDeviceCount = fail
 
 
-FIRST = ["pykv", "versions", "llm", "serve", "plot", "memory", "cache"]  # which need no driver
+FIRST = ["pykv", "versions", "llm", "serve", "plot", "memory", "cache"]  # they need no driver
 OLD = "NVIDIA UNIX x86_64 Kernel Module  550.54.14  Thu Feb 22 01:44:30 UTC 2024"
 
 

@@ -16,7 +16,7 @@ RECORDS = [
         "pip install -e '/home/a b/pykv[cu13]'",
     ),
     (dict(url="file:///home/a/pykv", dir_info={}), "pip install '/home/a/pykv[cu13]'"),
-    (  # which a shell takes for one word
+    (  # quoted so that a shell takes it for one word
         dict(url="file:///home/o'neil/pykv", dir_info={}),
         """pip install '/home/o'"'"'neil/pykv[cu13]'""",
     ),

@@ -217,7 +217,7 @@ def test_bytes_a_token_takes():
 
 # --- What a layout means ---
 
-SHAPES = {  # of pools of 5 pages, 4 tokens, 3 heads and 16 elements: K, V and scales, by hand
+SHAPES = {  # K, V and scales of pools of 5 pages, 4 tokens, 3 heads and 16 elements, by hand
     "fp16": ((5, 4, 3, 16), (5, 4, 3, 16), (5, 4, 3)),
     "fp32+bf16:HND": ((5, 3, 4, 16), (5, 3, 4, 16), (5, 3, 4)),
     "int8": ((5, 4, 3, 16), (5, 4, 3, 16), (5, 4, 3)),

@@ -57,7 +57,7 @@ def test_lists_of_options(text):
 
 @odd
 def test_sizes_and_ratios(text):
-    for size in (f"{text}GiB", f"1.{text}GiB") if text != "3 " else ():  # as in "3 GiB"
+    for size in (f"{text}GiB", f"1.{text}GiB") if text != "3 " else ():  # as "3 GiB" is a size
         with pytest.raises(ParameterError, match="op: size is .*, expected a size such as '4GiB'"):
             sizes.parse_bytes("op", "size", size)
     assert sizes.artefact_of(f"file:{text}") is None

@@ -113,7 +113,7 @@ def test_the_same_array_is_not_another_layout_of_it(xp):
     memory = xp.zeros((4, 16), np.float32)
     _in_place(memory, memory)
     _in_place(memory[::2], memory[::2])
-    _in_place(memory[:1], memory[::4])  # of one row, which has no next one
+    _in_place(memory[:1], memory[::4])  # a single row, so its stride does not matter
     text = "out shares memory with x, expected x itself or another array"
     for x, out in (
         (memory[:2], memory[1:3]),
@@ -127,7 +127,7 @@ def test_the_same_array_is_not_another_layout_of_it(xp):
 def test_what_is_written_has_a_place_for_each_element(xp):
     x = xp.zeros((2, 16), np.float32)
     folded = xp.broadcast_to(x[0], (2, 16)) if xp is not np else as_strided(x, (2, 16), (0, 4))
-    _in_place(folded, x.copy())  # which may be read
+    _in_place(folded, x.copy())  # the folded array is only read
     with pytest.raises(ShapeError, match=r"op: out has strides \(0, 4\) .* no two elements at one"):
         _in_place(x, folded)
 
@@ -153,6 +153,6 @@ def test_a_replayed_call_takes_no_arrays_that_overlap(device):
             add(memory[7:9], memory[8:10])
     assert len(calls) == 3
     assert_same_bits(memory, before)
-    add(memory[8:10], memory[8:10])  # as the op allows
+    add(memory[8:10], memory[8:10])  # the op allows out to be x itself
     assert len(calls) == 4
     assert_same_bits(memory[8:10], 2 * before[8:10])

@@ -427,7 +427,7 @@ def test_calibrated_sides(simt_gpus, rng, monkeypatch, tmp_path):
     assert calibration.pick_runner(other, here, 100, 1) == (other, here)
     (file,) = (tmp_path / "calibration").iterdir()
     assert file.name == "H200-GPU-1000-to-GPU-1001-driver-13000-v1.json"
-    monkeypatch.setattr(calibration, "_pairs", {})  # as in a new process
+    monkeypatch.setattr(calibration, "_pairs", {})  # as if in a new process
     assert calibration.pick_runner(here, other, 100, 1) == (other, here)
     assert transfer.calibrate(peer=other)["p2p"]["pull"] == {200: {1: 1.0}} and len(measured) == 1
     transfer.calibrate(peer=other, force=True)

@@ -87,7 +87,7 @@ def test_append_is_append_decode(xp, rng, text, counts):
     )
     options = dict(k_scales=want.k_scales, v_scales=want.v_scales, spec=cache.spec)
     paged_append.append_decode(*want[:7], counts=counts, **options, check=False)
-    plan.run(args, check=False)  # for "before" the last page is full
+    plan.run(args, check=False)  # unchecked: with "before" the last page is full
     for got, expected in zip(args, want, strict=True):
         if got is not None:
             assert_same_bits(got, expected)

@@ -46,9 +46,7 @@ def chosen(scores, n, count, sinks=0, recent=0, threshold=None, **_):
     rest = [x for x in places if x not in set(always)]
     if threshold is not None:
         rest = [x for x in rest if scores[x] > threshold]
-    rest.sort(
-        key=lambda x: np.inf if np.isnan(scores[x]) else -scores[x]
-    )  # of equal ones the first
+    rest.sort(key=lambda x: np.inf if np.isnan(scores[x]) else -scores[x])  # keeps ties in order
     return (always + rest)[:count]
 
 

@@ -362,7 +362,7 @@ def test_commands_of_a_session(capsys, monkeypatch, tmp_path):
     assert [m["role"] for m in llm.load(path).messages] == ["system", "user", "assistant"]
     before = path.stat().st_ino
     assert chat(capsys, monkeypatch, "/help", flags=flags)[0] == 0
-    assert path.stat().st_ino == before  # as it was
+    assert path.stat().st_ino == before  # the file was not written again
     assert chat(capsys, monkeypatch, flags=(*flags, "--system", "T"))[0] == 0
     assert llm.load(path).messages[0]["content"] == "T"
     assert chat(capsys, monkeypatch, "/clear", flags=flags)[0] == 0 and not path.exists()

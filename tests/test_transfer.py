@@ -680,7 +680,7 @@ def gpu(monkeypatch, tmp_path, forced):
 
     def measure(ways):
         fake.measured += 1
-        fake.gate.wait(0.05)  # nobody opens it: a moment for other threads
+        fake.gate.wait(0.05)  # stays closed: gives other threads a moment
         return table_for("batch", ways)
 
     monkeypatch.setenv("PYKV_CACHE_DIR", str(tmp_path))

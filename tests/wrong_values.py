@@ -69,10 +69,9 @@ WRONG = {
 
 _TEXTS = "text path out model salt folder".split()  # any text passes
 _DTYPES = "dtype element cache_element scale_dtype q_dtype".split()
-_MAKES = (
-    "num_pages pages max_blocks width N P H layers count nbytes".split()
-)  # 2^31 would fill the memory
-_OF_ANY_ARRAY = re.compile(  # of any rank, strides or bytes
+# Sizes of what a call makes: 2^31 would fill the memory.
+_MAKES = "num_pages pages max_blocks width N P H layers count nbytes".split()
+_OF_ANY_ARRAY = re.compile(  # ops that take any rank, strides or bytes
     r"elastic\.compaction\.|kinds\.|kvtc\.|arrays\.|transfer\.|ops\.(permute|block_copy)\.|"
     r".*hadamard_transform|.*frequencies"
 )
@@ -122,7 +121,7 @@ def wrong_values(call, name, parameter, value):
     must, may = map(list, WRONG[kind])
     if name in _MAKES:
         may = [x for x in may if type(x) is not int or x != 2**31]
-    if name == "size":  # of memory that would be read
+    if name == "size":  # the size of memory that would be read
         must, may = [x for x in must if not isinstance(x, list)], [-1, -(2**70), 2**70]
     if name in ("threshold", "fill"):  # may be infinite
         must = [x for x in must if not (isinstance(x, np.floating) and np.isinf(x))]
@@ -179,7 +178,7 @@ def _other(x):
 def other_spellings(kind, value):
     """A value as other packages have it, which must pass."""
     if kind == "int" and type(value) is int:
-        narrow = [np.uint8(value)] if 0 <= value < 256 else []  # of which -1 is 255
+        narrow = [np.uint8(value)] if 0 <= value < 256 else []  # not of -1, which would become 255
         return [*narrow, np.int32(value), np.int64(value), np.uint64(value)]
     if kind == "float" and isinstance(value, (int, float)) and not isinstance(value, bool):
         return [np.float32(value), np.float64(value)]

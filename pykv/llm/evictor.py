@@ -182,9 +182,8 @@ class Evictor:
         if lengths.sum(1).max() <= kept * config.kv_heads:
             return
         end = manager.pages_for(held)
-        manager.evict(
-            [s.pages], end * self._cache.page_size, [held]
-        )  # pages that nothing is in yet
+        # Free the pages that hold nothing yet.
+        manager.evict([s.pages], end * self._cache.page_size, [held])
         recent = Streaming(budget=kept)
         policies = {
             i: self._policy if window is None else recent for i, window in enumerate(config.windows)

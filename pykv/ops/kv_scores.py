@@ -23,13 +23,8 @@ from pykv.ops import paged_check
 from pykv.options import check_choice, check_flag, check_whole
 from pykv.specs import KVSpec, spec_of
 
-MEASURES = (
-    "norm",
-    "largest",
-    "cosine",
-    "product",
-    "squares",
-)  # the kernel has their numbers; "squares" is a kernel of its own
+# The kernel knows them by their index; "squares" has a kernel of its own.
+MEASURES = ("norm", "largest", "cosine", "product", "squares")
 # Threads of a block, rows that they score, and bytes that each thread loads ahead.
 _SIZES: dict[str, Any] = dict(BLOCK=128, KEYS=256, AHEAD_BYTES=64, Q_T="float")
 

@@ -360,7 +360,7 @@ def test_bad_input_is_one_line(capsys, argv, text):
 
 @pytest.mark.parametrize("driver", [False, True])
 def test_without_a_gpu_one_line_says_so_and_no_file_is_left(capsys, monkeypatch, tmp_path, driver):
-    monkeypatch.setitem(sys.modules, "cupy", None)  # as where it is not installed
+    monkeypatch.setitem(sys.modules, "cupy", None)  # as if it were not installed
     for module in (cuda, cuda.devices):
         monkeypatch.setattr(module, "has_driver", lambda: driver)
     code, out, err = run(capsys, "bandwidth", "--json", tmp_path / "x", "--csv", tmp_path / "y")

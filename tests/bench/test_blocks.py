@@ -32,7 +32,7 @@ def calls(monkeypatch):
         ("mixed", 800, ["allocate", "extend", "free"], 800),
         ("evict", 80, ["allocate", "publish", "free"], 60),  # and 20 pages evicted
         ("fork", 90, ["fork", "extend", "free"], 90),
-        ("prefix", 64, ["publish", "reuse"], 4),  # of 16 pages
+        ("prefix", 64, ["publish", "reuse"], 4),  # each prompt has 16 pages
     ],
 )
 def test_a_round_does_what_it_counts(rng, calls, what, operations, verbs, least):

@@ -31,7 +31,7 @@ def case(direction="d2d", backend="prepared", size=4 * KIB, count=16, **more):
 BY_HAND = [
     case(),
     case(count=1),
-    case(size=20),  # as odd as words allow
+    case(size=20),  # the oddest size that words allow
     case(backend="vectorized"),
     case(backend="contiguous", size=64 * KIB, count=1),
     case(direction="h2d", max_ctas=2),
@@ -153,9 +153,7 @@ def test_sweep_is_all_combinations_up_to_4_gib():
     assert {one["copy_size"] for one in cases} == {KIB * 4**i for i in range(7)}
     assert {one["num_copies"] for one in cases} == {1, 16, 128, 1024, 16384}
     assert max(one["copy_size"] * one["num_copies"] for one in cases) == 4 << 30
-    assert [one["backend"] for one in cases[:4]] == list(
-        copy.BACKENDS
-    )  # a cell's follow each other
+    assert [one["backend"] for one in cases[:4]] == list(copy.BACKENDS)  # each cell has them all
     quick = copy.select(options(sweep=True, quick=True, direction="d2d"))
     assert quick and all(one in cases and one["copy_size"] <= 256 * KIB for one in quick)
 

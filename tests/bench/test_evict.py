@@ -36,7 +36,7 @@ def test_a_case_does_what_it_says(xp, rng, case):
 )
 def test_a_wrong_result_is_found(rng, monkeypatch, job, module, name, plant):
     (case, *_) = (case for case in evict.QUICK if case["job"] == job)
-    if job == "score":  # whose result is an array that is given
+    if job == "score":  # score writes to an array that it is given
         plant = with_argument(0, lambda pool: pool + np.int8(1))
     monkeypatch.setattr(module, name, plant(getattr(module, name)))
     work = evict.make(case, np, rng)

@@ -72,7 +72,7 @@ def cases(name, text):
 
 def test_every_benchmark_with_shapes_is_here():
     listed = {name for name in bench.names() if hasattr(bench.load(name), "OPTIONS")}
-    assert listed == {*SHAPES, "model", "persistent"}  # whose checks make the call themselves
+    assert listed == {*SHAPES, "model", "persistent"}  # the last two check the call themselves
 
 
 @without_simt

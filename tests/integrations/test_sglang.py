@@ -182,7 +182,7 @@ def test_clear_deletes_the_pages_of_the_registered_pool(made):
 
 
 def test_refusals(made, tmp_path):
-    for word in ("floder", "interface_v1"):  # which would have SGLang call what is not there
+    for word in ("floder", "interface_v1"):  # the latter would make SGLang call what is not there
         with pytest.raises(ParameterError, match=f"sglang.Storage: {word} unknown"):
             made(extra={word: 1})
     with pytest.raises(ParameterError, match="limit"):

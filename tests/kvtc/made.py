@@ -9,7 +9,7 @@ from pykv.kvtc.rows import collect
 from pykv.ops import paged_qkv, rope
 
 L, H, D, P = 3, 2, 16, 4
-F = H * D  # of a layer
+F = H * D  # features of a layer
 RATIOS = (4, 8)
 
 

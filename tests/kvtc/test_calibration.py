@@ -171,7 +171,7 @@ def test_only_so_many_tokens_are_read(llm):
 def test_too_little_text_is_refused(llm):
     some = {"short": TEXTS["text 0"][:100]}
     count = len(llm.tokenizer.encode(some["short"], bos=False))
-    windows = -(-count // 63)  # of 64 tokens with BOS
+    windows = -(-count // 63)  # a window has 64 tokens, with BOS
     with pytest.raises(ParameterError) as error:
         calibrate(llm, some, window=64, ratios=(2,))
     needed = 2 * 64 + SINKS * windows

@@ -28,8 +28,8 @@ class Numbers:
     eps: float = 0.01
     scale: float = 0.25
     adjacent: bool = True
-    magnitude: float = 1.0  # of rotated queries and keys
-    frequencies: list[list[float]] = field(default_factory=list)  # of each layer, [D / 2]
+    magnitude: float = 1.0  # factor of rotated queries and keys
+    frequencies: list[list[float]] = field(default_factory=list)  # D / 2 for each layer
     windows: list[int] = field(default_factory=list)  # 0: all keys
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
@@ -130,6 +130,6 @@ def yarn(dim: int, base: float, factor: float, context: int, fast: float = 32, s
     low, high = max(math.floor(pair(fast)), 0), min(math.ceil(pair(slow)), dim - 1)
     found = []
     for j, f in enumerate(frequencies(dim, base)):
-        share = min(max((j - low) / max(high - low, 0.001), 0.0), 1.0)  # of interpolation
+        share = min(max((j - low) / max(high - low, 0.001), 0.0), 1.0)  # the share of interpolation
         found.append(f / factor * share + f * (1 - share))
     return found

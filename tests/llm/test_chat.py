@@ -116,7 +116,7 @@ def test_templates_that_want_strings_say_so(file, template):
     text = r"messages\[1\] has content \[{'type': .*model.gguf does not take: it wants a string"
     with pytest.raises(ParameterError, match=text):
         chat_prompt(file(template), messages)
-    with pytest.raises(FormatError, match="ZeroDivisionError"):  # which has nothing to do with it
+    with pytest.raises(FormatError, match="ZeroDivisionError"):  # not an error about messages
         chat_prompt("{{ 1 / 0 }}", messages)
     call = {"role": "assistant", "content": None, "tool_calls": [{"name": "add"}]}
     with pytest.raises(ParameterError, match=r"messages\[1\] has content None, which"):

@@ -499,7 +499,7 @@ def test_memory_is_estimated_before_anything_is_read(tmp_path, monkeypatch, devi
     path = tmp_path / "x.gguf"
     tiny.write(path, "llama", context=2**20)
     options = dict(device=device, kv_dtype="int8", context=2**20)
-    llm = LLM(path, device=device, kv_dtype="int8")  # whose heads are rotated
+    llm = LLM(path, device=device, kv_dtype="int8")  # int8, so heads are rotated
     arrays = [x for layer in llm.model.layers for x in vars(layer).values() if x is not None]
     arrays += [llm.model.embedding, llm.model.head, llm.model.output_norm]
     weights = sum(x.nbytes for x in {id(x): x for x in arrays}.values())

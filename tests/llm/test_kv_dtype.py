@@ -82,7 +82,7 @@ def check_a_model(open_llm, rng, monkeypatch, name, kv_dtype):
     patch_appends(monkeypatch, llm.cache)
     want = open_llm(name, kv_dtype="fp32", weights="fp32").logits(ids)
     effect = np.abs(want - exact).max()
-    assert effect > 4e-3  # or the bound would say nothing
+    assert effect > 4e-3  # else the bound would prove nothing
     # Where sums have another order, now and then a row gets a code that lies as near.
     mixes = KVSpec.parse(kv_dtype).wants_hadamard
     bound = effect / 3 if mixes or llm.xp.__name__ == "cupy" else 2e-3

@@ -322,7 +322,7 @@ def test_old_leftovers_go(server, folder, tiny):
 
 
 def test_a_file_of_hugging_face(server, folder, capsys, monkeypatch):
-    monkeypatch.setenv("HF_TOKEN", "hf_secret\n")  # as a file has it
+    monkeypatch.setenv("HF_TOKEN", "hf_secret\n")  # with the newline that a file has
     server.add_repository_file("folder/my model.gguf", LARGE)
     path = models.fetch("hf:owner/repo/folder/my model.gguf")
     assert path.read_bytes() == LARGE and path.name.startswith("my_model-")

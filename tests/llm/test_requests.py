@@ -15,7 +15,7 @@ from pykv.errors import CapacityError, DtypeError, InstallError, ParameterError,
 from pykv.llm import LLM, SamplingParams, gguf, weights
 from tests.llm import tiny
 
-WRONG_PARAMS = [  # of another type, and of another value
+WRONG_PARAMS = [  # (parameter, values of a wrong type, values out of range)
     ("stop", (None, 5, [None], b"x"), ("", ["a", ""])),
     ("temperature", ("1", None, True, 1j), (-1, 1e308, 10**400, 10**5000, float("inf"))),
     ("top_p", ("1", None), (0, 1e-300, 1.5, float("nan"), -(10**400))),
@@ -197,7 +197,7 @@ def test_ctrl_c_while_weights_are_read(tmp_path, monkeypatch):
     monkeypatch.setattr(weights._Reader, "layer", layer)
     monkeypatch.setattr(weights._Reader, "matrix", matrix)
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
-    tiny.write_case(tmp_path / "model.gguf", "gemma3")  # of seven layers
+    tiny.write_case(tmp_path / "model.gguf", "gemma3")  # has seven layers
     with pytest.raises(KeyboardInterrupt):
         weights.load(gguf.read(tmp_path / "model.gguf"))
     assert begun == [0]

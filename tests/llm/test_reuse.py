@@ -104,7 +104,7 @@ def test_the_pool_keeps_its_size_and_evicts(open_llm, rng):
     want = llm.generate([first], greedy(8))
     llm.generate([second], greedy(8))  # 3 pages each, of which 2 are full
     assert llm.generate([first], greedy(8)) == want and llm.stats.reused_tokens == 32
-    llm.generate([tokens_of(rng, 40)], greedy(8))  # of the second, used least recently, a page goes
+    llm.generate([tokens_of(rng, 40)], greedy(8))  # evicts a page of the second, used longest ago
     llm.generate([first], greedy(8))
     assert llm.stats.reused_tokens == 32
     llm.generate([second], greedy(8))
@@ -121,7 +121,7 @@ def test_a_pool_that_grows_keeps_its_contents(open_llm, rng):
     llm = open_llm()
     prompt = tokens_of(rng, 20)
     stream = llm.stream(prompt, greedy(14))
-    pieces = [next(stream) for _ in range(4)]  # of which the last steps are a graph
+    pieces = [next(stream) for _ in range(4)]  # the last steps replay a graph
     longer = prompt + tokens_of(rng, 44)
     assert llm.generate([longer], greedy(4)) == open_llm().generate([longer], greedy(4))
     assert llm.cache.manager.num_pages == 3 + 4  # a page is shared with the stream
@@ -141,7 +141,7 @@ def test_a_step_becomes_a_graph(open_llm, rng, monkeypatch):
     forward, calls, answers = model.forward, [], []
 
     def counted(*args, **options):
-        if args[1].q_starts is None:  # of answers
+        if args[1].q_starts is None:  # a step of answers, not of prompts
             calls.append(args)
         return forward(*args, **options)
 

@@ -51,13 +51,13 @@ class Fake:
     def __init__(self, pages, last, most_ahead=1):
         self.manager, self.last = BlockManager(pages, P), last
         self.most_ahead = most_ahead
-        self.states = {}  # of slots
+        self.states = {}  # the state that each slot holds
         self.computed = 0  # tokens of all steps
         self.step_tokens = 0
         self.fails = self.spoils = self.stops = None
 
     def extend(self, pages, start, stop):
-        assert self.manager.extend(pages, start, stop) is None  # nobody else may hold what we write
+        assert self.manager.extend(pages, start, stop) is None  # a page that we write is ours alone
 
     def grow(self, pages):
         self.manager.grow(pages)
@@ -254,7 +254,7 @@ class World:
         came = self.tiers and self.tiers.came
         try:
             changed = stepped.step()
-        except OSError:  # of a fetch, after which it waits to be computed
+        except OSError:  # a fetch failed, so the sequence waits to be computed
             assert len(stepped.failed) == 1 and stepped.failed[0] in stepped.waiting
             for s in [s for s in self.live if s.finish_reason]:
                 stepped.abort(s)
@@ -262,7 +262,7 @@ class World:
             return self.check()
         assert len(set(changed)) == len(changed)
         for s in changed:
-            assert s in self.live  # nobody ends twice
+            assert s in self.live  # a sequence ends once
             assert isinstance(s.error, NumberError) == (s.finish_reason == "error")
             assert s is fake.spoils or not s.error
             assert s is not fake.stops or len(s.generated) == before[s]

@@ -59,7 +59,7 @@ def check_that_it_goes_on(open_llm, rng, tmp_path, computed, name="llama", **opt
     prompt, more = tokens_of(rng, 30), tokens_of(rng, 5)
     (answer,) = first.generate([prompt], greedy(4))
     said = prompt + answer.token_ids
-    assert first.save(path, said) == 32  # of 33 that have entries
+    assert first.save(path, said) == 32  # whole pages of the 33 that have entries
     computed.clear()
     (want,) = first.generate([said + more], greedy(3))
     expected = list(computed)

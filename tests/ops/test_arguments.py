@@ -91,7 +91,7 @@ def test_what_is_written_shares_no_memory(xp, rng, op, arguments):
     same elements are refused too, unless the op takes them and then does as with arrays of its own.
     """
     given, written = with_outputs(op, arguments, rng)
-    if op is paged_convert.convert:  # whose pools may be one, with pages apart
+    if op is paged_convert.convert:  # its pools may be the same array if their pages differ
         given["check"] = True
     for name in written:
         others = [n for n, x in given.items() if isinstance(x, np.ndarray) and x.size and n != name]
@@ -126,7 +126,7 @@ def test_no_number_is_warned_of(rng, op, arguments, value):
         if isinstance(x, np.ndarray) and x.dtype.kind in "fV" and x.dtype.itemsize > 1:
             with np.errstate(over="ignore"):
                 x.reshape(-1)[::2] = np.array(value).astype(x.dtype)
-    with suppress(PykvError):  # which some refuse
+    with suppress(PykvError):  # some ops refuse the values
         op(**given)
 
 

@@ -57,7 +57,7 @@ def grids(monkeypatch):
         return configure(kernel, grid, *sizes)
 
     monkeypatch.setattr(cuda.launch.driver, "configure", spy)
-    block_copy._launch.cache_clear()  # or a launch of another test would be taken
+    block_copy._launch.cache_clear()  # else a launch of another test would be reused
     return seen
 
 

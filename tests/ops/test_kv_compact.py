@@ -19,11 +19,7 @@ CASES = (
     *({"D": D} for D in (8, 40, 512)),
     *({"P": P} for P in (1, 17)),
     {"lengths": (1, 0, 256, 257)},
-    {
-        "D": 512,
-        "spec": "fp32",
-        "lengths": (140, 3),
-    },  # chunks of eight rows, of which blocks take two
+    {"D": 512, "spec": "fp32", "lengths": (140, 3)},  # blocks take two chunks of eight rows
     {"share": 1.0},
     {"share": 0.0},
     {"A": 1},

@@ -46,7 +46,7 @@ def tilings_here():
 
 
 CASES = [
-    *(("Q4_K", FLOAT32, number) for number in range(3)),  # of wgmma, on sm_90, all but the last
+    *(("Q4_K", FLOAT32, number) for number in range(3)),  # on sm_90 all but the last use wgmma
     *(("F16", FLOAT32, 0), ("Q8_0", FLOAT32, 1)),
     *((kind, FLOAT32, -1) for kind in ("F16", "BF16", "Q6_K", "Q8_0", "Q2_K", "IQ4_XS")),
     *(("F16", dtype, -1) for dtype in (FLOAT16, BFLOAT16)),

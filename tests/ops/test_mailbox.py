@@ -15,7 +15,7 @@ from pykv.ops import mailbox as op
 from pykv.ops.mailbox import Counts, Mailbox
 from tests.helpers import assert_same_bits
 
-SLOW = dict(silence=30.0)  # of machines that run tests beside each other
+SLOW = dict(silence=30.0)  # for machines that run many tests at once
 
 
 def test_jobs_are_done_in_their_order(xp, rng):
@@ -126,7 +126,7 @@ def test_an_error_in_the_context_drops_what_waits(device):
         (dict(n=5), ParameterError, "n is 5, expected 0 to 4"),
         (dict(iterations=1 << 17), ParameterError, "iterations is 131072, expected 0 to 65536"),
         (
-            dict(iterations=8, n=4),  # of a job of 2^4 steps at most
+            dict(iterations=8, n=4),  # where a job may have 2^4 steps
             ParameterError,
             "iterations is 8, expected at most 4 of 4 elements",
         ),

@@ -323,7 +323,7 @@ def test_advance_is_a_token_a_call(xp, rng, address, spec, heads):
         rows, options = options_of(cache, want)
         paged_append.append(k, v, *rows, xp.asarray(np.array(slots, np.int32)), **options)
         rows, options = options_of(cache, got)
-        options |= dict(advance=True, check=False)  # or the full page would be refused
+        options |= dict(advance=True, check=False)  # else the full page would be refused
         if address == "decode":
             paged_append.append_decode(k, v, *rows, *table, state, counts="before", **options)
         else:
@@ -576,7 +576,7 @@ def test_a_prepared_call_goes_by_what_tables_hold_then(xp, rng, function):
     got, want = (xp.full((2, 4, 4, 1, 8), np.nan, np.float32) for _ in range(2))
     contents = dict(SOUND[function])
     if function == "append_indexed":
-        contents["positions"] = [4, 0, 99, 2, 6]  # which may grow twice
+        contents["positions"] = [4, 0, 99, 2, 6]  # leave room to advance twice
     tables = {key: xp.asarray(np.array(x, np.int32)) for key, x in contents.items()}
     own = {key: xp.array(table) for key, table in tables.items()}
     options = {} if function in ("append", "append_indexed") else {"counts": "before"}

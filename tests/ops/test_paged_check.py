@@ -286,7 +286,7 @@ def test_the_environment_turns_it_on(monkeypatch):
         ((0, 1), 1, [0, 35, 35], True),
         ((0, 4), 2, None, True),
         ((0, 5), None, None, False),
-        ((1, 0), None, [0, 1, 1], False),  # nobody asks
+        ((1, 0), None, [0, 1, 1], False),  # no sequence has a query
         ((1, 0), None, [0, 1, 2], True),
     ],
 )

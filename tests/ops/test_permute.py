@@ -377,7 +377,7 @@ def test_few_blocks_of_threads_take_all_tiles(device, rng, monkeypatch, max_ctas
         *(cuda.launch.driver, "configure"),
         lambda kernel, grid, *rest: grids.append(grid) or configure(kernel, grid, *rest),
     )
-    permute._launch.cache_clear()  # or a launch of another test would be taken
+    permute._launch.cache_clear()  # else a launch of another test would be reused
     tables = addresses(to), "universal", addresses(of), "NHD"
     permute.permute(*tables, BlockShape(*sizes[1:], 2), max_ctas=max_ctas)
     assert grids == [grid]
@@ -527,7 +527,7 @@ def test_universal_blocks_may_be_pinned_host_memory(rng, layout):
     assert_same_bits(of, given)
 
 
-@without_simt  # which knows no memory that was made too large to fill
+@without_simt  # which has no memory that is too large to fill
 @pytest.mark.slow
 def test_offsets_are_64_bit(xp, rng):
     """Heads of a universal block 2^31 bytes apart, and chunks past that."""

@@ -41,7 +41,7 @@ def test_a_prepared_call_does_what_a_plain_one_does(xp, rng, op, arguments):
     for factor in (1, -1, 0.5):  # what the arrays hold when it is called counts
         for name, x in (*plain.items(), *given.items()):
             is_matrix = getattr(x, "dtype", None) == np.float32 and x.ndim > 1
-            if is_matrix and name != "penalties":  # which are positive
+            if is_matrix and name != "penalties":  # penalties must stay positive
                 x[...] = x * np.float32(factor)
         want, got = op(**plain), call()
         assert got is call.result

@@ -17,7 +17,7 @@ from tests.helpers import to_numpy
 from tests.simt import cupy as simt
 from tests.simt import machine
 
-SLOW = dict(silence=30.0)  # of machines that run tests beside each other
+SLOW = dict(silence=30.0)  # for machines that run many tests at once
 P, M, V, E = 4, 64, 40, 16
 
 

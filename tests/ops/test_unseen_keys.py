@@ -86,7 +86,7 @@ def test_one_large_value(xp, rng, sight, spec, q, ratio):
     options = dict(options)
     T = options.pop("T")
     k, v = normal(rng, (2, L, H, D))
-    v[large] *= min(ratio, 1e4) if q == "float16" else ratio  # which must hold the result
+    v[large] *= min(ratio, 1e4) if q == "float16" else ratio  # float16 must hold the result
     if options.get("tree"):
         options["tree"] = tree_of(T)
     queries = normal(rng, (T, H * G, D) if T > 4 else (1, T, H * G, D), q)
@@ -202,7 +202,7 @@ def test_scores_of_other_keys(xp, rng, spec):
     q = normal(rng, (1, T, H * G, D))
     lse = normal(rng, (1, T, H * G)) + 5
     names = ("k_pool", "k_scales", "page_table", "lengths")
-    tree = np.array([[0b0001, 0b0011, 0b0101, 0b0111]], np.uint64)  # none sees the last key
+    tree = np.array([[0b0001, 0b0011, 0b0101, 0b0111]], np.uint64)  # no query sees the last key
     where = [L - 1, L - 3]
     poisoned = poison(rng, spec, cache, (at[0][where], at[1][where]), "k", np.nan, slice(None))
     clean, got = (

@@ -174,7 +174,7 @@ def serving(llm, scheduler, *, limit=64, **options):
     server = make_server(llm, scheduler, ["tiny", "other"], limit=limit)
     running = uvicorn.Server(http_config(create_app(server, **options)))
     listening = socket.create_server(("127.0.0.1", 0))
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 15)  # of what it accepts
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 15)  # accepted ones inherit it
     thread = threading.Thread(
         target=lambda: asyncio.run(running.serve(sockets=[listening])), daemon=True
     )

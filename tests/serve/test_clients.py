@@ -83,7 +83,7 @@ def test_who_is_slow_holds_nobody_up(serve):
     chunks = data.count(b"\ndata: ")
     assert data.count(b'"content": "x') <= chunks < 5 * 900
     entries = data.count(b'{"token": "x"')
-    assert entries >= 5 * 900  # none of them is lost
+    assert entries >= 5 * 900  # no token is lost
 
 
 def test_who_takes_nothing_is_let_go(serve, monkeypatch):

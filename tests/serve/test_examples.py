@@ -135,7 +135,7 @@ def test_langchain_of_every_sort(port):
     from pydantic import BaseModel
 
     class City(BaseModel):
-        name: Literal["Paris", "Rome"]  # or a small model goes on and on
+        name: Literal["Paris", "Rome"]  # free text of a small model might never end
 
     model = chat.ChatOpenAI(
         base_url=f"http://localhost:{port}/v1",

@@ -64,7 +64,7 @@ def test_wrong_counts_are_refused_before_anything_runs(capsys, name):
 
 
 def test_a_wrong_model_is_refused_before_a_server_starts(capsys, monkeypatch):
-    monkeypatch.setattr(bench, "subprocess", None)  # which starts nothing
+    monkeypatch.setattr(bench, "subprocess", None)  # so that starting a server would raise
     flags = ["--quick", "--device", "cpu", "--model"]
     assert cli.main(["bench", "serve", *flags, "smollm2-135n"]) == 2
     err = capsys.readouterr().err

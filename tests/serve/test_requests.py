@@ -16,7 +16,7 @@ CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
 CALL = {"id": "a", "function": {"name": "f", "arguments": "{"}}
 
-VALUES = {  # of fields of a chat, each by itself
+VALUES = {  # wrong values of a chat's fields, one at a time
     "messages": [[], "Hi", [{"role": "user", "content": "\ud800"}]],
     "temperature": [2.5, "hot", True],
     "top_p": [-0.1],

@@ -127,7 +127,7 @@ def test_nothing_stays_of_a_storm(tmp_path):
         gc.collect()  # and isinstance would ask objects of torch, some of which warn
         return [x for x in gc.get_objects() if issubclass(type(x), Job)]
 
-    others = set(map(id, kept := jobs()))  # of servers that other tests of this process left
+    others = set(map(id, kept := jobs()))  # jobs that earlier tests of this process left
     with serving(llm, scheduler, limit=60) as client:
         served = asyncio.run(storm(client.port, 100, 300, 0))
         assert {"whole", "stream", "slow"} <= set(served)
@@ -138,7 +138,7 @@ def test_nothing_stays_of_a_storm(tmp_path):
         statuses = {key.split('"')[1] for key in counts if key.startswith("pykv:responses")}
         assert statuses <= {"200", "400", "499", "503"}
         until(lambda: set(map(id, jobs())) <= others)
-    del kept  # whose numbers nobody else had meanwhile
+    del kept  # kept alive until here, so that no new job had their id
     assert llm.cache.manager.num_free == llm.cache.manager.num_pages
 
 

@@ -156,7 +156,7 @@ def test_the_least_recently_used_files_go(tmp_path):
         os.utime(files._path(key), (i, i))
         assert size_of(tmp_path) <= limit
         if KEYS[0] in files:
-            assert holds(files, KEYS[0])  # which makes it the youngest
+            assert holds(files, KEYS[0])  # reading makes it the youngest
     left = [key for key in KEYS if holds(files, key)]
     assert KEYS[0] in left and left[1:] == KEYS[-len(left) + 1 :] and len(left) >= 8
     small = tier(tmp_path, 3_000, model="b")  # the limit is of all identities
@@ -213,7 +213,7 @@ def test_threads_wait_for_room(tmp_path, monkeypatch, room):
     found = np.zeros(N, np.uint8)
     kept = [i for i in range(120) if files.read(keys[i], found) and (found == rows[i]).all()]
     assert len(kept) == sum(key in files for key in keys) > 0
-    assert 119 in kept or room < 8  # as many as threads may come behind it
+    assert 119 in kept or room < 8  # a file of each other thread may come after it
 
 
 def test_folders_of_an_identity_are_private(tmp_path):
@@ -339,7 +339,7 @@ def test_damaged_files_are_misses(tmp_path):
         entry.path.write_bytes(text)
     world = World(disk=f"{tmp_path}:1MB")
     assert world.ask([1, 2, 3, 4, 5, 6, 7, 8]) == 0
-    world.tiers._finish()  # of those that were read ahead
+    world.tiers._finish()  # also counts the pages that were read ahead
     assert world.tiers.counters.damaged == 4 and world.tiers.counters.disk_hits == 0
     world.tiers.flush()
     assert World(disk=f"{tmp_path}:1MB").ask([1, 2, 3, 4, 5, 6, 7, 8]) == 4
@@ -362,7 +362,7 @@ def test_what_a_killed_process_left_is_removed(tmp_path):
     left.write_bytes(b"half")
     assert holds(tier(tmp_path), KEYS[0]) and not left.exists()
     left.write_bytes(b"half")
-    with open(left, "rb") as held:  # of a process that lives
+    with open(left, "rb") as held:  # held by a process that is alive
         assert whole_files.lock(held)
         tier(tmp_path)
     assert left.exists()

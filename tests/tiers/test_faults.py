@@ -154,6 +154,6 @@ def check(world):
     for rows in tiers._rows:
         assert len(rows.host) + len(rows.host._free) == len(rows.places)
     for tokens in PROMPTS * 2:
-        world.ask(tokens)  # which looks at every page
+        world.ask(tokens)  # asking looks at every page
     assert manager.num_free == manager.num_pages
     tiers._threads._pool.shutdown()

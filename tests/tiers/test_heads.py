@@ -65,7 +65,7 @@ def test_any_rank_and_layout_reads_what_others_wrote(rng, tmp_path, spec, wrote)
     for ranks in (1, 2, 4):
         for first in range(0, H, H // ranks):
             assert found(tmp_path, other, whole, first, H // ranks) == PAGES
-    assert len(disk.entries(tmp_path)) == PAGES * wrote  # nobody wrote what was there
+    assert len(disk.entries(tmp_path)) == PAGES * wrote  # nothing was written again
 
 
 def test_a_rank_reads_its_heads_alone(rng, tmp_path):
@@ -73,7 +73,7 @@ def test_a_rank_reads_its_heads_alone(rng, tmp_path):
     whole = written(rng, tmp_path, "fp16", 1)
     for entry in disk.entries(tmp_path):
         text = bytearray(entry.path.read_bytes())
-        text[-1] ^= 1  # of the last head
+        text[-1] ^= 1  # a byte of the last head
         entry.path.write_bytes(text)
     assert found(tmp_path, "fp16", whole, 0, 2) == PAGES
     assert found(tmp_path, "fp16", whole, 2, 2) == 0

@@ -52,7 +52,7 @@ class Tiered(RuleBasedStateMachine):
         self.world.tiers.flush()
         self.world.tiers.settle()
         assert not self.world.tiers._fetches and not self.world.tiers.is_busy
-        for rows in self.world.tiers._rows:  # none is lost
+        for rows in self.world.tiers._rows:  # no place is lost
             assert len(rows.host) + len(rows.host._free) == len(rows.places)
         self.world.tiers._threads._pool.shutdown()
         shutil.rmtree(self.folder)
@@ -518,9 +518,9 @@ def test_a_system_without_threads_is_told_at_once(monkeypatch, tmp_path, error):
             error = CapacityError
         with pytest.raises(error):
             World(disk=f"{tmp_path}:1MB")
-    started[0].join()  # which waited for the others
+    started[0].join()  # the first thread waited for the others
     world = World(pages=4, disk=f"{tmp_path}:1MB")
-    monkeypatch.setattr(threading.Thread, "start", None)  # nobody needs more
+    monkeypatch.setattr(threading.Thread, "start", None)  # no further thread is needed
     for n in range(3):
         world.ask([n] * 8)
     world.tiers.flush()

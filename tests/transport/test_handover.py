@@ -89,7 +89,7 @@ def pages_of(llm, tokens):
 @pytest.mark.parametrize("kv_dtype", ["fp16", "int8", "k8v4:HND", "fp8"])
 def test_the_text_is_that_of_one_process(open_side, serve, rng, kv_dtype):
     alone = open_side("alone", kv_dtype=kv_dtype)[0]
-    options = dict(kv_dtype=kv_dtype, pool_tokens=30 * P)  # which forgets nothing
+    options = dict(kv_dtype=kv_dtype, pool_tokens=30 * P)  # a pool that need not evict
     prefill, given = open_side("prefill", **options)
     decode, taken = open_side("decode", **options)
     serve(given)
@@ -110,7 +110,7 @@ def test_the_text_is_that_of_one_process(open_side, serve, rng, kv_dtype):
 def test_more_than_memory_holds(open_side, serve, rng):
     """Of either side, or the pool: what fits comes, the rest is computed."""
     prompt = tokens_of(rng, 6 * P + 1)
-    row = 8192  # of tiny's pages, in float16
+    row = 8192  # bytes of one of tiny's pages, in float16
     want = open_side("alone")[0].generate([prompt], GREEDY)
     _, given = open_side("prefill", size=3 * row)
     assert given._region.rows.shape[0] >= 3
@@ -213,7 +213,7 @@ def test_codes_do_not_reach_exact_files(open_side, serve, rng, tmp_path, monkeyp
         taken.ask("prefill", tokens_of(rng, 40))
     decode, taken = open_side("coded", host_cache="1MB:int8")
     assert taken.ask("prefill", tokens_of(rng, 40)) == 32
-    decode.is_exact = not decode.is_exact  # as a session would
+    decode.is_exact = not decode.is_exact  # what loading a session would do
     with pytest.raises(ParameterError, match="Handover.offer: the LLM has loaded pages"):
         taken.offer(tokens_of(rng, 40))
 

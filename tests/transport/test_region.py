@@ -12,7 +12,7 @@ from pykv.transport.region import PeerRegion, Region, size_of
 
 FACTS = dict(model="a", spec="fp16")
 N = 200  # bytes of a page
-FIRST_CONSTANT = 12466887728733407977  # of checksums
+FIRST_CONSTANT = 12466887728733407977  # the first constant of the checksums
 KEYS = [bytes([i + 1]) * 16 for i in range(3)]
 
 

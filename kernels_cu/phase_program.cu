@@ -19,7 +19,7 @@
 #include "phase_program.cuh"
 
 #if __CUDA_ARCH__ >= 700
-extern "C" __global__ void __launch_bounds__(BLOCK, ROWS <= 2 ? 256 / BLOCK : 1)
+extern "C" __global__ void __launch_bounds__(BLOCK, ROWS <= 2 ? 512 / BLOCK : 1)
 phase_program(const u64* program, u32* counters, int phases) {
     extern __shared__ __align__(128) float staged[];
     __shared__ Shared shared;

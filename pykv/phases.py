@@ -24,7 +24,7 @@ from pykv.ops import (
     paged_qkv,
     sample,
 )
-from pykv.ops.block_linear import BLOCK, PLAIN
+from pykv.ops.block_linear import PLAIN
 from pykv.ops.norm import rms_norm
 from pykv.options import check_number
 from pykv.overlaps import bytes_of, check_apart, place_of
@@ -33,6 +33,7 @@ from pykv.specs import POOLS, KVSpec, spec_of
 from pykv.stages import Touched
 
 OPS = ("PRODUCT", "EMBED", "ADD_NORM", "APPEND", "ATTEND", "PEAKS", "ARGMAX")  # as in the kernel
+BLOCK = 256  # threads
 _PARTS = 64  # of a row of logits, whose largest are compared then
 _SPLIT_KEYS = 128  # fewest keys of a split, where some sequence can have as many
 

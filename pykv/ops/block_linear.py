@@ -30,15 +30,14 @@ KINDS = (*FORMATS, *PLAIN)
 KIND_OF = {dtype: kind for kind, dtype in PLAIN.items()}
 GATES = ("swiglu", "geglu")
 
-BLOCK = 128  # threads
-
-# How `gemv` cuts products, reckoned from bytes and instructions.
-_OUTS = {1: 4, 2: 4, 4: 4, 8: 2}  # rows of w of a warp, by the tokens that share one reading of w
+# How `gemv` cuts products, as was measured on an H200.
+_BLOCK, _LARGE_BLOCK = 256, 512  # threads; of small matrices, and of those that fill all SMs
+_LARGE = 2 << 20  # elements
+_THREADS = 512  # of an SM, as registers allow
+_OUTS = {1: 4, 2: 4, 4: 2, 8: 2}  # rows of w of a warp, by the tokens that share one reading of w
 _FEW_OUTS = 2  # of floats, of which a lane holds 32 elements of each row, and of small matrices
-_BLOCKS = 4  # on an SM, as registers allow
 _SLICE = 1024  # elements of a row that a warp multiplies at a time
 _SLICE_BYTES = 4608
-_SLICES = 8  # of x in shared memory at most: tokens times parts times rounds
 _FEW = 4  # tokens up to which `gemv` multiplies, where linear_mma has a kernel
 # It also multiplies up to 8 in one launch where the matrix is so small that this takes a few us, as
 # long as the launches do that linear_mma, a norm and a gate of their own take.
@@ -48,7 +47,7 @@ VARIANTS_SMS = range(0)  # none at import: compiled when a model has a tensor of
 
 
 def _defines(kind: str, x: Any, bias: Any, **sizes: int) -> dict[str, Any]:
-    return dict(KIND=kind, X_T=x, B_T=bias, BLOCK=BLOCK, **sizes)
+    return dict(KIND=kind, X_T=x, B_T=bias, **sizes)
 
 
 def _outs(kind: str, rows: int) -> tuple[int, ...]:
@@ -64,12 +63,28 @@ def most_outs(kind: str, rows: int) -> int:
 
 def _sizes(kind: str) -> list[dict[str, int]]:
     """All ways in which `gemv` cuts products."""
-    return [dict(ROWS=rows, OUTS=outs) for rows in _OUTS for outs in _outs(kind, rows)]
+    return [
+        dict(ROWS=rows, OUTS=outs, BLOCK=block)
+        for rows in _OUTS
+        for outs in _outs(kind, rows)
+        for block in _blocks(kind, rows)
+    ]
+
+
+def _blocks(kind: str, rows: int) -> tuple[int, ...]:
+    """Threads that a block may have; registers are too few for the larger where a thread holds much."""
+    return (_BLOCK,) if rows > 4 or kind == "F32" else (_BLOCK, _LARGE_BLOCK)
 
 
 VARIANTS: list[dict[str, Any]] = [
-    *(_defines(kind, "float", "float", ROWS=1, OUTS=_outs(kind, 1)[0]) for kind in KINDS),
-    *(_defines("Q4_K", "float", "float", ROWS=rows, OUTS=_OUTS[rows]) for rows in (2, 8)),
+    *(
+        _defines(kind, "float", "float", ROWS=1, OUTS=_outs(kind, 1)[0], BLOCK=_blocks(kind, 1)[-1])
+        for kind in KINDS
+    ),
+    *(
+        _defines("Q4_K", "float", "float", ROWS=rows, OUTS=_OUTS[rows], BLOCK=_BLOCK)
+        for rows in (2, 8)
+    ),
 ]
 
 
@@ -293,12 +308,13 @@ def _launch(
     if len(x) > most:
         raise UnsupportedError(f"block_linear.multiply: x has T={len(x)}, expected at most {most}")
     scalars = scalars_of(x, w, out, options, cut)
-    kernel = _kernel("gemv", kind, x.dtype, bias, ROWS=cut.rows, OUTS=cut.outs)
+    sizes = dict(ROWS=cut.rows, OUTS=cut.outs, BLOCK=cut.block)
+    kernel = _kernel("gemv", kind, x.dtype, bias, **sizes)
     shared, blocks = cut.shared_bytes, cut.tiles
     if len(x) <= cut.rows:  # then a block stays for the tiles that follow
-        blocks = min(blocks, cuda.cooperative_blocks(kernel, BLOCK, shared))
+        blocks = min(blocks, cuda.cooperative_blocks(kernel, cut.block, shared))
     grid = blocks, -(-len(x) // cut.rows)
-    return cuda.Launch(kernel, grid, BLOCK, scalars, shared_bytes=shared, early=options.early)
+    return cuda.Launch(kernel, grid, cut.block, scalars, shared_bytes=shared, early=options.early)
 
 
 class Cut(NamedTuple):
@@ -309,23 +325,40 @@ class Cut(NamedTuple):
     parts: int  # warps that share those
     held: int  # rounds of x in shared memory, a slice for each part
     tiles: int  # of rows of w
+    block: int  # threads
+    copied: int  # bytes of w on their way through shared memory
 
     @property
     def shared_bytes(self) -> int:
         """Of dynamic shared memory."""
-        return self.held * self.parts * self.rows * _SLICE_BYTES
+        return self.held * self.parts * self.rows * _SLICE_BYTES + self.copied
 
 
-def cut_of(x: Any, w: Any, kind: str, rows: int | None = None, outs: int | None = None) -> Cut:
-    """How `gemv` cuts a product, where it has the choice as asked."""
+def cut_of(x: Any, w: Any, kind: str, **asked: int) -> Cut:
+    """How `gemv` cuts a product, where it has the choice; `rows`, `outs` and `block` as asked."""
     (T, I), R, sm = x.shape, len(w), cuda.current_sm()
-    rows = rows or next(rows for rows in _OUTS if rows >= T or rows == max(_OUTS))
-    choice = (outs,) if outs else _outs(kind, rows)
-    outs, parts = _warps(R, I, choice, rows, cuda.num_sms(x.data.device_id))
-    # SMs of data centres have 160 KB of shared memory and more for four blocks, others 64 to 100.
-    slices = _SLICES if sm in (80, 90, 100, 103) else _SLICES // 2
-    held = max(1, min(slices // (rows * parts), -(-I // (parts * _SLICE))))
-    return Cut(rows, outs, parts, held, tiles=-(-R // (outs * (BLOCK // 32 // parts))))
+    rows = asked.get("rows") or next(rows for rows in _OUTS if rows >= T or rows == max(_OUTS))
+    choice = (asked["outs"],) if "outs" in asked else _outs(kind, rows)
+    block = asked.get("block") or (max if R * I > _LARGE else min)(_blocks(kind, rows))
+    num_sms = cuda.num_sms(x.data.device_id)
+    outs, parts = _warps(R, I, choice, rows, block, num_sms)
+    copied = _copied_bytes(kind, outs, block, sm)
+    held = max(1, min(_slices(block, sm, copied) // (rows * parts), -(-I // (parts * _SLICE))))
+    return Cut(rows, outs, parts, held, -(-R // (outs * (block // 32 // parts))), block, copied)
+
+
+def _slices(block: int, sm: int, copied: int) -> int:
+    """Of rows of x that shared memory holds beside `copied` bytes, so that an SM has _THREADS: it has
+    64 KB and more, from sm_80 on 99, those of data centres 160."""
+    room = 152 if sm in (80, 90, 100, 103) else 96 if sm >= 80 else 48
+    return ((room << 10) * block // _THREADS - copied) // _SLICE_BYTES
+
+
+def _copied_bytes(kind: str, outs: int, block: int, sm: int) -> int:
+    """Of two slices of the rows of w of each warp, which SMs from sm_80 on copy by themselves; F32
+    would take too much."""
+    bits = FORMATS[kind].bits if kind in FORMATS else 16
+    return 0 if sm < 80 or kind == "F32" else block // 32 * 2 * outs * _SLICE * bits // 8
 
 
 def scalars_of(x: Any, w: Any, out: Any, asked: Options, cut: Cut) -> dict[str, Any]:
@@ -370,19 +403,21 @@ def _launches(
     return run_all
 
 
-def _warps(R: int, I: int, outs: tuple[int, ...], rows: int, num_sms: int) -> tuple[int, int]:
+def _warps(
+    R: int, I: int, outs: tuple[int, ...], rows: int, block: int, num_sms: int
+) -> tuple[int, int]:
     """Rows of w of a warp in `gemv`, one of `outs`, and warps that share them: what lets the block
-    that is busy longest end first. Times are those of a row of a slice: reading x, and the end of a
-    tile, take as long as one, and telling other warps another."""
-    warps = BLOCK // 32
+    that is busy longest end first. Times are those of a row of a slice: a round takes as long as
+    four of them beside its rows, the end of a tile as five, telling other warps another."""
+    warps = block // 32
 
     def time(n: int, parts: int) -> int:
         tiles = -(-R // (n * (warps // parts)))
-        turns, rounds = -(-tiles // (_BLOCKS * num_sms)), -(-I // (parts * _SLICE))
-        return turns * (rounds * (n + 1) + 1 + (parts > 1))
+        turns, rounds = -(-tiles // (_THREADS // block * num_sms)), -(-I // (parts * _SLICE))
+        return turns * (rounds * (n + 4) + 5 + (parts > 1))
 
-    most = min(warps, _SLICES // rows, max(1, -(-I // _SLICE)))  # that have something to do
-    ways = [(n, parts) for n in outs for parts in (1, 2, 4) if parts <= most]
+    most = min(warps, 8 // rows, max(1, -(-I // _SLICE)))  # that have something to do
+    ways = [(n, parts) for n in outs for parts in (1, 2, 4, 8) if parts <= most]
     return min(ways, key=lambda way: time(*way))
 
 

@@ -44,7 +44,7 @@ CHANGES = (
     *(
         {"gate": "swiglu", "norm": True, "bias": "float32", "accumulate": True, **change}
         for change in (
-            *({"T": T, "O": O} for T in (1, 4, 33) for O in (3, 33)),
+            *({"T": T, "O": O} for T in (1, 4, 33) for O in (11, 33)),
             *({"T": T, "x": "float16", "kind": "F16"} for T in (1, 9)),
             {"T": 2, "I": 2304, "kind": "Q6_K"},
             {"T": 9, "I": 0},
@@ -184,7 +184,7 @@ def test_blocks_that_stay(device, rng, monkeypatch, change, parts, slices):
     make_every_launch(monkeypatch)
     monkeypatch.setattr(op.cuda, "cooperative_blocks", lambda *launch: 2)
     monkeypatch.setattr(op, "_warps", lambda R, I, outs, *size: (outs[0], parts))
-    monkeypatch.setattr(op, "_SLICES", slices)
+    monkeypatch.setattr(op, "_slices", lambda *size: slices)
     judge(device, rng, {**BASE, "T": 1, "O": 75, **change})
 
 
@@ -250,13 +250,13 @@ def test_activations_have_the_range_of_float32(xp, rng, T):
 
 def test_how_products_are_cut():
     """By hand, for 132 SMs: rows of a warp, and warps that share them."""
-    # 896 tiles of 16 rows are two turns of 528 blocks, 4 rounds each; 3584 of 4 rows seven of one.
-    assert op._warps(14336, 4096, (4, 2), 1, 132) == (4, 1)
-    assert op._warps(4096, 14336, (4, 2), 1, 132) == (4, 2)
-    assert op._warps(2048, 8192, (4, 2), 1, 132) == (4, 4)
-    assert op._warps(2048, 2048, (4, 2), 1, 132) == (2, 2)
-    assert op._warps(576, 1536, (4, 2), 2, 132) == (2, 2)
-    assert op._warps(576, 1536, (2,), 8, 132) == (2, 1)
+    # 224 tiles of 64 rows are two turns of 132 blocks, 4 rounds each; 448 of 32 rows four of two.
+    assert op._warps(14336, 4096, (4, 2), 1, 512, 132) == (4, 1)
+    assert op._warps(4096, 14336, (4, 2), 1, 512, 132) == (4, 2)
+    assert op._warps(2048, 8192, (4, 2), 1, 512, 132) == (4, 4)
+    assert op._warps(2048, 2048, (4, 2), 1, 512, 132) == (2, 2)
+    assert op._warps(576, 1536, (4, 2), 2, 256, 132) == (2, 2)
+    assert op._warps(576, 1536, (2,), 8, 256, 132) == (2, 1)
     assert [op._outs(kind, 1) for kind in ("Q4_K", "F16", "F32")] == [(4, 2), (2,), (2,)]
     assert op._outs("Q4_K", 8) == (2,)
 
@@ -274,8 +274,10 @@ def test_a_model_that_is_loaded_finds_its_kernels_compiled(monkeypatch, kind, sm
     for T in range(1, 9):
         rows = min(8, 1 << (T - 1).bit_length())
         outs = op._outs(kind, rows)
-        taken = {op._warps(R, 576, outs, rows, 132)[0] for R in (576, 4096, 49152)}
-        sizes += [dict(ROWS=rows, OUTS=n) for n in sorted({*taken, *(outs if rows == 2 else ())})]
+        for R, I in ((576, 576), (4096, 576), (49152, 576), (49152, 32)):
+            block = op._blocks(kind, rows)[-1 if R * I > op._LARGE else 0]
+            for n in outs if rows == 2 else op._warps(R, I, outs, rows, block, 132)[:1]:
+                sizes.append(dict(ROWS=rows, OUTS=n, BLOCK=block))
     ways = [("block_linear", op._defines(kind, *floats, **size)) for size in sizes]
     if kind not in op.PLAIN:
         ways.append(("block_rows", block_rows.defines(kind, floats[0])))

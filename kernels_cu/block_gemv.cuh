@@ -351,7 +351,7 @@ gemv_tiles(float* staged, WarpSums& shared, X_T* out, const Source& x, const u8*
     };
     Round round{tiles.first, 0}, ahead = round;
     u8* copied = reinterpret_cast<u8*>(staged + held * parts * ROWS * SLICE_WORDS) +
-                 warp * 2 * OUTS * Shares<K>::BYTES;
+                 warp * OUTS * Shares<K>::BYTES;
     Shares<K> now, next;
     next.copied = copied;
     const u8* rows[OUTS];  // of weights, of the round ahead
@@ -419,7 +419,7 @@ gemv_tiles(float* staged, WarpSums& shared, X_T* out, const Source& x, const u8*
         if (round.index == 0) begin();
         now = next;
         __syncwarp();  // all have read what the next copies replace
-        next.copied = copied + (now.copied == copied ? OUTS * Shares<K>::BYTES : 0);
+        next.copied = copied + (now.copied == copied ? WARPS * OUTS * Shares<K>::BYTES : 0);
         load_next();
         const bool renews_x = rounds > held || round.tile == tiles.first;
         if (I > 0 && renews_x && place == 0) {

@@ -38,10 +38,11 @@ _OUTS = {1: 4, 2: 4, 4: 2, 8: 2}  # rows of w of a warp, by the tokens that shar
 _FEW_OUTS = 2  # of floats, of which a lane holds 32 elements of each row, and of small matrices
 _SLICE = 1024  # elements of a row that a warp multiplies at a time
 _SLICE_BYTES = 4608
-_FEW = 4  # tokens up to which `gemv` multiplies, where linear_mma has a kernel
-# It also multiplies up to 8 in one launch where the matrix is so small that this takes a few us, as
-# long as the launches do that linear_mma, a norm and a gate of their own take.
+_FEW = 4  # tokens up to which `gemv` multiplies, where linear_mma has a kernel; 2 if x is rounded
+# Where the matrix is so small that launches around linear_mma take as long, it multiplies more: up to
+# 8 in one launch, and of x that is rounded up to 4.
 _SMALL = 8 << 20  # elements
+_SMALL_ROUNDED = 16 << 20
 
 VARIANTS_SMS = range(0)  # none at import: compiled when a model has a tensor of the kind
 
@@ -141,8 +142,10 @@ def multiply(
             more than 524,280 tokens.
 
     Runs where the arrays are. On a GPU it only enqueues; the first call with a kind compiles its
-    kernel. Codes are multiplied as the small integers that they are and summed in float32; scales
-    multiply the sums of their group. From sm_75 on tensor cores multiply more than 4 tokens, or
+    kernel. Codes are multiplied as the small integers that they are, in a kernel for few tokens by
+    `x` as integers: of each 32 elements the largest has 23 bits, and what is smaller so many fewer.
+    Those sums are exact; scales multiply them, and the rest is summed in float32. From sm_75 on
+    tensor cores multiply more than 4 tokens, more than 2 by a large matrix where `x` is rounded, or
     more than 8 by a small matrix, in launches of their own: of `x` as they want it, the product,
     and the gate. They take float32 as the sum of two float16, 22 bits of every element down to
     2^-28 of the token's largest, or for BF16 (from sm_80 on) of three bfloat16; for 16-bit `x`
@@ -291,17 +294,18 @@ def product(
     return partial(launch, dict(out=out, x=x, w=w, bias=bias, norm=norm))
 
 
-def _by_gemv(x: Any, w: Any, kind: str) -> bool:
-    T, I = x.shape
-    is_small = T <= max(_OUTS) and len(w) * I <= _SMALL
-    return T <= _FEW or is_small or not linear_mma.has_kernel(kind, cuda.current_sm())
+def _by_gemv(x: Any, w: Any, kind: str, exact: bool) -> bool:
+    (T, I), R = x.shape, len(w)
+    few = _FEW if exact or R * I <= _SMALL_ROUNDED else 2
+    is_small = T <= max(_OUTS) and R * I <= _SMALL
+    return T <= few or is_small or not linear_mma.has_kernel(kind, cuda.current_sm())
 
 
 def _launch(
     x: Any, w: Any, kind: str, bias: Any, norm: Any, out: Any, options: Options
 ) -> Callable[[dict[str, Any], Any], None]:
     """The launch of `gemv`, or the launches around a product by linear_mma."""
-    if not _by_gemv(x, w, kind):
+    if not _by_gemv(x, w, kind, options.exact and x.dtype in FLOAT32):
         return _launches(x, w, kind, bias, norm, out, options)
     cut = cut_of(x, w, kind)
     most = cut.rows * cuda.MOST_BLOCKS[1]
@@ -311,7 +315,7 @@ def _launch(
     sizes = dict(ROWS=cut.rows, OUTS=cut.outs, BLOCK=cut.block)
     kernel = _kernel("gemv", kind, x.dtype, bias, **sizes)
     shared, blocks = cut.shared_bytes, cut.tiles
-    if len(x) <= cut.rows:  # then a block stays for the tiles that follow
+    if len(x) <= cut.rows and not cut.has_one_round:  # then a block stays for the tiles that follow
         blocks = min(blocks, cuda.cooperative_blocks(kernel, cut.block, shared))
     grid = blocks, -(-len(x) // cut.rows)
     return cuda.Launch(kernel, grid, cut.block, scalars, shared_bytes=shared, early=options.early)
@@ -327,6 +331,7 @@ class Cut(NamedTuple):
     tiles: int  # of rows of w
     block: int  # threads
     copied: int  # bytes of w on their way through shared memory
+    has_one_round: bool  # of slices, of each block
 
     @property
     def shared_bytes(self) -> int:
@@ -342,9 +347,11 @@ def cut_of(x: Any, w: Any, kind: str, **asked: int) -> Cut:
     block = asked.get("block") or (max if R * I > _LARGE else min)(_blocks(kind, rows))
     num_sms = cuda.num_sms(x.data.device_id)
     outs, parts = _warps(R, I, choice, rows, block, num_sms)
-    copied = _copied_bytes(kind, outs, block, sm)
-    held = max(1, min(_slices(block, sm, copied) // (rows * parts), -(-I // (parts * _SLICE))))
-    return Cut(rows, outs, parts, held, -(-R // (outs * (block // 32 // parts))), block, copied)
+    tiles, rounds = -(-R // (outs * (block // 32 // parts))), -(-I // (parts * _SLICE))
+    has_one_round = not asked and rounds == 1 and tiles <= _THREADS // block * num_sms
+    copied = _copied_bytes(kind, outs, block, sm) // (2 if has_one_round else 1)
+    held = max(1, min(_slices(block, sm, copied) // (rows * parts), rounds))
+    return Cut(rows, outs, parts, held, tiles, block, copied, has_one_round)
 
 
 def _slices(block: int, sm: int, copied: int) -> int:

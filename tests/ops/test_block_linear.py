@@ -41,10 +41,12 @@ CHANGES = (
     *({"norm": True, "T": T, "I": 1280, "O": 40} for T in (1, 3, 4, 5, 9)),
     *({"norm": True, "kind": kind, "T": T} for kind in ("F16", "Q8_0") for T in (2, 20)),
     *({"gate": gate, "T": T, "O": 20} for gate in op.GATES for T in (1, 3, 9)),
+    *({"gate": "swiglu", "T": T, "O": 3} for T in (1, 4)),
     *(
         {"gate": "swiglu", "norm": True, "bias": "float32", "accumulate": True, **change}
         for change in (
-            *({"T": T, "O": O} for T in (1, 4, 33) for O in (11, 33)),
+            *({"T": T, "O": 33} for T in (1, 4, 33)),
+            {"T": 33, "O": 3},
             *({"T": T, "x": "float16", "kind": "F16"} for T in (1, 9)),
             {"T": 2, "I": 2304, "kind": "Q6_K"},
             {"T": 9, "I": 0},
@@ -185,6 +187,7 @@ def test_blocks_that_stay(device, rng, monkeypatch, change, parts, slices):
     monkeypatch.setattr(op.cuda, "cooperative_blocks", lambda *launch: 2)
     monkeypatch.setattr(op, "_warps", lambda R, I, outs, *size: (outs[0], parts))
     monkeypatch.setattr(op, "_slices", lambda *size: slices)
+    monkeypatch.setattr(op, "_THREADS", 0)  # of an SM, so that no block has a tile of its own
     judge(device, rng, {**BASE, "T": 1, "O": 75, **change})
 
 
@@ -323,6 +326,35 @@ def test_a_nan_scale_stays_in_its_row(xp, rng):
         assert np.isnan(got[3]).all() and np.isnan(got[:, 7]).all()
         got, clean = (np.delete(np.delete(y, 3, 0), 7, 1) for y in (got, clean))
         np.testing.assert_allclose(got, clean, rtol=0, atol=1e-5 * np.abs(clean).max())
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_K", "Q6_K", "Q8_0"])
+def test_integers_of_x_cost_as_little_as_floats(xp, rng, kind):
+    """Over many outputs, where the values of a group are 2^16 apart."""
+    blocks = random_blocks(rng, kind, 400, 1024)
+    x = (rng.standard_normal((2, 1024)) * np.exp2(rng.uniform(-16, 0, 1024))).astype(np.float32)
+    values = dequantized(blocks, kind)
+    with np.errstate(all="ignore"):
+        oracle, low = x.astype(float) @ values.T.astype(float), x @ values.T
+    got = to_numpy(op.multiply(xp.asarray(x), block_rows.pack(xp.asarray(blocks), kind), kind))
+    error, of_floats = (np.sqrt(np.mean((y - oracle) ** 2)) for y in (got, low))
+    assert error <= 2 * of_floats
+
+
+@pytest.mark.parametrize("scale", [1e-44, 1e-30, 1e30])
+def test_groups_of_any_size(xp, rng, scale):
+    """Of numbers near the ends of float32, beside groups of zeros."""
+    x = np.zeros((1, 96), np.float32)
+    x[0, :32] = np.float32(scale) * rng.integers(-9, 10, 32)
+    blocks = np.zeros((3, 3, 34), np.uint8)
+    blocks[..., :2] = np.array([1], np.float16).view(np.uint8)
+    blocks[..., 2:] = rng.integers(-3, 4, (3, 3, 32)).astype(np.int8).view(np.uint8)
+    w = block_rows.pack(xp.asarray(blocks.reshape(3, -1)), "Q8_0")
+    expected = x[:, :32].astype(float) @ blocks[:, 0, 2:].view(np.int8).T.astype(float)
+    got = to_numpy(op.multiply(xp.asarray(x), w, "Q8_0"))
+    np.testing.assert_allclose(
+        got, expected, rtol=0, atol=max(4e-7 * np.abs(expected).max(), 1e-38)
+    )
 
 
 def test_small_integers_are_exact(xp, rng):

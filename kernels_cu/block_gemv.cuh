@@ -139,7 +139,7 @@ template <typename K> struct Shares {
 };
 
 template <typename T> struct Shares<Plain<T>> {
-    static constexpr bool IS_COPIED = __CUDA_ARCH__ >= 800 && sizeof(T) == 2;
+    static constexpr bool IS_COPIED = __CUDA_ARCH__ >= 800 && sizeof(T) == 2 && ROWS < 8;
     static constexpr int BYTES = LANE * sizeof(T) * WARP;
 
     u8* copied;

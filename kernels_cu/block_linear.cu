@@ -17,8 +17,8 @@
 // Launch:   gemv    grid (up to `tiles`, ceil(T / ROWS)), tiles = ceil(R / (OUTS * BLOCK / 32 /
 //                   parts)), block (BLOCK); parts a power of two up to BLOCK / 32, held >= 1.
 //                   Dynamic shared memory: held * parts * ROWS * 4608 bytes; from sm_80 on, but for
-//                   F32, also BLOCK * OUTS * 4 bytes for each bit of a code, and twice that where a
-//                   block has more than a round of one tile
+//                   F32 and 8 rows of 16 bits, also BLOCK * OUTS * 4 bytes for each bit of a code, and
+//                   twice that where a block has more than a round of one tile
 //           gemv may start early: before the kernel ahead has ended it reads w, bias and norm alone,
 //           which are __restrict__; x and out are not, so that no load of them moves ahead of the
 //           wait, or goes through the read-only path

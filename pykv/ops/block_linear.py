@@ -38,9 +38,10 @@ _OUTS = {1: 4, 2: 4, 4: 2, 8: 2}  # rows of w of a warp, by the tokens that shar
 _FEW_OUTS = 2  # of floats, of which a lane holds 32 elements of each row, and of small matrices
 _SLICE = 1024  # elements of a row that a warp multiplies at a time
 _SLICE_BYTES = 4608
+_SLICES = 8  # of a round, of all tokens that share one reading of w
 _FEW = 4  # tokens up to which `gemv` multiplies, where linear_mma has a kernel; 2 if x is rounded
-# Where the matrix is so small that launches around linear_mma take as long, it multiplies more: up to
-# 8 in one launch, and of x that is rounded up to 4.
+# Where the matrix is so small that launches around linear_mma take as long, it multiplies more: up
+# to 8 in one launch, and of x that is rounded up to 4.
 _SMALL = 8 << 20  # elements
 _SMALL_ROUNDED = 16 << 20
 
@@ -62,29 +63,54 @@ def most_outs(kind: str, rows: int) -> int:
     return _outs(kind, rows)[0]
 
 
-def _sizes(kind: str) -> list[dict[str, int]]:
+def _sizes(kind: str, sm: int) -> list[dict[str, int]]:
     """All ways in which `gemv` cuts products."""
     return [
         dict(ROWS=rows, OUTS=outs, BLOCK=block)
         for rows in _OUTS
         for outs in _outs(kind, rows)
-        for block in _blocks(kind, rows)
+        for block in _blocks(kind, rows, sm)
     ]
 
 
-def _blocks(kind: str, rows: int) -> tuple[int, ...]:
-    """Threads that a block may have; registers are too few for the larger where a thread holds much."""
-    return (_BLOCK,) if rows > 4 or kind == "F32" else (_BLOCK, _LARGE_BLOCK)
+def _blocks(kind: str, rows: int, sm: int) -> tuple[int, ...]:
+    """Threads that a block may have: the larger takes registers that some kernels do not leave, as
+    those of old SMs do not, which multiply integers one by one, and shared memory."""
+    is_small = rows > 4 or kind == "F32" or sm < 75
+    is_small = is_small or not _ways(kind, _outs(kind, rows), rows, _LARGE_BLOCK, sm)
+    return (_BLOCK,) if is_small else (_BLOCK, _LARGE_BLOCK)
+
+
+def _ways(
+    kind: str, outs: tuple[int, ...], rows: int, block: int, sm: int
+) -> list[tuple[int, int]]:
+    """Rows of w of a warp, and warps that share them, for which there is shared memory."""
+    left = {n: _room(sm) - _copied_bytes(kind, n, rows, block, sm) for n in outs}
+    parts = [n for n in (1, 2, 4, 8) if n <= block // 32 and n * rows <= _SLICES]
+    return [(n, p) for n in outs for p in parts if p * rows * _SLICE_BYTES <= left[n]]
+
+
+def _room(sm: int) -> int:
+    """Bytes of shared memory of an SM: 64 KB and more, from sm_80 on 99, in data centres 160."""
+    return (152 if sm in (80, 90, 100, 103) else 96 if sm >= 80 else 48) << 10
+
+
+def _copied_bytes(kind: str, outs: int, rows: int, block: int, sm: int) -> int:
+    """Of two slices of the rows of w of each warp, which SMs from sm_80 on copy by themselves:
+    those of F32 would take too much, and of 16 bits beside 8 rows of x."""
+    bits = FORMATS[kind].bits if kind in FORMATS else 8 * PLAIN[kind].itemsize
+    is_copied = sm >= 80 and bits < (16 if rows == 8 else 32)
+    return block // 32 * 2 * outs * _SLICE * bits // 8 if is_copied else 0
 
 
 VARIANTS: list[dict[str, Any]] = [
     *(
-        _defines(kind, "float", "float", ROWS=1, OUTS=_outs(kind, 1)[0], BLOCK=_blocks(kind, 1)[-1])
-        for kind in KINDS
-    ),
-    *(
-        _defines("Q4_K", "float", "float", ROWS=rows, OUTS=_OUTS[rows], BLOCK=_BLOCK)
-        for rows in (2, 8)
+        _defines(kind, "float", "float", ROWS=rows, OUTS=_outs(kind, rows)[0], BLOCK=block)
+        for kind, rows, block in (
+            *((kind, 1, _BLOCK) for kind in KINDS),
+            *(("Q4_K", rows, _BLOCK) for rows in (2, 8)),
+            ("F16", 1, _LARGE_BLOCK),
+        )
     ),
 ]
 
@@ -187,7 +213,7 @@ def warm_up(kinds: Sequence[str]) -> None:
     floats = FLOATS[0], FLOATS[0]
     jobs: list[tuple[str, dict[str, Any]]] = []
     for kind in kinds:
-        jobs += [("block_linear", _defines(kind, *floats, **sizes)) for sizes in _sizes(kind)]
+        jobs += [("block_linear", _defines(kind, *floats, **sizes)) for sizes in _sizes(kind, sm)]
         if kind in FORMATS:
             jobs.append(("block_rows", block_rows.defines(kind, FLOATS[0])))
         if linear_mma.has_kernel(kind, sm):
@@ -344,28 +370,20 @@ def cut_of(x: Any, w: Any, kind: str, **asked: int) -> Cut:
     (T, I), R, sm = x.shape, len(w), cuda.current_sm()
     rows = asked.get("rows") or next(rows for rows in _OUTS if rows >= T or rows == max(_OUTS))
     choice = (asked["outs"],) if "outs" in asked else _outs(kind, rows)
-    block = asked.get("block") or (max if R * I > _LARGE else min)(_blocks(kind, rows))
+    block = asked.get("block") or (max if R * I > _LARGE else min)(_blocks(kind, rows, sm))
     num_sms = cuda.num_sms(x.data.device_id)
-    outs, parts = _warps(R, I, choice, rows, block, num_sms)
+    outs, parts = _warps(R, I, _ways(kind, choice, rows, block, sm), block, num_sms)
     tiles, rounds = -(-R // (outs * (block // 32 // parts))), -(-I // (parts * _SLICE))
     has_one_round = not asked and rounds == 1 and tiles <= _THREADS // block * num_sms
-    copied = _copied_bytes(kind, outs, block, sm) // (2 if has_one_round else 1)
-    held = max(1, min(_slices(block, sm, copied) // (rows * parts), rounds))
+    copied = _copied_bytes(kind, outs, rows, block, sm) // (2 if has_one_round else 1)
+    held = _held(_room(sm) * block // _THREADS - copied, rows * parts, rounds)
     return Cut(rows, outs, parts, held, tiles, block, copied, has_one_round)
 
 
-def _slices(block: int, sm: int, copied: int) -> int:
-    """Of rows of x that shared memory holds beside `copied` bytes, so that an SM has _THREADS: it has
-    64 KB and more, from sm_80 on 99, those of data centres 160."""
-    room = 152 if sm in (80, 90, 100, 103) else 96 if sm >= 80 else 48
-    return ((room << 10) * block // _THREADS - copied) // _SLICE_BYTES
-
-
-def _copied_bytes(kind: str, outs: int, block: int, sm: int) -> int:
-    """Of two slices of the rows of w of each warp, which SMs from sm_80 on copy by themselves; F32
-    would take too much."""
-    bits = FORMATS[kind].bits if kind in FORMATS else 16
-    return 0 if sm < 80 or kind == "F32" else block // 32 * 2 * outs * _SLICE * bits // 8
+def _held(left: int, slices: int, rounds: int) -> int:
+    """Rounds of x, of so many slices, for which `left` bytes are enough: where it is not even one,
+    fewer blocks share an SM."""
+    return max(1, min(left // (slices * _SLICE_BYTES), rounds))
 
 
 def scalars_of(x: Any, w: Any, out: Any, asked: Options, cut: Cut) -> dict[str, Any]:
@@ -411,21 +429,20 @@ def _launches(
 
 
 def _warps(
-    R: int, I: int, outs: tuple[int, ...], rows: int, block: int, num_sms: int
+    R: int, I: int, ways: list[tuple[int, int]], block: int, num_sms: int
 ) -> tuple[int, int]:
-    """Rows of w of a warp in `gemv`, one of `outs`, and warps that share them: what lets the block
-    that is busy longest end first. Times are those of a row of a slice: a round takes as long as
-    four of them beside its rows, the end of a tile as five, telling other warps another."""
-    warps = block // 32
+    """One of `ways`, by which the block that is busy longest ends first. Times are those of a row
+    of a slice: a round takes as long as four of them beside its rows, the end of a tile as five,
+    telling other warps another."""
 
-    def time(n: int, parts: int) -> int:
-        tiles = -(-R // (n * (warps // parts)))
+    def time(way: tuple[int, int]) -> int:
+        n, parts = way
+        tiles = -(-R // (n * (block // 32 // parts)))
         turns, rounds = -(-tiles // (_THREADS // block * num_sms)), -(-I // (parts * _SLICE))
         return turns * (rounds * (n + 4) + 5 + (parts > 1))
 
-    most = min(warps, 8 // rows, max(1, -(-I // _SLICE)))  # that have something to do
-    ways = [(n, parts) for n in outs for parts in (1, 2, 4, 8) if parts <= most]
-    return min(ways, key=lambda way: time(*way))
+    slices = max(1, -(-I // _SLICE))  # no more parts than have something to do
+    return min((way for way in ways if way[1] <= slices), key=time)
 
 
 def _kernel(name: str, kind: str, dtype: Any, bias: Any, **sizes: int) -> cuda.Kernel:

@@ -185,9 +185,9 @@ def test_blocks_that_stay(device, rng, monkeypatch, change, parts, slices):
     """Two blocks take all tiles, with a row of x in shared memory or parts of it in turn."""
     make_every_launch(monkeypatch)
     monkeypatch.setattr(op.cuda, "cooperative_blocks", lambda *launch: 2)
-    monkeypatch.setattr(op, "_warps", lambda R, I, outs, *size: (outs[0], parts))
-    monkeypatch.setattr(op, "_slices", lambda *size: slices)
-    monkeypatch.setattr(op, "_THREADS", 0)  # of an SM, so that no block has a tile of its own
+    monkeypatch.setattr(op, "_warps", lambda R, I, ways, *size: (ways[0][0], parts))
+    monkeypatch.setattr(op, "_held", lambda left, of_round, rounds: max(1, slices // of_round))
+    monkeypatch.setattr(op, "_THREADS", 1)  # of an SM, so that no block has a tile of its own
     judge(device, rng, {**BASE, "T": 1, "O": 75, **change})
 
 
@@ -254,12 +254,18 @@ def test_activations_have_the_range_of_float32(xp, rng, T):
 def test_how_products_are_cut():
     """By hand, for 132 SMs: rows of a warp, and warps that share them."""
     # 224 tiles of 64 rows are two turns of 132 blocks, 4 rounds each; 448 of 32 rows four of two.
-    assert op._warps(14336, 4096, (4, 2), 1, 512, 132) == (4, 1)
-    assert op._warps(4096, 14336, (4, 2), 1, 512, 132) == (4, 2)
-    assert op._warps(2048, 8192, (4, 2), 1, 512, 132) == (4, 4)
-    assert op._warps(2048, 2048, (4, 2), 1, 512, 132) == (2, 2)
-    assert op._warps(576, 1536, (4, 2), 2, 256, 132) == (2, 2)
-    assert op._warps(576, 1536, (2,), 8, 256, 132) == (2, 1)
+    one, two = ([(n, parts) for n in (4, 2) for parts in (1, 2, 4, 8)[:m]] for m in (4, 3))
+    assert op._warps(14336, 4096, one, 512, 132) == (4, 1)
+    assert op._warps(4096, 14336, one, 512, 132) == (4, 2)
+    assert op._warps(2048, 8192, one, 512, 132) == (4, 4)
+    assert op._warps(2048, 2048, one, 512, 132) == (2, 2)
+    assert op._warps(576, 1536, two, 256, 132) == (2, 2)
+    assert op._ways("Q4_K", (4, 2), 1, 512, 90) == one
+    assert op._ways("Q4_K", (4, 2), 2, 256, 90) == two
+    assert op._ways("Q4_K", (2,), 8, 256, 90) == [(2, 1)]
+    # 64 KB of codes on their way leave room for 6 slices of the 99 KB that a block may have.
+    assert op._ways("Q8_0", (4,), 1, 256, 89) == [(4, 1), (4, 2), (4, 4)]
+    assert op._blocks("F16", 1, 89) == (256,) and op._blocks("Q4_K", 1, 89) == (256, 512)
     assert [op._outs(kind, 1) for kind in ("Q4_K", "F16", "F32")] == [(4, 2), (2,), (2,)]
     assert op._outs("Q4_K", 8) == (2,)
 
@@ -278,8 +284,12 @@ def test_a_model_that_is_loaded_finds_its_kernels_compiled(monkeypatch, kind, sm
         rows = min(8, 1 << (T - 1).bit_length())
         outs = op._outs(kind, rows)
         for R, I in ((576, 576), (4096, 576), (49152, 576), (49152, 32)):
-            block = op._blocks(kind, rows)[-1 if R * I > op._LARGE else 0]
-            for n in outs if rows == 2 else op._warps(R, I, outs, rows, block, 132)[:1]:
+            block = op._blocks(kind, rows, sm)[-1 if R * I > op._LARGE else 0]
+            for n in (
+                outs
+                if rows == 2
+                else op._warps(R, I, op._ways(kind, outs, rows, block, sm), block, 132)[:1]
+            ):
                 sizes.append(dict(ROWS=rows, OUTS=n, BLOCK=block))
     ways = [("block_linear", op._defines(kind, *floats, **size)) for size in sizes]
     if kind not in op.PLAIN:

@@ -7,6 +7,10 @@
 // apart, so a block brings x to shared memory first, with gaps that let eight lanes read 16 bytes
 // each without a conflict. `parts` warps share outputs and split I; the others of the block have
 // outputs of their own.
+//
+// Codes are small integers, so a group of x becomes integers as well: of 24 bits, by a power of two
+// that the largest of the group sets. Three digits of 8 bits each are multiplied by the codes, four
+// products an instruction (dp4a), and their sums are exact.
 #include "gate.cuh"
 #include "plain.cuh"
 #include "reduce.cuh"
@@ -15,58 +19,155 @@
 constexpr int SUMS = ROWS * OUTS;
 constexpr int LANE = 32;  // elements of a lane
 constexpr int SLICE = WARP * LANE;
-constexpr int SLICE_FLOATS = SLICE + SLICE / 8;  // with its gaps
+constexpr int LANE_WORDS = LANE + 4;  // of x in shared memory, at most
+constexpr int SLICE_WORDS = WARP * LANE_WORDS;
 static_assert(SUMS <= WARP && (SUMS & (SUMS - 1)) == 0, "a lane for each sum");
 static_assert(OUTS % 2 == 0, "as many gates as what they open");
 
-// What a lane holds of a slice of a row of weights: eight quads.
-template <typename K> struct Share {
-    Codes<K::BITS> codes;
-    typename K::Raw raw;
+// Four words of shared memory, aligned to 16 bytes.
+__device__ __forceinline__ void load_words(u32* words, const u32* shared) {
+    const uint4 four = *reinterpret_cast<const uint4*>(shared);
+    words[0] = four.x, words[1] = four.y, words[2] = four.z, words[3] = four.w;
+}
 
-    // Past the edge the last group is read again; x is zero there.
-    __device__ __forceinline__ void load(const u8* row, int first, int lane, int I) {
-        const int G = I / GROUP, g = min(first / GROUP + lane, G - 1);
-        codes.load(row, g, G);
-        raw = K::load(row + (i64)G * Codes<K::BITS>::BYTES, g, G);
-    }
+// How x lies in shared memory for codes. Of a lane's 32 elements: word 8 * d + k has digit d of quad k;
+// then the sums of each half that has a scale of its own, and the power of two.
+template <typename K> struct Digits {
+    static constexpr int DIGITS = 3, QUADS = 8, RUN = QUADS / K::HALVES;
+    static constexpr int SUMS_AT = DIGITS * QUADS, SUMS_OF_HALF = K::HAS_ADDEND ? 1 : DIGITS;
+    static constexpr int UNIT_AT = SUMS_AT + K::HALVES * SUMS_OF_HALF;
+    static constexpr int WORDS = UNIT_AT < 28 ? 28 : 36;  // an odd number of 16 bytes
+    static_assert(UNIT_AT < WORDS && WORDS <= LANE_WORDS, "room for all");
+    static constexpr float TOP = 8323072.0f;  // 2^23 - 2^16
 
-    __device__ __forceinline__ void quad_of(float (&v)[4], int k) const {
-        const u32 four = quad<K>(codes.word(k / 4, k % 4), codes.pairs[k / 4], codes.ones, k / 4,
-                                 k % 4);
+    // Elements at .. at + 3 of a slice of x, by eight lanes that have a group.
+    static __device__ __forceinline__ void put(float* slice, int at, const float (&values)[4]) {
+        u32 largest[1] = {};
 #pragma unroll
-        for (int b = 0; b < 4; b++) v[b] = byte_to_float(four, b, (float)K::ZERO);
-    }
-
-    // Where element `at` of a slice of x lies in shared memory, and quad k of a lane.
-    static __device__ __forceinline__ int place(int at) { return at / 32 * 36 + at % 32; }
-    static __device__ __forceinline__ int place(int lane, int k) { return lane * 36 + k * 4; }
-};
-
-template <typename T> struct Share<Plain<T>> {
-    Eight<T> eights[4];
-    int raw;
-
-    __device__ __forceinline__ void load(const u8* row, int first, int lane, int I) {
+        for (int j = 0; j < 4; j++) {
+            largest[0] = max(largest[0], __float_as_uint(values[j]) & 0x7fffffffu);
+        }
+        group_max<QUADS>(largest);
+        // The exponent leaves the top digit below 128. Beside infinities all else is 0.
+        const u32 exponent = max(largest[0] + 0x20000u >> 23, 23u);
+        const float up = __uint_as_float(exponent < 255 ? 276u - exponent << 23 : 0x200u);
+        u32 shifted[4];  // the lower digits without a sign
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const int at = first + i * 256 + lane * 8;
-            eights[i] = at < I ? get8(reinterpret_cast<const T*>(row) + at) : Eight<T>{};
+        for (int j = 0; j < 4; j++) {
+            const float value = fminf(fmaxf(values[j] * up, -TOP), TOP);
+            shifted[j] = (u32)(int)rintf(value) + 0x8080u;
+        }
+        u32 digits[DIGITS];
+        const u32 low = __byte_perm(shifted[0], shifted[1], 0x5140);
+        const u32 next = __byte_perm(shifted[2], shifted[3], 0x5140);
+        digits[0] = __byte_perm(__byte_perm(shifted[0], shifted[1], 0x0062),
+                                __byte_perm(shifted[2], shifted[3], 0x0062), 0x5410);
+        digits[1] = __byte_perm(low, next, 0x7632) ^ 0x80808080u;
+        digits[2] = __byte_perm(low, next, 0x5410) ^ 0x80808080u;
+
+        u32* words = reinterpret_cast<u32*>(slice) + at / LANE * WORDS;
+        const int k = at % LANE / 4;
+        int sums[DIGITS];
+#pragma unroll
+        for (int d = 0; d < DIGITS; d++) {
+            words[d * QUADS + k] = digits[d];
+            sums[d] = dp4a_unsigned(0x01010101u, digits[d], 0);
+#pragma unroll
+            for (int i = 1; i < RUN; i *= 2) sums[d] += __shfl_xor_sync(FULL_MASK, sums[d], i);
+        }
+        // An infinity or NaN of x makes itself the unit.
+        const u32 unit = largest[0] < 0x7f800000u ? exponent - 22 << 23 : largest[0];
+        if (k == 0) words[UNIT_AT] = unit;
+        if (k % RUN > 0) return;
+        u32* of_half = words + SUMS_AT + k / RUN * SUMS_OF_HALF;
+        if (K::HAS_ADDEND) {
+            of_half[0] = __float_as_uint(__uint_as_float(unit) * join(sums));
+        } else {
+#pragma unroll
+            for (int d = 0; d < DIGITS; d++) of_half[d] = -K::ZERO * sums[d];
         }
     }
 
-    __device__ __forceinline__ void quad_of(float (&v)[4], int k) const {
-        float eight[8];
-        unpack8(eight, eights[k / 2]);
+    // The sum that its digits' sums make; those are below 2^21.
+    static __device__ __forceinline__ float join(const int (&digits)[DIGITS]) {
+        return fmaf((float)(digits[0] * 256 + digits[1]), 256.0f, (float)digits[2]);
+    }
+};
+
+// For floats: as they are.
+template <typename T> struct Digits<Plain<T>> {
+    static __device__ __forceinline__ void put(float* slice, int at, const float (&values)[4]) {
+        u32 words[4];
 #pragma unroll
-        for (int b = 0; b < 4; b++) v[b] = eight[k % 2 * 4 + b];
+        for (int j = 0; j < 4; j++) words[j] = __float_as_uint(values[j]);
+        float* place = slice + at / 256 * 288 + at / 4 % 2 * 144 + at % 256 / 8 * 4;
+        store16_shared(place, uint4{words[0], words[1], words[2], words[3]});
+    }
+};
+
+// A lane's elements of slices of OUTS rows of weights. Codes come by way of shared memory where the SM
+// copies by itself: registers for two rounds of them would leave room for few warps.
+template <typename K> struct Shares {
+    using CodesOf = Codes<K::BITS>;
+    static constexpr bool IS_COPIED = __CUDA_ARCH__ >= 800;
+    static constexpr int BYTES = CodesOf::BYTES * WARP;  // of a row, in shared memory
+
+    u8* copied;
+    CodesOf codes[IS_COPIED ? 1 : OUTS];
+    typename K::Raw raw[OUTS];
+
+    // Past the edge the last group is read again; x is zero there.
+    __device__ __forceinline__ void load(const u8* const (&rows)[OUTS], int first, int lane, int I) {
+        const int G = I / GROUP, g = min(first / GROUP + lane, G - 1);
+#pragma unroll
+        for (int o = 0; o < OUTS; o++) {
+            if (IS_COPIED) {
+                CodesOf::copy(copied + o * BYTES, rows[o], first / GROUP, G, lane);
+            } else {
+                codes[o].load(rows[o], g, G);
+            }
+            raw[o] = K::load(rows[o] + (i64)G * CodesOf::BYTES, g, G);
+        }
     }
 
-    static __device__ __forceinline__ int place(int at) {
-        return place(at % 256 / 8, at / 256 * 2 + at / 4 % 2) + at % 4;
+    __device__ __forceinline__ CodesOf codes_of(int o, int lane) const {
+        if (!IS_COPIED) return codes[o];
+        CodesOf read;
+        read.read(copied + o * BYTES, lane);
+        return read;
     }
-    static __device__ __forceinline__ int place(int lane, int k) {
-        return k / 2 * 288 + k % 2 * 144 + lane * 4;
+};
+
+template <typename T> struct Shares<Plain<T>> {
+    static constexpr bool IS_COPIED = __CUDA_ARCH__ >= 800 && sizeof(T) == 2 && ROWS < 8;
+    static constexpr int BYTES = LANE * sizeof(T) * WARP;
+
+    u8* copied;
+    Eight<T> eights[IS_COPIED ? 1 : OUTS][4];
+
+    __device__ __forceinline__ void load(const u8* const (&rows)[OUTS], int first, int lane, int I) {
+#pragma unroll
+        for (int o = 0; o < OUTS; o++) {
+            const T* row = reinterpret_cast<const T*>(rows[o]);
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const int at = first + i * 256 + lane * 8;
+                if constexpr (IS_COPIED) {
+                    u8* place = copied + o * BYTES + (i * WARP + lane) * 16;
+                    cp_async16_or_zero(place, row + min(at, I - 8), at < I);
+                } else {
+                    eights[o][i] = at < I ? get8(row + at) : Eight<T>{};
+                }
+            }
+        }
+    }
+
+    __device__ __forceinline__ Eight<T> eight(int o, int i, int lane) const {
+        if constexpr (IS_COPIED) {
+            return *reinterpret_cast<const Eight<T>*>(copied + o * BYTES + (i * WARP + lane) * 16);
+        } else {
+            return eights[o][i];
+        }
     }
 };
 
@@ -85,7 +186,7 @@ template <typename K, typename Source>
 __device__ __forceinline__ void stage(float* staged, float (&squares)[ROWS], const Source& x,
                                       const float* norm, int t0, int T, int i0, int I, int parts) {
     constexpr int STEP = BLOCK * 4, AHEAD = ROWS <= 2 && 2 * STEP <= SLICE ? 2 : 1;  // loads in flight
-    static_assert(SLICE % (AHEAD * STEP) == 0, "whole steps");
+    static_assert(AHEAD == 1 || SLICE % (AHEAD * STEP) == 0, "whole steps");
     for (int first = threadIdx.x * 4; first < parts * SLICE; first += AHEAD * STEP) {
         float values[AHEAD][ROWS][4], factors[AHEAD][4];
 #pragma unroll
@@ -100,70 +201,109 @@ __device__ __forceinline__ void stage(float* staged, float (&squares)[ROWS], con
 #pragma unroll
         for (int a = 0; a < AHEAD; a++) {
             const int at = first + a * STEP;
-            float* slice = staged + at / SLICE * (ROWS * SLICE_FLOATS) + Share<K>::place(at % SLICE);
+            float* slice = staged + at / SLICE * (ROWS * SLICE_WORDS);
 #pragma unroll
             for (int r = 0; r < ROWS; r++) {
-                u32 words[4];
+                float of_row[4];
 #pragma unroll
                 for (int j = 0; j < 4; j++) {
-                    float value = i0 + at < I ? values[a][r][j] : 0.0f;
+                    of_row[j] = i0 + at < I ? values[a][r][j] : 0.0f;
                     if (norm) {
-                        squares[r] = fmaf(value, value, squares[r]);
-                        value *= factors[a][j];
+                        squares[r] = fmaf(of_row[j], of_row[j], squares[r]);
+                        of_row[j] *= factors[a][j];
                     }
-                    words[j] = __float_as_uint(value);
                 }
-                store16_shared(slice + r * SLICE_FLOATS,
-                               uint4{words[0], words[1], words[2], words[3]});
+                Digits<K>::put(slice + r * SLICE_WORDS, at % SLICE, of_row);
             }
         }
     }
 }
 
-// sums[r * OUTS + o] += the products of a lane's weights, which are of group g, and its elements of
-// row r of x.
+// sums[r * OUTS + o] += the products of a lane's weights and its elements of row r of x. A slice has
+// whole blocks of weights, so a lane says which group of its block the weights are.
 template <typename K>
-__device__ __forceinline__ void multiply(float (&sums)[SUMS], const Share<K> (&w)[OUTS], int g,
-                                         const float* x, int lane) {
-    constexpr int RUN = 8 / K::HALVES;  // quads that share a scale
-    float dots[SUMS], total[ROWS];
-    float d[OUTS][K::HALVES], m[OUTS][K::HALVES];
+__device__ __forceinline__ void multiply(float (&sums)[SUMS], const Shares<K>& w, const float* x,
+                                         int lane) {
+    using D = Digits<K>;
+    const u32* of_lane = reinterpret_cast<const u32*>(x) + lane * D::WORDS;
+    // Digits of few rows of x stay in registers; of more, codes do.
+    constexpr int AT_ONCE = ROWS <= 2 ? 1 : OUTS;
 #pragma unroll
-    for (int o = 0; o < OUTS; o++) K::decode(d[o], m[o], w[o].raw, g);
+    for (int o0 = 0; o0 < OUTS; o0 += AT_ONCE) {
+        Codes<K::BITS> codes[AT_ONCE];
+        int dots[ROWS][AT_ONCE][D::DIGITS];
 #pragma unroll
-    for (int k = 0; k < 8; k++) {
-        if (k % RUN == 0) {
+        for (int o = 0; o < AT_ONCE; o++) codes[o] = w.codes_of(o0 + o, lane);
 #pragma unroll
-            for (int i = 0; i < SUMS; i++) dots[i] = 0.0f;
+        for (int k = 0; k < D::QUADS; k += 4) {
+            const int half = k / D::RUN;
+            u32 quads[AT_ONCE][4];
 #pragma unroll
-            for (int r = 0; r < ROWS; r++) total[r] = 0.0f;
+            for (int o = 0; o < AT_ONCE; o++) {
+#pragma unroll
+                for (int s = 0; s < 4; s++) {
+                    quads[o][s] = quad<K>(codes[o].word(k / 4, s), codes[o].pairs[k / 4],
+                                          codes[o].ones, k / 4, s);
+                }
+            }
+#pragma unroll
+            for (int r = 0; r < ROWS; r++) {
+                const u32* words = of_lane + r * SLICE_WORDS;
+                const u32* of_half = words + D::SUMS_AT + half * D::SUMS_OF_HALF;
+#pragma unroll
+                for (int n = 0; n < D::DIGITS; n++) {
+                    u32 digits[4];
+                    load_words(digits, words + n * D::QUADS + k);
+#pragma unroll
+                    for (int o = 0; o < AT_ONCE; o++) {
+                        int& dot = dots[r][o][n];
+                        if (k % D::RUN == 0) dot = K::HAS_ADDEND ? 0 : (int)of_half[n];
+#pragma unroll
+                        for (int s = 0; s < 4; s++) dot = dp4a_unsigned(quads[o][s], digits[s], dot);
+                    }
+                }
+                if ((k + 4) % D::RUN > 0) continue;
+                const float unit = __uint_as_float(words[D::UNIT_AT]);
+#pragma unroll
+                for (int o = 0; o < AT_ONCE; o++) {
+                    float& sum = sums[r * OUTS + o0 + o];
+                    float d[K::HALVES], m[K::HALVES];
+                    K::decode(d, m, w.raw[o0 + o], lane);
+                    sum = fmaf(d[half] * unit, D::join(dots[r][o]), sum);
+                    if (K::HAS_ADDEND) sum = fmaf(m[half], __uint_as_float(of_half[0]), sum);
+                }
+            }
         }
-        float values[ROWS][4];
+    }
+}
+
+// The same of floats.
+template <typename T>
+__device__ __forceinline__ void multiply(float (&sums)[SUMS], const Shares<Plain<T>>& w,
+                                         const float* x, int lane) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        float values[ROWS][8];
 #pragma unroll
         for (int r = 0; r < ROWS; r++) {
-            load4(values[r], x + r * SLICE_FLOATS + Share<K>::place(lane, k));
-            if (K::HAS_ADDEND) {
-                total[r] += (values[r][0] + values[r][1]) + (values[r][2] + values[r][3]);
+            float half[4];
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                load4(half, x + r * SLICE_WORDS + i * 288 + h * 144 + lane * 4);
+#pragma unroll
+                for (int b = 0; b < 4; b++) values[r][h * 4 + b] = half[b];
             }
         }
 #pragma unroll
         for (int o = 0; o < OUTS; o++) {
-            float codes[4];
-            w[o].quad_of(codes, k);
+            float eight[8];
+            unpack8(eight, w.eight(o, i, lane));
 #pragma unroll
-            for (int b = 0; b < 4; b++) {
+            for (int b = 0; b < 8; b++) {
 #pragma unroll
                 for (int r = 0; r < ROWS; r++) {
-                    dots[r * OUTS + o] = fmaf(codes[b], values[r][b], dots[r * OUTS + o]);
+                    sums[r * OUTS + o] = fmaf(eight[b], values[r][b], sums[r * OUTS + o]);
                 }
-            }
-        }
-        if (k % RUN == RUN - 1) {
-#pragma unroll
-            for (int i = 0; i < SUMS; i++) {
-                const int o = i % OUTS;
-                sums[i] = fmaf(d[o][k / RUN], dots[i], sums[i]);
-                if (K::HAS_ADDEND) sums[i] = fmaf(m[o][k / RUN], total[i / OUTS], sums[i]);
             }
         }
     }
@@ -183,9 +323,10 @@ struct Round {
     }
 };
 
-// The block's part of a product, for tokens t0 on. Weights of two rounds are on their way at once, and
-// x stays in shared memory if that holds all rounds of a tile, `held`. `await` comes before x and out
-// are read, and behind the first loads of w; all threads call it once.
+// The block's part of a product, for tokens t0 on. Weights of the next round are on their way while
+// those of one are multiplied, and x stays in shared memory if that holds all rounds of a tile, `held`;
+// `staged` has room for both. `await` comes before x and out are read, and behind the first loads of w;
+// all threads call it once.
 template <typename K, typename Source, typename Await>
 __device__ __forceinline__ void
 gemv_tiles(float* staged, WarpSums& shared, X_T* out, const Source& x, const u8* w,
@@ -193,7 +334,7 @@ gemv_tiles(float* staged, WarpSums& shared, X_T* out, const Source& x, const u8*
            int held, int accumulate, int gate, float eps, Tiles tiles, int t0, Await await) {
     const int lane = threadIdx.x % WARP;
     const int warp = threadIdx.x / WARP;
-    const int part = warp % parts;
+    const int part = warp % parts, parts_bits = 31 - __clz(parts);
     const int outputs = gate ? OUTS / 2 : OUTS;
     const int last = (gate ? 2 * O : O) - 1;
     const int rounds = max((I + parts * SLICE - 1) / (parts * SLICE), 1);
@@ -203,28 +344,33 @@ gemv_tiles(float* staged, WarpSums& shared, X_T* out, const Source& x, const u8*
     // The first output of a warp, and its rows of weights, whose second half follows the first or is
     // what that opens.
     const auto first_of = [&](int tile) {
-        return (tile * (WARPS / parts) + warp / parts) * outputs;
+        return ((tile * WARPS >> parts_bits) + (warp >> parts_bits)) * outputs;
     };
     const auto row_of = [&](int o0, int i) {
         return min(o0 + i + (gate && i >= OUTS / 2 ? O - OUTS / 2 : 0), last);
     };
-    const auto fetch = [&](Share<K> (&shares)[OUTS], const Round& round) {
-        if (round.tile >= tiles.end || I == 0) return;
-        const int o0 = first_of(round.tile);
+    Round round{tiles.first, 0}, ahead = round;
+    u8* copied = reinterpret_cast<u8*>(staged + held * parts * ROWS * SLICE_WORDS) +
+                 warp * OUTS * Shares<K>::BYTES;
+    Shares<K> now, next;
+    next.copied = copied;
+    const u8* rows[OUTS];  // of weights, of the round ahead
+    const auto load_next = [&] {
+        if (ahead.tile < tiles.end && I > 0) {
+            if (ahead.index == 0) {
 #pragma unroll
-        for (int i = 0; i < OUTS; i++) {
-            shares[i].load(w + (i64)row_of(o0, i) * W, (round.index * parts + part) * SLICE, lane, I);
+                for (int i = 0; i < OUTS; i++) {
+                    rows[i] = w + (i64)row_of(first_of(ahead.tile), i) * W;
+                }
+            }
+            next.load(rows, (ahead.index * parts + part) * SLICE, lane, I);
+            ahead.advance(rounds, tiles.step);
         }
+        cp_async_commit();
     };
 
     if (norm && threadIdx.x * 32 < I) prefetch_l2(norm + threadIdx.x * 32);
-    Share<K> shares[2][OUTS] = {};  // or their registers are taken in all phases of a program
-    Round round{tiles.first, 0}, ahead = round;
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        fetch(shares[i], ahead);
-        ahead.advance(rounds, tiles.step);
-    }
+    load_next();
     await();
 
     float sums[SUMS] = {}, squares[ROWS] = {}, factor = 1.0f, addend = 0.0f, old = 0.0f;
@@ -254,6 +400,7 @@ gemv_tiles(float* staged, WarpSums& shared, X_T* out, const Source& x, const u8*
         }
         if (parts > 1) {
             sum = 0.0f;
+#pragma unroll 1
             for (int p = 0; p < parts; p++) {
                 sum += shared.partial[parity][warp - part + p][lane % SUMS];
             }
@@ -266,26 +413,28 @@ gemv_tiles(float* staged, WarpSums& shared, X_T* out, const Source& x, const u8*
 #pragma unroll
         for (int i = 0; i < SUMS; i++) sums[i] = 0.0f;
     };
+    int place = 0;  // round.index % held: whose slice of those in shared memory
 #pragma unroll 1
     while (round.tile < tiles.end) {
-        const int slice = round.index * parts + part;
         if (round.index == 0) begin();
+        now = next;
+        __syncwarp();  // all have read what the next copies replace
+        next.copied = copied + (now.copied == copied ? WARPS * OUTS * Shares<K>::BYTES : 0);
+        load_next();
         const bool renews_x = rounds > held || round.tile == tiles.first;
-        if (I > 0 && renews_x && round.index % held == 0) {
+        if (I > 0 && renews_x && place == 0) {
             __syncthreads();  // all have read the previous slices
-            stage<K>(staged, squares, x, norm, t0, T, (slice - part) * SLICE, I,
+            stage<K>(staged, squares, x, norm, t0, T, round.index * parts * SLICE, I,
                      parts * min(held, rounds - round.index));
             __syncthreads();
         }
         if (I > 0) {
-            const float* of_slice = staged + slice % (held * parts) * (ROWS * SLICE_FLOATS);
-            multiply<K>(sums, shares[0], min(slice * WARP + lane, I / GROUP - 1), of_slice, lane);
+            cp_async_wait<1>();
+            __syncwarp();
+            multiply(sums, now, staged + (place * parts + part) * (ROWS * SLICE_WORDS), lane);
         }
-#pragma unroll
-        for (int i = 0; i < OUTS; i++) shares[0][i] = shares[1][i];
-        fetch(shares[1], ahead);
-        ahead.advance(rounds, tiles.step);
-        if (round.index + 1 == rounds) finish();
+        if (++place == held) place = 0;
+        if (round.index + 1 == rounds) finish(), place = 0;
         round.advance(rounds, tiles.step);
     }
 }

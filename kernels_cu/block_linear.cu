@@ -15,15 +15,17 @@
 //           MXFP4, or F32, F16 or BF16; X_T, B_T = float, f16 or bf16; BLOCK = threads
 //           ROWS = 1, 2, 4 or 8, and OUTS, rows of w of a warp, even, with ROWS * OUTS up to 32
 // Launch:   gemv    grid (up to `tiles`, ceil(T / ROWS)), tiles = ceil(R / (OUTS * BLOCK / 32 /
-//                   parts)), block (BLOCK); held * parts * ROWS * 4608 bytes of dynamic shared
-//                   memory, parts a power of two up to BLOCK / 32, held >= 1
+//                   parts)), block (BLOCK); parts a power of two up to BLOCK / 32, held >= 1.
+//                   Dynamic shared memory: held * parts * ROWS * 4608 bytes; from sm_80 on, but for
+//                   F32 and 8 rows of 16 bits, also BLOCK * OUTS * 4 bytes for each bit of a code, and
+//                   twice that where a block has more than a round of one tile
 //           gemv may start early: before the kernel ahead has ended it reads w, bias and norm alone,
 //           which are __restrict__; x and out are not, so that no load of them moves ahead of the
 //           wait, or goes through the read-only path
 // Traffic:  gemv    R * W bytes of w for each ROWS rows of x, which stay in L2
-// Order:    gemv    codes times x in float, fused, over 32 elements of a lane or their halves, these
-//                   times their scales; the order is fixed by the launch, so two runs agree in
-//                   every bit
+// Order:    gemv    codes times x as integers of 24 bits, by a power of two for each 32 elements: exact,
+//                   then times their scales in float. Of floats, fused, over 32 elements of a lane. The
+//                   order is fixed by the launch, so two runs agree in every bit
 //           norm    x times norm is multiplied; the sum times the factor of the row, whose squares
 //                   are summed in float
 #if !defined(KIND) || !defined(X_T) || !defined(B_T) || !defined(BLOCK) || !defined(ROWS) || \

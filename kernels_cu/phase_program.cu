@@ -11,7 +11,7 @@
 //           at least T. Programs with a cache: what paged_qkv.cu and paged_decode.cu need as well,
 //           of which NEW_T and Q_T are X_T
 // Launch:   cooperative, grid up to what the GPU runs at once, block (BLOCK), dynamic shared memory the
-//           most that a product takes: held * parts * ROWS * 4608 bytes. From sm_70 on
+//           most that a product takes (block_linear.cu). From sm_70 on
 // Traffic:  that of the phases
 // Order:    that of the kernels which have these phases to themselves, whatever the grid is: the same
 //           bits as theirs where they cut products and keys alike
@@ -19,7 +19,7 @@
 #include "phase_program.cuh"
 
 #if __CUDA_ARCH__ >= 700
-extern "C" __global__ void __launch_bounds__(BLOCK, ROWS <= 2 ? 256 / BLOCK : 1)
+extern "C" __global__ void __launch_bounds__(BLOCK)
 phase_program(const u64* program, u32* counters, int phases) {
     extern __shared__ __align__(128) float staged[];
     __shared__ Shared shared;

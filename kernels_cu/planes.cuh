@@ -40,6 +40,41 @@ template <int BITS> struct Codes {
         if (HAS_ONES) ones = *reinterpret_cast<const u32*>(p + (i64)G * HAS_PAIRS * 8 + (i64)g * 4);
     }
 
+    // The same by way of shared memory, which has BYTES for each lane of a warp: lanes `copy` those of
+    // groups first .. first + 31, or of the last group past the edge, and `read` what others copied
+    // when all have waited. A copy of a warp is of whole sectors.
+    static __device__ __forceinline__ void copy(u8* shared, const u8* row, int first, int G,
+                                                int lane) {
+        constexpr int SIXTEENS = WORDS / 4;  // of bytes, of a group
+#pragma unroll
+        for (int i = 0; i < SIXTEENS; i++) {
+            const int at = i * WARP + lane;
+            const i64 from = min(first * SIXTEENS + at, G * SIXTEENS - 1);
+            cp_async16(shared + at * 16, row + from * 16);
+        }
+        const int g = min(first + lane, G - 1);
+        row += (i64)G * WORDS * 4, shared += WORDS * 4 * WARP;
+        if (HAS_PAIRS) {
+            cp_async<8>(shared + lane * 8, row + (i64)g * 8);
+            row += (i64)G * 8, shared += 8 * WARP;
+        }
+        if (HAS_ONES) cp_async<4>(shared + lane * 4, row + (i64)g * 4);
+    }
+
+    __device__ __forceinline__ void read(const u8* shared, int lane) {
+#pragma unroll
+        for (int i = 0; i < WORDS; i += 4) {
+            const uint4 four = *reinterpret_cast<const uint4*>(shared + (lane * WORDS + i) * 4);
+            words[i] = four.x, words[i + 1] = four.y, words[i + 2] = four.z, words[i + 3] = four.w;
+        }
+        shared += WORDS * 4 * WARP;
+        if (HAS_PAIRS) {
+            const uint2 two = *reinterpret_cast<const uint2*>(shared + lane * 8);
+            pairs[0] = two.x, pairs[1] = two.y, shared += 8 * WARP;
+        }
+        if (HAS_ONES) ones = *reinterpret_cast<const u32*>(shared + lane * 4);
+    }
+
     __device__ __forceinline__ u32 word(int half, int s) const {
         return words[BITS == 8 ? 4 * half + s : WORDS ? s : 0];
     }
@@ -150,13 +185,15 @@ template <int BITS_> struct Groups {
     }
     static __device__ __forceinline__ void decode(float (&d)[1], float (&m)[1], const Raw& raw,
                                                   int g) {
-        const int shift = g % 4 * 8;
-        const u32 a = raw.y >> shift, b = raw.z >> shift, c = raw.w >> shift;
         const bool is_early = g % 8 < 4;
-        const u32 scale = is_early ? a & 63u : (c & 15u) | (a >> 2 & 48u);
-        const u32 minimum = is_early ? b & 63u : (c >> 4 & 15u) | (b >> 2 & 48u);
-        d[0] = __fmul_rn(half_of(raw.x), byte_to_float(scale, 0, 0.0f));
-        m[0] = -__fmul_rn(half_of(raw.x >> 16), byte_to_float(minimum, 0, 0.0f));
+        const int shift = g % 4 * 8;
+        const u32 low = is_early ? 63u : 15u, high = is_early ? 0u : 48u;
+        const u32 a = (is_early ? raw.y : raw.w) >> shift;
+        const u32 b = (is_early ? raw.z : raw.w) >> (is_early ? shift : shift + 4);
+        const float scale = (float)(int)((a & low) | (raw.y >> shift + 2 & high));
+        const float minimum = (float)(int)((b & low) | (raw.z >> shift + 2 & high));
+        d[0] = __fmul_rn(half_of(raw.x), scale);
+        m[0] = -__fmul_rn(half_of(raw.x >> 16), minimum);
     }
 };
 

@@ -447,4 +447,17 @@ __device__ __forceinline__ int dp4a(int a, int b, int c) {
 #endif
 }
 
+// [dp4a] The same of bytes of a that have no sign.
+__device__ __forceinline__ int dp4a_unsigned(u32 a, u32 b, int c) {
+#if __CUDA_ARCH__ >= 610
+    int d;
+    asm("dp4a.u32.s32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
+#else
+#pragma unroll
+    for (int i = 0; i < 4; i++) c += (int)(a >> 8 * i & 255u) * (i8)(b >> 8 * i);
+    return c;
+#endif
+}
+
 #endif  // PYKV_SIMT

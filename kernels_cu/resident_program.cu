@@ -113,7 +113,7 @@ __device__ __forceinline__ void advance(Talk& talk, State state, u32 stopped, co
     }
 }
 
-extern "C" __global__ void __launch_bounds__(BLOCK, ROWS <= 2 ? 256 / BLOCK : 1)
+extern "C" __global__ void __launch_bounds__(BLOCK)
 resident_program(const u64* program, u32* counters, int* ids, int* positions, int* slots, int* lengths,
                  u32* control, u64* host, const int* page_table, const int* peaks, const int* limits,
                  const int* ends, int phases, int T, int M, int P, int E, u64 limit) {

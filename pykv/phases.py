@@ -24,7 +24,7 @@ from pykv.ops import (
     paged_qkv,
     sample,
 )
-from pykv.ops.block_linear import BLOCK, PLAIN
+from pykv.ops.block_linear import PLAIN
 from pykv.ops.norm import rms_norm
 from pykv.options import check_number
 from pykv.overlaps import bytes_of, check_apart, place_of
@@ -35,6 +35,7 @@ from pykv.stages import Touched
 OPS = ("PRODUCT", "EMBED", "ADD_NORM", "APPEND", "ATTEND", "PEAKS", "ARGMAX")  # as in the kernel
 _PARTS = 64  # parts of a row of logits, each with a largest one
 _SPLIT_KEYS = 128  # a split has at least so many keys, if a sequence can have them
+BLOCK = 256  # threads
 
 
 class Record(NamedTuple):

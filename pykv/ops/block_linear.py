@@ -30,25 +30,26 @@ KINDS = (*FORMATS, *PLAIN)
 KIND_OF = {dtype: kind for kind, dtype in PLAIN.items()}
 GATES = ("swiglu", "geglu")
 
-BLOCK = 128  # threads
-
-# How `gemv` cuts products; chosen by counting bytes and instructions.
-_OUTS = {1: 4, 2: 4, 4: 4, 8: 2}  # rows of w for each warp, by tokens that share a reading of w
+# How `gemv` cuts products, as was measured on an H200.
+_BLOCK, _LARGE_BLOCK = 256, 512  # threads; of small matrices, and of those that fill all SMs
+_LARGE = 2 << 20  # elements
+_THREADS = 512  # of an SM, as registers allow
+_OUTS = {1: 4, 2: 4, 4: 2, 8: 2}  # rows of w of a warp, by the tokens that share one reading of w
 _FEW_OUTS = 2  # of floats, of which a lane holds 32 elements of each row, and of small matrices
-_BLOCKS = 4  # on an SM, as registers allow
 _SLICE = 1024  # elements of a row that a warp multiplies at a time
 _SLICE_BYTES = 4608
-_SLICES = 8  # of x in shared memory at most: tokens times parts times rounds
-_FEW = 4  # tokens up to which `gemv` multiplies, where linear_mma has a kernel
-# It also multiplies up to 8 in one launch where the matrix is so small that this takes a few us, as
-# long as the launches do that linear_mma, a norm and a gate of their own take.
+_SLICES = 8  # of a round, of all tokens that share one reading of w
+_FEW = 4  # tokens up to which `gemv` multiplies, where linear_mma has a kernel; 2 if x is rounded
+# Where the matrix is so small that launches around linear_mma take as long, it multiplies more: up
+# to 8 in one launch, and of x that is rounded up to 4.
 _SMALL = 8 << 20  # elements
+_SMALL_ROUNDED = 16 << 20
 
 VARIANTS_SMS = range(0)  # none at import: compiled when a model has a tensor of the kind
 
 
 def _defines(kind: str, x: Any, bias: Any, **sizes: int) -> dict[str, Any]:
-    return dict(KIND=kind, X_T=x, B_T=bias, BLOCK=BLOCK, **sizes)
+    return dict(KIND=kind, X_T=x, B_T=bias, **sizes)
 
 
 def _outs(kind: str, rows: int) -> tuple[int, ...]:
@@ -62,14 +63,55 @@ def most_outs(kind: str, rows: int) -> int:
     return _outs(kind, rows)[0]
 
 
-def _sizes(kind: str) -> list[dict[str, int]]:
+def _sizes(kind: str, sm: int) -> list[dict[str, int]]:
     """All ways in which `gemv` cuts products."""
-    return [dict(ROWS=rows, OUTS=outs) for rows in _OUTS for outs in _outs(kind, rows)]
+    return [
+        dict(ROWS=rows, OUTS=outs, BLOCK=block)
+        for rows in _OUTS
+        for outs in _outs(kind, rows)
+        for block in _blocks(kind, rows, sm)
+    ]
+
+
+def _blocks(kind: str, rows: int, sm: int) -> tuple[int, ...]:
+    """Threads that a block may have: the larger takes registers that some kernels do not leave, as
+    those of old SMs do not, which multiply integers one by one, and shared memory."""
+    is_small = rows > 4 or kind == "F32" or sm < 75
+    is_small = is_small or not _ways(kind, _outs(kind, rows), rows, _LARGE_BLOCK, sm)
+    return (_BLOCK,) if is_small else (_BLOCK, _LARGE_BLOCK)
+
+
+def _ways(
+    kind: str, outs: tuple[int, ...], rows: int, block: int, sm: int
+) -> list[tuple[int, int]]:
+    """Rows of w of a warp, and warps that share them, for which there is shared memory."""
+    left = {n: _room(sm) - _copied_bytes(kind, n, rows, block, sm) for n in outs}
+    parts = [n for n in (1, 2, 4, 8) if n <= block // 32 and n * rows <= _SLICES]
+    return [(n, p) for n in outs for p in parts if p * rows * _SLICE_BYTES <= left[n]]
+
+
+def _room(sm: int) -> int:
+    """Bytes of shared memory of an SM: 64 KB and more, from sm_80 on 99, in data centres 160."""
+    return (152 if sm in (80, 90, 100, 103) else 96 if sm >= 80 else 48) << 10
+
+
+def _copied_bytes(kind: str, outs: int, rows: int, block: int, sm: int) -> int:
+    """Of two slices of the rows of w of each warp, which SMs from sm_80 on copy by themselves:
+    those of F32 would take too much, and of 16 bits beside 8 rows of x."""
+    bits = FORMATS[kind].bits if kind in FORMATS else 8 * PLAIN[kind].itemsize
+    is_copied = sm >= 80 and bits < (16 if rows == 8 else 32)
+    return block // 32 * 2 * outs * _SLICE * bits // 8 if is_copied else 0
 
 
 VARIANTS: list[dict[str, Any]] = [
-    *(_defines(kind, "float", "float", ROWS=1, OUTS=_outs(kind, 1)[0]) for kind in KINDS),
-    *(_defines("Q4_K", "float", "float", ROWS=rows, OUTS=_OUTS[rows]) for rows in (2, 8)),
+    *(
+        _defines(kind, "float", "float", ROWS=rows, OUTS=_outs(kind, rows)[0], BLOCK=block)
+        for kind, rows, block in (
+            *((kind, 1, _BLOCK) for kind in KINDS),
+            *(("Q4_K", rows, _BLOCK) for rows in (2, 8)),
+            ("F16", 1, _LARGE_BLOCK),
+        )
+    ),
 ]
 
 
@@ -126,8 +168,10 @@ def multiply(
             more than 524,280 tokens.
 
     Runs where the arrays are. On a GPU it only enqueues; the first call with a kind compiles its
-    kernel. Codes are multiplied as the small integers that they are and summed in float32; scales
-    multiply the sums of their group. From sm_75 on tensor cores multiply more than 4 tokens, or
+    kernel. Codes are multiplied as the small integers that they are, in a kernel for few tokens by
+    `x` as integers: of each 32 elements the largest has 23 bits, and what is smaller so many fewer.
+    Those sums are exact; scales multiply them, and the rest is summed in float32. From sm_75 on
+    tensor cores multiply more than 4 tokens, more than 2 by a large matrix where `x` is rounded, or
     more than 8 by a small matrix, in launches of their own: of `x` as they want it, the product,
     and the gate. They take float32 as the sum of two float16, 22 bits of every element down to
     2^-28 of the token's largest, or for BF16 (from sm_80 on) of three bfloat16; for 16-bit `x`
@@ -169,7 +213,7 @@ def warm_up(kinds: Sequence[str]) -> None:
     floats = FLOATS[0], FLOATS[0]
     jobs: list[tuple[str, dict[str, Any]]] = []
     for kind in kinds:
-        jobs += [("block_linear", _defines(kind, *floats, **sizes)) for sizes in _sizes(kind)]
+        jobs += [("block_linear", _defines(kind, *floats, **sizes)) for sizes in _sizes(kind, sm)]
         if kind in FORMATS:
             jobs.append(("block_rows", block_rows.defines(kind, FLOATS[0])))
         if linear_mma.has_kernel(kind, sm):
@@ -276,29 +320,31 @@ def product(
     return partial(launch, dict(out=out, x=x, w=w, bias=bias, norm=norm))
 
 
-def _by_gemv(x: Any, w: Any, kind: str) -> bool:
-    T, I = x.shape
-    is_small = T <= max(_OUTS) and len(w) * I <= _SMALL
-    return T <= _FEW or is_small or not linear_mma.has_kernel(kind, cuda.current_sm())
+def _by_gemv(x: Any, w: Any, kind: str, exact: bool) -> bool:
+    (T, I), R = x.shape, len(w)
+    few = _FEW if exact or R * I <= _SMALL_ROUNDED else 2
+    is_small = T <= max(_OUTS) and R * I <= _SMALL
+    return T <= few or is_small or not linear_mma.has_kernel(kind, cuda.current_sm())
 
 
 def _launch(
     x: Any, w: Any, kind: str, bias: Any, norm: Any, out: Any, options: Options
 ) -> Callable[[dict[str, Any], Any], None]:
     """The launch of `gemv`, or the launches around a product by linear_mma."""
-    if not _by_gemv(x, w, kind):
+    if not _by_gemv(x, w, kind, options.exact and x.dtype in FLOAT32):
         return _launches(x, w, kind, bias, norm, out, options)
     cut = cut_of(x, w, kind)
     most = cut.rows * cuda.MOST_BLOCKS[1]
     if len(x) > most:
         raise UnsupportedError(f"block_linear.multiply: x has T={len(x)}, expected at most {most}")
     scalars = scalars_of(x, w, out, options, cut)
-    kernel = _kernel("gemv", kind, x.dtype, bias, ROWS=cut.rows, OUTS=cut.outs)
+    sizes = dict(ROWS=cut.rows, OUTS=cut.outs, BLOCK=cut.block)
+    kernel = _kernel("gemv", kind, x.dtype, bias, **sizes)
     shared, blocks = cut.shared_bytes, cut.tiles
-    if len(x) <= cut.rows:  # one pass over x: blocks loop over tiles of w
-        blocks = min(blocks, cuda.cooperative_blocks(kernel, BLOCK, shared))
+    if len(x) <= cut.rows and not cut.has_one_round:  # then a block stays for the tiles that follow
+        blocks = min(blocks, cuda.cooperative_blocks(kernel, cut.block, shared))
     grid = blocks, -(-len(x) // cut.rows)
-    return cuda.Launch(kernel, grid, BLOCK, scalars, shared_bytes=shared, early=options.early)
+    return cuda.Launch(kernel, grid, cut.block, scalars, shared_bytes=shared, early=options.early)
 
 
 class Cut(NamedTuple):
@@ -309,23 +355,35 @@ class Cut(NamedTuple):
     parts: int  # warps that share those
     held: int  # rounds of x in shared memory, a slice for each part
     tiles: int  # of rows of w
+    block: int  # threads
+    copied: int  # bytes of w on their way through shared memory
+    has_one_round: bool  # of slices, of each block
 
     @property
     def shared_bytes(self) -> int:
         """Of dynamic shared memory."""
-        return self.held * self.parts * self.rows * _SLICE_BYTES
+        return self.held * self.parts * self.rows * _SLICE_BYTES + self.copied
 
 
-def cut_of(x: Any, w: Any, kind: str, rows: int | None = None, outs: int | None = None) -> Cut:
-    """How `gemv` cuts a product, where it has the choice as asked."""
+def cut_of(x: Any, w: Any, kind: str, **asked: int) -> Cut:
+    """How `gemv` cuts a product, where it has the choice; `rows`, `outs` and `block` as asked."""
     (T, I), R, sm = x.shape, len(w), cuda.current_sm()
-    rows = rows or next(rows for rows in _OUTS if rows >= T or rows == max(_OUTS))
-    choice = (outs,) if outs else _outs(kind, rows)
-    outs, parts = _warps(R, I, choice, rows, cuda.num_sms(x.data.device_id))
-    # Data-centre SMs have 160 KB of shared memory or more for four blocks, others 64 to 100 KB.
-    slices = _SLICES if sm in (80, 90, 100, 103) else _SLICES // 2
-    held = max(1, min(slices // (rows * parts), -(-I // (parts * _SLICE))))
-    return Cut(rows, outs, parts, held, tiles=-(-R // (outs * (BLOCK // 32 // parts))))
+    rows = asked.get("rows") or next(rows for rows in _OUTS if rows >= T or rows == max(_OUTS))
+    choice = (asked["outs"],) if "outs" in asked else _outs(kind, rows)
+    block = asked.get("block") or (max if R * I > _LARGE else min)(_blocks(kind, rows, sm))
+    num_sms = cuda.num_sms(x.data.device_id)
+    outs, parts = _warps(R, I, _ways(kind, choice, rows, block, sm), block, num_sms)
+    tiles, rounds = -(-R // (outs * (block // 32 // parts))), -(-I // (parts * _SLICE))
+    has_one_round = not asked and rounds == 1 and tiles <= _THREADS // block * num_sms
+    copied = _copied_bytes(kind, outs, rows, block, sm) // (2 if has_one_round else 1)
+    held = _held(_room(sm) * block // _THREADS - copied, rows * parts, rounds)
+    return Cut(rows, outs, parts, held, tiles, block, copied, has_one_round)
+
+
+def _held(left: int, slices: int, rounds: int) -> int:
+    """Rounds of x, of so many slices, for which `left` bytes are enough: where it is not even one,
+    fewer blocks share an SM."""
+    return max(1, min(left // (slices * _SLICE_BYTES), rounds))
 
 
 def scalars_of(x: Any, w: Any, out: Any, asked: Options, cut: Cut) -> dict[str, Any]:
@@ -370,20 +428,21 @@ def _launches(
     return run_all
 
 
-def _warps(R: int, I: int, outs: tuple[int, ...], rows: int, num_sms: int) -> tuple[int, int]:
-    """Rows of w of a warp in `gemv`, one of `outs`, and warps that share them: what lets the block
-    that is busy longest end first. Times are those of a row of a slice: reading x, and the end of a
-    tile, take as long as one, and telling other warps another."""
-    warps = BLOCK // 32
+def _warps(
+    R: int, I: int, ways: list[tuple[int, int]], block: int, num_sms: int
+) -> tuple[int, int]:
+    """One of `ways`, by which the block that is busy longest ends first. Times are those of a row
+    of a slice: a round takes as long as four of them beside its rows, the end of a tile as five,
+    telling other warps another."""
 
-    def time(n: int, parts: int) -> int:
-        tiles = -(-R // (n * (warps // parts)))
-        turns, rounds = -(-tiles // (_BLOCKS * num_sms)), -(-I // (parts * _SLICE))
-        return turns * (rounds * (n + 1) + 1 + (parts > 1))
+    def time(way: tuple[int, int]) -> int:
+        n, parts = way
+        tiles = -(-R // (n * (block // 32 // parts)))
+        turns, rounds = -(-tiles // (_THREADS // block * num_sms)), -(-I // (parts * _SLICE))
+        return turns * (rounds * (n + 4) + 5 + (parts > 1))
 
-    most = min(warps, _SLICES // rows, max(1, -(-I // _SLICE)))  # no more than have work
-    ways = [(n, parts) for n in outs for parts in (1, 2, 4) if parts <= most]
-    return min(ways, key=lambda way: time(*way))
+    slices = max(1, -(-I // _SLICE))  # no more parts than have something to do
+    return min((way for way in ways if way[1] <= slices), key=time)
 
 
 def _kernel(name: str, kind: str, dtype: Any, bias: Any, **sizes: int) -> cuda.Kernel:

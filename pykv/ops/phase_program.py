@@ -16,10 +16,9 @@ from pykv.arrays import FLOATS, like, on_gpu
 from pykv.cuda.launch import SCALARS
 from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError, UnsupportedError
 from pykv.ops import block_linear, paged_decode, paged_qkv
-from pykv.ops.block_linear import BLOCK
 from pykv.options import check_whole
 from pykv.overlaps import bytes_of, is_same, place_of, share
-from pykv.phases import OPS, PHASES, Argmax, Attention, Product, Record, Scratch
+from pykv.phases import BLOCK, OPS, PHASES, Argmax, Attention, Product, Record, Scratch
 from pykv.ranges import address_of
 from pykv.specs import KVSpec
 from pykv.stages import check_stages, stages_of
@@ -187,7 +186,7 @@ def pack(op: str, phases: list[Any]) -> Packed:
     for p in phases:
         cut = None
         if isinstance(p, Product):
-            cut = block_linear.cut_of(p.x, p.w, p.kind, rows, outs)
+            cut = block_linear.cut_of(p.x, p.w, p.kind, rows=rows, outs=outs, block=BLOCK)
             shared = max(shared, cut.shared_bytes)
         records += p.records(op, cut, scratch)
     stages = stages_of([record.touched for record in records])
@@ -267,7 +266,7 @@ def _rows_and_outs(phases: list[Any], kinds: list[str]) -> tuple[int, int]:
     if not products:
         return 1, 2
     largest = max(products, key=lambda p: int(p.w.nbytes))
-    rows, outs, *_ = block_linear.cut_of(largest.x, largest.w, largest.kind)
+    rows, outs, *_ = block_linear.cut_of(largest.x, largest.w, largest.kind, block=BLOCK)
     return rows, min(outs, *(block_linear.most_outs(kind, rows) for kind in kinds))
 
 

@@ -41,10 +41,12 @@ CHANGES = (
     *({"norm": True, "T": T, "I": 1280, "O": 40} for T in (1, 3, 4, 5, 9)),
     *({"norm": True, "kind": kind, "T": T} for kind in ("F16", "Q8_0") for T in (2, 20)),
     *({"gate": gate, "T": T, "O": 20} for gate in op.GATES for T in (1, 3, 9)),
+    *({"gate": "swiglu", "T": T, "O": 3} for T in (1, 4)),
     *(
         {"gate": "swiglu", "norm": True, "bias": "float32", "accumulate": True, **change}
         for change in (
-            *({"T": T, "O": O} for T in (1, 4, 33) for O in (3, 33)),
+            *({"T": T, "O": 33} for T in (1, 4, 33)),
+            {"T": 33, "O": 3},
             *({"T": T, "x": "float16", "kind": "F16"} for T in (1, 9)),
             {"T": 2, "I": 2304, "kind": "Q6_K"},
             {"T": 9, "I": 0},
@@ -183,8 +185,9 @@ def test_blocks_that_stay(device, rng, monkeypatch, change, parts, slices):
     """Two blocks take all tiles, with a row of x in shared memory or parts of it in turn."""
     make_every_launch(monkeypatch)
     monkeypatch.setattr(op.cuda, "cooperative_blocks", lambda *launch: 2)
-    monkeypatch.setattr(op, "_warps", lambda R, I, outs, *size: (outs[0], parts))
-    monkeypatch.setattr(op, "_SLICES", slices)
+    monkeypatch.setattr(op, "_warps", lambda R, I, ways, *size: (ways[0][0], parts))
+    monkeypatch.setattr(op, "_held", lambda left, of_round, rounds: max(1, slices // of_round))
+    monkeypatch.setattr(op, "_THREADS", 1)  # of an SM, so that no block has a tile of its own
     judge(device, rng, {**BASE, "T": 1, "O": 75, **change})
 
 
@@ -250,13 +253,19 @@ def test_activations_have_the_range_of_float32(xp, rng, T):
 
 def test_how_products_are_cut():
     """By hand, for 132 SMs: rows of a warp, and warps that share them."""
-    # 896 tiles of 16 rows are two turns of 528 blocks, 4 rounds each; 3584 of 4 rows seven of one.
-    assert op._warps(14336, 4096, (4, 2), 1, 132) == (4, 1)
-    assert op._warps(4096, 14336, (4, 2), 1, 132) == (4, 2)
-    assert op._warps(2048, 8192, (4, 2), 1, 132) == (4, 4)
-    assert op._warps(2048, 2048, (4, 2), 1, 132) == (2, 2)
-    assert op._warps(576, 1536, (4, 2), 2, 132) == (2, 2)
-    assert op._warps(576, 1536, (2,), 8, 132) == (2, 1)
+    # 224 tiles of 64 rows are two turns of 132 blocks, 4 rounds each; 448 of 32 rows four of two.
+    one, two = ([(n, parts) for n in (4, 2) for parts in (1, 2, 4, 8)[:m]] for m in (4, 3))
+    assert op._warps(14336, 4096, one, 512, 132) == (4, 1)
+    assert op._warps(4096, 14336, one, 512, 132) == (4, 2)
+    assert op._warps(2048, 8192, one, 512, 132) == (4, 4)
+    assert op._warps(2048, 2048, one, 512, 132) == (2, 2)
+    assert op._warps(576, 1536, two, 256, 132) == (2, 2)
+    assert op._ways("Q4_K", (4, 2), 1, 512, 90) == one
+    assert op._ways("Q4_K", (4, 2), 2, 256, 90) == two
+    assert op._ways("Q4_K", (2,), 8, 256, 90) == [(2, 1)]
+    # 64 KB of codes on their way leave room for 6 slices of the 99 KB that a block may have.
+    assert op._ways("Q8_0", (4,), 1, 256, 89) == [(4, 1), (4, 2), (4, 4)]
+    assert op._blocks("F16", 1, 89) == (256,) and op._blocks("Q4_K", 1, 89) == (256, 512)
     assert [op._outs(kind, 1) for kind in ("Q4_K", "F16", "F32")] == [(4, 2), (2,), (2,)]
     assert op._outs("Q4_K", 8) == (2,)
 
@@ -274,8 +283,14 @@ def test_a_model_that_is_loaded_finds_its_kernels_compiled(monkeypatch, kind, sm
     for T in range(1, 9):
         rows = min(8, 1 << (T - 1).bit_length())
         outs = op._outs(kind, rows)
-        taken = {op._warps(R, 576, outs, rows, 132)[0] for R in (576, 4096, 49152)}
-        sizes += [dict(ROWS=rows, OUTS=n) for n in sorted({*taken, *(outs if rows == 2 else ())})]
+        for R, I in ((576, 576), (4096, 576), (49152, 576), (49152, 32)):
+            block = op._blocks(kind, rows, sm)[-1 if R * I > op._LARGE else 0]
+            for n in (
+                outs
+                if rows == 2
+                else op._warps(R, I, op._ways(kind, outs, rows, block, sm), block, 132)[:1]
+            ):
+                sizes.append(dict(ROWS=rows, OUTS=n, BLOCK=block))
     ways = [("block_linear", op._defines(kind, *floats, **size)) for size in sizes]
     if kind not in op.PLAIN:
         ways.append(("block_rows", block_rows.defines(kind, floats[0])))
@@ -321,6 +336,35 @@ def test_a_nan_scale_stays_in_its_row(xp, rng):
         assert np.isnan(got[3]).all() and np.isnan(got[:, 7]).all()
         got, clean = (np.delete(np.delete(y, 3, 0), 7, 1) for y in (got, clean))
         np.testing.assert_allclose(got, clean, rtol=0, atol=1e-5 * np.abs(clean).max())
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_K", "Q6_K", "Q8_0"])
+def test_integers_of_x_cost_as_little_as_floats(xp, rng, kind):
+    """Over many outputs, where the values of a group are 2^16 apart."""
+    blocks = random_blocks(rng, kind, 400, 1024)
+    x = (rng.standard_normal((2, 1024)) * np.exp2(rng.uniform(-16, 0, 1024))).astype(np.float32)
+    values = dequantized(blocks, kind)
+    with np.errstate(all="ignore"):
+        oracle, low = x.astype(float) @ values.T.astype(float), x @ values.T
+    got = to_numpy(op.multiply(xp.asarray(x), block_rows.pack(xp.asarray(blocks), kind), kind))
+    error, of_floats = (np.sqrt(np.mean((y - oracle) ** 2)) for y in (got, low))
+    assert error <= 2 * of_floats
+
+
+@pytest.mark.parametrize("scale", [1e-44, 1e-30, 1e30])
+def test_groups_of_any_size(xp, rng, scale):
+    """Of numbers near the ends of float32, beside groups of zeros."""
+    x = np.zeros((1, 96), np.float32)
+    x[0, :32] = np.float32(scale) * rng.integers(-9, 10, 32)
+    blocks = np.zeros((3, 3, 34), np.uint8)
+    blocks[..., :2] = np.array([1], np.float16).view(np.uint8)
+    blocks[..., 2:] = rng.integers(-3, 4, (3, 3, 32)).astype(np.int8).view(np.uint8)
+    w = block_rows.pack(xp.asarray(blocks.reshape(3, -1)), "Q8_0")
+    expected = x[:, :32].astype(float) @ blocks[:, 0, 2:].view(np.int8).T.astype(float)
+    got = to_numpy(op.multiply(xp.asarray(x), w, "Q8_0"))
+    np.testing.assert_allclose(
+        got, expected, rtol=0, atol=max(4e-7 * np.abs(expected).max(), 1e-38)
+    )
 
 
 def test_small_integers_are_exact(xp, rng):

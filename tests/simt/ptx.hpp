@@ -356,3 +356,8 @@ inline int dp4a(int a, int b, int c) {
     }
     return (int)sum;
 }
+
+inline int dp4a_unsigned(unsigned a, unsigned b, int c) {
+    for (int i = 0; i < 4; i++) c += (int)(a >> 8 * i & 255u) * (signed char)(b >> 8 * i);
+    return c;
+}

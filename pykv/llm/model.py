@@ -24,7 +24,7 @@ from pykv.llm import matrices
 from pykv.llm.weights import Model
 from pykv.ops import activation, norm, paged_check, paged_decode
 
-GRAPH_ROWS = 64  # rows of a graph's step: a power of two up to here, then multiples of it
+GRAPH_ROWS = 64  # rows of a graph's step: a power of two up to here; then see graph_rows
 
 
 @dataclass
@@ -180,6 +180,8 @@ def graph_rows(count: int, xp: Any) -> int:
     steps."""
     if xp is np:
         return count
-    if count > GRAPH_ROWS:
-        return -(-count // GRAPH_ROWS) * GRAPH_ROWS
-    return 1 << (count - 1).bit_length()
+    power = 1 << (count - 1).bit_length()
+    if count <= GRAPH_ROWS:
+        return power
+    multiple = max(GRAPH_ROWS, power // 8)  # four sizes up to each power of two above 512
+    return -(-count // multiple) * multiple

@@ -54,8 +54,8 @@ def needed(
 
 
 def step_bytes(config: Config, tokens: int) -> int:
-    """What `forward` holds of so many tokens at once, logits not counted: float32, and of the
-    operands of a product up to two 16-bit pieces."""
+    """What `forward` holds of so many tokens at once, at most, logits not counted: float32, with
+    products in front of a gate of its own, and up to two 16-bit pieces of a product's operand."""
     E, F, of_heads = config.embedding, config.feed_forward, config.heads * config.head_dim
     qkv = of_heads + 2 * config.kv_heads * config.head_dim
     elements = 2 * E + qkv + 2 * of_heads + 3 * F + max(E, of_heads, F)

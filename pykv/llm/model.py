@@ -81,7 +81,9 @@ def forward(
     normed = like(x, x.shape, np.float32)
     qkv = like(x, (T, (HQ + 2 * H) * config.head_dim), np.float32)
     q, attended = (like(x, (T, HQ, config.head_dim), np.float32) for _ in range(2))
-    gate_up = like(x, (T, 2 * config.feed_forward), np.float32)
+    gate_up = None
+    if not all(matrices.gates_itself(x, layer.gate_up, gemm) for layer in model.layers):
+        gate_up = like(x, (T, 2 * config.feed_forward), np.float32)
     hidden = like(x, (T, config.feed_forward), np.float32)
     attended_rows = attended.reshape(T, -1)
     workspace = None

@@ -17,7 +17,9 @@
 //           of a block; WARPS_T = warps along the tokens; STAGES in shared memory; RESIDENT = blocks on an SM; GROUP_O = tiles of
 //           outputs whose blocks run together; SHARED_BYTES. From sm_80 on; below it does nothing
 // Launch:   grid (tiles, parts), tiles = ceil(T / TILE_T) * ceil(rows of w / TILE_O), block (BLOCK),
-//           SHARED_BYTES of dynamic shared memory
+//           SHARED_BYTES of dynamic shared memory. It may start early: before the kernel ahead has ended
+//           it reads w alone; what others write is not __restrict__, so that no load of it moves ahead
+//           of the wait
 // Traffic:  weights for each TILE_T tokens, pieces for each TILE_O outputs, most from L2
 // Order:    elements of blocks rounded to f16, products exact, all sums on tensor cores, which
 //           truncate them. Parts are added in order by the block that comes last: two runs agree in
@@ -113,13 +115,13 @@ template <> struct StagerOf<bf16> { using Type = Stager<bf16>; };
 #endif
 
 extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT)
-linear_tiles(X_T* __restrict__ out, float* partial, u32* counters, const M* __restrict__ pieces,
-             const float* __restrict__ units, const u8* __restrict__ w,
-             const B_T* __restrict__ bias, int T, int O, int I, int padded_I, int rows,
-             i64 w_stride, i64 out_stride, int accumulate) {
+linear_tiles(X_T* out, float* partial, u32* counters, const M* pieces, const float* units,
+             const u8* __restrict__ w, const B_T* __restrict__ bias, int T, int O, int I,
+             int padded_I, int rows, i64 w_stride, i64 out_stride, int accumulate) {
 #if __CUDA_ARCH__ >= 800
     extern __shared__ __align__(1024) u8 shared[];
     __shared__ int is_last;
+    let_next_start();
     // Blocks that run together share weights and tokens: GROUP_O tiles of outputs, all of tokens.
     const int tiles_t = (T + TILE_T - 1) / TILE_T, tiles_o = (O + OUTPUTS - 1) / OUTPUTS;
     const int group = blockIdx.x / (GROUP_O * tiles_t), place = blockIdx.x % (GROUP_O * tiles_t);
@@ -141,6 +143,7 @@ linear_tiles(X_T* __restrict__ out, float* partial, u32* counters, const M* __re
         if (stage + 1 < last) weights.load(of_weights(stage + 1));
     };
     if (first < last) weights.load(of_weights(first));
+    await_previous();
     Sums sums = {};
     multiply_stages<M, false>(sums, shared, first, last, copy, fill);
 

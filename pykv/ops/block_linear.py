@@ -351,9 +351,9 @@ def _launches(
     linear_mma and a gate behind it, and has memory for what they hand on."""
     exact = options.exact and x.dtype in FLOAT32
     given, gate, accumulate = (x, w, kind, bias), options.gate, options.accumulate
-    if linear_tiles.multiplies(kind, exact, len(x), cuda.current_sm()):
-        return linear_tiles.product(*given, out, accumulate, gate=gate, eps=options.eps)
     ways: dict[str, Any] = dict(eps=options.eps, early=options.early)
+    if linear_tiles.multiplies(kind, exact, len(x), cuda.current_sm()):
+        return linear_tiles.product(*given, out, accumulate, gate=gate, **ways)
     if gate is None:
         return linear_mma.product(*given, out, accumulate, exact, **ways)
     products = like(x, (len(x), len(w)), x.dtype)

@@ -101,6 +101,7 @@ def product(
     *,
     gate: str | None = None,
     eps: float = 1e-6,
+    early: bool = False,
 ) -> Callable[[dict[str, Any], Any], None]:
     """The function of arrays by name (out, x, w, bias, norm) and a stream that enqueues
     `x @ w.T + bias`, or of its columns gated pairs, as linear_mma.product does where it need not be
@@ -108,7 +109,7 @@ def product(
 
     Args:
         tiling, parts: other than those that are chosen.
-        gate, eps: as of block_linear.multiply.
+        gate, eps, early: as of block_linear.multiply.
     """
     (T, I), R = x.shape, len(w)
     num_sms, sm = cuda.num_sms(x.data.device_id), cuda.current_sm()
@@ -127,6 +128,7 @@ def product(
         dict(T=T, O=out.shape[1], I=I, padded_I=padded, rows=T, w_stride=w.strides[0])
         | dict(out_stride=row_step(out), accumulate=accumulate),
         shared_bytes=every["SHARED_BYTES"],
+        early=early,
     )
     sizes: dict[str, tuple[int, Any]] = dict(
         pieces=(every["PIECES"] * T * padded, FLOAT_KINDS.get(kind, FLOATS[1])),

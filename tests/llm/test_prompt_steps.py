@@ -52,6 +52,12 @@ def test_few_sizes_serve_all(xp):
     assert [steps._sizes(one) for one in asked] == (asked if xp is np else larger)
 
 
+@pytest.mark.parametrize("eviction, asks", [("snapkv:16:window=4", True), ("keydiff:16", False)])
+def test_steps_whose_queries_are_kept_stay_short(open_llm, xp, eviction, asks):
+    few, runner = scheduler.PREFILL_TOKENS, open_llm(eviction=eviction).runner
+    assert runner.most == (few if asks or xp is np else memory.STEP_TOKENS)
+
+
 @pytest.fixture
 def tiny_model(open_llm):
     return open_llm(weights="fp16").model

@@ -21,7 +21,7 @@ def product(xp, x, w, kind, tiling, parts=None, bias=None, out=None, gate=None):
     accumulate, O = out is not None, len(w) // (2 if gate else 1)
     out = xp.full((len(x), O), np.nan, x.dtype) if out is None else xp.array(out)
     bias = None if bias is None else xp.asarray(bias)
-    run = op.product(x, w, kind, bias, out, accumulate, tiling, parts, gate=gate)
+    run = op.product(x, w, kind, bias, out, accumulate, tiling, parts, gate=gate, early=True)
     run(dict(out=out, x=x, w=w, bias=bias, norm=None), None)
     return out
 

@@ -14,7 +14,12 @@ __device__ __forceinline__ float gelu(float x) {
     return x * sigmoid(TWICE_ROOT_2_PI * (x + 0.044715f * x * x * x));
 }
 
-// What a gate lets through of `up`: 1 is SwiGLU, 2 GeGLU.
+// 1 is SwiGLU, 2 GeGLU.
+__device__ __forceinline__ float activated(int kind, float gate) {
+    return kind == 1 ? silu(gate) : gelu(gate);
+}
+
+// What a gate lets through of `up`.
 __device__ __forceinline__ float gated(int kind, float gate, float up) {
-    return (kind == 1 ? silu(gate) : gelu(gate)) * up;
+    return activated(kind, gate) * up;
 }

@@ -47,9 +47,9 @@ __device__ __forceinline__ void multiply(const Product& p, int t0, int o0) {
     };
     Sums sums = {};
     multiply_stages<f16, !BACK>(sums, shared, 0, (p.in + DEPTH - 1) / DEPTH, copy, [](u8*, int) {});
-    visit_pairs(
+    visit_pairs<1>(
         sums, t0, o0, p.T, p.outputs, [&](int t) { return p.out + (i64)t * p.outputs; },
-        [](X_T* row, int o, float a, float b) { store2(row + o, a, b); });
+        [](X_T* row, int o, const float* sums) { store2(row + o, sums[0], sums[1]); });
 }
 
 #else

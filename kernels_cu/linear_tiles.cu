@@ -1,4 +1,5 @@
-// linear_tiles.cu: out = x @ w.T + bias for many tokens: tiles on tensor cores, x and w rounded.
+// linear_tiles.cu: out = x @ w.T + bias for many tokens, or gated pairs of these: tiles on tensor
+// cores, x and w rounded.
 //
 // Arrays, row-major, last dimension contiguous (letters as in pykv/ops/linear_tiles.py):
 //   out               [T, O]  X_T at row stride out_stride; written, and where `accumulate` is 1
@@ -7,27 +8,31 @@
 //                     linear_mma.cu makes of x in the order of elements
 //   units      const  [T'] float  what sums of a token are multiplied by
 //   w          const  [O, W] u8  rows of planes of KIND (pykv/planes.py), or of floats, 16-byte
-//                     aligned
-//   bias       const  [O]     B_T, or null
+//                     aligned; with a GATE [2 * O, W], gates, then what they open
+//   bias       const  [O]     B_T, or null; with a GATE [2 * O]
 //   partial           [parts, tiles, TILE_T * TILE_O] float, where parts > 1
 //   counters          [tiles] u32, zeros
 // Defines:  KIND = a kind of planes.cuh, f16 or bf16; X_T, B_T = float, f16 or bf16; PIECES of x;
-//           BLOCK = threads; TILE_T, TILE_O = tokens and outputs of a block; WARPS_T = warps along
-//           the tokens; STAGES in shared memory; RESIDENT = blocks on an SM; GROUP_O = tiles of
+//           GATE = 0, or of gate.cuh 1 or 2; BLOCK = threads; TILE_T, TILE_O = tokens and rows of w
+//           of a block; WARPS_T = warps along the tokens; STAGES in shared memory; RESIDENT = blocks on an SM; GROUP_O = tiles of
 //           outputs whose blocks run together; SHARED_BYTES. From sm_80 on; below it does nothing
-// Launch:   grid (tiles, parts), tiles = ceil(T / TILE_T) * ceil(O / TILE_O), block (BLOCK),
-//           SHARED_BYTES of dynamic shared memory
+// Launch:   grid (tiles, parts), tiles = ceil(T / TILE_T) * ceil(rows of w / TILE_O), block (BLOCK),
+//           SHARED_BYTES of dynamic shared memory. It may start early: before the kernel ahead has ended
+//           it reads w alone; what others write is not __restrict__, so that no load of it moves ahead
+//           of the wait
 // Traffic:  weights for each TILE_T tokens, pieces for each TILE_O outputs, most from L2
 // Order:    elements of blocks rounded to f16, products exact, all sums on tensor cores, which
 //           truncate them. Parts are added in order by the block that comes last: two runs agree in
 //           every bit, and a token's results do not depend on the others of its launch
 // Stack: 48 bytes, of the larger tiles where mma multiplies; wgmma needs none
 #include "epilogue.cuh"
+#include "gate.cuh"
 #include "mma_weights.cuh"
 #include "parts.cuh"
 
-#if !defined(KIND) || !defined(X_T) || !defined(B_T) || !defined(PIECES) || !defined(RESIDENT)
-#error "linear_tiles.cu needs KIND, X_T, B_T, PIECES and RESIDENT"
+#if !defined(KIND) || !defined(X_T) || !defined(B_T) || !defined(PIECES) || !defined(RESIDENT) || \
+    !defined(GATE)
+#error "linear_tiles.cu needs KIND, X_T, B_T, PIECES, RESIDENT and GATE"
 #endif
 #if !defined(BLOCK) || !defined(TILE_T) || !defined(TILE_O) || !defined(WARPS_T) || \
     !defined(STAGES) || !defined(GROUP_O) || !defined(SHARED_BYTES)
@@ -42,6 +47,14 @@ using M = W::M;
 
 static_assert(SHARED_BYTES == STAGES * STAGE_BYTES, "all stages");
 
+// The row of w that is row r of a tile whose outputs begin at o0; past the last output that one
+// again. Rows of 8 gates are followed by those of what they open, so that a lane has the sums of both.
+constexpr int WIDTH = GATE ? 2 : 1, OUTPUTS = TILE_O / WIDTH;
+__device__ __forceinline__ int weight_row(int o0, int r, int O) {
+    if (GATE == 0) return min(o0 + r, O - 1);
+    return min(o0 + r / 16 * 8 + r % 8, O - 1) + (r % 16 < 8 ? 0 : O);
+}
+
 // Weights of a stage that are floats come with x.
 template <typename K> struct Stager {
     const K* rows;
@@ -52,7 +65,8 @@ template <typename K> struct Stager {
         : rows(reinterpret_cast<const K*>(w)), stride(w_stride / 2), o0(o0), O(O), I(I) {}
     __device__ __forceinline__ void load(int) {}
     __device__ __forceinline__ void copy(u8* to, int stage) const {
-        stage_rows<TILE_O>(to, rows, stride, o0, O, stage * DEPTH, I);
+        stage_rows<TILE_O>(to, rows, stride, o0, stage * DEPTH, I,
+                           [&](int o0, int r) { return weight_row(o0, r, O); });
     }
     __device__ __forceinline__ void store(u8*, int) {}
 };
@@ -75,7 +89,7 @@ struct BlockStager {
         const int g = group(stage);
 #pragma unroll
         for (int n = 0; n < GROUPS; n++) {
-            held[n].load(w + min(o0 + row(n), O - 1) * stride, g / 4, I, g % 4);
+            held[n].load(w + weight_row(o0, row(n), O) * stride, g / 4, I, g % 4);
         }
     }
     __device__ __forceinline__ void copy(u8*, int) const {}
@@ -101,18 +115,18 @@ template <> struct StagerOf<bf16> { using Type = Stager<bf16>; };
 #endif
 
 extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT)
-linear_tiles(X_T* __restrict__ out, float* partial, u32* counters, const M* __restrict__ pieces,
-             const float* __restrict__ units, const u8* __restrict__ w,
-             const B_T* __restrict__ bias, int T, int O, int I, int padded_I, int rows,
-             i64 w_stride, i64 out_stride, int accumulate) {
+linear_tiles(X_T* out, float* partial, u32* counters, const M* pieces, const float* units,
+             const u8* __restrict__ w, const B_T* __restrict__ bias, int T, int O, int I,
+             int padded_I, int rows, i64 w_stride, i64 out_stride, int accumulate) {
 #if __CUDA_ARCH__ >= 800
     extern __shared__ __align__(1024) u8 shared[];
     __shared__ int is_last;
+    let_next_start();
     // Blocks that run together share weights and tokens: GROUP_O tiles of outputs, all of tokens.
-    const int tiles_t = (T + TILE_T - 1) / TILE_T, tiles_o = (O + TILE_O - 1) / TILE_O;
+    const int tiles_t = (T + TILE_T - 1) / TILE_T, tiles_o = (O + OUTPUTS - 1) / OUTPUTS;
     const int group = blockIdx.x / (GROUP_O * tiles_t), place = blockIdx.x % (GROUP_O * tiles_t);
     const int width = min(GROUP_O, tiles_o - group * GROUP_O);
-    const int o0 = (group * GROUP_O + place % width) * TILE_O, t0 = place / width * TILE_T;
+    const int o0 = (group * GROUP_O + place % width) * OUTPUTS, t0 = place / width * TILE_T;
     const int of_piece = (I + DEPTH - 1) / DEPTH, stages = of_piece * PIECES;
     const int first = (int)((i64)stages * blockIdx.y / gridDim.y);
     const int last = (int)((i64)stages * (blockIdx.y + 1) / gridDim.y);
@@ -129,6 +143,7 @@ linear_tiles(X_T* __restrict__ out, float* partial, u32* counters, const M* __re
         if (stage + 1 < last) weights.load(of_weights(stage + 1));
     };
     if (first < last) weights.load(of_weights(first));
+    await_previous();
     Sums sums = {};
     multiply_stages<M, false>(sums, shared, first, last, copy, fill);
 
@@ -140,16 +155,35 @@ linear_tiles(X_T* __restrict__ out, float* partial, u32* counters, const M* __re
     struct Row { X_T* out; float unit; };
     constexpr int PAIR_BYTES = 2 * sizeof(X_T);
     const bool are_pairs = ((u64)out | (u64)out_stride * sizeof(X_T)) % PAIR_BYTES == 0;
-    visit_pairs(
+    visit_pairs<WIDTH>(
         sums, t0, o0, T, O, [&](int t) { return Row{out + t * out_stride, units[t]}; },
-        [&](const Row& row, int o, float a, float b) {
-            a *= row.unit, b *= row.unit;
+        [&](const Row& row, int o, const float* sums) {
+            const float a = sums[0] * row.unit, b = sums[1] * row.unit;
+#if GATE
+            const auto gated = [&](float gate, float up, int o) {
+                if (bias) gate += to_float(bias[o]), up += to_float(bias[O + o]);
+                return fmaf(activated(GATE, gate), up, accumulate ? to_float(row.out[o]) : 0.0f);
+            };
+            const float first = gated(a, sums[4] * row.unit, o);
+            if (o + 1 == O) {
+                row.out[o] = from_float<X_T>(first);
+                return;
+            }
+            const float second = gated(b, sums[5] * row.unit, o + 1);
+            if (are_pairs) {
+                store2(row.out + o, first, second);
+            } else {
+                row.out[o] = from_float<X_T>(first);
+                row.out[o + 1] = from_float<X_T>(second);
+            }
+#else
             if (are_pairs && o + 1 < O) {
                 finish_pair(row.out + o, a, b, bias, o, accumulate);
             } else {
                 finish(row.out + o, a, bias, o, accumulate);
                 if (o + 1 < O) finish(row.out + o + 1, b, bias, o + 1, accumulate);
             }
+#endif
         });
 #endif
 }

@@ -48,19 +48,26 @@ __device__ __forceinline__ u8* chunk_of(u8* rows, int row, int chunk) {
     return rows + row * PITCH + (chunk ^ row % 8) * 16;
 }
 
-// ROWS rows of [rows, I] from `first` and column i on; past the last row that one again, zeros past
-// `in` columns.
-template <int ROWS, typename M>
-__device__ __forceinline__ void stage_rows(u8* to, const M* from, i64 stride, int first, int rows,
-                                           int i, int in) {
+// ROWS rows of an array from column i on, zeros past `in` columns; row r is row_of(first, r) there.
+template <int ROWS, typename M, typename RowOf>
+__device__ __forceinline__ void stage_rows(u8* to, const M* from, i64 stride, int first, int i,
+                                           int in, const RowOf& row_of) {
     static_assert(ROWS * CHUNKS % BLOCK == 0, "equal shares");
     first = opaque(first);  // else the offsets of all rows take the registers that sums need
     const int row = threadIdx.x / CHUNKS, chunk = threadIdx.x % CHUNKS, column = i + chunk * 8;
 #pragma unroll
     for (int n = 0; n < ROWS; n += BLOCK / CHUNKS) {
         cp_async16_or_zero(chunk_of(to, n + row, chunk),
-                           from + min(first + n + row, rows - 1) * stride + column, column < in);
+                           from + row_of(first, n + row) * stride + column, column < in);
     }
+}
+
+// The same of [rows, I] from `first` on; past the last row that one again.
+template <int ROWS, typename M>
+__device__ __forceinline__ void stage_rows(u8* to, const M* from, i64 stride, int first, int rows,
+                                           int i, int in) {
+    stage_rows<ROWS>(to, from, stride, first, i, in,
+                     [&](int first, int r) { return min(first + r, rows - 1); });
 }
 
 // The same of w where its rows are elements of I: DEPTH rows from i on, TILE_O columns from `first`
@@ -197,12 +204,13 @@ __device__ __forceinline__ void multiply_stages(Sums& sums, u8* shared, int firs
 }
 #endif
 
-// Calls visit(begin(token), output, sum, sum of the next output) for each pair of a lane's sums that
-// begins in [T, O], from token t0 and output o0 of the block on.
-template <typename Begin, typename Visit>
+// Calls visit(begin(token), output, sums) for each pair of a lane's sums that begins in [T, O], from
+// token t0 and output o0 of the block on; sums[0] is that of the output, sums[1] of the next. Where
+// each 8 outputs have 8 * WIDTH rows of w, sums[4] and sums[5] are those of the second 8, and so on.
+template <int WIDTH, typename Begin, typename Visit>
 __device__ __forceinline__ void visit_pairs(const Sums& sums, int t0, int o0, int T, int O,
                                             const Begin& begin, const Visit& visit) {
-    t0 += threadIdx.x % WARP / 4, o0 += own_o() + threadIdx.x % 4 * 2;
+    t0 += threadIdx.x % WARP / 4, o0 += own_o() / WIDTH + threadIdx.x % 4 * 2;
 #pragma unroll
     for (int m = 0; m < X_ROWS; m++) {
 #pragma unroll
@@ -211,9 +219,9 @@ __device__ __forceinline__ void visit_pairs(const Sums& sums, int t0, int o0, in
             if (t >= T) continue;
             const auto row = begin(t);
 #pragma unroll
-            for (int n = 0; n < 2 * W_PAIRS; n++) {
-                const int o = o0 + n * 8;
-                if (o < O) visit(row, o, sums[m][n][2 * half], sums[m][n][2 * half + 1]);
+            for (int n = 0; n < 2 * W_PAIRS; n += WIDTH) {
+                const int o = o0 + n / WIDTH * 8;
+                if (o < O) visit(row, o, &sums[m][n][2 * half]);
             }
         }
     }

@@ -141,7 +141,7 @@ def array_module(request):
     monkeypatch.setitem(sys.modules, "cupy.cuda", cupy.cuda)
     monkeypatch.setattr(cuda.launch, "driver", machine)
     monkeypatch.setattr(cuda.devices, "_arch", lambda device: machine.ARCH)
-    monkeypatch.setattr(block_linear, "warm_up", lambda kinds: None)  # NVRTC's work
+    monkeypatch.setattr(block_linear, "warm_up", lambda *kinds: None)  # NVRTC's work
     return cupy
 
 

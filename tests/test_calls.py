@@ -4,7 +4,7 @@ import gc
 import sys
 import threading
 import weakref
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -443,6 +443,31 @@ def test_graphs_take_memory_that_cupys_pool_keeps(device, monkeypatch):
     monkeypatch.setattr(device.cuda, "MemoryPointer", lambda memory, offset: None)
     cuda.GraphMemory()._pool.malloc(7)
     assert made == [7] and not kept
+
+
+@pytest.mark.simt
+@pytest.mark.parametrize("device", ["simt"], indirect=True)
+def test_the_first_call_takes_the_memory_of_graphs(device, monkeypatch):
+    """Or CuPy's pool would keep as much once more."""
+    allocator, seen = [None], []
+
+    @contextmanager
+    def using(malloc):
+        allocator.append(malloc)
+        yield
+        allocator.pop()
+
+    pool = SimpleNamespace(malloc="of the graphs")
+    monkeypatch.setattr(device.cuda, "MemoryPool", lambda give: pool)
+    monkeypatch.setattr(device.cuda, "using_allocator", using)
+    x, y = device.zeros((2, 8), np.float32), device.ones((2, 8), np.float32)
+
+    def work():
+        seen.append(allocator[-1])
+        activation.add(x, y)
+
+    cuda.graph(work)(), cuda.graph(work, cuda.GraphMemory())()
+    assert seen == [None, "of the graphs"] and allocator == [None] and is_all(x, 2)
 
 
 def test_a_graph_within_a_graph_is_refused(device):

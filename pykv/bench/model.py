@@ -30,9 +30,9 @@ from pykv.errors import ParameterError
 from pykv.kinds import dequantize
 from pykv.llm import gguf, models
 from pykv.llm.matrices import STORED, weights_dtype
+from pykv.llm.memory import most_tokens
 from pykv.llm.model import Batch, forward, step_of
 from pykv.llm.prompt_steps import PromptSteps, Span
-from pykv.llm.scheduler import PREFILL_TOKENS
 from pykv.llm.weights import Model, load
 from pykv.ops import sample
 from pykv.pages import copy_pages
@@ -132,8 +132,9 @@ def make(case: dict[str, Any], xp: Any, rng: np.random.Generator) -> Work | None
     if Q > 1:
         tolerance = NOISE_TOLERANCE if synthetic.is_name(case["model"]) else TOLERANCE
         return _prompt(model, cache, steps, table, prompts, tolerance)
+    most = most_tokens(config, xp)
     for pages, ids in zip(table, prompts, strict=False):
-        _read(steps, pages, ids)
+        _read(steps, most, pages, ids)
     for b in range(PROMPTS, B):
         copy_pages(cache, cache, table[b % PROMPTS], table[b])
     ids = rng.integers(0, config.vocab, B).astype(np.int32)
@@ -180,12 +181,12 @@ def _prompt(
     xp, config = module_of(cache.k), model.config
     if len(table) > len(prompts):
         return None
-    tokens, logits = xp.full(1, -1, np.int32), None
+    tokens, logits, most = xp.full(1, -1, np.int32), None, most_tokens(config, xp)
 
     def run() -> None:
         nonlocal logits
         for pages, ids in zip(table, prompts, strict=True):
-            logits = _read(steps, pages, ids)
+            logits = _read(steps, most, pages, ids)
             sample.argmax(logits, out=tokens)
 
     def check() -> bool:
@@ -238,11 +239,12 @@ class _AsWritten(PagedKVCache):
         ]
 
 
-def _read(steps: PromptSteps, pages: Any, ids: Any) -> Any:
-    """Fill a sequence's pages with the keys and values of its tokens; logits of the last [1, V]."""
+def _read(steps: PromptSteps, most: int, pages: Any, ids: Any) -> Any:
+    """Fill a sequence's pages with the keys and values of its tokens, `most` in a step; logits of
+    the last [1, V]."""
     held = pages.tolist()
-    for start in range(0, len(ids), PREFILL_TOKENS):
-        logits, _ = steps.run([Span(held, start, ids[start : start + PREFILL_TOKENS])], [0])
+    for start in range(0, len(ids), most):
+        logits, _ = steps.run([Span(held, start, ids[start : start + most])], [0])
     return logits
 
 

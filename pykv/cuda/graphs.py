@@ -7,14 +7,15 @@ from typing import Any
 
 from pykv.arrays import is_array, load_cupy, on_gpu
 from pykv.cuda.calls import refuse_capture, refuse_prepare, state
-from pykv.cuda.devices import current_device, on_stream
+from pykv.cuda.devices import behind, current_device, on_stream
 from pykv.errors import DeviceError, DtypeError
 from pykv.options import check_type
 
 
 class GraphMemory:
     """Memory that kernels of graphs use between them: of one graph, or of several that never run at
-    the same time, as those on one stream. It stays as large as the largest of them needs.
+    the same time, as those on one stream. It stays as large as the largest of them needs, the first
+    call of their functions included.
 
     What a capture frees it gives to later kernels, of that graph or another. So a graph keeps none
     of it alive but its result, which holds until another graph runs. Its chunks live as long as
@@ -25,7 +26,8 @@ class GraphMemory:
         cupy = load_cupy()
         cuda = cupy.cuda
         self._chunks: list[Any] = []
-        self._held: list[Any] = []  # what the graph being captured must keep alive
+        self._held: list[Any] = []  # by the graph being captured
+        self._made: set[int] = set()  # addresses that its function was given
 
         def allocate(size: int) -> Any:
             try:
@@ -39,16 +41,23 @@ class GraphMemory:
         self._stream = cuda.Stream(non_blocking=True)  # CuPy gives memory back to its stream alone
 
     def hold(self, objects: Iterable[Any]) -> None:
-        """Keep objects alive as long as the graph being captured, but arrays in this memory."""
+        """Keep objects alive as long as the graph being captured, but arrays that its function
+        makes in this memory."""
         self._held += [x for x in objects if not self._is_own(x)]
 
     def capture(self, function: Callable[[], Any]) -> tuple[Any, Any, list[Any]]:
         """The graph of what a function enqueues, the function's result, and all that the graph
         needs alive beside this memory and the result."""
         cuda = load_cupy().cuda
-        with self._stream, cuda.using_allocator(self._pool.malloc):
+
+        def noted(size: int) -> Any:
+            pointer = self._pool.malloc(size)
+            self._made.add(pointer.mem.ptr)
+            return pointer
+
+        with self._stream, cuda.using_allocator(noted):
             self._stream.begin_capture()
-            self._held, state.captured = [], self
+            self._held, self._made, state.captured = [], set(), self
             try:
                 result = function()
             finally:
@@ -57,10 +66,20 @@ class GraphMemory:
                 held, self._held = self._held, []
         return captured, result, held
 
+    def run(self, function: Callable[[], Any]) -> Any:
+        """What a function returns, whose work takes memory from here, and its turn on CuPy's
+        current stream."""
+        cuda = load_cupy().cuda
+        current, turn = cuda.get_current_stream(), cuda.Event(disable_timing=True)
+        turn.record(current)
+        try:
+            with self._stream, cuda.using_allocator(self._pool.malloc), behind(turn):
+                return function()
+        finally:
+            current.wait_event(turn)
+
     def _is_own(self, x: Any) -> bool:
-        if not is_array(x) or not on_gpu(x):
-            return False
-        return any(chunk.ptr <= x.data.ptr < chunk.ptr + chunk.size for chunk in self._chunks)
+        return is_array(x) and on_gpu(x) and x.data.mem.ptr in self._made
 
 
 class Graph:
@@ -97,7 +116,7 @@ class Graph:
     def _warm_up(self) -> Any:
         """The function itself, which compiles what it needs; repeated if it fails."""
         outer, state.used_gpu = state.used_gpu, False
-        result = self._function()
+        result = self._memory.run(self._function) if self._memory else self._function()
         self._is_host = not state.used_gpu
         state.used_gpu |= outer
         if not self._is_host:

@@ -118,7 +118,8 @@ class LLM:
             codes, of a tier or a session.
 
     Calls may come from several threads: their sequences are decoded as one batch, of which each
-    step (512 tokens, a token of each answer among them) is done by one of the threads under a lock.
+    step (up to 512 tokens, a token of each answer among them, or on a GPU up to 2,048 of prompts
+    alone) is done by one of the threads under a lock.
     A stream goes on while other calls step. `stats` are of all since the call that began last.
     Sources: GGUF, vLLM's paged attention.
     """

@@ -105,20 +105,26 @@ def multiply(
     return out
 
 
-def gated(x: Any, w: Any, gate: str, *, out: Any, gate_up: Any, **options: Any) -> None:
+def gates_itself(x: Any, w: Any, gemm: str) -> bool:
+    """Whether the product with w, of gates and what they open, ends in the gate."""
+    parts = parts_of(w)
+    return len(parts) == 1 and on_gpu(x) and (_is_fused(x) or not _by_linear(x, parts[0][0], gemm))
+
+
+def gated(
+    x: Any, w: Any, gate: str, *, out: Any, gate_up: Any, gemm: str, normed: Any, **options: Any
+) -> None:
     """out = the products with the gates of w, activated, times those with what they open.
 
     `options` as of `multiply`; `gate_up`, [T, 2F], holds the products where the gate is a step of
     its own.
     """
-    parts = parts_of(w)
-    if len(parts) == 1 and _is_fused(x):
-        ((kind, rows),) = parts
-        of_norm = dict(norm=options["norm"], eps=options["eps"], bias=options["bias"])
-        of_norm |= dict(early=True, exact=False)
-        block_linear.multiply(x, rows, kind, gate=gate, out=out, **of_norm)
+    if gates_itself(x, w, gemm):
+        ((kind, rows),) = parts_of(w)
+        options |= dict(gate=gate, early=True, exact=False)
+        block_linear.multiply(x, rows, kind, out=out, **options)
         return
-    multiply(x, w, out=gate_up, **options)
+    multiply(x, w, out=gate_up, gemm=gemm, normed=normed, **options)
     getattr(activation, gate)(gate_up, out=out)
 
 

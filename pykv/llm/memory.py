@@ -1,4 +1,5 @@
-"""The memory that a model takes, estimated from the numbers of its file, and what is free."""
+"""The memory that a model and its steps take, reckoned from the numbers of its file, and what is
+free."""
 
 from __future__ import annotations
 
@@ -9,18 +10,29 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pykv.errors import CapacityError
-from pykv.llm import matrices, tensors
+from pykv.llm import matrices, scheduler, tensors
 from pykv.llm.config import Config
 from pykv.llm.gguf import ModelFile
 from pykv.specs import KVSpec
 
+# A step of prompts alone has as many tokens on a GPU as these bounds allow, but as many as beside
+# answers at least: products of more are cut better, and a prompt needs fewer launches.
+STEP_TOKENS = 2048
+STEP_BYTES = 384 << 20
+
 
 class Needed(NamedTuple):
-    """Bytes of a model's weights, and of a cache for so many tokens."""
+    """Bytes of a model's weights, of a cache for so many tokens, and of a step's activations."""
 
     weights: int
     cache: int
     tokens: int
+    step: int
+
+    @property
+    def total(self) -> int:
+        """All bytes."""
+        return self.weights + self.cache + self.step
 
 
 def needed(
@@ -37,7 +49,26 @@ def needed(
     """
     weights = weight_bytes(file, dtype, spec, xp is np)
     per_token = config.num_layers * spec.bytes_per_token(config.kv_heads, config.head_dim)
-    return Needed(weights, per_token * tokens, tokens)
+    step = step_bytes(config, min(tokens, most_tokens(config, xp)))
+    return Needed(weights, per_token * tokens, tokens, step)
+
+
+def step_bytes(config: Config, tokens: int) -> int:
+    """What `forward` holds of so many tokens at once, at most, logits not counted: float32, with
+    products in front of a gate of its own, and up to two 16-bit pieces of a product's operand."""
+    E, F, of_heads = config.embedding, config.feed_forward, config.heads * config.head_dim
+    qkv = of_heads + 2 * config.kv_heads * config.head_dim
+    elements = 2 * E + qkv + 2 * of_heads + 3 * F + max(E, of_heads, F)
+    return 4 * elements * tokens
+
+
+def most_tokens(config: Config, xp: Any) -> int:
+    """Tokens of a step of prompts alone, at most."""
+    few = scheduler.PREFILL_TOKENS
+    tokens = few if xp is np else STEP_TOKENS
+    while tokens > few and step_bytes(config, tokens) > STEP_BYTES:
+        tokens //= 2
+    return max(few, tokens)
 
 
 def weight_bytes(file: ModelFile, dtype: Any, spec: KVSpec, on_host: bool) -> int:
@@ -80,14 +111,15 @@ def free(xp: Any) -> int | None:
 def require(need: Needed, xp: Any, dtype: Any = None) -> None:
     """CapacityError if that much memory is not free, before anything is read; `dtype` as of
     `needed`."""
-    has, total = free(xp), need.weights + need.cache
+    has, total = free(xp), need.total
     if has is not None and total > has:
         where, other = ("the host", "") if xp is np else ("the GPU", ', device="cpu"')
         if dtype is not None:
             other = f', weights="{matrices.STORED}"{other}'
         raise CapacityError(
             f"LLM: the model needs {total / 1e9:.2f} GB ({need.weights / 1e9:.2f} GB of weights, "
-            f"{need.cache / 1e9:.2f} GB of cache for {need.tokens:,} tokens), but {where} has "
+            f"{need.cache / 1e9:.2f} GB of cache for {need.tokens:,} tokens, "
+            f"{need.step / 1e9:.2f} GB of activations), but {where} has "
             f"{has / 1e9:.2f} GB free. What helps: a smaller context (--ctx), "
             f'kv_dtype="int8"{other}, or a smaller model'
         )

@@ -24,7 +24,7 @@ from pykv.llm import matrices
 from pykv.llm.weights import Model
 from pykv.ops import activation, norm, paged_check, paged_decode
 
-GRAPH_ROWS = 64  # graphs have rows of a power of two up to here, then of multiples of it
+GRAPH_ROWS = 64  # rows of a graph's step: a power of two up to here; then see graph_rows
 
 
 @dataclass
@@ -81,7 +81,9 @@ def forward(
     normed = like(x, x.shape, np.float32)
     qkv = like(x, (T, (HQ + 2 * H) * config.head_dim), np.float32)
     q, attended = (like(x, (T, HQ, config.head_dim), np.float32) for _ in range(2))
-    gate_up = like(x, (T, 2 * config.feed_forward), np.float32)
+    gate_up = None
+    if not all(matrices.gates_itself(x, layer.gate_up, gemm) for layer in model.layers):
+        gate_up = like(x, (T, 2 * config.feed_forward), np.float32)
     hidden = like(x, (T, config.feed_forward), np.float32)
     attended_rows = attended.reshape(T, -1)
     workspace = None
@@ -180,6 +182,8 @@ def graph_rows(count: int, xp: Any) -> int:
     steps."""
     if xp is np:
         return count
-    if count > GRAPH_ROWS:
-        return -(-count // GRAPH_ROWS) * GRAPH_ROWS
-    return 1 << (count - 1).bit_length()
+    power = 1 << (count - 1).bit_length()
+    if count <= GRAPH_ROWS:
+        return power
+    multiple = max(GRAPH_ROWS, power // 8)  # four sizes up to each power of two above 512
+    return -(-count // multiple) * multiple

@@ -56,8 +56,7 @@ def open_runner(
     # Without `pool_tokens` or `context` the cache grows as calls need it.
     tokens = wanted.pool_tokens or wanted.context or page_size
     need = memory.needed(file, config, dtype, spec, tokens, xp)
-    nbytes = need.weights + need.cache
-    device = cuda.pick_device(device, xp, nbytes=nbytes, require_sm=wanted.require_sm)
+    device = cuda.pick_device(device, xp, nbytes=need.total, require_sm=wanted.require_sm)
     load = partial(load_with_bar, file, xp, dtype, spec.wants_hadamard, wanted.progress)
     if prefill_device is not None:
         check_prefill_device(device, prefill_device)  # "auto" may be another by now

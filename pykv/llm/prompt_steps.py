@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -84,7 +83,7 @@ class Ragged:
         starts[0] = 0
         np.cumsum(given[:, 1], out=starts[1 : count + 1])
         starts[count + 1 :], starts[-1] = end, len(ids)
-        ids[:end], ids[end:] = list(chain.from_iterable(span.ids for span in spans)), 0
+        ids[:end], ids[end:] = np.concatenate([span.ids for span in spans]), 0
         of_token = np.repeat(np.arange(count), given[:, 1])
         positions[:end] = np.arange(end) - (starts[:count] - given[:, 0])[of_token]
         positions[end:] = 0

@@ -91,6 +91,14 @@ class ModelRunner:
         self._prompts = prefill or PromptSteps(model, cache, xp, self._memory)
         self._sampler = Sampler(xp)
 
+    @property
+    def most(self) -> int:
+        """Tokens of a step without answers, at most; where eviction asks for their queries of all
+        layers, which take more memory than activations, as many as beside answers."""
+        if self._evictor is not None and (self._evictor.asked or self._evictor.sums):
+            return scheduler.PREFILL_TOKENS
+        return memory.most_tokens(self.model.config, self.xp)
+
     def room(self, sequence: Sequence) -> int | None:
         """Rows to set aside for all that a sequence may hold, where rows are evicted."""
         if self._evictor is None:

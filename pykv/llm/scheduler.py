@@ -1,6 +1,7 @@
 """Which tokens a step computes: continuous batching over a paged cache.
 
-A step decodes a token of every answer and fills what is left of its tokens with pieces of prompts.
+A step decodes a token of every answer and fills what is left of its tokens with pieces of prompts;
+one without answers, for which nobody waits between two tokens, may have more.
 Sequences come and go between any two steps, first come first served. They get pages one by one;
 where none is left the youngest gives up its own, waits in its old place, and is computed again from
 its prompt and its answer so far. Pages that a tier has come back while others are computed. No
@@ -24,7 +25,7 @@ from pykv.llm.sequence import Sequence
 from pykv.llm.sequence_pages import Cache, SequencePages, Tiers
 from pykv.number_texts import counted
 
-PREFILL_TOKENS = 512  # tokens of one step at most; bounds the scratch memory
+PREFILL_TOKENS = 512  # tokens at most of a step that has answers, who wait for it
 
 Piece = tuple[Sequence, int]  # a sequence, and how many of its due tokens a step computes
 
@@ -53,9 +54,13 @@ class Runner(Protocol):
 
     Attributes:
         last: tokens at the end of a prompt that are computed in one step.
+        most: tokens of a step without answers, at most.
     """
 
     last: int
+
+    @property
+    def most(self) -> int: ...
 
     def room(self, sequence: Sequence) -> int | None:
         """Rows to set aside for all that a sequence may hold; None where pages come one by one."""
@@ -213,7 +218,8 @@ class Scheduler:
             held_back = self._admit(changed)
             decoding = [s for s in self.running if s.decodes and not s.finish_reason]
             if len(decoding) < len(self.running):
-                pieces = self._pieces(PREFILL_TOKENS - len(decoding), held_back)
+                most = PREFILL_TOKENS - len(decoding) if decoding else self._runner.most
+                pieces = self._pieces(most, held_back)
             if not (decoding or pieces or self._see_fetches(wait=True)):
                 return
         if decoding:

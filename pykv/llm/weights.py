@@ -100,7 +100,12 @@ def load(
     else:
         kinds = {block_linear.KIND_OF[np.dtype(dtype)]}
     if xp is not np:
-        block_linear.warm_up(sorted(kinds | ({"F32"} if hadamard else set())))
+        of_gates = {
+            info.kind for name, info in file.tensors.items() if tensors.is_role(name, "gate")
+        }
+        gated = of_gates if dtype is None else kinds
+        every = sorted(kinds | ({"F32"} if hadamard else set()))
+        block_linear.warm_up(every, sorted(gated), config.kind.activation)
     rounded = dict(attention_out=np.float16) if hadamard and dtype is None else {}
     E, D = config.embedding, config.head_dim
     frequencies = {id(f): xp.asarray(f) for f in config.inv_freq}

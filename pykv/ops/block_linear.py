@@ -28,7 +28,7 @@ from pykv.planes import FORMATS
 PLAIN = dict(zip(("F32", "F16", "BF16"), FLOATS, strict=True))
 KINDS = (*FORMATS, *PLAIN)
 KIND_OF = {dtype: kind for kind, dtype in PLAIN.items()}
-GATES = ("swiglu", "geglu")
+GATES = linear_tiles.GATES[1:]
 
 # How `gemv` cuts products, as was measured on an H200.
 _BLOCK, _LARGE_BLOCK = 256, 512  # threads; of small matrices, and of those that fill all SMs
@@ -173,14 +173,15 @@ def multiply(
     Those sums are exact; scales multiply them, and the rest is summed in float32. From sm_75 on
     tensor cores multiply more than 4 tokens, more than 2 by a large matrix where `x` is rounded, or
     more than 8 by a small matrix, in launches of their own: of `x` as they want it, the product,
-    and the gate. They take float32 as the sum of two float16, 22 bits of every element down to
-    2^-28 of the token's largest, or for BF16 (from sm_80 on) of three bfloat16; for 16-bit `x`
-    blocks are rounded to float16, whose largest is 65504, and a gate's products to the dtype of
-    `x`. The copies of `x` take up to 10 bytes an element from CuPy's memory pool, and a gate's
-    products their size. A token's result depends on the number of tokens, in its last bits, but not
-    on the other tokens. Older GPUs, and F32, read the matrix again for every 8 tokens. On the host
-    blocks are dequantised by pieces at each call, many times slower than a product with weights in
-    float32. Source of the formats: ggml-common.h of llama.cpp.
+    and the gate, with which a product of many tokens ends itself. They take float32 as the sum of
+    two float16, 22 bits of every element down to 2^-28 of the token's largest, or for BF16 (from
+    sm_80 on) of three bfloat16; for 16-bit `x` blocks are rounded to float16, whose largest is
+    65504, and for a gate of its own products to the dtype of `x`. The copies of `x` take up to 10
+    bytes an element from CuPy's memory pool, and a gate's products their size. A token's result
+    depends on the number of tokens, in its last bits, but not on the other tokens. Older GPUs, and
+    F32, read the matrix again for every 8 tokens. On the host blocks are dequantised by pieces at
+    each call, many times slower than a product with weights in float32. Source of the formats:
+    ggml-common.h of llama.cpp.
 
     >>> w = pykv.ops.block_rows.pack(np.zeros((3, 18), np.uint8), "Q4_0")
     >>> pykv.ops.block_linear.multiply(np.ones((1, 32), np.float32), w, "Q4_0")
@@ -206,9 +207,10 @@ def multiply(
     return out
 
 
-def warm_up(kinds: Sequence[str]) -> None:
+def warm_up(kinds: Sequence[str], gated: Sequence[str], gate: str) -> None:
     """Compile the kernels of these kinds for the current GPU, on all cores, where the cache folder
-    lacks them; of activations in float32 that need not be exact on tensor cores."""
+    lacks them; of activations in float32 that need not be exact on tensor cores. Products of the
+    kinds in `gated` end in this gate as well."""
     arch, sm = cuda.current_arch(), cuda.current_sm()
     floats = FLOATS[0], FLOATS[0]
     jobs: list[tuple[str, dict[str, Any]]] = []
@@ -221,8 +223,12 @@ def warm_up(kinds: Sequence[str]) -> None:
             few = linear_tiles.most_of_registers(kind, sm)
             if few is not None:
                 tilings = [one for one in tilings if one.TILE_T < 2 * few]
-                for tiling in linear_tiles.tilings(sm):
-                    jobs.append(("linear_tiles", linear_tiles.defines(kind, *floats, tiling)))
+                gates = (None, gate) if kind in gated else (None,)
+                jobs += [
+                    ("linear_tiles", linear_tiles.defines(kind, *floats, tiling, end))
+                    for tiling in linear_tiles.tilings(sm)
+                    for end in gates
+                ]
                 jobs.append(("linear_mma", linear_tiles.split_defines(kind, FLOATS[0])))
             jobs += [("linear_mma", linear_mma.defines(kind, *floats, False, t)) for t in tilings]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -399,27 +405,20 @@ def scalars_of(x: Any, w: Any, out: Any, asked: Options, cut: Cut) -> dict[str, 
 def _launches(
     x: Any, w: Any, kind: str, bias: Any, norm: Any, out: Any, options: Options
 ) -> Callable[[dict[str, Any], Any], None]:
-    """The function of arrays by name and a stream that enqueues a product by linear_mma and a gate
-    behind it, and has memory for what they hand on."""
-    products = finish = None
-    if options.gate is not None:
-        products = like(x, (len(x), len(w)), x.dtype)
-        finish = activation.launch_gated(options.gate, products, out, options.accumulate)
+    """The function of arrays by name and a stream that enqueues a product by linear_tiles, or by
+    linear_mma and a gate behind it, and has memory for what they hand on."""
     exact = options.exact and x.dtype in FLOAT32
-    given = x, w, kind, bias, out if products is None else products
-    accumulate = options.accumulate and products is None
+    given, gate, accumulate = (x, w, kind, bias), options.gate, options.accumulate
+    ways: dict[str, Any] = dict(eps=options.eps, early=options.early)
     if linear_tiles.multiplies(kind, exact, len(x), cuda.current_sm()):
-        multiply_rows = linear_tiles.product(*given, accumulate, eps=options.eps)
-    else:
-        multiply_rows = linear_mma.product(
-            *given, accumulate, exact, eps=options.eps, early=options.early
-        )
-    shape = None if products is None else products.shape
+        return linear_tiles.product(*given, out, accumulate, gate=gate, **ways)
+    if gate is None:
+        return linear_mma.product(*given, out, accumulate, exact, **ways)
+    products = like(x, (len(x), len(w)), x.dtype)
+    shape, finish = products.shape, activation.launch_gated(gate, products, out, accumulate)
+    multiply_rows = linear_mma.product(*given, products, False, exact, **ways)
 
     def run_all(arrays: dict[str, Any], stream: Any) -> None:
-        if shape is None or finish is None:
-            multiply_rows(arrays, stream)
-            return
         with cuda.on_stream(stream):
             products = like(arrays["x"], shape, arrays["x"].dtype)
         multiply_rows(dict(arrays, out=products), stream)

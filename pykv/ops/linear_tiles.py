@@ -57,24 +57,30 @@ def tilings(sm: int) -> list[Tiling]:
     ]
 
 
-def defines(kind: str, x: Any, bias: Any, tiling: Tiling) -> dict[str, Any]:
+GATES = (None, "swiglu", "geglu")  # GATE is the index
+
+
+def defines(
+    kind: str, x: Any, bias: Any, tiling: Tiling, gate: str | None = None
+) -> dict[str, Any]:
     """All of the kernel's defines; x and bias are dtypes."""
     shared = tiling.STAGES * (tiling.TILE_T + tiling.TILE_O) * DEPTH * 2
     sizes = dict(tiling._asdict(), PIECES=num_pieces(kind, x, False), SHARED_BYTES=shared)
-    return dict(KIND=element(kind), X_T=x, B_T=bias, **sizes)
+    return dict(KIND=element(kind), X_T=x, B_T=bias, GATE=GATES.index(gate), **sizes)
 
 
-def choose(T: int, O: int, sm: int, num_sms: int) -> Tiling:
-    """The largest tiling that tokens fill by half, with tiles for three multiprocessors of four."""
+def choose(T: int, R: int, sm: int, num_sms: int) -> Tiling:
+    """The largest tiling that tokens fill by half, with tiles for three multiprocessors of four; R
+    rows of weights."""
     *larger, smallest = tilings(sm)
     for one in larger:
-        if 2 * T > one.TILE_T and 4 * _num_tiles(one, T, O) >= 3 * num_sms:
+        if 2 * T > one.TILE_T and 4 * _num_tiles(one, T, R) >= 3 * num_sms:
             return one
     return smallest
 
 
-def _num_tiles(tiling: Tiling, T: int, O: int) -> int:
-    return -(-T // tiling.TILE_T) * -(-O // tiling.TILE_O)
+def _num_tiles(tiling: Tiling, T: int, R: int) -> int:
+    return -(-T // tiling.TILE_T) * -(-R // tiling.TILE_O)
 
 
 def _num_parts(tiling: Tiling, tiles: int, stages: int, num_sms: int) -> int:
@@ -93,32 +99,36 @@ def product(
     tiling: Tiling | None = None,
     parts: int | None = None,
     *,
+    gate: str | None = None,
     eps: float = 1e-6,
+    early: bool = False,
 ) -> Callable[[dict[str, Any], Any], None]:
     """The function of arrays by name (out, x, w, bias, norm) and a stream that enqueues
-    `x @ w.T + bias`, as linear_mma.product does where it need not be exact.
+    `x @ w.T + bias`, or of its columns gated pairs, as linear_mma.product does where it need not be
+    exact.
 
     Args:
         tiling, parts: other than those that are chosen.
-        eps: as of block_linear.multiply.
+        gate, eps, early: as of block_linear.multiply.
     """
-    (T, I), O = x.shape, len(w)
+    (T, I), R = x.shape, len(w)
     num_sms, sm = cuda.num_sms(x.data.device_id), cuda.current_sm()
-    tiling = tiling or choose(T, O, sm, num_sms)
-    tiles, stages = _num_tiles(tiling, T, O), -(-I // DEPTH)
+    tiling = tiling or choose(T, R, sm, num_sms)
+    tiles, stages = _num_tiles(tiling, T, R), -(-I // DEPTH)
     parts = parts or _num_parts(tiling, tiles, stages, num_sms)
     padded = stages * DEPTH
     of_bias = FLOATS[0] if bias is None else bias.dtype
-    every = defines(kind, x.dtype, of_bias, tiling)
+    every = defines(kind, x.dtype, of_bias, tiling, gate)
     counters = tiles if parts > 1 else 0
     split = split_launch(x, split_defines(kind, x.dtype), T, padded, counters, eps)
     multiply = cuda.Launch(
         cuda.kernel("linear_tiles", "linear_tiles", **every),
         (tiles, parts),
         tiling.BLOCK,
-        dict(T=T, O=O, I=I, padded_I=padded, rows=T, w_stride=w.strides[0])
+        dict(T=T, O=out.shape[1], I=I, padded_I=padded, rows=T, w_stride=w.strides[0])
         | dict(out_stride=row_step(out), accumulate=accumulate),
         shared_bytes=every["SHARED_BYTES"],
+        early=early,
     )
     sizes: dict[str, tuple[int, Any]] = dict(
         pieces=(every["PIECES"] * T * padded, FLOAT_KINDS.get(kind, FLOATS[1])),
@@ -141,13 +151,16 @@ def split_defines(kind: str, x: Any) -> dict[str, Any]:
     return dict(KIND=element(kind), X_T=x, B_T=FLOATS[0], **sizes)
 
 
-def _sizes_for(sm: int, number: int) -> dict[str, int]:
-    every = defines("Q4_K", FLOATS[0], FLOATS[0], tilings(sm)[number])
+def _sizes_for(sm: int, number: int, gate: str | None) -> dict[str, int]:
+    every = defines("Q4_K", FLOATS[0], FLOATS[0], tilings(sm)[number], gate)
     return {name: value for name, value in every.items() if isinstance(value, int)}
 
 
+_MADE: list[tuple[str, int, str | None]]
+_MADE = [("Q4_K", 0, None), ("Q4_K", 1, None), ("Q4_K", 2, None), ("Q6_K", 0, None)]
+_MADE += [("F16", 0, None), ("Q4_K", 0, "swiglu"), ("Q4_K", 1, "geglu"), ("F16", 2, "swiglu")]
 VARIANTS: list[dict[str, Any]] = [
-    dict(KIND=element(kind), X_T=FLOATS[0], B_T=FLOATS[0]) | cuda.by_sm(_sizes_for, number)
-    for kind, number in (("Q4_K", 0), ("Q4_K", 1), ("Q4_K", 2), ("Q6_K", 0), ("F16", 0))
+    dict(KIND=element(kind), X_T=FLOATS[0], B_T=FLOATS[0]) | cuda.by_sm(_sizes_for, number, gate)
+    for kind, number, gate in _MADE
 ]
 VARIANTS_SMS = range(0)  # none at import: compiled when a model has a tensor of the kind

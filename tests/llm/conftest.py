@@ -3,7 +3,7 @@
 import pytest
 
 from pykv import cuda
-from pykv.llm import LLM, models
+from pykv.llm import LLM, memory, models, scheduler
 from tests.llm import tiny
 
 
@@ -19,6 +19,17 @@ def tiny_paths(tmp_path_factory):
     for name in ("llama", "gemma3"):
         tiny.write_case(folder / f"{name}.gguf", name)
     return folder
+
+
+@pytest.fixture
+def shorten_steps(monkeypatch):
+    """shorten_steps(n): steps have n tokens at most, with answers or without."""
+
+    def shorten(tokens):
+        monkeypatch.setattr(scheduler, "PREFILL_TOKENS", tokens)
+        monkeypatch.setattr(memory, "STEP_TOKENS", tokens)
+
+    return shorten
 
 
 @pytest.fixture

@@ -314,11 +314,11 @@ def test_heads_share_a_budget(open_llm, tiny_paths, rng, monkeypatch, name, numb
 
 @without_simt
 @pytest.mark.parametrize("policy", ["h2o:12:recent=2", "adakv:h2o:12:recent=2"])
-def test_attention_of_all_queries_is_summed(open_llm, rng, monkeypatch, policy):
+def test_attention_of_all_queries_is_summed(open_llm, rng, monkeypatch, shorten_steps, policy):
     """In pieces of a prompt and tokens of an answer, and rows that move take theirs along: equals
     sums in float64 of what the queries gave to the rows that were there."""
     monkeypatch.setattr(evictor, "EVERY", 6)
-    monkeypatch.setattr("pykv.llm.scheduler.PREFILL_TOKENS", 16)
+    shorten_steps(16)
     llm = open_llm(eviction=policy, **EXACT)
     config, sums, checked = llm.model.config, {}, []
     H, G = config.kv_heads, config.heads // config.kv_heads
@@ -387,9 +387,9 @@ def test_queries_of_an_answer_do_not_pile_up(open_llm, rng, monkeypatch, policy,
 
 
 @without_simt
-def test_long_prompts_keep_their_last_tokens_together(open_llm, rng, monkeypatch):
+def test_long_prompts_keep_their_last_tokens_together(open_llm, rng, shorten_steps):
     """Steps of 24 tokens, of which the last 10 are one."""
-    monkeypatch.setattr("pykv.llm.scheduler.PREFILL_TOKENS", 24)
+    shorten_steps(24)
     llm = open_llm(eviction="snapkv:16:window=10", prefix_cache=False)
     want = open_llm(eviction="snapkv:16:window=10")
     for n in (9, 10, 11, 24, 25, 33, 34, 35, 60):

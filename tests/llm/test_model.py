@@ -195,18 +195,18 @@ def test_a_batch_equals_its_prompts_one_by_one(llm, rng):
         assert answer.prompt_token_ids == prompt and len(answer.token_ids) == param.max_tokens
 
 
-def test_prompts_longer_than_one_step(llm, rng, monkeypatch):
+def test_prompts_longer_than_one_step(llm, rng, shorten_steps):
     """Chunked prompts give what one step gives."""
     prompts = [rng.integers(3, 250, n).tolist() for n in (40, 3, 25)]
     want = llm.generate(prompts, greedy(4))
-    monkeypatch.setattr("pykv.llm.scheduler.PREFILL_TOKENS", 7)
+    shorten_steps(7)
     assert llm.generate(prompts, greedy(4)) == want
     np.testing.assert_allclose(llm.logits(prompts[0])[-1], llm.logits(prompts[0])[-1])
 
 
-def test_perplexity_is_that_of_the_logits(llm, rng, monkeypatch):
+def test_perplexity_is_that_of_the_logits(llm, rng, shorten_steps):
     """One token at a time, in float64, over several steps."""
-    monkeypatch.setattr("pykv.llm.scheduler.PREFILL_TOKENS", 7)
+    shorten_steps(7)
     ids = rng.integers(3, 250, 30).tolist()
     logits = llm.logits(ids).astype(np.float64)
     surprise = [np.log(np.exp(row - row[i]).sum()) for row, i in zip(logits, ids[1:], strict=False)]

@@ -9,7 +9,7 @@ import pytest
 
 from pykv import calibration, cuda
 from pykv.errors import CapacityError, DeviceError, ParameterError, UnsupportedError
-from pykv.llm import LLM, SamplingParams, memory, scheduler
+from pykv.llm import LLM, SamplingParams, memory
 from pykv.llm.prompt_steps import Span
 from pykv.llm.sequence import Sequence
 from tests import peers
@@ -30,14 +30,14 @@ MACHINES = [
 
 
 @pytest.fixture(params=MACHINES)
-def gpus(request, monkeypatch):
+def gpus(request, monkeypatch, shorten_steps):
     """The names of two GPUs; on the SIMT machine their streams, of which the host waits for the
     current one alone. Steps have 16 tokens at most."""
     request.param, order = request.param
     xp, streams = array_module(request), None
     monkeypatch.setattr(calibration, "_pairs", {})
     monkeypatch.setattr(calibration, "load", lambda ways, pair=None: None)
-    monkeypatch.setattr(scheduler, "PREFILL_TOKENS", 16)
+    shorten_steps(16)
     here, other, first = 0, 1, {}
     if request.param == "simt":
         here, other = xp.DEVICE, xp.OTHER
@@ -135,9 +135,9 @@ def test_a_cache_that_one_gpu_alone_has_room_for(gpus, open_both, rng, monkeypat
         assert llm.runner.free() == 300
 
 
-def test_answers_go_on_beside_prompts(gpus, open_both, rng, monkeypatch):
+def test_answers_go_on_beside_prompts(gpus, open_both, rng, shorten_steps):
     """Until one takes pages from a prompt that is being computed, which waits for its turn then."""
-    monkeypatch.setattr(scheduler, "PREFILL_TOKENS", 8)
+    shorten_steps(8)
     plain, llm = open_both(page_size=2, pool_tokens=38, prefix_cache=False)
     prompts = [tokens_of(rng, 3), tokens_of(rng, 30)]
     steps, step = [], llm._scheduler.step
@@ -211,18 +211,14 @@ def test_a_layer_sends_while_those_behind_it_compute(gpus, open_both, rng):
     with gpus.xp.cuda.Device(gpus.xp.OTHER):
         gpus.streams.run()
         steps.run([Span([3, 1, 2], 0, tokens_of(rng, 10))], [])
-    compute = gpus.streams.lanes[gpus.xp.OTHER].queue
-    (link,) = (
-        x
-        for x in gpus.streams.made
-        if x.gpu == gpus.xp.OTHER and x.queue and x.queue is not compute
-    )
+    compute, link = steps._memory._stream.queue, steps._link
     kinds = ["work" if callable(x) else type(x).__name__ for x in link.queue]
     layers = llm.model.config.num_layers
     assert kinds == ["Wait", "work"] * layers + ["Record"]
     marks = [x.mark for x in link.queue if not callable(x)]
     places = [next(i for i, x in enumerate(compute) if getattr(x, "mark", 0) is m) for m in marks]
-    assert places == sorted(places) and places[-1] == len(compute) - 1
+    assert places == sorted(places) and places[-1] == len(compute) - 2
+    assert type(compute[-1]).__name__ == "Record"  # for the current stream
     behind = np.diff(places)  # attention, its matrix, the other products and the next layer's
     assert (behind[:-1] > 5).all() and behind[-1] > 4
 

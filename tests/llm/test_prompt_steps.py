@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from pykv import cuda
-from pykv.llm import LLM, model, prompt_steps
+from pykv.llm import LLM, memory, model, prompt_steps, scheduler
 from pykv.llm.prompt_steps import PromptSteps, Ragged, Sizes, Span, of_spans
 from pykv.ops import paged_check
 from pykv.pool import PagedKVCache
@@ -38,19 +38,57 @@ def test_few_sizes_serve_all(xp):
     steps._xp = xp
     asked = [Sizes(1, 1, 0, 1), Sizes(9, 1, 1, 17), Sizes(65, 8, 2, 16), Sizes(300, 9, 9, 70)]
     asked.append(Sizes(16, 16, 16, 1))  # a token of each
+    asked += [Sizes(513, 1, 1, 33), Sizes(1025, 1, 1, 100), Sizes(2032, 1, 1, 255)]
     larger = [
         Sizes(16, 2, 1, 16),
         Sizes(16, 2, 1, 64),
         Sizes(128, 9, 8, 16),
         Sizes(320, 65, 64, 256),
         Sizes(16, 17, 16, 16),
+        Sizes(640, 2, 1, 64),
+        Sizes(1280, 2, 1, 256),
+        Sizes(2048, 2, 1, 256),
     ]
     assert [steps._sizes(one) for one in asked] == (asked if xp is np else larger)
+
+
+@pytest.mark.parametrize("eviction, asks", [("snapkv:16:window=4", True), ("keydiff:16", False)])
+def test_steps_whose_queries_are_kept_stay_short(open_llm, xp, eviction, asks):
+    few, runner = scheduler.PREFILL_TOKENS, open_llm(eviction=eviction).runner
+    assert runner.most == (few if asks or xp is np else memory.STEP_TOKENS)
 
 
 @pytest.fixture
 def tiny_model(open_llm):
     return open_llm(weights="fp16").model
+
+
+def test_activations_are_known_before(xp, rng, tiny_model, monkeypatch):
+    """What is reckoned is what a step allocates, one operand of a product and on a GPU products of
+    gates, which few tokens have."""
+    config, arrays, like = tiny_model.config, [], model.like
+
+    def noted(*args):
+        arrays.append(like(*args))
+        return arrays[-1]
+
+    monkeypatch.setattr(model, "like", noted)
+    cache, batch = cache_of(tiny_model, xp, 12), of_spans(spans_of(rng, [20], [0]), P, xp)
+    model.forward(tiny_model, batch, cache)
+    widest = max(config.embedding, config.heads * config.head_dim, config.feed_forward)
+    taken = sum(x.nbytes for x in arrays) + 4 * 20 * (config.embedding + widest)
+    gate_up = 0 if xp is np else 2 * config.feed_forward
+    assert memory.step_bytes(config, 20) == taken + 4 * 20 * gate_up
+
+
+def test_steps_of_prompts_alone(xp, tiny_model, monkeypatch):
+    """As long as their activations are small enough; on the host no longer than beside answers."""
+    few, config = scheduler.PREFILL_TOKENS, tiny_model.config
+    longest = few if xp is np else memory.STEP_TOKENS
+    assert memory.most_tokens(config, xp) == longest
+    for bound, tokens in ((1024, 1024), (1023, few), (1, few)):
+        monkeypatch.setattr(memory, "STEP_BYTES", memory.step_bytes(config, bound))
+        assert memory.most_tokens(config, xp) == min(tokens, longest)
 
 
 def cache_of(model, xp, pages):
@@ -127,15 +165,18 @@ def test_a_step_is_repeated_bit_for_bit(xp, rng, tiny_model, monkeypatch):
 
 @pytest.mark.gpu
 def test_graphs_share_the_memory_between_their_kernels(tiny_paths, rng):
-    """Those of fewer tokens need none of their own, once that of the most is there."""
+    """Those of fewer tokens need none of their own, once that of the most is there, nor do their
+    first calls."""
     import cupy
 
     llm = LLM(tiny_paths / "llama.gguf", device="cuda")
-    memory = cuda.GraphMemory()
-    steps = PromptSteps(llm.model, cache_of(llm.model, cupy, 200), cupy, memory)
-    sizes = []
+    shared = cuda.GraphMemory()
+    steps = PromptSteps(llm.model, cache_of(llm.model, cupy, 200), cupy, shared)
+    sizes, pool = [], cupy.get_default_memory_pool()
+    before = pool.total_bytes()
     for tokens in (512, 448, 384, 320, 256):
         for _ in range(3):
             steps.run(spans_of(rng, [tokens], [0]), [0])
-        sizes.append(sum(chunk.size for chunk in memory._chunks))
+        sizes.append(sum(chunk.size for chunk in shared._chunks))
     assert sizes[-1] <= 1.5 * sizes[0]
+    assert pool.total_bytes() - before < sizes[0] / 4

@@ -193,20 +193,21 @@ def test_launches_of_a_step(tiny_paths, device, monkeypatch, weights):
 
 
 def test_rows_of_graphs(xp):
-    """Powers of two, then multiples of 64; on the host as many as there are sequences."""
-    counts = [1, 2, 3, 5, 33, 64, 65, 128, 129, 500]
+    """Powers of two, then multiples of 64, then of an eighth of the next power; on the host as many
+    as there are sequences."""
+    counts = [1, 2, 3, 5, 33, 64, 65, 128, 129, 500, 513, 1024, 1025]
     rows = [model.graph_rows(n, xp) for n in counts]
-    assert rows == (counts if xp is np else [1, 2, 4, 8, 64, 64, 128, 128, 192, 512])
+    assert rows == (
+        counts if xp is np else [1, 2, 4, 8, 64, 64, 128, 128, 192, 512, 640, 1024, 1280]
+    )
 
 
 @without_simt
-def test_what_failed_is_not_reused(open_llm, rng, monkeypatch):
+def test_what_failed_is_not_reused(open_llm, rng, monkeypatch, shorten_steps):
     """A step that ends in an error may have left its entries unwritten."""
     llm = open_llm()
     prompt = tokens_of(rng, 40)
-    from pykv.llm import scheduler
-
-    monkeypatch.setattr(scheduler, "PREFILL_TOKENS", 16)
+    shorten_steps(16)
     forward, calls = model.forward, []
 
     def failing(*args, **options):

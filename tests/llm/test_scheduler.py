@@ -17,7 +17,8 @@ from pykv.llm.scheduler import Scheduler
 from pykv.llm.sequence import Sequence
 from tests.llm import tiny
 
-P, BUDGET, VOCAB = 4, 10, 11
+P, VOCAB = 4, 11
+BUDGET, LONG = 10, 27  # tokens of a step with answers, and without
 END = 0
 
 
@@ -49,11 +50,11 @@ class Fake:
     """A cache and a runner in one."""
 
     def __init__(self, pages, last, most_ahead=1):
-        self.manager, self.last = BlockManager(pages, P), last
+        self.manager, self.last, self.most = BlockManager(pages, P), last, LONG
         self.most_ahead = most_ahead
         self.states = {}  # the state that each slot holds
         self.computed = 0  # tokens of all steps
-        self.step_tokens = 0
+        self.step_tokens = self.step_answers = 0
         self.fails = self.spoils = self.stops = None
 
     def extend(self, pages, start, stop):
@@ -122,6 +123,7 @@ class Fake:
         self.fail("decode", [(s, 1) for s in sequences])
         for s in sequences:
             self.compute(s, 1)
+        self.step_answers += len(sequences)
         tokens = [self.draw(s) for s in sequences]
         if alone and self.most_ahead > 1:
             for s in sequences:
@@ -250,7 +252,7 @@ class World:
     def step(self):
         fake, stepped = self.fake, self.scheduler
         before = {s: len(s.generated) for s in self.live}
-        computed, fake.step_tokens = fake.computed, 0
+        computed, fake.step_tokens, fake.step_answers = fake.computed, 0, 0
         came = self.tiers and self.tiers.came
         try:
             changed = stepped.step()
@@ -277,7 +279,8 @@ class World:
                 self.end(s)
         for s in set(self.live) - set(changed):
             assert len(s.generated) == before[s] and not s.finish_reason
-        assert fake.step_tokens <= max(BUDGET, len(before) + max(P, fake.last))
+        most = BUDGET if fake.step_answers else LONG
+        assert fake.step_tokens <= max(most, len(before) + max(P, fake.last))
         if before:  # some have a token more, or a prompt is nearer to its end, or somebody stopped
             assert changed or fake.computed > computed or self.tiers and self.tiers.came > came
         self.check()
@@ -448,6 +451,21 @@ def test_a_shared_prefix_is_computed_once():
         assert world.fake.computed == len(start) + len(sequences) * (1 + 2)
         assert world.scheduler.stats.reused_tokens == (len(sequences) - 1) * len(start)
         assert [s.reused for s in sequences] == [0] + [len(start)] * (len(sequences) - 1)
+
+
+def test_steps_without_answers_are_longer():
+    """A prompt that comes beside an answer does not keep it waiting for more than BUDGET."""
+    world = World(100, prefix_cache=False)
+    fake, first, second = world.fake, world.make([1] * 60, 9), world.make([2] * 40, 3)
+    world.add(first)
+    for tokens in (LONG, LONG, 60 - 2 * LONG):
+        world.step()
+        assert (fake.step_answers, fake.step_tokens) == (0, tokens)
+    world.add(second)
+    for _ in range(4):
+        world.step()
+        assert (fake.step_answers, fake.step_tokens) == (1, BUDGET)
+    world.finish()
 
 
 def test_pages_ahead_are_for_all_or_none():

@@ -277,7 +277,7 @@ def test_a_model_that_is_loaded_finds_its_kernels_compiled(monkeypatch, kind, sm
     monkeypatch.setattr(op.cuda, "current_arch", lambda: f"sm_{sm}")
     monkeypatch.setattr(op.cuda, "current_sm", lambda: sm)
     monkeypatch.setattr(op.cuda, "compile", lambda *stem, **defines: made.append((*stem, defines)))
-    op.warm_up([kind])
+    op.warm_up([kind], [kind], "geglu")
     floats = np.dtype("f4"), np.dtype("f4")
     sizes = []
     for T in range(1, 9):
@@ -298,7 +298,9 @@ def test_a_model_that_is_loaded_finds_its_kernels_compiled(monkeypatch, kind, sm
         if linear_tiles.multiplies(kind, False, T, sm):
             for O in (576, 8192, 14336):
                 tiling = linear_tiles.choose(T, O, sm, 132)
-                ways.append(("linear_tiles", linear_tiles.defines(kind, *floats, tiling)))
+                for gate in (None, "geglu"):
+                    defines = linear_tiles.defines(kind, *floats, tiling, gate)
+                    ways.append(("linear_tiles", defines))
             ways.append(("linear_mma", linear_tiles.split_defines(kind, floats[0])))
             continue
         for O, I in ((576, 576), (14336, 4096)):

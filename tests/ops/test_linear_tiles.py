@@ -5,7 +5,7 @@ import pytest
 
 from pykv import cuda, planes
 from pykv.arrays import FLOATS
-from pykv.ops import block_linear
+from pykv.ops import activation, block_linear
 from pykv.ops import linear_tiles as op
 from pykv.ops.linear_mma import FLOAT_KINDS
 from tests.faults import fixed, scaled
@@ -16,12 +16,12 @@ from tests.simt import machine
 pytest.importorskip("gguf")
 
 
-def product(xp, x, w, kind, tiling, parts=None, bias=None, out=None):
+def product(xp, x, w, kind, tiling, parts=None, bias=None, out=None, gate=None):
     x, w = xp.asarray(x), xp.asarray(w)
-    accumulate = out is not None
-    out = xp.full((len(x), len(w)), np.nan, x.dtype) if out is None else xp.array(out)
+    accumulate, O = out is not None, len(w) // (2 if gate else 1)
+    out = xp.full((len(x), O), np.nan, x.dtype) if out is None else xp.array(out)
     bias = None if bias is None else xp.asarray(bias)
-    run = op.product(x, w, kind, bias, out, accumulate, tiling, parts)
+    run = op.product(x, w, kind, bias, out, accumulate, tiling, parts, gate=gate, early=True)
     run(dict(out=out, x=x, w=w, bias=bias, norm=None), None)
     return out
 
@@ -87,6 +87,35 @@ def test_bias_and_what_is_there(device, rng):
     bias, out = rng.standard_normal(41).astype("f4"), rng.standard_normal((40, 41)).astype("f4")
     got = product(device, x, w, "F16", tilings_here()[-1], bias=bias, out=out)
     assert_close_to_oracle(got, low + bias + out, oracle + bias + out)
+
+
+GATED = [
+    *(("Q4_K", 0, "swiglu", 1, True), ("Q4_K", 1, "geglu", 1, True)),
+    *(
+        ("Q4_K", 2, "swiglu", 1, False),
+        ("F16", 2, "geglu", 1, True),
+        ("BF16", 2, "geglu", 3, False),
+    ),
+    *swept((kind, number, "swiglu", 1, False) for kind in ("Q4_K", "F16") for number in (0, 1)),
+]
+
+
+@pytest.mark.parametrize("kind, number, gate, parts, is_bare", GATED, ids=str)
+def test_a_gate_of_pairs_of_products(device, rng, kind, number, gate, parts, is_bare):
+    """Is that of products that are there, bit for bit; with bias and what is there, of outputs at
+    an odd place where no two are stored at once; more tokens and outputs than a block has."""
+    tiling = tilings_here()[number]
+    T, O = (9, 21) if is_bare else (tiling.TILE_T + 3, tiling.TILE_O // 2 + 11)
+    x, w, *_ = inputs(rng, kind, FLOAT32, T, 2 * O, 256)
+    x *= 64
+    bias = None if is_bare else rng.standard_normal(2 * O).astype("f4")
+    out = None if is_bare else rng.standard_normal((T, O)).astype("f4")
+    products = product(device, x, w, kind, tiling, parts, bias=bias)
+    want = device.full((T, O), np.nan, np.float32) if is_bare else device.array(out)
+    finish = activation.launch_gated(gate, products, want, not is_bare)
+    finish(dict(out=want, x=products), None)
+    got = product(device, x, w, kind, tiling, parts, bias, out, gate)
+    assert_same_bits(got, to_numpy(want))
 
 
 def test_a_token_does_not_depend_on_others(device, rng):

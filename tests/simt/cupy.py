@@ -34,6 +34,11 @@ class MemoryPointer:
     def device_id(self):
         return device_of(self.ptr)
 
+    @property
+    def mem(self):
+        """The allocation, which is not told from what lies within it."""
+        return self
+
     def __add__(self, offset):
         return MemoryPointer(self.bytes()[offset:])
 

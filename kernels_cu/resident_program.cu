@@ -11,12 +11,15 @@
 //   host                u64, pinned memory of the host (host_ring.cuh): commands {STOP, row, 0 ...};
 //                       a result for each token, of whose words i is that of sequence i: the token in
 //                       its low 24 bits, a `Why` in its high 8
+//   told                [RING_SLOTS, T, W] u64, pinned memory of the host: in the low halves what
+//                       phases have left in `found` of each result; null where W = 0
 //   page_table   const  [T, M] int, -1 where a sequence has no page
 //   peaks        const  [T] int, the token drawn for each, -1 where logits are not finite
+//   found        const  [T, W] int, what phases found of the tokens beside; null where W = 0
 //   limits       const  [T] int, tokens of prompt and answer together at most
 //   ends         const  [T, E] int, tokens that end a sequence; -1 is none
-// Scalars:  phases as of phase_program.cu; T <= 8; M; P = tokens of a page; E; limit = ns of silence of
-//           the host after which the kernel ends behind a token
+// Scalars:  phases as of phase_program.cu; T <= 8; M; P = tokens of a page; E; W; limit = ns of silence
+//           of the host after which the kernel ends behind a token
 // Defines:  those of phase_program.cu; RING_SLOTS = slots of either ring, a power of two, and results
 //           of a launch at most: it waits for nobody to read them
 // Launch:   as of phase_program.cu
@@ -74,9 +77,11 @@ __device__ __forceinline__ Why why_of(int peak, int length, bool is_stopped, boo
 struct Sequences {
     int *ids, *positions, *slots, *lengths;
     u32* control;
-    u64* host;
-    const int *page_table, *peaks, *limits, *ends;
-    int T, M, P, E;
+    u64 *host, *told;
+    const int *page_table, *peaks;
+    const int* found;
+    const int *limits, *ends;
+    int T, M, P, E, W;
 };
 
 // A warp makes the inputs of the next token and tells the host of this one; a lane for each sequence.
@@ -102,7 +107,9 @@ __device__ __forceinline__ void advance(Talk& talk, State state, u32 stopped, co
     const bool lacks_page = __any_sync(FULL_MASK, why == OUT_OF_PAGES);
     if (!__any_sync(FULL_MASK, goes_on) && !lacks_page) state = OVER;
     if (state == STARTING) state = lacks_page ? NO_PAGES : is_last ? SPENT : RUNNING;
-    __threadfence_system();  // rows of this token, ahead of the result
+    u64* const told = s.told + (i64)(talk.number % RING_SLOTS) * s.T * s.W;
+    for (int i = lane; i < s.T * s.W; i += WARP) store_host(told + i, (u32)s.found[i]);
+    __threadfence_system();  // those, and rows of this token, ahead of the result
     post_result(s.host, talk.number, (u32)why << TOKEN_BITS | (why < TAKEN_BACK ? token : 0));
     if (state != RUNNING) post_state(s.host, state);
     __syncwarp();
@@ -115,8 +122,9 @@ __device__ __forceinline__ void advance(Talk& talk, State state, u32 stopped, co
 
 extern "C" __global__ void __launch_bounds__(BLOCK, ROWS <= 2 ? 256 / BLOCK : 1)
 resident_program(const u64* program, u32* counters, int* ids, int* positions, int* slots, int* lengths,
-                 u32* control, u64* host, const int* page_table, const int* peaks, const int* limits,
-                 const int* ends, int phases, int T, int M, int P, int E, u64 limit) {
+                 u32* control, u64* host, u64* told, const int* page_table, const int* peaks,
+                 const int* found, const int* limits, const int* ends, int phases, int T, int M, int P,
+                 int E, int W, u64 limit) {
     extern __shared__ __align__(128) float staged[];
     __shared__ Shared shared;
     __shared__ __align__(16) Phase held[2];
@@ -141,8 +149,8 @@ resident_program(const u64* program, u32* counters, int* ids, int* positions, in
         grid_wait(counters, ++over);
         if (talks) {
             advance(talk, state, stopped,
-                    {ids, positions, slots, lengths, control, host, page_table, peaks, limits, ends,
-                     T, M, P, E});
+                    {ids, positions, slots, lengths, control, host, told, page_table, peaks, found,
+                     limits, ends, T, M, P, E, W});
         }
         __syncthreads();
         grid_arrive(counters);
@@ -155,6 +163,7 @@ resident_program(const u64* program, u32* counters, int* ids, int* positions, in
 #else
 extern "C" __global__ void
 resident_program(const u64* program, u32* counters, int* ids, int* positions, int* slots, int* lengths,
-                 u32* control, u64* host, const int* page_table, const int* peaks, const int* limits,
-                 const int* ends, int phases, int T, int M, int P, int E, u64 limit) {}
+                 u32* control, u64* host, u64* told, const int* page_table, const int* peaks,
+                 const int* found, const int* limits, const int* ends, int phases, int T, int M, int P,
+                 int E, int W, u64 limit) {}
 #endif

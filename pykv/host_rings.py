@@ -17,6 +17,7 @@ may not have taken, so no slot is written again too soon.
 from __future__ import annotations
 
 import enum
+import math
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -49,6 +50,22 @@ class State(enum.IntEnum):
     NO_PAGES = 7  # a sequence has no page for its next token
 
 
+class Pinned:
+    """An array of pinned memory, zero, that a kernel may touch while the host does.
+
+    Attributes:
+        host: as NumPy's.
+        on_gpu: as the kernel's argument.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: Any) -> None:
+        dtype, size = np.dtype(dtype), math.prod(shape)
+        memory = load_cupy().cuda.alloc_pinned_memory(dtype.itemsize * size)
+        self.host = np.frombuffer(memory, dtype, size).reshape(shape)
+        self.host[...] = 0
+        self.on_gpu = from_pointer(self.host.ctypes.data, shape, dtype, owner=memory)
+
+
 class Rings:
     """Both rings and the words beside them; for one thread of the host at a time.
 
@@ -57,11 +74,9 @@ class Rings:
     """
 
     def __init__(self) -> None:
-        self._memory = load_cupy().cuda.alloc_pinned_memory(8 * _SIZE)
-        words = np.frombuffer(self._memory, np.uint64, _SIZE)
-        words[:] = 0
-        self._words = words.data  # a word takes a tenth of the time that NumPy's takes
-        self.on_gpu = from_pointer(words.ctypes.data, (_SIZE,), np.uint64, owner=self._memory)
+        words = Pinned((_SIZE,), np.uint64)
+        self._words = words.host.data  # a word takes a tenth of the time that NumPy's takes
+        self.on_gpu = words.on_gpu
 
     def begin(self) -> None:
         """Forget how a kernel ended, before another; messages are numbered on."""

@@ -94,10 +94,9 @@ class LLM:
             wait for each other (up to 8 answers, from sm_70 on; of more it is "graph"); or as
             "steps", a launch after the other. Tokens are the same up to sums in another order.
         max_tokens_resident: with decode="persistent", tokens of each answer that one launch draws,
-            up to 64, where all answers are greedy and ask for no logprobs, biases or penalties, and
-            no prompt is being read; the host reads them while they come. Other work of the GPU
-            waits for the end of a launch, prompts of this LLM for that of a token; 1: each token is
-            a launch.
+            up to 64, where no prompt is being read, no answer is held to a grammar or still below
+            its min_tokens; the host reads them while they come. Other work of the GPU waits for the
+            end of a launch, prompts of this LLM for that of a token; 1: each token is a launch.
         progress: show a bar on stderr while weights are read.
         require_sm: refuse a device that is no GPU of at least this SM, such as 80.
 

@@ -9,23 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Several
 
-from pykv.llm.sampling import NO_PENALTIES
+from pykv.llm.sampling import TokenLogprobs
 from pykv.llm.sequence import Sequence
 from pykv.ops.resident_program import ENDS, ResidentProgram, Why
 
 
-def is_greedy(s: Sequence) -> bool:
-    """Whether the likeliest token alone is asked for, which needs nothing of the host."""
-    p = s.params
-    return (
-        p.temperature == 0
-        and p.penalties == NO_PENALTIES
-        and not p.logit_bias
-        and p.logprobs is None
-        and s.mask is None
-        and len(s.generated) >= p.min_tokens
-        and len(s.end_ids) <= ENDS
-    )
+def can_stay(s: Sequence) -> bool:
+    """Whether its next tokens need nothing of the host."""
+    is_long_enough = len(s.generated) >= s.params.min_tokens
+    return s.mask is None and is_long_enough and len(s.end_ids) <= ENDS
 
 
 class Residency:
@@ -34,7 +26,7 @@ class Residency:
     Args:
         program: whose inputs hold the last tokens of the sequences; all of its earlier launches are
             over.
-        sequences: in the order of its rows, that are greedy.
+        sequences: in the order of its rows, that can stay.
         rows: of the program.
         tokens: of each at most.
     """
@@ -52,8 +44,9 @@ class Residency:
         program.launch(tokens, limits, ends)
 
     def take(self, sequences: Several[Sequence]) -> list[int] | None:
-        """The next token of each, -1 where logits are not finite; None: others are asked for, or
-        the launch has given all that it had. Waits for it.
+        """The next token of each, -1 where logits are not finite, whose log probabilities the
+        sequences get; None: others are asked for, or the launch has given all that it had. Waits
+        for it.
 
         Raises:
             CudaError: the launch has failed.
@@ -65,8 +58,13 @@ class Residency:
             return None
         drawn = self._program.take()
         self._ended |= {row for row, x in enumerate(drawn) if x.why != Why.NEXT}
-        found = [drawn[self._rows[id(s)]] for s in sequences]
-        return [-1 if x.why == Why.NOT_FINITE else x.token for x in found]
+        tokens = []
+        for s in sequences:
+            x = drawn[self._rows[id(s)]]
+            tokens.append(-1 if x.why == Why.NOT_FINITE else x.token)
+            if s.params.logprobs is not None:
+                s.logprobs.append(TokenLogprobs(tokens[-1], x.logprob, x.top))
+        return tokens
 
     def leave(self, s: Sequence) -> None:
         """Write no more of a sequence. Waits for the token under way.

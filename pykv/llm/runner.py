@@ -18,12 +18,13 @@ from pykv import cuda
 from pykv.errors import UnsupportedError
 from pykv.eviction import AdaKV, Policy
 from pykv.llm import memory, scheduler, token_program
+from pykv.llm.drawing import asked_of
 from pykv.llm.evictor import Evictor
 from pykv.llm.head_rows import HeadRows
 from pykv.llm.model import Batch, forward, graph_rows, step_of
 from pykv.llm.prefill_device import PrefillDevice
 from pykv.llm.prompt_steps import PromptSteps, Span, of_spans
-from pykv.llm.residency import Residency, is_greedy
+from pykv.llm.residency import Residency, can_stay
 from pykv.llm.sampler import Sampler
 from pykv.llm.scheduler import Piece
 from pykv.llm.sequence import Sequence
@@ -52,7 +53,7 @@ class ModelRunner:
             asks to look at all page tables, "persistent" is what "graph" is.
         prefill: computes prompts on another GPU; None: this one does.
         max_tokens_resident: tokens that a launch of "persistent" draws of each sequence, at most,
-            where all are greedy and nothing else is due; 1: each is a launch.
+            where nothing else is due, and none needs the host; 1: each is a launch.
 
     Raises:
         UnsupportedError: `decode` is "persistent" with an eviction, or token_program.check says so.
@@ -124,7 +125,7 @@ class ModelRunner:
     def ahead(self, sequences: list[Sequence]) -> int:
         """How many tokens of each answer are drawn by one launch."""
         rows = graph_rows(len(sequences), self.xp)
-        goes_on = self._way(rows) == "persistent" and all(map(is_greedy, sequences))
+        goes_on = self._way(rows) == "persistent" and all(map(can_stay, sequences))
         return self._max_resident if goes_on else 1
 
     def decode(self, sequences: list[Sequence], alone: bool) -> list[int]:
@@ -313,7 +314,9 @@ class _Decoder:
     def stay(self, sequences: list[Sequence], tokens: int) -> Residency:
         """Begin to draw from the last token of each sequence on."""
         self._fill_inputs(sequences)
-        return Residency(self._step.resident, sequences, len(self._packed[0]), tokens)
+        program, draw = self._step.resident(asked_of(sequences))
+        draw.fill(sequences)
+        return Residency(program, sequences, len(self._packed[0]), tokens)
 
     def _fill_inputs(self, sequences: list[Sequence]) -> None:
         """Show the step the last token and the pages of each sequence."""

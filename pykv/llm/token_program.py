@@ -5,7 +5,7 @@ Dimensions: as in pykv/llm/model.py; T is the number of sequences.
 
 from __future__ import annotations
 
-from functools import cached_property, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +14,7 @@ from pykv import cuda
 from pykv.arrays import like, on_gpu
 from pykv.errors import UnsupportedError
 from pykv.llm import matrices
+from pykv.llm.drawing import Asked, DrawPhases
 from pykv.llm.model import Batch
 from pykv.llm.weights import Layer, Model
 from pykv.ops.phase_program import OLDEST_SM, PhaseProgram
@@ -25,8 +26,8 @@ TOKENS = 8  # at most
 
 
 class TokenPhases(NamedTuple):
-    """The phases of a step, in order, and what they leave: logits [T, V] float32, and the index of
-    the largest of each row, [T] int32, -1 where it is not finite."""
+    """The phases of a step, in order, and what they leave: logits [T, V] float32, and, by the last
+    one, the index of the largest of each row, [T] int32, -1 where it is not finite."""
 
     phases: list[Any]
     logits: Any
@@ -163,14 +164,19 @@ class TokenStep:
         self._phases, self._logits, self.peaks = token_phases(model, batch, cache)
         self._program = PhaseProgram(self._phases)
         self._batch, self._page_size = batch, cache.page_size
+        self._resident: dict[Asked, tuple[ResidentProgram, DrawPhases]] = {}
 
     def __call__(self) -> Any:
         self._program()
         return self._logits
 
-    @cached_property
-    def resident(self) -> ResidentProgram:
-        """What goes on from the batch that is there, without logits."""
-        b = self._batch
-        inputs = Inputs(b.ids, b.positions, b.slots, b.lengths, b.page_table, self.peaks)
-        return ResidentProgram(self._phases, inputs, self._page_size)
+    def resident(self, asked: Asked) -> tuple[ResidentProgram, DrawPhases]:
+        """What goes on from the batch that is there, without logits, and draws as asked; and what
+        must be filled before each launch of it."""
+        if asked not in self._resident:
+            b = self._batch
+            draw = DrawPhases(asked, self._logits, b, self.peaks)
+            inputs = Inputs(b.ids, b.positions, b.slots, b.lengths, b.page_table, self.peaks)
+            program = ResidentProgram([*self._phases[:-1], *draw.phases], inputs, self._page_size)
+            self._resident[asked] = program, draw
+        return self._resident[asked]

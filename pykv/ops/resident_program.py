@@ -17,8 +17,9 @@ import numpy as np
 from pykv import cuda
 from pykv.arrays import INT32, like, on_gpu
 from pykv.checker import checker
+from pykv.draw_phases import Logprobs
 from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError, UnsupportedError
-from pykv.host_rings import SLOTS, RingKernel, State
+from pykv.host_rings import SLOTS, Pinned, RingKernel, State
 from pykv.ops import phase_program
 from pykv.options import check_number, check_whole
 from pykv.overlaps import place_of, share
@@ -31,8 +32,8 @@ _LOOKS = 64  # at the ring between two at the kernel's stream, which takes longe
 _STOP = 1  # kind of a command
 _TOKEN_BITS = 24  # of a word of a result; what follows is above
 
-# Of one program; its phases are those of phase_program, which has more.
-VARIANTS: list[dict[str, Any]] = [phase_program.VARIANTS[-2] | dict(RING_SLOTS=SLOTS)]
+# Of one program, which draws; its phases are those of phase_program, which has more.
+VARIANTS: list[dict[str, Any]] = [phase_program.VARIANTS[-2] | dict(RING_SLOTS=SLOTS, DRAWS=1)]
 VARIANTS_SMS = range(0)  # none at import: compiled by the first program of its kinds
 
 
@@ -67,10 +68,17 @@ class Why(enum.IntEnum):
 
 
 class Drawn(NamedTuple):
-    """A token of a sequence, of no meaning if `why` says that there is none."""
+    """A token of a sequence, of no meaning if `why` says that there is none.
+
+    Attributes:
+        logprob, top: where phases find Logprobs, what they find of it: its own and the likeliest
+            tokens', likeliest first.
+    """
 
     token: int
     why: Why
+    logprob: Any = None  # a float
+    top: Any = None  # floats by token
 
 
 class Counts(NamedTuple):
@@ -86,7 +94,8 @@ class ResidentProgram:
     ends these and makes the inputs of the next token without the host.
 
     Args:
-        phases: of one token, as of PhaseProgram; they read `inputs`, and an Argmax leaves `peaks`.
+        phases: of one token, as of PhaseProgram; they read `inputs`, and an Argmax or a Draw leaves
+            `peaks`. Results tell what a Logprobs has left.
         inputs: of T sequences, 1 to 8.
         page_size: tokens of a page.
         blocks: of the launch at most; None: as many as the GPU runs at once and have work.
@@ -139,6 +148,7 @@ class ResidentProgram:
         dims = _check(*inputs)
         self._T = dims["T"]
         self._check_phases()
+        self._found = next((p.out for p in self._phases if isinstance(p, Logprobs)), None)
         self._results: deque[list[Drawn]] = deque()
         self._runs, self._state = False, State.OVER
         self._launches = self._tokens = 0
@@ -170,7 +180,8 @@ class ResidentProgram:
         """All that a launch needs: its kernel is loaded and its memory there."""
         T = self._T
         packed = phase_program.pack(_OP, self._phases)
-        scalars = dict(T=T, M=dims["M"], P=self._page_size, E=ENDS, limit=int(seconds * 1e9))
+        W = 0 if self._found is None else int(self._found.shape[1])
+        scalars = dict(T=T, M=dims["M"], P=self._page_size, E=ENDS, W=W, limit=int(seconds * 1e9))
         self._launch = packed.launch("resident_program", blocks, scalars, RING_SLOTS=SLOTS)
         self._words = like(self._inputs.ids, (T + T * ENDS + 4,), np.int32)  # of a launch
         self._scratch, self._device = packed.scratch, packed.device
@@ -180,6 +191,8 @@ class ResidentProgram:
             ends=self._words[T:-4],
             control=self._words[-4:].view(np.uint32),
         )
+        self._told = Pinned((SLOTS, T, W), np.uint64) if W else None
+        self._arrays |= dict(found=self._found, told=self._told and self._told.on_gpu)
         self._kernel = RingKernel(_OP)
 
     def launch(self, tokens: int, limits: Sequence[int], ends: Sequence[Sequence[int]]) -> None:
@@ -344,9 +357,13 @@ class ResidentProgram:
         words = self._kernel.rings.result(self._number)
         if words is None:
             return False
-        self._number += 1
         mask = (1 << _TOKEN_BITS) - 1
-        self._results.append([Drawn(x & mask, Why(x >> _TOKEN_BITS)) for x in words[: self._T]])
+        drawn = [Drawn(x & mask, Why(x >> _TOKEN_BITS)) for x in words[: self._T]]
+        if self._told is not None:
+            words = self._told.host[self._number % SLOTS]
+            drawn = _with_logprobs(drawn, words.astype(np.uint32).view(np.int32))
+        self._results.append(drawn)
+        self._number += 1
         return True
 
     def _advance_on_host(self) -> None:
@@ -355,6 +372,8 @@ class ResidentProgram:
         self._left -= 1
         ends = self._ends_of.reshape(self._T, ENDS)
         drawn = reference(self._inputs, self._page_size, self._limits, ends, self._left == 0)
+        if self._found is not None:
+            drawn = _with_logprobs(drawn, self._found)
         self._results.append(drawn)
         whys = {x.why for x in drawn}
         if not whys & {Why.NEXT, Why.OUT_OF_PAGES}:
@@ -395,6 +414,19 @@ def reference(inputs: Inputs, page_size: int, limits: Any, ends: Any, is_last: b
             if page >= 0:
                 inputs.slots[row] = page * page_size + length % page_size
     return drawn
+
+
+def _with_logprobs(drawn: list[Drawn], found: Any) -> list[Drawn]:
+    """Results beside what a Logprobs left of them, [T, 1 + 2 K] int32."""
+    K = found.shape[1] // 2
+    rows = zip(drawn, found.tolist(), found.view(np.float32).tolist(), strict=True)
+    return [
+        x._replace(
+            logprob=values[0],
+            top={i: v for i, v in zip(ids[1 : 1 + K], values[1 + K :], strict=True) if i >= 0},
+        )
+        for x, ids, values in rows
+    ]
 
 
 def _clear(inputs: Inputs, row: int) -> None:

@@ -5,7 +5,7 @@ Dimensions: as in pykv/llm/model.py; T is the number of sequences.
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -150,6 +150,7 @@ class TokenStep:
 
     Args:
         model, batch, cache: as of token_phases.
+        blocks: of a launch at most; None: as many as the GPU runs at once and have work.
 
     Attributes:
         peaks: where a step leaves the likeliest token of each row.
@@ -160,11 +161,16 @@ class TokenStep:
     Called, it does one step and returns its logits, the same array at each call.
     """
 
-    def __init__(self, model: Model, batch: Batch, cache: PagedKVCache) -> None:
+    def __init__(
+        self, model: Model, batch: Batch, cache: PagedKVCache, blocks: int | None = None
+    ) -> None:
         self._phases, self._logits, self.peaks = token_phases(model, batch, cache)
-        self._program = PhaseProgram(self._phases)
-        self._batch, self._page_size = batch, cache.page_size
+        self._blocks, self._batch, self._page_size = blocks, batch, cache.page_size
         self._resident: dict[Asked, tuple[ResidentProgram, DrawPhases]] = {}
+
+    @cached_property
+    def _program(self) -> PhaseProgram:
+        return PhaseProgram(self._phases, blocks=self._blocks)
 
     def __call__(self) -> Any:
         self._program()
@@ -177,6 +183,7 @@ class TokenStep:
             b = self._batch
             draw = DrawPhases(asked, self._logits, b, self.peaks)
             inputs = Inputs(b.ids, b.positions, b.slots, b.lengths, b.page_table, self.peaks)
-            program = ResidentProgram([*self._phases[:-1], *draw.phases], inputs, self._page_size)
+            phases = [*self._phases[:-1], *draw.phases]
+            program = ResidentProgram(phases, inputs, self._page_size, blocks=self._blocks)
             self._resident[asked] = program, draw
         return self._resident[asked]

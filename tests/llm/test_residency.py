@@ -28,8 +28,8 @@ def open_(tmp_path, xp, monkeypatch):
     monkeypatch.setattr("pykv.cuda.array_module", lambda device: np if device == "cpu" else xp)
     if xp is simt:
         monkeypatch.setattr(machine, "ARCH", "sm_90")
-        few = lambda *given: PhaseProgram(*given, blocks=2)  # noqa: E731
-        stays = lambda *given: ResidentProgram(*given, blocks=2, silence=60.0)  # noqa: E731
+        few = lambda *given, blocks: PhaseProgram(*given, blocks=2)  # noqa: E731
+        stays = lambda *given, blocks: ResidentProgram(*given, blocks=2, silence=60.0)  # noqa: E731
         monkeypatch.setattr(token_program, "PhaseProgram", few)
         monkeypatch.setattr(token_program, "ResidentProgram", stays)
 
@@ -242,6 +242,20 @@ def test_wrong_bounds(on_host):
     for most in (0, 65):
         with pytest.raises(ParameterError, match=f"LLM: max_tokens_resident is {most}, expect"):
             on_host(max_tokens_resident=most)
+    with pytest.raises(ParameterError, match="LLM: max_sms_resident is 0, expected"):
+        on_host(max_sms_resident=0)
+
+
+def test_launches_keep_to_their_sms(on_host, monkeypatch):
+    """A block of a launch for each."""
+    made = []
+    for name, kind in (("ResidentProgram", ResidentProgram), ("PhaseProgram", PhaseProgram)):
+        count = lambda *given, blocks, kind=kind: (made.append(blocks), kind(*given))[1]  # noqa: E731
+        monkeypatch.setattr(token_program, name, count)
+    llm = on_host(max_sms_resident=3)
+    llm.generate([[5, 6, 7]], greedy(4))
+    llm.generate([[5, 6, 7]], SamplingParams(max_tokens=2, min_tokens=2))
+    assert made == [3, 3]
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -5,6 +5,7 @@ Layout, in words of 8 bytes (kernels_cu/host_ring.cuh has the kernel's side):
     0    beat       counts the host's calls: where it stands still for too long, the kernel ends
     1    abort      1: the kernel ends before its next command
     16   state      a `State`
+    17   taken      commands that the kernel has taken since it began; a Mailbox tells nothing
     32   commands   SLOTS slots of 8 words, host to kernel
     ...  results    SLOTS slots of 8 words, kernel to host
 
@@ -31,7 +32,7 @@ from pykv.foreign import from_pointer
 
 SLOTS = 64  # of either ring
 _WORDS = 8  # of a slot
-_BEAT, _ABORT, _STATE, _COMMANDS = 0, 1, 16, 32
+_BEAT, _ABORT, _STATE, _TAKEN, _COMMANDS = 0, 1, 16, 17, 32
 _RESULTS = _COMMANDS + SLOTS * _WORDS
 _SIZE = _RESULTS + SLOTS * _WORDS
 _LOW = 0xFFFFFFFF
@@ -80,7 +81,7 @@ class Rings:
 
     def begin(self) -> None:
         """Forget how a kernel ended, before another; messages are numbered on."""
-        self._words[_ABORT], self._words[_STATE] = 0, State.STARTING
+        self._words[_ABORT], self._words[_STATE], self._words[_TAKEN] = 0, State.STARTING, 0
 
     def beat(self) -> None:
         """Tell the kernel that the host lives."""
@@ -93,6 +94,10 @@ class Rings:
     def state(self) -> State:
         """What the kernel said last of itself."""
         return State(self._words[_STATE])
+
+    def taken(self) -> int:
+        """How many commands the kernel has taken since it began, at least."""
+        return int(self._words[_TAKEN])
 
     def post(self, number: int, payload: Sequence[int]) -> None:
         """Write a command of up to 8 integers of 32 bits."""

@@ -30,9 +30,10 @@ from pykv.llm.sequence import Sequence
 from pykv.llm.token_program import TokenPhases, token_phases
 from pykv.llm.weights import Model
 from pykv.ops.phase_program import OLDEST_SM, PhaseProgram
-from pykv.ops.resident_program import Inputs, ResidentProgram
+from pykv.ops.resident_program import ResidentProgram
 from pykv.phases import Argmax, Attention, Embed
 from pykv.pool import PagedKVCache
+from pykv.resident_tokens import Inputs
 from pykv.testing import caches
 from pykv.testing.compare import host
 

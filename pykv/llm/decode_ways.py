@@ -82,7 +82,7 @@ class DecodeWays:
     Args:
         model: its weights.
         cache: of the kind that is decoded with; not touched.
-        tokens: that a launch of "persistent" draws.
+        tokens: that a launch of "persistent" draws, at most MOST_TOKENS.
         sms: that it takes at most, or None.
         make: a runner on another cache, by a way.
     """

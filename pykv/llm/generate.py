@@ -30,7 +30,6 @@ from pykv.llm.sessions import Session
 from pykv.llm.tiering import check_tiers, open_tiers
 from pykv.llm.tokenizer import Tokenizer
 from pykv.llm.weights import Model
-from pykv.ops.resident_program import MOST_TOKENS
 from pykv.options import check_choice, check_flag, check_whole
 from pykv.pool import PagedKVCache
 from pykv.specs import KVSpec, as_spec
@@ -95,9 +94,10 @@ class LLM:
             the other. "auto" takes the faster one of the first two, see pykv.llm.calibrate. Tokens
             are the same up to sums in another order.
         max_tokens_resident: with "persistent", tokens of each answer that one launch draws,
-            up to 64, where no prompt is being read, no answer is held to a grammar or still below
-            its min_tokens; the host reads them while they come. Other work of the GPU waits for the
-            end of a launch, prompts of this LLM for that of a token; 1: each token is a launch.
+            where no prompt is being read, no answer is held to a grammar or still below its
+            min_tokens; the host reads them while they come, and gives answers pages that they come
+            to. Other work of the GPU waits for the end of a launch, prompts of this LLM for that of
+            a token; 1: each token is a launch.
         max_sms_resident: SMs that a launch of "persistent" takes at most, so that kernels of other
             streams and processes find room beside it; None: all.
         progress: show a bar on stderr while weights are read.
@@ -141,7 +141,7 @@ class LLM:
         host_cache: str | int | None = None,
         disk_cache: str | None = None,
         decode: str = "auto",
-        max_tokens_resident: int = MOST_TOKENS,
+        max_tokens_resident: int = 64,
         max_sms_resident: int | None = None,
         progress: bool = False,
         require_sm: int = 0,
@@ -152,7 +152,7 @@ class LLM:
         self.weights_dtype: str = matrices.STORED if dtype is None else np.dtype(dtype).name
         check_flag("LLM", "progress", progress)
         check_choice("LLM", "decode", decode, DECODES)
-        resident = check_whole("LLM", "max_tokens_resident", max_tokens_resident, 1, MOST_TOKENS)
+        resident = check_whole("LLM", "max_tokens_resident", max_tokens_resident, 1)
         if max_sms_resident is not None:
             max_sms_resident = check_whole("LLM", "max_sms_resident", max_sms_resident, 1)
         require_sm = check_whole("LLM", "require_sm", require_sm, 0)

@@ -11,7 +11,10 @@ from collections.abc import Sequence as Several
 
 from pykv.llm.sampling import TokenLogprobs
 from pykv.llm.sequence import Sequence
-from pykv.ops.resident_program import ENDS, ResidentProgram, Why
+from pykv.ops.resident_program import ENDS, MOST_TOKENS, ResidentProgram
+from pykv.resident_tokens import Why
+
+_GRANTED = 16  # tokens that are granted together
 
 
 def can_stay(s: Sequence) -> bool:
@@ -27,21 +30,29 @@ class Residency:
         program: whose inputs hold the last tokens of the sequences; all of its earlier launches are
             over.
         sequences: in the order of its rows, that can stay.
-        rows: of the program.
-        tokens: of each at most.
+        size: rows of the program, and pages of each.
+        tokens: of each at most. Where that is more than may be granted at once, the launch is
+            told of more, and of pages that sequences have got meanwhile, as tokens are taken.
     """
 
     def __init__(
-        self, program: ResidentProgram, sequences: Several[Sequence], rows: int, tokens: int
+        self,
+        program: ResidentProgram,
+        sequences: Several[Sequence],
+        size: tuple[int, int],
+        tokens: int,
     ) -> None:
-        nobody = rows - len(sequences)
+        nobody = size[0] - len(sequences)
         limits = [s.limit for s in sequences] + [0] * nobody
         ends = [sorted(s.end_ids) for s in sequences] + [[]] * nobody
         self._program = program
         self._rows = {id(s): row for row, s in enumerate(sequences)}
         self._sequences = list(sequences)  # whose ids stay theirs
         self._ended: set[int] = set()  # rows of which no token follows
-        program.launch(tokens, limits, ends)
+        granted = min(tokens, MOST_TOKENS)
+        self._left, self._taken = tokens - granted, 0  # to grant; since that was done last
+        self._width, self._pages = size[1], {id(s): len(s.pages) for s in sequences}
+        program.launch(granted, limits, ends)
 
     def take(self, sequences: Several[Sequence]) -> list[int] | None:
         """The next token of each, -1 where logits are not finite, whose log probabilities the
@@ -57,6 +68,9 @@ class Residency:
         if is_over or not self._program.await_result():
             return None
         drawn = self._program.take()
+        self._taken += 1
+        if self._left > 0 and self._taken >= _GRANTED:
+            self._extend(sequences)
         self._ended |= {row for row, x in enumerate(drawn) if x.why != Why.NEXT}
         tokens = []
         for s in sequences:
@@ -65,6 +79,19 @@ class Residency:
             if s.params.logprobs is not None:
                 s.logprobs.append(TokenLogprobs(tokens[-1], x.logprob, x.top))
         return tokens
+
+    def _extend(self, sequences: Several[Sequence]) -> None:
+        """Grant as many tokens as were taken, on the pages that sequences have by now."""
+        counts = {s: min(len(s.pages), self._width) for s in sequences}
+        pages = [
+            (self._rows[id(s)], self._pages[id(s)], s.pages[self._pages[id(s)] : count])
+            for s, count in counts.items()
+        ]
+        tokens = min(self._taken, self._left)
+        if self._program.extend(tokens, pages):
+            self._left -= tokens
+            self._pages |= {id(s): count for s, count in counts.items()}
+        self._taken -= tokens  # else they are forgotten, and the launch ends a little sooner
 
     def leave(self, s: Sequence) -> None:
         """Write no more of a sequence. Waits for the token under way.

@@ -31,6 +31,7 @@ from pykv.llm.scheduler import Piece
 from pykv.llm.sequence import Sequence
 from pykv.llm.weights import Model
 from pykv.ops import paged_check
+from pykv.ops.resident_program import MOST_TOKENS
 from pykv.pool import PagedKVCache
 
 CLAMPED_SHARE = 1e-3  # of the elements of a layer's keys or values that shared scales clamp
@@ -85,7 +86,7 @@ class ModelRunner:
         self._ways: DecodeWays | None = None
         self._max_sms = max_sms_resident
         if decode == "auto" and xp is not np and eviction is None:
-            bounds = max_tokens_resident, max_sms_resident
+            bounds = min(max_tokens_resident, MOST_TOKENS), max_sms_resident
 
             def make(cache: PagedKVCache, way: str) -> ModelRunner:
                 return ModelRunner(model, cache, xp, None, way, None, *bounds)
@@ -135,10 +136,12 @@ class ModelRunner:
         return tokens
 
     def ahead(self, sequences: list[Sequence]) -> int:
-        """How many tokens of each answer are drawn by one launch."""
+        """How many tokens of each answer a launch may draw before the host looks at them."""
         can_go_on = self._max_resident > 1 and all(map(can_stay, sequences))
         rows = graph_rows(len(sequences), self.xp)
-        return self._max_resident if can_go_on and self._way(rows) == "persistent" else 1
+        if not can_go_on or self._way(rows) != "persistent":
+            return 1
+        return min(self._max_resident, MOST_TOKENS)
 
     def decode(self, sequences: list[Sequence], alone: bool) -> list[int]:
         """Put the last token of every answer into the cache, and draw the next."""
@@ -150,8 +153,8 @@ class ModelRunner:
         if tokens is None:
             self._end_residency()
             decoder = self._decoder_for(sequences)
-            if alone and (ahead := self.ahead(sequences)) > 1:
-                self._residency = decoder.stay(sequences, ahead)
+            if alone and self.ahead(sequences) > 1:
+                self._residency = decoder.stay(sequences, self._max_resident)
                 tokens = self._residency.take(sequences)
         if tokens is not None:
             for s in sequences:
@@ -350,7 +353,7 @@ class _Decoder:
         self._fill_inputs(sequences)
         program, draw = self._step.resident(asked_of(sequences))
         draw.fill(sequences)
-        return Residency(program, sequences, len(self._packed[0]), tokens)
+        return Residency(program, sequences, self._pages.shape, tokens)
 
     def _fill_inputs(self, sequences: list[Sequence]) -> None:
         """Show the step the last token and the pages of each sequence."""

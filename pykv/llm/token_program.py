@@ -18,9 +18,10 @@ from pykv.llm.drawing import Asked, DrawPhases
 from pykv.llm.model import Batch
 from pykv.llm.weights import Layer, Model
 from pykv.ops.phase_program import OLDEST_SM, PhaseProgram
-from pykv.ops.resident_program import Inputs, ResidentProgram
+from pykv.ops.resident_program import ResidentProgram
 from pykv.phases import AddNorm, Append, Argmax, Attend, Attention, Embed, Product
 from pykv.pool import PagedKVCache
+from pykv.resident_tokens import Inputs
 
 TOKENS = 8  # at most
 

@@ -14,7 +14,7 @@ from pykv.llm import LLM, SamplingParams, token_program
 from pykv.llm.residency import can_stay
 from pykv.llm.sequence import Sequence
 from pykv.ops.phase_program import PhaseProgram
-from pykv.ops.resident_program import ENDS, ResidentProgram
+from pykv.ops.resident_program import ENDS, MOST_TOKENS, ResidentProgram
 from tests.helpers import swept
 from tests.llm import tiny
 from tests.llm.test_model import greedy
@@ -119,10 +119,21 @@ def test_streams_that_begin_and_stop_meanwhile(open_):
 def test_a_launch_has_a_bound(on_host):
     prompt = list(range(5, 12))
     want = on_host(decode="steps").generate([prompt], greedy(20))[0].token_ids
-    for most, count in ((1, 0), (6, 4), (64, 1)):
+    for most, count in ((1, 0), (6, 4), (64, 1), (100, 1)):
         llm = on_host(max_tokens_resident=most)
         assert llm.generate([prompt], greedy(20))[0].token_ids == want
         assert launches(llm) == count
+
+
+def test_launches_that_are_extended(on_host, rng):
+    """On pages that answers get meanwhile: by one launch."""
+    prompts = [rng.integers(3, 200, n).tolist() for n in (9, 30)]
+    params = [greedy(150), greedy(120, logprobs=1, temperature=0.9)]
+    options = dict(prefix_cache=False, page_size=4)
+    want = on_host(decode="steps", **options).generate(prompts, params)
+    llm = on_host(max_tokens_resident=1000, **options)
+    assert llm.generate(prompts, params) == want
+    assert launches(llm) == 1 and len(want[0].token_ids) > 2 * MOST_TOKENS - 10
 
 
 def test_stop_strings_and_streams(on_host):
@@ -239,9 +250,8 @@ def test_what_needs_the_host_goes_step_by_step(on_host):
 
 
 def test_wrong_bounds(on_host):
-    for most in (0, 65):
-        with pytest.raises(ParameterError, match=f"LLM: max_tokens_resident is {most}, expect"):
-            on_host(max_tokens_resident=most)
+    with pytest.raises(ParameterError, match="LLM: max_tokens_resident is 0, expected"):
+        on_host(max_tokens_resident=0)
     with pytest.raises(ParameterError, match="LLM: max_sms_resident is 0, expected"):
         on_host(max_sms_resident=0)
 

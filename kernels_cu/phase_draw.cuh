@@ -36,7 +36,7 @@ struct Kept {
     int index;         // up to this index
 };
 
-// Rounds of top_k, of top_p, then the draw.
+// A round of top_k or of top_p, or the draw.
 struct Draw {
     int* out;
     const float* logits;
@@ -48,7 +48,8 @@ struct Draw {
     u64 *bins, *sums;              // [T, BINS], zero before and behind; [T, PARTS]
     Kept* kept;                    // [T]
     u32* counters;
-    int V, round;
+    int V;
+    int is_first, by_mass, round;  // min_p is the first one's; by_mass: of top_p
 };
 
 // The log probabilities of a row's token and of its likeliest ones.
@@ -99,26 +100,31 @@ __device__ __forceinline__ bool takes_best(const Draw& p, int row) {
     return !(p.temperature[row] > 0.0f) || p.top_k[row] == 1 || p.best[row] < 0;
 }
 
-__device__ __forceinline__ Row<false> row_of(const Draw& p, int row, u32 level, int index) {
+// What the phases ahead have kept of a row.
+__device__ __forceinline__ Kept kept_of(const Draw& p, int row) {
+    return p.is_first ? Kept{0, 0, level_of_min_p(p.min_p[row]), p.V - 1} : p.kept[row];
+}
+
+__device__ __forceinline__ Row<false> row_of(const Draw& p, int row, const Kept& kept) {
     const float* logits = p.logits + (i64)row * p.V;
     const float scale = __fdiv_rn(STEPS_PER_NAT, p.temperature[row]);
-    return {logits, p.V, logits[p.best[row]], scale, level, index};
+    return {logits, p.V, logits[p.best[row]], scale, kept.level, kept.index};
 }
 
 // A round of a filter over a part of a row.
 __device__ __forceinline__ void filter_tile(DrawShared& shared, const Draw& p, int tile) {
     const int b = tile / PARTS, share = (p.V + PARTS - 1) / PARTS;
-    const bool is_first = p.round == 0, by_mass = p.round >= ROUNDS;
-    const int round = p.round % ROUNDS, k = p.top_k[b];
+    const bool by_mass = p.by_mass;
+    const int round = p.round, k = p.top_k[b];
     if (takes_best(p, b)) return;  // the whole block
     Kept& kept = p.kept[b];
-    const Kept before = is_first ? Kept{0, 0, level_of_min_p(p.min_p[b]), p.V - 1} : kept;
+    const Kept before = kept_of(p, b);
     if (by_mass ? p.top_p[b] >= 1.0f : k <= 0 || k >= p.V) {
-        if (is_first && tile % PARTS == 0 && threadIdx.x == 0) kept = before;
+        if (p.is_first && tile % PARTS == 0 && threadIdx.x == 0) kept = before;
         return;
     }
     if (round > 0 && before.rest == 0) return;
-    Row<false> row = row_of(p, b, before.level, before.index);
+    Row<false> row = row_of(p, b, before);
     u64* const bins = p.bins + (i64)b * BINS;
     const u32 found = round > 0 ? before.found : 0, mask = mask_of(round);
     const int shift = shift_of(round), begin = tile % PARTS * share;
@@ -152,7 +158,7 @@ __device__ __forceinline__ void draw_tile(DrawShared& shared, const Draw& p, int
         if (tile % PARTS == 0 && threadIdx.x == 0) p.out[b] = p.best[b];
         return;
     }
-    const Row<false> row = row_of(p, b, p.kept[b].level, p.kept[b].index);
+    const Row<false> row = row_of(p, b, kept_of(p, b));
     const auto measure = [&](u32 level, int i) -> u64 { return row.has(level, i) ? weight(level) : 0; };
     int begin = tile % PARTS * share;
     u64 sum = 0;

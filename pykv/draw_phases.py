@@ -14,7 +14,7 @@ import numpy as np
 
 from pykv.arrays import FLOAT32, INT32, UINT64
 from pykv.checker import checker
-from pykv.errors import ShapeError
+from pykv.errors import ParameterError, ShapeError
 from pykv.ops import adjust_logits, logprobs, sample
 from pykv.ops.block_linear import BLOCK
 from pykv.overlaps import bytes_of
@@ -24,6 +24,8 @@ from pykv.stages import Touched
 # As in kernels_cu/draw.cuh and phase_draw.cuh.
 _BINS, _PARTS, _ROUNDS, _SUM_THREADS = 2048, 32, 3, 1024
 _KEPT_BYTES = 24
+
+FILTERS = ("top_k", "top_p")  # in their order
 
 
 class Adjust(NamedTuple):
@@ -94,6 +96,8 @@ class Draw(NamedTuple):
         temperature, top_p, min_p, top_k, seeds: [T], as of sample.sample.
         lengths, origins: [T] int32; the difference is the `step` of a draw, at least 0.
         out: [T] int32.
+        filters: those of FILTERS that a row may ask for; the others are off for all, but for a
+            top_k of 1. Each takes time, whether rows ask for it or not.
     """
 
     logits: Any
@@ -105,6 +109,7 @@ class Draw(NamedTuple):
     lengths: Any
     origins: Any
     out: Any
+    filters: tuple[str, ...] = FILTERS
 
     @property
     def inputs(self) -> Any:
@@ -114,16 +119,24 @@ class Draw(NamedTuple):
         return {}
 
     def checked(self, op: str) -> None:
-        dims = _draw_checker(op)(*self)
+        *arrays, filters = self
+        dims = _draw_checker(op)(*arrays)
         sample.check_vocabulary(op, dims["V"])
+        if not isinstance(filters, tuple) or not set(filters) <= set(FILTERS):
+            raise ParameterError(f"{op}: filters is {filters!r:.80}, expected some of {FILTERS}")
 
     def touched(self) -> Touched:
-        *read, out = self
+        *read, out, _ = self
         return Touched([bytes_of(x) for x in read], [bytes_of(out)])
 
     def run_alone(self) -> None:
         steps = np.maximum(self.lengths - self.origins, 0)
-        params = self.temperature, self.top_k, self.top_p, self.min_p, self.seeds
+        top_k, top_p = self.top_k, self.top_p
+        if "top_k" not in self.filters:
+            top_k = (top_k == 1).astype(np.int32)
+        if "top_p" not in self.filters:
+            top_p = np.ones_like(top_p)
+        params = self.temperature, top_k, top_p, self.min_p, self.seeds
         sample.sample(self.logits, *params, steps, out=self.out)
 
     def keys_size(self) -> int:
@@ -142,13 +155,16 @@ class Draw(NamedTuple):
         reads, writes = self.touched()
         reads, inner = [*reads, bytes_of(best)], [bytes_of(x) for x in list(found.values())[1:]]
         records = Argmax(self.logits, best).records(op, cut, scratch)
-        for round_ in range(2 * _ROUNDS + 1):
-            is_draw = round_ == 2 * _ROUNDS
-            values = self._asdict() | found | dict(V=V, round=round_)
-            touched = Touched(reads, inner + writes if is_draw else inner)
-            name = "DRAW" if is_draw else "FILTER"
-            records.append(Record(name, None, T * _PARTS, values, touched))
-        return records
+        first = len(records)
+        given = self._asdict() | found | dict(V=V)
+        for by_mass, name in enumerate(FILTERS):
+            for round_ in range(_ROUNDS if name in self.filters else 0):
+                values = given | dict(is_first=len(records) == first, by_mass=by_mass, round=round_)
+                touched = Touched(reads, inner)
+                records.append(Record("FILTER", None, T * _PARTS, values, touched))
+        values = given | dict(is_first=len(records) == first, by_mass=0, round=0)
+        touched = Touched(reads, inner + writes)
+        return [*records, Record("DRAW", None, T * _PARTS, values, touched)]
 
 
 @cache

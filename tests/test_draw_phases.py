@@ -50,7 +50,7 @@ def draw_of(asarray, logits, params, lengths):
 
 def drawn(draw):
     """By the op."""
-    given = [to_numpy(x) for x in draw[:-1]]
+    given = [to_numpy(x) for x in draw[:-2]]
     return sample.sample(*given[:6], given[6] - given[7])
 
 
@@ -76,6 +76,21 @@ def test_tokens_are_those_of_the_op(xp_of_programs, rng, V, params):
             draw.lengths[...] = xp_of_programs.asarray(lengths + step)
             program()
             assert_same_bits(draw.out, drawn(draw))
+
+
+@pytest.mark.parametrize("filters", [("top_p",), *swept([((),), (("top_k",),)])])
+def test_filters_that_nobody_asks_for(xp_of_programs, rng, filters):
+    """Rows that ask for one that is left out do not get it; min_p is none, nor is a top_k of 1."""
+    rows = (rng.standard_normal((5, 90)) * 3).round().astype(np.float32)
+    params = [(1.0, 1, 1.0, 0.0), (1.5, 9, 0.7, 0.0), (1.5, 9, 1.0, 0.05), *ROWS[2:4]]
+    asarray = xp_of_programs.asarray
+    draw = draw_of(asarray, asarray(rows), params, np.arange(5, dtype=np.int32) + 1)
+    PhaseProgram([draw._replace(filters=filters)], blocks=2)()
+    left = [
+        (t, k if "top_k" in filters or k == 1 else 0, p if "top_p" in filters else 1.0, m)
+        for t, k, p, m in params
+    ]
+    assert_same_bits(draw.out, drawn(draw_of(np.asarray, rows, left, to_numpy(draw.lengths))))
 
 
 def test_rows_of_which_no_token_can_be_drawn(xp_of_programs):
@@ -151,6 +166,7 @@ def test_wrong_phases(rng):
     tallies, penalties = np.zeros((2, 8), np.int32), np.ones((2, 3), np.float32)
     for phase, error, text in (
         (draw._replace(out=draw.top_k), ParameterError, "out shares memory with"),
+        (draw._replace(filters=("min_p",)), ParameterError, r"filters is \('min_p',\), expected s"),
         (draw._replace(seeds=draw.seeds[:1]), ShapeError, "seeds has T=1, expected T=2"),
         (Logprobs(logits, ints, ints, words), ShapeError, "out has W=4, expected 1 . 2 K words"),
         (

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pykv.arrays import like, on_gpu
-from pykv.draw_phases import Adjust, Draw, Logprobs
+from pykv.draw_phases import FILTERS, Adjust, Draw, Logprobs
 from pykv.llm.model import Batch
 from pykv.llm.sampler import Drawing, tally_of
 from pykv.llm.sampling import MAX_LOGPROBS, NO_PENALTIES
@@ -36,20 +36,25 @@ class Asked(NamedTuple):
     Attributes:
         adjusts: penalties or biases.
         draws: a temperature.
+        filters: of such draws, in the order of draw_phases.FILTERS.
         finds: log probabilities.
     """
 
     adjusts: bool = False
     draws: bool = False
+    filters: tuple[str, ...] = ()
     finds: bool = False
 
 
 def asked_of(sequences: Iterable[Drawing]) -> Asked:
     """What any of them asks for."""
     params = [s.params for s in sequences]
+    drawn = [p for p in params if p.temperature > 0]
+    filters = any(p.top_k > 1 for p in drawn), any(p.top_p < 1 for p in drawn)
     return Asked(
         any(p.penalties != NO_PENALTIES or p.logit_bias for p in params),
-        any(p.temperature > 0 for p in params),
+        bool(drawn),
+        tuple(name for name, is_asked in zip(FILTERS, filters, strict=True) if is_asked),
         any(p.logprobs is not None for p in params),
     )
 
@@ -88,7 +93,8 @@ class DrawPhases:
         if asked.draws:
             names = ("temperature", "top_k", "top_p", "min_p", "seeds", "origins")
             given = {name: columns[name] for name in names}
-            self.phases.append(Draw(adjusted, lengths=batch.lengths, out=peaks, **given))
+            given |= dict(lengths=batch.lengths, out=peaks)
+            self.phases.append(Draw(adjusted, **given, filters=asked.filters))
         else:
             self.phases.append(Argmax(adjusted, peaks))
         if asked.finds:

@@ -40,7 +40,7 @@ _ARGMAX = ("out", "logits", "keys"), [("V", np.int32), ("parts", np.int32)]
 _DRAW = (
     ("out", "logits", "best", "temperature", "top_p", "min_p", "top_k", "seeds")
     + ("lengths", "origins", "bins", "sums", "kept", "counters"),
-    [("V", np.int32), ("round", np.int32)],
+    [(name, np.int32) for name in ("V", "is_first", "by_mass", "round")],
 )
 # Of ops that no other kernel has: addresses, then numbers.
 _STRUCTS: dict[str, tuple[tuple[str, ...], list[Any]]] = dict(
@@ -99,8 +99,8 @@ class PhaseProgram:
 
     Attributes:
         stages: the number of each phase's stage; on a GPU an argmax counts as two phases, and so
-            does attention of more query heads a KV head than a block serves; a draw as nine, log
-            probabilities as three. All blocks of the
+            does attention of more query heads a KV head than a block serves; log probabilities as
+            three, a draw as three and three for each of its filters. All blocks of the
             launch wait for each other behind a stage; phases of one stage need nothing of each
             other.
 

@@ -121,7 +121,8 @@ __device__ __forceinline__ void advance(Talk& talk, State state, u32 stopped, co
     if (state == STARTING) state = lacks_page ? NO_PAGES : is_last ? SPENT : RUNNING;
     u64* const told = s.told + (i64)(talk.number % RING_SLOTS) * s.T * s.W;
     for (int i = lane; i < s.T * s.W; i += WARP) store_host(told + i, (u32)s.found[i]);
-    __threadfence_system();  // those, and rows of this token, ahead of the result
+    __syncwarp();            // the lanes that post the result order what all have stored
+    __threadfence_system();  // that, and rows of this token, ahead of the result
     post_result(s.host, talk.number, (u32)why << TOKEN_BITS | (why < TAKEN_BACK ? token : 0));
     if (state != RUNNING) post_state(s.host, state);
     __syncwarp();

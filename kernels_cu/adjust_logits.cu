@@ -21,6 +21,7 @@
 // Order:    no atomics; operations on each logit in the order of the definition, rounded one by one:
 //           the bits of NumPy
 #include "penalties.cuh"
+#include "types.cuh"
 
 #if !defined(BLOCK) || !defined(ITEMS)
 #error "adjust_logits.cu needs BLOCK and ITEMS"

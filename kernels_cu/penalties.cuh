@@ -1,5 +1,4 @@
 // penalties.cuh: the logit of a token that prompt or answer have; of adjust_logits.cu and phase_draw.cuh.
-#include "types.cuh"
 
 // `tally` is twice the token's count in the answer, + 1 where the prompt has it; `penalties` are
 // repetition, presence and frequency.

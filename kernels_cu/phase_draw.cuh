@@ -5,13 +5,14 @@
 //
 // Tiles are parts of a row. What a phase finds in all of them is put together by the block that ends a
 // row last, for the phase behind: `counters` have a word for each row, zero before and behind.
-#include "block_gemv.cuh"
 #include "draw.cuh"
 #include "order.cuh"
 #include "peaks.cuh"
 #include "penalties.cuh"
 #include "ptx.cuh"
+#include "reduce.cuh"
 #include "softmax.cuh"
+#include "warps.cuh"
 
 constexpr int PARTS = WARP;                   // of a row: a lane for each
 constexpr int SUM_THREADS = 1024;             // of logprobs.cu, in whose order floats are added

@@ -198,7 +198,7 @@ def test_a_small_pool(on_host, rng):
 DRAWS = [
     dict(temperature=1.0, seed=3, top_k=30, top_p=0.8),
     dict(logprobs=2, temperature=0.7, min_p=0.01),
-    dict(repetition_penalty=1.2, presence_penalty=-0.5, logit_bias={7: 30.0, 9: -3.0}),
+    dict(repetition_penalty=1.2, frequency_penalty=2, logit_bias={7: 9.0, 9: 8.0, 11: 8.5}),
     dict(logprobs=0, frequency_penalty=1.5, temperature=1.5, seed=2**64 - 1, top_p=0.5),
     dict(),
 ]

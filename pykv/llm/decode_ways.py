@@ -28,9 +28,7 @@ if TYPE_CHECKING:
     from pykv.llm.generate import LLM
 
 WAYS = ("persistent", "graph")
-# Of matrices: those of smaller models are read so fast that to compile a way takes longer than it
-# saves in an hour.
-LEAST_BYTES = 64 << 20
+LEAST_BYTES = 64 << 20  # of matrices; smaller models are measured if asked: it compiles kernels
 CONTEXT = 512
 _TOKENS = 16  # of a sample at least
 _SAMPLES, _BUDGET_S = 5, 1.0  # of a way; the shortest sample counts

@@ -77,7 +77,7 @@ class ResidentProgram:
     >>> of_token = [phases.Embed(ids, eye, "F16", x)]
     >>> of_token += [phases.Product(x, np.roll(eye, 1, 0), "F16", logits)]
     >>> of_token += [phases.Argmax(logits, peaks)]
-    >>> inputs = ops.Inputs(ids, positions, slots, lengths, table, peaks)
+    >>> inputs = pykv.resident_tokens.Inputs(ids, positions, slots, lengths, table, peaks)
     >>> program = ops.ResidentProgram(of_token, inputs, page_size=16)
     >>> program.launch(3, limits=[100], ends=[[]])
     >>> [program.take()[0].token for _ in range(3)]

@@ -20,20 +20,13 @@
 //           place, a row that asks for nothing is not touched
 // Order:    no atomics; operations on each logit in the order of the definition, rounded one by one:
 //           the bits of NumPy
+#include "penalties.cuh"
 #include "types.cuh"
 
 #if !defined(BLOCK) || !defined(ITEMS)
 #error "adjust_logits.cu needs BLOCK and ITEMS"
 #endif
 constexpr int CHUNK = BLOCK * ITEMS;
-
-__device__ __forceinline__ float penalised(float logit, int tally, const float* penalties) {
-    const float repetition = penalties[0], presence = penalties[1], frequency = penalties[2];
-    logit = logit > 0.0f ? __fdiv_rn(logit, repetition) : __fmul_rn(logit, repetition);
-    const int count = tally >> 1;
-    if (count == 0) return logit;
-    return __fsub_rn(logit, __fadd_rn(presence, __fmul_rn(frequency, (float)count)));
-}
 
 // `out` and `logits` may be one array: each thread reads an element before it writes it.
 extern "C" __global__ void __launch_bounds__(BLOCK)

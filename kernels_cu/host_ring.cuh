@@ -15,7 +15,7 @@ static_assert(RING_SLOTS > 0 && (RING_SLOTS & (RING_SLOTS - 1)) == 0, "numbers w
 
 constexpr int SLOT_WORDS = 8, LINE_WORDS = 16;  // each side writes its own line of 128 bytes
 constexpr int BEAT = 0, ABORT = 1;              // the host's line: it counts calls; 1 ends the kernel
-constexpr int STATE = LINE_WORDS;               // the kernel's line
+constexpr int STATE = LINE_WORDS, TAKEN = STATE + 1;  // the kernel's line; commands that it has taken
 constexpr int COMMANDS = 2 * LINE_WORDS, RESULTS = COMMANDS + RING_SLOTS * SLOT_WORDS;
 
 enum State {

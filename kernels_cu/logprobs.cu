@@ -35,14 +35,6 @@ __device__ __forceinline__ u64 block_max(u64 key, u64* scratch) {
     return warp_max(scratch[threadIdx.x % WARP]);
 }
 
-// Orders tokens by logit, the lower index first among equals; 0 for one of probability zero.
-__device__ __forceinline__ u64 key_of(float logit, int index) {
-    const u32 order = ordered(logit);
-    return order > ordered(-INF) ? (u64)order << 32 | ~(u32)index : 0;
-}
-
-__device__ __forceinline__ int index_of(u64 key) { return (int)~(u32)key; }
-
 extern "C" __global__ void __launch_bounds__(THREADS)
 logprobs(float* __restrict__ out, int* __restrict__ top_ids, float* __restrict__ top_logprobs,
          const float* __restrict__ logits, const int* __restrict__ tokens,

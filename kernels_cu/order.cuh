@@ -8,6 +8,14 @@ __device__ __forceinline__ u32 ordered(float x) {
     return u & 0x80000000u ? ~u : u | 0x80000000u;
 }
 
+// Orders tokens by logit, the lower index first among equals; 0 for one of probability zero.
+__device__ __forceinline__ u64 key_of(float logit, int index) {
+    const u32 order = ordered(logit);
+    return order > ordered(-INF) ? (u64)order << 32 | ~(u32)index : 0;
+}
+
+__device__ __forceinline__ int index_of(u64 key) { return (int)~(u32)key; }
+
 // The largest key over the lanes of a warp.
 __device__ __forceinline__ u64 warp_max(u64 x) {
 #pragma unroll

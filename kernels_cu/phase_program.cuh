@@ -14,14 +14,19 @@
 #include "block_rows.cuh"
 #include "grid_barrier.cuh"
 #include "order.cuh"
+#include "peaks.cuh"
 #include "ptx.cuh"
 #include "reduce.cuh"
+#include "softmax.cuh"
 #ifdef HEAD_DIM
 #include "paged_decode.cuh"
 #include "paged_qkv.cuh"
 #endif
+#ifdef DRAWS
+#include "phase_draw.cuh"
+#endif
 
-enum Op { PRODUCT, EMBED, ADD_NORM, APPEND, ATTEND, PEAKS, ARGMAX };
+enum Op { PRODUCT, EMBED, ADD_NORM, APPEND, ATTEND, PEAKS, ARGMAX, ADJUST, FILTER, DRAW, LOGPROBS };
 
 // What a phase reads and writes; the host packs the same (pykv/ops/phase_program.py).
 struct Product {
@@ -88,6 +93,11 @@ struct Phase {
         Argmax argmax;
 #ifdef HEAD_DIM
         Attention attention;
+#endif
+#ifdef DRAWS
+        Adjust adjust;
+        Draw draw;
+        Logprobs logprobs;
 #endif
     };
 };
@@ -191,15 +201,6 @@ __device__ __forceinline__ void add_norm_tile(const AddNorm& p, int token, float
         for (int j = 0; j < 4; j++) sum[j] += v[j] * (scale * w[j]);
         store4(x + i, sum);
     }
-}
-
-// The largest of a block's keys; thread 0 gets it. `of_warps` is in use until the next barrier.
-__device__ __forceinline__ u64 block_peak(u64 key, u64* of_warps) {
-    key = warp_max(key);
-    if (threadIdx.x % WARP == 0) of_warps[threadIdx.x / WARP] = key;
-    __syncthreads();
-    for (int i = 0; i < WARPS; i++) key = key > of_warps[i] ? key : of_warps[i];
-    return key;
 }
 
 // The largest logit of a part of a row and the lowest index that has it, as a key.
@@ -324,6 +325,9 @@ union Shared {
 #ifdef HEAD_DIM
     AttentionShared attention;
 #endif
+#ifdef DRAWS
+    DrawShared draw;
+#endif
 };
 
 template <typename Await> struct ProductTiles {
@@ -361,6 +365,12 @@ __device__ __forceinline__ void run_tile(const Phase& p, int tile, Shared& share
     if (p.op == ADD_NORM) add_norm_tile(p.add_norm, tile, shared.of_warps);
     if (p.op == PEAKS) peak_tile(p.argmax, tile, shared.keys);
     if (p.op == ARGMAX) argmax_tile(p.argmax, tile, shared.keys);
+#ifdef DRAWS
+    if (p.op == ADJUST) adjust_tile(p.adjust, tile);
+    if (p.op == FILTER) filter_tile(shared.draw, p.draw, tile);
+    if (p.op == DRAW) draw_tile(shared.draw, p.draw, tile);
+    if (p.op == LOGPROBS) logprobs_tile(shared.draw, p.logprobs, tile);
+#endif
 #ifdef HEAD_DIM
     constexpr int OF_TOKEN = (HQ + 2 * H + GROUPS - 1) / GROUPS;
     if (p.op == APPEND) {

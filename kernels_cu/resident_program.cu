@@ -8,17 +8,22 @@
 //                       sequence that has ended has length 0 and slot -1
 //   control             [4] u32: the numbers of the first result and of the first command, tokens of
 //                       the launch at most, and whether a token follows, which the kernel says
-//   host                u64, pinned memory of the host (host_ring.cuh): commands {STOP, row, 0 ...};
-//                       a result for each token, of whose words i is that of sequence i: the token in
-//                       its low 24 bits, a `Why` in its high 8
-//   page_table   const  [T, M] int, -1 where a sequence has no page
+//   host                u64, pinned memory of the host (host_ring.cuh): commands {STOP, row, 0 ...},
+//                       {GRANT, tokens, 0 ...}, so many more, and {PAGES, row, place, count, pages}, up
+//                       to 4, for entries of `page_table` from that place on, which no length reaches
+//                       yet; a result for each token, of whose words i is that of sequence i: the
+//                       token in its low 24 bits, a `Why` in its high 8
+//   told                [RING_SLOTS, T, W] u64, pinned memory of the host: in the low halves what
+//                       phases have left in `found` of each result; null where W = 0
+//   page_table          [T, M] int, -1 where a sequence has no page
 //   peaks        const  [T] int, the token drawn for each, -1 where logits are not finite
+//   found        const  [T, W] int, what phases found of the tokens beside; null where W = 0
 //   limits       const  [T] int, tokens of prompt and answer together at most
 //   ends         const  [T, E] int, tokens that end a sequence; -1 is none
-// Scalars:  phases as of phase_program.cu; T <= 8; M; P = tokens of a page; E; limit = ns of silence of
-//           the host after which the kernel ends behind a token
+// Scalars:  phases as of phase_program.cu; T <= 8; M; P = tokens of a page; E; W; limit = ns of silence
+//           of the host after which the kernel ends behind a token
 // Defines:  those of phase_program.cu; RING_SLOTS = slots of either ring, a power of two, and results
-//           of a launch at most: it waits for nobody to read them
+//           that the host has granted and not read at most: the kernel waits for nobody to read them
 // Launch:   as of phase_program.cu
 // Traffic:  that of the phases for each token
 // Order:    as of phase_program.cu
@@ -26,7 +31,7 @@
 #include "host_ring.cuh"
 #include "phase_program.cuh"
 
-enum Command { STOP = 1 };
+enum Command { STOP = 1, GRANT = 2, PAGES = 3 };
 // Of a sequence behind a token: it goes on, or its row is nobody's from now on.
 enum Why { NEXT, ENDED, FULL, OUT_OF_PAGES, TAKEN_BACK, NOT_FINITE, NOBODY };
 constexpr int TOKEN_BITS = 24;
@@ -39,22 +44,43 @@ struct Talk {
     u32 number, command, left;  // of the next result and command; tokens, with the one under way
 };
 
+// What the kernel is given, beside phases.
+struct Sequences {
+    int *ids, *positions, *slots, *lengths;
+    u32* control;
+    u64 *host, *told;
+    int* page_table;
+    const int *peaks, *found, *limits, *ends;
+    int T, M, P, E, W;
+};
+
 // What the host says; a bit of `stopped` for each sequence that it stops.
-__device__ __forceinline__ State listen(u32& stopped, Talk& talk, const u64* host, u64 limit) {
+__device__ __forceinline__ State listen(u32& stopped, Talk& talk, const Sequences& s, u64 limit) {
+    constexpr int PAGE_WORD = 4;  // of a command, the first that is a page
     u64 beat = talk.beat, heard = talk.heard;
-    u32 payload, command = talk.command;
+    u32 payload, command = talk.command, granted = 0;
     State state;
-    while ((state = look(payload, beat, heard, host, command, limit)) == RUNNING) {
+    while ((state = look(payload, beat, heard, s.host, command, limit)) == RUNNING) {
         const u32 kind = __shfl_sync(FULL_MASK, payload, 0), row = __shfl_sync(FULL_MASK, payload, 1);
+        const u32 place = __shfl_sync(FULL_MASK, payload, 2), count = __shfl_sync(FULL_MASK, payload, 3);
+        const u32 i = threadIdx.x - PAGE_WORD;
         if (kind == STOP && row < WARP) stopped |= 1u << row;
+        if (kind == GRANT) granted += row;
+        if (kind == PAGES && row < (u32)s.T && i < min(count, (u32)(SLOT_WORDS - PAGE_WORD)) &&
+            place + i < (u32)s.M) {
+            s.page_table[row * s.M + place + i] = (int)payload;
+        }
         command++;
     }
     __syncwarp();
     if (threadIdx.x == 0) {
+        if (command != talk.command) store_host(s.host + TAKEN, command - s.control[COMMAND]);
         talk.beat = beat;
         talk.heard = heard;
         talk.command = command;
+        talk.left += granted;
     }
+    __syncwarp();
     return state;
 }
 
@@ -69,15 +95,6 @@ __device__ __forceinline__ Why why_of(int peak, int length, bool is_stopped, boo
     if (length + 1 >= limit) return FULL;
     return page < 0 && !is_last ? OUT_OF_PAGES : NEXT;
 }
-
-// What the kernel is given, beside phases.
-struct Sequences {
-    int *ids, *positions, *slots, *lengths;
-    u32* control;
-    u64* host;
-    const int *page_table, *peaks, *limits, *ends;
-    int T, M, P, E;
-};
 
 // A warp makes the inputs of the next token and tells the host of this one; a lane for each sequence.
 __device__ __forceinline__ void advance(Talk& talk, State state, u32 stopped, const Sequences& s) {
@@ -102,7 +119,10 @@ __device__ __forceinline__ void advance(Talk& talk, State state, u32 stopped, co
     const bool lacks_page = __any_sync(FULL_MASK, why == OUT_OF_PAGES);
     if (!__any_sync(FULL_MASK, goes_on) && !lacks_page) state = OVER;
     if (state == STARTING) state = lacks_page ? NO_PAGES : is_last ? SPENT : RUNNING;
-    __threadfence_system();  // rows of this token, ahead of the result
+    u64* const told = s.told + (i64)(talk.number % RING_SLOTS) * s.T * s.W;
+    for (int i = lane; i < s.T * s.W; i += WARP) store_host(told + i, (u32)s.found[i]);
+    __syncwarp();            // the lanes that post the result order what all have stored
+    __threadfence_system();  // that, and rows of this token, ahead of the result
     post_result(s.host, talk.number, (u32)why << TOKEN_BITS | (why < TAKEN_BACK ? token : 0));
     if (state != RUNNING) post_state(s.host, state);
     __syncwarp();
@@ -115,13 +135,16 @@ __device__ __forceinline__ void advance(Talk& talk, State state, u32 stopped, co
 
 extern "C" __global__ void __launch_bounds__(BLOCK)
 resident_program(const u64* program, u32* counters, int* ids, int* positions, int* slots, int* lengths,
-                 u32* control, u64* host, const int* page_table, const int* peaks, const int* limits,
-                 const int* ends, int phases, int T, int M, int P, int E, u64 limit) {
+                 u32* control, u64* host, u64* told, int* page_table, const int* peaks,
+                 const int* found, const int* limits, const int* ends, int phases, int T, int M, int P,
+                 int E, int W, u64 limit) {
     extern __shared__ __align__(128) float staged[];
     __shared__ Shared shared;
     __shared__ __align__(16) Phase held[2];
     __shared__ Talk talk;
     const bool talks = blockIdx.x == 0 && threadIdx.x < WARP;
+    const Sequences sequences{ids, positions, slots, lengths, control, host, told, page_table, peaks,
+                              found, limits, ends, T, M, P, E, W};
     if (talks) {
         if (threadIdx.x == 0) {
             talk = {~0ull, 0, control[NUMBER], control[COMMAND], control[TOKENS]};
@@ -137,13 +160,9 @@ resident_program(const u64* program, u32* counters, int* ids, int* positions, in
         ask_for(held[0], program, 0);
         u32 stopped = 0;
         State state = STARTING;
-        if (talks) state = listen(stopped, talk, host, limit);  // while others are waited for
+        if (talks) state = listen(stopped, talk, sequences, limit);  // while others are waited for
         grid_wait(counters, ++over);
-        if (talks) {
-            advance(talk, state, stopped,
-                    {ids, positions, slots, lengths, control, host, page_table, peaks, limits, ends,
-                     T, M, P, E});
-        }
+        if (talks) advance(talk, state, stopped, sequences);
         __syncthreads();
         grid_arrive(counters);
         grid_wait(counters, ++over);
@@ -155,6 +174,7 @@ resident_program(const u64* program, u32* counters, int* ids, int* positions, in
 #else
 extern "C" __global__ void
 resident_program(const u64* program, u32* counters, int* ids, int* positions, int* slots, int* lengths,
-                 u32* control, u64* host, const int* page_table, const int* peaks, const int* limits,
-                 const int* ends, int phases, int T, int M, int P, int E, u64 limit) {}
+                 u32* control, u64* host, u64* told, int* page_table, const int* peaks,
+                 const int* found, const int* limits, const int* ends, int phases, int T, int M, int P,
+                 int E, int W, u64 limit) {}
 #endif

@@ -114,7 +114,7 @@ def load(ways: Iterable[str], pair: Pair | None = None) -> Table | None:
     """The figures of the current GPU, or between two, or None if the cache folder has none of all
     these ways, beside which others may be between two."""
     try:
-        read = json.loads(_file(pair).read_text(encoding="utf-8"))
+        read = json.loads(file_of(*_place(pair)).read_text(encoding="utf-8"))
         directions = BETWEEN if pair else DIRECTIONS
         names = dict.fromkeys([*ways, *(read[BETWEEN[0]] if pair else ())])
         return {where: {name: _sound(read[where][name]) for name in names} for where in directions}
@@ -137,10 +137,17 @@ def _sound(read: Any) -> Cells:
 def store(table: Table, pair: Pair | None = None) -> Table:
     """Keep the figures of the current GPU, or between two, or warn that it cannot be done, and
     return them."""
+    keep(table, *_place(pair))
+    return table
+
+
+def keep(figures: Any, device: int, *more: str) -> None:
+    """Write figures, as JSON has them, to their file, see `file_of`, or warn that it cannot be
+    done."""
     try:
-        file = _file(pair)
+        file = file_of(device, *more)
         make_private(file.parent)
-        whole_files.replace(file, [json.dumps(table, indent=1).encode()], durable=False)
+        whole_files.replace(file, [json.dumps(figures, indent=1).encode()], durable=False)
     except OSError as error:
         warnings.warn(
             f"pykv cannot keep its calibration in {error.filename} ({error.strerror}); it is "
@@ -149,15 +156,17 @@ def store(table: Table, pair: Pair | None = None) -> Table:
             RuntimeWarning,
             stacklevel=2,
         )
-    return table
 
 
-def _file(pair: Pair | None) -> Path:
-    """A GPU, or two in one direction, a driver and a version have a file of their own."""
-    name, uuid, driver = _identity(pair[0] if pair else cuda.current_device())
-    if pair:
-        uuid = f"{uuid} to {_identity(pair[1])[1]}"
-    words = re.sub(r"\W+", "-", f"{name} {uuid} driver {driver} v{VERSION}")
+def _place(pair: Pair | None) -> tuple[Any, ...]:
+    """What stands for the figures of the current GPU, or between two, in `file_of`."""
+    return (pair[0], "to", _identity(pair[1])[1]) if pair else (cuda.current_device(),)
+
+
+def file_of(device: int, *more: str) -> Path:
+    """Where figures of a GPU, a driver and a version are kept, and of `more` that they are of."""
+    name, uuid, driver = _identity(device)
+    words = re.sub(r"\W+", "-", " ".join([name, uuid, *more, f"driver {driver} v{VERSION}"]))
     return cuda.cache_dir() / "calibration" / f"{words}.json"
 
 

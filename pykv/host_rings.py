@@ -5,6 +5,7 @@ Layout, in words of 8 bytes (kernels_cu/host_ring.cuh has the kernel's side):
     0    beat       counts the host's calls: where it stands still for too long, the kernel ends
     1    abort      1: the kernel ends before its next command
     16   state      a `State`
+    17   taken      commands that the kernel has taken since it began; a Mailbox tells nothing
     32   commands   SLOTS slots of 8 words, host to kernel
     ...  results    SLOTS slots of 8 words, kernel to host
 
@@ -17,6 +18,7 @@ may not have taken, so no slot is written again too soon.
 from __future__ import annotations
 
 import enum
+import math
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -28,9 +30,9 @@ from pykv.arrays import load_cupy
 from pykv.errors import CudaError
 from pykv.foreign import from_pointer
 
-SLOTS = 64  # messages that each ring holds
-_WORDS = 8  # of 64 bits, in a slot
-_BEAT, _ABORT, _STATE, _COMMANDS = 0, 1, 16, 32
+SLOTS = 64  # of either ring
+_WORDS = 8  # of a slot
+_BEAT, _ABORT, _STATE, _TAKEN, _COMMANDS = 0, 1, 16, 17, 32
 _RESULTS = _COMMANDS + SLOTS * _WORDS
 _SIZE = _RESULTS + SLOTS * _WORDS
 _LOW = 0xFFFFFFFF
@@ -49,6 +51,22 @@ class State(enum.IntEnum):
     NO_PAGES = 7  # a sequence has no page for its next token
 
 
+class Pinned:
+    """An array of pinned memory, zero, that a kernel may touch while the host does.
+
+    Attributes:
+        host: as NumPy's.
+        on_gpu: as the kernel's argument.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: Any) -> None:
+        dtype, size = np.dtype(dtype), math.prod(shape)
+        memory = load_cupy().cuda.alloc_pinned_memory(dtype.itemsize * size)
+        self.host = np.frombuffer(memory, dtype, size).reshape(shape)
+        self.host[...] = 0
+        self.on_gpu = from_pointer(self.host.ctypes.data, shape, dtype, owner=memory)
+
+
 class Rings:
     """Both rings and the words beside them; for one thread of the host at a time.
 
@@ -57,15 +75,13 @@ class Rings:
     """
 
     def __init__(self) -> None:
-        self._memory = load_cupy().cuda.alloc_pinned_memory(8 * _SIZE)
-        words = np.frombuffer(self._memory, np.uint64, _SIZE)
-        words[:] = 0
-        self._words = words.data  # a memoryview reads a word ten times faster than NumPy
-        self.on_gpu = from_pointer(words.ctypes.data, (_SIZE,), np.uint64, owner=self._memory)
+        words = Pinned((_SIZE,), np.uint64)
+        self._words = words.host.data  # a word takes a tenth of the time that NumPy's takes
+        self.on_gpu = words.on_gpu
 
     def begin(self) -> None:
         """Forget how a kernel ended, before another; messages are numbered on."""
-        self._words[_ABORT], self._words[_STATE] = 0, State.STARTING
+        self._words[_ABORT], self._words[_STATE], self._words[_TAKEN] = 0, State.STARTING, 0
 
     def beat(self) -> None:
         """Tell the kernel that the host lives."""
@@ -78,6 +94,10 @@ class Rings:
     def state(self) -> State:
         """What the kernel said last of itself."""
         return State(self._words[_STATE])
+
+    def taken(self) -> int:
+        """How many commands the kernel has taken since it began, at least."""
+        return int(self._words[_TAKEN])
 
     def post(self, number: int, payload: Sequence[int]) -> None:
         """Write a command of up to 8 integers of 32 bits."""

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pykv import attention, cuda
-from pykv.arrays import FLOAT32, FLOATS, INT32, VECTOR_BYTES
+from pykv.arrays import FLOAT32, FLOATS, INT32, VECTOR_BYTES, like
 from pykv.checker import checker
 from pykv.errors import DtypeError, ParameterError, ShapeError
 from pykv.ops import (
@@ -32,10 +32,13 @@ from pykv.ranges import address_of
 from pykv.specs import POOLS, KVSpec, spec_of
 from pykv.stages import Touched
 
-OPS = ("PRODUCT", "EMBED", "ADD_NORM", "APPEND", "ATTEND", "PEAKS", "ARGMAX")  # as in the kernel
-_PARTS = 64  # parts of a row of logits, each with a largest one
-_SPLIT_KEYS = 128  # a split has at least so many keys, if a sequence can have them
+OPS = (  # as in the kernel
+    *("PRODUCT", "EMBED", "ADD_NORM", "APPEND", "ATTEND", "PEAKS", "ARGMAX"),
+    *("ADJUST", "FILTER", "DRAW", "LOGPROBS"),  # of draw_phases
+)
 BLOCK = 256  # threads
+_PARTS = 64  # of a row of logits, whose largest are compared then
+_SPLIT_KEYS = 128  # fewest keys of a split, where some sequence can have as many
 
 
 class Record(NamedTuple):
@@ -62,6 +65,14 @@ class Scratch(NamedTuple):
     workspace: Any  # float32, for states of attention whose keys are split
     keys: Any  # uint64, a largest logit with its token
     deferred: dict[int, int]  # splits of attention that products merge, by the address of its `out`
+    own: list[Any]  # of single phases
+
+    def zeros(self, x: Any, shape: tuple[int, ...], dtype: Any) -> Any:
+        """An array of a phase's own, on the device of `x`."""
+        array = like(x, shape, dtype)
+        array.fill(0)
+        self.own.append(array)
+        return array
 
 
 class Product(NamedTuple):

@@ -11,7 +11,7 @@ from zlib import crc32
 import numpy as np
 import pytest
 
-from pykv import cuda
+from pykv import calibration, cuda
 from pykv.ops import block_linear
 
 # A shell that starts tests in the background has SIGINT ignored, by them and by what they start.
@@ -141,6 +141,7 @@ def array_module(request):
     monkeypatch.setitem(sys.modules, "cupy.cuda", cupy.cuda)
     monkeypatch.setattr(cuda.launch, "driver", machine)
     monkeypatch.setattr(cuda.devices, "_arch", lambda device: machine.ARCH)
+    monkeypatch.setattr(calibration, "_identity", lambda device: ("SIMT", str(device), "0"))
     monkeypatch.setattr(block_linear, "warm_up", lambda *kinds: None)  # NVRTC's work
     return cupy
 

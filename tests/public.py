@@ -30,8 +30,8 @@ from pykv import (
 from pykv.eval import changes, continuation, needles
 from pykv.kvtc import Codec, v0
 from pykv.ops import mailbox, permute, phase_program, resident_program
-from pykv.ops.resident_program import Inputs
 from pykv.phases import Argmax, Embed, Product
+from pykv.resident_tokens import Inputs
 from pykv.transport import Handover, Local, Region, local, wait_for
 from pykv.transport.region import size_of
 from tests.kvtc import made
@@ -694,6 +694,9 @@ METHODS = {
         f"ops.resident_program.ResidentProgram.{name}": _of(_launched, name)
         for name in ("await_result", "take", "end")
     },
+    "ops.resident_program.ResidentProgram.extend": _of(
+        _launched, "extend", tokens=3, pages=[(0, 1, [2])]
+    ),
     "ops.resident_program.ResidentProgram.stop": _of(_launched, "stop", row=0),
     "llm.generate.LLM": lambda xp: (pykv.LLM, dict(model=_model(), device="cpu")),
     "llm.generate.LLM.generate": _of(_llm, "generate", prompts=[[5, 6]], params=_SHORT),

@@ -6,13 +6,16 @@ Bytes are those that a step cannot do without; reading is the ceiling:
 
     matrices of all layers and of the head, once + B * (L + 1) tokens of the cache with their scales
 
-`parts` leaves phases out, to show where the time goes: "products" has no attention, "attention"
-nothing else.
+`parts` leaves phases out, or adds some, to show where the time goes: "products" has no attention,
+"attention" nothing else; "loop" only what a launch needs to go on. "draws" takes a token by a
+temperature, top_k and top_p, not the likeliest one; "answers" by penalties and a bias as well, and
+finds log probabilities.
 """
 
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -20,20 +23,29 @@ import numpy as np
 
 from pykv import cuda
 from pykv.bench import Work, memory, synthetic
+from pykv.llm.drawing import DrawPhases, asked_of
 from pykv.llm.model import Batch
+from pykv.llm.sampling import SamplingParams
+from pykv.llm.sequence import Sequence
 from pykv.llm.token_program import TokenPhases, token_phases
 from pykv.llm.weights import Model
 from pykv.ops.phase_program import OLDEST_SM, PhaseProgram
-from pykv.ops.resident_program import Inputs, ResidentProgram
-from pykv.phases import Attention
+from pykv.ops.resident_program import ResidentProgram
+from pykv.phases import Argmax, Attention, Embed
 from pykv.pool import PagedKVCache
+from pykv.resident_tokens import Inputs
 from pykv.testing import caches
 from pykv.testing.compare import host
 
 PAGE_SIZE = 16
 WAYS = ("program", "resident", "graph", "launches")
-TOKENS = 32  # that one launch of resident_program draws
-TOLERANCE = 2e-3  # error in units of the largest result; sums are in another order
+TOKENS = 32  # of a launch by resident_program
+_DRAWS = SamplingParams(temperature=0.8, top_k=40, top_p=0.9, seed=7)
+DRAWN = dict(
+    draws=_DRAWS,
+    answers=replace(_DRAWS, presence_penalty=0.5, logit_bias={3: 2.0}, logprobs=5),
+)
+TOLERANCE = 2e-3  # of results, in units of the largest: sums are in other orders
 
 
 def _cases() -> list[dict[str, Any]]:
@@ -42,6 +54,8 @@ def _cases() -> list[dict[str, Any]]:
         usual = dict(model=model, B=1, L=512, kv="fp16", blocks=0, parts="all")
         program = usual | dict(by="program")
         listed += [usual | dict(by=by) for by in WAYS]
+        resident = usual | dict(by="resident")
+        listed += [resident | dict(parts=parts) for parts in ("products", "loop", *DRAWN)]
         if model.endswith("f16"):
             listed += [program | dict(parts=parts) for parts in ("products", "attention")]
             listed += [program | dict(blocks=n) for n in (132, 264)]  # one and two an SM of an H200
@@ -59,6 +73,8 @@ QUICK = [
         *((by, 1, "all") for by in WAYS),
         ("program", 2, "products"),
         ("program", 2, "attention"),
+        ("resident", 2, "loop"),
+        ("resident", 1, "answers"),
     )
 ]
 
@@ -79,8 +95,29 @@ def make(case: dict[str, Any], xp: Any, rng: np.random.Generator) -> Work | None
     cache = PagedKVCache(*sizes, **options, margin=1.5, xp=xp)
     batch = _batch(cache, B, M, L, config.vocab, xp, rng)
     found = token_phases(model, batch, cache)
-    phases = _some_of(found, case["parts"])
-    result = phases[-1].attend.out if case["parts"] == "attention" else found.logits
+    phases, draw = _phases_of(case["parts"], found, batch)
+    nbytes = dict(products=model.matrix_bytes, attention=B * (L + 1) * of_token)
+    of_loop = dict(loop=4 * B * config.vocab)  # logits
+    of_parts = (nbytes | of_loop).get(case["parts"], sum(nbytes.values()))
+    blocks = case["blocks"] or None
+    if by == "resident":
+        begin: Any = lambda: None  # noqa: E731
+        if draw is not None:
+            prompt, limit = [0] * L, 2**31 - 1
+            asking = Sequence(prompt, DRAWN[case["parts"]], limit, generated=[0])
+            begin = partial(draw.fill, [asking] * B)
+        run, check = _resident(phases, found.peaks, begin, batch, blocks, xp)
+    else:
+        run, check = _one_step(by, phases, found, blocks)
+    return Work(run, check, bytes=of_parts, ceiling="read", clocked=by == "resident")
+
+
+def _one_step(
+    by: str, phases: list[Any], found: TokenPhases, blocks: int | None
+) -> tuple[Any, Any]:
+    """What does the phases once, and what holds that to a launch for each of them."""
+    is_attention = isinstance(phases[-1], Attention)
+    result = phases[-1].attend.out if is_attention else found.logits
 
     def launches() -> None:
         for phase in phases:
@@ -90,7 +127,7 @@ def make(case: dict[str, Any], xp: Any, rng: np.random.Generator) -> Work | None
     want = host(result).astype(np.float64)
     run: Any = launches
     if by == "program":
-        run = PhaseProgram(phases, blocks=case["blocks"] or None)
+        run = PhaseProgram(phases, blocks=blocks)
     elif by == "graph":
         run = cuda.graph(launches)
 
@@ -104,27 +141,25 @@ def make(case: dict[str, Any], xp: Any, rng: np.random.Generator) -> Work | None
             right &= bool((host(found.peaks) == got.argmax(axis=1)).all())
         return right
 
-    if by == "resident":
-        run, check = _resident(found, batch, case["blocks"] or None, xp)
-
-    nbytes = dict(products=model.matrix_bytes, attention=B * (L + 1) * of_token)
-    of_parts = nbytes.get(case["parts"], sum(nbytes.values()))
-    return Work(run, check, bytes=of_parts, ceiling="read", clocked=by == "resident")
+    return run, check
 
 
-def _resident(found: TokenPhases, batch: Batch, blocks: int | None, xp: Any) -> tuple[Any, Any]:
+def _resident(
+    phases: list[Any], peaks: Any, begin_draws: Any, batch: Batch, blocks: int | None, xp: Any
+) -> tuple[Any, Any]:
     """What draws TOKENS tokens and returns the seconds of one, and what holds them to a program of
     one token, launched for each."""
     rows = batch.ids, batch.positions, batch.slots, batch.lengths
     begin, B = [row.copy() for row in rows], len(batch.ids)
-    inputs = Inputs(*rows, batch.page_table, found.peaks)
-    resident = ResidentProgram(found.phases, inputs, PAGE_SIZE, blocks=blocks, silence=60.0)
-    program = PhaseProgram(found.phases, blocks=blocks)
+    inputs = Inputs(*rows, batch.page_table, peaks)
+    resident = ResidentProgram(phases, inputs, PAGE_SIZE, blocks=blocks, silence=60.0)
+    program = PhaseProgram(phases, blocks=blocks)
     drawn: list[list[int]] = []
 
     def set_back() -> None:
         for row, values in zip(rows, begin, strict=True):
             row[...] = values
+        begin_draws()
 
     def run() -> float:
         set_back()
@@ -143,12 +178,12 @@ def _resident(found: TokenPhases, batch: Batch, blocks: int | None, xp: Any) -> 
         table = host(batch.page_table)
         for tokens in drawn:
             program()
-            if host(found.peaks).tolist() != tokens:
+            if host(peaks).tolist() != tokens:
                 return False
             at = host(batch.lengths)  # position of the next token
             pages = table[np.arange(B), np.minimum(at // PAGE_SIZE, table.shape[1] - 1)]
             slots = (pages * PAGE_SIZE + at % PAGE_SIZE).astype(np.int32)
-            for row, values in zip(rows, (found.peaks, at, slots, at + 1), strict=True):
+            for row, values in zip(rows, (peaks, at, slots, at + 1), strict=True):
                 row[...] = xp.asarray(values)
         return len(drawn) == TOKENS
 
@@ -184,13 +219,21 @@ def _batch(
     )
 
 
-def _some_of(found: TokenPhases, parts: str) -> list[Any]:
-    """Those phases that a case has; what the others would write holds ones."""
+def _phases_of(parts: str, found: TokenPhases, batch: Batch) -> tuple[list[Any], DrawPhases | None]:
+    """The phases that a case has, and those that draw, where it takes more than the likeliest
+    token; what others would write holds ones."""
     if parts == "all":
-        return found.phases
+        return found.phases, None
+    if params := DRAWN.get(parts):
+        asked = asked_of([Sequence([0], params, 1)])
+        draw = DrawPhases(asked, found.logits, batch, found.peaks)
+        return [*found.phases[:-1], *draw.phases], draw
     for p in found.phases:
         if isinstance(p, Attention):
             p.append.qkv.fill(1)
             p.attend.out.fill(1)
+    if parts == "loop":
+        found.logits.fill(1)
+        return [p for p in found.phases if isinstance(p, Embed | Argmax)], None
     wanted = parts == "attention"
-    return [p for p in found.phases if isinstance(p, Attention) == wanted]
+    return [p for p in found.phases if isinstance(p, Attention) == wanted], None

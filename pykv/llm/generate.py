@@ -30,7 +30,6 @@ from pykv.llm.sessions import Session
 from pykv.llm.tiering import check_tiers, open_tiers
 from pykv.llm.tokenizer import Tokenizer
 from pykv.llm.weights import Model
-from pykv.ops.resident_program import MOST_TOKENS
 from pykv.options import check_choice, check_flag, check_whole
 from pykv.pool import PagedKVCache
 from pykv.specs import KVSpec, as_spec
@@ -90,14 +89,17 @@ class LLM:
             processes with an equal model, weights, kv_dtype and page_size find as well:
             "DIR:50GiB", or with a codec likewise; see `flush` and pykv/tiers/README.md.
         decode: how a GPU computes the next token of each answer: as a CUDA "graph" of a step's
-            launches, which "auto" takes; "persistent", all of the step by one launch, whose blocks
-            wait for each other (up to 8 answers, from sm_70 on; of more it is "graph"); or as
-            "steps", a launch after the other. Tokens are the same up to sums in another order.
-        max_tokens_resident: with decode="persistent", tokens of each answer that one launch draws,
-            up to 64, where all answers are greedy and ask for no logprobs, biases or penalties, and
-            no prompt is being read; the host reads them while they come. Other work of the GPU
-            waits for the end of a launch, prompts of this LLM for that of a token; 1: each token is
-            a launch.
+            launches; "persistent", all of the step by one launch, whose blocks wait for each other
+            (up to 8 answers, from sm_70 on; of more it is "graph"); or as "steps", a launch after
+            the other. "auto" takes the faster one of the first two, see pykv.llm.calibrate. Tokens
+            are the same up to sums in another order.
+        max_tokens_resident: with "persistent", tokens of each answer that one launch draws,
+            where no prompt is being read, no answer is held to a grammar or still below its
+            min_tokens; the host reads them while they come, and gives answers pages that they come
+            to. Other work of the GPU waits for the end of a launch, prompts of this LLM for that of
+            a token; 1: each token is a launch.
+        max_sms_resident: SMs that a launch of "persistent" takes at most, so that kernels of other
+            streams and processes find room beside it; None: all.
         progress: show a bar on stderr while weights are read.
         require_sm: refuse a device that is no GPU of at least this SM, such as 80.
 
@@ -140,7 +142,8 @@ class LLM:
         host_cache: str | int | None = None,
         disk_cache: str | None = None,
         decode: str = "auto",
-        max_tokens_resident: int = MOST_TOKENS,
+        max_tokens_resident: int = 64,
+        max_sms_resident: int | None = None,
         progress: bool = False,
         require_sm: int = 0,
     ):
@@ -150,7 +153,9 @@ class LLM:
         self.weights_dtype: str = matrices.STORED if dtype is None else np.dtype(dtype).name
         check_flag("LLM", "progress", progress)
         check_choice("LLM", "decode", decode, DECODES)
-        resident = check_whole("LLM", "max_tokens_resident", max_tokens_resident, 1, MOST_TOKENS)
+        resident = check_whole("LLM", "max_tokens_resident", max_tokens_resident, 1)
+        if max_sms_resident is not None:
+            max_sms_resident = check_whole("LLM", "max_sms_resident", max_sms_resident, 1)
         require_sm = check_whole("LLM", "require_sm", require_sm, 0)
         page_size = check_whole("LLM", "page_size", page_size, 1)
         policy = as_policy("LLM", eviction, scheduler.PREFILL_TOKENS, self.spec)
@@ -183,6 +188,7 @@ class LLM:
             prefill_device=prefill_device,
             decode=decode,
             max_tokens_resident=resident,
+            max_sms_resident=max_sms_resident,
             require_sm=require_sm,
             progress=progress,
         )

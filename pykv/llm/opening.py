@@ -32,6 +32,7 @@ class Wanted(NamedTuple):
     prefill_device: str | None
     decode: str
     max_tokens_resident: int
+    max_sms_resident: int | None
     require_sm: int
     progress: bool
 
@@ -72,6 +73,6 @@ def open_runner(
             ids = tokenizer.encode(scales.TEXT)[: config.context - 1]
             scales.calibrate(model, cache, ids, xp)
         prefill = None if prefill_device is None else PrefillDevice(prefill_device, load, cache)
-        ways = wanted.decode, prefill, wanted.max_tokens_resident
-        runner = ModelRunner(model, cache, xp, wanted.policy, *ways)
+        bounds = wanted.max_tokens_resident, wanted.max_sms_resident
+        runner = ModelRunner(model, cache, xp, wanted.policy, wanted.decode, prefill, *bounds)
     return device, runner, most

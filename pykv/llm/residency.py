@@ -9,23 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Several
 
-from pykv.llm.sampling import NO_PENALTIES
+from pykv.llm.sampling import TokenLogprobs
 from pykv.llm.sequence import Sequence
-from pykv.ops.resident_program import ENDS, ResidentProgram, Why
+from pykv.ops.resident_program import ENDS, MOST_TOKENS, ResidentProgram
+from pykv.resident_tokens import Why
+
+_GRANTED = 16  # tokens that are granted together
 
 
-def is_greedy(s: Sequence) -> bool:
-    """Whether the likeliest token alone is asked for, which needs nothing of the host."""
-    p = s.params
-    return (
-        p.temperature == 0
-        and p.penalties == NO_PENALTIES
-        and not p.logit_bias
-        and p.logprobs is None
-        and s.mask is None
-        and len(s.generated) >= p.min_tokens
-        and len(s.end_ids) <= ENDS
-    )
+def can_stay(s: Sequence) -> bool:
+    """Whether its next tokens need nothing of the host."""
+    is_long_enough = len(s.generated) >= s.params.min_tokens
+    return s.mask is None and is_long_enough and len(s.end_ids) <= ENDS
 
 
 class Residency:
@@ -34,26 +29,35 @@ class Residency:
     Args:
         program: whose inputs hold the last tokens of the sequences; all of its earlier launches are
             over.
-        sequences: in the order of its rows, that are greedy.
-        rows: of the program.
-        tokens: of each at most.
+        sequences: in the order of its rows, that can stay.
+        size: rows of the program, and pages of each.
+        tokens: of each at most. Where that is more than may be granted at once, the launch is
+            told of more, and of pages that sequences have got meanwhile, as tokens are taken.
     """
 
     def __init__(
-        self, program: ResidentProgram, sequences: Several[Sequence], rows: int, tokens: int
+        self,
+        program: ResidentProgram,
+        sequences: Several[Sequence],
+        size: tuple[int, int],
+        tokens: int,
     ) -> None:
-        nobody = rows - len(sequences)
+        nobody = size[0] - len(sequences)
         limits = [s.limit for s in sequences] + [0] * nobody
         ends = [sorted(s.end_ids) for s in sequences] + [[]] * nobody
         self._program = program
         self._rows = {id(s): row for row, s in enumerate(sequences)}
         self._sequences = list(sequences)  # whose ids stay theirs
         self._ended: set[int] = set()  # rows of which no token follows
-        program.launch(tokens, limits, ends)
+        granted = min(tokens, MOST_TOKENS)
+        self._left, self._taken = tokens - granted, 0  # to grant; since that was done last
+        self._width, self._pages = size[1], {id(s): len(s.pages) for s in sequences}
+        program.launch(granted, limits, ends)
 
     def take(self, sequences: Several[Sequence]) -> list[int] | None:
-        """The next token of each, -1 where logits are not finite; None: others are asked for, or
-        the launch has given all that it had. Waits for it.
+        """The next token of each, -1 where logits are not finite, whose log probabilities the
+        sequences get; None: others are asked for, or the launch has given all that it had. Waits
+        for it.
 
         Raises:
             CudaError: the launch has failed.
@@ -64,9 +68,30 @@ class Residency:
         if is_over or not self._program.await_result():
             return None
         drawn = self._program.take()
+        self._taken += 1
+        if self._left > 0 and self._taken >= _GRANTED:
+            self._extend(sequences)
         self._ended |= {row for row, x in enumerate(drawn) if x.why != Why.NEXT}
-        found = [drawn[self._rows[id(s)]] for s in sequences]
-        return [-1 if x.why == Why.NOT_FINITE else x.token for x in found]
+        tokens = []
+        for s in sequences:
+            x = drawn[self._rows[id(s)]]
+            tokens.append(-1 if x.why == Why.NOT_FINITE else x.token)
+            if s.params.logprobs is not None:
+                s.logprobs.append(TokenLogprobs(tokens[-1], x.logprob, x.top))
+        return tokens
+
+    def _extend(self, sequences: Several[Sequence]) -> None:
+        """Grant as many tokens as were taken, on the pages that sequences have by now."""
+        counts = {s: min(len(s.pages), self._width) for s in sequences}
+        pages = [
+            (self._rows[id(s)], self._pages[id(s)], s.pages[self._pages[id(s)] : count])
+            for s, count in counts.items()
+        ]
+        tokens = min(self._taken, self._left)
+        if self._program.extend(tokens, pages):
+            self._left -= tokens
+            self._pages |= {id(s): count for s, count in counts.items()}
+        self._taken -= tokens  # else they are forgotten, and the launch ends a little sooner
 
     def leave(self, s: Sequence) -> None:
         """Write no more of a sequence. Waits for the token under way.

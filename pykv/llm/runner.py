@@ -18,17 +18,20 @@ from pykv import cuda
 from pykv.errors import UnsupportedError
 from pykv.eviction import AdaKV, Policy
 from pykv.llm import memory, scheduler, token_program
+from pykv.llm.decode_ways import DecodeWays, Times
+from pykv.llm.drawing import asked_of
 from pykv.llm.evictor import Evictor
 from pykv.llm.head_rows import HeadRows
 from pykv.llm.model import Batch, forward, graph_rows, step_of
 from pykv.llm.prefill_device import PrefillDevice
 from pykv.llm.prompt_steps import PromptSteps, Span, of_spans
-from pykv.llm.residency import Residency, is_greedy
+from pykv.llm.residency import Residency, can_stay
 from pykv.llm.sampler import Sampler
 from pykv.llm.scheduler import Piece
 from pykv.llm.sequence import Sequence
 from pykv.llm.weights import Model
 from pykv.ops import paged_check
+from pykv.ops.resident_program import MOST_TOKENS
 from pykv.pool import PagedKVCache
 
 CLAMPED_SHARE = 1e-3  # of a layer's keys or values: if shared scales clamp more, warn
@@ -49,10 +52,12 @@ class ModelRunner:
             sequences take all the pages that they may need at once: computed again, they would keep
             others.
         decode: one of DECODES; of more sequences than token_program.TOKENS, and where PYKV_CHECK
-            asks to look at all page tables, "persistent" is what "graph" is.
+            asks to look at all page tables, "persistent" is what "graph" is. "auto" is the faster
+            one of both on a GPU, as of DecodeWays.
         prefill: computes prompts on another GPU; None: this one does.
         max_tokens_resident: tokens that a launch of "persistent" draws of each sequence, at most,
-            where all are greedy and nothing else is due; 1: each is a launch.
+            where nothing else is due, and none needs the host; 1: each is a launch.
+        max_sms_resident: SMs that a launch of "persistent" takes, at most; None: all.
 
     Raises:
         UnsupportedError: `decode` is "persistent" with an eviction, or token_program.check says so.
@@ -64,9 +69,10 @@ class ModelRunner:
         cache: PagedKVCache,
         xp: Any,
         eviction: Policy | AdaKV | None = None,
-        decode: str = "auto",
+        decode: str = "graph",
         prefill: PrefillDevice | None = None,
         max_tokens_resident: int = 1,
+        max_sms_resident: int | None = None,
     ) -> None:
         self.model, self.cache, self.xp = model, cache, xp
         if decode == "persistent":
@@ -76,8 +82,16 @@ class ModelRunner:
                     "evicts rows"
                 )
             token_program.check("LLM", model)
-        self._decode = decode
-        self._max_resident = max_tokens_resident
+        self._decode, self._max_resident = decode, max_tokens_resident
+        self._ways: DecodeWays | None = None
+        self._max_sms = max_sms_resident
+        if decode == "auto" and xp is not np and eviction is None:
+            bounds = min(max_tokens_resident, MOST_TOKENS), max_sms_resident
+
+            def make(cache: PagedKVCache, way: str) -> ModelRunner:
+                return ModelRunner(model, cache, xp, None, way, None, *bounds)
+
+            self._ways = DecodeWays(model, cache, *bounds, make)
         self._residency: Residency | None = None
         self._evictor = None if eviction is None else Evictor(eviction, model, cache)
         # The last tokens of a prompt are a step of their own: somebody must make their logits, and
@@ -130,10 +144,12 @@ class ModelRunner:
         return tokens
 
     def ahead(self, sequences: list[Sequence]) -> int:
-        """How many tokens of each answer are drawn by one launch."""
+        """How many tokens of each answer a launch may draw before the host looks at them."""
+        can_go_on = self._max_resident > 1 and all(map(can_stay, sequences))
         rows = graph_rows(len(sequences), self.xp)
-        goes_on = self._way(rows) == "persistent" and all(map(is_greedy, sequences))
-        return self._max_resident if goes_on else 1
+        if not can_go_on or self._way(rows) != "persistent":
+            return 1
+        return min(self._max_resident, MOST_TOKENS)
 
     def decode(self, sequences: list[Sequence], alone: bool) -> list[int]:
         """Put the last token of every answer into the cache, and draw the next."""
@@ -145,8 +161,8 @@ class ModelRunner:
         if tokens is None:
             self._end_residency()
             decoder = self._decoder_for(sequences)
-            if alone and (ahead := self.ahead(sequences)) > 1:
-                self._residency = decoder.stay(sequences, ahead)
+            if alone and self.ahead(sequences) > 1:
+                self._residency = decoder.stay(sequences, self._max_resident)
                 tokens = self._residency.take(sequences)
         if tokens is not None:
             for s in sequences:
@@ -159,6 +175,24 @@ class ModelRunner:
                 queries = decoder.queries
                 self._evictor.see_answer(s, None if queries is None else queries[:, i : i + 1])
         return self._draw(sequences, logits, decoder.peaks)
+
+    def times(self, count: int, *, force: bool) -> Times | None:
+        """Microseconds of a step of so many answers by way, for "auto"; None where there is no
+        choice, see DecodeWays.times.
+
+        Raises:
+            UnsupportedError: ways are not chosen by their times here.
+        """
+        if self._ways is None:
+            raise UnsupportedError(
+                f"llm.calibrate: decode is {self._decode!r}, or there is no GPU, or an eviction; "
+                "expected 'auto' on a GPU without one"
+            )
+        self._end_residency()
+        self._decoders.clear()  # they may go another way from now on
+        rows = graph_rows(count, self.xp)
+        has_choice = rows <= token_program.TOKENS and not paged_check.ALWAYS
+        return self._ways.times(rows, force=force) if has_choice else None
 
     def join(self) -> None:
         """Let work that is enqueued from now on wait for pages that another GPU sends."""
@@ -256,13 +290,16 @@ class ModelRunner:
             queries = self._queries(rows)
         if evictor is not None and evictor.is_ragged:
             heads = HeadRows(self.cache, self.model.config.heads, rows, width, self.xp)
-        sizes, memory, way = (rows, width), self._memory, self._way(rows)
+        way = self._way(rows), self._max_sms
+        sizes, memory = (rows, width), self._memory
         return _Decoder(self.model, self.cache, self.xp, sizes, queries, heads, memory, way)
 
     def _way(self, rows: int) -> str:
         """How so many answers are decoded."""
-        if self._decode == "persistent" and (rows > token_program.TOKENS or paged_check.ALWAYS):
-            return "graph"
+        if rows > token_program.TOKENS or paged_check.ALWAYS:
+            return "steps" if self._decode == "steps" else "graph"
+        if self._decode == "auto":
+            return "graph" if self._ways is None else self._ways.fastest(rows)
         return self._decode
 
 
@@ -276,7 +313,7 @@ class _Decoder:
         queries: where the step puts those of its tokens, or None.
         heads: what stands for the cache, where heads hold different numbers of rows.
         memory: for the graph; None on the host.
-        way: one of DECODES.
+        way: one of DECODES, and SMs of a launch of "persistent" at most, or None.
 
     Attributes:
         peaks: where a step puts the index of the largest of each row of logits, or None.
@@ -291,9 +328,10 @@ class _Decoder:
         queries: Any,
         heads: HeadRows | None,
         memory: cuda.GraphMemory | None,
-        way: str,
+        way: tuple[str, int | None],
     ) -> None:
         rows, _ = size
+        name, sms = way
         self.queries, self._heads = queries, heads
         self._page_size, self._on_host = cache.page_size, xp is np
         self._inputs = xp.empty((4, rows), np.int32)  # one transfer for all four
@@ -306,11 +344,11 @@ class _Decoder:
         batch = Batch(ids, positions, slots, None, self._table, lengths)
         self.peaks: Any = None
         self._step: Any
-        if way == "persistent":
-            self._step = token_program.TokenStep(model, batch, cache)
+        if name == "persistent":
+            self._step = token_program.TokenStep(model, batch, cache, sms)
             self.peaks = self._step.peaks
         else:
-            of_step = dict(queries=queries, memory=memory, by_graph=way != "steps")
+            of_step = dict(queries=queries, memory=memory, by_graph=name != "steps")
             self._step = step_of(model, batch, heads or cache, **of_step)
 
     def run(self, sequences: list[Sequence]) -> Any:
@@ -321,7 +359,9 @@ class _Decoder:
     def stay(self, sequences: list[Sequence], tokens: int) -> Residency:
         """Begin to draw from the last token of each sequence on."""
         self._fill_inputs(sequences)
-        return Residency(self._step.resident, sequences, len(self._packed[0]), tokens)
+        program, draw = self._step.resident(asked_of(sequences))
+        draw.fill(sequences)
+        return Residency(program, sequences, self._pages.shape, tokens)
 
     def _fill_inputs(self, sequences: list[Sequence]) -> None:
         """Show the step the last token and the pages of each sequence."""

@@ -142,10 +142,8 @@ class Sampler:
             if owner is s and counted == len(s.generated) - 1:
                 tokens[b] = s.generated[-1]
             elif owner is not s or counted != len(s.generated):
-                self._owners[row] = _NOBODY  # until `adjust` succeeds
-                tally = 2 * np.bincount(np.array(s.generated, np.int32), minlength=V)
-                tally[s.prompt] |= 1
-                self._tallies[row] = self._xp.asarray(tally.astype(np.int32))
+                self._owners[row] = _NOBODY  # until `adjust` has been called
+                self._tallies[row] = self._xp.asarray(tally_of(s.prompt, s.generated, V))
         return dict(penalties=np.array(penalties, np.float32), tally_rows=tally_rows, tokens=tokens)
 
     def _rows(self, asking: list[Drawing], V: int) -> dict[int, int]:
@@ -167,6 +165,13 @@ class Sampler:
             self._owners |= dict.fromkeys(added, _NOBODY)
             free += added
         return rows | {id(s): row for s, row in zip(missing, free, strict=False)}
+
+
+def tally_of(prompt: list[int], answer: list[int], V: int) -> Any:
+    """A row of `tallies` of adjust_logits.adjust, of the host."""
+    tally = 2 * np.bincount(np.array(answer, np.int32), minlength=V)
+    tally[prompt] |= 1
+    return tally.astype(np.int32)
 
 
 def _biases(sequences: Sequence[Drawing], V: int) -> dict[str, Any]:

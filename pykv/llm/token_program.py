@@ -14,19 +14,21 @@ from pykv import cuda
 from pykv.arrays import like, on_gpu
 from pykv.errors import UnsupportedError
 from pykv.llm import matrices
+from pykv.llm.drawing import Asked, DrawPhases
 from pykv.llm.model import Batch
 from pykv.llm.weights import Layer, Model
 from pykv.ops.phase_program import OLDEST_SM, PhaseProgram
-from pykv.ops.resident_program import Inputs, ResidentProgram
+from pykv.ops.resident_program import ResidentProgram
 from pykv.phases import AddNorm, Append, Argmax, Attend, Attention, Embed, Product
 from pykv.pool import PagedKVCache
+from pykv.resident_tokens import Inputs
 
 TOKENS = 8  # limit of a step, one for each sequence
 
 
 class TokenPhases(NamedTuple):
-    """The phases of a step, in order, and what they leave: logits [T, V] float32, and the index of
-    the largest of each row, [T] int32, -1 where it is not finite."""
+    """The phases of a step, in order, and what they leave: logits [T, V] float32, and, by the last
+    one, the index of the largest of each row, [T] int32, -1 where it is not finite."""
 
     phases: list[Any]
     logits: Any
@@ -149,6 +151,7 @@ class TokenStep:
 
     Args:
         model, batch, cache: as of token_phases.
+        blocks: of a launch at most; None: as many as the GPU runs at once and have work.
 
     Attributes:
         peaks: where a step leaves the likeliest token of each row.
@@ -159,18 +162,29 @@ class TokenStep:
     Called, it does one step and returns its logits, the same array at each call.
     """
 
-    def __init__(self, model: Model, batch: Batch, cache: PagedKVCache) -> None:
+    def __init__(
+        self, model: Model, batch: Batch, cache: PagedKVCache, blocks: int | None = None
+    ) -> None:
         self._phases, self._logits, self.peaks = token_phases(model, batch, cache)
-        self._program = PhaseProgram(self._phases)
-        self._batch, self._page_size = batch, cache.page_size
+        self._blocks, self._batch, self._page_size = blocks, batch, cache.page_size
+        self._resident: dict[Asked, tuple[ResidentProgram, DrawPhases]] = {}
+
+    @cached_property
+    def _program(self) -> PhaseProgram:
+        return PhaseProgram(self._phases, blocks=self._blocks)
 
     def __call__(self) -> Any:
         self._program()
         return self._logits
 
-    @cached_property
-    def resident(self) -> ResidentProgram:
-        """What goes on from the batch that is there, without logits."""
-        b = self._batch
-        inputs = Inputs(b.ids, b.positions, b.slots, b.lengths, b.page_table, self.peaks)
-        return ResidentProgram(self._phases, inputs, self._page_size)
+    def resident(self, asked: Asked) -> tuple[ResidentProgram, DrawPhases]:
+        """What goes on from the batch that is there, without logits, and draws as asked; and what
+        must be filled before each launch of it."""
+        if asked not in self._resident:
+            b = self._batch
+            draw = DrawPhases(asked, self._logits, b, self.peaks)
+            inputs = Inputs(b.ids, b.positions, b.slots, b.lengths, b.page_table, self.peaks)
+            phases = [*self._phases[:-1], *draw.phases]
+            program = ResidentProgram(phases, inputs, self._page_size, blocks=self._blocks)
+            self._resident[asked] = program, draw
+        return self._resident[asked]

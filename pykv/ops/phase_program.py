@@ -14,11 +14,12 @@ import numpy as np
 from pykv import cuda
 from pykv.arrays import FLOATS, like, on_gpu
 from pykv.cuda.launch import SCALARS
+from pykv.draw_phases import DRAW_PHASES
 from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError, UnsupportedError
 from pykv.ops import block_linear, paged_decode, paged_qkv
 from pykv.options import check_whole
 from pykv.overlaps import bytes_of, is_same, place_of, share
-from pykv.phases import BLOCK, OPS, PHASES, Argmax, Attention, Product, Record, Scratch
+from pykv.phases import BLOCK, OPS, PHASES, Attention, Product, Record, Scratch
 from pykv.ranges import address_of
 from pykv.specs import KVSpec
 from pykv.stages import check_stages, stages_of
@@ -35,11 +36,23 @@ _STRUCT_OF: dict[str, Any] = dict(
     EMBED=("block_rows", "block_rows"),
 )
 _ARGMAX = ("out", "logits", "keys"), [("V", np.int32), ("parts", np.int32)]
+_DRAW = (
+    ("out", "logits", "best", "temperature", "top_p", "min_p", "top_k", "seeds")
+    + ("lengths", "origins", "bins", "sums", "kept", "counters"),
+    [(name, np.int32) for name in ("V", "is_first", "by_mass", "round")],
+)
 # Of ops that no other kernel has: addresses, then numbers.
 _STRUCTS: dict[str, tuple[tuple[str, ...], list[Any]]] = dict(
     ADD_NORM=(("x", "y", "norm"), [("I", np.int32), ("eps", np.float32)]),
     PEAKS=_ARGMAX,
     ARGMAX=_ARGMAX,
+    ADJUST=(("out", "logits", "tallies", "penalties", "tokens", "biases"), [("V", np.int32)]),
+    FILTER=_DRAW,
+    DRAW=_DRAW,
+    LOGPROBS=(
+        ("out", "logits", "tokens", "best", "wanted", "sums", "keys", "counters"),
+        [("V", np.int32), ("K", np.int32)],
+    ),
 )
 _ATTENTION = dict(append=("paged_qkv", "paged_qkv"), attend=("paged_decode", "paged_decode"))
 
@@ -71,10 +84,11 @@ class PhaseProgram:
     """A function that does phases in their order; each may read what others have written.
 
     Args:
-        phases: at least one of pykv.phases: Product, Embed, AddNorm, Attention, Argmax. T is at
-            most 8 and the same for all, as is the dtype of inputs, with an attention float32, that
-            of biases, and the kind of caches. None writes a matrix, bias, norm, page table or
-            length. Arrays are held, and calls see what they contain then.
+        phases: at least one of pykv.phases: Product, Embed, AddNorm, Attention, Argmax; or of
+            pykv.draw_phases: Adjust, Draw, Logprobs. T is at most 8 and the same for all, as is the
+            dtype of inputs, with an attention float32, that of biases, and the kind of caches. None
+            writes a matrix, bias, norm, page table or length. Arrays are held, and calls see what
+            they contain then.
         blocks: of the launch at most; None: as many as the GPU runs at once and have work.
 
     Raises:
@@ -84,7 +98,8 @@ class PhaseProgram:
 
     Attributes:
         stages: the number of each phase's stage; on a GPU an argmax counts as two phases, and so
-            does attention of more query heads a KV head than a block serves. All blocks of the
+            does attention of more query heads a KV head than a block serves; log probabilities as
+            three, a draw as three and three for each of its filters. All blocks of the
             launch wait for each other behind a stage; phases of one stage need nothing of each
             other.
 
@@ -199,6 +214,8 @@ def pack(op: str, phases: list[Any]) -> Packed:
     biases = [p.bias.dtype for p in phases if getattr(p, "bias", None) is not None]
     defines = _defines(kinds, x.dtype, (biases or [FLOATS[0]])[0], rows, outs)
     defines |= _cache_defines(op, phases)
+    if any(isinstance(p, DRAW_PHASES) for p in phases):
+        defines["DRAWS"] = 1
     tiles = max(1, *(record.tiles for record in records))
     arrays = dict(program=words, counters=counters)
     cuda.synchronize()
@@ -226,7 +243,7 @@ def checked(op: str, phases: Any, blocks: int | None) -> tuple[list[Any], int | 
     if not isinstance(phases, (list, tuple)):
         raise DtypeError(f"{op}: phases is a {type(phases).__name__}, expected a list")
     for phase in phases:
-        if not isinstance(phase, PHASES):
+        if not isinstance(phase, (*PHASES, *DRAW_PHASES)):
             raise DtypeError(f"{op}: phases has a {type(phase).__name__}, expected phases")
         phase.checked(op)
     _check_alike(op, list(phases))
@@ -273,11 +290,12 @@ def _rows_and_outs(phases: list[Any], kinds: list[str]) -> tuple[int, int]:
 def _scratch(op: str, phases: list[Any]) -> Scratch:
     x = phases[0].inputs
     states = max((p.workspace_size(op) for p in phases if isinstance(p, Attention)), default=0)
-    keys = max((p.keys_size() for p in phases if isinstance(p, Argmax)), default=0)
+    keys = max((p.keys_size() for p in phases if hasattr(p, "keys_size")), default=0)
     scratch = Scratch(
         like(x, (states,), np.float32) if states else None,
         like(x, (keys,), np.uint64) if keys else None,
         _deferred(op, phases),
+        [],
     )
     if states:
         scratch.workspace[: paged_decode.COUNTERS] = 0

@@ -6,7 +6,6 @@ Kernel: kernels_cu/resident_program.cu; pykv/host_rings.py describes what host a
 
 from __future__ import annotations
 
-import enum
 import time
 from collections import Counter, deque
 from collections.abc import Sequence
@@ -17,60 +16,26 @@ import numpy as np
 from pykv import cuda
 from pykv.arrays import INT32, like, on_gpu
 from pykv.checker import checker
+from pykv.draw_phases import Logprobs
 from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError, UnsupportedError
-from pykv.host_rings import SLOTS, RingKernel, State
+from pykv.host_rings import SLOTS, Pinned, RingKernel, State
 from pykv.ops import phase_program
 from pykv.options import check_number, check_whole
 from pykv.overlaps import place_of, share
 from pykv.phases import Argmax
+from pykv.resident_tokens import Drawn, Inputs, Why, clear, reference, with_logprobs
 
-MOST_TOKENS = SLOTS  # of a launch: the ring holds all results, so the kernel never waits
+MOST_TOKENS = SLOTS  # that are not taken: the ring holds all results, so a launch waits for nobody
 ENDS = 32  # tokens that may end a sequence, at most
 _MOST_SECONDS = 3600.0
-_LOOKS = 64  # polls of the ring for each query of the stream, which is slower
-_STOP = 1  # kind of a command
-_TOKEN_BITS = 24  # lower bits of a result word; a `Why` is above
+_LOOKS = 64  # at the ring between two at the kernel's stream, which takes longer
+_STOP, _GRANT, _PAGES = 1, 2, 3  # kinds of commands
+_PAGES_OF_COMMAND = 4
+_TOKEN_BITS = 24  # of a word of a result; what follows is above
 
-# Of one program; its phases are those of phase_program, which has more.
-VARIANTS: list[dict[str, Any]] = [phase_program.VARIANTS[-2] | dict(RING_SLOTS=SLOTS)]
+# Of one program, which draws; its phases are those of phase_program, which has more.
+VARIANTS: list[dict[str, Any]] = [phase_program.VARIANTS[-2] | dict(RING_SLOTS=SLOTS, DRAWS=1)]
 VARIANTS_SMS = range(0)  # none at import: compiled by the first program of its kinds
-
-
-class Inputs(NamedTuple):
-    """What phases of a token read and leave, int32.
-
-    Attributes:
-        ids, positions, slots, lengths: [T], of the token that is computed, as phases have them;
-            a sequence of length 0 is none. Those of the next one are written here.
-        page_table: [T, M], -1 where a sequence has no page.
-        peaks: [T], the token that phases draw for each, -1 where none can be.
-    """
-
-    ids: Any
-    positions: Any
-    slots: Any
-    lengths: Any
-    page_table: Any
-    peaks: Any
-
-
-class Why(enum.IntEnum):
-    """What follows a token for its sequence."""
-
-    NEXT = 0  # another token
-    ENDED = 1  # the token ends the sequence
-    FULL = 2  # the sequence has reached its limit
-    OUT_OF_PAGES = 3  # the next token has no page, so the launch ends
-    TAKEN_BACK = 4  # not valid: the host had stopped the sequence
-    NOT_FINITE = 5  # no token: logits are not finite
-    NOBODY = 6  # the row has no sequence, or one that has ended
-
-
-class Drawn(NamedTuple):
-    """A token of a sequence, of no meaning if `why` says that there is none."""
-
-    token: int
-    why: Why
 
 
 class Counts(NamedTuple):
@@ -86,7 +51,8 @@ class ResidentProgram:
     ends these and makes the inputs of the next token without the host.
 
     Args:
-        phases: of one token, as of PhaseProgram; they read `inputs`, and an Argmax leaves `peaks`.
+        phases: of one token, as of PhaseProgram; they read `inputs`, and an Argmax or a Draw leaves
+            `peaks`. Results tell what a Logprobs has left.
         inputs: of T sequences, 1 to 8.
         page_size: tokens of a page.
         blocks: of the launch at most; None: as many as the GPU runs at once and have work.
@@ -99,11 +65,11 @@ class ResidentProgram:
             the host, or none writes `peaks`.
         UnsupportedError: the vocabulary has more than 2^24 tokens.
 
-    A launch waits for nobody: it has a bound of tokens, results of all of them have room, and what
-    it lacks ends it. What is enqueued on the stream that was current in `launch` waits for its end.
-    Made on a GPU it synchronises once. One thread at a time may use a program. NumPy arrays have no
-    kernel: tokens are computed as they are waited for. Idea of a decode loop on the GPU, fed by
-    rings: the project m40-llm.
+    A launch waits for nobody: it has a bound of tokens, which `extend` may move while it runs;
+    results of all of them have room, and what it lacks ends it. What is enqueued on the stream that
+    was current in `launch` waits for its end. Made on a GPU it synchronises once. One thread at a
+    time may use a program. NumPy arrays have no kernel: tokens are computed as they are waited for.
+    Idea of a decode loop on the GPU, fed by rings: the project m40-llm.
 
     >>> ids, positions, slots, lengths, peaks = np.array([[3], [0], [-1], [1], [0]], np.int32)
     >>> table, x, logits = np.zeros((1, 4), np.int32), np.ones((1, 8), "f4"), np.ones((1, 8), "f4")
@@ -111,7 +77,7 @@ class ResidentProgram:
     >>> of_token = [phases.Embed(ids, eye, "F16", x)]
     >>> of_token += [phases.Product(x, np.roll(eye, 1, 0), "F16", logits)]
     >>> of_token += [phases.Argmax(logits, peaks)]
-    >>> inputs = ops.Inputs(ids, positions, slots, lengths, table, peaks)
+    >>> inputs = pykv.resident_tokens.Inputs(ids, positions, slots, lengths, table, peaks)
     >>> program = ops.ResidentProgram(of_token, inputs, page_size=16)
     >>> program.launch(3, limits=[100], ends=[[]])
     >>> [program.take()[0].token for _ in range(3)]
@@ -139,6 +105,7 @@ class ResidentProgram:
         dims = _check(*inputs)
         self._T = dims["T"]
         self._check_phases()
+        self._found = next((p.out for p in self._phases if isinstance(p, Logprobs)), None)
         self._results: deque[list[Drawn]] = deque()
         self._runs, self._state = False, State.OVER
         self._launches = self._tokens = 0
@@ -170,7 +137,8 @@ class ResidentProgram:
         """All that a launch needs: its kernel is loaded and its memory there."""
         T = self._T
         packed = phase_program.pack(_OP, self._phases)
-        scalars = dict(T=T, M=dims["M"], P=self._page_size, E=ENDS, limit=int(seconds * 1e9))
+        W = 0 if self._found is None else int(self._found.shape[1])
+        scalars = dict(T=T, M=dims["M"], P=self._page_size, E=ENDS, W=W, limit=int(seconds * 1e9))
         self._launch = packed.launch("resident_program", blocks, scalars, RING_SLOTS=SLOTS)
         self._words = like(self._inputs.ids, (T + T * ENDS + 4,), np.int32)  # of a launch
         self._scratch, self._device = packed.scratch, packed.device
@@ -178,6 +146,8 @@ class ResidentProgram:
         self._arrays |= dict(
             limits=self._words[:T], ends=self._words[T:-4], control=self._words[-4:].view(np.uint32)
         )
+        self._told = Pinned((SLOTS, T, W), np.uint64) if W else None
+        self._arrays |= dict(found=self._found, told=self._told and self._told.on_gpu)
         self._kernel = RingKernel(_OP)
 
     def launch(self, tokens: int, limits: Sequence[int], ends: Sequence[Sequence[int]]) -> None:
@@ -221,6 +191,8 @@ class ResidentProgram:
         if self._runs or self._results:
             raise DeviceError(f"{_OP}: a launch is not over, expected all of its results taken")
         self._left, self._limits, self._ends_of = tokens, words[: self._T], words[self._T : -4]
+        self._due = tokens  # results that have not come
+        self._posted = 0  # commands
         if self._kernel is not None:
             phase_program.check_device(_OP, self._device)
             self._launch_kernel(words, tokens)
@@ -277,16 +249,73 @@ class ResidentProgram:
         if not self._runs:
             return
         if self._kernel is None:
-            _clear(self._inputs, row)
+            clear(self._inputs, row)
             return
-        self._kernel.rings.post(self._command, [_STOP, row])
-        self._command += 1
+        self._post([_STOP, row])
         seen = 0
         while self._runs:
             if any(x[row].why != Why.NEXT for x in list(self._results)[seen:]):
                 return
             seen = len(self._results)
             self._advance()
+
+    def extend(self, tokens: int, pages: Sequence[tuple[int, int, Sequence[int]]] = ()) -> bool:
+        """Let the launch draw more tokens, if it has not ended by then.
+
+        Args:
+            tokens: of each sequence, beyond those granted so far; up to 64 are granted and not
+                taken.
+            pages: what a row of `page_table` holds from a place on: (row, place, pages). The
+                sequence has not come there yet.
+
+        Returns:
+            Whether the launch was told: not if it is known to have ended, or has not taken so many
+            earlier commands that there is no room.
+
+        Raises:
+            ParameterError: an argument is out of its range, or there is no such row or place.
+            DtypeError: it is of another type.
+        """
+        room = MOST_TOKENS - self._due - len(self._results) if self._runs else MOST_TOKENS
+        tokens = check_whole(_OP, "tokens", tokens, 0, room)
+        commands = self._page_commands(pages)
+        if not self._runs:
+            return False
+        if self._kernel is None:
+            for _, row, place, count, *ids in commands:
+                self._inputs.page_table[row, place : place + count] = ids
+            self._left += tokens
+        else:
+            waiting = self._posted - self._kernel.rings.taken()
+            if waiting + len(commands) + 1 >= SLOTS:  # a slot is for a stop, which is waited for
+                return False
+            for command in [*commands, [_GRANT, tokens]]:
+                self._post(command)
+        self._due += tokens
+        return True
+
+    def _page_commands(self, pages: Any) -> list[list[int]]:
+        """What tells a kernel of them."""
+        if not isinstance(pages, (list, tuple)):
+            raise DtypeError(f"{_OP}: pages is a {type(pages).__name__}, expected a list")
+        M, commands = self._inputs.page_table.shape[1], []
+        for given in pages:
+            is_three = isinstance(given, (list, tuple)) and len(given) == 3
+            if not is_three or not isinstance(given[2], (list, tuple)):
+                raise DtypeError(f"{_OP}: pages has {given!r:.80}, expected (row, place, pages)")
+            row = check_whole(_OP, "a row of pages", given[0], 0, self._T - 1)
+            ids = [check_whole(_OP, "pages", page, 0, 2**31 - 1) for page in given[2]]
+            place = check_whole(_OP, "a place of pages", given[1], 0, M - len(ids))
+            for at in range(0, len(ids), _PAGES_OF_COMMAND):
+                part = ids[at : at + _PAGES_OF_COMMAND]
+                commands.append([_PAGES, row, place + at, len(part), *part])
+        return commands
+
+    def _post(self, command: list[int]) -> None:
+        assert self._kernel is not None
+        self._kernel.rings.post(self._command, command)
+        self._command += 1
+        self._posted += 1
 
     def end(self) -> None:
         """End the launch behind the token under way; results that were not taken stay.
@@ -342,17 +371,25 @@ class ResidentProgram:
         words = self._kernel.rings.result(self._number)
         if words is None:
             return False
-        self._number += 1
         mask = (1 << _TOKEN_BITS) - 1
-        self._results.append([Drawn(x & mask, Why(x >> _TOKEN_BITS)) for x in words[: self._T]])
+        drawn = [Drawn(x & mask, Why(x >> _TOKEN_BITS)) for x in words[: self._T]]
+        if self._told is not None:
+            words = self._told.host[self._number % SLOTS]
+            drawn = with_logprobs(drawn, words.astype(np.uint32).view(np.int32))
+        self._results.append(drawn)
+        self._number += 1
+        self._due -= 1
         return True
 
     def _advance_on_host(self) -> None:
         for phase in self._phases:
             phase_program.reference(phase)
         self._left -= 1
+        self._due -= 1
         ends = self._ends_of.reshape(self._T, ENDS)
         drawn = reference(self._inputs, self._page_size, self._limits, ends, self._left == 0)
+        if self._found is not None:
+            drawn = with_logprobs(drawn, self._found)
         self._results.append(drawn)
         whys = {x.why for x in drawn}
         if not whys & {Why.NEXT, Why.OUT_OF_PAGES}:
@@ -365,40 +402,6 @@ class ResidentProgram:
     def _close(self, state: State) -> None:
         self._runs, self._state = False, state
         self._ends[state] += 1
-
-
-def reference(inputs: Inputs, page_size: int, limits: Any, ends: Any, is_last: bool) -> list[Drawn]:
-    """What follows a token, in NumPy: writes the inputs of the next one."""
-    drawn = []
-    for row, length in enumerate(inputs.lengths.tolist()):
-        token, page = int(inputs.peaks[row]), -1
-        if length // page_size < inputs.page_table.shape[1]:
-            page = int(inputs.page_table[row, length // page_size])
-        why = Why.NEXT
-        if length == 0:
-            why = Why.NOBODY
-        elif token < 0:
-            why = Why.NOT_FINITE
-        elif token in ends[row]:
-            why = Why.ENDED
-        elif length + 1 >= limits[row]:
-            why = Why.FULL
-        elif page < 0 and not is_last:
-            why = Why.OUT_OF_PAGES
-        drawn.append(Drawn(max(token, 0) if why < Why.TAKEN_BACK else 0, why))
-        _clear(inputs, row)
-        if why == Why.NEXT:
-            inputs.ids[row], inputs.positions[row] = token, length
-            inputs.lengths[row] = length + 1
-            if page >= 0:
-                inputs.slots[row] = page * page_size + length % page_size
-    return drawn
-
-
-def _clear(inputs: Inputs, row: int) -> None:
-    """Nobody's inputs, of which nothing is written or read."""
-    for array, value in zip(inputs, (0, 0, -1, 0), strict=False):
-        array[row] = value
 
 
 _OP = "resident_program.ResidentProgram"

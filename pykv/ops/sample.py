@@ -70,7 +70,7 @@ def argmax(logits: Any, *, out: Any = None, stream: Any = None) -> Any:
 def check_argmax(op: str, logits: Any, out: Any) -> Dims:
     """The sizes of what `argmax` is given; it raises what `argmax` says."""
     dims = _check_argmax(logits, out)
-    _check_vocabulary(op, dims["V"])
+    check_vocabulary(op, dims["V"])
     return dims
 
 
@@ -153,7 +153,7 @@ def sample(
     """
     op = "sample.sample"
     dims = _check_sample(logits, temperature, top_k, top_p, min_p, seeds, steps, out)
-    _check_vocabulary(op, dims["V"])
+    check_vocabulary(op, dims["V"])
     out = like(logits, (dims["B"],), np.int32) if out is None else out
     if dims["B"] == 0:
         return out
@@ -242,7 +242,7 @@ def _mix(x: int) -> int:
     return x ^ x >> 31
 
 
-def _check_vocabulary(op: str, V: int) -> None:
+def check_vocabulary(op: str, V: int) -> None:
     if not 1 <= V <= MAX_V:
         raise ShapeError(f"{op}: logits has V={V}, expected 1 to {MAX_V}")
 

@@ -11,10 +11,10 @@ import pytest
 from pykv.errors import ParameterError
 from pykv.host_rings import State
 from pykv.llm import LLM, SamplingParams, token_program
-from pykv.llm.residency import is_greedy
+from pykv.llm.residency import can_stay
 from pykv.llm.sequence import Sequence
 from pykv.ops.phase_program import PhaseProgram
-from pykv.ops.resident_program import ENDS, ResidentProgram
+from pykv.ops.resident_program import ENDS, MOST_TOKENS, ResidentProgram
 from tests.helpers import swept
 from tests.llm import tiny
 from tests.llm.test_model import greedy
@@ -28,8 +28,8 @@ def open_(tmp_path, xp, monkeypatch):
     monkeypatch.setattr("pykv.cuda.array_module", lambda device: np if device == "cpu" else xp)
     if xp is simt:
         monkeypatch.setattr(machine, "ARCH", "sm_90")
-        few = lambda *given: PhaseProgram(*given, blocks=2)  # noqa: E731
-        stays = lambda *given: ResidentProgram(*given, blocks=2, silence=60.0)  # noqa: E731
+        few = lambda *given, blocks: PhaseProgram(*given, blocks=2)  # noqa: E731
+        stays = lambda *given, blocks: ResidentProgram(*given, blocks=2, silence=60.0)  # noqa: E731
         monkeypatch.setattr(token_program, "PhaseProgram", few)
         monkeypatch.setattr(token_program, "ResidentProgram", stays)
 
@@ -53,13 +53,13 @@ def on_host(tmp_path):
 
 def launches(llm):
     """Those of all decoders."""
-    made = [d._step.resident for d in llm.runner._decoders.values() if "resident" in vars(d._step)]
-    return sum(program.counts().launches for program in made)
+    made = [d._step._resident.values() for d in llm.runner._decoders.values()]
+    return sum(program.counts().launches for programs in made for program, _ in programs)
 
 
 def ends_of(llm):
     (decoder,) = llm.runner._decoders.values()
-    program = decoder._step.resident
+    ((program, _),) = decoder._step._resident.values()
     assert not program.await_result()
     return program.counts().ends
 
@@ -119,10 +119,21 @@ def test_streams_that_begin_and_stop_meanwhile(open_):
 def test_a_launch_has_a_bound(on_host):
     prompt = list(range(5, 12))
     want = on_host(decode="steps").generate([prompt], greedy(20))[0].token_ids
-    for most, count in ((1, 0), (6, 4), (64, 1)):
+    for most, count in ((1, 0), (6, 4), (64, 1), (100, 1)):
         llm = on_host(max_tokens_resident=most)
         assert llm.generate([prompt], greedy(20))[0].token_ids == want
         assert launches(llm) == count
+
+
+def test_launches_that_are_extended(on_host, rng):
+    """On pages that answers get meanwhile: by one launch."""
+    prompts = [rng.integers(3, 200, n).tolist() for n in (9, 30)]
+    params = [greedy(150), greedy(120, logprobs=1, temperature=0.9)]
+    options = dict(prefix_cache=False, page_size=4)
+    want = on_host(decode="steps", **options).generate(prompts, params)
+    llm = on_host(max_tokens_resident=1000, **options)
+    assert llm.generate(prompts, params) == want
+    assert launches(llm) == 1 and len(want[0].token_ids) > 2 * MOST_TOKENS - 10
 
 
 def test_stop_strings_and_streams(on_host):
@@ -184,23 +195,77 @@ def test_a_small_pool(on_host, rng):
     assert launches(llm) > 1
 
 
+DRAWS = [
+    dict(temperature=1.0, seed=3, top_k=30, top_p=0.8),
+    dict(logprobs=2, temperature=0.7, min_p=0.01),
+    dict(repetition_penalty=1.2, frequency_penalty=2, logit_bias={7: 9.0, 9: 8.0, 11: 8.5}),
+    dict(logprobs=0, frequency_penalty=1.5, temperature=1.5, seed=2**64 - 1, top_p=0.5),
+    dict(),
+]
+
+
+def test_draws_are_those_of_steps(on_host, rng):
+    """Alone and beside each other, over several launches."""
+    prompts = [rng.integers(3, 200, n).tolist() for n in (7, 11, 5, 3, 9)]
+    params = [greedy(9, **options) for options in DRAWS]
+    options = dict(prefix_cache=False)
+    steps = on_host(decode="steps", **options)
+    for i, prompt in enumerate(prompts):
+        llm = on_host(max_tokens_resident=4, **options)
+        (got,), (want,) = (x.generate([prompt], params[i]) for x in (llm, steps))
+        assert got == want and launches(llm) == 2
+        assert params[i].logprobs is None or len(got.logprobs) == 9
+    llm = on_host(max_tokens_resident=5, **options)
+    for _ in range(2):  # rows hold what sequences before them have asked for
+        assert llm.generate(prompts, params) == steps.generate(prompts, params)
+        prompts.reverse()
+        params.reverse()
+    assert launches(llm) > 2
+
+
+@pytest.mark.parametrize("i", [1, *swept([0, 2, 3])])
+def test_draws_of_the_kernel(open_, rng, i):
+    """The tokens of steps with the same seed."""
+    prompts = [rng.integers(3, 200, n).tolist() for n in (7, 11)]
+    params = [greedy(4, **DRAWS[i]), greedy(4)]
+    options = dict(prefix_cache=False)
+    want = open_("llama", "steps", device="cpu", **options).generate(prompts, params)
+    llm = open_("llama", **options)
+    got = llm.generate(prompts, params)
+    assert [a.token_ids for a in got] == [a.token_ids for a in want] and launches(llm) == 1
+    for a, b in zip(got[0].logprobs or [], want[0].logprobs or [], strict=True):
+        values = [[x.logprob, *x.top.values()] for x in (a, b)]
+        assert a.token_id == b.token_id and len(values[0]) == len(values[1])
+        np.testing.assert_allclose(*values, rtol=0, atol=1e-2)
+
+
 def test_what_needs_the_host_goes_step_by_step(on_host):
+    """Until an answer has its min_tokens."""
     prompt = list(range(5, 12))
-    for options in (
-        dict(temperature=1.0, seed=3),
-        dict(logprobs=2),
-        dict(repetition_penalty=1.2),
-        dict(logit_bias={7: 3.0}),
-    ):
+    for most, count in ((9, 0), (6, 1)):
+        params = SamplingParams(max_tokens=9, min_tokens=most)
         steps, llm = on_host(decode="steps"), on_host()
-        want, got = (x.generate([prompt], greedy(5, **options))[0] for x in (steps, llm))
-        assert got.token_ids == want.token_ids and launches(llm) == 0, options
+        want, got = (x.generate([prompt], params)[0] for x in (steps, llm))
+        assert got.token_ids == want.token_ids and launches(llm) == count, most
 
 
 def test_wrong_bounds(on_host):
-    for most in (0, 65):
-        with pytest.raises(ParameterError, match=f"LLM: max_tokens_resident is {most}, expect"):
-            on_host(max_tokens_resident=most)
+    with pytest.raises(ParameterError, match="LLM: max_tokens_resident is 0, expected"):
+        on_host(max_tokens_resident=0)
+    with pytest.raises(ParameterError, match="LLM: max_sms_resident is 0, expected"):
+        on_host(max_sms_resident=0)
+
+
+def test_launches_keep_to_their_sms(on_host, monkeypatch):
+    """A block of a launch for each."""
+    made = []
+    for name, kind in (("ResidentProgram", ResidentProgram), ("PhaseProgram", PhaseProgram)):
+        count = lambda *given, blocks, kind=kind: (made.append(blocks), kind(*given))[1]  # noqa: E731
+        monkeypatch.setattr(token_program, name, count)
+    llm = on_host(max_sms_resident=3)
+    llm.generate([[5, 6, 7]], greedy(4))
+    llm.generate([[5, 6, 7]], SamplingParams(max_tokens=2, min_tokens=2))
+    assert made == [3, 3]
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -243,12 +308,12 @@ def test_a_host_that_is_killed_leaves_the_gpu_usable(tiny_paths):
     assert got == want
 
 
-def test_who_is_greedy():
+def test_who_can_stay():
     params = SamplingParams(min_tokens=2)
     s = Sequence([1], params, 9, frozenset(range(ENDS)), generated=[4])
-    assert not is_greedy(s)
+    assert not can_stay(s)
     s.generated.append(4)
-    assert is_greedy(s)
+    assert can_stay(s)
     s.mask = lambda: None
-    assert not is_greedy(s)
-    assert not is_greedy(Sequence([1], SamplingParams(), 9, frozenset(range(ENDS + 1))))
+    assert not can_stay(s)
+    assert not can_stay(Sequence([1], SamplingParams(), 9, frozenset(range(ENDS + 1))))

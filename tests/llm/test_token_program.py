@@ -20,7 +20,7 @@ def open_both(tmp_path, xp, monkeypatch):
     monkeypatch.setattr("pykv.cuda.array_module", lambda device: xp)
     if xp is simt:
         monkeypatch.setattr(machine, "ARCH", "sm_90")
-        few = lambda phases: PhaseProgram(phases, blocks=3)  # noqa: E731
+        few = lambda phases, blocks: PhaseProgram(phases, blocks=3)  # noqa: E731
         monkeypatch.setattr(token_program, "PhaseProgram", few)
 
     def open_(name, **options):

@@ -11,8 +11,9 @@ from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError, Uns
 from pykv.host_rings import State
 from pykv.ops import phase_program
 from pykv.ops import resident_program as op
-from pykv.ops.resident_program import Drawn, Inputs, ResidentProgram, Why
+from pykv.ops.resident_program import ResidentProgram
 from pykv.phases import Argmax, Embed, Product
+from pykv.resident_tokens import Drawn, Inputs, Why
 from tests.helpers import to_numpy
 from tests.simt import cupy as simt
 from tests.simt import machine
@@ -180,6 +181,44 @@ def test_the_host_ends_a_launch(xp_of_programs, rng):
     assert not program.await_result()
 
 
+def test_a_launch_is_extended(xp_of_programs, rng):
+    """Around the rings, on pages that it is told of meanwhile; if it has ended before, another one
+    goes on."""
+    made = chain(xp_of_programs, rng, [5])
+    program, table = made.program, to_numpy(made.inputs.page_table).copy()
+    results, launches, granted, have = [], 0, 0, 3
+    while len(results) < 70:
+        if not program.await_result():
+            made.inputs.page_table[...] = xp_of_programs.asarray(
+                np.where(np.arange(M) < have, table, -1)
+            )
+            program.launch(6, [10**6], [[]])
+            launches, granted = launches + 1, len(results) + 6
+        results.append(program.take())
+        need = (5 + granted + 4) // P + 1
+        pages = [(0, have, table[0, have:need].tolist())]
+        if program.extend(4 if granted < 70 else 0, pages):
+            granted += 4 if granted < 70 else 0
+            have = max(have, need)
+    program.drop()
+    assert of_row(results, 0) == (expected(made, 0, len(results)), [])
+    assert program.counts().launches == launches < 10
+    assert xp_of_programs is not np or launches == 1
+
+
+def test_commands_that_a_kernel_does_not_take_are_not_overwritten(device_of_programs, rng):
+    made = chain(device_of_programs, rng, [1])
+    program = made.program
+    program.launch(4, [10**6], [[]])
+    program._kernel.rings.taken = lambda: 0
+    told = [program.extend(0, [(0, 3, [9, 8, 7, 6, 5])]) for _ in range(22)]
+    assert told == [True] * 21 + [False] or not program._runs
+    assert of_row(all_of(program), 0) == (expected(made, 0, 4), [])
+    assert not program.extend(1)
+    if all(told[:21]):
+        assert to_numpy(made.inputs.page_table)[0, 2:9].tolist() == [2, 9, 8, 7, 6, 5, 8]
+
+
 def test_a_silent_host_ends_the_launch(device_of_programs, rng):
     """It loses nothing: the next launch goes on."""
     made = chain(device_of_programs, rng, [1], silence=1e-6)
@@ -213,6 +252,17 @@ def test_wrong_launches(rng, change, error, text):
         made.program.take()
     with pytest.raises(ParameterError, match="row is 2, expected 0 to 1"):
         made.program.stop(2)
+    made.program.launch(60, [10**6] * 2, [[], []])
+    for given, error, text in (
+        ((5,), ParameterError, "tokens is 5, expected 0 to 4"),
+        ((1, [(2, 0, [])]), ParameterError, "a row of pages is 2, expected 0 to 1"),
+        ((1, [(0, M - 1, [1, 2])]), ParameterError, f"a place of pages is {M - 1}, expected 0 to"),
+        ((1, [(0, 1, [-1])]), ParameterError, "pages is -1"),
+        ((1, [(0, 1)]), DtypeError, r"pages has \(0, 1\), expected \(row, place, pages\)"),
+        ((1, 7), DtypeError, "pages is a int, expected a list"),
+    ):
+        with pytest.raises(error, match=f"resident_program.ResidentProgram: {text}"):
+            made.program.extend(*given)
 
 
 def test_wrong_programs(rng, monkeypatch):

@@ -1,0 +1,202 @@
+"""Which way of decoding is the faster one: measured once for each GPU, kind of model and number of
+answers, and kept in the cache folder.
+
+What is measured is a runner's own `decode` on a cache of its own, of sequences that hold CONTEXT
+tokens. Ways are those of runner.DECODES.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Protocol
+
+from pykv import calibration, cuda
+from pykv.arrays import module_of
+from pykv.errors import UnsupportedError
+from pykv.llm import matrices, memory
+from pykv.llm.sampling import SamplingParams
+from pykv.llm.sequence import Sequence
+from pykv.llm.weights import Model
+from pykv.options import check_whole
+from pykv.pool import PagedKVCache
+
+if TYPE_CHECKING:
+    from pykv.llm.generate import LLM
+
+WAYS = ("persistent", "graph")
+LEAST_BYTES = 64 << 20  # of matrices; smaller models are measured if asked: it compiles kernels
+CONTEXT = 512
+_TOKENS = 16  # of a sample at least
+_SAMPLES, _BUDGET_S = 5, 1.0  # of a way; the shortest sample counts
+
+Times = dict[str, float]  # microseconds of a step by way
+
+
+def calibrate(
+    llm: LLM, answers: Iterable[int] = (1, 2, 4, 8), *, force: bool = False
+) -> dict[int, Times]:
+    """Measure what a step takes by each way of decoding, for an LLM with decode="auto".
+
+    Args:
+        llm: whose GPU and kind of model are measured.
+        answers: how many are decoded at once.
+        force: measure anew, though the cache folder has figures of this GPU, kind of model and
+            options.
+
+    Returns:
+        Microseconds of a step, by numbers of answers and ways; without those for which there is
+        one way alone, or no memory to measure with.
+
+    Raises:
+        UnsupportedError: its `decode` is another, it is on the CPU, or it evicts; or the call is
+            being prepared.
+        ParameterError: a number of answers is below 1.
+
+    Compiles both ways. The first step of as many answers does it, if nobody has before, unless the
+    model's matrices take less than 64 MiB: then "auto" is "graph". Better call it ahead, on a GPU
+    that nothing else runs on.
+    """
+    op = "llm.calibrate"
+    cuda.refuse_prepare(op, "it measures; call it before")
+    counts = [check_whole(op, "answers", n, 1) for n in answers]
+    with llm.turn():
+        found = {n: llm.runner.times(n, force=force) for n in counts}
+    return {n: times for n, times in found.items() if times is not None}
+
+
+class Decodes(Protocol):
+    """The runner that decodes by one way."""
+
+    def decode(self, sequences: list[Sequence], alone: bool) -> list[int]: ...
+
+
+class DecodeWays:
+    """The times of a model's ways on the current GPU.
+
+    Args:
+        model: its weights.
+        cache: of the kind that is decoded with; not touched.
+        tokens: that a launch of "persistent" draws, at most MOST_TOKENS.
+        sms: that it takes at most, or None.
+        make: a runner on another cache, by a way.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        cache: PagedKVCache,
+        tokens: int,
+        sms: int | None,
+        make: Callable[[PagedKVCache, str], Decodes],
+    ) -> None:
+        self._model, self._cache, self._tokens, self._make = model, cache, tokens, make
+        self._sms = sms
+        self._known: dict[int, Times | None] = {}
+        self._chosen: dict[int, str] = {}
+
+    def fastest(self, rows: int) -> str:
+        """The way for so many answers: "graph" where nothing else can be, or no figures are kept of
+        a small model. Measures, if nobody has before."""
+        if rows not in self._chosen:
+            times = self.times(rows, measures=self._model.matrix_bytes >= LEAST_BYTES)
+            self._chosen[rows] = min(times, key=lambda way: times[way]) if times else "graph"
+        return self._chosen[rows]
+
+    def times(self, rows: int, *, force: bool = False, measures: bool = True) -> Times | None:
+        """Those that are kept for so many answers, or measured now; None where there is one way
+        alone, or no memory to measure with.
+
+        Args:
+            force: measure anew, though the cache folder has figures.
+            measures: where it has none; else None.
+        """
+        self._chosen.pop(rows, None)
+        if force or rows not in self._known:
+            place = cuda.current_device(), "decode", self._kind(rows)
+            found = None if force else _read(*place)
+            if found is None and not measures:
+                return None
+            if found is None:
+                found = self._measured(rows)
+                if found is not None:
+                    calibration.keep(found, *place)
+            self._known[rows] = found
+        return self._known[rows]
+
+    def _measured(self, rows: int) -> Times | None:
+        cache = self._scratch(rows)
+        if cache is None:
+            return None
+        try:
+            return {way: self._measure(cache, rows, way) for way in WAYS}
+        except UnsupportedError:  # it has no phases for what the model does
+            return None
+
+    def _kind(self, rows: int) -> str:
+        """What times depend on besides the GPU: sizes, types, options, and the kernels."""
+        model, cache = self._model, self._cache
+        config = model.config
+        listed = [config.heads, config.kv_heads, config.head_dim, config.windows, str(cache.spec)]
+        listed += [cache.page_size, rows, self._tokens, self._sms]
+        for w in (*(x for layer in model.layers for x in vars(layer).values()), model.head):
+            if isinstance(w, matrices.Stored) or getattr(w, "ndim", 0) == 2:
+                listed += [(kind, tuple(part.shape)) for kind, part in matrices.parts_of(w)]
+        text = repr(listed) + cuda.source("resident_program") + cuda.source("block_linear")
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def _scratch(self, rows: int) -> PagedKVCache | None:
+        """Pages for sequences that share their first CONTEXT tokens."""
+        P, cache = self._cache.page_size, self._cache
+        pages = CONTEXT // P + rows * self._own_pages
+        layers, heads, head_dim = cache.sizes
+        xp = module_of(cache.k)
+        free = memory.free(xp)
+        if free is not None and 2 * pages * P * cache.bytes_per_token > free:
+            return None
+        options = dict(page_size=P, spec=cache.spec, margin=1.0, xp=xp)
+        return PagedKVCache(layers, pages, heads, head_dim, **options)
+
+    @property
+    def _sample(self) -> int:
+        """Tokens of a sample: whole launches."""
+        return self._tokens * math.ceil(_TOKENS / self._tokens)
+
+    @property
+    def _own_pages(self) -> int:
+        return math.ceil(
+            (CONTEXT % self._cache.page_size + self._sample + 1) / self._cache.page_size
+        )
+
+    def _measure(self, cache: PagedKVCache, rows: int, way: str) -> float:
+        runner, P, own = self._make(cache, way), cache.page_size, self._own_pages
+        shared = list(range(CONTEXT // P))
+        sequences = []
+        for row in range(rows):
+            first = len(shared) + row * own
+            s = Sequence([0] * CONTEXT, SamplingParams(), 2**31 - 1)
+            s.pages = shared + list(range(first, first + own))
+            sequences.append(s)
+        samples: list[float] = []
+        while len(samples) < 1 + _SAMPLES and sum(samples[1:]) < _BUDGET_S:
+            for s in sequences:
+                s.generated, s.cached = [0], CONTEXT
+            started = time.perf_counter()
+            for _ in range(self._sample):
+                for s, token in zip(sequences, runner.decode(sequences, alone=True), strict=True):
+                    s.generated.append(max(token, 0))
+            samples.append(time.perf_counter() - started)
+        return 1e6 * min(samples[1:]) / self._sample  # the first one compiles and captures
+
+
+def _read(device: int, *more: str) -> Times | None:
+    """What the cache folder has, if it is sound."""
+    try:
+        read = json.loads(calibration.file_of(device, *more).read_text(encoding="utf-8"))
+        times = {way: float(read[way]) for way in WAYS}
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    return times if all(0 < us < math.inf for us in times.values()) else None

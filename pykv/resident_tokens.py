@@ -1,0 +1,103 @@
+"""Tokens of sequences that follow from each other, of which ops/resident_program.py makes a launch:
+what phases read of a token, and what follows it.
+
+Dimensions: T sequences; M pages of each at most.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class Inputs(NamedTuple):
+    """What phases of a token read and leave, int32.
+
+    Attributes:
+        ids, positions, slots, lengths: [T], of the token that is computed, as phases have them;
+            a sequence of length 0 is none. Those of the next one are written here.
+        page_table: [T, M], -1 where a sequence has no page.
+        peaks: [T], the token that phases draw for each, -1 where none can be.
+    """
+
+    ids: Any
+    positions: Any
+    slots: Any
+    lengths: Any
+    page_table: Any
+    peaks: Any
+
+
+class Why(enum.IntEnum):
+    """What follows a token for its sequence."""
+
+    NEXT = 0  # another token
+    ENDED = 1  # it was one that ends the sequence
+    FULL = 2  # it was the last up to the sequence's limit
+    OUT_OF_PAGES = 3  # no page for the next one, which ends the launch
+    TAKEN_BACK = 4  # the host had stopped the sequence
+    NOT_FINITE = 5  # there is no token
+    NOBODY = 6  # the sequence has ended before, or there is none
+
+
+class Drawn(NamedTuple):
+    """A token of a sequence, of no meaning if `why` says that there is none.
+
+    Attributes:
+        logprob, top: where phases find Logprobs, what they find of it: its own and the likeliest
+            tokens', likeliest first.
+    """
+
+    token: int
+    why: Why
+    logprob: Any = None  # a float
+    top: Any = None  # floats by token
+
+
+def reference(inputs: Inputs, page_size: int, limits: Any, ends: Any, is_last: bool) -> list[Drawn]:
+    """What follows a token, in NumPy: writes the inputs of the next one."""
+    drawn = []
+    for row, length in enumerate(inputs.lengths.tolist()):
+        token, page = int(inputs.peaks[row]), -1
+        if length // page_size < inputs.page_table.shape[1]:
+            page = int(inputs.page_table[row, length // page_size])
+        why = Why.NEXT
+        if length == 0:
+            why = Why.NOBODY
+        elif token < 0:
+            why = Why.NOT_FINITE
+        elif token in ends[row]:
+            why = Why.ENDED
+        elif length + 1 >= limits[row]:
+            why = Why.FULL
+        elif page < 0 and not is_last:
+            why = Why.OUT_OF_PAGES
+        drawn.append(Drawn(max(token, 0) if why < Why.TAKEN_BACK else 0, why))
+        clear(inputs, row)
+        if why == Why.NEXT:
+            inputs.ids[row], inputs.positions[row] = token, length
+            inputs.lengths[row] = length + 1
+            if page >= 0:
+                inputs.slots[row] = page * page_size + length % page_size
+    return drawn
+
+
+def with_logprobs(drawn: list[Drawn], found: Any) -> list[Drawn]:
+    """Results beside what a Logprobs left of them, [T, 1 + 2 K] int32."""
+    K = found.shape[1] // 2
+    rows = zip(drawn, found.tolist(), found.view(np.float32).tolist(), strict=True)
+    return [
+        x._replace(
+            logprob=values[0],
+            top={i: v for i, v in zip(ids[1 : 1 + K], values[1 + K :], strict=True) if i >= 0},
+        )
+        for x, ids, values in rows
+    ]
+
+
+def clear(inputs: Inputs, row: int) -> None:
+    """Nobody's inputs, of which nothing is written or read."""
+    for array, value in zip(inputs, (0, 0, -1, 0), strict=False):
+        array[row] = value

@@ -1,5 +1,5 @@
-"""Which way of decoding is the faster one: measured once for each GPU, kind of model and number of
-answers, and kept in the cache folder.
+"""Which way of decoding is the faster one: measured on request for a GPU, a kind of model and a number
+of answers, and kept in the cache folder.
 
 What is measured is a runner's own `decode` on a cache of its own, of sequences that hold CONTEXT
 tokens. Ways are those of runner.DECODES.
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from pykv.llm.generate import LLM
 
 WAYS = ("persistent", "graph")
-LEAST_BYTES = 64 << 20  # of matrices; smaller models are measured if asked: it compiles kernels
 CONTEXT = 512
 _TOKENS = 16  # of a sample at least
 _SAMPLES, _BUDGET_S = 5, 1.0  # of a way; the shortest sample counts
@@ -56,9 +55,8 @@ def calibrate(
             being prepared.
         ParameterError: a number of answers is below 1.
 
-    Compiles both ways. The first step of as many answers does it, if nobody has before, unless the
-    model's matrices take less than 64 MiB: then "auto" is "graph". Better call it ahead, on a GPU
-    that nothing else runs on.
+    Compiles both ways, which takes a while, so "auto" does not do it by itself: for numbers of
+    answers that were never measured it is "graph". Call it on a GPU that nothing else runs on.
     """
     op = "llm.calibrate"
     cuda.refuse_prepare(op, "it measures; call it before")
@@ -99,33 +97,31 @@ class DecodeWays:
         self._chosen: dict[int, str] = {}
 
     def fastest(self, rows: int) -> str:
-        """The way for so many answers: "graph" where nothing else can be, or no figures are kept of
-        a small model. Measures, if nobody has before."""
+        """The way for so many answers: "graph" where nobody has measured."""
         if rows not in self._chosen:
-            times = self.times(rows, measures=self._model.matrix_bytes >= LEAST_BYTES)
+            times = self._kept(rows)
             self._chosen[rows] = min(times, key=lambda way: times[way]) if times else "graph"
         return self._chosen[rows]
 
-    def times(self, rows: int, *, force: bool = False, measures: bool = True) -> Times | None:
-        """Those that are kept for so many answers, or measured now; None where there is one way
-        alone, or no memory to measure with.
-
-        Args:
-            force: measure anew, though the cache folder has figures.
-            measures: where it has none; else None.
-        """
+    def times(self, rows: int, *, force: bool = False) -> Times | None:
+        """Those that are kept for so many answers, or measured now (`force`: in any case); None where
+        there is one way alone, or no memory to measure with."""
         self._chosen.pop(rows, None)
-        if force or rows not in self._known:
-            place = cuda.current_device(), "decode", self._kind(rows)
-            found = None if force else _read(*place)
-            if found is None and not measures:
-                return None
-            if found is None:
-                found = self._measured(rows)
-                if found is not None:
-                    calibration.keep(found, *place)
-            self._known[rows] = found
+        found = None if force else self._kept(rows)
+        if found is None:
+            found = self._measured(rows)
+            if found is not None:
+                calibration.keep(found, *self._place(rows))
+        self._known[rows] = found
+        return found
+
+    def _kept(self, rows: int) -> Times | None:
+        if self._known.get(rows) is None:
+            self._known[rows] = _read(*self._place(rows))
         return self._known[rows]
+
+    def _place(self, rows: int) -> tuple[int, str, str]:
+        return cuda.current_device(), "decode", self._kind(rows)
 
     def _measured(self, rows: int) -> Times | None:
         cache = self._scratch(rows)

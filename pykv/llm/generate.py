@@ -91,7 +91,7 @@ class LLM:
         decode: how a GPU computes the next token of each answer: as a CUDA "graph" of a step's
             launches; "persistent", all of the step by one launch, whose blocks wait for each other
             (up to 8 answers, from sm_70 on; of more it is "graph"); or as "steps", a launch after
-            the other. "auto" takes the faster one of the first two, see pykv.llm.calibrate. Tokens
+            the other. "auto" is a graph, or what pykv.llm.calibrate found to be faster here. Tokens
             are the same up to sums in another order.
         max_tokens_resident: with "persistent", tokens of each answer that one launch draws,
             where no prompt is being read, no answer is held to a grammar or still below its

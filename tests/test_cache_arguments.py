@@ -1,10 +1,21 @@
 """Caches, their pages and who holds them: a wrong argument ends in an error of pykv's own, which
 leaves everything as it was."""
 
+from contextlib import suppress
+
 import numpy as np
 import pytest
 
-from pykv import PagedKVCache, SequenceCache, blocks, kinds, page_files, pages
+from pykv import (
+    PagedKVCache,
+    SequenceCache,
+    blocks,
+    eviction,
+    kinds,
+    page_files,
+    pages,
+    transfer,
+)
 from pykv.errors import CapacityError, DtypeError, ParameterError, PykvError
 
 NO_WHOLE = ("3", None, 1.0, np.float32(1), True, [1], 1j, object(), np.nan, np.ones(2))
@@ -108,7 +119,17 @@ def test_arguments_of_a_manager():
         for x in (*NO_PAGES, (0, 1), [0.0], [np.True_], [0, 0], [5], [6], list):
             refuses(lambda x=x, call=call: call(x), state)
     for call in (lambda x, **salt: manager.publish(held, x, **salt), manager.reuse):
-        for x in (None, 3, ["a"] * 4, [1.5] * 4, [None] * 4, [2**63] * 4, {1, 2, 3, 4}, iter([1])):
+        for x in (
+            None,
+            3,
+            {i: i for i in range(4)},
+            ["a"] * 4,
+            [1.5] * 4,
+            [None] * 4,
+            [2**63] * 4,
+            {1, 2, 3, 4},
+            iter([1]),
+        ):
             refuses(lambda x=x, call=call: call(x), state)
         for x in (None, 3, 1.5, ["a"]):
             refuses(lambda x=x, call=call: call([1] * 4, salt=x), state, error=DtypeError)
@@ -177,7 +198,7 @@ def test_arguments_of_page_table():
         refuses(lambda x=x: blocks.page_table([[0], x], 4), error=ParameterError)
     for sequences, width in (([[1, 2, 3]], 2), ([[1]], -1)):
         refuses(lambda s=sequences, w=width: blocks.page_table(s, w), error=ParameterError)
-    for x in (None, 3, object()):
+    for x in (None, 3, object(), np.array(3)):
         refuses(lambda x=x: blocks.page_table(x, 4), error=DtypeError)
     assert blocks.page_table([[2, -1, 4], np.zeros(0)], 3).tolist() == [[2, -1, 4], [-1, -1, -1]]
 
@@ -215,6 +236,37 @@ def test_arguments_of_pages(call, tmp_path):
         refuses(lambda x=x: calls[call](x, [0]), state)
     for x in (*NO_WHOLE, -1):
         refuses(lambda x=x: pages.host_pages(cache, x))
+
+
+def test_pages_are_listed_on_the_host(device, tmp_path):
+    """Where CuPy raises a TypeError of its own."""
+    cache, other = (PagedKVCache(1, 4, 1, 8, page_size=4, xp=device) for _ in range(2))
+    ids = device.asarray(np.array([0, 1], np.int32))
+    own = SequenceCache(4, 4, 1, 8, xp=device)
+    for call in (
+        lambda x: blocks.slots(x, 0, 2, 4),
+        lambda x: blocks.page_table([x], 4),
+        lambda x: cache.clamped(x),
+        lambda x: pages.zero_pages(cache, x),
+        lambda x: pages.copy_pages(cache, other, x, [2, 3]),
+        lambda x: pages.convert_pages(cache, other, x, [2, 3]),
+        lambda x: pages.swap_out(cache, x),
+        lambda x: page_files.save(tmp_path / "x", cache, x),
+        lambda x: own.assign(x),
+    ):
+        for x in (ids, [ids[0], ids[1]]):
+            with pytest.raises(ParameterError, match="expected a sequence of page ids on the host"):
+                call(x)
+    for lengths in (ids[:1], [ids[0]]):
+        held = cache.manager.allocate(2)
+        with suppress(PykvError):
+            eviction.evict(cache, [held], lengths, "streaming:1")
+    for size in (ids[:1], [ids[0]]):
+        with pytest.raises(DtypeError, match="memcpy_batch: size is a .*, expected integers"):
+            transfer.memcpy_batch([64], [128], size, device="cpu")
+    for scale in (device.ones(1), [device.ones(1)]):
+        with pytest.raises(DtypeError, match="kinds.quantize: scale is .*, expected an array"):
+            kinds.quantize(np.ones((1, 8), np.float32), kinds.KINDS["int8"], scale=scale)
 
 
 # --- The cache of one sequence ---

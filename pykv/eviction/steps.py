@@ -362,7 +362,7 @@ def _check_lengths(op: str, lengths: Any, shape: tuple[int, int, int]) -> Any:
         raise not_an_array(op, "lengths", lengths)
     try:
         given = np.asarray(to_host(lengths) if is_array(lengths) else lengths)
-    except (ValueError, OverflowError):  # lists of several lengths
+    except Exception:  # lists of several lengths; other libraries may raise anything
         given = np.empty(0, object)
     if given.dtype.kind not in "iu" and (given.size or given.dtype == object):
         raise DtypeError(f"{op}: lengths have dtype {given.dtype}, expected integers")

@@ -88,7 +88,7 @@ class PagedKVCache:
             raise ParameterError(f"{op}: head_dim is {head_dim}, expected a multiple of 8")
         if margin is not None:
             margin = check_number(op, "margin", margin, positive=True)
-        if getattr(xp, "__name__", "").rpartition(".")[2] not in ("numpy", "cupy"):
+        if xp is not np and (xp is None or xp is not sys.modules.get("cupy")):  # jax.numpy is none
             raise ParameterError(f"{op}: xp is {xp!r}, expected the module numpy or cupy")
         self.spec = as_spec(op, spec)
         self._margin = margin

@@ -2,6 +2,7 @@
 leaves everything as it was."""
 
 from contextlib import suppress
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -54,7 +55,7 @@ def test_sizes_of_a_cache(name):
 def test_options_of_a_cache():
     for x in ("1.5", True, [1], 1j, object()):
         refuses(lambda x=x: PagedKVCache(1, 1, 1, 8, margin=x), error=DtypeError)
-    for x in (3, "numpy", None, kinds):
+    for x in (3, "numpy", None, kinds, ModuleType("jax.numpy"), ModuleType("cupy")):
         refuses(lambda x=x: PagedKVCache(1, 1, 1, 8, xp=x), error=ParameterError)
     refuses(lambda: PagedKVCache(2, 2**62, 2, 64), error=CapacityError)
     cache = PagedKVCache(1, 2, 1, 8)

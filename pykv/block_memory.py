@@ -278,9 +278,7 @@ def _split(
     return x.reshape(*x.shape[:-1], *(sizes[n] for n in order)), axes.replace("I", order)
 
 
-def check_apart(
-    op: str, to: Side, from_: Side, moved: BlockShape, head: int, layer: int
-) -> None:
+def check_apart(op: str, to: Side, from_: Side, moved: BlockShape, head: int, layer: int) -> None:
     """Check that arrays that are written share no memory with others that move, nor their own
     elements.
 

@@ -94,7 +94,7 @@ class PagedKVCache:
         self._margin = margin
         # Layers that may lack scales.
         self._unset = set(range(layers)) if self.spec.has_given_scales else set()
-        self._xp = xp
+        self._xp: Any = xp
         self._set_arrays(self._zeros(pages))
         self.manager = BlockManager(pages, page_size)
 

@@ -130,7 +130,9 @@ def test_a_table_without_pages(xp, rng):
     table, lengths = xp.asarray(np.zeros((4, 0), np.int32)), xp.zeros(4, np.int32)
     means = block_means(cache, 1, table, lengths, selection)
     assert block_means(cache, 1, table, lengths, selection, means=means) is means
-    out = decode_blocks(cache, 1, xp.zeros((4, H * G, D), np.float32), table, lengths, means, selection)
+    out = decode_blocks(
+        cache, 1, xp.zeros((4, H * G, D), np.float32), table, lengths, means, selection
+    )
     assert not to_numpy(out).any()
 
 
@@ -194,8 +196,8 @@ def test_further_calls_are_checked(device, rng):
     selection = BlockSelection(blocks=2, block=4, recent=8)
     means = block_means(cache, 1, table, lengths, selection)
     q = device.zeros((4, H * G, D), np.float32)
-    for _ in range(2):
-        decode_blocks(cache, 1, q, table, lengths, means, selection, fixed_split=64)
+    for split in (64, 64, np.uint8(64)):
+        decode_blocks(cache, 1, q, table, lengths, means, selection, fixed_split=split)
     with pytest.raises(DtypeError, match="fixed_split is a float"):
         decode_blocks(cache, 1, q, table, lengths, means, selection, fixed_split=64.0)
     with pytest.raises(ParameterError, match="scale is nan"):

@@ -149,8 +149,7 @@ def decode_blocks(
     _check_means(op, means, cache, M, selection)
     if HQ % H:
         raise ShapeError(f"{op}: q has HQ={HQ}, expected a multiple of H={H}")
-    if fixed_split is not None:
-        attention.check_split(op, fixed_split)
+    fixed_split = attention.check_split(op, fixed_split)
     xp, spec, P = module_of(q), cache.spec, cache.page_size
     out = like(q, q.shape, q.dtype)
     if 0 in q.shape:

@@ -7,6 +7,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 
+import pykv
 from pykv import (
     PagedKVCache,
     SequenceCache,
@@ -17,7 +18,8 @@ from pykv import (
     pages,
     transfer,
 )
-from pykv.errors import CapacityError, DtypeError, ParameterError, PykvError
+from pykv.errors import CapacityError, DtypeError, ParameterError, PykvError, UnsupportedError
+from pykv.ops import activation, compaction, contiguous_append
 
 NO_WHOLE = ("3", None, 1.0, np.float32(1), True, [1], 1j, object(), np.nan, np.ones(2))
 WILD = (*NO_WHOLE, -1, 2**31, 2**62, 2**64, -(2**63), np.int64(-7), "", [], b"x")
@@ -268,6 +270,43 @@ def test_pages_are_listed_on_the_host(device, tmp_path):
     for scale in (device.ones(1), [device.ones(1)]):
         with pytest.raises(DtypeError, match="kinds.quantize: scale is .*, expected an array"):
             kinds.quantize(np.ones((1, 8), np.float32), kinds.KINDS["int8"], scale=scale)
+
+
+@pytest.mark.parametrize(
+    "name", ["extend", "grow", "clamped", "assign", "advance", "read_token", "kept", "evict"]
+)
+def test_what_the_host_does_is_neither_prepared_nor_captured(device, name):
+    """A replay would leave it out, or CUDA refuse to wait."""
+    cache, own = PagedKVCache(1, 4, 1, 8, page_size=4, xp=device), SequenceCache(4, 4, 1, 8)
+    if name in ("assign", "advance"):
+        own = SequenceCache(4, 4, 1, 8, xp=device)
+        own.assign([2])
+    held = cache.manager.allocate(5)
+    pools = (device.zeros((1, 4, 1, 8), np.float16),) * 2
+    compressed = compaction.compress(device.ones(8, np.float32), 0.5)
+    call, arguments = dict(
+        extend=(cache.extend, (held, 5, 6)),
+        grow=(cache.grow, (4,)),
+        clamped=(cache.clamped, ([0],)),
+        assign=(own.assign, ([1],)),
+        advance=(own.advance, (1,)),
+        read_token=(contiguous_append.read_token, (*pools, 0, 1)),
+        kept=(compressed.kept, ()),
+        evict=(eviction.evict, (cache, [held], [5], "streaming:2")),
+    )[name]
+    x = device.ones((2, 8), np.float32)
+    activation.add(x, x)
+    graph = pykv.graph(lambda: (activation.add(x, x), captured and call(*arguments)))
+    captured = False
+    graph()
+    captured = True
+    state = manager_state(cache.manager), list(held), own.blocks, own.length
+    with pytest.raises(UnsupportedError, match=rf"\b{name}: cannot be captured into a CUDA graph"):
+        graph()
+    if name != "kept":
+        with pytest.raises(UnsupportedError, match=rf"\b{name}: cannot be prepared"):
+            pykv.prepare(call, *arguments)
+    assert (manager_state(cache.manager), list(held), own.blocks, own.length) == state
 
 
 # --- The cache of one sequence ---

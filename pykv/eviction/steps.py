@@ -108,16 +108,14 @@ def evict(
     (array([0, 5, 6], dtype=int32), 2, [0, 1])
     """
     op = "eviction.evict"
-    cuda.refuse_prepare(op, "each call moves rows of its own")
     check_cache(op, cache)
     policies = _policies(op, policy, len(cache.layers))
     if scale is not None:
         scale = check_number(op, "scale", scale)
     if logits_soft_cap is not None:
         logits_soft_cap = check_number(op, "logits_soft_cap", logits_soft_cap, positive=True)
-    cuda.check_stream(stream)
+    cuda.refuse_repeat(op, "pages go back to the manager", cache.k, stream)
     with cuda.on_stream(stream, cache.k):
-        cuda.refuse_capture(op, "pages go back to the manager")
         work = _Work(op, cache, sequences, lengths, policies)
         arrays = work.arrays(queries=queries, scores=scores)
         work.check_rotary(rotary)

@@ -15,6 +15,10 @@ constexpr float LN_2 = 0.693147180559945f;
 // visible, because -INF - -INF is NaN.
 __device__ __forceinline__ float finite_base(float m) { return m == -INF ? 0.0f : m; }
 
+// The weight of a score less the log-sum-exp of its row: at most 1, which the last place of a huge
+// score may exceed by any factor. NaN stays.
+__device__ __forceinline__ float weight_of(float rest) { return exp2f(rest > 0.0f ? 0.0f : rest); }
+
 constexpr float HEADROOM = 7.0f;  // as a binary logarithm
 constexpr float LAG = 8.0f;       // likewise; sums are seldom rescaled
 

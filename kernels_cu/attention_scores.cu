@@ -95,7 +95,7 @@ attention_scores(float* __restrict__ scores, const Q_T* __restrict__ q,
                 if (TREE && branch >= 0) {
                     is_visible = key < length && branches[r] >> (branch & 63) & 1;
                 }
-                if (is_visible && row_lse[r] != -INF) weight += exp2f(score - row_lse[r]);
+                if (is_visible && row_lse[r] != -INF) weight += weight_of(score - row_lse[r]);
             }
             if (is_first) sums[i] += weight;
         }

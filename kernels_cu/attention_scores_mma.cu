@@ -195,7 +195,9 @@ attention_scores_mma(float* __restrict__ scores, const Q_T* __restrict__ q,
                 if (TREE && branch >= 0) {
                     is_visible = key < length && branches[c / 2] >> (branch & 63) & 1;
                 }
-                if (is_visible && row_lse[c / 2] < INF) own[n][c % 2] += exp2f(score - row_lse[c / 2]);
+                if (is_visible && row_lse[c / 2] < INF) {
+                    own[n][c % 2] += weight_of(score - row_lse[c / 2]);
+                }
             }
         }
 #pragma unroll

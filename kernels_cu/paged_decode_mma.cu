@@ -254,7 +254,8 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
         l += __shfl_xor_sync(FULL_MASK, l, 1);
         l += __shfl_xor_sync(FULL_MASK, l, 2);
         if (g < num_rows) {
-            const float unit = normalize_base(m, l) * head_v_scale / PAIR_UNIT<V_T>;
+            float unit = normalize_base(m, l) * head_v_scale / PAIR_UNIT<V_T>;
+            if (l == 0.0f) unit = 0.0f;  // of no keys, whatever scale they would have
             const float zero = SUBNORMAL_ZERO<VE> * (sums.weights[0] + sums.weights[2]);
             float* row = warp_x + (warp * rows_kept + g) * PITCH;
             if (t == 0) warp_stats[warp * rows_kept + g] = make_float2(m, l);

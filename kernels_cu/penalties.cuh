@@ -6,6 +6,6 @@ __device__ __forceinline__ float penalised(float logit, int tally, const float* 
     const float repetition = penalties[0], presence = penalties[1], frequency = penalties[2];
     logit = logit > 0.0f ? __fdiv_rn(logit, repetition) : __fmul_rn(logit, repetition);
     const int count = tally >> 1;
-    if (count == 0) return logit;
+    if (count <= 0) return logit;
     return __fsub_rn(logit, __fadd_rn(presence, __fmul_rn(frequency, (float)count)));
 }

@@ -224,6 +224,10 @@ prefill_mma(Q_T* out, float* lse, const Q_T* q, const K_T* k_pool, const V_T* v_
 #pragma unroll
         for (int r = 0; r < R; r++) factor[r] = factor_of(r);
         scale_scores(x, low, factor, tile_scales);
+#if LOGITS_SOFT_CAP
+#pragma unroll
+        for (float& unit : factor) unit = cap;
+#endif
         if (!is_full) {
 #pragma unroll
             for (int r = 0; r < R; r++) {
@@ -238,7 +242,8 @@ prefill_mma(Q_T* out, float* lse, const Q_T* q, const K_T* k_pool, const V_T* v_
 
         float largest[R];
         const float lag = V_HAS_CODES ? score_lag(bound) : LAG + P_HEADROOM;
-        bool grows = largest_scores(largest, x, m, factor, cap, lag);
+        bool grows = largest_scores(largest, x, m, factor, lag);
+        round_large_scores(x, factor, largest);
         float v_scale = 0.0f;
         if constexpr (V_HAS_CODES) {
 #pragma unroll
@@ -250,14 +255,14 @@ prefill_mma(Q_T* out, float* lse, const Q_T* q, const K_T* k_pool, const V_T* v_
         if (__any_sync(FULL_MASK, grows)) {
             if constexpr (V_HAS_CODES) {
                 bound = scale_bound(warp_max(v_scale));
-                largest_products(largest, x, factor, cap, v_scales);
+                largest_products(largest, x, factor, v_scales);
             } else {
 #pragma unroll
                 for (float& score : largest) score -= P_HEADROOM;
             }
             rescale_sums(sums, m, l, largest);
         }
-        scores_to_weights(x, m, l, factor, cap);
+        scores_to_weights(x, m, l, factor);
 
         // Values. Sums of 32-bit queries leave the mma at every step, before it truncates anything.
 #pragma unroll

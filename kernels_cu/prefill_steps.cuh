@@ -7,6 +7,7 @@
 #if __CUDA_ARCH__ >= 750  // older SMs get an empty kernel, which the host never launches
 
 constexpr int R = 2 * ROW_TILES;  // rows of a lane: 8 * r + g of its warp's
+constexpr float LARGE_SCORE = 4194304.0f;  // 2^22, half of whose last place is a fourth
 
 // Rows of results in shared memory, of the output's type.
 using Outputs = Swizzled<D * (int)sizeof(Q_T)>;
@@ -56,7 +57,7 @@ __device__ __forceinline__ void scale_scores(float (&x)[ROW_TILES][KEYS / 8][4],
 // Scores become weights of values, and add to the sums l of this lane's keys.
 __device__ __forceinline__ void scores_to_weights(float (&x)[ROW_TILES][KEYS / 8][4],
                                                   const float (&m)[R], float (&l)[R],
-                                                  const float (&factor)[R], float cap) {
+                                                  const float (&factor)[R]) {
 #pragma unroll
     for (int r = 0; r < R; r++) {
         const float base = finite_base(m[r]);
@@ -65,7 +66,7 @@ __device__ __forceinline__ void scores_to_weights(float (&x)[ROW_TILES][KEYS / 8
 #pragma unroll
             for (int c = r % 2 * 2; c < r % 2 * 2 + 2; c++) {
                 float& weight = x[r / 2][n][c];
-                weight = exp2_ftz(fmaf(weight, LOGITS_SOFT_CAP ? cap : factor[r], -base));
+                weight = exp2_ftz(fmaf(weight, factor[r], -base));
                 l[r] += weight;
             }
         }
@@ -76,7 +77,7 @@ __device__ __forceinline__ void scores_to_weights(float (&x)[ROW_TILES][KEYS / 8
 __device__ __forceinline__ bool largest_scores(float (&largest)[R],
                                                const float (&x)[ROW_TILES][KEYS / 8][4],
                                                const float (&m)[R], const float (&factor)[R],
-                                               float cap, float lag) {
+                                               float lag) {
     bool grows = false;
 #pragma unroll
     for (int r = 0; r < R; r++) {
@@ -86,16 +87,33 @@ __device__ __forceinline__ bool largest_scores(float (&largest)[R],
             const float(&four)[4] = x[r / 2][n];
             peak = fmaxf(peak, fmaxf(four[r % 2 * 2], four[r % 2 * 2 + 1]));
         }
-        largest[r] = peak * (LOGITS_SOFT_CAP ? cap : factor[r]);
+        largest[r] = peak * factor[r];
         grows |= largest[r] > m[r] + lag;
     }
     return grows;
 }
 
+// Rounds the products of rows with large scores as their base is, and leaves 1 for the factor. Later
+// fmaf would not round them: half of a last place from the base, above 2^24 more than a weight holds.
+__device__ __forceinline__ void round_large_scores(float (&x)[ROW_TILES][KEYS / 8][4],
+                                                   float (&factor)[R],
+                                                   const float (&largest)[R]) {
+#pragma unroll
+    for (int r = 0; r < R; r++) {
+        if (!(fabsf(largest[r]) > LARGE_SCORE)) continue;
+#pragma unroll
+        for (int n = 0; n < KEYS / 8; n++) {
+#pragma unroll
+            for (int c = r % 2 * 2; c < r % 2 * 2 + 2; c++) x[r / 2][n][c] *= factor[r];
+        }
+        factor[r] = 1.0f;
+    }
+}
+
 // The largest product of weight and scale instead, as a binary logarithm less HEADROOM.
 __device__ __forceinline__ void largest_products(float (&largest)[R],
                                                  const float (&x)[ROW_TILES][KEYS / 8][4],
-                                                 const float (&factor)[R], float cap,
+                                                 const float (&factor)[R],
                                                  const float* v_scales) {
 #pragma unroll
     for (int r = 0; r < R; r++) largest[r] = -INF;
@@ -108,8 +126,7 @@ __device__ __forceinline__ void largest_products(float (&largest)[R],
 #pragma unroll
             for (int c = 0; c < 2; c++) {
                 const float score = x[r / 2][n][r % 2 * 2 + c];
-                largest[r] = fmaxf(largest[r],
-                                   fmaf(score, LOGITS_SOFT_CAP ? cap : factor[r], exponent[c]));
+                largest[r] = fmaxf(largest[r], fmaf(score, factor[r], exponent[c]));
             }
         }
     }

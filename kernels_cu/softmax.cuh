@@ -15,6 +15,10 @@ constexpr float LN_2 = 0.693147180559945f;
 // visible, because -INF - -INF is NaN.
 __device__ __forceinline__ float finite_base(float m) { return m == -INF ? 0.0f : m; }
 
+// The weight of a score less the log-sum-exp of its row: at most 1, which the last place of a huge
+// score may exceed by any factor. NaN stays.
+__device__ __forceinline__ float weight_of(float rest) { return exp2f(rest > 0.0f ? 0.0f : rest); }
+
 constexpr float HEADROOM = 7.0f;  // as a binary logarithm
 constexpr float LAG = 8.0f;       // also a binary logarithm; with it, sums are seldom rescaled
 
@@ -39,10 +43,12 @@ __device__ __forceinline__ float score_lag(float bound) {
 // Moves the base m of a row to the logarithm of its sum of weights l, to within a factor of 2, so
 // that states of other keys may be merged with it; returns the factor of the row's other sums, 1 for
 // a row that has seen no key: its sums are 0, which a large factor times a scale would make NaN.
+// A large m moves by what its last place allows, and the sums by the same.
 __device__ __forceinline__ float normalize_base(float& m, float& l) {
-    const u32 exponent = l == 0.0f ? 127u : max(1u, min(__float_as_uint(l) >> 23, 253u));
-    const float factor = __uint_as_float((254u - exponent) << 23);
+    const int exponent = l == 0.0f ? 127 : max(1, min((int)(__float_as_uint(l) >> 23), 253));
+    const float moved = m + (float)(exponent - 127);
+    const float factor = l == 0.0f ? 1.0f : exp2f(m - moved);
     l *= factor;
-    m += (float)((int)exponent - 127);
+    m = moved;
     return factor;
 }

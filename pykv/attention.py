@@ -88,20 +88,19 @@ def check_options(
     causal: bool,
     tree: Any = None,
     lse_base: str = "e",
-    fixed_split: int | None = None,
 ) -> Scores:
     """Check options of an attention op against the sizes of its arrays, once for all calls that
     have both; `scale` is 1 / sqrt(D) if None, the others are as of `paged_decode.decode`."""
-    options = (scale, window, logits_soft_cap, causal, lse_base, fixed_split)
+    options = (scale, window, logits_soft_cap, causal, lse_base)
     # The key has types as well, since 4.0 == 4 and True == 1 but checks tell them apart.
-    types = (type(scale), type(window), type(logits_soft_cap), type(causal), type(fixed_split))
+    types = (type(scale), type(window), type(logits_soft_cap), type(causal))
     has_tree = tree is not None
     scores: Scores = dims.keep(options + types, lambda: _check_options(op, dims, has_tree, options))
     return scores
 
 
 def _check_options(op: str, dims: Dims, has_tree: bool, options: tuple[Any, ...]) -> Scores:
-    scale, window, logits_soft_cap, causal, lse_base, fixed_split = options
+    scale, window, logits_soft_cap, causal, lse_base = options
     HQ, H, D, T = dims["HQ"], dims["H"], dims["D"], dims.get("T", 1)
     if H == 0 or HQ % H:
         raise ShapeError(f"{op}: q has HQ={HQ}, expected a multiple of H={H}")
@@ -115,8 +114,6 @@ def _check_options(op: str, dims: Dims, has_tree: bool, options: tuple[Any, ...]
         logits_soft_cap = check_number(op, "logits_soft_cap", logits_soft_cap, positive=True)
     causal = check_flag(op, "causal", causal)
     check_choice(op, "lse_base", lse_base, LSE_BASES)
-    if fixed_split is not None:
-        check_split(op, fixed_split)
     if has_tree and T > MAX_TREE:
         raise UnsupportedError(f"{op}: q has T={T}, expected at most {MAX_TREE} with a tree")
     if has_tree and not causal:
@@ -124,8 +121,10 @@ def _check_options(op: str, dims: Dims, has_tree: bool, options: tuple[Any, ...]
     return Scores(scale, window, logits_soft_cap, causal)
 
 
-def check_split(op: str, fixed_split: int) -> int:
-    """Check keys that are summed apart, and return them as an int."""
+def check_split(op: str, fixed_split: int | None) -> int | None:
+    """Check keys that are summed apart, if any, and return them as an int."""
+    if fixed_split is None:
+        return None
     fixed_split = check_whole(op, "fixed_split", fixed_split, 32, 2**30)
     if fixed_split % 32:
         raise ParameterError(f"{op}: fixed_split is {fixed_split}, expected a multiple of 32")

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pykv import cuda
+from pykv import cuda, overlaps
 from pykv.arrays import is_array, on_gpu
 from pykv.checker import checker
 from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError
@@ -45,10 +45,11 @@ class Side(NamedTuple):
     token_stride: int
     chunk_stride: int  # 0 where each chunk has an entry
     arrays: Any  # held here, since a table of addresses keeps no array alive
+    views: Any  # of these: letters of N, L and O, and a view of such dimensions and [H, P, D]
 
     def without_memory(self) -> Side:
         """What a launch goes by: hashable, and the same for all memory that lies alike."""
-        return self._replace(table=None, chunks=None, arrays=None)
+        return self._replace(table=None, chunks=None, arrays=None, views=None)
 
 
 # --- Addresses ------------------------------------------------------------------------------------
@@ -105,7 +106,7 @@ def side_by_address(op: str, given: Given, shape: BlockShape) -> Side:
             )
         extent += (n - 1) * stride
     parts = heads, layers, step.head, step.token, step.chunk
-    return Side(name, N, entries, table, [], *parts, arrays=[])
+    return Side(name, N, entries, table, [], *parts, arrays=[], views=[])
 
 
 def check_range(op: str, name: str, given: Any, stored: tuple[int, int], where: str) -> None:
@@ -230,7 +231,7 @@ def _array_side(
         facts.append((view, lead, (view.shape[len(lead) :], steps[-3:], x.itemsize, type(x))))
     if not facts:
         empty = dict.fromkeys("HLOPD", 0) | known | {"N": N, "itemsize": 1}
-        return Side(name, N, 0, None, [], (0, 0), (0, 0), 0, 0, 0, []), empty
+        return Side(name, N, 0, None, [], (0, 0), (0, 0), 0, 0, 0, [], []), empty
     view, lead, first = facts[0]
     for other, _, fact in facts:
         if fact != first or other.shape != view.shape:
@@ -257,7 +258,8 @@ def _array_side(
         table = np.concatenate([_addresses(x, len(lead)) for x, lead, _ in facts])
     sizes = dict(N=N, H=H, L=L, O=O, P=P, D=D, itemsize=itemsize)
     parts = held["heads"], held["layers"], head_stride, token_stride, 0
-    return Side(name, N, entries, table, chunks, *parts, arrays=[x for _, x in arrays]), sizes
+    views = [(lead, view) for view, lead, _ in facts]
+    return Side(name, N, entries, table, chunks, *parts, [x for _, x in arrays], views), sizes
 
 
 def _split(
@@ -274,6 +276,37 @@ def _split(
         raise ShapeError(f"{op}: {name} has I={I}, expected a multiple of P * D = {P} * {D}")
     sizes = dict(H=H, P=P, D=D)
     return x.reshape(*x.shape[:-1], *(sizes[n] for n in order)), axes.replace("I", order)
+
+
+def check_apart(op: str, to: Side, from_: Side, moved: BlockShape, head: int, layer: int) -> None:
+    """Check that arrays that are written share no memory with others that move, nor their own
+    elements.
+
+    Raises:
+        ParameterError, ShapeError: they do.
+    """
+    written, read = (list(_moving(side, moved, head, layer)) for side in (to, from_))
+    for x in written:
+        if overlaps.repeats(x):
+            raise ShapeError(
+                f"{op}: {to.name} has strides {x.strides} for shape {x.shape}, expected no two "
+                "elements at one place, as it is written"
+            )
+    found = overlaps.find_meeting(written, read)
+    if found is not None:
+        raise overlaps.not_apart(op, to.name, (to if found else from_).name)
+
+
+def _moving(side: Side, moved: BlockShape, head: int, layer: int) -> Iterator[Any]:
+    """What moves of the arrays of a side."""
+    first = layer - side.layers[0]
+    heads = slice(head - side.heads[0], head - side.heads[0] + moved.H)
+    for i, (lead, view) in enumerate(side.views):
+        view = view[..., heads, :, :]
+        if "L" in lead:
+            yield view[(slice(None),) * lead.index("L") + (slice(first, first + moved.L),)]
+        elif first <= i % side.entries // moved.O < first + moved.L:  # one of a block's chunks
+            yield view
 
 
 def gpus_of(op: str, to: Side, from_: Side) -> tuple[int, int] | None:

@@ -117,7 +117,7 @@ def _check_scale(op: str, scale: Any, shape: tuple[int, ...]) -> None:
     """Check given scales of rows [...]."""
     try:
         scale = np.asarray(scale)
-    except ValueError as error:  # lists of several lengths
+    except Exception as error:  # lists of several lengths; other libraries may raise anything
         raise DtypeError(f"{op}: scale is {scale!r:.80}, expected an array: {error}") from None
     if scale.dtype not in SCALE_DTYPES.values():
         raise DtypeError(f"{op}: scale has dtype {scale.dtype}, expected float16 or float32")

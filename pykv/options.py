@@ -175,16 +175,17 @@ def page_ids(op: str, name: str, pages: Any, least: int, most: int, *, first: in
     Raises:
         ParameterError: it is no such sequence, or an id is out of its range.
     """
+    expected = "a sequence of page ids"
     try:
         ids = np.asarray(pages)
-    except ValueError:  # sequences of several lengths
-        ids = np.empty((0, 0))
+    except Exception:  # sequences of several lengths; other libraries may raise anything
+        ids, expected = np.empty((0, 0)), f"{expected} on the host"
     if ids.ndim == 1 and not ids.size:
         return ids.astype(np.int64)
     holds_bools = isinstance(pages, list | tuple) and not _BOOLS.isdisjoint(map(type, pages))
     is_masked = isinstance(pages, np.ma.MaskedArray)
     if ids.ndim != 1 or ids.dtype.kind not in "iu" or holds_bools or is_masked:
-        raise ParameterError(f"{op}: {name} is {pages!r:.80}, expected a sequence of page ids")
+        raise ParameterError(f"{op}: {name} is {pages!r:.80}, expected {expected}")
     check_entries(op, name, ids, least, most, first=first)
     return ids.astype(np.int64)
 

@@ -96,6 +96,27 @@ def check_apart(op: str, written: Mapping[str, Any], others: Mapping[str, Any]) 
         raise not_apart(op, names[found.written], names[found.other])
 
 
+def find_meeting(written: Sequence[Any], read: Sequence[Any]) -> bool | None:
+    """Whether some array that is written shares memory: True with another that is, False with one
+    that is read; None: with no other. For many arrays, most of which lie apart."""
+    ends = []
+    for i, x in enumerate((*written, *read)):
+        if x.size:
+            place = place_of(x)
+            (first, last), at = _bounds(place), place.__array_interface__["data"][0]
+            ends.append((at + first, at + last, i < len(written), x))
+    ends.sort(key=lambda item: item[0])
+    open_: list[tuple[int, int, bool, Any]] = []  # those that reach the next one's begin
+    for item in ends:
+        begin, _, is_written, x = item
+        open_ = [other for other in open_ if other[1] > begin]
+        for _, _, other_is_written, other in open_:
+            if (is_written or other_is_written) and share(x, other):
+                return is_written and other_is_written
+        open_.append(item)
+    return None
+
+
 def not_apart(op: str, name: str, other: str, may_be: bool = False) -> ParameterError:
     """The error of two arrays that share memory."""
     expected = f"{other} itself or another array" if may_be else "another array"

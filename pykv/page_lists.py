@@ -61,7 +61,8 @@ def page_table(sequences: Sequence[Sequence[int]], width: int) -> np.ndarray:
            [ 5, -1, -1]], dtype=int32)
     """
     width = check_whole("page_table", "width", width, 0, MAX_PAGE)
-    if isinstance(sequences, str | bytes) or not hasattr(sequences, "__len__"):
+    is_single = isinstance(sequences, str | bytes) or getattr(sequences, "ndim", 1) == 0
+    if is_single or not hasattr(sequences, "__len__"):
         given = type(sequences).__name__
         raise DtypeError(f"page_table: sequences is a {given}, expected a sequence of lists")
     table = np.full((len(sequences), width), -1, np.int32)

@@ -88,13 +88,13 @@ class PagedKVCache:
             raise ParameterError(f"{op}: head_dim is {head_dim}, expected a multiple of 8")
         if margin is not None:
             margin = check_number(op, "margin", margin, positive=True)
-        if getattr(xp, "__name__", "").rpartition(".")[2] not in ("numpy", "cupy"):
+        if xp is not np and (xp is None or xp is not sys.modules.get("cupy")):  # jax.numpy is none
             raise ParameterError(f"{op}: xp is {xp!r}, expected the module numpy or cupy")
         self.spec = as_spec(op, spec)
         self._margin = margin
         # Layers whose given scales may still be unset.
         self._unset = set(range(layers)) if self.spec.has_given_scales else set()
-        self._xp = xp
+        self._xp: Any = xp
         self._set_arrays(self._zeros(pages))
         self.manager = BlockManager(pages, page_size)
 
@@ -127,13 +127,13 @@ class PagedKVCache:
             stream: see pykv.cuda.on_stream.
 
         Raises:
-            UnsupportedError: the call is being prepared.
+            UnsupportedError: the call is being prepared or captured.
             As BlockManager.extend else.
 
         Only enqueues on a GPU.
         """
-        cuda.refuse_prepare("PagedKVCache.extend", "each call takes pages of its own")
-        cuda.check_stream(stream)
+        why = "each call takes pages of its own"
+        cuda.refuse_repeat("PagedKVCache.extend", why, self.k, stream)
         copy = self.manager.extend(pages, start, stop)
         if copy is not None:
             source, destination = copy
@@ -160,9 +160,9 @@ class PagedKVCache:
         Raises:
             CapacityError: the memory cannot be had.
             ParameterError: the cache has more pages.
-            UnsupportedError: the call is being prepared.
+            UnsupportedError: the call is being prepared or captured.
         """
-        cuda.refuse_prepare("PagedKVCache.grow", "it makes new arrays")
+        cuda.refuse_repeat("PagedKVCache.grow", "it makes new arrays", self.k, stream)
         num_pages = self.k.shape[1]
         pages = check_whole("PagedKVCache.grow", "pages", pages, num_pages)
         old = (self.k, self.v, self.k_scales, self.v_scales)
@@ -201,10 +201,13 @@ class PagedKVCache:
 
         Raises:
             ParameterError: a page does not exist.
+            UnsupportedError: the call is being prepared or captured.
 
         Waits for the GPU, and copies the pages to the host.
         """
-        ids = page_ids("PagedKVCache.clamped", "pages", pages, 0, self.k.shape[1] - 1)
+        op = "PagedKVCache.clamped"
+        cuda.refuse_repeat(op, "it counts on the host")
+        ids = page_ids(op, "pages", pages, 0, self.k.shape[1] - 1)
         shares = np.zeros((len(self.layers), 2))
         for layer, pools in enumerate(self.layers):
             for i, (kind, pool) in enumerate(zip(self.spec.kinds, pools, strict=True)):

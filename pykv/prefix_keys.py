@@ -51,9 +51,9 @@ def of_pages(
 def count(op: str, tokens: Sequence[Any]) -> int:
     """The number of tokens, of a sequence that can be sliced."""
     try:
-        if hasattr(tokens, "__getitem__"):
-            return len(tokens)
-    except (TypeError, OverflowError):  # len() of a 0-d array, or of a range beyond ssize_t
-        pass
+        tokens[:0]
+        return len(tokens)
+    except (TypeError, IndexError, KeyError, OverflowError):
+        pass  # a dict, an array without dimensions, or a range without an end
     given = type(tokens).__name__
     raise DtypeError(f"{op}: tokens is a {given}, expected a sequence of token ids")

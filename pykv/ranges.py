@@ -130,7 +130,7 @@ def check_tables(op: str, src_ptrs: Any, dst_ptrs: Any, size: Any, validate: boo
 def _integers(op: str, name: str, values: Any) -> Any:
     try:
         array = np.asarray(None if isinstance(values, np.ma.MaskedArray) else values)
-    except (ValueError, TypeError):  # lists of unlike lengths, or arrays of a GPU
+    except Exception:  # lists of unlike lengths; other libraries, of GPUs say, may raise anything
         array = np.asarray(None)
     if array.size and array.dtype.kind not in "iu":
         is_other = array.dtype.hasobject

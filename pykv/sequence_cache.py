@@ -91,11 +91,10 @@ class SequenceCache:
         Raises:
             CapacityError: there are more than `max_blocks`.
             ParameterError: a block does not exist, or is named twice.
-            UnsupportedError: the call is being prepared.
+            UnsupportedError: the call is being prepared or captured.
         """
         op, num_blocks = "SequenceCache.assign", len(self.k)
-        cuda.refuse_prepare(op, "it changes what the host knows")
-        cuda.check_stream(stream)
+        cuda.refuse_repeat(op, "it changes what the host knows", self.k, stream)
         ids = page_ids(op, "block_ids", block_ids, 0, num_blocks - 1)
         if len(ids) > num_blocks:
             raise CapacityError(
@@ -121,10 +120,10 @@ class SequenceCache:
         Raises:
             CapacityError: the blocks hold fewer; nothing changes.
             ParameterError: fewer than none would be left.
-            UnsupportedError: the call is being prepared.
+            UnsupportedError: the call is being prepared or captured.
         """
-        cuda.refuse_prepare("SequenceCache.advance", "it changes what the host knows")
-        cuda.check_stream(stream)
+        why = "it changes what the host knows"
+        cuda.refuse_repeat("SequenceCache.advance", why, self.k, stream)
         held = len(self.blocks) * self.block_size
         tokens = check_whole("SequenceCache.advance", "tokens", tokens, -self.length)
         if self.length + tokens > held:

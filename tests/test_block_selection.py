@@ -112,6 +112,29 @@ def test_lengths_beyond_the_table_are_found_if_asked(xp, rng, monkeypatch):
     assert to_numpy(means).tobytes() == before
 
 
+def test_lengths_beyond_the_table_are_clamped(device, rng):
+    """Where nobody asks: CuPy takes an index that is too large for another."""
+    cache, table, lengths, _ = cache_of(device, rng)
+    selection = BlockSelection(blocks=2, block=8, recent=4)
+    means = block_means(cache, 1, table, lengths, selection)
+    table = table * 0 + np.int32(3)  # pages of all entries exist
+    whole = lengths * 0 + np.int32(table.shape[1] * P)
+    longer = block_means(cache, 1, table, whole + np.int32(9), selection, means=means.copy())
+    assert_same_bits(longer, block_means(cache, 1, table, whole, selection, means=means.copy()))
+
+
+def test_a_table_without_pages(xp, rng):
+    cache, table, lengths, _ = cache_of(xp, rng)
+    selection = BlockSelection(blocks=2, block=8, recent=4)
+    table, lengths = xp.asarray(np.zeros((4, 0), np.int32)), xp.zeros(4, np.int32)
+    means = block_means(cache, 1, table, lengths, selection)
+    assert block_means(cache, 1, table, lengths, selection, means=means) is means
+    out = decode_blocks(
+        cache, 1, xp.zeros((4, H * G, D), np.float32), table, lengths, means, selection
+    )
+    assert not to_numpy(out).any()
+
+
 def test_wrong_arguments(rng):
     cache, table, lengths, _ = cache_of(np, rng)
     good = BlockSelection(blocks=2, block=8, recent=4)
@@ -129,6 +152,8 @@ def test_wrong_arguments(rng):
     for given in (None, means):
         with pytest.raises(CapacityError, match=r"lengths\[0\] is 10\d\d, expected at most M"):
             block_means(cache, 1, table, too_long, good, means=given)
+    with pytest.raises(CapacityError, match=r"decode_blocks: lengths\[0\] is 10\d\d, expected at"):
+        decode_blocks(cache, 1, q, table, too_long, means, good)
     with pytest.raises(ParameterError, match="blocks is 0, expected 1 to"):
         BlockSelection(blocks=0)
 
@@ -170,14 +195,14 @@ def test_further_calls_are_checked(device, rng):
     selection = BlockSelection(blocks=2, block=4, recent=8)
     means = block_means(cache, 1, table, lengths, selection)
     q = device.zeros((4, H * G, D), np.float32)
-    for _ in range(2):
-        decode_blocks(cache, 1, q, table, lengths, means, selection, fixed_split=64)
+    for split in (64, 64, np.uint8(64)):
+        decode_blocks(cache, 1, q, table, lengths, means, selection, fixed_split=split)
     with pytest.raises(DtypeError, match="fixed_split is a float"):
         decode_blocks(cache, 1, q, table, lengths, means, selection, fixed_split=64.0)
     with pytest.raises(ParameterError, match="scale is nan"):
         decode_blocks(cache, 1, q, table, lengths, means, selection, scale=float("nan"))
     with pytest.raises(ShapeError, match="means has shape"):
         decode_blocks(cache, 1, q, table, lengths, means[:, :, :4].copy(), selection)
-    with pytest.raises(ParameterError, match="there is no|is -1|holds|page"):
+    with pytest.raises(ParameterError, match=r"decode_blocks: page_table\[0, 0\] is -1, expected"):
         wrong = table * 0 - np.int32(1)
         decode_blocks(cache, 1, q, wrong, lengths, means, selection, check=True)

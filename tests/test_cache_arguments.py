@@ -1,11 +1,25 @@
 """Caches, their pages and who holds them: a wrong argument ends in an error of pykv's own, which
 leaves everything as it was."""
 
+from contextlib import suppress
+from types import ModuleType
+
 import numpy as np
 import pytest
 
-from pykv import PagedKVCache, SequenceCache, blocks, kinds, page_files, pages
-from pykv.errors import CapacityError, DtypeError, ParameterError, PykvError
+import pykv
+from pykv import (
+    PagedKVCache,
+    SequenceCache,
+    blocks,
+    eviction,
+    kinds,
+    page_files,
+    pages,
+    transfer,
+)
+from pykv.errors import CapacityError, DtypeError, ParameterError, PykvError, UnsupportedError
+from pykv.ops import activation, compaction, contiguous_append
 
 NO_WHOLE = ("3", None, 1.0, np.float32(1), True, [1], 1j, object(), np.nan, np.ones(2))
 WILD = (*NO_WHOLE, -1, 2**31, 2**62, 2**64, -(2**63), np.int64(-7), "", [], b"x")
@@ -43,7 +57,7 @@ def test_sizes_of_a_cache(name):
 def test_options_of_a_cache():
     for x in ("1.5", True, [1], 1j, object()):
         refuses(lambda x=x: PagedKVCache(1, 1, 1, 8, margin=x), error=DtypeError)
-    for x in (3, "numpy", None, kinds):
+    for x in (3, "numpy", None, kinds, ModuleType("jax.numpy"), ModuleType("cupy")):
         refuses(lambda x=x: PagedKVCache(1, 1, 1, 8, xp=x), error=ParameterError)
     refuses(lambda: PagedKVCache(2, 2**62, 2, 64), error=CapacityError)
     cache = PagedKVCache(1, 2, 1, 8)
@@ -108,7 +122,17 @@ def test_arguments_of_a_manager():
         for x in (*NO_PAGES, (0, 1), [0.0], [np.True_], [0, 0], [5], [6], list):
             refuses(lambda x=x, call=call: call(x), state)
     for call in (lambda x, **salt: manager.publish(held, x, **salt), manager.reuse):
-        for x in (None, 3, ["a"] * 4, [1.5] * 4, [None] * 4, [2**63] * 4, {1, 2, 3, 4}, iter([1])):
+        for x in (
+            None,
+            3,
+            {i: i for i in range(4)},
+            ["a"] * 4,
+            [1.5] * 4,
+            [None] * 4,
+            [2**63] * 4,
+            {1, 2, 3, 4},
+            iter([1]),
+        ):
             refuses(lambda x=x, call=call: call(x), state)
         for x in (None, 3, 1.5, ["a"]):
             refuses(lambda x=x, call=call: call([1] * 4, salt=x), state, error=DtypeError)
@@ -177,7 +201,7 @@ def test_arguments_of_page_table():
         refuses(lambda x=x: blocks.page_table([[0], x], 4), error=ParameterError)
     for sequences, width in (([[1, 2, 3]], 2), ([[1]], -1)):
         refuses(lambda s=sequences, w=width: blocks.page_table(s, w), error=ParameterError)
-    for x in (None, 3, object()):
+    for x in (None, 3, object(), np.array(3)):
         refuses(lambda x=x: blocks.page_table(x, 4), error=DtypeError)
     assert blocks.page_table([[2, -1, 4], np.zeros(0)], 3).tolist() == [[2, -1, 4], [-1, -1, -1]]
 
@@ -215,6 +239,74 @@ def test_arguments_of_pages(call, tmp_path):
         refuses(lambda x=x: calls[call](x, [0]), state)
     for x in (*NO_WHOLE, -1):
         refuses(lambda x=x: pages.host_pages(cache, x))
+
+
+def test_pages_are_listed_on_the_host(device, tmp_path):
+    """Where CuPy raises a TypeError of its own."""
+    cache, other = (PagedKVCache(1, 4, 1, 8, page_size=4, xp=device) for _ in range(2))
+    ids = device.asarray(np.array([0, 1], np.int32))
+    own = SequenceCache(4, 4, 1, 8, xp=device)
+    for call in (
+        lambda x: blocks.slots(x, 0, 2, 4),
+        lambda x: blocks.page_table([x], 4),
+        lambda x: cache.clamped(x),
+        lambda x: pages.zero_pages(cache, x),
+        lambda x: pages.copy_pages(cache, other, x, [2, 3]),
+        lambda x: pages.convert_pages(cache, other, x, [2, 3]),
+        lambda x: pages.swap_out(cache, x),
+        lambda x: page_files.save(tmp_path / "x", cache, x),
+        lambda x: own.assign(x),
+    ):
+        for x in (ids, [ids[0], ids[1]]):
+            with pytest.raises(ParameterError, match="expected a sequence of page ids on the host"):
+                call(x)
+    for lengths in (ids[:1], [ids[0]]):
+        held = cache.manager.allocate(2)
+        with suppress(PykvError):
+            eviction.evict(cache, [held], lengths, "streaming:1")
+    for size in (ids[:1], [ids[0]]):
+        with pytest.raises(DtypeError, match="memcpy_batch: size is a .*, expected integers"):
+            transfer.memcpy_batch([64], [128], size, device="cpu")
+    for scale in (device.ones(1), [device.ones(1)]):
+        with pytest.raises(DtypeError, match="kinds.quantize: scale is .*, expected an array"):
+            kinds.quantize(np.ones((1, 8), np.float32), kinds.KINDS["int8"], scale=scale)
+
+
+@pytest.mark.parametrize(
+    "name", ["extend", "grow", "clamped", "assign", "advance", "read_token", "kept", "evict"]
+)
+def test_what_the_host_does_is_neither_prepared_nor_captured(device, name):
+    """A replay would leave it out, or CUDA refuse to wait."""
+    cache, own = PagedKVCache(1, 4, 1, 8, page_size=4, xp=device), SequenceCache(4, 4, 1, 8)
+    if name in ("assign", "advance"):
+        own = SequenceCache(4, 4, 1, 8, xp=device)
+        own.assign([2])
+    held = cache.manager.allocate(5)
+    pools = (device.zeros((1, 4, 1, 8), np.float16),) * 2
+    compressed = compaction.compress(device.ones(8, np.float32), 0.5)
+    call, arguments = dict(
+        extend=(cache.extend, (held, 5, 6)),
+        grow=(cache.grow, (4,)),
+        clamped=(cache.clamped, ([0],)),
+        assign=(own.assign, ([1],)),
+        advance=(own.advance, (1,)),
+        read_token=(contiguous_append.read_token, (*pools, 0, 1)),
+        kept=(compressed.kept, ()),
+        evict=(eviction.evict, (cache, [held], [5], "streaming:2")),
+    )[name]
+    x = device.ones((2, 8), np.float32)
+    activation.add(x, x)
+    graph = pykv.graph(lambda: (activation.add(x, x), captured and call(*arguments)))
+    captured = False
+    graph()
+    captured = True
+    state = manager_state(cache.manager), list(held), own.blocks, own.length
+    with pytest.raises(UnsupportedError, match=rf"\b{name}: cannot be captured into a CUDA graph"):
+        graph()
+    if name != "kept":
+        with pytest.raises(UnsupportedError, match=rf"\b{name}: cannot be prepared"):
+            pykv.prepare(call, *arguments)
+    assert (manager_state(cache.manager), list(held), own.blocks, own.length) == state
 
 
 # --- The cache of one sequence ---

@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 
 from pykv import KVSpec, PagedKVCache, blocks, eviction
-from pykv.errors import CapacityError, DtypeError, ParameterError, ShapeError, UnsupportedError
+from pykv.errors import (
+    CapacityError,
+    DeviceError,
+    DtypeError,
+    ParameterError,
+    ShapeError,
+    UnsupportedError,
+)
 from pykv.eviction import (
     H2O,
     TOVA,
@@ -478,6 +485,24 @@ def test_positions_may_be_those_of_more_pages(xp, rng):
         assert (last == np.arange(length - n, length)).all()
 
 
+def test_host_and_gpu_do_not_mix(device):
+    """Either way round, before pages go back."""
+    for xp, other in ((device, np), (np, device)):
+        cache = PagedKVCache(1, 4, 2, 8, page_size=4, xp=xp)
+        pages = cache.manager.allocate(8)
+        scores, positions = other.ones((1, 2, 8), np.float32), other.zeros((1, 2, 8), np.int32)
+        for given, name in (
+            (dict(policy="scores:2", scores=[scores]), "scores"),
+            (dict(policy="streaming:2", positions=[positions]), "positions"),
+        ):
+            with pytest.raises(DeviceError, match=rf"evict: {name}\[0\] is on .* like the cache"):
+                eviction.evict(cache, [pages], [8], **given)
+        assert len(pages) == 2
+        evicted = eviction.evict(cache, [pages], [8], "streaming:2")
+        with pytest.raises(DeviceError, match="moved: x is on .*, expected .* like the cache"):
+            evicted.moved(0, scores)
+
+
 def test_a_floor_keeps_no_row_below_the_threshold(xp, rng):
     cache, sequences, _ = cache_of(xp, rng)
     for policy in (Largest(threshold=1e6), AdaKV(Largest(threshold=1e6))):
@@ -651,7 +676,7 @@ def test_it_cannot_be_prepared(rng):
     from pykv import cuda
 
     cache, sequences, _ = cache_of(np, rng)
-    with pytest.raises(UnsupportedError, match="each call moves rows of its own"):
+    with pytest.raises(UnsupportedError, match="evict: cannot be prepared: pages go back"):
         cuda.prepare(eviction.evict, cache, sequences, LENGTHS, "random:8")
 
 

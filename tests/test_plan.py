@@ -520,6 +520,26 @@ def test_results_lie_apart_from_lists_of_pages(xp, rng):
             plan.run(args._replace(**given), workspace=workspace)
 
 
+def test_appends_name_what_shares_memory_as_the_plan_does(xp, rng):
+    append = PagedAppendPlan.select(
+        PagedAppendDescriptor(3, CACHE, advance=True), np.float16, xp=xp
+    )
+    args = append_args(xp, rng, CACHE)
+    for given, text in (
+        (args._replace(v_data=args.k_data), "k_data shares memory with v_data"),
+        (args._replace(last_page_len=args.indices), "last_page_len shares memory with indices"),
+    ):
+        with pytest.raises(ParameterError, match=f"PagedAppendPlan.can_implement: {text}"):
+            append.run(given)
+    contiguous = ContiguousAppendPlan.select(
+        ContiguousAppendDescriptor(2, 1, 1, 4, 8, 8), np.float16, xp=xp
+    )
+    new, old = xp.zeros((2, 1, 1, 8), np.float16), xp.zeros((2, 1, 4, 8), np.float16)
+    given = ContiguousAppendArgs(new, new, old, old, xp.zeros(2, np.int32))
+    with pytest.raises(ParameterError, match="can_implement: k_cache shares memory with v_cache"):
+        contiguous.run(given)
+
+
 def test_decode_says_what_workspace_it_needs(device, rng):
     cache = replace(CACHE, spec=KVSpec())
     descriptor = PagedDecodeDescriptor(3, 6, cache, 3)

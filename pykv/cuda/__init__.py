@@ -25,6 +25,7 @@ from pykv.cuda.calls import (
     prepare,
     refuse_capture,
     refuse_prepare,
+    refuse_repeat,
     run_on_host,
     skip,
 )

@@ -185,6 +185,21 @@ def refuse_prepare(op: str, why: str) -> None:
         raise UnsupportedError(f"{op}: cannot be prepared: {why}")
 
 
+def refuse_repeat(op: str, why: str, array: Any = None, stream: Any = None) -> None:
+    """Raise where a call would be repeated without what it does on the host.
+
+    Args:
+        array, stream: of the work, as of `on_stream`.
+
+    Raises:
+        UnsupportedError: `op` is being prepared, or its stream captured into a CUDA graph.
+        DtypeError, ParameterError: `stream` is no stream.
+    """
+    refuse_prepare(op, why)
+    with on_stream(stream, array):
+        refuse_capture(op, why)
+
+
 def is_preparing() -> bool:
     """Whether a recording is open: an op may then spend time that its calls save."""
     return state.recording is not None

@@ -25,7 +25,7 @@ from pykv.errors import ParameterError, ShapeError
 from pykv.eviction.parts import Part, check_cache, has_own_scales, parts
 from pykv.ops import block_queries, kv_scores, kv_select, page_table, paged_check, paged_decode
 from pykv.options import check_type, check_whole, hold_python_numbers
-from pykv.pool import PagedKVCache
+from pykv.pool import PagedKVCache, do_in
 from pykv.specs import KVSpec
 
 _MEANS = KVSpec("fp32", layout="HND")  # a head's block means are the rows of a page
@@ -93,12 +93,12 @@ def block_means(
     if means is None:
         return kv_scores.means(**keys, page_table=table, lengths=lengths, run=selection.block)
     _check_means(op, means, cache, dims["M"], selection)
-    pool = len(keys["pool"]), cache.page_size
-    if paged_check.enabled(op, None):
-        paged_check.check_page_table(table, lengths, *pool, op=op)
-    elif not on_gpu(lengths):
-        attention.check_pages(op, table, lengths, pool, None)
+    _look(op, None, cache, table, lengths)
+    if not means.shape[2]:
+        return means
     xp, block = module_of(means), np.int32(selection.block)
+    capacity = min(dims["M"] * cache.page_size, attention.ALL_KEYS)
+    lengths = xp.minimum(lengths, np.int32(capacity))  # or CuPy would take another block
     last = xp.maximum(lengths - np.int32(1), np.int32(0)) // block
     columns = last[:, None] * np.int32(pages) + xp.arange(pages, dtype=np.int32)
     columns = xp.minimum(columns, np.int32(dims["M"] - 1))  # the table may end inside of a block
@@ -149,11 +149,14 @@ def decode_blocks(
     _check_means(op, means, cache, M, selection)
     if HQ % H:
         raise ShapeError(f"{op}: q has HQ={HQ}, expected a multiple of H={H}")
-    if fixed_split is not None:
-        attention.check_split(op, fixed_split)
+    fixed_split = attention.check_split(op, fixed_split)
     xp, spec, P = module_of(q), cache.spec, cache.page_size
     out = like(q, q.shape, q.dtype)
     if 0 in q.shape:
+        return out
+    _look(op, check, cache, table, lengths)
+    if M == 0:  # nothing is seen
+        do_in(xp, partial(out.fill, 0))
         return out
     width = min(selection.blocks * pages + -(-selection.recent // P) + pages, M)
     G, n = HQ // H, 1 if has_own_scales(spec) else H  # n heads at a time
@@ -300,6 +303,15 @@ def _check(op: str, cache: PagedKVCache, layer: int, selection: BlockSelection) 
             f"{cache.page_size} of a page"
         )
     return selection.block // cache.page_size
+
+
+def _look(op: str, check: Any, cache: PagedKVCache, table: Any, lengths: Any) -> None:
+    """Check contents on the host, and where asked for."""
+    pool = cache.k.shape[1], cache.page_size
+    if paged_check.enabled(op, check):
+        paged_check.check_page_table(table, lengths, *pool, op=op)
+    elif not on_gpu(lengths):
+        attention.check_pages(op, table, lengths, pool, None)
 
 
 def _check_means(

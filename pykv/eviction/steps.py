@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from pykv import blocks, cuda
-from pykv.arrays import FLOAT32, FLOATS, INT32, is_array, module_of, not_an_array, to_host
+from pykv.arrays import FLOAT32, FLOATS, INT32, is_array, module_of, not_an_array, on_gpu, to_host
 from pykv.checker import checker
-from pykv.errors import DtypeError, ParameterError, ShapeError
+from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError
 from pykv.eviction.parts import Rows, check_cache, of_heads, parts
 from pykv.eviction.policies import AdaKV, Policy, base_of, parse
 from pykv.eviction.rotary import Rotary, check_rotary
@@ -43,10 +43,12 @@ class Evicted:
     freed_bytes: int
 
     def moved(self, layer: int, x: Any, fill: Any = 0) -> Any:
-        """What belongs to rows of a layer, `x` [B, H, C], in their new slots; `fill` behind."""
+        """What belongs to rows of a layer, `x` [B, H, C] where the cache is, in their new slots;
+        `fill` behind."""
         xp, kept = module_of(x), self.kept[layer]
         if kept is None:
             return x
+        _check_place("eviction.Evicted.moved", "x", x, kept)
         taken = xp.take_along_axis(x, xp.maximum(kept, 0)[..., : x.shape[-1]], 2)
         return xp.where(kept >= 0, taken, xp.asarray(fill, x.dtype))
 
@@ -108,16 +110,14 @@ def evict(
     (array([0, 5, 6], dtype=int32), 2, [0, 1])
     """
     op = "eviction.evict"
-    cuda.refuse_prepare(op, "each call moves rows of its own")
     check_cache(op, cache)
     policies = _policies(op, policy, len(cache.layers))
     if scale is not None:
         scale = check_number(op, "scale", scale)
     if logits_soft_cap is not None:
         logits_soft_cap = check_number(op, "logits_soft_cap", logits_soft_cap, positive=True)
-    cuda.check_stream(stream)
+    cuda.refuse_repeat(op, "pages go back to the manager", cache.k, stream)
     with cuda.on_stream(stream, cache.k):
-        cuda.refuse_capture(op, "pages go back to the manager")
         work = _Work(op, cache, sequences, lengths, policies)
         arrays = work.arrays(queries=queries, scores=scores)
         work.check_rotary(rotary)
@@ -179,6 +179,7 @@ class _Work:
             needs = bases[layer].needs
             name = f"{needs}[{layer}]"
             sizes = checker(op, **{name: rules[needs]})(x)
+            _check_place(op, name, x, self.cache.k)
             if needs == "scores":
                 _check_sizes(op, name, x, self.shape)
             elif sizes["B"] != B or not sizes["T"] or sizes["HQ"] % H or not sizes["HQ"]:
@@ -210,6 +211,7 @@ class _Work:
         found = _of_layers(self.op, "positions", given, range(len(self.lengths)))
         for layer, x in found.items():
             checker(self.op, **{f"positions[{layer}]": ("B H C", INT32)})(x)
+            _check_place(self.op, f"positions[{layer}]", x, self.cache.k)
             if x.shape[2] > self.shape[2]:  # made before an eviction, for more pages
                 found[layer] = x = self.xp.ascontiguousarray(x[..., : self.shape[2]])
             _check_sizes(self.op, f"positions[{layer}]", x, self.shape)
@@ -351,6 +353,13 @@ def _of_layers(op: str, name: str, given: Any, layers: Iterable[int]) -> dict[in
     return {layer: known[layer] for layer in layers}
 
 
+def _check_place(op: str, name: str, x: Any, beside: Any) -> None:
+    """Check that an array is on a GPU if an array of the cache is, or else on the host."""
+    if on_gpu(x) != on_gpu(beside):
+        is_on, expected = ("a GPU", "the host")[:: 1 if on_gpu(x) else -1]
+        raise DeviceError(f"{op}: {name} is on {is_on}, expected {expected} like the cache")
+
+
 def _check_sizes(op: str, name: str, x: Any, shape: tuple[int, ...]) -> None:
     if x.shape != shape:
         raise ShapeError(f"{op}: {name} has shape {x.shape}, expected {shape}")
@@ -362,7 +371,7 @@ def _check_lengths(op: str, lengths: Any, shape: tuple[int, int, int]) -> Any:
         raise not_an_array(op, "lengths", lengths)
     try:
         given = np.asarray(to_host(lengths) if is_array(lengths) else lengths)
-    except (ValueError, OverflowError):  # lists of several lengths
+    except Exception:  # lists of several lengths; other libraries may raise anything
         given = np.empty(0, object)
     if given.dtype.kind not in "iu" and (given.size or given.dtype == object):
         raise DtypeError(f"{op}: lengths have dtype {given.dtype}, expected integers")

@@ -1,5 +1,5 @@
-"""Which way of decoding is the faster one: measured on request for a GPU, a kind of model and a number
-of answers, and kept in the cache folder.
+"""Which way of decoding is the faster one: measured on request for a GPU, a kind of model and a
+number of answers, and kept in the cache folder.
 
 What is measured is a runner's own `decode` on a cache of its own, of sequences that hold CONTEXT
 tokens. Ways are those of runner.DECODES.
@@ -104,8 +104,8 @@ class DecodeWays:
         return self._chosen[rows]
 
     def times(self, rows: int, *, force: bool = False) -> Times | None:
-        """Those that are kept for so many answers, or measured now (`force`: in any case); None where
-        there is one way alone, or no memory to measure with."""
+        """Those that are kept for so many answers, or measured now (`force`: in any case); None
+        where there is one way alone, or no memory to measure with."""
         self._chosen.pop(rows, None)
         found = None if force else self._kept(rows)
         if found is None:

@@ -51,7 +51,8 @@ def score(
     check: bool | None = None,
     stream: Any = None,
 ) -> Any:
-    """Sum the weights exp(score - lse) that the queries of a KV head gave to each key.
+    """Sum the weights exp(score - lse) that the queries of a KV head gave to each key; each is at
+    most 1.
 
     Args:
         q, page_table, lengths, scale, window, logits_soft_cap, alibi_slopes, tree, causal: as they
@@ -172,7 +173,9 @@ def reference(
     scored = attention.scored_sequences(many, keys, lengths, scale, window, **options)
     for b, rows, scores in scored:
         of_row = lse[b].transpose(1, 2, 0)[..., None]
-        weights = np.where(np.isneginf(scores), 0, np.exp(scores - np.maximum(of_row, -1e30)))
+        # What the rounding of huge scores leaves above 0 is none.
+        rest = np.minimum(scores - np.maximum(of_row, -1e30), 0)
+        weights = np.where(np.isneginf(scores), 0, np.exp(rest))
         found[b, :, rows.start : rows.stop] = weights.sum((1, 2))
     return found
 

@@ -77,7 +77,9 @@ class Compressed(NamedTuple):
 
         Raises:
             CapacityError: there are more than the arrays have room for.
+            UnsupportedError: a CUDA graph is being captured, which cannot wait.
         """
+        cuda.refuse_capture("compaction.Compressed.kept", "it waits for the count")
         kept = int(to_host(self.count)[0])
         _check_room("compaction.compress", kept, self)
         return kept

@@ -149,11 +149,12 @@ def read_token(
     Raises:
         ShapeError: dimensions disagree.
         ParameterError: `slot`, `token` or `layout` is out of its range.
+        UnsupportedError: the call is being prepared or captured.
 
     Waits for the current stream where the caches are on a GPU.
     """
     op = "contiguous_append.read_token"
-    cuda.refuse_prepare(op, "it returns copies on the host")
+    cuda.refuse_repeat(op, "it returns copies on the host")
     spec = _SPECS[check_choice(op, "layout", layout, LAYOUTS)]
     axes = " ".join(("S", *spec.page_axes, "|")).replace("P", "C")
     check = checker(op, k_cache=(f"{axes} K", FLOATS), v_cache=(f"{axes} V", FLOATS))

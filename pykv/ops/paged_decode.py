@@ -148,8 +148,9 @@ def decode(
     if key_positions is not None:
         _check_positions(op, dims, tree)
     scores = attention.check_options(
-        op, dims, scale, window, logits_soft_cap, causal, tree, lse_base, fixed_split
+        op, dims, scale, window, logits_soft_cap, causal, tree, lse_base
     )
+    fixed_split = attention.check_split(op, fixed_split)
     seen = scores.seen(dims) if key_positions is None else None
     if check:
         pool = dims["N"], dims["P"]
@@ -244,8 +245,7 @@ def workspace_size(
     sizes = dict(B=B, T=T, HQ=HQ, H=H, D=D, capacity=capacity)
     for name, size in sizes.items():
         sizes[name] = check_whole(op, name, size, 1 if name == "H" else 0, 2**31 - 1)
-    if fixed_split is not None:
-        fixed_split = attention.check_split(op, fixed_split)
+    fixed_split = attention.check_split(op, fixed_split)
     if device is not None:
         device = check_whole(op, "device", device, 0, 2**31 - 1)
     num_sms = cuda.num_sms(cuda.current_device() if device is None else device)

@@ -63,7 +63,7 @@ def permute(
 
     Args:
         dst, src: arrays or addresses, as the module's text says. A destination must overlap neither
-            another one nor a source.
+            another one nor a source, which arrays are held to.
         dst_layout, src_layout: a name of pykv.layout, or a Layout.
         shape: sizes of a whole block, with addresses only.
         heads, layers: (first, end) of what moves, counted in the whole block; all else stays as it
@@ -80,9 +80,10 @@ def permute(
 
     Raises:
         ParameterError: a layout is unknown, a size negative, a range or stride out of bounds, a
-            table or an address null, a NumPy destination read-only; with `validate`, two ranges
-            overlap.
-        ShapeError: dimensions or lengths of tables disagree.
+            table or an address null, a NumPy destination read-only; a destination shares memory
+            with another array, or, with `validate`, two ranges overlap.
+        ShapeError: dimensions or lengths of tables disagree, or elements of a destination share a
+            place.
         DtypeError: a table is no uint64 or int64 array, elements are not of 1, 2, 4 or 8 bytes,
             differ in size, or are Python objects.
         DeviceError: host and device arrays are mixed, nothing is on the current GPU, or there is a
@@ -151,6 +152,7 @@ def _move(
     moved = shape._replace(H=heads[1] - heads[0], L=layers[1] - layers[0])
     if 0 in moved:
         return cuda.skip()
+    block_memory.check_apart(op, to, from_, moved, heads[0], layers[0])
     by_address = not to.chunks
     if validate and by_address:
         of_src, of_dst = (

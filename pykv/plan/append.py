@@ -92,6 +92,8 @@ class PagedAppendPlan(PagedPlan):
         self._check_pages(name)
         after = row_places.counts_after(name, descriptor.counts, advance)
         self._lists_are = dict(appends=True, counts=descriptor.counts)
+        written = cache.spec.written(("k_data", "v_data", "k_scales", "v_scales"))
+        self._writes = (*written, "last_page_len") if advance else written
         H, D, P = cache.num_kv_heads, cache.head_dim, cache.page_size
         rows = dict(key=("B H | D", self._element), value=("B H | D", "key"))
         self._expect(dict(key=H, value=H), rows)
@@ -201,8 +203,10 @@ class ContiguousAppendPlan(Plan):
             for letter, D in (("k", K), ("v", V))
         }
         self._shapes["cache_offsets"] = (B,)
+        counted = ("cache_offsets",) if descriptor.advance else ()
         self._check = checker(
             f"{self._name()}.can_implement",
+            ("k_cache", "v_cache", *counted),
             k_new=("B H T | K", self._element),
             v_new=("B H T | V", "k_new"),
             k_cache=("B X Y | K", of_cache),

@@ -131,6 +131,18 @@ def test_worked_by_hand(xp):
     assert to_numpy(got).tolist() == [[12, 3, -12.75, 6, -94, -INF]]
 
 
+def test_a_negative_tally_counts_nothing(xp):
+    """Wrong as it is, host and GPU agree."""
+    given = dict(
+        tallies=ints([-1, -7]),
+        penalties=np.array([[2, 0.5, 0.25]], F32),
+        tally_rows=ints(0),
+        tokens=ints(-1),
+    )
+    got = adjust(xp.asarray(np.array([[6, -6]], F32)), **on(xp, given))
+    assert to_numpy(got).tolist() == [[3, -12]]
+
+
 def test_no_penalty_changes_no_bit(xp, rng):
     logits = rng.standard_normal((2, 300)).astype(F32)
     given = dict(tallies=np.full((2, 300), 7, np.int32), tally_rows=ints(1, 0), tokens=ints(3, -1))

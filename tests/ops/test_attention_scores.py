@@ -172,3 +172,18 @@ def test_a_prepared_call_looks_at_its_pages(rng):
     for again in (call, lambda: cuda.prepare(attention_scores.score, *args, spec=spec)):
         with pytest.raises(ParameterError, match=r"page_table\[2, 1\] is .*, expected 0 to"):
             again()
+
+
+@pytest.mark.parametrize("size", [3e3, 3e4, 65504])
+@pytest.mark.parametrize("D", [64, 24])
+def test_no_weight_exceeds_one(xp, rng, D, size):
+    """Log-sum-exp of huge scores is off by more than exponents of weights may be."""
+    k = xp.full((2, 16, 1, D), size, np.float16)
+    v = xp.asarray(rng.standard_normal((2, 16, 1, D)).astype(np.float16))
+    table, lengths = (xp.asarray(np.array(x, np.int32)) for x in ([[1, 0]], [30]))
+    q = xp.full((1, 3, D), size, np.float16)
+    _, lse = paged_decode.decode(q, k, v, table, lengths, return_lse=True)
+    got = to_numpy(attention_scores.score(q, k, table, lengths, lse))
+    assert (got >= 0).all() and (got <= 3).all()
+    nan = attention_scores.score(q, k, table, lengths, lse * np.float32(np.nan))
+    assert np.isnan(to_numpy(nan)[..., :30]).all()

@@ -379,7 +379,8 @@ def test_fixed_splits_give_the_same_bits_in_any_batch(device, rng, spec):
     for rows in ([1], [4, 1, 0], [3, 2]):
         wider = np.full((len(rows), table.shape[1] + 9), WILD, np.int32)
         wider[:, : table.shape[1]] = table[rows]
-        got = call(device, q[rows], spec, arrays, wider, lengths[rows], fixed_split=64)
+        split = np.uint8(64)  # which no number of keys above 255 is compared with
+        got = call(device, q[rows], spec, arrays, wider, lengths[rows], fixed_split=split)
         assert_same_bits(got[0], to_numpy(out)[rows])
         assert_same_bits(got[1], to_numpy(lse)[rows])
 
@@ -650,6 +651,16 @@ def test_without_keys_the_output_is_zero(xp, rng):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("scale", [np.inf, np.nan])
+def test_without_keys_no_scale_reaches_the_output(xp, scale):
+    k, v = (xp.zeros((2, 16, 1, 64), np.int8) for _ in range(2))
+    scales = dict(k_scales=xp.full(1, scale, np.float32), v_scales=xp.full(1, scale, np.float32))
+    table, lengths = xp.zeros((2, 2), np.int32), xp.asarray(np.array([0, -3], np.int32))
+    q = xp.ones((2, 1, 64), np.float16)
+    out = paged_decode.decode(q, k, v, table, lengths, spec="int8:tensor:fp32", **scales)
+    assert not to_numpy(out).view("u2").any()
+
+
 def test_offsets_are_64_bit(xp, rng):
     """A page past 2^31 elements."""
     N, D = 2**31 // 128 + 8, 128

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 
 from pykv import block_memory, cuda
+from pykv.arrays import strided
 from pykv.block_memory import Given
 from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError, UnsupportedError
 from pykv.layout import AXES, NAMES, STACKS, BlockShape, Layout
 from pykv.ops import permute
-from tests.helpers import assert_same_bits, bits, dtype_of, without_simt
+from tests.helpers import assert_same_bits, bits, dtype_of, to_numpy, without_simt
 
 BASE = dict(N=3, H=3, L=2, O=2, P=4, D=5, dtype="float16")  # the sizes of kvbm's tests
 CHANGES = (
@@ -719,3 +720,42 @@ def test_bad_memory_is_found_on_request(device, rng):
     assert_same_bits(to, before)
     move(addresses(to), blocks)
     assert_same_bits(to, expected("universal", "NHD", of.get(), *sizes))
+
+
+def of_pool(xp, layers=4):
+    """Blocks of a pool, [2, L, 1, 3, 2, 8] in NHD and HND."""
+    pool = xp.asarray(np.arange(2 * layers * 48, dtype=np.float32).reshape(2, layers, 1, 3, 2, 8))
+    return pool, pool.reshape(2, layers, 1, 2, 3, 8)
+
+
+@pytest.mark.parametrize("in_lists", [False, True])
+def test_what_is_written_shares_no_memory(xp, in_lists):
+    """With what is read, or with itself; refused before anything moves."""
+    pool, hnd = of_pool(xp)
+    before = to_numpy(pool).copy()
+    for dst, src, text in (
+        (hnd, pool, "dst shares memory with src, expected another array"),
+        (hnd[:, 1:3], pool[:, :2], "dst shares memory with src"),
+        ([hnd[0], hnd[0]], pool.copy(), "dst shares memory with dst"),
+    ):
+        if in_lists and not isinstance(dst, list):
+            dst, src = list(dst), [list(block.reshape(-1, *block.shape[2:])) for block in src]
+        with pytest.raises(ParameterError, match=f"permute.permute: {text}"):
+            permute.permute(dst, "HND", src, "NHD")
+    of_one = strided(hnd, hnd.shape, (0, *hnd.strides[1:]))
+    with pytest.raises(ShapeError, match="permute: dst has strides .* no two elements at one"):
+        permute.permute(of_one, "HND", pool.copy(), "NHD")
+    assert_same_bits(pool, before)
+
+
+def test_parts_of_one_pool_may_lie_apart(xp):
+    """Layers of one that become others, and K and V that interleave."""
+    pool, hnd = of_pool(xp)
+    want = to_numpy(pool).copy()
+    want[:, 2:] = want[:, :2].swapaxes(3, 4).reshape(want[:, :2].shape)
+    permute.permute(hnd[:, 2:], "HND", pool[:, :2], "NHD")
+    assert_same_bits(pool, want)
+    # Of arrays that overlap, the layers that move lie apart.
+    permute.permute(hnd[:, 1:], "HND", pool[:, :3], "NHD", layers=(2, 3))
+    want[:, 3] = want[:, 2].swapaxes(2, 3).reshape(want[:, 2].shape)
+    assert_same_bits(pool, want)

@@ -9,7 +9,7 @@ import pytest
 from pykv.ops import attention_scores, paged_decode, prefill
 from pykv.specs import KVSpec
 from pykv.testing import attention, codes, paged
-from tests.helpers import assert_same_bits, dtype_of, product, to_numpy
+from tests.helpers import assert_same_bits, dtype_of, product, swept, to_numpy
 
 # Of a row's largest element. Weights of 16-bit queries are rounded to f16 once, their outputs, too.
 BOUNDS = {"float32": 1e-5, "float16": 4e-3, "bfloat16": 1.5e-2}
@@ -236,3 +236,23 @@ def test_warps_without_keys_leave_nothing(xp, rng):
     weights = np.exp(q[0].astype(float) @ k.T / 8)
     want = weights / weights.sum(1, keepdims=True) @ v
     assert abs(got[0] - want).max() < 1e-3 * abs(want).max()
+
+
+@pytest.mark.parametrize("T", [1, 3, 70])
+@pytest.mark.parametrize(
+    "spec, q", [("fp16", "float16"), ("int8", "float32"), *swept([("bf16", "bfloat16")])]
+)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_equal_keys_of_huge_scores_weigh_alike(xp, rng, spec, q, sign, T):
+    """A last place of the scores is 2^11, more than all exponents of weights."""
+    L, H, G = 150, 1, 2
+    k, v = normal(rng, (2, L, H, D))
+    k[...] = 65504 * 0.75
+    spec, cache, at = store(rng, spec, k, v)
+    shape = (T, G, D) if T > 4 else (1, T, G, D)
+    queries = np.full(shape, sign * 65504, dtype_of(q))
+    out, lse = run(xp, queries, spec, cache)
+    keys, values = (paged.read(spec, cache, side, *at, np.float64)[:, 0] for side in "kv")
+    means = np.cumsum(values, 0) / np.arange(1, L + 1)[:, None]
+    np.testing.assert_allclose(out[:, 0].astype(np.float64), means[L - T :], atol=2 * BOUNDS[q])
+    np.testing.assert_allclose(lse, sign * 65504 * keys[0, 0] * D**0.5, rtol=1e-3)

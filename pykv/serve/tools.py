@@ -17,6 +17,8 @@ from pykv.serve.fields import Fields, wrong
 OPENING, CLOSING = "<tool_call>", "</tool_call>"
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 _NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
+# A function whose parameters are left out has none, as OpenAI has it.
+_NOTHING = {"type": "object", "properties": {}, "additionalProperties": False}
 # A part of a message's content, for the description of bodies.
 _TEXT = {kind: {"type": "string"} for kind in ("text", "refusal")}
 _PART = {"type": "object", "properties": {"type": {"enum": [*_TEXT]}, **_TEXT}}
@@ -165,7 +167,7 @@ def read_tools(fields: Fields, *, native: bool) -> Tools | None:
         schema = function.get("parameters")
         if schema is not None and not isinstance(schema, dict):
             raise wrong(f"{where}.function.parameters", schema, "a JSON schema")
-        functions[name] = schema or {"type": "object"}
+        functions[name] = schema or _NOTHING
     if choice == "none":
         return None
     if isinstance(choice, dict):

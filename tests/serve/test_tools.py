@@ -166,6 +166,18 @@ def test_a_call_of_nothing_has_no_bits(serve, template, said, what):
     assert status == 500  # the scripted model refuses to say it
 
 
+@pytest.mark.parametrize("parameters", [{}, {"parameters": None}, {"parameters": {}}])
+def test_a_function_without_parameters_gets_none(serve, parameters):
+    """As OpenAI says of parameters that are left out."""
+    tool = {"type": "function", "function": {"name": "now", **parameters}}
+    options = dict(messages=USER, tools=[tool], tool_choice="required")
+    client = serve('{"name": "now", "arguments": {}}')
+    (call,) = client.ask(CHAT, **options)["choices"][0]["message"]["tool_calls"]
+    assert call["function"] == {"name": "now", "arguments": "{}"}
+    client = serve('{"name": "now", "arguments": {"zone": 1}}')
+    assert client.refused(CHAT, **options)[0] == 500, "the mask forbids it"
+
+
 def test_no_tool_may_be_called(serve):
     seen = []
     client = serve(lambda s: seen.append(s.prompt) or CALL)

@@ -893,8 +893,7 @@ def test_a_reader_that_left(command, unbuffered):
         )
     finally:
         os.close(write)
-    # argparse itself drops what it cannot write at once
-    assert (done.returncode, done.stderr) == (0 if command == ["--help"] and unbuffered else 2, b"")
+    assert (done.returncode, done.stderr) == (2, b"")
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is full")
@@ -936,3 +935,47 @@ def test_a_missing_package(package, extra, argv):
     result = done.returncode, done.stdout, done.stderr
     text = rf"{package}\S* is not installed: pip install .*{re.escape(extra)}'"
     assert_one_line(result, text)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is full")
+@pytest.mark.parametrize("option", ["--help", "--version"])
+def test_help_that_cannot_be_written(option):
+    """Unbuffered, as in most containers, argparse itself sees the error, and is silent."""
+    with open("/dev/full", "w") as full:
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+        done = subprocess.run(
+            [*COMMAND, option], stdout=full, stderr=subprocess.PIPE, env=environment
+        )
+    assert (done.returncode, done.stderr) == (2, b"pykv: No space left on device\n")
+
+
+IMPORT = """
+import sys
+sys.argv = [{program!r}, "models"]
+class Interrupt:
+    def find_spec(self, name, *_):
+        if name == {module!r}:
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupt())
+import pykv
+"""
+
+
+@pytest.mark.parametrize("module", ["pykv.pool", "pykv.blocks"])
+def test_ctrl_c_while_the_command_is_imported(module):
+    """An import that compiles kernels takes seconds. In other programs it raises as everywhere."""
+    for program, want in (("/usr/bin/pykv", (130, "\n")), ("mine.py", None)):
+        code = IMPORT.format(program=program, module=module)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        if want:
+            assert (done.returncode, done.stderr) == want
+        else:
+            assert done.stderr.endswith("KeyboardInterrupt\n") and "Traceback" in done.stderr
+
+
+@pytest.mark.parametrize("name, value", [("PYKV_CHECK", "yes"), ("PYKV_COMPILE", "eager")])
+def test_variables_of_wrong_values_are_warned_of(name, value):
+    environment = {**os.environ, name: value}
+    code = [sys.executable, "-W", "always", "-c", "import pykv.ops.paged_check"]
+    done = subprocess.run(code, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0 and f"{name} is {value!r}, expected" in done.stderr

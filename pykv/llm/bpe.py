@@ -62,9 +62,7 @@ CUTS = {
     "default": (r"[\p{P}$+<=>^~|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]"),
     **dict.fromkeys(("gpt-2", "mpt", "olmo", "phi-2", "mellum", "a.x-4.0", "trillion"), (GPT2,)),
     "granite-docling": (GPT2,),
-    **dict.fromkeys(
-        ("smollm", "starcoder", "refact", "command-r", "minerva-7b"), (r"\p{N}", GPT2)
-    ),
+    **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "minerva-7b"), (r"\p{N}", GPT2)),
     "viking": (VIKING, r"\p{N}"),
     **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral"), (LLAMA3,)),
     "midm-2.0": (LLAMA3,),

@@ -63,7 +63,11 @@ def test_the_template_for_tools_is_taken_where_there_are_tools(file):
     """Of files with two templates, as Command R and Hermes have them."""
     named = {"default": "plain", "tool_use": "{{ tools | length }} tools"}
     made = file([{"name": name, "template": text} for name, text in named.items()])
-    for variables, want in ((None, "plain"), ({"tools": []}, "plain"), ({"tools": [{}]}, "1 tools")):
+    for variables, want in (
+        (None, "plain"),
+        ({"tools": []}, "plain"),
+        ({"tools": [{}]}, "1 tools"),
+    ):
         assert chat_prompt(made, USER, template_variables=variables) == want
     assert chat_prompt(file("only"), USER, template_variables={"tools": [{}]}) == "only"
 

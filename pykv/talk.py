@@ -141,14 +141,14 @@ def run(args: argparse.Namespace) -> None:
     """`pykv run`: continue each prompt, or answer it with --chat; with --session, as parts of one
     conversation."""
     _check_session(args, chat=args.chat)
-    if "" in args.prompts:
+    prompts = [_read_stdin() if given == "-" else given for given in args.prompts]
+    if "" in prompts:
         raise ParameterError("prompt is empty, expected at least one character")
     llm, params = open_model(args)
     if not (args.chat or args.special or args.json) and llm.has_chat_template:
         note("this model has a chat template: --chat answers a prompt, else it is continued")
     with _flushed(llm), _session(llm, args, chat=args.chat) as history:
-        for n, given in enumerate(args.prompts, 1):
-            prompt = _read_stdin() if given == "-" else given
+        for n, prompt in enumerate(prompts, 1):
             said, asked = _asked(llm, history, prompt, args)
             stream = llm.stream(asked, params, special=args.special)
             if args.json:
@@ -156,7 +156,7 @@ def run(args: argparse.Namespace) -> None:
                     pass
                 print(json.dumps(_record(llm, prompt, stream.completion)), flush=True)
             else:
-                if len(args.prompts) > 1:
+                if len(prompts) > 1:
                     print(f"==> {n}: {_brief(prompt)} <==", flush=True)
                 _print(stream)
                 ending = _ending(stream.completion, params)

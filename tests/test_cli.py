@@ -681,6 +681,14 @@ def test_an_empty_prompt_is_noticed_before_the_model(capsys):
     assert_one_line(result, "prompt is empty")
 
 
+@pytest.mark.parametrize("prompts, piped", [(["-"], ""), (["-"], "\n"), (["-", "-"], "one")])
+def test_an_empty_pipe_is_refused_before_a_model_is_opened(capsys, monkeypatch, prompts, piped):
+    """Standard input has one prompt, however often it is named."""
+    monkeypatch.setattr("sys.stdin", io.StringIO(piped))
+    code, _, err = run(capsys, "run", *prompts, "--model", "/no/such.gguf")
+    assert code == 2 and "prompt is empty" in err
+
+
 def test_prompt_that_is_no_text(capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a\xff"), "utf-8"))
     assert_one_line(tiny_run(capsys, "-"), "the text given is not valid utf-8")

@@ -94,8 +94,13 @@ def _read_calls(message: Fields) -> list[dict[str, Any]]:
                 arguments = json.loads(arguments)
             except (ValueError, RecursionError):
                 raise wrong(f"{where}.function.arguments", arguments, "JSON") from None
+        if not isinstance(arguments, dict):  # templates go through its items
+            raise wrong(f"{where}.function.arguments", arguments, "an object of JSON")
+        call_id = call.get("id")
+        if not isinstance(call_id, str | None):
+            raise wrong(f"{where}.id", call_id, "a string")
         function = {"name": name, "arguments": arguments}
-        made.append({"id": str(call.get("id", "")), "type": "function", "function": function})
+        made.append({"id": call_id or "", "type": "function", "function": function})
     return made
 
 

@@ -42,6 +42,18 @@ WRONG = [  # endpoint, the field that the error names, fields
         "messages[0].tool_calls[0].function.arguments",
         {"messages": [{"role": "assistant", "tool_calls": [CALL]}]},
     ),
+    *(
+        (
+            CHAT,
+            f"messages[0].tool_calls[0].{field}",
+            {"messages": [{"role": "assistant", "tool_calls": [{**CALL, **call}]}]},
+        )
+        for field, call in (
+            ("function.arguments", {"function": {"name": "f", "arguments": "[1]"}}),
+            ("function.arguments", {"function": {"name": "f", "arguments": 5}}),
+            ("id", {"id": 5, "function": {"name": "f", "arguments": {}}}),
+        )
+    ),
     (CHAT, "messages[0].tool_calls[0]", {"messages": [{"role": "assistant", "tool_calls": [5]}]}),
     (CHAT, "messages", {"messages": [{"role": "user", "content": "\ud800"}]}),
     (CHAT, "temperature", {"temperature": 2.5}),

@@ -238,6 +238,10 @@ def test_results_of_calls():
     assert native[2] == {
         "role": "tool", "content": "sunny", "tool_call_id": "call_1", "name": "weather"
     }  # fmt: skip
+    nameless = json.loads(json.dumps(TALK).replace('"call_1"', "null"))  # as aichat sends them
+    told = read_messages(Fields({"messages": nameless}), native=True)
+    assert told[1]["tool_calls"][0]["id"] == told[2]["tool_call_id"] == ""
+    assert told[2]["name"] == "weather"
     plain = read_messages(Fields({"messages": TALK}), native=False)
     assert plain[1] == {"role": "assistant", "content": CALL}
     assert plain[2] == {"role": "user", "content": "Result of weather: sunny"}

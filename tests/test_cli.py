@@ -117,6 +117,7 @@ class Fake:
 @pytest.fixture
 def fake(monkeypatch):
     monkeypatch.setattr("pykv.llm.LLM", Fake)
+    monkeypatch.setattr("pykv.talk._check_template", lambda model: None)
     return Fake
 
 
@@ -699,6 +700,28 @@ def test_chat_with_a_base_model(capsys, monkeypatch):
     say(monkeypatch, "hi")
     result = run(capsys, "chat", "--model", "base.gguf", "--device", "cpu")
     assert_one_line(result, "base.gguf has no chat template")
+
+
+def no_weights(*_, **__):
+    raise AssertionError("weights are read")
+
+
+@pytest.mark.parametrize(
+    "argv, text",
+    [
+        ("chat --model base.gguf", "base.gguf has no chat template"),
+        ("run x --chat --model base.gguf", "base.gguf has no chat template"),
+        ("run x a\udcff --model base.gguf", "expected no lone surrogates"),
+        ("kvtc calibrate --text none.txt --out x --model base.gguf", "none.txt: No such file"),
+        ("eval needles --keys 0 --model base.gguf", "--keys is 0, expected 1 to 16"),
+        ("eval needles --keys 1,17 --model base.gguf", "--keys is 17, expected 1 to 16"),
+    ],
+)
+def test_what_a_header_or_less_shows_is_refused_before_weights_are_read(
+    capsys, monkeypatch, argv, text
+):
+    monkeypatch.setattr("pykv.llm.generate.open_runner", no_weights)
+    assert_one_line(run(capsys, *argv.split(), "--device", "cpu"), text)
 
 
 @pytest.mark.parametrize(

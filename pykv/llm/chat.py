@@ -172,6 +172,19 @@ def template_of(model: ModelFile, *, tools: bool) -> str | None:
     return other if tools else usual
 
 
+def check_template(model: ModelFile) -> None:
+    """Raise the UnsupportedError of `chat_prompt` for a file without a template."""
+    if template_of(model, tools=False) is None:
+        raise _no_template(model)
+
+
+def _no_template(model: ModelFile) -> UnsupportedError:
+    return UnsupportedError(
+        f"{OP}: {model.path} has no chat template (a base model?), expected a chat model; "
+        "use a plain prompt instead"
+    )
+
+
 def _template(
     model: ModelFile | str, given: Mapping[str, Any] | None
 ) -> tuple[str, str, dict[str, str]]:
@@ -180,10 +193,7 @@ def _template(
         return "the given chat template", model, {}
     source = template_of(model, tools=isinstance(given, Mapping) and bool(given.get("tools")))
     if source is None:
-        raise UnsupportedError(
-            f"{OP}: {model.path} has no chat template (a base model?), expected a chat model; "
-            "use a plain prompt instead"
-        )
+        raise _no_template(model)
     tokens = model.get("tokenizer.ggml.tokens", [], list)
     roles = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
     ids = {name: known_id(model, role, len(tokens)) for name, role in roles.items()}

@@ -31,6 +31,23 @@ ENCODERS: dict[str, type[bpe.Encoder] | type[spm.Encoder]] = {
 }
 
 
+def check_text(text: str) -> None:
+    """Check that a text is one.
+
+    Raises:
+        ParameterError: it is no string, or has lone surrogates.
+    """
+    if not isinstance(text, str):
+        raise ParameterError(f"encode: text has type {type(text).__name__}, expected str")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ParameterError(
+            f"encode: text has {text[error.start]!r} at position {error.start}, "
+            "expected no lone surrogates; Python reads bytes that are not UTF-8 as such"
+        ) from None
+
+
 class Tokenizer:
     """The tokenizer of a model file; holds no state between calls, so threads may share it.
 
@@ -137,15 +154,7 @@ class Tokenizer:
         An EOS is never added: a prompt is there to be continued. A file that asks for one
         (tokenizer.ggml.add_eos_token) is warned of when it is opened.
         """
-        if not isinstance(text, str):
-            raise ParameterError(f"encode: text has type {type(text).__name__}, expected str")
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ParameterError(
-                f"encode: text has {text[error.start]!r} at position {error.start}, "
-                "expected no lone surrogates; Python reads bytes that are not UTF-8 as such"
-            ) from None
+        check_text(text)
         if bos and self.bos_id is None:
             raise ParameterError("encode: bos has True, but this model has no BOS token")
         if limit is not None:

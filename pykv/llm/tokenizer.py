@@ -21,7 +21,7 @@ from pykv.llm.token_types import (
     endings,
     special_id,
 )
-from pykv.options import check_whole
+from pykv.options import check_flag, check_whole
 
 _ADD_EOS, _EOS_IDS = "tokenizer.ggml.add_eos_token", "tokenizer.ggml.eos_token_ids"
 # by tokenizer.ggml.model
@@ -155,6 +155,7 @@ class Tokenizer:
         (tokenizer.ggml.add_eos_token) is warned of when it is opened.
         """
         check_text(text)
+        bos = None if bos is None else check_flag("encode", "bos", bos)
         if bos and self.bos_id is None:
             raise ParameterError("encode: bos has True, but this model has no BOS token")
         if limit is not None:
@@ -208,13 +209,17 @@ class Tokenizer:
 
     def token(self, i: int) -> str:
         """A token as the file spells it. ParameterError or DtypeError if there is none."""
-        token: str = self._tokens[check_whole("Tokenizer.token", "id", i, 0, self.vocab_size - 1)]
+        token: str = self._tokens[self._index(i)]
         return token
 
     def token_bytes(self, i: int) -> bytes:
         """The bytes that a token stands for; those of a control token spell it. Raises as
         `token`."""
-        return self._encoder.decode(i, self.token(i))
+        i = self._index(i)
+        return self._encoder.decode(i, self._tokens[i])
+
+    def _index(self, i: int) -> int:
+        return check_whole("Tokenizer.token", "id", i, 0, self.vocab_size - 1)
 
 
 class StreamDecoder:

@@ -9,13 +9,14 @@ import unicodedata
 from pathlib import Path
 
 import gguf as library
+import numpy as np
 import pytest
 import sentencepiece
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pykv.errors import CapacityError, FormatError, ParameterError, UnsupportedError
+from pykv.errors import CapacityError, DtypeError, FormatError, ParameterError, UnsupportedError
 from pykv.llm import bpe, gguf, spm
 from pykv.llm.token_types import Finder
 from pykv.llm.tokenizer import Tokenizer
@@ -300,6 +301,17 @@ def test_the_unknown_token_is_one_where_control_tokens_are(path):
     tokens = [*BYTES, *MERGED, "<unk>"]
     t = build(path, "gpt2", tokens, merges=MERGES, token_type=[1] * 264 + [2])
     assert t.encode("<unk>") == [*b"<unk>"] and t.encode("<unk>", special=True) == [264]
+
+
+def test_arguments_of_other_types(path):
+    """Numbers of NumPy are Python's."""
+    t = byte_level(path)
+    assert t.token_bytes(np.array(3)) == t.token_bytes(np.int64(3)) == b"\x03"
+    for bos in (np.array([1, 2]), "yes", 1.5):
+        with pytest.raises(DtypeError, match="encode: bos is"):
+            t.encode("a", bos=bos)
+    with pytest.raises(DtypeError, match="id is a float"):
+        t.token_bytes(1.5)
 
 
 def test_ends_of_sentencepiece(path):

@@ -100,6 +100,28 @@ def test_a_mask_by_hand(llms):
     assert allowed(first) == [""]  # the end alone
 
 
+@pytest.mark.parametrize("once", [False, True])
+@pytest.mark.parametrize("said", ["< g o >", "a < g o >", "< g o >Ċ", "< g o >! < g o >Ċ"])
+def test_what_triggers_a_grammar_may_end_within_a_token(tmp_path, said, once):
+    """Of models that spell <tool_call> with ordinary tokens, of which one is often ">\n"."""
+    from pykv.serve.constraints import Grammars
+    from tests.llm.test_tokenizer import BYTES, build
+
+    tokens = [*BYTES, ">Ċ", ">!", "ok", "<|end|>"]
+    keys = dict(pre="gpt-2", merges=["> Ċ", "> !", "o k"], eos_token_id=259)
+    tokenizer = build(tmp_path / "t.gguf", "gpt2", tokens, token_type=[1] * 259 + [3], **keys)
+    made = Grammars(tokenizer, 260).constraint(r'start: /\s*/ "ok"', "<go>", once).copy()
+    text = ""
+    for token in said.split():
+        assert made.mask() is None, text
+        text += tokenizer.token_bytes(tokens.index(token)).decode()
+        made.push([tokens.index(token)], text)
+    bits = np.unpackbits(made.mask().view(np.uint8), bitorder="little")
+    assert bits[ord("o")] and bits[258] and not bits[ord("x")] and not bits[259]
+    made.push([258], text + "ok")
+    assert (made.mask() is None) is not once
+
+
 # --- Calls ---
 
 

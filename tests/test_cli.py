@@ -1010,3 +1010,10 @@ def test_variables_of_wrong_values_are_warned_of(name, value):
     code = [sys.executable, "-W", "always", "-c", "import pykv.ops.paged_check"]
     done = subprocess.run(code, capture_output=True, text=True, env=environment)
     assert done.returncode == 0 and f"{name} is {value!r}, expected" in done.stderr
+
+
+@pytest.mark.parametrize("argv", [["bench"], ["bench", "append", "--help"], ["models"]])
+def test_without_docstrings(argv):
+    """As PYTHONOPTIMIZE=2 has it."""
+    done = subprocess.run([sys.executable, "-OO", "-m", "pykv", *argv], capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"") and done.stdout

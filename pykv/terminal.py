@@ -3,6 +3,7 @@ obey."""
 
 from __future__ import annotations
 
+import re
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -12,8 +13,8 @@ from types import TracebackType
 def _is_command() -> bool:
     """Whether this process is the command, which is imported before it can catch anything."""
     program = (getattr(sys, "argv", None) or [""])[0]
-    started = sys.orig_argv[1 : sys.orig_argv.index("-m") + 2] if program == "-m" else []
-    return Path(program).stem == "pykv" or started[-1:] == ["pykv"]
+    named = any(re.fullmatch("(-[a-zA-Z]*m)?pykv", word) for word in sys.orig_argv)
+    return Path(program).stem == "pykv" or (program == "-m" and named)
 
 
 def _end(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -1012,6 +1012,12 @@ def test_variables_of_wrong_values_are_warned_of(name, value):
     assert done.returncode == 0 and f"{name} is {value!r}, expected" in done.stderr
 
 
+@pytest.mark.parametrize("options", [["-mpykv"], ["-Bm", "pykv"]])
+def test_the_module_is_the_command_however_it_is_named(options):
+    done = subprocess.run([sys.executable, *options, "--version"], capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"") and done.stdout
+
+
 @pytest.mark.parametrize("argv", [["bench"], ["bench", "append", "--help"], ["models"]])
 def test_without_docstrings(argv):
     """As PYTHONOPTIMIZE=2 has it."""

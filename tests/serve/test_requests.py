@@ -234,30 +234,30 @@ def raw(client, *parts):
     return got
 
 
-def test_what_is_no_http_gets_an_error_of_the_usual_form(one):
-    host = b"Host: localhost\r\n"
+def test_what_is_no_http_gets_an_error_of_the_usual_form(serve):
+    client, host = serve(), b"Host: localhost\r\n"
     for data in (
         b"\x16\x03\x01\x02\x00\x01\r\n\r\n",
         b"GET /health HTTP/1.1\r\n\r\n",
         b"POST /tokenize HTTP/1.1\r\n" + host + b"Content-Length: -1\r\n\r\n",
         b"POST /tokenize HTTP/1.1\r\n" + host + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n",
     ):
-        head, _, body = raw(one, data).partition(b"\r\n\r\n")
+        head, _, body = raw(client, data).partition(b"\r\n\r\n")
         assert head.startswith(b"HTTP/1.1 400 Bad Request\r\n"), data
         assert json.loads(body)["error"]["code"] == "invalid_http"
 
 
-def test_a_broken_body_behind_an_answer_is_no_fault(one, caplog):
+def test_a_broken_body_behind_an_answer_is_no_fault(serve, caplog):
     """Of a request that was refused before its body was read: by its path, or for want of a key."""
     head = b"POST /nothing HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
-    got = raw(one, head, b"zz\r\n")
+    got = raw(serve(), head, b"zz\r\n")
     assert got.startswith(b"HTTP/1.1 404") and got.count(b"HTTP/1.1") == 1
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
 
 
-def test_another_protocol_is_not_taken_up_and_not_logged(one, caplog):
+def test_another_protocol_is_not_taken_up_and_not_logged(serve, caplog):
     asks = {"Connection": "Upgrade", "Upgrade": "websocket"}
-    assert one.request("GET", "/health", headers=asks)[0] == 200
+    assert serve().request("GET", "/health", headers=asks)[0] == 200
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 

@@ -8,20 +8,21 @@ import and keeps as cubins; no compiler is installed and none is needed.
     pykv.LLM("smollm2-135m")            a model that answers through it
 
 Environment: PYKV_CACHE_DIR (where cubins and models are kept) and PYKV_COMPILE=lazy (compile at
-first use instead of at import).
+first use instead of at import). Other values than README.md names are warned of.
 """
 
 __version__ = "0.1.0"
 
-import os as _os
 from importlib import import_module as _import_module
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 
+import pykv.terminal as _terminal  # noqa: F401 - first: then Ctrl-C ends the command quietly
 from pykv import blocks
 from pykv.cuda import graph, prepare
 from pykv.errors import PykvError
 from pykv.foreign import asarray, from_pointer
+from pykv.options import chosen as _chosen
 from pykv.pool import PagedKVCache
 from pykv.sequence_cache import SequenceCache
 from pykv.specs import KVSpec
@@ -87,7 +88,7 @@ def _compile_kernels() -> None:
     """Compile the usual kernels for the GPUs present; without a driver, do nothing at all."""
     from pykv import cuda
 
-    if _os.environ.get("PYKV_COMPILE") == "lazy" or not cuda.has_driver():
+    if _chosen("PYKV_COMPILE", "lazy") == "lazy" or not cuda.has_driver():
         return
     archs = cuda.architectures()
     if archs:

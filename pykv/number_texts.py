@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
 from typing import Any
 
 _WHOLE = re.compile("-?[0-9]{1,99}")
@@ -45,6 +46,10 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, **options)
         self.register("type", int, _read_int)
         self.register("type", float, _read_float)
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """argparse's is silent where help cannot be written, as to a full disk."""
+        print(message, end="", file=file or sys.stderr)
 
 
 def _read_int(text: str) -> int:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 import operator
+import os
+import warnings
 from collections.abc import Collection
 from dataclasses import fields
 from numbers import Real
@@ -129,6 +131,16 @@ def check_flag(op: str, name: str, value: Any) -> bool:
     if not isinstance(value, (int, np.bool_)) or value not in (0, 1):
         raise DtypeError(f"{op}: {name} is {value!r}, expected True or False")
     return bool(value)
+
+
+def chosen(variable: str, *choices: str) -> str:
+    """The value of a variable of the environment, empty where it has none, or none of `choices`, of
+    which a warning says so: a program shall not fail to import for it."""
+    value = os.environ.get(variable, "")
+    if not value or value in choices:
+        return value
+    warnings.warn(f"{variable} is {value!r:.80}, expected {' or '.join(choices)}", stacklevel=3)
+    return ""
 
 
 def check_choice(op: str, name: str, value: Any, choices: tuple[str, ...]) -> str:

@@ -28,14 +28,24 @@ HELP = """\
 Ctrl-C        stops an answer"""
 
 
-def open_model(args: argparse.Namespace) -> tuple[Any, Any]:
-    """The model and the sampling parameters; the latter first, as they are quick to refuse."""
+def open_model(args: argparse.Namespace, *, chat: bool) -> tuple[Any, Any]:
+    """The model and the sampling parameters; the latter first, as they are quick to refuse. So is a
+    model without a template, to chat with."""
     from pykv.llm import SamplingParams
 
     names = "temperature top_k top_p min_p seed max_tokens stop repetition_penalty "
     names += "presence_penalty frequency_penalty"
     params = SamplingParams(**{name: getattr(args, name) for name in names.split()})
+    if chat:
+        _check_template(args.model)
     return open_llm(args), params
+
+
+def _check_template(model: str) -> None:
+    from pykv.llm import gguf, models
+    from pykv.llm.chat import check_template
+
+    check_template(gguf.read_model(models.fetch(model)))
 
 
 # --- Sessions ---
@@ -140,15 +150,19 @@ def _ended_by_signals() -> Iterator[None]:
 def run(args: argparse.Namespace) -> None:
     """`pykv run`: continue each prompt, or answer it with --chat; with --session, as parts of one
     conversation."""
+    from pykv.llm.tokenizer import check_text
+
     _check_session(args, chat=args.chat)
-    if "" in args.prompts:
+    prompts = [_read_stdin() if given == "-" else given for given in args.prompts]
+    if "" in prompts:
         raise ParameterError("prompt is empty, expected at least one character")
-    llm, params = open_model(args)
+    for prompt in prompts:
+        check_text(prompt)
+    llm, params = open_model(args, chat=args.chat)
     if not (args.chat or args.special or args.json) and llm.has_chat_template:
         note("this model has a chat template: --chat answers a prompt, else it is continued")
     with _flushed(llm), _session(llm, args, chat=args.chat) as history:
-        for n, given in enumerate(args.prompts, 1):
-            prompt = _read_stdin() if given == "-" else given
+        for n, prompt in enumerate(prompts, 1):
             said, asked = _asked(llm, history, prompt, args)
             stream = llm.stream(asked, params, special=args.special)
             if args.json:
@@ -156,7 +170,7 @@ def run(args: argparse.Namespace) -> None:
                     pass
                 print(json.dumps(_record(llm, prompt, stream.completion)), flush=True)
             else:
-                if len(args.prompts) > 1:
+                if len(prompts) > 1:
                     print(f"==> {n}: {_brief(prompt)} <==", flush=True)
                 _print(stream)
                 ending = _ending(stream.completion, params)
@@ -252,7 +266,7 @@ def _speed(stats: Any) -> str:
 def chat(args: argparse.Namespace) -> None:
     """`pykv chat`: talk until Ctrl-D, the end of a piped input, or /bye."""
     _check_session(args, chat=True)
-    llm, params = open_model(args)
+    llm, params = open_model(args, chat=True)
     people = sys.stdin.isatty() and sys.stdout.isatty()
     if people:
         with suppress(ImportError):  # Windows' console edits lines itself

@@ -3,8 +3,30 @@ obey."""
 
 from __future__ import annotations
 
+import re
 import sys
 from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+
+
+def _is_command() -> bool:
+    """Whether this process is the command, which is imported before it can catch anything."""
+    program = (getattr(sys, "argv", None) or [""])[0]
+    named = any(re.fullmatch("(-[a-zA-Z]*m)?pykv", word) for word in sys.orig_argv)
+    return Path(program).stem == "pykv" or (program == "-m" and named)
+
+
+def _end(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """End the command: by Ctrl-C without a traceback, also while kernels are compiled on import."""
+    if issubclass(kind, KeyboardInterrupt):
+        print(file=sys.stderr)
+        raise SystemExit(130)
+    sys.__excepthook__(kind, error, trace)
+
+
+if _is_command():
+    sys.excepthook = _end
 
 
 def visible(text: str) -> str:

@@ -118,6 +118,7 @@ class Fake:
 @pytest.fixture
 def fake(monkeypatch):
     monkeypatch.setattr("pykv.llm.LLM", Fake)
+    monkeypatch.setattr("pykv.talk._check_template", lambda model: None)
     return Fake
 
 
@@ -664,6 +665,14 @@ def test_an_empty_prompt_is_noticed_before_the_model(capsys):
     assert_one_line(result, "prompt is empty")
 
 
+@pytest.mark.parametrize("prompts, piped", [(["-"], ""), (["-"], "\n"), (["-", "-"], "one")])
+def test_an_empty_pipe_is_refused_before_a_model_is_opened(capsys, monkeypatch, prompts, piped):
+    """Standard input has one prompt, however often it is named."""
+    monkeypatch.setattr("sys.stdin", io.StringIO(piped))
+    code, _, err = run(capsys, "run", *prompts, "--model", "/no/such.gguf")
+    assert code == 2 and "prompt is empty" in err
+
+
 def test_prompt_that_is_no_text(capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a\xff"), "utf-8"))
     assert_one_line(tiny_run(capsys, "-"), "the text given is not valid utf-8")
@@ -674,6 +683,28 @@ def test_chat_with_a_base_model(capsys, monkeypatch):
     say(monkeypatch, "hi")
     result = run(capsys, "chat", "--model", "base.gguf", "--device", "cpu")
     assert_one_line(result, "base.gguf has no chat template")
+
+
+def no_weights(*_, **__):
+    raise AssertionError("weights are read")
+
+
+@pytest.mark.parametrize(
+    "argv, text",
+    [
+        ("chat --model base.gguf", "base.gguf has no chat template"),
+        ("run x --chat --model base.gguf", "base.gguf has no chat template"),
+        ("run x a\udcff --model base.gguf", "expected no lone surrogates"),
+        ("kvtc calibrate --text none.txt --out x --model base.gguf", "none.txt: No such file"),
+        ("eval needles --keys 0 --model base.gguf", "--keys is 0, expected 1 to 16"),
+        ("eval needles --keys 1,17 --model base.gguf", "--keys is 17, expected 1 to 16"),
+    ],
+)
+def test_what_a_header_or_less_shows_is_refused_before_weights_are_read(
+    capsys, monkeypatch, argv, text
+):
+    monkeypatch.setattr("pykv.llm.generate.open_runner", no_weights)
+    assert_one_line(run(capsys, *argv.split(), "--device", "cpu"), text)
 
 
 @pytest.mark.parametrize(
@@ -865,8 +896,7 @@ def test_a_reader_that_left(command, unbuffered):
         )
     finally:
         os.close(write)
-    # argparse itself drops what it cannot write at once
-    assert (done.returncode, done.stderr) == (0 if command == ["--help"] and unbuffered else 2, b"")
+    assert (done.returncode, done.stderr) == (2, b"")
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is full")
@@ -908,3 +938,60 @@ def test_a_missing_package(package, extra, argv):
     result = done.returncode, done.stdout, done.stderr
     text = rf"{package}\S* is not installed: pip install .*{re.escape(extra)}'"
     assert_one_line(result, text)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is full")
+@pytest.mark.parametrize("option", ["--help", "--version"])
+def test_help_that_cannot_be_written(option):
+    """Unbuffered, as in most containers, argparse itself sees the error, and is silent."""
+    with open("/dev/full", "w") as full:
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+        done = subprocess.run(
+            [*COMMAND, option], stdout=full, stderr=subprocess.PIPE, env=environment
+        )
+    assert (done.returncode, done.stderr) == (2, b"pykv: No space left on device\n")
+
+
+IMPORT = """
+import sys
+sys.argv = [{program!r}, "models"]
+class Interrupt:
+    def find_spec(self, name, *_):
+        if name == {module!r}:
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupt())
+import pykv
+"""
+
+
+@pytest.mark.parametrize("module", ["pykv.pool", "pykv.blocks"])
+def test_ctrl_c_while_the_command_is_imported(module):
+    """An import that compiles kernels takes seconds. In other programs it raises as everywhere."""
+    for program, want in (("/usr/bin/pykv", (130, "\n")), ("mine.py", None)):
+        code = IMPORT.format(program=program, module=module)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        if want:
+            assert (done.returncode, done.stderr) == want
+        else:
+            assert done.stderr.endswith("KeyboardInterrupt\n") and "Traceback" in done.stderr
+
+
+@pytest.mark.parametrize("name, value", [("PYKV_CHECK", "yes"), ("PYKV_COMPILE", "eager")])
+def test_variables_of_wrong_values_are_warned_of(name, value):
+    environment = {**os.environ, name: value}
+    code = [sys.executable, "-W", "always", "-c", "import pykv.ops.paged_check"]
+    done = subprocess.run(code, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0 and f"{name} is {value!r}, expected" in done.stderr
+
+
+@pytest.mark.parametrize("options", [["-mpykv"], ["-Bm", "pykv"]])
+def test_the_module_is_the_command_however_it_is_named(options):
+    done = subprocess.run([sys.executable, *options, "--version"], capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"") and done.stdout
+
+
+@pytest.mark.parametrize("argv", [["bench"], ["bench", "append", "--help"], ["models"]])
+def test_without_docstrings(argv):
+    """As PYTHONOPTIMIZE=2 has it."""
+    done = subprocess.run([sys.executable, "-OO", "-m", "pykv", *argv], capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"") and done.stdout

@@ -19,7 +19,7 @@ def run(args: argparse.Namespace) -> int:
     if args.name is None:
         width = max(map(len, bench.names()))
         for name in bench.names():
-            print(f"{name:<{width}}  {_brief(bench.load(name).__doc__)}")
+            print(f"{name:<{width}}  {_brief(bench.load(name).__doc__ or '')}")
         return 0
     module = bench.load(args.name)
     given = parser_of(args.name, module).parse_args(args.options)

@@ -77,10 +77,13 @@ def _add_outputs(parser: argparse.ArgumentParser) -> None:
 
 def _needles(args: argparse.Namespace) -> None:
     from pykv.eval import changes, needles
+    from pykv.options import check_whole
 
     keys = [_whole("--keys", word) for word in _listed("--keys", args.keys)]
     if not keys:
         raise ParameterError("eval needles: --keys is empty, expected 1,4 or the like")
+    for n in keys:
+        check_whole("eval needles", "--keys", n, 1, len(needles.NAMES))
     _check_numbers("eval needles", args, "tokens", "seeds")
     made = {"dense": changes.identity} | _changes(args)
     _check_outputs("eval needles", args)

@@ -46,9 +46,10 @@ def _calibrate(args: argparse.Namespace) -> None:
             f"kvtc calibrate: --ratio is {args.ratio!r}, expected 8,16 or the like"
         )
     groups = whole_of(args.groups)
+    texts = _texts(args.text)  # before the model, which takes longer
     artefact = calibrate(
         open_llm(args, OPTIONS),
-        _texts(args.text),
+        texts,
         out=args.out,
         ratios=ratios,
         groups=args.groups if groups is None else groups,
@@ -73,8 +74,9 @@ def _coders(args: argparse.Namespace) -> None:
     from pykv.kvtc.calibration import compare_coders
 
     artefact = Artefact.load(args.artefact)
+    texts = _texts(args.text)
     llm = open_llm(args, OPTIONS)
-    found = compare_coders(llm, artefact, _texts(args.text), tokens=args.tokens)
+    found = compare_coders(llm, artefact, texts, tokens=args.tokens)
     if args.json:
         rows = [
             {"layers": list(layers), "side": side} | one._asdict() for layers, side, one in found

@@ -49,22 +49,32 @@ DEEPSEEK_LETTERS = _class(
 )
 DEEPSEEK_MARKS = _class("21-2F 3A-7E FF01-FF0F FF1A-FF5E 2018-201F 3000-3002")
 DEEPSEEK_SCRIPTS = _class("4E00-9FA5 800-4E00 AC00-D7FF")
+DEEPSEEK_V3_SCRIPTS = _class("4E00-9FA5 3040-309F 30A0-30FF")
+DEEPSEEK_V3 = (
+    _class("21-2F 3A-40 5B-60 7B-7E") + r"[A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
+    r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# Words end at blanks, parentheses and the signs that end clauses in a few scripts.
+VIKING = " ?[^" + r"(\s|.,!?)" + _class("2026 3002 FF0C 3001 964 6D4 60C")[1:] + "+"
 
 # tokenizer.ggml.pre -> the expressions that cut, each cutting the pieces of the one before
 CUTS = {
     "default": (r"[\p{P}$+<=>^~|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]"),
-    **dict.fromkeys(("gpt-2", "mpt", "olmo", "phi-2"), (GPT2,)),
-    **dict.fromkeys(("smollm", "starcoder", "refact", "command-r"), (r"\p{N}", GPT2)),
+    **dict.fromkeys(("gpt-2", "mpt", "olmo", "phi-2", "mellum", "a.x-4.0", "trillion"), (GPT2,)),
+    "granite-docling": (GPT2,),
+    **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "minerva-7b"), (r"\p{N}", GPT2)),
+    "viking": (VIKING, r"\p{N}"),
     **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral"), (LLAMA3,)),
     "midm-2.0": (LLAMA3,),
     **dict.fromkeys(("dbrx", "smaug-bpe"), (LLAMA3,)),
-    **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "stablelm2"), (QWEN2,)),
+    **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "stablelm2", "megrez", "kormo"), (QWEN2,)),
     "tekken": (TEKKEN,),
     **dict.fromkeys(("gpt-4o", "llama4"), (GPT4O,)),
     "deepseek-llm": (
         *(r"[\r\n]", rf"\s?{DEEPSEEK_LETTERS}+", rf"\s?{DEEPSEEK_MARKS}+", r"\s+$"),
         *(f"{DEEPSEEK_SCRIPTS}+", r"\p{N}"),
     ),
+    "deepseek-v3": (r"\p{N}{1,3}", DEEPSEEK_V3_SCRIPTS + "+", DEEPSEEK_V3),
     "deepseek-coder": (*(r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", f"{DEEPSEEK_SCRIPTS}+", r"\p{N}"),),
     "seed-coder": (SEED_CODER,),
 }

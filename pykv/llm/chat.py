@@ -44,7 +44,7 @@ def chat_prompt(
         FormatError: the template is no valid Jinja, fails, or takes too much time or memory.
         InstallError: jinja2 is not installed.
     """
-    name, source, tokens = _template(model)
+    name, source, tokens = _template(model, template_variables)
     return _rendered(name, source, _variables(messages, template_variables, tokens)).text
 
 
@@ -60,7 +60,7 @@ def chat_ids(
 
     Args, Raises: as `chat_prompt`; CapacityError, see Tokenizer.encode for `limit`.
     """
-    name, source, tokens = _template(model)
+    name, source, tokens = _template(model, template_variables)
     variables = _variables(messages, template_variables, tokens)
     plain = _rendered(name, source, variables)
     given = {key: value for key, value in variables.items() if key not in tokens}
@@ -165,16 +165,35 @@ def _mapped(value: Any, change: Callable[[str], str]) -> Any:
     return value
 
 
-def _template(model: ModelFile | str) -> tuple[str, str, dict[str, str]]:
+def template_of(model: ModelFile, *, tools: bool) -> str | None:
+    """The text of a file's template; of two the one for calls of tools, if there are any."""
+    usual: str | None = model.get("tokenizer.chat_template", None, str)
+    other: str | None = model.get("tokenizer.chat_template.tool_use", usual, str)
+    return other if tools else usual
+
+
+def check_template(model: ModelFile) -> None:
+    """Raise the UnsupportedError of `chat_prompt` for a file without a template."""
+    if template_of(model, tools=False) is None:
+        raise _no_template(model)
+
+
+def _no_template(model: ModelFile) -> UnsupportedError:
+    return UnsupportedError(
+        f"{OP}: {model.path} has no chat template (a base model?), expected a chat model; "
+        "use a plain prompt instead"
+    )
+
+
+def _template(
+    model: ModelFile | str, given: Mapping[str, Any] | None
+) -> tuple[str, str, dict[str, str]]:
     """What errors call the template, its text, and what it calls bos_token and the like."""
     if isinstance(model, str):
         return "the given chat template", model, {}
-    source: str | None = model.get("tokenizer.chat_template", None, str)
+    source = template_of(model, tools=isinstance(given, Mapping) and bool(given.get("tools")))
     if source is None:
-        raise UnsupportedError(
-            f"{OP}: {model.path} has no chat template (a base model?), expected a chat model; "
-            "use a plain prompt instead"
-        )
+        raise _no_template(model)
     tokens = model.get("tokenizer.ggml.tokens", [], list)
     roles = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
     ids = {name: known_id(model, role, len(tokens)) for name, role in roles.items()}

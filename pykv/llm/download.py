@@ -9,6 +9,7 @@ and compares sizes alone.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from pykv.errors import FetchError
+from pykv.errors import FetchError, ParameterError
 from pykv.number_texts import whole_of
 from pykv.terminal import visible
 
@@ -230,7 +231,31 @@ def body(response: Any) -> bytes:
     return bytes(read)
 
 
+def named_address(variable: str, usual: str) -> str:
+    """The http(s) address that a variable of the environment names, else the usual one, without a
+    slash at its end.
+
+    Raises:
+        ParameterError: the variable has something else.
+    """
+    url = (os.environ.get(variable) or usual).strip().rstrip("/")
+    if host_of(url) is None:
+        raise ParameterError(f"{variable} is {shown(url)!r}, expected https://... or http://...")
+    return url
+
+
+def host_of(url: str) -> str | None:
+    """The host of an http(s) address; None where it is none, which errors of `requests` would
+    repeat with its credentials."""
+    try:
+        parts = urlsplit(url)
+        fits = parts.scheme in ("http", "https") and parts.port != 0
+    except ValueError:
+        return None
+    return parts.hostname or None if fits else None
+
+
 def shown(url: str) -> str:
-    """A URL without what nobody should read in a log: credentials, query and fragment."""
-    parts = urlsplit(url)
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+    """A URL without what nobody should read in a log: credentials, query and fragment. Of what is
+    no URL, too."""
+    return re.sub("^([a-zA-Z]*://)?([^/?#]*@)?", r"\1", re.split("[?#]", url, maxsplit=1)[0])

@@ -191,7 +191,7 @@ def _split(model: str) -> tuple[str, str | None, dict[str, str]]:
     """Address, SHA-256 if it is given, and headers of an `hf:` name or an address."""
 
     def wrong(expected: str) -> ParameterError:
-        return ParameterError(f"model is {model!r}, expected {expected}")
+        return ParameterError(f"model is {download.shown(model)!r}, expected {expected}")
 
     name, _, fragment = model.partition("#")
     found = re.fullmatch(r"sha256=([0-9a-fA-F]{64})", fragment)
@@ -204,15 +204,16 @@ def _split(model: str) -> tuple[str, str | None, dict[str, str]]:
         names = re.fullmatch(r"hf:([\w.-]+)/([\w.-]+)/(.+\.gguf)", name)
         if not names or {".", "..", ""} & {*name[3:].split("/")}:  # would lead elsewhere
             raise wrong("hf:owner/repo/file.gguf")
-        endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
-        token = os.environ.get("HF_TOKEN", "").strip()  # read from a file it ends with a line end
+        endpoint = download.named_address("HF_ENDPOINT", "https://huggingface.co")
+        token = os.environ.get("HF_TOKEN", "").strip()  # of a file, with its line end
+        if not re.fullmatch("[!-~]*", token):  # never shown, as errors of requests would
+            raise ParameterError("HF_TOKEN holds what no header can, expected letters and digits")
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         url = f"{endpoint}/{names[1]}/{names[2]}/resolve/main/{quote(names[3])}"
         return url, sha256, headers
-    try:
-        host = urlsplit(name).hostname
-    except ValueError as error:
-        raise wrong(f"an address ({error})") from error
+    host = download.host_of(name)
+    if host is None:
+        raise wrong("an address")
     if name.startswith("http:") and not sha256 and host not in ("localhost", "127.0.0.1"):
         raise wrong("https, or #sha256=... behind the address")
     return name, sha256, {}

@@ -38,7 +38,8 @@ class SamplingParams:
         presence_penalty: is subtracted from the logits of tokens that the answer has; -2 to 2.
         frequency_penalty: likewise, for each time that the answer has them; -2 to 2.
         logit_bias: token ids, and what is added to their logits; -100 to 100, of which -100 bans a
-            token and 100 leaves no other. Kept as pairs in the order of the ids.
+            token, and 100 leaves no other, where logits differ by less. Kept as pairs in the order
+            of the ids.
         logprobs: give the log probability of each token of the answer, and of so many of the
             likeliest ones at its place, up to MAX_LOGPROBS; None gives nothing.
         stop_token_ids: tokens that end the completion beside the model's own; no part of it.

@@ -71,7 +71,8 @@ def conversation(
 ) -> tuple[list[int], Sequence[Any] | None]:
     """Token ids of what LLM.save was given, and its messages: None of a text or token ids."""
     if isinstance(prompt, list | tuple) and any(isinstance(x, Mapping) for x in prompt):
-        variables = {"add_generation_prompt": False, **(variables or {})}
+        if variables is None or isinstance(variables, Mapping):  # chat_ids refuses others
+            variables = {"add_generation_prompt": False, **(variables or {})}
         return chat_ids(llm.file, llm.tokenizer, prompt, template_variables=variables), prompt
     if variables is not None:
         given = f"template_variables is {variables!r:.80}"

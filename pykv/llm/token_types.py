@@ -64,6 +64,16 @@ ENDINGS = {
 }
 
 
+# Tokens that say where a text is to be filled in; converters type them as they come, and llama.cpp
+# makes control tokens of them, which no message may hold.
+FILL_IN = {
+    *("<|fim_prefix|>", "<fim-prefix>", "<fim_prefix>", "<PRE>", "<|code_prefix|>"),
+    *("<|fim_suffix|>", "<fim-suffix>", "<fim_suffix>", "<SUF>", "<|code_suffix|>"),
+    *("<|fim_middle|>", "<fim-middle>", "<fim_middle>", "<MID>", "<|code_middle|>"),
+    *("<\uff5cfim\u2581begin\uff5c>", "<\uff5cfim\u2581hole\uff5c>", "<\uff5cfim\u2581end\uff5c>"),
+}
+
+
 def endings(tokens: list[str]) -> list[int]:
     """Ids of the tokens that end an answer by their text, whatever their types."""
     found = {token: i for i, token in enumerate(tokens) if token in ENDINGS}

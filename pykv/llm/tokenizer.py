@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import warnings
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 
@@ -12,6 +13,7 @@ from pykv.llm.gguf import ModelFile, brief
 from pykv.llm.token_types import (
     BYTE,
     CONTROL,
+    FILL_IN,
     NORMAL,
     UNKNOWN,
     USER_DEFINED,
@@ -19,13 +21,31 @@ from pykv.llm.token_types import (
     endings,
     special_id,
 )
-from pykv.options import check_whole
+from pykv.options import check_flag, check_whole
 
+_ADD_EOS, _EOS_IDS = "tokenizer.ggml.add_eos_token", "tokenizer.ggml.eos_token_ids"
 # by tokenizer.ggml.model
 ENCODERS: dict[str, type[bpe.Encoder] | type[spm.Encoder]] = {
     "gpt2": bpe.Encoder,
     "llama": spm.Encoder,
 }
+
+
+def check_text(text: str) -> None:
+    """Check that a text is one.
+
+    Raises:
+        ParameterError: it is no string, or has lone surrogates.
+    """
+    if not isinstance(text, str):
+        raise ParameterError(f"encode: text has type {type(text).__name__}, expected str")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ParameterError(
+            f"encode: text has {text[error.start]!r} at position {error.start}, "
+            "expected no lone surrogates; Python reads bytes that are not UTF-8 as such"
+        ) from None
 
 
 class Tokenizer:
@@ -41,7 +61,7 @@ class Tokenizer:
             tokens that are known as ends by their text, which count as control tokens.
         add_bos: whether `encode` puts BOS first when it is not told.
         vocab_size: number of tokens.
-        control: finds control tokens in a text.
+        control: finds control tokens, and the unknown one, in a text.
         hidden_ids: tokens that are no part of a text: control tokens and the unknown one.
     """
 
@@ -71,17 +91,23 @@ class Tokenizer:
         self.eos_id = self._id(file, "eos")
         ends = endings(self._tokens)
         types = list(types)
-        for i in ends:
+        for i in (*ends, *(i for i, token in enumerate(self._tokens) if token in FILL_IN)):
             types[i] = CONTROL
         roles = ("eot", "eom", "fim_pad", "fim_rep", "fim_sep")
         named = (self.eos_id, *(self._id(file, role) for role in roles))
-        self.stop_ids = frozenset([*ends, *(i for i in named if i is not None)])
+        self.stop_ids = frozenset([*ends, *(i for i in named if i is not None), *self._ends(file)])
         self.hidden_ids = {i for i, kind in enumerate(types) if kind in (CONTROL, UNKNOWN)}
-        control = {self._tokens[i]: i for i, kind in enumerate(types) if kind == CONTROL}
+        control = {self._tokens[i]: i for i in sorted(self.hidden_ids)}
         user_defined = {self._tokens[i]: i for i, kind in enumerate(types) if kind == USER_DEFINED}
         self._encoder = ENCODERS[name](file, self._tokens, types)
         add_bos = file.get("tokenizer.ggml.add_bos_token", self._encoder.add_bos, bool)
         self.add_bos = add_bos and self.bos_id is not None
+        if file.get(_ADD_EOS, False, bool):
+            warnings.warn(
+                f"{file.path}: key {_ADD_EOS} is true, expected false: no EOS is put behind a "
+                "prompt, which is there to be continued",
+                stacklevel=2,
+            )
         self.control = Finder(control)
         self._user_defined = Finder(
             {self._encoder.spell(token): i for token, i in user_defined.items()}
@@ -89,6 +115,16 @@ class Tokenizer:
 
     def _id(self, file: ModelFile, role: str) -> int | None:
         return special_id(file, role, self.vocab_size)
+
+    def _ends(self, file: ModelFile) -> list[int]:
+        """Ids of the list of ends that Ollama writes beside the one that llama.cpp knows."""
+        ids: list[int] = file.get(_EOS_IDS, [], list)
+        if wrong := [i for i in ids if type(i) is not int or not 0 <= i < self.vocab_size]:
+            raise FormatError(
+                f"{file.path}: key {_EOS_IDS} holds {brief(wrong)}, expected ids from 0 to "
+                f"{self.vocab_size - 1}"
+            )
+        return ids
 
     def encode(
         self,
@@ -115,17 +151,11 @@ class Tokenizer:
             ParameterError: the text is not valid, or BOS is asked for and the model has none.
             CapacityError: the text is too long for `limit`, however well it is encoded.
 
-        An EOS is never added, whatever the file says: a prompt is there to be continued.
+        An EOS is never added: a prompt is there to be continued. A file that asks for one
+        (tokenizer.ggml.add_eos_token) is warned of when it is opened.
         """
-        if not isinstance(text, str):
-            raise ParameterError(f"encode: text has type {type(text).__name__}, expected str")
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ParameterError(
-                f"encode: text has {text[error.start]!r} at position {error.start}, "
-                "expected no lone surrogates; Python reads bytes that are not UTF-8 as such"
-            ) from None
+        check_text(text)
+        bos = None if bos is None else check_flag("encode", "bos", bos)
         if bos and self.bos_id is None:
             raise ParameterError("encode: bos has True, but this model has no BOS token")
         if limit is not None:
@@ -179,13 +209,17 @@ class Tokenizer:
 
     def token(self, i: int) -> str:
         """A token as the file spells it. ParameterError or DtypeError if there is none."""
-        token: str = self._tokens[check_whole("Tokenizer.token", "id", i, 0, self.vocab_size - 1)]
+        token: str = self._tokens[self._index(i)]
         return token
 
     def token_bytes(self, i: int) -> bytes:
         """The bytes that a token stands for; those of a control token spell it. Raises as
         `token`."""
-        return self._encoder.decode(i, self.token(i))
+        i = self._index(i)
+        return self._encoder.decode(i, self._tokens[i])
+
+    def _index(self, i: int) -> int:
+        return check_whole("Tokenizer.token", "id", i, 0, self.vocab_size - 1)
 
 
 class StreamDecoder:

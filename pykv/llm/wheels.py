@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import html
 import json
-import os
 import re
 import zipfile
 import zlib
@@ -50,9 +49,9 @@ def find(wheel: Wheel) -> download.Remote:
 
     Raises:
         FetchError: the index cannot be reached, or does not have it.
+        ParameterError: PIP_INDEX_URL is no address.
     """
-    index = os.environ.get("PIP_INDEX_URL") or INDEX
-    page_url = f"{index.rstrip('/')}/{wheel.project}/"
+    page_url = f"{download.named_address('PIP_INDEX_URL', INDEX)}/{wheel.project}/"
     accept = {"Accept": f"{_JSON}, text/html;q=0.1"}
     with download.answer(page_url, accept) as page:
         if page.headers.get("Content-Type", "").startswith(_JSON):

@@ -23,7 +23,6 @@ synchronise with CuPy's current stream.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from functools import partial, wraps
 from types import SimpleNamespace
@@ -35,7 +34,7 @@ from pykv import cuda
 from pykv.arrays import INT32, load_cupy, on_gpu, row_step
 from pykv.checker import checker, optional
 from pykv.errors import ParameterError
-from pykv.options import check_choice, check_flag, check_whole
+from pykv.options import check_choice, check_flag, check_whole, chosen
 
 BLOCK = 256  # threads
 VARIANTS = [dict(INDEX=index, BLOCK=BLOCK) for index in ("int", "i64")]
@@ -44,7 +43,7 @@ _MOST = 2**63 - 1  # of pages and rows
 COUNTS = ("before", "after")  # whether `last_page_len` counts the new tokens
 
 INDICES = (*INT32, np.dtype(np.int64))
-ALWAYS = os.environ.get("PYKV_CHECK") == "1"
+ALWAYS = chosen("PYKV_CHECK", "0", "1") == "1"
 
 # Reasons, numbered as in the kernel, in the order in which they are reported.
 BAD_START, BAD_ORDER, BAD_END, NO_PAGE, BAD_COUNT, BAD_ENTRY, REPEATED = range(7)

@@ -63,7 +63,7 @@ def _serve(args: argparse.Namespace) -> None:
             "serve: the API key has blanks around it, or line ends, expected what a header can hold"
         )
     for name in args.served_model_name or ():
-        if not name.isprintable():  # bytes that are no UTF-8 are not printable either
+        if not name or not name.isprintable():  # bytes that are no UTF-8 are not printable either
             raise ParameterError(f"serve: --served-model-name is {name!r}, expected letters")
     slots = None if args.slots is None else check_whole("serve", "--slots", args.slots, 1, 4096)
     loopback = _is_loopback(args.host)

@@ -1,13 +1,17 @@
-"""A connection that must send its headers in time; uvicorn alone would wait for ever."""
+"""A connection that must send its headers in time, where uvicorn alone would wait for ever, and of
+which nothing breaks HTTP in a way that the log has a traceback of."""
 
 from __future__ import annotations
 
 import asyncio
+import json
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-HEADER_SECONDS = 30.0  # for a header, from the connection or its first byte on
+from pykv.serve.fields import ApiError
+
+HEADER_SECONDS = 30.0  # from the connection, or a header's first byte, to its end
 
 
 class Connection(H11Protocol):
@@ -27,6 +31,21 @@ class Connection(H11Protocol):
         super().connection_lost(exc)
         self._unset_keepalive_if_required()  # which uvicorn skips if given `exc`
         self._stop_timer()
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse what is no HTTP, in the form of all errors; behind an answer that has begun, as to
+        who sends a body that nobody has read, the connection alone is closed."""
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            body = json.dumps(ApiError(400, msg, code="invalid_http").body()).encode()
+            facts = {"content-type": "application/json", "content-length": str(len(body))}
+            facts["connection"] = "close"
+            head = h11.Response(status_code=400, headers=[*facts.items()], reason="Bad Request")
+            for event in (head, h11.Data(data=body), h11.EndOfMessage()):
+                self.transport.write(self.conn.send(event))
+        self.transport.close()
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """Nothing: anyone may ask for another protocol, and is answered in this one."""
 
     def _watch(self) -> None:
         """Let the time run while a header is waited for."""

@@ -8,7 +8,8 @@ mask. Source: https://github.com/guidance-ai/llguidance, release 1.9.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -55,7 +56,8 @@ class Grammars:
         ends = np.zeros(-(-self._vocab // 32), np.uint32)
         for i in self._tokenizer.stop_ids:
             ends[i // 32] |= np.uint32(1 << i % 32)
-        return Constraint(matcher, trigger, ends.view(np.int32), once)
+        encode = partial(self._tokenizer.encode, bos=False)
+        return Constraint(matcher, trigger, ends.view(np.int32), once, encode)
 
     def _llguidance(self) -> Any:
         """The vocabulary as llguidance has it, made at the first use."""
@@ -94,14 +96,23 @@ class _Vocabulary:
 class Constraint:
     """Which token may follow, of one sequence. See Grammars.constraint."""
 
-    def __init__(self, matcher: Any, trigger: str, ends: np.ndarray, once: bool) -> None:
+    def __init__(
+        self,
+        matcher: Any,
+        trigger: str,
+        ends: np.ndarray,
+        once: bool,
+        encode: Callable[[str], list[int]],
+    ) -> None:
         self._first = matcher if trigger else None
         self._matcher = None if trigger else matcher
-        self._trigger, self._ends, self._once = trigger, ends, once
+        self._trigger, self._ends, self._once, self._encode = trigger, ends, once, encode
+        self._num_read = 0  # characters in which no trigger begins any more
 
     def copy(self) -> Constraint:
         """Another one in the same state, for another sequence."""
-        made = Constraint(self._first or self._matcher, self._trigger, self._ends, self._once)
+        matcher = self._first or self._matcher
+        made = Constraint(matcher, self._trigger, self._ends, self._once, self._encode)
         if self._matcher is not None:
             made._matcher = self._matcher.deep_copy()
         return made
@@ -120,5 +131,13 @@ class Constraint:
             self._matcher.consume_tokens(list(tokens))
             if self._trigger and not self._once and self._matcher.is_stopped():
                 self._matcher = None
-        elif self._first is not None and text.endswith(self._trigger):
-            self._matcher = self._first.deep_copy()
+                self._num_read = len(text)
+        elif self._first is not None and (at := text.find(self._trigger, self._num_read)) >= 0:
+            self._num_read = at + len(self._trigger)
+            matcher = self._first.deep_copy()
+            begun = self._encode(text[self._num_read :])  # one token may end it and say more
+            if matcher.validate_tokens(begun) == len(begun):
+                matcher.consume_tokens(begun)
+                self._matcher = matcher
+        else:
+            self._num_read = max(self._num_read, len(text) - len(self._trigger) + 1)

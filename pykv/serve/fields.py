@@ -152,7 +152,12 @@ class Fields:
 
     def whole(self, name: str, default: Any, least: int, most: int = 2**63 - 1) -> Any:
         facts = dict(minimum=least, maximum=most)
-        check = partial(check_whole, "", name, least=least, most=most)
+
+        def check(value: Any) -> int:
+            # JSON has one kind of number, and some clients write 16 as 16.0.
+            is_whole = isinstance(value, float) and value.is_integer()
+            return check_whole("", name, int(value) if is_whole else value, least, most)
+
         return self._checked(name, default, check, (int,), facts)
 
     def choice(self, name: str, default: Any, *choices: str) -> Any:

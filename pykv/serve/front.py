@@ -98,9 +98,10 @@ class App:
             if self._loopback and _hostname(host) not in LOOPBACK:
                 raise ApiError(403, f"host is {host!r:.80}, expected localhost, or an --api-key")
         elif scope["path"] not in _OPEN:
-            given = headers.get("authorization", "").removeprefix("Bearer ")
-            key = self._key.encode("utf-8", "surrogateescape")  # its bytes on the command line
-            if not hmac.compare_digest(given.encode("latin-1"), key):
+            scheme, _, given = headers.get("authorization", "").partition(" ")
+            key = self._key.encode("utf-8", "surrogateescape")  # the bytes of the command line
+            is_right = hmac.compare_digest(given.strip().encode("latin-1"), key)
+            if scheme.lower() != "bearer" or not is_right:
                 advice = {"WWW-Authenticate": "Bearer"}
                 message = "the API key is missing or wrong, expected Authorization: Bearer KEY"
                 raise ApiError(401, message, code="invalid_api_key", headers=advice)

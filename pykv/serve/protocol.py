@@ -16,6 +16,7 @@ from typing import Any
 
 from pykv.errors import CapacityError, ParameterError, PykvError, UnsupportedError
 from pykv.llm.answer import Answer
+from pykv.llm.chat import template_of
 from pykv.llm.generate import LLM
 from pykv.llm.prompts import answer_to
 from pykv.llm.sampling import SamplingParams
@@ -76,9 +77,9 @@ class Protocol:
 
     def __init__(self, llm: LLM, names: list[str]) -> None:
         self.llm, self.names = llm, names
-        template = llm.file.metadata.get("tokenizer.chat_template", "")
-        self._template = template if isinstance(template, str) else ""
-        self._knows_tools = "tools" in self._template and "<tool_call>" in self._template
+        self._template = template_of(llm.file, tools=False) or ""
+        of_tools = template_of(llm.file, tools=True) or ""
+        self._knows_tools = "tools" in of_tools and "<tool_call>" in of_tools
         self.grammars = Grammars(llm.tokenizer, llm.model.config.vocab)
 
     def chat(self, body: dict[str, Any]) -> Asked:

@@ -17,7 +17,9 @@ from pykv.serve.fields import Fields, wrong
 OPENING, CLOSING = "<tool_call>", "</tool_call>"
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 _NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
-# Schema of a part of a message's content, for the description of bodies.
+# A function whose parameters are left out has none, as OpenAI has it.
+_NOTHING = {"type": "object", "properties": {}, "additionalProperties": False}
+# A part of a message's content, for the description of bodies.
 _TEXT = {kind: {"type": "string"} for kind in ("text", "refusal")}
 _PART = {"type": "object", "properties": {"type": {"enum": [*_TEXT]}, **_TEXT}}
 _PART |= {"required": ["type"]}
@@ -92,8 +94,13 @@ def _read_calls(message: Fields) -> list[dict[str, Any]]:
                 arguments = json.loads(arguments)
             except (ValueError, RecursionError):
                 raise wrong(f"{where}.function.arguments", arguments, "JSON") from None
+        if not isinstance(arguments, dict):  # templates go through its items
+            raise wrong(f"{where}.function.arguments", arguments, "an object of JSON")
+        call_id = call.get("id")
+        if not isinstance(call_id, str | None):
+            raise wrong(f"{where}.id", call_id, "a string")
         function = {"name": name, "arguments": arguments}
-        made.append({"id": str(call.get("id", "")), "type": "function", "function": function})
+        made.append({"id": call_id or "", "type": "function", "function": function})
     return made
 
 
@@ -165,7 +172,7 @@ def read_tools(fields: Fields, *, native: bool) -> Tools | None:
         schema = function.get("parameters")
         if schema is not None and not isinstance(schema, dict):
             raise wrong(f"{where}.function.parameters", schema, "a JSON schema")
-        functions[name] = schema or {"type": "object"}
+        functions[name] = schema or _NOTHING
     if choice == "none":
         return None
     if isinstance(choice, dict):

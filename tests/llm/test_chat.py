@@ -59,6 +59,19 @@ def test_chatml_by_hand(file):
     assert chat_prompt(CHATML, messages) == chat_prompt(file(CHATML), messages) == want
 
 
+def test_the_template_for_tools_is_taken_where_there_are_tools(file):
+    """Of files with two templates, as Command R and Hermes have them."""
+    named = {"default": "plain", "tool_use": "{{ tools | length }} tools"}
+    made = file([{"name": name, "template": text} for name, text in named.items()])
+    for variables, want in (
+        (None, "plain"),
+        ({"tools": []}, "plain"),
+        ({"tools": [{}]}, "1 tools"),
+    ):
+        assert chat_prompt(made, USER, template_variables=variables) == want
+    assert chat_prompt(file("only"), USER, template_variables={"tools": [{}]}) == "only"
+
+
 def test_what_a_template_sees(file):
     assert chat_prompt(file("{{ bos_token }}|{{ eos_token }}"), USER) == "<s>|</s>"
     assert chat_prompt("{{ bos_token is defined }}{{ tools is none }}", USER) == "FalseTrue"

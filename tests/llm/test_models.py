@@ -166,6 +166,26 @@ def test_no_index_at_all(folder, tiny, monkeypatch):
     assert "secret" not in str(e.value) and "\n" not in str(e.value)
 
 
+@pytest.mark.parametrize("name", ["PIP_INDEX_URL", "HF_ENDPOINT"])
+@pytest.mark.parametrize(
+    "value",
+    ["nope", "ftp://u:secret@h", "http://u:secret@[h", "u:secret@h", "https://u:secret@h:99999"],
+)
+def test_variables_that_are_no_address(folder, tiny, monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ParameterError, match=f"{name} is .*expected https://") as error:
+        models.fetch("tiny" if name == "PIP_INDEX_URL" else "hf:owner/repo/m.gguf")
+    assert "secret" not in str(error.value)
+
+
+@pytest.mark.parametrize("token", ["hf_se\ncret", "hf_secret\u00e9", "hf secret"])
+def test_a_token_that_no_header_can_hold_is_not_shown(server, folder, monkeypatch, token):
+    monkeypatch.setenv("HF_TOKEN", token)
+    with pytest.raises(ParameterError, match="HF_TOKEN holds what no header can") as error:
+        models.fetch("hf:owner/repo/m.gguf")
+    assert "secret" not in str(error.value) and not server.asked
+
+
 # --- What goes wrong on the way ---
 
 
@@ -464,6 +484,9 @@ def test_a_page_instead_of_a_model(server, folder):
         ("http://example.com/m.gguf", "expected https, or #sha256="),
         ("https://example.com/m.gguf#main", "expected #sha256= and 64 hexadecimal digits"),
         ("https://[/m.gguf", "expected an address"),
+        ("https://u:secret@h:99999/m.gguf", "'https://h:99999/m.gguf', expected an address"),
+        ("https://u:secret@/m.gguf", "'https:///m.gguf', expected an address"),
+        ("http://u:secret@example.com/m.gguf", "'http://example.com/m.gguf', expected https, or"),
     ],
 )
 def test_malformed_addresses(folder, model, text):

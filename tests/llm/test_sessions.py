@@ -199,6 +199,15 @@ def talking(llm):
 
 
 @without_simt
+@pytest.mark.parametrize("variables", [0, [], "x", [("a", 1)], {"messages": 1}])
+def test_variables_of_the_template_are_a_dict(open_llm, tmp_path, variables):
+    llm, talk = talking(open_llm()), [{"role": "user", "content": "Hi"}]
+    with pytest.raises(ParameterError, match="template_variables has"):
+        llm.save(tmp_path / "s", talk, template_variables=variables)
+    assert not (tmp_path / "s").exists()
+
+
+@without_simt
 def test_messages_come_back(open_llm, tmp_path):
     llm, path = talking(open_llm()), tmp_path / "x"
     talk = [{"role": "user", "content": "Grüße 😀 <|eos|>"}]

@@ -9,13 +9,14 @@ import unicodedata
 from pathlib import Path
 
 import gguf as library
+import numpy as np
 import pytest
 import sentencepiece
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pykv.errors import CapacityError, FormatError, ParameterError, UnsupportedError
+from pykv.errors import CapacityError, DtypeError, FormatError, ParameterError, UnsupportedError
 from pykv.llm import bpe, gguf, spm
 from pykv.llm.token_types import Finder
 from pykv.llm.tokenizer import Tokenizer
@@ -100,6 +101,10 @@ PIECES = {
     "seed-coder": ["Don", "'t", " ", " pay", " ", *"12345", " €!", "\n\n", " x"],
     "deepseek-llm": ["Don", "'", "t", " ", " pay", " ", *"12345", " ", *"€!\n\n", " x"],
     "deepseek-coder": ["Don", "'", "t", " ", " pay", " ", *"12345", " ", *"€!\n\n", " x"],
+    "deepseek-v3": ["Don", "'t", " ", " pay", " ", "123", "45", " €!\n\n", " x"],
+    "viking": ["Don't", " ", " pay", " ", *"12345", " €", "!\n\n", " x"],
+    "minerva-7b": ["Don", "'t", " ", " pay", " ", *"12345", " €!", "\n\n", " x"],
+    "megrez": ["Don", "'t", " ", " pay", " ", *"12345", " €!\n\n", " x"],
 }
 
 
@@ -134,6 +139,10 @@ def test_texts_are_cut_as_the_named_model_cuts(path, pre):
         ("deepseek-coder", "x=1\n\ty", ["x", "=", "1", "\n", "\ty"]),
         ("seed-coder", "it's x\n\n  y;\nz", ["it", "'s", " x", "\n\n", " ", " y", ";", "\n", "z"]),
         ("seed-coder", "a²34", ["a", "²", "3", "4"]),
+        ("deepseek-v3", "f(x)=_y2 ok", ["f", "(x", ")=_", "y", "2", " ok"]),
+        ("deepseek-v3", "你好かな、世 \u0301a", ["你好かな", "、", "世", " \u0301a"]),
+        ("viking", "a(b|c), d。e", ["a", "(", "b", "|", "c", "),", " d", "。", "e"]),
+        ("viking", "x;y…2x", ["x;y", "…", "2", "x"]),
     ],
 )
 def test_cuts_by_hand(path, pre, text, pieces):
@@ -236,6 +245,20 @@ def test_stop_ids(path, tmp_path):
     assert t.eos_id == 0 and t.stop_ids == {0, 1, 2, 265}
     t = byte_level(tmp_path / "b", fim_pad_token_id=3, fim_rep_token_id=4, fim_sep_token_id=5)
     assert t.stop_ids == {3, 4, 5, 265}
+    assert byte_level(tmp_path / "c", eos_token_ids=[7, 9]).stop_ids == {7, 9, 265}, "as Ollama"
+    for n, ids in enumerate(([-1], [269], [0.5])):
+        with pytest.raises(FormatError, match="eos_token_ids holds .*expected ids from 0 to 268"):
+            byte_level(tmp_path / f"d{n}", eos_token_ids=ids)
+
+
+def test_an_end_behind_prompts_is_warned_of(path, tmp_path):
+    """Mistral's and others' converters may ask for it; an answer would begin a new text."""
+    with pytest.warns(UserWarning, match="add_eos_token is true, expected false"):
+        t = byte_level(path, add_eos_token=True)
+    assert t.encode("he") == [256]
+    byte_level(tmp_path / "a", add_eos_token=False)
+    with pytest.raises(FormatError, match="add_eos_token has 1 .*expected bool"):
+        byte_level(tmp_path / "b", add_eos_token=1)
 
 
 @pytest.mark.parametrize("kind", [1, 3, 4, 5])
@@ -260,6 +283,33 @@ def test_ends_are_known_by_their_text(path, kind, names, ends):
     first = names[0]
     assert t.encode(first) == [*first.encode()] and t.encode(first, special=True) == [264]
     assert t.decode([264]) == "" and t.decode([264], skip_special=False) == first
+
+
+@pytest.mark.parametrize("kind", [1, 3, 4, 5])
+@pytest.mark.parametrize("name", ["<|fim_prefix|>", "<fim_suffix>", "<MID>", "<|code_middle|>"])
+def test_marks_of_gaps_are_control_tokens(path, kind, name):
+    """Whatever their types: Qwen's are typed as user-defined, which any message could hold."""
+    tokens, types = [*BYTES, *MERGED, name], [1] * 264 + [kind]
+    t = build(path, "gpt2", tokens, merges=MERGES, token_type=types)
+    assert t.encode(name) == [*name.encode()] and t.encode(name, special=True) == [264]
+    assert not t.stop_ids
+
+
+def test_the_unknown_token_is_one_where_control_tokens_are(path):
+    tokens = [*BYTES, *MERGED, "<unk>"]
+    t = build(path, "gpt2", tokens, merges=MERGES, token_type=[1] * 264 + [2])
+    assert t.encode("<unk>") == [*b"<unk>"] and t.encode("<unk>", special=True) == [264]
+
+
+def test_arguments_of_other_types(path):
+    """Numbers of NumPy are Python's."""
+    t = byte_level(path)
+    assert t.token_bytes(np.array(3)) == t.token_bytes(np.int64(3)) == b"\x03"
+    for bos in (np.array([1, 2]), "yes", 1.5):
+        with pytest.raises(DtypeError, match="encode: bos is"):
+            t.encode("a", bos=bos)
+    with pytest.raises(DtypeError, match="id is a float"):
+        t.token_bytes(1.5)
 
 
 def test_ends_of_sentencepiece(path):

@@ -260,6 +260,7 @@ def test_ctrl_c_ends_it(command):
             "--host is no.such.host.invalid, --port is 0: ",
         ),
         ("--api-key=", "--api-key is empty, expected a key"),
+        ("--served-model-name=", "--served-model-name is '', expected letters"),
         ("--served-model-name \udcff", "--served-model-name is '\\udcff', expected"),
         ("--slots 0", "--slots is 0, expected 1 to 4096"),
         ("--context 0", "context is 0"),

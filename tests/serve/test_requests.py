@@ -64,6 +64,18 @@ WRONG = [  # endpoint, the field that the error names, fields
         "messages[0].tool_calls[0].function.arguments",
         {"messages": [{"role": "assistant", "tool_calls": [CALL]}]},
     ),
+    *(
+        (
+            CHAT,
+            f"messages[0].tool_calls[0].{field}",
+            {"messages": [{"role": "assistant", "tool_calls": [{**CALL, **call}]}]},
+        )
+        for field, call in (
+            ("function.arguments", {"function": {"name": "f", "arguments": "[1]"}}),
+            ("function.arguments", {"function": {"name": "f", "arguments": 5}}),
+            ("id", {"id": 5, "function": {"name": "f", "arguments": {}}}),
+        )
+    ),
     (CHAT, "messages[0].tool_calls[0]", {"messages": [{"role": "assistant", "tool_calls": [5]}]}),
     (CHAT, "stream_options.include_usage", {"stream_options": {"include_usage": 1}}),
     (CHAT, "top_logprobs", {"logprobs": True, "top_logprobs": 21}),
@@ -199,6 +211,53 @@ def test_headers_that_do_not_end_in_time(serve, monkeypatch):
     assert choice["message"]["content"] == "Hello"
 
 
+def raw(client, *parts):
+    """What comes back until the server closes the connection."""
+    with socket.create_connection(("127.0.0.1", client.port), timeout=10) as connected:
+        got = b""
+        for part in parts:
+            connected.sendall(part)
+            time.sleep(0.05)
+        while data := connected.recv(1 << 16):
+            got += data
+    return got
+
+
+def test_what_is_no_http_gets_an_error_of_the_usual_form(serve):
+    client, host = serve(), b"Host: localhost\r\n"
+    for data in (
+        b"\x16\x03\x01\x02\x00\x01\r\n\r\n",
+        b"GET /health HTTP/1.1\r\n\r\n",
+        b"POST /tokenize HTTP/1.1\r\n" + host + b"Content-Length: -1\r\n\r\n",
+        b"POST /tokenize HTTP/1.1\r\n" + host + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n",
+    ):
+        head, _, body = raw(client, data).partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 400 Bad Request\r\n"), data
+        assert json.loads(body)["error"]["code"] == "invalid_http"
+
+
+def test_a_broken_body_behind_an_answer_is_no_fault(serve, caplog):
+    """Of a request that was refused before its body was read: by its path, or for want of a key."""
+    head = b"POST /nothing HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
+    got = raw(serve(), head, b"zz\r\n")
+    assert got.startswith(b"HTTP/1.1 404") and got.count(b"HTTP/1.1") == 1
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
+def test_another_protocol_is_not_taken_up_and_not_logged(serve, caplog):
+    asks = {"Connection": "Upgrade", "Upgrade": "websocket"}
+    assert serve().request("GET", "/health", headers=asks)[0] == 200
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def test_whole_numbers_may_have_a_point(serve):
+    """As JSON schemas have it, too: 3.0 is an integer."""
+    client = serve()
+    assert client.ask(TEXT, prompt="Hi", max_tokens=3.0)["usage"]["completion_tokens"] == 3
+    for value in (3.5, 1e300, -3.0):
+        assert client.refused(TEXT, prompt="Hi", max_tokens=value)[1]["param"] == "max_tokens"
+
+
 def test_unknown_fields_are_ignored_and_named_once(one, caplog, monkeypatch):
     monkeypatch.setattr(protocol, "_LOGGED", set())
     with caplog.at_level(logging.WARNING, "pykv.serve"):
@@ -273,8 +332,10 @@ def test_a_key_is_asked_for(serve, path):
         assert status == 401 and got["WWW-Authenticate"] == "Bearer"
         error = json.loads(data)["error"]
         assert path == "/generate" or error["code"] == "invalid_api_key"
-    status, _, _ = client.request(method, path, b"{}", {"Authorization": "Bearer sesame"})
-    assert status != 401
+    for given in ("sesame", "Basic sesame", "Bearersesame", "Bearer Bearer sesame"):
+        assert client.request(method, path, b"{}", {"Authorization": given})[0] == 401, given
+    for given in ("Bearer sesame", "bearer sesame", "BEARER  sesame"):  # RFC 9110, 11.1
+        assert client.request(method, path, b"{}", {"Authorization": given})[0] != 401, given
     assert client.request("GET", "/health")[0] == client.request("GET", "/")[0] == 200
 
 

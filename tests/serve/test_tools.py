@@ -100,6 +100,28 @@ def test_a_mask_by_hand(llms):
     assert allowed(first) == [""]  # the end alone
 
 
+@pytest.mark.parametrize("once", [False, True])
+@pytest.mark.parametrize("said", ["< g o >", "a < g o >", "< g o >Ċ", "< g o >! < g o >Ċ"])
+def test_what_triggers_a_grammar_may_end_within_a_token(tmp_path, said, once):
+    """Of models that spell <tool_call> with ordinary tokens, of which one is often ">\n"."""
+    from pykv.serve.constraints import Grammars
+    from tests.llm.test_tokenizer import BYTES, build
+
+    tokens = [*BYTES, ">Ċ", ">!", "ok", "<|end|>"]
+    keys = dict(pre="gpt-2", merges=["> Ċ", "> !", "o k"], eos_token_id=259)
+    tokenizer = build(tmp_path / "t.gguf", "gpt2", tokens, token_type=[1] * 259 + [3], **keys)
+    made = Grammars(tokenizer, 260).constraint(r'start: /\s*/ "ok"', "<go>", once).copy()
+    text = ""
+    for token in said.split():
+        assert made.mask() is None, text
+        text += tokenizer.token_bytes(tokens.index(token)).decode()
+        made.push([tokens.index(token)], text)
+    bits = np.unpackbits(made.mask().view(np.uint8), bitorder="little")
+    assert bits[ord("o")] and bits[258] and not bits[ord("x")] and not bits[259]
+    made.push([258], text + "ok")
+    assert (made.mask() is None) is not once
+
+
 # --- Calls ---
 
 
@@ -166,6 +188,18 @@ def test_a_call_of_nothing_has_no_bits(serve, template, said, what):
     assert status == 500  # the scripted model refuses to say it
 
 
+@pytest.mark.parametrize("parameters", [{}, {"parameters": None}, {"parameters": {}}])
+def test_a_function_without_parameters_gets_none(serve, parameters):
+    """As OpenAI says of parameters that are left out."""
+    tool = {"type": "function", "function": {"name": "now", **parameters}}
+    options = dict(messages=USER, tools=[tool], tool_choice="required")
+    client = serve('{"name": "now", "arguments": {}}')
+    (call,) = client.ask(CHAT, **options)["choices"][0]["message"]["tool_calls"]
+    assert call["function"] == {"name": "now", "arguments": "{}"}
+    client = serve('{"name": "now", "arguments": {"zone": 1}}')
+    assert client.refused(CHAT, **options)[0] == 500, "the mask forbids it"
+
+
 def test_no_tool_may_be_called(serve):
     seen = []
     client = serve(lambda s: seen.append(s.prompt) or CALL)
@@ -226,6 +260,10 @@ def test_results_of_calls():
     assert native[2] == {
         "role": "tool", "content": "sunny", "tool_call_id": "call_1", "name": "weather"
     }  # fmt: skip
+    nameless = json.loads(json.dumps(TALK).replace('"call_1"', "null"))  # as aichat sends them
+    told = read_messages(Fields({"messages": nameless}), native=True)
+    assert told[1]["tool_calls"][0]["id"] == told[2]["tool_call_id"] == ""
+    assert told[2]["name"] == "weather"
     plain = read_messages(Fields({"messages": TALK}), native=False)
     assert plain[1] == {"role": "assistant", "content": CALL}
     assert plain[2] == {"role": "user", "content": "Result of weather: sunny"}

@@ -175,8 +175,8 @@ class Codec:
             ShapeError, DtypeError, DeviceError: an array is no such array, or elsewhere.
             UnsupportedError: a list is to be uploaded while a CUDA graph is being captured.
 
-        Codes know no NaN: a token that is coded as a row, and has a value that is not finite in
-        float16, comes back as finite values of no meaning. Other tokens stay right.
+        A token that is coded as a row, and has a key that is not finite in float16, comes back with
+        NaN in all keys of its group of layers, and so with values. Other tokens stay right.
 
         On a GPU only enqueues: for up to `tokens` rows and each group of layers three launches, or
         four with cuBLAS. Arrays of the GPU can be captured by pykv.graph, lists by preparing.

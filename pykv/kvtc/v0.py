@@ -164,7 +164,7 @@ def compress(
 
     Runs where the config is. On a GPU it only enqueues, except at its first call, which uploads the
     ranges; a graph takes `gemm="own"`. A block with a NaN has no coefficient that is finite, and
-    comes back as its mean: give `nonfinite` where there may be some.
+    comes back as NaN; `nonfinite` tells of it before.
     """
     op = "v0.compress"
     _check_config(op, config, gemm)

@@ -103,6 +103,28 @@ def test_against_loops(xp, rng):
     assert at == stored.shape[1] == codec.row_bytes == artefact.row_bytes(4)
 
 
+def test_a_token_that_is_not_finite_comes_back_as_nan(xp, rng):
+    """In its side and its group of layers, also a number that float16 does not hold; other tokens
+    are as without it."""
+    artefact = made.artefact(rng, layers=((0, 2), (1,)), sinks=1, window=1)
+    cache, table, positions, *_ = made.sequence(rng, xp, artefact, 9, spec="bf16")
+    codec, good, bad = Codec(artefact, 4, xp), empty_like(cache, xp), empty_like(cache, xp)
+    codec.decompress(codec.compress(cache, table, positions), good, table)
+    page = to_numpy(table)
+    for pools, layer, at, value in (
+        (cache.k, 0, 3, np.nan),
+        (cache.v, 1, 4, np.inf),
+        (cache.v, 2, 5, 1e9),
+    ):
+        pools[layer, page[at // P], at % P, 0, 1] = value
+    codec.decompress(codec.compress(cache, table, positions), bad, table)
+    got, was = (rows_of(artefact, c, table, positions) for c in (bad, good))
+    want = np.zeros(got.shape, bool)
+    want[0, 3, [0, 2]] = want[1, 4, 1] = want[1, 5, [0, 2]] = True
+    np.testing.assert_array_equal(np.isnan(got), want)
+    np.testing.assert_array_equal(got[~want], was[~want])
+
+
 def test_layers_alone(xp, rng):
     artefact = made.artefact(rng, layers=((0, 2), (1,)))
     cache, table, positions, *_ = made.sequence(rng, xp, artefact, 12)

@@ -101,8 +101,8 @@ def is_public(module, name, function):
     return is_listed or name.startswith("check_") or bool({"stream", "options"} & set(others))
 
 
-# Rows that judge no array that a public function returns or writes: what it raises, hands over in an
-# object, or writes by an address; NaN, which stays one; and what stays as it was.
+# Rows that judge no array that a public function returns or writes: what it raises, hands over in
+# an object, or writes by an address; NaN, which stays one; and what stays as it was.
 OTHERWISE = ("paged_check ", "mailbox jobs", "phase_program ", "resident_program ")
 OTHERWISE_CASES = ("by address", "no finite maximum", "0 steps")
 

@@ -319,7 +319,7 @@ class ExpectedAttention(Policy):
         found = kv_scores.score(**rows.keys, measure="squares", **given)
         slots = np.arange(rows.capacity)
         is_there = (slots >= self.sinks) & (slots < rows.lengths[:, None])
-        # Beyond float32 all are worth as much; NaN, also of an infinity less another, is worth none.
+        # Beyond float32 all are worth as much; NaN, as of two infinities, is worth nothing.
         found = xp.where(found == found, xp.clip(found, -_FAR, _FAR), np.float32(-np.inf))
         found = xp.where(rows.send(is_there)[:, None], found, np.float32(-np.inf))
         peak = xp.maximum(found.max(-1)[..., None], -_FAR)

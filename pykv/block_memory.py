@@ -17,6 +17,7 @@ from pykv.checker import checker
 from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError
 from pykv.layout import AXES, ITEMSIZES, BlockShape, Layout, check_pair, check_shape, strides
 from pykv.ops.block_copy import ADDRESSES
+from pykv.overlaps import check_lists_apart
 from pykv.ranges import gpu_pair_at
 
 Range = tuple[int, int] | None
@@ -178,6 +179,13 @@ def sides_of_arrays(op: str, dst: Given, src: Given) -> tuple[BlockShape, Side, 
             f"{op}: {to.name} is on {places[to.table is None]}, expected "
             f"{places[from_.table is None]} like {from_.name}"
         )
+    check_lists_apart(
+        op,
+        *(
+            [(side.name, x) for _, x in arrays]
+            for side, arrays in zip((dst, src), found, strict=True)
+        ),
+    )
     return BlockShape(**{field: to_sizes[field] for field in BlockShape._fields}), to, from_
 
 

@@ -96,6 +96,34 @@ def check_apart(op: str, written: Mapping[str, Any], others: Mapping[str, Any]) 
         raise not_apart(op, names[found.written], names[found.other])
 
 
+def check_lists_apart(
+    op: str, written: Sequence[tuple[str, Any]], others: Sequence[tuple[str, Any]] = ()
+) -> None:
+    """`check_apart` of arrays of which there may be thousands, with a name each: only those are
+    compared whose bounds overlap.
+
+    Raises:
+        ParameterError: one that is written shares memory with any other one.
+    """
+    spans = []
+    for is_written, arrays in ((True, written), (False, others)):
+        for name, x in arrays:
+            if x.size:
+                on_host = isinstance(x, np.ndarray)
+                at = x.__array_interface__["data"][0] if on_host else x.data.ptr
+                first, last = (0, x.nbytes) if x.flags.c_contiguous else _bounds(x)
+                spans.append((at + first, at + last, is_written, name, x))
+    spans.sort(key=lambda span: span[:2])
+    earlier: list[tuple[int, int, bool, str, Any]] = []  # those that may reach the next one
+    for span in spans:
+        earlier = [one for one in earlier if one[1] > span[0]]
+        for one in earlier:
+            if (one[2] or span[2]) and share(one[4], span[4]):
+                written_one, other = (one, span) if one[2] else (span, one)
+                raise not_apart(op, written_one[3], other[3])
+        earlier.append(span)
+
+
 def not_apart(op: str, name: str, other: str, may_be: bool = False) -> ParameterError:
     """The error of two arrays that share memory."""
     expected = f"{other} itself or another array" if may_be else "another array"

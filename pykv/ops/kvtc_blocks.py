@@ -31,7 +31,7 @@ from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError, Uns
 from pykv.foreign import named_array
 from pykv.ops.block_copy import ADDRESSES, upload
 from pykv.options import check_choice, check_float_dtype, check_whole
-from pykv.overlaps import check_apart
+from pykv.overlaps import check_lists_apart
 from pykv.ranges import address_of, bytes_at, check_device
 
 DTYPES = (*FLOATS, np.dtype(np.float64))
@@ -175,6 +175,7 @@ class Blocks(NamedTuple):
     array: Any  # [N, F]
     table: Any  # [K] uint64
     arrays: Any  # that were given
+    is_written: bool = False
 
     @property
     def named(self) -> dict[str, Any]:
@@ -184,14 +185,15 @@ class Blocks(NamedTuple):
         return {f"blocks[{i}]": x for i, x in enumerate(self.arrays)}
 
     def check_apart(self, op: str, **others: Any) -> None:
-        """Check for `op` that others, or None, lie apart from blocks: each by itself, as there may
-        be many blocks, of which pairs would be too many.
+        """Check for `op` that others, or None, lie apart from blocks, and where these are written
+        that each lies apart from each.
 
         Raises:
             ParameterError: one shares memory with a block.
         """
-        for name, x in others.items():
-            check_apart(op, {name: x}, self.named if x is not None else {})
+        given = [(name, x) for name, x in others.items() if x is not None]
+        sides = list(self.named.items()), given
+        check_lists_apart(op, *sides if self.is_written else sides[::-1])
 
 
 def locate(
@@ -210,7 +212,7 @@ def locate(
     located = _located(op, blocks, mean, dtype, block_stride, num_blocks, device)
     for name, array in located.named.items() if writes else ():
         check_writeable(op, name, array)
-    return located
+    return located._replace(is_written=writes)
 
 
 def _located(

@@ -80,8 +80,8 @@ def permute(
 
     Raises:
         ParameterError: a layout is unknown, a size negative, a range or stride out of bounds, a
-            table or an address null, a NumPy destination read-only; with `validate`, two ranges
-            overlap.
+            table or an address null, a NumPy destination read-only; an array of the destination
+            shares memory with another one; with `validate`, two ranges overlap.
         ShapeError: dimensions or lengths of tables disagree.
         DtypeError: a table is no uint64 or int64 array, elements are not of 1, 2, 4 or 8 bytes,
             differ in size, or are Python objects.

@@ -74,7 +74,7 @@ def calibrate(
 
     Raises:
         ParameterError: there is too little text, an option is out of its range, no plan reaches a
-            ratio, or another process calibrates to `out`.
+            ratio, another process calibrates to `out`, or `out`.rows is a file of something else.
         DtypeError: an argument has another type.
         CapacityError: memory, or the disk of `out`, is too small; nothing has been computed then.
         InstallError: CuPy finds no cuBLAS.
@@ -122,7 +122,7 @@ def calibrate(
     facts = dict(model=model_facts.sha256, weights=llm.weights_dtype, window=window, sinks=SINKS)
     facts |= dict(texts=[list(t) for t in named])
     _require(path, sum(counts), width * config.num_layers, widest, most, llm.xp, progress)
-    kept = None if path is None else path.with_name(path.name + ".rows")
+    kept = None if path is None else whole_files.regular_path(_OP, f"{path}.rows")
     with closing(rows_of.Rows(width * config.num_layers, counts, kept, facts)) as rows:
         _collect(llm, windows, rows, progress)
         select, counting = _split(windows, counts), _importance(llm, windows)

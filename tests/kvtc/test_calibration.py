@@ -284,7 +284,17 @@ def test_an_interrupted_run_goes_on_where_it_ended(llm, monkeypatch, tmp_path):
         assert_same_bits(a, b)
 
 
-@pytest.mark.parametrize("other", ["window", "texts", "bytes", "foreign"])
+def test_a_file_that_is_not_ours_stays(llm, tmp_path):
+    """Neither overwritten nor deleted when the artefact is there."""
+    kept = tmp_path / "a.rows"
+    for contents in (b"mine", b"name,rows\n1,2\n" * 100):
+        kept.write_bytes(contents)
+        with pytest.raises(ParameterError, match="a.rows is no file of rows"):
+            calibrate(llm, TEXTS, out=tmp_path / "a", **OPTIONS)
+        assert kept.read_bytes() == contents and os.listdir(tmp_path) == ["a.rows"]
+
+
+@pytest.mark.parametrize("other", ["window", "texts", "bytes"])
 def test_rows_of_something_else_are_not_used(llm, monkeypatch, tmp_path, other):
     out, kept = tmp_path / "a", tmp_path / "a.rows"
     want = calibrate(llm, TEXTS, **OPTIONS)
@@ -304,7 +314,7 @@ def test_rows_of_something_else_are_not_used(llm, monkeypatch, tmp_path, other):
     data = bytearray(kept.read_bytes())
     if other == "bytes":
         data[len(data) // 2] ^= 1
-    kept.write_bytes(b"mine" if other == "foreign" else data)
+    kept.write_bytes(data)
     monkeypatch.setattr(calibration, "_find", find)
     for a, b in zip(
         facts(calibrate(llm, texts | TEXTS, out=out, **OPTIONS)), facts(want), strict=True

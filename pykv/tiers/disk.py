@@ -200,6 +200,12 @@ class DiskTier:
                 entry.path.unlink(missing_ok=True)
         self._count()
 
+    def leave_to_parent(self) -> None:
+        """In a forked child: forget what the parent's threads were at, and the locks they held."""
+        global _making_room
+        _making_room, self._lock = threading.Lock(), threading.Condition()
+        self._pending = 0
+
     def note(self, counters: Counters) -> bool:
         """Add counters to those of the folder; False where another process is at it.
 

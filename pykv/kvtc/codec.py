@@ -6,6 +6,7 @@ sinks, C rows, X of the window; F features of a row.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -53,7 +54,8 @@ class Codec:
             no calibration gives; `tokens` is not positive, `gemm` unknown.
         DtypeError: `artefact` is no Artefact, or `xp` another module.
 
-    Not thread-safe: calls share a workspace, so a codec works on one stream at a time.
+    Calls share a workspace: threads take turns, and on a GPU calls on several streams need a codec
+    for each stream.
     Source: KVTC (Staniszewski and Lancucki, ICLR 2026), with a static quantiser in place of its
     groups and its entropy coder.
 
@@ -101,6 +103,7 @@ class Codec:
         for n in self._groups:
             self._own += [n.places, n.mean, n.inv_freq, *n.bases, *n.back, *n.steps]
         self._kept = Dims()  # headers, and what calls of known layouts enqueue
+        self._turn = threading.RLock()  # of the workspace
 
     def header(
         self,
@@ -345,10 +348,11 @@ class Codec:
             apart()
             call()
 
-        if self._xp is np or paged_check.enabled(op, check):
-            checked()
-        else:
-            cuda.replayed(self._kept, key, (*arrays, *self._own), checked)
+        with self._turn:
+            if self._xp is np or paged_check.enabled(op, check):
+                checked()
+            else:
+                cuda.replayed(self._kept, key, (*arrays, *self._own), checked)
 
     # --- Checks ---
 

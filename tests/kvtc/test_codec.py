@@ -1,5 +1,7 @@
 """A codec: tokens of a cache to coded tokens and back."""
 
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -123,6 +125,23 @@ def test_a_token_that_is_not_finite_comes_back_as_nan(xp, rng):
     want[0, 3, [0, 2]] = want[1, 4, 1] = want[1, 5, [0, 2]] = True
     np.testing.assert_array_equal(np.isnan(got), want)
     np.testing.assert_array_equal(got[~want], was[~want])
+
+
+def test_threads_take_turns(rng):
+    """Each gets what it would alone, though all share a workspace."""
+    artefact = made.artefact(rng)
+    codec = Codec(artefact, 4)
+    given = [made.sequence(rng, np, artefact, 30)[:3] for _ in range(4)]
+    want = [codec.compress(*one).to_bytes() for one in given]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            for _ in range(20):
+                found = threads.map(lambda one: codec.compress(*one).to_bytes(), given)
+                assert list(found) == want
+    finally:
+        sys.setswitchinterval(interval)
 
 
 def test_layers_alone(xp, rng):

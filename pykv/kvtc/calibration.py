@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 
 from pykv import whole_files
-from pykv.errors import CapacityError, DtypeError, InstallError, ParameterError
+from pykv.errors import CapacityError, DtypeError, InstallError, NumberError, ParameterError
 from pykv.kvtc import groups as groups_coder
 from pykv.kvtc import importance, plans
 from pykv.kvtc import rows as rows_of
-from pykv.kvtc.artefact import SINKS, Artefact, Group, Side, Text
+from pykv.kvtc.artefact import SINKS, Artefact, Group, Side, Text, problems
 from pykv.kvtc.basis import inverse, orthonormal, weigh
 from pykv.kvtc.coder import GROUP
 from pykv.kvtc.v0 import KvtcConfig
@@ -142,6 +142,8 @@ def calibrate(
 
             fitted = tuple(group(of_group) for of_group in layers)
         artefact = Artefact(model_facts, fitted, named)
+        for name, has, expected in problems(artefact):
+            raise NumberError(f"{_OP}: {name} would be {has!r:.80}, expected {expected}")
         if path is not None:
             artefact.save(path)
         rows.remove()

@@ -91,7 +91,7 @@ class Codec:
         self._groups: list[Loaded] = []
         begin = 0
         for group in artefact.groups:
-            self._groups.append(load(op, self._xp, group, model.inv_freq, self.ratio, begin))
+            self._groups.append(load(self._xp, group, model.inv_freq, self.ratio, begin))
             begin = self._groups[-1].end
         elements = [(2 * n.mean.shape[1], sum(map(sum, n.widths))) for n in self._groups]
         rows, components = (self._tokens * n for n in np.max(elements, axis=0).tolist())

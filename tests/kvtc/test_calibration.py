@@ -17,7 +17,7 @@ from pykv.errors import (
     NumberError,
     ParameterError,
 )
-from pykv.kvtc import Artefact, calibrate, calibration, commands, rows
+from pykv.kvtc import Artefact, Codec, calibrate, calibration, commands, rows
 from pykv.kvtc.artefact import SINKS
 from pykv.llm import LLM, memory, model
 from tests.helpers import assert_same_bits
@@ -246,6 +246,39 @@ def test_values_beyond_float16_are_an_error(llm, monkeypatch, tmp_path):
     monkeypatch.setattr(rows, "collect", lambda *a: (collect(*a)[0], 1e5 * collect(*a)[1]))
     with pytest.raises(NumberError, match="not finite in float16"):
         calibrate(llm, TEXTS, **OPTIONS)
+
+
+def test_coefficients_beyond_float16_are_an_error(llm, monkeypatch):
+    """Of keys that are not: no codec would take the artefact."""
+    collect = rows.collect
+
+    def far(*given):
+        k, v = collect(*given)
+        return k * np.float32(6e4 / abs(k).max()), v
+
+    monkeypatch.setattr(rows, "collect", far)
+    with pytest.raises(
+        NumberError, match="steps would be .*, expected coefficients within float16"
+    ):
+        calibrate(llm, TEXTS, **OPTIONS)
+
+
+@pytest.mark.parametrize("value", [0.0, 3.0])
+def test_rows_that_do_not_vary_come_back(llm, monkeypatch, tmp_path, value):
+    """As those of values whose weights are zeros; a group of components stays."""
+    collect = rows.collect
+
+    def constant(*given):
+        k, v = collect(*given)
+        return k, np.full_like(v, value)
+
+    monkeypatch.setattr(rows, "collect", constant)
+    artefact = calibrate(llm, TEXTS, out=tmp_path / "a", **OPTIONS)
+    (group,) = Artefact.load(tmp_path / "a").groups
+    assert (group.v.mean == value).all()
+    for ratio, plan in artefact.groups[0].v.plans.items():
+        assert plan.error == 0 and sum(plan.widths) >= 32 and (plan.steps < 1e-20).all()
+        Codec(artefact, ratio)
 
 
 # --- Interruptions --------------------------------------------------------------------------------

@@ -113,7 +113,7 @@ def test_the_static_coder_needs_no_more_bytes(rng):
 @pytest.mark.parametrize("dropped", [0.0, -1e-3])
 def test_rows_that_do_not_vary_have_no_error(dropped):
     """Nor a complex one, where the energy that no component holds rounds to less than nothing."""
-    with np.errstate(all="raise"):
+    with np.errstate(divide="raise", invalid="raise"):
         for one in groups.compare(np.zeros((40, 64), np.float32), dropped, 64, [4, 8]):
             assert (one.groups_error, one.static_error) == (0, 0)
 

@@ -220,8 +220,8 @@ def v0_config(mean: Any, basis: Any, kept: Any, ratio: int) -> KvtcConfig:
     ranges = plan(group_errors(kept[:: max(1, len(kept) // ROWS)]), bits, V0_OVERHEAD, codes=8)
     if not ranges:
         raise ParameterError(
-            f"kvtc.groups: ratio is {ratio}, expected less, or rows that vary: no range of a row is "
-            f"worth any of its {bits} bits"
+            f"kvtc.groups: ratio is {ratio}, expected less, or rows that vary: no range of a row "
+            f"is worth any of its {bits} bits"
         )
     ends = np.cumsum([r.size for r in ranges]).tolist()
     of_stream = [

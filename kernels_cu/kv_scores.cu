@@ -22,7 +22,8 @@
 //           bytes a run; of factors all for each block, which its groups share in the L1 cache
 // Order:    no atomics; sums in an order set by HEAD_DIM and BLOCK alone
 //
-// KEY_LANES lanes hold a row, eight elements each (above 256 twice eight).
+// KEY_LANES lanes hold a row, eight elements each (above 256 twice eight). Squares of elements beyond
+// 1.8e19 leave float, and below 1e-22 vanish: norms and cosines are of rows times a power of two.
 #include "attention_rows.cuh"
 
 #if !defined(KEYS) || !defined(AHEAD_BYTES)
@@ -38,6 +39,32 @@ constexpr bool IS_NORM = MEASURE == 0, IS_LARGEST = MEASURE == 1, IS_COSINE = ME
                IS_PRODUCT = MEASURE == 3;
 constexpr int TOGETHER = 2;      // rows that lanes of kv_squares hold at once, which share factors
 static_assert(KEYS % (SLOTS * TOGETHER) == 0 && KEYS % THREADS == 0, "all warps take as many rows");
+
+// Squares of elements may leave float: of f16 and of codes none do.
+constexpr bool IS_WIDE = SAME<K_T, float> || SAME<K_T, bf16>;
+
+// The power of two that brings numbers of up to this magnitude near 1.
+__device__ __forceinline__ float unit_of(float largest) {
+    const int exponent = 254 - (int)(__float_as_uint(largest) >> 23);
+    return __uint_as_float((u32)min(max(exponent, 1), 254) << 23);
+}
+
+// Multiply a row that a group of lanes holds by a power of two that brings it near 1, and return that.
+__device__ __forceinline__ float bring_near_1(float (&x)[EIGHTS][8]) {
+    float largest = 0.0f;
+#pragma unroll
+    for (int e = 0; e < EIGHTS; e++) {
+#pragma unroll
+        for (int i = 0; i < 8; i++) largest = fmaxf(largest, fabsf(x[e][i]));
+    }
+    const float unit = unit_of(group_max<KEY_LANES>(largest));
+#pragma unroll
+    for (int e = 0; e < EIGHTS; e++) {
+#pragma unroll
+        for (int i = 0; i < 8; i++) x[e][i] *= unit;
+    }
+    return unit;
+}
 
 // This lane's part of a row, decoded.
 __device__ __forceinline__ void load_row(float (&x)[EIGHTS][8], const K_T* row, float scale) {
@@ -103,6 +130,32 @@ __device__ __forceinline__ void measure(Measured& found, const Eight<K_T>& eight
     }
 }
 
+// The squares of a row times a power of two, which is returned, and its product with a vector times
+// `of_vector`: by one lane, for the few rows whose squares left float.
+__device__ __forceinline__ float measure_again(float& squares, float& product, const K_T* row,
+                                               const float* vector, float of_vector) {
+    float x[8], largest = 0.0f;
+#pragma unroll 1
+    for (int column = 0; column < D; column += 8) {
+        load8(x, row + column);
+#pragma unroll
+        for (int i = 0; i < 8; i++) largest = fmaxf(largest, fabsf(x[i]));
+    }
+    const float unit = unit_of(largest);
+    squares = product = 0.0f;
+#pragma unroll 1
+    for (int column = 0; column < D; column += 8) {
+        load8(x, row + column);
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            const float element = x[i] * unit;
+            squares += element * element;
+            if (IS_COSINE) product += vector[column + i] * of_vector * element;
+        }
+    }
+    return unit;
+}
+
 // A warp takes WARP rows at a time: lane l finds where row l is, each group of KEY_LANES loads as many
 // rows, one a step, and the steps' shares are exchanged at once, so that lane l ends up with row l.
 extern "C" __global__ void __launch_bounds__(THREADS, 5)
@@ -120,9 +173,13 @@ kv_scores(float* __restrict__ scores, const K_T* __restrict__ pool,
     const int length = max(0, min(lengths[b], capacity));
     float* const out = scores + ((i64)b * R + r) * capacity;
 
-    float vector[EIGHTS][8] = {}, of_vector = 1.0f;
-    if (IS_COSINE || IS_PRODUCT) load_query(vector, vectors + ((i64)b * R + r) * D, 1.0f);
-    if (IS_COSINE) of_vector = sqrtf(dot(vector, vector));
+    const float* const from = vectors + ((i64)b * R + r) * D;
+    float vector[EIGHTS][8] = {}, of_vector = 1.0f, vector_unit = 1.0f;
+    if (IS_COSINE || IS_PRODUCT) load_query(vector, from, 1.0f);
+    if (IS_COSINE) {
+        vector_unit = bring_near_1(vector);
+        of_vector = sqrtf(dot(vector, vector));
+    }
     for (int i = threadIdx.x - lane; i < KEYS; i += THREADS) {
         const int key = begin + i + lane;
         float score = 0.0f;
@@ -160,12 +217,18 @@ kv_scores(float* __restrict__ scores, const K_T* __restrict__ pool,
             if (IS_NORM || IS_COSINE) fold_sums<KEY_LANES / 2>(squares);
             if (IS_COSINE || IS_PRODUCT) fold_sums<KEY_LANES / 2>(products);
             if (IS_LARGEST) fold<KEY_LANES / 2>(peaks, [](u32 a, u32 b) { return max(a, b); });
-            if (IS_NORM) score = sqrtf(squares[0]) * place.scale;
+            float unit = 1.0f;
+            const bool is_far = !(squares[0] >= 1e-20f && squares[0] <= 1e30f);
+            if (IS_WIDE && (IS_NORM || IS_COSINE) && is_far) {
+                unit = measure_again(squares[0], products[0], pool + place.at, from, vector_unit);
+            }
+            if (IS_NORM) score = sqrtf(squares[0]) / unit * place.scale;
             if (IS_LARGEST) score = __uint_as_float(peaks[0]) * place.scale;
             if (IS_PRODUCT) score = products[0] * place.scale;
-            if (IS_COSINE) {
-                const float of_both = sqrtf(squares[0]) * place.scale * of_vector;
-                score = of_both == 0.0f ? 0.0f : products[0] * place.scale / of_both;
+            if (IS_COSINE) {  // which a scale does not change, but for 0 and NaN
+                const float of_both = sqrtf(squares[0]) * of_vector;
+                score = of_both == 0.0f || place.scale == 0.0f
+                            ? 0.0f : products[0] / of_both * (place.scale / place.scale);
             }
         }
         if (key < capacity) out[key] = key < length ? score : 0.0f;
@@ -242,6 +305,7 @@ kv_means(float* __restrict__ means, const K_T* __restrict__ pool,
         load_row(x, pool + page * pool_page + token * pool_token + kv_head * pool_head, scale);
         float factor = 1.0f;
         if (NORMALIZE) {
+            bring_near_1(x);
             const float norm = sqrtf(dot(x, x));
             factor = norm == 0.0f ? 0.0f : 1.0f / norm;
         }

@@ -7,7 +7,8 @@
 //
 // A group is b little-endian words: component j has bits j * b ... j * b + b - 1, which hold
 // code + h. A row is the words of K's groups, then of V's. Components behind the last group are not
-// stored.
+// stored. A group of zeros is NaN, and stands for coefficients of which one is not finite; the first
+// of finite ones gets 1 where all would be 0.
 //
 // Arrays, row-major, last dimension contiguous (letters as in pykv/ops/kvtc_code.py):
 //   rows                      [T, W] words of four bytes, at a stride of `row_words`
@@ -20,7 +21,7 @@
 // Launch:   grid (ceil(T / TOKENS), ceil(max C / (8 * BLOCK)), 2), block (BLOCK); z: K, V
 // Traffic:  encode  T * (4 * C + bytes of a row) for K and V; decode sizeof(X_T) in place of 4
 // Order:    no atomics, no sums; bit-exact
-// Stack: 8 bytes, of encode on sm_60 and sm_61 by NVRTC 12.4
+// Stack: 8 bytes, of encode on sm_52 to sm_61 by NVRTC 12.4
 #include "quotient.cuh"
 #include "vector.cuh"
 
@@ -97,6 +98,18 @@ struct Coder {
     static constexpr float SCALE = 18446744073709551616.0f;
 };
 
+// Whether a lane of this one's group says so; a group has four lanes.
+__device__ __forceinline__ bool any_of_group(bool says) {
+    return __any_sync(0xfu << threadIdx.x % WARP / 4 * 4, says);
+}
+
+__device__ __forceinline__ bool is_finite(const float (&x)[8]) {
+    bool all = true;
+#pragma unroll
+    for (int j = 0; j < 8; j++) all &= fabsf(x[j]) < INF;
+    return all;
+}
+
 extern "C" __global__ void __launch_bounds__(BLOCK)
 encode(u8* __restrict__ rows, const float* __restrict__ k, const float* __restrict__ v,
        const float* __restrict__ k_steps, const float* __restrict__ v_steps, int T, int row_words,
@@ -114,15 +127,30 @@ encode(u8* __restrict__ rows, const float* __restrict__ k, const float* __restri
         float x[TOKENS][8];
 #pragma unroll
         for (int t = 0; t < TOKENS; t++) load8(x[t], from + (i64)min(t0 + t, T - 1) * columns);
+        u32 taken = 0;  // bits of tokens whose group may be zeros, or is none
+#pragma unroll
+        for (int t = 0; t < TOKENS; t++) {
+            if (!any_of_group(!is_finite(x[t]))) continue;
+            taken |= 1u << t;
+#pragma unroll
+            for (int j = 0; j < 8; j++) x[t][j] = -INF;  // which has the lowest code
+        }
         const Coder coder((is_v ? v_steps : k_steps) + mine.column);
 #pragma unroll
         for (int t = 0; t < TOKENS; t++) {
             const u64 packed = coder(x[t], mine.bits);
+            taken |= (u32)(packed != 0) << t;
             u8* const bytes = reinterpret_cast<u8*>(staged[warp][t]) + mine.byte;
 #pragma unroll
             for (int i = 0; i < 8; i++) {
                 if (i < mine.bits) bytes[i] = (u8)(packed >> 8 * i);
             }
+        }
+#pragma unroll
+        for (int t = 0; t < TOKENS; t++) {
+            const bool is_taken = any_of_group(taken >> t & 1u);
+            u8* const bytes = reinterpret_cast<u8*>(staged[warp][t]) + mine.byte;
+            if (!is_taken && threadIdx.x % 4 == 0) bytes[0] = 1;
         }
     }
     __syncwarp();
@@ -181,12 +209,13 @@ decode(X_T* __restrict__ k, X_T* __restrict__ v, const u8* __restrict__ rows,
         const u64 both = own[word] | (u64)own[min(word + 1, last)] << 32;
         const int shift = mine.byte % 4 * 8;
         const u64 packed = shift ? both >> shift | upper << (64 - shift) : both;
+        const bool is_nan = !any_of_group(packed << (64 - 8 * mine.bits) != 0);
         const u32 halves[2] = {(u32)packed, (u32)(packed >> 4 * mine.bits)};
         float x[8];
 #pragma unroll
         for (int j = 0; j < 8; j++) {
             const u32 code = halves[j / 4] >> j % 4 * mine.bits & mask;
-            x[j] = __fmul_rn((float)(int)code - offset, steps[j]);
+            x[j] = is_nan ? __uint_as_float(0x7fc00000u) : __fmul_rn((float)(int)code - offset, steps[j]);
         }
         store8(to + (i64)(t0 + t) * columns, x);
     }

@@ -226,7 +226,7 @@ __device__ __forceinline__ void put_extremes(const Place& to, const Extremes& fo
                                              float& low, float& high, bool writes, int* nonfinite,
                                              i64 row) {
     low = found.low(), high = found.top();
-    if (mode == FINITE && low > high) low = high = 0.0f;  // nothing is finite
+    if (mode == FINITE && low > high) low = high = __uint_as_float(0x7fc00000u);  // nothing is finite
     if (!writes) return;
     store_float(to.minima, low);
     store_float(to.maxima, high);

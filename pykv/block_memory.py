@@ -292,9 +292,8 @@ def check_apart(op: str, to: Side, from_: Side, moved: BlockShape, head: int, la
                 f"{op}: {to.name} has strides {x.strides} for shape {x.shape}, expected no two "
                 "elements at one place, as it is written"
             )
-    found = overlaps.find_meeting(written, read)
-    if found is not None:
-        raise overlaps.not_apart(op, to.name, (to if found else from_).name)
+    named = ([(side.name, x) for x in arrays] for side, arrays in ((to, written), (from_, read)))
+    overlaps.check_lists_apart(op, *named)
 
 
 def _moving(side: Side, moved: BlockShape, head: int, layer: int) -> Iterator[Any]:

@@ -96,25 +96,32 @@ def check_apart(op: str, written: Mapping[str, Any], others: Mapping[str, Any]) 
         raise not_apart(op, names[found.written], names[found.other])
 
 
-def find_meeting(written: Sequence[Any], read: Sequence[Any]) -> bool | None:
-    """Whether some array that is written shares memory: True with another that is, False with one
-    that is read; None: with no other. For many arrays, most of which lie apart."""
-    ends = []
-    for i, x in enumerate((*written, *read)):
-        if x.size:
-            place = place_of(x)
-            (first, last), at = _bounds(place), place.__array_interface__["data"][0]
-            ends.append((at + first, at + last, i < len(written), x))
-    ends.sort(key=lambda item: item[0])
-    open_: list[tuple[int, int, bool, Any]] = []  # those that reach the next one's begin
-    for item in ends:
-        begin, _, is_written, x = item
-        open_ = [other for other in open_ if other[1] > begin]
-        for _, _, other_is_written, other in open_:
-            if (is_written or other_is_written) and share(x, other):
-                return is_written and other_is_written
-        open_.append(item)
-    return None
+def check_lists_apart(
+    op: str, written: Sequence[tuple[str, Any]], others: Sequence[tuple[str, Any]] = ()
+) -> None:
+    """`check_apart` of arrays of which there may be thousands, with a name each: only those are
+    compared whose bounds overlap.
+
+    Raises:
+        ParameterError: one that is written shares memory with any other one.
+    """
+    spans = []
+    for is_written, arrays in ((True, written), (False, others)):
+        for name, x in arrays:
+            if x.size:
+                on_host = isinstance(x, np.ndarray)
+                at = x.__array_interface__["data"][0] if on_host else x.data.ptr
+                first, last = (0, x.nbytes) if x.flags.c_contiguous else _bounds(x)
+                spans.append((at + first, at + last, is_written, name, x))
+    spans.sort(key=lambda span: span[:2])
+    earlier: list[tuple[int, int, bool, str, Any]] = []  # those that may reach the next one
+    for span in spans:
+        earlier = [one for one in earlier if one[1] > span[0]]
+        for one in earlier:
+            if (one[2] or span[2]) and share(one[4], span[4]):
+                written_one, other = (one, span) if one[2] else (span, one)
+                raise not_apart(op, written_one[3], other[3])
+        earlier.append(span)
 
 
 def not_apart(op: str, name: str, other: str, may_be: bool = False) -> ParameterError:

@@ -181,6 +181,46 @@ def test_what_stays_is_what_the_papers_say(xp, rng, policy):
                 assert_same_bits(moved, rows[layer][b][:, want, head])
 
 
+def kept_of(xp, policy, k, v, q):
+    """The slots that a policy keeps of keys and values [n, H, D], a set for each head."""
+    cache = PagedKVCache(1, 16, H, D, page_size=P, spec="fp32", xp=xp)
+    pages = cache.manager.allocate(len(k))
+    slots = xp.asarray(blocks.slots(pages, 0, len(k), P))
+    cache.append(0, xp.asarray(k), xp.asarray(v), slots)
+    given = dict(queries=[xp.asarray(q[None])]) if policy.needs else {}
+    given |= dict(rotary=ROTARY._replace(inv_freq=ROTARY.inv_freq[:1])) if policy.needs else {}
+    kept = to_numpy(eviction.evict(cache, [pages], [len(k)], policy, **given).kept[0])
+    return [set(head[head >= 0].tolist()) for head in kept[0]]
+
+
+@pytest.mark.parametrize("policy", [KeyNorm(budget=6), KeyDiff(budget=6)], ids=str)
+@pytest.mark.parametrize("reach", [1e25, 1e-30])
+def test_a_choice_does_not_depend_on_the_size_of_keys(xp, rng, policy, reach):
+    k, v = rng.standard_normal((2, 20, H, D)).astype(np.float32)
+    want = kept_of(xp, policy, k, v, None)
+    assert kept_of(xp, policy, k * np.float32(reach), v, None) == want != [set(range(6))] * H
+
+
+@pytest.mark.parametrize(
+    "policy, value",
+    [
+        (KeyDiff(budget=6), 1e25),
+        (ExpectedAttention(budget=6, sinks=0, epsilon=1e9), 1e25),
+        (ExpectedAttention(budget=6, sinks=0, epsilon=1e9), np.nan),
+    ],
+    ids=str,
+)
+def test_one_row_beyond_float32_does_not_decide_about_the_others(xp, rng, policy, value):
+    k, v = rng.standard_normal((2, 20, H, D)).astype(np.float32)
+    q = rng.standard_normal((6, H * G, D)).astype(np.float32)
+    far = k.copy()
+    far[2] *= value
+    with np.errstate(over="ignore", invalid="ignore"):
+        found = kept_of(xp, policy, far, v, q)
+    for kept, want in zip(found, kept_of(xp, policy, k, v, q), strict=True):
+        assert len((kept ^ want) - {2}) <= 1, (kept, want)
+
+
 def test_mixed_heads_are_looked_ahead_of_as_others(xp, rng):
     """Heads that a Hadamard matrix mixed, queries and keys, lose the same rows."""
     policy = ExpectedAttention(budget=9, sinks=1, epsilon=0, future=30)

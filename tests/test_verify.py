@@ -64,12 +64,7 @@ def test_an_op_that_raises_is_wrong_and_no_other(monkeypatch):
 
 def test_every_op_holds_and_every_public_function_is_called(monkeypatch):
     """By a family itself: what an op calls on its way does not count."""
-    functions = {}
-    for path in Path(ops.__path__[0]).glob("[a-z]*.py"):
-        module = import_module(f"pykv.ops.{path.stem}")
-        for name, function in vars(module).items():
-            if is_public(module, name, function):
-                functions[f"{path.stem}.{name}"] = module, name, function
+    functions = {f"{found[0]}.{found[2]}": found[1:] for found in public_functions()}
     assert {"norm.rms_norm", "permute.nhd_to_hnd", "paged_check.check_slots"} <= functions.keys()
     called = set()
 
@@ -104,6 +99,61 @@ def is_public(module, name, function):
     listed = ("contiguous_append.read_token", "rope.frequencies")
     is_listed = f"{module.__name__.rpartition('.')[2]}.{name}" in listed
     return is_listed or name.startswith("check_") or bool({"stream", "options"} & set(others))
+
+
+# Rows that judge no array that a public function returns or writes: what it raises, hands over in
+# an object, or writes by an address; NaN, which stays one; and what stays as it was.
+OTHERWISE = ("paged_check ", "mailbox jobs", "phase_program ", "resident_program ")
+OTHERWISE_CASES = ("by address", "no finite maximum", "0 steps")
+
+
+def test_every_row_fails_where_all_results_are_wrong(monkeypatch):
+    """On the host, too, where a comparison with the host's own results would hold."""
+    for _, module, name, function in public_functions():
+        monkeypatch.setattr(module, name, with_all_wrong(function))
+    held = [f"{row.op} {row.case}" for row in verify.run() if row.ok]
+    expected = [x for x in held if x.startswith(OTHERWISE) or any(y in x for y in OTHERWISE_CASES)]
+    assert [x for x in held if x not in expected] == []
+
+
+def with_all_wrong(function):
+    """A function all of whose results, and what it writes, are altered."""
+
+    def call(*args, **options):
+        given = [x for x in arrays_in([args, options]) if x.flags.writeable]
+        before = [x.copy() for x in given]
+        found = function(*args, **options)
+        if not sys._getframe(1).f_globals["__name__"].startswith(("pykv.verify.", "pykv.ops.")):
+            return found
+        changed = [x for x, was in zip(given, before, strict=True) if x.tobytes() != was.tobytes()]
+        places = {x.ctypes.data: x for x in [*changed, *arrays_in([found])] if x.flags.writeable}
+        for x in places.values():
+            x[...] = (
+                x ^ 1 if x.dtype.kind in "iub" else (x.astype(F64) * 1.5 + 0.25).astype(x.dtype)
+            )
+        return found + 1 if isinstance(found, int) else found
+
+    return call
+
+
+def arrays_in(values):
+    """NumPy arrays among values, and in what holds some."""
+    for value in values:
+        if isinstance(value, np.ndarray):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from arrays_in(value)
+        elif isinstance(value, dict) or hasattr(value, "__dict__") and not callable(value):
+            yield from arrays_in((value if isinstance(value, dict) else vars(value)).values())
+
+
+def public_functions():
+    """Stem, module, name and function of all of them."""
+    for path in Path(ops.__path__[0]).glob("[a-z]*.py"):
+        module = import_module(f"pykv.ops.{path.stem}")
+        for name, function in list(vars(module).items()):
+            if is_public(module, name, function):
+                yield path.stem, module, name, function
 
 
 def test_judges_share_no_code_with_ops():

@@ -127,7 +127,7 @@ def _world(
         mean = (rng.standard_normal(p) / 8).astype(np.float16)
         sides.append(Side(mean, weights, basis, {RATIO: Plan(widths, steps, 0.0)}))
     artefact = Artefact(model, (Group(tuple(range(L)), *sides),), (), 0, 0)
-    loaded = load("bench", xp, artefact.groups[0], model.inv_freq, RATIO, 0)
+    loaded = load(xp, artefact.groups[0], model.inv_freq, RATIO, 0)
     rows = xp.asarray(caches.values(np, rng, (2, T, p), np.dtype(np.float16))[0])
     coefficients = caches.values(xp, rng, (T, r), np.dtype(np.float32))
     coded = xp.zeros((T, loaded.end), np.uint8)

@@ -9,6 +9,7 @@ cases those with these values.
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -268,3 +269,10 @@ def _keep(bench: str, cases: Sequence[Case], filters: Sequence[str]) -> list[Cas
             f"of {there}"
         )
     return kept
+
+
+def check_folder(op: str, folder: str) -> str:
+    """A folder that exists, before cases run for minutes."""
+    if not os.path.isdir(folder):
+        raise ParameterError(f"{op}: --folder is {folder!r:.200}, expected a folder that exists")
+    return folder

@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 
 from pykv import prefix_keys
-from pykv.bench import Work, memory, model, report, synthetic
+from pykv.bench import Work, memory, model, options, report, synthetic
 from pykv.bench.kvtc_codec import RATIO, _widths
 from pykv.bench.options import Case
 from pykv.bench.report import Record
@@ -79,7 +79,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def select(args: argparse.Namespace) -> list[Case]:
     """The cases, with a folder of one's own."""
     cases = QUICK if args.quick else CASES
-    return [case | dict(folder=args.folder) if args.folder else case for case in cases]
+    if args.folder is None:
+        return cases
+    folder = options.check_folder("bench tier_moves", args.folder)
+    return [case | dict(folder=folder) for case in cases]
 
 
 def make(case: Case, xp: Any, rng: np.random.Generator) -> Work | None:

@@ -25,11 +25,15 @@ from uuid import uuid4
 
 import numpy as np
 
-from pykv.bench import Work, report
+from pykv.bench import Work, options, report
 from pykv.bench.options import Case
 from pykv.bench.report import Record
+from pykv.errors import ParameterError
+from pykv.kvtc import Artefact
 from pykv.options import check_whole
+from pykv.specs import KVSpec
 from pykv.tiers import Tiers, disk
+from pykv.tiers.sizes import artefact_of
 
 DEVICE = "auto"
 MODEL = "smollm2-135m"
@@ -57,14 +61,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def select(args: argparse.Namespace) -> list[Case]:
-    """The cases, of a model, prompt and cache of one's own."""
-    change: Case = dict(model=args.model, kv=args.kv_dtype)
+    """The cases, of a model, prompt and cache of one's own; what is given is looked at before any
+    of them runs."""
+    op = "bench tiers"
+    change: Case = dict(model=args.model, kv=str(KVSpec.parse(args.kv_dtype)))
     if args.tokens is not None:
-        change["tokens"] = check_whole("bench tiers", "--tokens", args.tokens, 1)
+        change["tokens"] = check_whole(op, "--tokens", args.tokens, 1)
     if args.folder is not None:
-        change["folder"] = args.folder
+        change["folder"] = options.check_folder(op, args.folder)
     cases = list(QUICK if args.quick else CASES)
     if args.artefact is not None:
+        found = artefact_of(args.artefact)
+        if found is None:
+            raise ParameterError(f"{op}: --artefact is {args.artefact!r}, expected FILE:RATIO")
+        Artefact.load(found[0]).check_ratio(op, found[1])
         cases += [{**cases[0], "place": x, "codec": args.artefact} for x in ("host", "disk")]
     return [{**case, **change} for case in cases]
 
@@ -109,7 +119,6 @@ def _open(case: Case, folder: Path, device: str) -> Any:
     for first pages, too."""
     from pykv.llm import LLM, gguf, memory, models
     from pykv.llm.config import read_config
-    from pykv.specs import KVSpec
 
     spec, L = KVSpec.parse(case["kv"]), case["tokens"]
     file = gguf.read_model(models.fetch(case["model"]))

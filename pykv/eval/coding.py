@@ -35,9 +35,11 @@ class Judged:
     @staticmethod
     def errors(some: Sequence[Judged]) -> dict[str, float]:
         """Of keys and of values the norm of (row - changed row) over that of (row - mean), both
-        over all rows of `some`; means are the calibration's, of keys before their rotation."""
+        over all rows of `some`; means are the calibration's, of keys before their rotation. Of
+        rows that are their mean, which nothing is relative to, 0."""
         lost, there = np.sqrt(sum(one._sums for one in some))
-        return {f"{side}_error": float(x) for side, x in zip("kv", lost / there, strict=True)}
+        found = np.divide(lost, there, where=there > 0, out=np.zeros(2))
+        return {f"{side}_error": float(x) for side, x in zip("kv", found, strict=True)}
 
     def __call__(self, cache: ExactCache, pages: list[int], tokens: int) -> Kept:
         artefact = self._artefact

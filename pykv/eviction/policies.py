@@ -22,6 +22,7 @@ _MOST = 2**31 - 1
 _MOST_SLOTS = 2**24  # float32 represents all whole numbers up to here
 _ALWAYS = ("sinks", "recent")  # fields: rows that always stay
 _FRACTIONS = ("ratio", "threshold", "epsilon")  # fields that are no whole numbers
+_FAR = np.float32(1e38)  # logits whose differences float32 holds
 _MOST_AHEAD = 1 << 16  # limit of positions whose rotations the host averages
 
 
@@ -318,8 +319,10 @@ class ExpectedAttention(Policy):
         found = kv_scores.score(**rows.keys, measure="squares", **given)
         slots = np.arange(rows.capacity)
         is_there = (slots >= self.sinks) & (slots < rows.lengths[:, None])
+        # Beyond float32 all are worth as much; NaN, as of two infinities, is worth nothing.
+        found = xp.where(found == found, xp.clip(found, -_FAR, _FAR), np.float32(-np.inf))
         found = xp.where(rows.send(is_there)[:, None], found, np.float32(-np.inf))
-        peak = xp.maximum(found.max(-1)[..., None], np.float32(-1e30))
+        peak = xp.maximum(found.max(-1)[..., None], -_FAR)
         shares = xp.exp(found - peak)
         shares = (shares / xp.maximum(shares.sum(-1)[..., None], np.float32(1e-30))).mean(1)
         norms = kv_scores.score(**rows.values, measure="norm")[:, 0]

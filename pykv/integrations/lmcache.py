@@ -64,7 +64,8 @@ class Serde:
         with _on_host(op, src, dst):
             x, out = (named_array(op, name, y.tensor) for name, y in (("src", src), ("dst", dst)))
             codes, scales = self._parts(op, "src", _bytes_of(op, "dst", out), x)
-            codes[...], scales[...] = kinds.quantize(x.reshape(-1, x.shape[-1]), self._kind)
+            rows = x.reshape(len(scales), x.shape[-1])
+            codes[...], scales[...] = kinds.quantize(rows, self._kind)
         return int(codes.nbytes + scales.nbytes)
 
     def deserialize(self, src: Any, dst: Any, key: Any = None) -> None:
@@ -90,11 +91,22 @@ class Serde:
         return self.nbytes(layout_desc.shapes)
 
     def nbytes(self, shapes: Iterable[Any]) -> int:
-        """Bytes that arrays of these shapes take."""
-        return sum(self._size(tuple(map(int, shape))) for shape in shapes)
+        """Bytes that arrays of these shapes take.
 
-    def _size(self, shape: tuple[int, ...]) -> int:
-        return math.prod(shape[:-1]) * (self._kind.row_bytes(shape[-1]) + SCALE_BYTES)
+        Raises:
+            DtypeError: one is no list of whole numbers.
+            ParameterError, ShapeError: a size is negative, or rows are of an odd size, or of none.
+        """
+        return sum(self._size("lmcache.Serde", "shapes", shape) for shape in shapes)
+
+    def _size(self, op: str, name: str, shape: Any) -> int:
+        if not isinstance(shape, tuple | list):
+            raise DtypeError(f"{op}: {name} has {shape!r:.80}, expected a tuple of sizes")
+        sizes = [check_whole(op, name, n, 0) for n in shape]
+        if not sizes or sizes[-1] % 2 or not sizes[-1]:
+            expected = "an even last dimension above 0"
+            raise ShapeError(f"{op}: {name} has shape {tuple(sizes)}, expected {expected}")
+        return math.prod(sizes[:-1]) * (self._kind.row_bytes(sizes[-1]) + SCALE_BYTES)
 
     def _parts(self, op: str, name: str, raw: Any, floats: Any) -> tuple[Any, Any]:
         """Codes [rows, W] and scales [rows] in bytes, for an array of floats that is called so."""
@@ -102,13 +114,11 @@ class Serde:
             expected = " or ".join(map(str, FLOATS))
             raise DtypeError(f"{op}: {name} has dtype {floats.dtype}, expected {expected}")
         shape = floats.shape
-        if len(shape) < 1 or shape[-1] % 2:
-            raise ShapeError(f"{op}: {name} has shape {shape}, expected an even last dimension")
-        size, rows = self._size(shape), math.prod(shape[:-1])
+        size, rows = self._size(op, name, shape), math.prod(shape[:-1])
         if raw.size < size:
             raise CapacityError(f"{op}: {raw.size} bytes are given, expected {size} for {shape}")
         end = size - rows * SCALE_BYTES
-        codes = raw[:end].view(self._kind.dtype).reshape(rows, -1)
+        codes = raw[:end].view(self._kind.dtype).reshape(rows, self._kind.row_width(shape[-1]))
         return codes, raw[end:size].view(np.float16)
 
 

@@ -16,14 +16,14 @@ from typing import Any
 import numpy as np
 
 from pykv import install
-from pykv.errors import ParameterError, UnsupportedError
-from pykv.options import check_whole
+from pykv.errors import DtypeError, ParameterError, UnsupportedError
+from pykv.options import check_type, check_whole
 from pykv.pool import PagedKVCache
 from pykv.specs import KVSpec, as_spec
 
 install.require("transformers", "torch", "transformers")
 
-from transformers import cache_utils  # noqa: E402
+from transformers import PretrainedConfig, cache_utils  # noqa: E402
 
 import pykv.integrations.transformers_attention  # noqa: E402, F401  registers "pykv"
 from pykv.integrations.transformers_layer import Layer, Store  # noqa: E402
@@ -79,6 +79,7 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
         margin: float | None = None,
     ):
         op = "Cache"
+        check_type(op, "config", config, PretrainedConfig, "a model's config")
         config = config.get_text_config(decoder=True)
         for i, kind in enumerate(getattr(config, "layer_types", None) or ()):
             if kind not in LAYERS:
@@ -143,12 +144,23 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
         self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: Any) -> None:
-        """Keep these sequences, in this order."""
+        """Keep these sequences, in this order.
+
+        Raises:
+            DtypeError: `indices` are no whole numbers: a mask would be taken for 0 and 1.
+            ShapeError: there is no such sequence.
+        """
+        op = "Cache.batch_select_indices"
+        given = indices.tolist() if hasattr(indices, "tolist") else indices
+        if not isinstance(given, list | tuple):
+            raise DtypeError(f"{op}: indices is a {type(indices).__name__}, expected a vector")
+        chosen = [check_whole(op, "indices", i, 0, 2**31 - 1) for i in given]
         if self._store.batch is not None:
-            self._store.batch.select(indices.tolist())
+            self._store.batch.select(chosen)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Let each sequence stand `repeats` times, one after the other."""
+        repeats = check_whole("Cache.batch_repeat_interleave", "repeats", repeats, 0)
         if self._store.batch is not None:
             self._store.batch.select(np.arange(self._store.batch.size).repeat(repeats).tolist())
 

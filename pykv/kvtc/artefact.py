@@ -19,6 +19,7 @@ SINKS, WINDOW = 4, 128  # first tokens are kept exactly, the last ones as int8
 MOST = 1 << 14  # limit of layers, heads, head size and the like, and of the ratio
 # Weights of heads; bases times these keep their precision in float16.
 LIGHTEST, HEAVIEST = 2.0**-5, 2.0**5
+_LARGEST = float(np.finfo(np.float16).max)
 
 
 class Text(NamedTuple):
@@ -329,6 +330,10 @@ def _problems_of_side(side: Side, F: int, D: int, lengths: bool) -> Iterator[tup
             yield "steps", _shown(steps), f"float32 [{total}]"
         if not (np.isfinite(steps).all() and (steps > 0).all()):
             yield "steps", "a value", "positive finite ones"
+        half = np.ldexp(0.5, coder.bits_of(counts).astype(int))
+        if (half * steps > _LARGEST).any():
+            expected = f"coefficients within float16, up to {_LARGEST}"
+            yield "steps", f"up to {steps.max()}", expected
         if not 0 <= plan.error < np.inf:
             yield "error", plan.error, "a finite number"
 

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 
 from pykv import whole_files
-from pykv.errors import CapacityError, DtypeError, InstallError, ParameterError
+from pykv.errors import CapacityError, DtypeError, InstallError, NumberError, ParameterError
 from pykv.kvtc import groups as groups_coder
 from pykv.kvtc import importance, plans
 from pykv.kvtc import rows as rows_of
-from pykv.kvtc.artefact import SINKS, Artefact, Group, Side, Text
+from pykv.kvtc.artefact import SINKS, Artefact, Group, Side, Text, problems
 from pykv.kvtc.basis import inverse, orthonormal, weigh
 from pykv.kvtc.coder import GROUP
 from pykv.kvtc.v0 import KvtcConfig
@@ -74,7 +74,7 @@ def calibrate(
 
     Raises:
         ParameterError: there is too little text, an option is out of its range, no plan reaches a
-            ratio, or another process calibrates to `out`.
+            ratio, another process calibrates to `out`, or `out`.rows is a file of something else.
         DtypeError: an argument has another type.
         CapacityError: memory, or the disk of `out`, is too small; nothing has been computed then.
         InstallError: CuPy finds no cuBLAS.
@@ -122,7 +122,7 @@ def calibrate(
     facts = dict(model=model_facts.sha256, weights=llm.weights_dtype, window=window, sinks=SINKS)
     facts |= dict(texts=[list(t) for t in named])
     _require(path, sum(counts), width * config.num_layers, widest, most, llm.xp, progress)
-    kept = None if path is None else path.with_name(path.name + ".rows")
+    kept = None if path is None else whole_files.regular_path(_OP, f"{path}.rows")
     with closing(rows_of.Rows(width * config.num_layers, counts, kept, facts)) as rows:
         _collect(llm, windows, rows, progress)
         select, counting = _split(windows, counts), _importance(llm, windows)
@@ -142,6 +142,8 @@ def calibrate(
 
             fitted = tuple(group(of_group) for of_group in layers)
         artefact = Artefact(model_facts, fitted, named)
+        for name, has, expected in problems(artefact):
+            raise NumberError(f"{_OP}: {name} would be {has!r:.80}, expected {expected}")
         if path is not None:
             artefact.save(path)
         rows.remove()

@@ -6,6 +6,7 @@ sinks, C rows, X of the window; F features of a row.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -53,7 +54,8 @@ class Codec:
             no calibration gives; `tokens` is not positive, `gemm` unknown.
         DtypeError: `artefact` is no Artefact, or `xp` another module.
 
-    Not thread-safe: calls share a workspace, so a codec works on one stream at a time.
+    Calls share a workspace: threads take turns, and on a GPU calls on several streams need a codec
+    for each stream.
     Source: KVTC (Staniszewski and Lancucki, ICLR 2026), with a static quantiser in place of its
     groups and its entropy coder.
 
@@ -89,7 +91,7 @@ class Codec:
         self._groups: list[Loaded] = []
         begin = 0
         for group in artefact.groups:
-            self._groups.append(load(op, self._xp, group, model.inv_freq, self.ratio, begin))
+            self._groups.append(load(self._xp, group, model.inv_freq, self.ratio, begin))
             begin = self._groups[-1].end
         elements = [(2 * n.mean.shape[1], sum(map(sum, n.widths))) for n in self._groups]
         rows, components = (self._tokens * n for n in np.max(elements, axis=0).tolist())
@@ -101,6 +103,7 @@ class Codec:
         for n in self._groups:
             self._own += [n.places, n.mean, n.inv_freq, *n.bases, *n.back, *n.steps]
         self._kept = Dims()  # keeps headers, and what calls enqueue, by layout
+        self._turn = threading.RLock()  # of the workspace
 
     def header(
         self,
@@ -175,8 +178,8 @@ class Codec:
             ShapeError, DtypeError, DeviceError: an array is no such array, or elsewhere.
             UnsupportedError: a list is to be uploaded while a CUDA graph is being captured.
 
-        Codes know no NaN: a token that is coded as a row, and has a value that is not finite in
-        float16, comes back as finite values of no meaning. Other tokens stay right.
+        A token that is coded as a row, and has a key that is not finite in float16, comes back with
+        NaN in all keys of its group of layers, and so with values. Other tokens stay right.
 
         On a GPU only enqueues: for up to `tokens` rows and each group of layers three launches, or
         four with cuBLAS. Arrays of the GPU can be captured by pykv.graph, lists by preparing.
@@ -345,10 +348,11 @@ class Codec:
             apart()
             call()
 
-        if self._xp is np or paged_check.enabled(op, check):
-            checked()
-        else:
-            cuda.replayed(self._kept, key, (*arrays, *self._own), checked)
+        with self._turn:
+            if self._xp is np or paged_check.enabled(op, check):
+                checked()
+            else:
+                cuda.replayed(self._kept, key, (*arrays, *self._own), checked)
 
     # --- Checks ---
 

@@ -9,6 +9,10 @@ in float32, with a true division. Components of one width are packed in groups o
 little-endian uint32 words, and bits [j * b, (j + 1) * b) of the integer that they form are code + h
 of its component j. So each row takes `row_bytes(widths)` bytes, whatever it holds.
 
+A group that has its lowest codes alone, which is all zeros, decodes to NaN: it stands for
+components of which one is not finite. Where finite ones would be such a group, the first of them
+gets the next code.
+
 These functions are the definition, in NumPy.
 """
 
@@ -58,7 +62,7 @@ def row_bytes(widths: Sequence[int]) -> int:
 
 
 def quantise(x: Any, steps: Any, widths: Sequence[int]) -> Any:
-    """Codes of components [n, C] float32, int8 [n, C]. NaN gets the lowest code.
+    """Codes of components [n, C] float32, int8 [n, C].
 
     Args:
         x: [n, C] float32.
@@ -77,14 +81,20 @@ def quantise(x: Any, steps: Any, widths: Sequence[int]) -> Any:
     (np.int8(1), np.int8(-1))
     """
     widths = _check("quantise", widths, x=x, steps=steps)
-    half = np.ldexp(np.float32(0.5), bits_of(widths).astype(np.int32))
-    return np.fmin(np.fmax(np.floor(x / steps), -half), half - 1).astype(np.int8)
+    lowest = _lowest(widths)
+    codes = np.fmin(np.fmax(np.floor(x / steps), lowest), -lowest - 1)
+    groups, is_finite = _grouped(codes), _grouped(np.isfinite(x)).all(-1)
+    groups[_grouped(codes == lowest).all(-1), 0] += 1
+    np.copyto(groups, _grouped(lowest[None]), where=~is_finite[..., None])
+    return codes.astype(np.int8)
 
 
 def dequantise(codes: Any, steps: Any, widths: Sequence[int]) -> Any:
     """Components float32 [n, C] of codes int8 [n, C]; arguments and errors as of `quantise`."""
     widths = _check("dequantise", widths, codes=codes, steps=steps)
-    return (codes + np.float32(0.5)) * steps
+    x = (codes + np.float32(0.5)) * steps
+    _grouped(x)[_grouped(codes == _lowest(widths)).all(-1)] = np.nan
+    return x
 
 
 def pack(codes: Any, widths: Sequence[int]) -> Any:
@@ -111,6 +121,16 @@ def unpack(packed: Any, widths: Sequence[int]) -> Any:
         fields = np.packbits(planes.reshape(n, count, bits), axis=2, bitorder="little")[..., 0]
         codes[:, of_codes] = fields.astype(np.int16) - (1 << bits >> 1)
     return codes
+
+
+def _lowest(widths: Sequence[int]) -> Any:
+    """The lowest code of each component, float32 [C]."""
+    return -np.ldexp(np.float32(0.5), bits_of(widths).astype(np.int32))
+
+
+def _grouped(x: Any) -> Any:
+    """A view [n, groups, 32] of rows [n, C]."""
+    return x.reshape(len(x), x.shape[1] // GROUP, GROUP)
 
 
 def _sections(widths: Sequence[int]) -> Iterator[tuple[int, int, slice, slice]]:

@@ -197,7 +197,9 @@ def compare(
         bits = np.zeros(kept.shape[1], np.int64)
         bits[: sum(widths)] = bits_of(widths)
         static = errors[bits, np.arange(len(bits))].sum()
-        relative = [float((x + dropped) / total) ** 0.5 for x in (missed, static)]
+        # Energies are differences of large sums, which may round to less than nothing.
+        lost = (max(0.0, float(x) + dropped) for x in (missed, static))
+        relative = [(x / total) ** 0.5 if total > 0 else 0.0 for x in lost]
         yield Comparison(ratio, len(data) / n, packed, relative[0], row_bytes(widths), relative[1])
 
 
@@ -217,7 +219,10 @@ def v0_config(mean: Any, basis: Any, kept: Any, ratio: int) -> KvtcConfig:
     bits = 16 * len(mean) // ratio
     ranges = plan(group_errors(kept[:: max(1, len(kept) // ROWS)]), bits, V0_OVERHEAD, codes=8)
     if not ranges:
-        raise ParameterError(f"kvtc.groups: ratio is {ratio}, expected less: a row has {bits} bits")
+        raise ParameterError(
+            f"kvtc.groups: ratio is {ratio}, expected less, or rows that vary: no range of a row "
+            f"is worth any of its {bits} bits"
+        )
     ends = np.cumsum([r.size for r in ranges]).tolist()
     of_stream = [
         stream_v0.Range(end - r.size, end, "intx", BITS[r.kind])

@@ -10,13 +10,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pykv.errors import ParameterError
-from pykv.kvtc import coder
 from pykv.kvtc.artefact import Artefact, Group, Side
 from pykv.kvtc.basis import inverse, weigh
 from pykv.options import check_type
-
-_LARGEST = float(np.finfo(np.float16).max)
 
 
 class Loaded(NamedTuple):
@@ -55,31 +51,21 @@ class Loaded(NamedTuple):
         )
 
 
-def load(op: str, xp: Any, group: Group, inv_freq: Any, ratio: int, begin: int) -> Loaded:
+def load(xp: Any, group: Group, inv_freq: Any, ratio: int, begin: int) -> Loaded:
     """Load a group of an artefact, which is checked.
 
     Args:
-        op: for messages.
         xp: `numpy` or `cupy`.
         group, inv_freq: of the artefact.
         ratio: of one of its plans.
         begin: where in a coded token its bytes begin.
 
-    Raises:
-        ParameterError: coefficients would not fit in float16.
     """
     layers = tuple(group.layers)
     distinct, of_layer = np.unique(inv_freq[list(layers)], axis=0, return_inverse=True)
     places = np.stack([np.array(layers), of_layer.reshape(-1)], 1).astype(np.int32)
     sides = group.k, group.v
     plans = [side.plans[ratio] for side in sides]
-    for plan in plans:
-        half = np.ldexp(0.5, coder.bits_of(plan.widths).astype(int))
-        if (half * plan.steps > _LARGEST).any():
-            raise ParameterError(
-                f"{op}: artefact has steps up to {plan.steps.max()}, expected coefficients within "
-                f"float16, up to {_LARGEST}"
-            )
     (k, k_back), (v, v_back) = (
         _both_ways(side, len(plan.steps), xp) for side, plan in zip(sides, plans, strict=True)
     )

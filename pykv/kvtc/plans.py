@@ -153,7 +153,8 @@ def coded(x: Any, steps: Any, half: Any, xp: Any) -> Any:
 
 
 def allocate(errors: Any, units: int) -> tuple[int, ...]:
-    """Widths of least error: how many components have 8, 7, ..., 1 bits, each a multiple of 32.
+    """Widths of least error: how many components have 8, 7, ..., 1 bits, each a multiple of 32. A
+    group gets one bit at least, also where all rows are their mean.
 
     Exact among widths that fall: a dynamic program over groups of 32 components, the bits of a
     group, and the units spent.
@@ -167,6 +168,7 @@ def allocate(errors: Any, units: int) -> tuple[int, ...]:
     (0, 0, 0, 0, 0, 32, 0, 32)
     """
     least, came_from = _least_errors(errors, units)
+    least[:, 0] = np.inf
     place = np.unravel_index(least.argmin(), least.shape)
     bits, spent = map(int, place)
     counts = [0] * 9

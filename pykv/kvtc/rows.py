@@ -4,8 +4,8 @@ A row is the keys, or the values, of one token in all layers, [layer, head, dim]
 rotation undone: what is left depends on positions little, so that rows of all positions share a
 basis.
 
-A file of rows begins with a line of JSON that says of what it is. The windows follow, each as
-float16 keys [n, F], values [n, F] and the CRC-32 of both, u32, little-endian.
+A file of rows begins with a line, "pykv.rows.1 " and JSON that says of what it is. The windows
+follow, each as float16 keys [n, F], values [n, F] and the CRC-32 of both, u32, little-endian.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from pykv.pool import PagedKVCache
 
 STEP = 512  # tokens of a forward step; bounds the scratch memory
 PAGE_SIZE = 16
+_MARK = b"pykv.rows.1 "
 
 
 class Window(NamedTuple):
@@ -99,10 +100,10 @@ class Rows:
         features: F, elements of a row.
         counts: rows of each window.
         path: of the file; None keeps rows in memory.
-        of: what the rows depend on, as JSON has it; a file of something else is begun anew.
+        of: what the rows depend on, as JSON has it; a file of rows of something else is begun anew.
 
     Raises:
-        ParameterError: another process writes to the file.
+        ParameterError: another process writes to the file, or it is no file of rows.
         OSError: it cannot be written.
     """
 
@@ -118,8 +119,15 @@ class Rows:
         if not whole_files.lock(self._file):
             self._file.close()
             raise ParameterError(f"kvtc.calibrate: out: another process is writing {path}")
-        first = json.dumps(of, sort_keys=True).encode() + b"\n"
-        same = self._file.read(len(first)) == first
+        first = _MARK + json.dumps(of, sort_keys=True).encode() + b"\n"
+        found = self._file.read(len(first))
+        if found[: len(_MARK)] != _MARK[: len(found)]:  # it may be somebody's
+            self._file.close()
+            raise ParameterError(
+                f"kvtc.calibrate: {path} is no file of rows, expected none, or one of an "
+                "interrupted run"
+            )
+        same = found == first
         self._end = len(first)
         if same:
             self._take(counts)

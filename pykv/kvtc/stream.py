@@ -7,7 +7,7 @@ A stream, little-endian; each section begins at a multiple of 128 bytes, zeros l
 
     header         offset  type     field
                         0  8s       magic, b"\\x89PYKVTS\\n"
-                        8  u32      version, 1
+                        8  u32      version, 2
                        12  u32      CRC-32 of the stream, computed with zeros here
                        16  u64      bytes of the stream
                        24  32s      SHA-256 that names the artefact, see loaded.identify
@@ -19,7 +19,8 @@ A stream, little-endian; each section begins at a multiple of 128 bytes, zeros l
     window_scales  f16 [X, 2, L, H]
     rows           u8 [C, B]               see pykv.ops.kvtc_code, for each group of layers in order
 
-Every row has B bytes and depends on no other: tokens can be read alone.
+Every row has B bytes and depends on no other: tokens can be read alone. In version 1 codes knew no
+NaN.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ from pykv.options import check_type, check_whole, hold_python_numbers
 from pykv.specs import KVSpec, as_spec
 
 MAGIC = b"\x89PYKVTS\n"
-VERSION = 1
+VERSION = 2
 ALIGNMENT = 128
 _HEADER = struct.Struct("<8s2IQ32s8I32s")
 _MOST = 1 << 14  # limit of layers, heads and head size, and of the ratio

@@ -164,7 +164,7 @@ def compress(
 
     Runs where the config is. On a GPU it only enqueues, except at its first call, which uploads the
     ranges; a graph takes `gemm="own"`. A block with a NaN has no coefficient that is finite, and
-    comes back as its mean: give `nonfinite` where there may be some.
+    comes back as NaN; `nonfinite` tells of it before.
     """
     op = "v0.compress"
     _check_config(op, config, gemm)
@@ -239,7 +239,7 @@ def decompress(
         coefficients, rows = _workspace(op, config, N, workspace, _wide(C), F)
         read = dict(codes=codes) | _held(config)
         check_apart(op, dict(workspace=workspace), read)
-        given.check_apart(op, workspace=workspace, **read)
+        given.check_apart(op, are_written=True, workspace=workspace, **read)
         if C % 8:
             _clear(coefficients)
         out = coefficients[:, :C]

@@ -76,10 +76,10 @@ def score(
         CapacityError: on the host, a length exceeds M * P.
         UnsupportedError: D exceeds 512.
 
-    Runs where the arrays are; on a GPU it only enqueues. Computes in float32, whose squares end at
-    elements of 1.8e19, and vanish below 1e-22. Sources: keys of small norms get much attention
-    (Devoto et al. 2024); those that differ from the others do (KeyDiff, 2025); means and
-    covariances of queries foretell it (expected attention, 2025).
+    Runs where the arrays are; on a GPU it only enqueues. Computes in float32; "squares" end at
+    products of 1.8e19, norms and cosines hold for all finite elements. Sources: keys of small norms
+    get much attention (Devoto et al. 2024); those that differ from the others do (KeyDiff, 2025);
+    means and covariances of queries foretell it (expected attention, 2025).
 
     >>> pool, table = np.ones((1, 4, 1, 8), np.float16), np.zeros((1, 1), np.int32)
     >>> pykv.ops.kv_scores.score(pool, table, np.array([2], np.int32), "norm").round(3)
@@ -245,17 +245,28 @@ def reference(
             if measure == "largest":
                 found[b, :, : len(rows)] = np.abs(x).max(-1)
             elif measure == "norm":
-                found[b, :, : len(rows)] = np.sqrt((x * x).sum(-1))
+                near, exponents = _near_1(x)
+                found[b, :, : len(rows)] = np.ldexp(np.sqrt((near * near).sum(-1)), exponents)
             else:
-                vector = vectors[b].astype(dtype)[..., None]
-                products = (x @ vector)[..., 0]
+                vector = vectors[b].astype(dtype)
                 if measure == "cosine":
-                    norms = np.sqrt((x * x).sum(-1) * (vector * vector).sum(1))
+                    x, vector = _near_1(x)[0], _near_1(vector)[0]
+                products = (x @ vector[..., None])[..., 0]
+                if measure == "cosine":
+                    norms = np.sqrt((x * x).sum(-1) * (vector * vector).sum(-1)[:, None])
                     products = np.divide(products, norms, where=norms != 0, out=0 * norms)
                 elif measure == "squares":
                     products += ((x @ factors[b].astype(dtype).swapaxes(1, 2)) ** 2).sum(-1)
                 found[b, :, : len(rows)] = products
     return found
+
+
+def _near_1(x: Any) -> tuple[Any, Any]:
+    """Rows [..., D] over a power of two, so that squares of the largest elements are near 1, and
+    its exponents [...]."""
+    largest = np.abs(x).max(-1)
+    exponents = np.frexp(np.where(np.isfinite(largest), largest, 0))[1]
+    return np.ldexp(x, -exponents[..., None]), exponents
 
 
 def reference_means(
@@ -278,6 +289,7 @@ def reference_means(
         x = attention.decoded_rows(b, rows, dtype, pool, scales, spec, page_table)
         with np.errstate(invalid="ignore", over="ignore"):
             if normalize:
+                x = _near_1(x)[0]
                 norms = np.sqrt((x * x).sum(-1, keepdims=True))
                 x = np.divide(x, norms, where=norms != 0, out=np.zeros_like(x))
             for i, first in enumerate(range(0, len(rows), run)):

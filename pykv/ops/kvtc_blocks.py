@@ -31,7 +31,7 @@ from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError, Uns
 from pykv.foreign import named_array
 from pykv.ops.block_copy import ADDRESSES, upload
 from pykv.options import check_choice, check_float_dtype, check_whole
-from pykv.overlaps import check_apart
+from pykv.overlaps import check_lists_apart
 from pykv.ranges import address_of, bytes_at, check_device
 
 DTYPES = (*FLOATS, np.dtype(np.float64))
@@ -139,7 +139,7 @@ def mean_add_scatter(
     given.check_writeable(op)
     if given.N != len(x):
         raise ShapeError(f"{op}: blocks are N={given.N}, expected N={len(x)} like x")
-    given.check_apart(op, x=x, mean=mean)
+    given.check_apart(op, are_written=True, x=x, mean=mean)
     if x.size == 0:
         return
     if on_gpu(mean):
@@ -184,15 +184,16 @@ class Blocks(NamedTuple):
             return dict(blocks=self.array)
         return {f"blocks[{i}]": x for i, x in enumerate(self.arrays)}
 
-    def check_apart(self, op: str, **others: Any) -> None:
-        """Check for `op` that others, or None, lie apart from blocks: each by itself, as there may
-        be many blocks, of which pairs would be too many.
+    def check_apart(self, op: str, *, are_written: bool = False, **others: Any) -> None:
+        """Check for `op` that others, or None, lie apart from blocks, and where these are written
+        that each lies apart from each.
 
         Raises:
             ParameterError: one shares memory with a block.
         """
-        for name, x in others.items():
-            check_apart(op, {name: x}, self.named if x is not None else {})
+        given = [(name, x) for name, x in others.items() if x is not None]
+        sides = list(self.named.items()), given
+        check_lists_apart(op, *sides if are_written else sides[::-1])
 
     def check_writeable(self, op: str) -> None:
         """Check for `op` that no block is read-only.

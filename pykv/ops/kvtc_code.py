@@ -63,9 +63,9 @@ def encode(
 
     >>> x, steps = np.full((1, 32), 0.9, np.float32), np.full(32, 0.5, np.float32)
     >>> bits = (0, 0, 0, 0, 0, 0, 32, 0)  # two bits each: codes -2 ... 1
-    >>> rows = pykv.ops.kvtc_code.encode(x, -x, steps, steps, k_widths=bits, v_widths=bits)
-    >>> rows.shape, int(rows[0, 0]), int(rows[0, 8])  # 1 + 2, and -2 + 2, four times
-    ((1, 16), 255, 0)
+    >>> rows = pykv.ops.kvtc_code.encode(x, x - 1, steps, steps, k_widths=bits, v_widths=bits)
+    >>> rows.shape, int(rows[0, 0]), int(rows[0, 8])  # 1 + 2, and -1 + 2, four times
+    ((1, 16), 255, 85)
     """
     op = "kvtc_code.encode"
     dims = _check_encode(k, v, k_steps, v_steps, out)

@@ -54,7 +54,8 @@ def quantize_ranges(
 
     Returns:
         The stream, a part of `out` or a new array. Extremes are those of the finite values of a row
-        of a range, which a NaN or an infinity does not change; 0 and 0 where there are none.
+        of a range, which a NaN or an infinity does not change; NaN where there are none, as which
+        the row comes back there.
 
     Raises:
         ShapeError, DtypeError: an array is none as above.
@@ -214,7 +215,7 @@ def reference_ranges(x: Any, ranges: tuple[Range, ...], nonfinite: Any = None) -
             low, high = kvtc_quantize.reference_extremes(
                 np.where(is_finite, columns, np.float32(np.nan))
             )
-            low, high = (np.where(low > high, np.float32(0), y) for y in (low, high))
+            low, high = (np.where(low > high, np.float32(np.nan), y) for y in (low, high))
             parts += [low.view(np.uint8), high.view(np.uint8)]
             parts.append(kvtc_quantize.reference_intx(columns, low, high, one.int_bits).reshape(-1))
         else:

@@ -56,9 +56,9 @@ def unpacked(row: bytes, bits: int, n: int) -> list[int]:
 
 
 def extremes(row: Any) -> tuple[Any, Any]:
-    """Of the finite values of a row; zeros where there are none."""
+    """Of the finite values of a row; NaN where there are none."""
     finite = [x for x in row if np.isfinite(x)]
-    return (min(finite) + F32(0), max(finite) + F32(0)) if finite else (F32(0), F32(0))
+    return (min(finite) + F32(0), max(finite) + F32(0)) if finite else (F32(np.nan), F32(np.nan))
 
 
 def stream(x: Any, ranges: Iterable[tuple[int, int, str, int]]) -> bytes:

@@ -253,15 +253,21 @@ def exceeding(x: Any, threshold: float, mode: str) -> tuple[Any, Any]:
 
 def packed_codes(x: Any, steps: Any, widths: Any) -> Any:
     """A row of coefficients [C] as the bytes of one large integer: codes of 8, 7, ..., 1 bits, as
-    many as `widths` says, each floor(x / step) within its bits, counted from the lowest one."""
+    many as `widths` says, each floor(x / step) within its bits, counted from the lowest one. Of 32
+    in sequence one at least is not 0, but where one of the coefficients is not finite all are."""
     number = shift = at = 0
     for bits, count in zip(range(8, 0, -1), widths, strict=True):
         half = 2 ** (bits - 1)
-        for c in range(at, at + count):
-            quotient = float(np.float32(x[c]) / np.float32(steps[c]))
-            level = -half if math.isnan(quotient) else max(-half, min(quotient, half - 1))
-            number |= (math.floor(level) + half) << shift
-            shift += bits
+        for first in range(at, at + count, 32):
+            levels = [0] * 32
+            if all(map(math.isfinite, x[first : first + 32])):
+                for i, c in enumerate(range(first, first + 32)):
+                    quotient = float(np.float32(x[c]) / np.float32(steps[c]))
+                    levels[i] = math.floor(max(-half, min(quotient, half - 1))) + half
+                levels[0] += not any(levels)
+            for level in levels:
+                number |= level << shift
+                shift += bits
         at += count
     return np.frombuffer(number.to_bytes(shift // 8, "little"), np.uint8)
 
@@ -271,8 +277,11 @@ def middles(packed: Any, steps: Any, widths: Any, dtype: Any) -> Any:
     number = int.from_bytes(packed.tobytes(), "little")
     out: list[Any] = []
     for bits, count in zip(range(8, 0, -1), widths, strict=True):
-        for _ in range(count):
+        for i in range(count):
+            if i % 32 == 0:
+                is_nan = number % 2 ** (32 * bits) == 0
             code = number % 2**bits - 2 ** (bits - 1)
-            out.append((dtype(code) + dtype(0.5)) * dtype(steps[len(out)]))
+            middle = (dtype(code) + dtype(0.5)) * dtype(steps[len(out)])
+            out.append(dtype("nan") if is_nan else middle)
             number >>= bits
     return np.array(out, dtype)

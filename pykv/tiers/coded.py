@@ -11,7 +11,6 @@ no business of this form: see `exact_pages`.
 
 from __future__ import annotations
 
-import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -63,7 +62,7 @@ class CodedForm:
     Raises:
         ParameterError: heads or tensors of the cache share scales.
 
-    Calls may come from several threads, and wait for each other.
+    Calls may come from several threads: the codec has them take turns.
     """
 
     def __init__(
@@ -74,7 +73,6 @@ class CodedForm:
                 f"{op}: {name} has an artefact, expected none: the cache holds {cache.spec}"
             )
         self._codec, self._hadamard, self._page_size = codec, hadamard, cache.page_size
-        self._lock = threading.Lock()  # for the codec, which has one workspace
         self.nbytes = cache.page_size * codec.row_bytes
         self.exact_pages = -(-codec.sinks // cache.page_size)
         self.name = f"kvtc {codec.artefact} {codec.ratio} after {self.exact_pages} pages"
@@ -107,31 +105,29 @@ class CodedForm:
         self, source: Any, target: CodedRows, ids: list[int], slots: list[int], places: list[int]
     ) -> None:
         """Code pages of a cache, whose places rise, to rows; of a device to its first ones."""
-        with self._lock:
-            table, positions = self._sequence(ids, places)
-            header = self._header(len(positions), source.spec)
-            how: dict[str, Any] = dict(sinks=0, window=0, hadamard=self._hadamard, check=False)
-            out = target.data(len(ids), header.nbytes)
-            coded = self._codec.compress(source, table, positions, out=out, **how)
-            if target.memory is None:
-                target.rows[slots] = coded.arrays()["rows"].reshape(len(ids), self.nbytes)
+        table, positions = self._sequence(ids, places)
+        header = self._header(len(positions), source.spec)
+        how: dict[str, Any] = dict(sinks=0, window=0, hadamard=self._hadamard, check=False)
+        out = target.data(len(ids), header.nbytes)
+        coded = self._codec.compress(source, table, positions, out=out, **how)
+        if target.memory is None:
+            target.rows[slots] = coded.arrays()["rows"].reshape(len(ids), self.nbytes)
 
     def take(
         self, source: CodedRows, target: Any, slots: list[int], ids: list[int], places: list[int]
     ) -> None:
         """Decode rows, of a device its first ones, to pages of a cache, whose places rise."""
-        with self._lock:
-            table, positions = self._sequence(ids, places)
-            header = self._header(len(positions), target.spec)
-            coded = Coded(header, source.data(len(ids), header.nbytes))
-            arrays = coded.arrays()
-            if source.memory is None:
-                arrays["positions"][...] = positions
-                arrays["rows"].reshape(len(ids), self.nbytes)[...] = source.rows[slots]
-            else:
-                arrays["positions"][...] = load_cupy().asarray(positions)
-            how: dict[str, Any] = dict(hadamard=self._hadamard, check=False)
-            self._codec.decompress(coded, target, table, **how)
+        table, positions = self._sequence(ids, places)
+        header = self._header(len(positions), target.spec)
+        coded = Coded(header, source.data(len(ids), header.nbytes))
+        arrays = coded.arrays()
+        if source.memory is None:
+            arrays["positions"][...] = positions
+            arrays["rows"].reshape(len(ids), self.nbytes)[...] = source.rows[slots]
+        else:
+            arrays["positions"][...] = load_cupy().asarray(positions)
+        how: dict[str, Any] = dict(hadamard=self._hadamard, check=False)
+        self._codec.decompress(coded, target, table, **how)
 
     def copy(self, source: Any, target: Any, ids: list[int], slots: list[int]) -> None:
         """Copy rows over the link of a GPU."""

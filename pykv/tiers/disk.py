@@ -41,6 +41,7 @@ _OP = "tiers.disk"
 _HEADER, _SUM = 1024, 65  # bytes of a file beside its page, at most, and for each head
 _KEEP = 0.9  # making room goes down to this share of the limit
 _AHEAD = 60  # seconds by which the clocks of hosts that share a folder may differ
+_STEP = 20_000_000  # nanoseconds of a place: more than a disk takes for a page
 _LOOK = 1 / 16  # of the limit: after writing so much, count others' files again
 
 
@@ -128,8 +129,9 @@ class DiskTier:
         exists = os.path.exists  # False if the disk fails, too
         return any(all(exists(self._path(key, x)) for x in cover) for cover in self._covers)
 
-    def read(self, key: bytes, page: np.ndarray) -> bool:
-        """Fill a page; False where there is no such file any more, and the page holds anything.
+    def read(self, key: bytes, page: np.ndarray, place: int = 0) -> bool:
+        """Fill a page, before which its sequence has `place` others; False where there is no such
+        file any more, and the page holds anything.
 
         Raises:
             FormatError: a file was damaged or is another's; it is gone now.
@@ -139,14 +141,14 @@ class DiskTier:
         for cover in self._covers:
             try:
                 for part in cover:
-                    self._read(key, part, rows)
+                    self._read(key, part, rows, place)
             except FileNotFoundError:  # another process made room
                 continue
             return True
         self._forget(key)
         return False
 
-    def _read(self, key: bytes, part: tuple[int, int] | None, rows: np.ndarray) -> None:
+    def _read(self, key: bytes, part: tuple[int, int] | None, rows: np.ndarray, place: int) -> None:
         """Fill those rows of a page that a part has."""
         path, first = self._path(key, part), 0
         if part is not None and self._heads is not None:
@@ -165,11 +167,10 @@ class DiskTier:
             with suppress(OSError):
                 path.unlink()
             raise
-        with suppress(OSError):
-            os.utime(path)
+        _note_use(path, place)
 
-    def write(self, key: bytes, page: np.ndarray) -> None:
-        """Keep a page.
+    def write(self, key: bytes, page: np.ndarray, place: int = 0) -> None:
+        """Keep a page, before which its sequence has `place` others.
 
         Raises:
             OSError: the system refuses, or too little of the disk would stay free.
@@ -179,10 +180,11 @@ class DiskTier:
         with self._room_for(size):
             if shutil.disk_usage(self.folder).free < FLOOR + size:
                 raise OSError(errno.ENOSPC, f"less than {FLOOR:,} bytes would stay free", str(path))
-            for place in (self._own, path.parent):  # somebody may have removed both
-                place.mkdir(mode=0o700, exist_ok=True)
+            for above in (self._own, path.parent):  # somebody may have removed both
+                above.mkdir(mode=0o700, exist_ok=True)
             how: dict[str, bool] = dict(private=True, durable=False, by_row=True)
             tensor_files.write(path, self._facts(key, part), {"page": rows}, **how)
+            _note_use(path, place)
             with self._lock:
                 self._known.add(key)
                 self._total += size
@@ -199,6 +201,12 @@ class DiskTier:
             if entry.path.parent.parent == self._own:
                 entry.path.unlink(missing_ok=True)
         self._count()
+
+    def leave_to_parent(self) -> None:
+        """In a forked child: forget what the parent's threads were at, and the locks they held."""
+        global _making_room
+        _making_room, self._lock = threading.Lock(), threading.Condition()
+        self._pending = 0
 
     def note(self, counters: Counters) -> bool:
         """Add counters to those of the folder; False where another process is at it.
@@ -305,6 +313,14 @@ class DiskTier:
                         entry.path.unlink(missing_ok=True)
                         excess -= entry.nbytes
                 self._count()
+
+
+def _note_use(path: Path, place: int) -> None:
+    """Say that a file is used now: a little earlier than those of pages that come before its own,
+    so that of a sequence the last goes first. Pages behind one that is missing are of no use."""
+    now = time.time_ns()
+    with suppress(OSError):
+        os.utime(path, ns=(now, now - place * _STEP))
 
 
 def entries(folder: Path) -> list[Entry]:

@@ -141,6 +141,10 @@ class Fetch:
                 return
             self._moving.append(moved)
             self._sent += moved[0]
+            if (
+                self._sent == self.stop
+            ):  # rows were filled in order: of a sequence the last goes first
+                self._tiers.touch(self._keys[: self.stop - self._start])
         self.release()
 
     def _read_ahead(self) -> None:

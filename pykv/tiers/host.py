@@ -1,9 +1,10 @@
-"""The host tier: rows of memory, and which page is in which; the least recently used goes first."""
+"""The host tier: rows of memory, and which page is in which; the least recently used goes first, of
+one sequence the last: pages behind one that is missing are of no use."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,22 +37,20 @@ class HostTier:
         """(key, row) of all pages, the least recently used first."""
         return list(self._slots.items())
 
-    def find(self, key: bytes) -> int | None:
-        """The row of a page, which is the most recently used then."""
-        slot = self._slots.get(key)
-        if slot is not None:
-            self._slots.move_to_end(key)
-        return slot
+    def touch(self, keys: Sequence[bytes]) -> None:
+        """Note that pages of a sequence, in its order, are used now; such as are not here may be
+        among them."""
+        for key in reversed(keys):
+            if key in self._slots:
+                self._slots.move_to_end(key)
 
     def find_first(self, keys: Iterable[bytes]) -> list[int]:
         """The rows of the first of these pages, until one is not here."""
         slots: list[int] = []
-        get, touch = self._slots.get, self._slots.move_to_end
         for key in keys:
-            slot = get(key)
+            slot = self._slots.get(key)
             if slot is None:
                 break
-            touch(key)
             slots.append(slot)
         return slots
 

@@ -65,7 +65,7 @@ class Rows:
             row = np.zeros(form.nbytes, np.uint8)
             view = form.view(row[None], self._cache)
             form.put(self.moves.view, view, [slot], [0], [place])
-        files.write(key, form.to_heads(row))
+        files.write(key, form.to_heads(row), place)
         return time.perf_counter() - began
 
     def read(
@@ -81,7 +81,7 @@ class Rows:
         began = time.perf_counter()
         form = self.file_form_at(place)
         heads = np.empty(form.heads_shape, np.uint8)
-        found = files.read(key, heads)
+        found = files.read(key, heads, place)
         if found and form is self.form:
             form.from_heads(heads, self.host.rows[slot])
         elif found:

@@ -164,9 +164,9 @@ class Tiers:
             self.settle()
         place_of = self._cache.manager.place_of
         for rows in self._rows:
-            find = rows.host.find
             some = [pair for pair in pages if self._rows_of(place_of(pair[1])) is rows]
-            missing = [pair for pair in some if find(pair[0]) is None]
+            missing = [pair for pair in some if pair[0] not in rows.host]
+            rows.host.touch([key for key, _ in reversed(some)])  # they fall the last one first
             for group in rising(missing, place_of) if rows.is_coded else [missing]:
                 for piece in _pieces(group, rows.moves.most):
                     self._fall(rows, piece)
@@ -271,11 +271,18 @@ class Tiers:
 
     def find(self, keys: list[bytes], start: int) -> int:
         """How many of the first of these pages tiers have; the first is at place `start`."""
-        for count, key in enumerate(keys):
-            is_here = self._rows_of(start + count).host.find(key) is not None
-            if not (is_here or key in self._threads.reading or self.has_file(key)):
-                return count
-        return len(keys)
+        count = 0
+        for key in keys:
+            if not (self.has_row(key, start + count) or self.has_file(key)):
+                break
+            count += 1
+        self.touch(keys[:count])
+        return count
+
+    def touch(self, keys: list[bytes]) -> None:
+        """Note that pages of a sequence, in its order, are used now."""
+        for rows in self._rows:
+            rows.host.touch(keys)
 
     # What a Fetch does:
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import weakref
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from threading import Barrier
@@ -47,16 +49,18 @@ class FileThreads:
     Raises:
         CapacityError: the system starts no threads.
 
-    Not thread-safe: who calls Tiers calls this.
+    Not thread-safe: who calls Tiers calls this. In a forked child, which has none of its parent's
+    threads, others start at the first use, and what was being read is lost.
     """
 
     def __init__(
         self, files: DiskTier | None, counters: Counters, lost: Callable[[bytes], None]
     ) -> None:
         self._files, self._counters, self._lost = files, counters, lost
-        self._pool = _start(0 if files is None else THREADS)
+        self._pool: ThreadPoolExecutor | None = _start(0 if files is None else THREADS)
         self.writing: dict[bytes, _Writing] = {}
         self.reading: dict[bytes, _Reading] = {}
+        _MADE.add(self)
 
     @property
     def are_busy(self) -> bool:
@@ -74,7 +78,7 @@ class FileThreads:
         try:
             # First: an interrupt between the two must not leave a thread with an unknown row.
             self.writing[key] = _Writing(written, nbytes)
-            self._pool.submit(_fulfil, written, rows.write, files, key, slot, moved)
+            self._submit(written, rows.write, files, key, slot, moved)
         except BaseException:
             if written.cancel():  # no thread had begun it
                 self.writing.pop(key, None)
@@ -86,12 +90,28 @@ class FileThreads:
         try:
             self.reading[key] = _Reading(read, rows, slot, place)
             given = self._files, key, slot, place, rows.moves.outs()
-            self._pool.submit(_fulfil, read, rows.read, *given)
+            self._submit(read, rows.read, *given)
         except BaseException:
             if read.cancel():
                 self.reading.pop(key, None)
                 rows.host.release([slot])
             raise
+
+    def _submit(self, future: Future[Any], *work: Any) -> None:
+        if self._pool is None:
+            self._pool = _start(THREADS)
+        self._pool.submit(_fulfil, future, *work)
+
+    def leave_to_parent(self) -> None:
+        """In a forked child: leave to its parent what threads are at."""
+        self._pool = None
+        self.writing.clear()
+        for key, reading in self.reading.items():
+            lost: Future[float | None] = Future()
+            lost.set_exception(InterruptedError(errno.EINTR, "the process was forked"))
+            self.reading[key] = reading._replace(future=lost)
+        if self._files is not None:
+            self._files.leave_to_parent()
 
     def wait_for_one(self) -> None:
         """Wait until any file is read or written."""
@@ -145,6 +165,18 @@ class FileThreads:
         self._counters.damaged += error is not None
         if error is not None and not isinstance(error, FormatError | OSError | MemoryError):
             raise error
+
+
+_MADE: weakref.WeakSet[FileThreads] = weakref.WeakSet()
+
+
+def _leave_to_parent() -> None:
+    for each in list(_MADE):
+        each.leave_to_parent()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_to_parent)
 
 
 def _fulfil(future: Future[Any], work: Callable[..., Any], *given: Any) -> None:

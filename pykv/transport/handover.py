@@ -118,7 +118,8 @@ class Handover:
         with llm.turn(), llm.pages.known(ids) as pages:
             keys = list(prefix_keys.of_pages("Handover.offer", ids, P))[: len(pages)]
             keys = keys[: len(region.rows)]
-            missing = [i for i, key in enumerate(keys) if self._host.find(key) is None]
+            missing = [i for i, key in enumerate(keys) if key not in self._host]
+            self._host.touch(keys)
             for start in range(0, len(missing), self._moves.most):
                 places = missing[start : start + self._moves.most]
                 slots = self._claim(len(places), keys)

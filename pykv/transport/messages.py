@@ -82,8 +82,17 @@ def check_seconds(op: str, timeout: Any) -> float:
 
 
 def pack(message: Message) -> bytes:
-    """The bytes of a `message`."""
+    """The bytes of a `message`.
+
+    Raises:
+        ParameterError: they are more than a receiver takes.
+    """
     name, facts = message.sender.encode(), json.dumps(message.facts).encode()
+    if _HEADER.size + len(name) + len(facts) > MOST_BYTES:
+        raise ParameterError(
+            f"transport: facts have {len(facts):,} bytes, expected a message of at most "
+            f"{MOST_BYTES:,}"
+        )
     sizes = struct.pack("<2I", len(name), len(facts))
     crc = zlib.crc32(facts, zlib.crc32(name, zlib.crc32(sizes)))
     return MAGIC + struct.pack("<2I", VERSION, crc) + sizes + name + facts

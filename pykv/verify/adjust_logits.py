@@ -29,11 +29,12 @@ def cases(rng: np.random.Generator, xp: Any) -> Cases:
     yield "all of them", *_judged(xp, logits, prompts, answers, **asked)
     prompts[0] = prompts[3] = None
     yield "some rows unpenalised", *_judged(xp, logits, prompts, answers, **asked)
-    # The call counts the last token; results must agree bit for bit.
     arguments = _arguments(prompts, answers, **asked)
-    got = adjust_logits.adjust(*(xp.asarray(x) for x in [logits]), **_on(xp, arguments))
-    want = adjust_logits.adjust(logits, **_on(np, arguments))
-    yield "bits that differ from the host's", wrong_values(got, want), 0.0
+    if xp is not np:  # a host would be held to itself
+        got = adjust_logits.adjust(xp.asarray(logits), **_on(xp, arguments))
+        want = adjust_logits.adjust(logits, **_on(np, arguments))
+        yield "bits that differ from the host's", wrong_values(got, want), 0.0
+    # The last token is counted by the call.
     tallies, given = xp.asarray(arguments["tallies"]), _on(xp, arguments)
     adjust_logits.adjust(xp.asarray(logits), **given | dict(tallies=tallies))
     want = np.stack([_tally(*pair) for pair in _penalised(prompts, answers)])

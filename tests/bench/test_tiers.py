@@ -7,7 +7,7 @@ import pytest
 
 from pykv import bench
 from pykv.bench import tiers
-from pykv.errors import ParameterError
+from pykv.errors import FormatError, ParameterError
 from pykv.llm import LLM
 from pykv.tiers import disk, stack
 from tests.kvtc.made import artefact_of
@@ -48,16 +48,28 @@ def test_what_is_computed_again_is_no_result(path, tmp_path, rng, monkeypatch):
     assert not work.check()
 
 
-def test_options():
-    given = dict(model="m", tokens=50, kv_dtype="int8", folder="/x", quick=False, artefact=None)
+def test_options(path, tmp_path):
+    given = dict(model="m", tokens=50, kv_dtype="int8", quick=False, artefact=None)
+    given["folder"] = folder = str(tmp_path)
     cases = tiers.select(argparse.Namespace(**given))
     assert len(cases) == len(tiers.CASES)
-    want = dict(model="m", tokens=50, kv="int8", folder="/x", place="disk", codec="int4")
+    want = dict(model="m", tokens=50, kv="int8", folder=folder, place="disk", codec="int4")
     assert cases[-1] == want
-    more = tiers.select(argparse.Namespace(**{**given, "artefact": "a.kvtc:16"}))
-    assert more == [*cases, *({**want, "place": x, "codec": "a.kvtc:16"} for x in ("host", "disk"))]
-    with pytest.raises(ParameterError, match="bench tiers: --tokens is -5, expected at least 1"):
-        tiers.select(argparse.Namespace(**{**given, "tokens": -5}))
+    artefact_of(LLM(path, device="cpu")).save(tmp_path / "a.kvtc")
+    codec = f"{folder}/a.kvtc:2"
+    more = tiers.select(argparse.Namespace(**{**given, "artefact": codec}))
+    assert more == [*cases, *({**want, "place": x, "codec": codec} for x in ("host", "disk"))]
+    for change, error, text in (
+        (dict(tokens=-5), ParameterError, "bench tiers: --tokens is -5, expected at least 1"),
+        (dict(kv_dtype="int9"), ParameterError, "int9"),
+        (dict(folder=f"{folder}/none"), ParameterError, "expected a folder that exists"),
+        (dict(artefact=f"{folder}/none:2"), OSError, "none"),
+        (dict(artefact=f"{folder}/a.kvtc"), ParameterError, "expected FILE:RATIO"),
+        (dict(artefact=f"{folder}/a.kvtc:3"), ParameterError, "3"),
+        (dict(artefact=f"{path}:2"), FormatError, "magic"),
+    ):
+        with pytest.raises(error, match=text):
+            tiers.select(argparse.Namespace(**{**given, **change}))
 
 
 def test_an_artefact(path, tmp_path, rng):

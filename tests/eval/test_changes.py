@@ -217,6 +217,14 @@ def test_errors_are_relative_to_centred_rows(llm, windows, artefact, side):
     assert found[names[1 - side]] == 0
 
 
+def test_rows_that_are_their_mean_have_no_error(artefact):
+    """A number that JSON has, where there is nothing to be relative to."""
+    judged = Judged(changes.identity, artefact)
+    judged._sums[...] = [[0.0, 4.0], [0.0, 16.0]]
+    with np.errstate(all="raise"):
+        assert Judged.errors([judged]) == {"k_error": 0.0, "v_error": 0.5}
+
+
 def test_a_prefill_that_is_exempt_is_refused(llm, windows, artefact):
     judged = Judged(changes.identity, replace(artefact, window=N - 2))
     with pytest.raises(ParameterError, match=f"prefill is {N}, expected more than the 2 sinks"):

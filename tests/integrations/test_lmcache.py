@@ -59,6 +59,24 @@ def test_refusals():
         serde.serialize(memory(torch.ones(4, 7)), memory(torch.empty(99, dtype=torch.uint8)))
 
 
+def test_chunks_without_rows_and_shapes_that_are_none():
+    serde, none = Serde("int4"), torch.empty(0, dtype=torch.uint8)
+    assert serde.nbytes([(0, 64), (2, 0, 8)]) == 0
+    assert serde.serialize(memory(torch.ones(0, 64)), memory(none)) == 0
+    serde.deserialize(memory(none), memory(torch.ones(0, 64)))
+    for shape, error in (
+        *(((), ShapeError), ((2, 0), ShapeError), ((2, 5), ShapeError)),
+        *(
+            ((-1, 4), ParameterError),
+            ("ab", DtypeError),
+            (None, DtypeError),
+            ((2.0, 4), DtypeError),
+        ),
+    ):
+        with pytest.raises(error, match="lmcache.Serde: shapes"):
+            serde.nbytes([shape])
+
+
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_bytes_of_another_shape(kind):
     """Their scales lie elsewhere."""

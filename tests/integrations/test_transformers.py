@@ -381,3 +381,20 @@ def test_kinds_on_a_gpu(stream, implementation, spec):
             assert (got - want).abs().max().item() <= max(LOSSES[spec], 1e-4)
             fork.crop(-3)
             assert fork.get_seq_length() == 26 + ids[:, first:].shape[1]
+
+
+def test_sequences_are_named_by_whole_numbers():
+    """A mask is not taken for numbers, whether there are tokens or not."""
+    cache, k = Cache(transformers.LlamaConfig(num_hidden_layers=1)), torch.ones(2, 2, 3, 16)
+    for _ in range(2):
+        for indices in (torch.tensor([True, False]), torch.tensor([[0]]), torch.tensor([0.5]), 1):
+            with pytest.raises(DtypeError, match="batch_select_indices: indices"):
+                cache.batch_select_indices(indices)
+        for repeats, error in ((-1, ParameterError), (1.5, DtypeError)):
+            with pytest.raises(error, match="batch_repeat_interleave: repeats is"):
+                cache.batch_repeat_interleave(repeats)
+        cache.update(k, k, 0)
+    cache.batch_select_indices([1])
+    assert cache.get_seq_length() == 6 and cache._store.batch.size == 1
+    with pytest.raises(DtypeError, match="config is a NoneType, expected a model's config"):
+        Cache(None)

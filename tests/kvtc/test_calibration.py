@@ -11,7 +11,7 @@ import pytest
 import pykv
 from pykv import cli, cuda, kvtc
 from pykv.errors import CapacityError, DtypeError, InstallError, NumberError, ParameterError
-from pykv.kvtc import Artefact, calibrate, calibration, commands, rows
+from pykv.kvtc import Artefact, Codec, calibrate, calibration, commands, rows
 from pykv.kvtc.artefact import SINKS
 from pykv.llm import LLM, memory, model
 from tests.helpers import assert_same_bits
@@ -242,6 +242,39 @@ def test_values_beyond_float16_are_an_error(llm, monkeypatch, tmp_path):
         calibrate(llm, TEXTS, **OPTIONS)
 
 
+def test_coefficients_beyond_float16_are_an_error(llm, monkeypatch):
+    """Of keys that are not: no codec would take the artefact."""
+    collect = rows.collect
+
+    def far(*given):
+        k, v = collect(*given)
+        return k * np.float32(6e4 / abs(k).max()), v
+
+    monkeypatch.setattr(rows, "collect", far)
+    with pytest.raises(
+        NumberError, match="steps would be .*, expected coefficients within float16"
+    ):
+        calibrate(llm, TEXTS, **OPTIONS)
+
+
+@pytest.mark.parametrize("value", [0.0, 3.0])
+def test_rows_that_do_not_vary_come_back(llm, monkeypatch, tmp_path, value):
+    """As those of values whose weights are zeros; a group of components stays."""
+    collect = rows.collect
+
+    def constant(*given):
+        k, v = collect(*given)
+        return k, np.full_like(v, value)
+
+    monkeypatch.setattr(rows, "collect", constant)
+    artefact = calibrate(llm, TEXTS, out=tmp_path / "a", **OPTIONS)
+    (group,) = Artefact.load(tmp_path / "a").groups
+    assert (group.v.mean == value).all()
+    for ratio, plan in artefact.groups[0].v.plans.items():
+        assert plan.error == 0 and sum(plan.widths) >= 32 and (plan.steps < 1e-20).all()
+        Codec(artefact, ratio)
+
+
 # --- Interruptions --------------------------------------------------------------------------------
 
 
@@ -278,7 +311,17 @@ def test_an_interrupted_run_goes_on_where_it_ended(llm, monkeypatch, tmp_path):
         assert_same_bits(a, b)
 
 
-@pytest.mark.parametrize("other", ["window", "texts", "bytes", "foreign"])
+def test_a_file_that_is_not_ours_stays(llm, tmp_path):
+    """Neither overwritten nor deleted when the artefact is there."""
+    kept = tmp_path / "a.rows"
+    for contents in (b"mine", b"name,rows\n1,2\n" * 100):
+        kept.write_bytes(contents)
+        with pytest.raises(ParameterError, match="a.rows is no file of rows"):
+            calibrate(llm, TEXTS, out=tmp_path / "a", **OPTIONS)
+        assert kept.read_bytes() == contents and os.listdir(tmp_path) == ["a.rows"]
+
+
+@pytest.mark.parametrize("other", ["window", "texts", "bytes"])
 def test_rows_of_something_else_are_not_used(llm, monkeypatch, tmp_path, other):
     out, kept = tmp_path / "a", tmp_path / "a.rows"
     want = calibrate(llm, TEXTS, **OPTIONS)
@@ -298,7 +341,7 @@ def test_rows_of_something_else_are_not_used(llm, monkeypatch, tmp_path, other):
     data = bytearray(kept.read_bytes())
     if other == "bytes":
         data[len(data) // 2] ^= 1
-    kept.write_bytes(b"mine" if other == "foreign" else data)
+    kept.write_bytes(data)
     monkeypatch.setattr(calibration, "_find", find)
     for a, b in zip(
         facts(calibrate(llm, texts | TEXTS, out=out, **OPTIONS)), facts(want), strict=True

@@ -1,5 +1,7 @@
 """A codec: tokens of a cache to coded tokens and back."""
 
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -101,6 +103,45 @@ def test_against_loops(xp, rng):
             np.testing.assert_allclose(mine, want, atol=4e-3 * np.abs(want).max())
             at += plan.row_bytes
     assert at == stored.shape[1] == codec.row_bytes == artefact.row_bytes(4)
+
+
+def test_a_token_that_is_not_finite_comes_back_as_nan(xp, rng):
+    """In its side and its group of layers, also a number that float16 does not hold; other tokens
+    are as without it."""
+    artefact = made.artefact(rng, layers=((0, 2), (1,)), sinks=1, window=1)
+    cache, table, positions, *_ = made.sequence(rng, xp, artefact, 9, spec="bf16")
+    codec, good, bad = Codec(artefact, 4, xp), empty_like(cache, xp), empty_like(cache, xp)
+    codec.decompress(codec.compress(cache, table, positions), good, table)
+    page = to_numpy(table)
+    for pools, layer, at, value in (
+        (cache.k, 0, 3, np.nan),
+        (cache.v, 1, 4, np.inf),
+        (cache.v, 2, 5, 1e9),
+    ):
+        pools[layer, page[at // P], at % P, 0, 1] = value
+    codec.decompress(codec.compress(cache, table, positions), bad, table)
+    got, was = (rows_of(artefact, c, table, positions) for c in (bad, good))
+    want = np.zeros(got.shape, bool)
+    want[0, 3, [0, 2]] = want[1, 4, 1] = want[1, 5, [0, 2]] = True
+    np.testing.assert_array_equal(np.isnan(got), want)
+    np.testing.assert_array_equal(got[~want], was[~want])
+
+
+def test_threads_take_turns(rng):
+    """Each gets what it would alone, though all share a workspace."""
+    artefact = made.artefact(rng)
+    codec = Codec(artefact, 4)
+    given = [made.sequence(rng, np, artefact, 30)[:3] for _ in range(4)]
+    want = [codec.compress(*one).to_bytes() for one in given]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            for _ in range(20):
+                found = threads.map(lambda one: codec.compress(*one).to_bytes(), given)
+                assert list(found) == want
+    finally:
+        sys.setswitchinterval(interval)
 
 
 def test_layers_alone(xp, rng):

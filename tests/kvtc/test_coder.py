@@ -57,20 +57,36 @@ def test_every_code_decodes_to_the_middle_of_its_cell():
         h = 2 ** (bits - 1)
         for code in range(-h, h):
             x = np.full((1, 32), (code + 0.5) * 0.75, np.float32)
+            x[0, 0] += 0.75 * (code == -h)  # all lowest codes are NaN
             steps = np.full(32, 0.75, np.float32)
             codes = coder.quantise(x, steps, widths)
-            assert (codes == code).all()
+            assert (codes[0, 1:] == code).all() and codes[0, 0] == max(code, 1 - h)
             assert_same_bits(coder.dequantise(codes, steps, widths), x)
-            assert (coder.unpack(coder.pack(codes, widths), widths) == code).all()
+            assert_same_bits(coder.unpack(coder.pack(codes, widths), widths), codes)
 
 
 def test_what_leaves_the_range_is_clipped():
     widths, steps = (0, 0, 0, 0, 0, 32, 0, 0), np.ones(32, np.float32)
-    values = [np.nan, -np.inf, np.inf, -5, 4, 3.5, -0.0, 0.0, -1e-30]
+    values = [-1e30, 1e30, -5, 4, 3.5, -0.0, 0.0, -1e-30]
     x = np.zeros((1, 32), np.float32)
     x[0, : len(values)] = values
     got = coder.quantise(x, steps, widths)[0, : len(values)]
-    assert got.tolist() == [-4, -4, 3, -4, 3, 3, 0, 0, -1]
+    assert got.tolist() == [-4, 3, -4, 3, 3, 0, 0, -1]
+
+
+@pytest.mark.parametrize("bits", [1, 3, 8])
+def test_what_is_not_finite_comes_back_as_nan(bits):
+    """With the 32 components of its group; finite ones never do, be they the lowest."""
+    widths = [0] * 8
+    widths[8 - bits] = 64
+    x, steps = np.full((4, 64), -1e9, np.float32), np.full(64, 0.5, np.float32)
+    x[0, 40], x[1, 63], x[2, 32] = np.nan, np.inf, -np.inf
+    codes = coder.quantise(x, steps, widths)
+    got = coder.dequantise(coder.unpack(coder.pack(codes, widths), widths), steps, widths)
+    assert np.isnan(got[:3, 32:]).all()
+    lowest = (0.5 - 2 ** (bits - 1)) * 0.5
+    for group in (*got[:, :32], got[3, 32:]):
+        assert group[0] == lowest + 0.5 and (group[1:] == lowest).all()
 
 
 def test_sizes_that_disagree_are_refused():

@@ -27,7 +27,7 @@ def sealed(stream):
 
 def test_a_stream_is_what_the_format_says(stream, rng):
     magic, version, crc, size = struct.unpack_from("<8sIIQ", stream)
-    assert (magic, version, size) == (b"\x89PYKVTS\n", 1, len(stream))
+    assert (magic, version, size) == (b"\x89PYKVTS\n", 2, len(stream))
     assert crc == zlib.crc32(stream[:12] + bytes(4) + stream[16:])
     ratio, *sizes, tokens, sinks, window, row_bytes = struct.unpack_from("<8I", stream, 56)
     assert (ratio, sizes, tokens, sinks, window) == (4, [L, H, D], 12, 2, 3)
@@ -66,7 +66,7 @@ def test_damaged_streams_are_refused(stream, rng, count):
 
 FIELDS = dict(  # offset, code, wrong values, and what the text says
     magic=(0, "8s", [b"PYKVTS\n\0"], "magic"),
-    version=(8, "I", [0, 2], "version"),
+    version=(8, "I", [0, 1, 3], "version"),
     size=(16, "Q", [0, 2**63], "bytes"),
     ratio=(56, "I", [0, 2**31], "ratio"),
     layers=(60, "I", [0, L + 1, 2**32 - 1], "layers|bytes"),

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from pykv import cuda
+from pykv import attention, cuda
 from pykv.errors import CapacityError, DtypeError, ParameterError, ShapeError
 from pykv.ops import kv_scores as op
 from pykv.specs import KVSpec
@@ -88,6 +88,36 @@ def test_by_hand(xp):
         np.testing.assert_allclose(got, [want, 0, np.nan, 0], rtol=1e-6)
     means = op.means(*where, 2, normalize=True)
     np.testing.assert_allclose(to_numpy(means)[0, 0, 0, :3], [0.3, -0.4, 0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("spec, D", [("fp32", 64), ("bf16", 512), ("int8:fp32", 40)])
+def test_norms_and_cosines_hold_where_squares_leave_float32(xp, rng, spec, D):
+    """For elements near both ends of float32, and vectors, too, by plain float64."""
+    spec, cache = arrays_of(rng, spec, D=D, lengths=(24, 3))
+    reach = np.array([1e37, 1e-37, 1e20, 1e-24, 1, 1e-30, 1e30, 0], np.float32)[np.arange(16) % 8]
+    if spec.has_scales:
+        cache["k_scales"] *= reach[None, :, None]
+    else:
+        cache["k_pool"] *= reach[None, :, None, None].astype(cache["k_pool"].dtype)
+    where = keys_of(xp, spec, cache)
+    vectors = rng.standard_normal((2, 2, D)).astype(np.float32) * np.float32([[[1e30], [1e-30]]])
+    scores = {name: op.score(**where, measure=name) for name in ("norm",)}
+    scores["cosine"] = op.score(**where, measure="cosine", vectors=xp.asarray(vectors))
+    means = to_numpy(op.means(**where, run=8, normalize=True))
+    for b, length in enumerate(cache["lengths"]):
+        span, page_table = range(length), cache["page_table"]
+        args = cache["k_pool"], cache["k_scales"], spec, page_table
+        x = attention.decoded_rows(b, span, np.float64, *args).swapaxes(0, 1)
+        norms, v = np.linalg.norm(x, axis=-1), vectors[b].astype(np.float64)
+        unit = np.divide(x, norms[..., None], where=norms[..., None] > 0, out=np.zeros_like(x))
+        wanted = dict(norm=norms)
+        wanted["cosine"] = (unit @ v[..., None])[..., 0] / np.linalg.norm(v, axis=-1)[:, None]
+        for name, want in wanted.items():
+            got = to_numpy(scores[name])[b, :, :length]
+            np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-43 if name == "norm" else 1e-5)
+        for i in range(0, length, 8):
+            want = unit[:, i : i + 8].mean(1)
+            np.testing.assert_allclose(means[b, :, i // 8], want, rtol=1e-4, atol=1e-6)
 
 
 def test_same_bits_again_and_prepared(xp, rng):

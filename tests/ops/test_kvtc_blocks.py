@@ -162,6 +162,13 @@ def test_prepared(xp, rng, as_list):
     assert_same_bits(call(), centred(blocks, mean))
 
 
+def test_blocks_that_are_written_lie_apart(xp):
+    x, mean, block = xp.zeros((2, 8), F32), xp.zeros(8, F32), xp.zeros(12, np.float16)
+    with pytest.raises(ParameterError, match=r"blocks\[0\] shares memory with blocks\[1\]"):
+        mean_add_scatter(x, mean, [block[:8], block[4:]])
+    gather_mean_subtract([block[:8], block[4:]], mean)
+
+
 def test_wrong_arguments(xp):
     blocks, mean, table = (
         xp.zeros((2, 8), np.float16),

@@ -41,6 +41,7 @@ def test_bits_of_rows(xp, rng, T, k, v):
     if T > 1:
         for x in xs:
             x[1, ::3], x[1, 1::3], x[1, 2::3] = np.nan, np.inf, -np.inf
+            x[2, 5::160], x[3] = np.nan, -1e30
     arrays = [xp.asarray(x) for x in (*xs, *steps)]
     with np.errstate(invalid="ignore"):
         rows = op.encode(*arrays, k_widths=widths[0], v_widths=widths[1])
@@ -75,6 +76,22 @@ def test_round_trip(xp, rng, name, dtype):
         assert (error <= 0.5005 * step + 1e-3 * np.abs(values))[inside].all()
 
 
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_what_is_not_finite_comes_back_as_nan(xp, rng, dtype):
+    """In its group of 32; the lowest codes are no NaN."""
+    widths = WIDTHS["two blocks"]
+    (x, y), steps = inputs(rng, 3, widths, widths)
+    x[1, 40], y[2, 1000], x[0] = np.nan, np.inf, -1e30
+    arrays = [xp.asarray(a) for a in (x, y, *steps)]
+    how = dict(k_widths=widths, v_widths=widths)
+    rows = op.encode(*arrays, **how)
+    outs = [xp.zeros(x.shape, np.dtype(dtype)) for _ in range(2)]
+    got = op.decode(rows, *arrays[2:], **how, k_out=outs[0], v_out=outs[1])
+    want = np.zeros((2, *x.shape), bool)
+    want[0, 1, 32:64] = want[1, 2, 992:1024] = True
+    np.testing.assert_array_equal([np.isnan(to_numpy(side)) for side in got], want)
+
+
 def negated(op):
     return lambda k, v, *rest, **options: op(-k, v, *rest, **options)
 
@@ -82,11 +99,11 @@ def negated(op):
 def test_outputs_are_of_one_dtype(xp):
     """That of the one that is given: one kernel writes both."""
     k_widths, v_widths = WIDTHS["one bit"], WIDTHS["eight bits"]
-    rows, k_steps, v_steps = xp.zeros((2, 68), np.uint8), xp.ones(32, "f4"), xp.ones(64, "f4")
+    rows, k_steps, v_steps = xp.ones((2, 68), np.uint8), xp.ones(32, "f4"), xp.ones(64, "f4")
     args, widths = (rows, k_steps, v_steps), dict(k_widths=k_widths, v_widths=v_widths)
     outs = op.decode(*args, **widths, k_out=xp.zeros((2, 32), np.float32))
     assert [out.dtype for out in outs] == [np.float32, np.float32]
-    assert (to_numpy(outs[1]) == -127.5).all()
+    assert (to_numpy(outs[1]) == -126.5).all()
     outs = xp.zeros((2, 32), np.float32), xp.zeros((2, 64), np.float16)
     with pytest.raises(DtypeError, match="v_out has dtype float16, expected float32"):
         op.decode(*args, **widths, k_out=outs[0], v_out=outs[1])

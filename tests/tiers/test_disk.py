@@ -376,3 +376,23 @@ def test_processes_that_are_killed():
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stderr) == (0, "")
     assert "no wrong page" in done.stdout and ", 0 files" not in done.stdout
+
+
+@pytest.mark.parametrize("reads", [False, True])
+def test_of_a_sequence_the_last_pages_go_first(tmp_path, reads):
+    """Whether they were written in their order, or read since: pages behind a missing one are of no
+    use, which is what a limit would else leave of a sequence."""
+    a, b = KEYS[:6], KEYS[6:10]
+    tier(tmp_path).write(a[0], row(a[0]))
+    (file,) = disk.entries(tmp_path)
+    files = tier(tmp_path, 9 * file.nbytes)
+    for i, key in enumerate(a):
+        files.write(key, row(key), i)
+    if reads:
+        for i, key in enumerate(a):
+            assert files.read(key, np.empty(N, np.uint8), i)
+    for i, key in enumerate(b):
+        files.write(key, row(key), i)
+    left = [key in tier(tmp_path) for key in a]
+    assert left == sorted(left, reverse=True) and 2 <= sum(left) <= 5
+    assert all(key in tier(tmp_path) for key in b)

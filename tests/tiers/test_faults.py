@@ -1,6 +1,8 @@
 """Whatever fails, and wherever: pages and rows are given back, and no page is wrong."""
 
 import itertools
+import os
+import signal
 from contextlib import ExitStack, contextmanager
 
 import pytest
@@ -157,3 +159,24 @@ def check(world):
         world.ask(tokens)  # asking looks at every page
     assert manager.num_free == manager.num_pages
     tiers._threads._pool.shutdown()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_child_reads_and_writes_files(tmp_path):
+    """By threads of its own; what its parent's were at is lost to it, and to it alone."""
+    prompts = [[first] * (3 * P) for first in range(6)]
+    world = World(pages=6, host=3 * 2 * 2 * 2 * P * 8, disk=f"{tmp_path}/t:1MiB")
+    for prompt in prompts:
+        world.ask(prompt)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        try:
+            found = sum(map(world.ask, prompts))
+            world.tiers.flush()
+            os._exit(0 if found and world.tiers.counters.disk_hits else 1)
+        finally:
+            os._exit(2)
+    assert os.waitpid(child, 0)[1] == 0
+    assert sum(map(world.ask, prompts)) > 0

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from pykv.errors import CapacityError, ParameterError, TransportError
-from pykv.transport import Local, Message, local, wait_for
+from pykv.transport import Local, Message, local, messages, wait_for
 
 pytestmark = pytest.mark.skipif(local.fcntl is None, reason="this system has no file locks")
 FACTS = dict(model="a")
@@ -161,6 +161,12 @@ def test_foreign_bytes_are_left_out(here, tmp_path, monkeypatch):
     say(local.messages.pack(Message("other", dict(a=1))))
     assert here.messages(5.0) == [Message("other", dict(a=1))]
     open_end.close()
+
+
+def test_a_message_that_nobody_takes_is_not_sent(here, monkeypatch):
+    monkeypatch.setattr(messages, "MOST_BYTES", 1000)
+    with pytest.raises(ParameterError, match="facts have 1,008 bytes, expected a message of at"):
+        here.notify(here.name, dict(text="x" * 996))
 
 
 def test_silent_senders_do_not_hold_up_the_others(here, tmp_path, monkeypatch):

@@ -117,13 +117,22 @@ class Constraint:
             made._matcher = self._matcher.deep_copy()
         return made
 
+    @property
+    def error(self) -> str:
+        """Why the parser gave up, as it does where a schema has too many properties; empty if it
+        did not."""
+        if self._matcher is None or not self._matcher.is_error():
+            return ""
+        message: str = self._matcher.get_error()
+        return message.strip().splitlines()[0]
+
     def mask(self) -> np.ndarray | None:
         """Bits of the tokens that may follow, [ceil(vocab / 32)] int32; None: all of them."""
         if self._matcher is None:
             return None
         bits = np.zeros_like(self._ends)
         self._matcher.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)
-        return bits if bits.any() else self._ends  # a parser that gave up ends the answer
+        return bits if bits.any() else self._ends  # a parser that gave up: see `error`
 
     def push(self, tokens: Sequence[int], text: str) -> None:
         """Go on behind tokens that were drawn; `text` is all that the sequence says with them."""

@@ -17,7 +17,7 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
-from pykv.errors import CapacityError, PykvError
+from pykv.errors import CapacityError, PykvError, UnsupportedError
 from pykv.llm.answer import Answer
 from pykv.llm.sequence import Sequence
 from pykv.serve.constraints import Constraint
@@ -85,6 +85,9 @@ class Job:
             metrics.inter_token_latency.observe(now - self._last, len(tokens))
         if tokens and self.constraint is not None:
             self.constraint.push(tokens, self.answer.completion().text)
+        if self.constraint is not None and s.finish_reason in ("", "stop"):
+            if why := self.constraint.error:  # what was said does not follow the schema
+                s.fail(UnsupportedError(f"the schema cannot be followed to its end: {why}"))
         logprobs = s.logprobs[self._num_read : len(s.generated)]
         self._num_read, self._last = len(s.generated), now
         metrics.generation_tokens += len(tokens)
@@ -359,6 +362,8 @@ def as_api_error(error: Exception) -> ApiError:
     """An exception of the engine as clients see it."""
     if isinstance(error, ApiError):
         return error
+    if isinstance(error, UnsupportedError):
+        return ApiError(400, str(error), code="unsupported")
     if isinstance(error, CapacityError):
         return ApiError(400, str(error), code="context_length_exceeded")
     if isinstance(error, PykvError):

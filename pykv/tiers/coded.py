@@ -20,7 +20,7 @@ import numpy as np
 from pykv import ranges
 from pykv.arrays import load_cupy
 from pykv.errors import ParameterError
-from pykv.kvtc import Codec, Coded
+from pykv.kvtc import Codec, Coded, stream
 from pykv.ops import block_copy
 from pykv.pool import PagedKVCache
 
@@ -75,7 +75,8 @@ class CodedForm:
         self._codec, self._hadamard, self._page_size = codec, hadamard, cache.page_size
         self.nbytes = cache.page_size * codec.row_bytes
         self.exact_pages = -(-codec.sinks // cache.page_size)
-        self.name = f"kvtc {codec.artefact} {codec.ratio} after {self.exact_pages} pages"
+        how = f"{stream.VERSION} {codec.artefact} {codec.ratio}"
+        self.name = f"kvtc {how} after {self.exact_pages} pages"
 
     @property
     def heads_shape(self) -> tuple[int, int]:

@@ -1,6 +1,9 @@
 """A codec: tokens of a cache to coded tokens and back."""
 
+import os
+import signal
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -142,6 +145,33 @@ def test_threads_take_turns(rng):
                 assert list(found) == want
     finally:
         sys.setswitchinterval(interval)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_child_does_not_wait_for_a_turn(rng):
+    artefact = made.artefact(rng)
+    codec, given = Codec(artefact, 4), made.sequence(rng, np, artefact, 9)[:3]
+    want, held, over = codec.compress(*given).to_bytes(), threading.Event(), threading.Event()
+
+    def hold():
+        with codec._turn:
+            held.set()
+            over.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait()
+    child = os.fork()
+    if child == 0:
+        signal.alarm(10)
+        try:
+            os._exit(codec.compress(*given).to_bytes() != want)
+        finally:
+            os._exit(2)
+    over.set()
+    thread.join()
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def test_layers_alone(xp, rng):

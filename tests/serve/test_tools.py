@@ -100,6 +100,21 @@ def test_a_mask_by_hand(llms):
     assert allowed(first) == [""]  # the end alone
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_schema_that_the_parser_gives_up_is_no_answer(serve, stream):
+    """llguidance bounds its work for a token: an object of so many optional keys ends there, and
+    half of it is not what was asked for."""
+    keys = {f"k{i}": {"type": "integer"} for i in range(600)}
+    schema = {"type": "object", "properties": keys, "additionalProperties": False}
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    client = serve(lambda s: [*b"{"])
+    data = json.dumps(dict(messages=USER, response_format=form, stream=stream))
+    status, _, answer = client.request("POST", CHAT, data)
+    assert status == (200 if stream else 400)
+    assert b"the schema cannot be followed to its end: " in answer and b'"stop"' not in answer
+    assert client.scheduler.is_idle
+
+
 @pytest.mark.parametrize("once", [False, True])
 @pytest.mark.parametrize("said", ["< g o >", "a < g o >", "< g o >Ċ", "< g o >! < g o >Ċ"])
 def test_what_triggers_a_grammar_may_end_within_a_token(tmp_path, said, once):

@@ -13,7 +13,7 @@ from pykv import cuda, planes
 from pykv.arrays import like, on_gpu
 from pykv.errors import UnsupportedError
 from pykv.llm.gguf import ModelFile
-from pykv.ops import activation, block_linear, block_rows, linear, linear_mma
+from pykv.ops import activation, block_linear, block_rows, linear, linear_mma, linear_tiles
 from pykv.ops.block_linear import PLAIN
 from pykv.ops.norm import rms_norm
 from pykv.pool import float_kind
@@ -63,8 +63,8 @@ def stored_bytes(kind: str, O: int, I: int) -> int:
 
 
 # Tokens up to which block_linear normalises, multiplies and gates on a GPU, whatever the weights.
-# Where that takes CUDA cores alone, for 4 tokens or 8 of small matrices, activations keep the bits
-# of float32. Tensor cores take them rounded to float16, as weights are. Of all products that moves
+# Where that takes CUDA cores alone, for 4 tokens or 2 by large matrices, activations keep 23 bits.
+# Tensor cores take them rounded to float16, as weights are. Of all products that moves
 # the logits of SmolLM2, whose standard deviation is 7, by 0.007 (root mean square), as much as
 # weights rounded to float16 do, and its perplexity by less than 1e-4 of it.
 FUSED_TOKENS = 8
@@ -108,7 +108,8 @@ def multiply(
 def gates_itself(x: Any, w: Any, gemm: str) -> bool:
     """Whether the product with w, of gates and what they open, ends in the gate."""
     parts = parts_of(w)
-    return len(parts) == 1 and on_gpu(x) and (_is_fused(x) or not _by_linear(x, parts[0][0], gemm))
+    is_long = len(x) > linear_tiles.SHORT and not _by_linear(x, parts[0][0], gemm)
+    return len(parts) == 1 and on_gpu(x) and (_is_fused(x) or is_long)
 
 
 def gated(

@@ -39,11 +39,10 @@ _FEW_OUTS = 2  # of floats, of which a lane holds 32 elements of each row, and o
 _SLICE = 1024  # elements of a row that a warp multiplies at a time
 _SLICE_BYTES = 4608
 _SLICES = 8  # of a round, of all tokens that share one reading of w
-_FEW = 4  # tokens up to which `gemv` multiplies, where linear_mma has a kernel; 2 if x is rounded
-# Where the matrix is so small that launches around linear_mma take as long, it multiplies more: up
-# to 8 in one launch, and of x that is rounded up to 4.
-_SMALL = 8 << 20  # elements
-_SMALL_ROUNDED = 16 << 20
+# Tokens up to which `gemv` multiplies, where linear_mma has a kernel; of rounded x and matrices of
+# more elements than _SMALL only 2.
+_FEW = 4
+_SMALL = 16 << 20
 
 VARIANTS_SMS = range(0)  # none at import: compiled when a model has a tensor of the kind
 
@@ -328,9 +327,8 @@ def product(
 
 def _by_gemv(x: Any, w: Any, kind: str, exact: bool) -> bool:
     (T, I), R = x.shape, len(w)
-    few = _FEW if exact or R * I <= _SMALL_ROUNDED else 2
-    is_small = T <= max(_OUTS) and R * I <= _SMALL
-    return T <= few or is_small or not linear_mma.has_kernel(kind, cuda.current_sm())
+    few = _FEW if exact or R * I <= _SMALL else 2
+    return T <= few or not linear_mma.has_kernel(kind, cuda.current_sm())
 
 
 def _launch(
@@ -411,6 +409,7 @@ def _launches(
     given, gate, accumulate = (x, w, kind, bias), options.gate, options.accumulate
     ways: dict[str, Any] = dict(eps=options.eps, early=options.early)
     if linear_tiles.multiplies(kind, exact, len(x), cuda.current_sm()):
+        ways |= dict(early=options.early and len(x) > linear_tiles.SHORT)
         return linear_tiles.product(*given, out, accumulate, gate=gate, **ways)
     if gate is None:
         return linear_mma.product(*given, out, accumulate, exact, **ways)

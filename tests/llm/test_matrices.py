@@ -102,11 +102,11 @@ def test_parts_of_a_matrix(xp, rng, monkeypatch, tmp_path, kind):
     )
     make_every_launch(monkeypatch)
     has_tensor_cores = xp is not np and linear_mma.has_kernel(kind, cuda.current_sm())
-    for T, small in ((1, 0), (3, 0), (8, block_linear._SMALL), (5, 0), (8, 0), (12, 0)):
+    for T, small in ((1, 0), (2, 0), (3, block_linear._SMALL), (3, 0), (8, 0), (12, 0)):
         monkeypatch.setattr(block_linear, "_SMALL", small)
         x, old = (rng.standard_normal((T, n)).astype(np.float32) for n in (256, len(values)))
         bias = rng.standard_normal(len(values)).astype(np.float32)
-        is_rounded = has_tensor_cores and (T > 8 or (T > 4 and not small))
+        is_rounded = has_tensor_cores and (T > 4 or (T > 2 and not small))
         rounded = np.float16 if is_rounded else np.float32
         low, oracle = (
             x.astype(first).astype(of) @ values.T.astype(first).astype(of) + bias + old.astype(of)

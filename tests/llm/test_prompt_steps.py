@@ -6,7 +6,7 @@ import pytest
 from pykv import cuda
 from pykv.llm import LLM, memory, model, prompt_steps, scheduler
 from pykv.llm.prompt_steps import PromptSteps, Ragged, Sizes, Span, of_spans
-from pykv.ops import paged_check
+from pykv.ops import linear_tiles, paged_check
 from pykv.pool import PagedKVCache
 from tests.helpers import assert_same_bits, to_numpy, without_simt
 
@@ -63,9 +63,10 @@ def tiny_model(open_llm):
     return open_llm(weights="fp16").model
 
 
-def test_activations_are_known_before(xp, rng, tiny_model, monkeypatch):
-    """What is reckoned is what a step allocates, one operand of a product and on a GPU products of
-    gates, which few tokens have."""
+@pytest.mark.parametrize("is_long", [False, True])
+def test_activations_are_known_before(xp, rng, tiny_model, monkeypatch, is_long):
+    """What is reckoned is what a step allocates, one operand of a product, and products of gates
+    also where long steps on a GPU have none."""
     config, arrays, like = tiny_model.config, [], model.like
 
     def noted(*args):
@@ -73,11 +74,12 @@ def test_activations_are_known_before(xp, rng, tiny_model, monkeypatch):
         return arrays[-1]
 
     monkeypatch.setattr(model, "like", noted)
+    monkeypatch.setattr(linear_tiles, "SHORT", 0 if is_long else 512)
     cache, batch = cache_of(tiny_model, xp, 12), of_spans(spans_of(rng, [20], [0]), P, xp)
     model.forward(tiny_model, batch, cache)
     widest = max(config.embedding, config.heads * config.head_dim, config.feed_forward)
     taken = sum(x.nbytes for x in arrays) + 4 * 20 * (config.embedding + widest)
-    gate_up = 0 if xp is np else 2 * config.feed_forward
+    gate_up = 2 * config.feed_forward if is_long and xp is not np else 0
     assert memory.step_bytes(config, 20) == taken + 4 * 20 * gate_up
 
 
@@ -129,9 +131,9 @@ def test_steps_compute_what_exact_batches_do(xp, rng, tiny_model, monkeypatch, a
         config, tokens = tiny_model.config, sum(counts)
         shape = config.num_layers, tokens, config.heads, config.head_dim
         want_queries = xp.empty(shape, np.float32)
-        last = xp.asarray(np.array([tokens - 1], np.int32))
+        last = xp.full(8, tokens - 1, np.int32)  # as many as a graph has, which are rounded alike
         batch = of_spans(spans, P, xp)
-        want = model.forward(tiny_model, batch, cache, last, queries=want_queries)
+        want = model.forward(tiny_model, batch, cache, last, queries=want_queries)[:1]
         assert logits.shape == want.shape and queries.shape == shape
         for got, exact in ((logits, want), (queries, want_queries)):
             np.testing.assert_allclose(to_numpy(got), to_numpy(exact), rtol=0, atol=2e-3)

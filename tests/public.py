@@ -120,6 +120,7 @@ UNCHECKED = """
     layout.Layout layout.BlockShape plan.base.Preference pages.Pages
     layout.check_layout layout.check_pair layout.check_shape ops.block_linear.product
     ops.activation.launch_gated ops.kvtc_blocks.Blocks.check_apart
+    ops.kvtc_blocks.Blocks.check_writeable
     eval.changes.Kept eval.changes.changed eval.changes.check_job eval.changes.check_llm
     eval.changes.identity eval.changes.mixed eval.changes.static_scale eval.changes.stored
     eval.continuation.Cost eval.continuation.Cost.as_dict eval.continuation.compare

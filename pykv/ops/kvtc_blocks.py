@@ -185,8 +185,12 @@ class Blocks(NamedTuple):
         return {f"blocks[{i}]": x for i, x in enumerate(self.arrays)}
 
     def check_apart(self, op: str, *, are_written: bool = False, **others: Any) -> None:
-        """Check for `op` that others, or None, lie apart from blocks, and where these are written
-        that each lies apart from each.
+        """Check for `op` that others, or None, lie apart from blocks.
+
+        Args:
+            op: name for messages.
+            are_written: that each block also lies apart from each.
+            others: arrays by their names.
 
         Raises:
             ParameterError: one shares memory with a block.

@@ -95,9 +95,9 @@ def draws(rng: np.random.Generator, xp: Any) -> Case:
     wrong = 0.0
     for _ in range(3):
         program()
-        want = adjust_logits.reference(logits, **given)
-        drawn = sample.reference(want, *of_op)
-        of_tokens, tops, values = logprobs.reference(logits, drawn, wanted, K)
+        want = adjust_logits.adjust(logits, **given)
+        drawn = sample.sample(want, *of_op)
+        of_tokens, tops, values = logprobs.top(logits, drawn, wanted, K)
         got = host(found)
         floats = got.view(np.float32)
         wrong += (host(tokens) != drawn).sum() + (got[:, 1 : 1 + K] != tops).sum()

@@ -49,8 +49,9 @@ template <typename K> struct Digits {
         }
         group_max<QUADS>(largest);
         // The exponent leaves the top digit below 128. Beside infinities all else is 0.
+        const bool is_finite = largest[0] < 0x7f800000u;
         const u32 exponent = max(largest[0] + 0x20000u >> 23, 23u);
-        const float up = __uint_as_float(exponent < 255 ? 276u - exponent << 23 : 0x200u);
+        const float up = __uint_as_float(is_finite ? 276u - exponent << 23 : 0x200u);
         u32 shifted[4];  // the lower digits without a sign
 #pragma unroll
         for (int j = 0; j < 4; j++) {
@@ -76,7 +77,7 @@ template <typename K> struct Digits {
             for (int i = 1; i < RUN; i *= 2) sums[d] += __shfl_xor_sync(FULL_MASK, sums[d], i);
         }
         // An infinity or NaN of x makes itself the unit.
-        const u32 unit = largest[0] < 0x7f800000u ? exponent - 22 << 23 : largest[0];
+        const u32 unit = is_finite ? exponent - 22 << 23 : largest[0];
         if (k == 0) words[UNIT_AT] = unit;
         if (k % RUN > 0) return;
         u32* of_half = words + SUMS_AT + k / RUN * SUMS_OF_HALF;

@@ -63,10 +63,12 @@ def most_outs(kind: str, rows: int) -> int:
 
 
 def _sizes(kind: str, sm: int) -> list[dict[str, int]]:
-    """All ways in which `gemv` cuts products."""
+    """All ways in which `gemv` cuts products on an SM."""
+    has_mma = linear_mma.has_kernel(kind, sm)
     return [
         dict(ROWS=rows, OUTS=outs, BLOCK=block)
         for rows in _OUTS
+        if rows <= _FEW or not has_mma
         for outs in _outs(kind, rows)
         for block in _blocks(kind, rows, sm)
     ]

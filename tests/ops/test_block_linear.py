@@ -280,7 +280,7 @@ def test_a_model_that_is_loaded_finds_its_kernels_compiled(monkeypatch, kind, sm
     op.warm_up([kind], [kind], "geglu")
     floats = np.dtype("f4"), np.dtype("f4")
     sizes = []
-    for T in range(1, 9):
+    for T in range(1, 5 if linear_mma.has_kernel(kind, sm) else 9):
         rows = min(8, 1 << (T - 1).bit_length())
         outs = op._outs(kind, rows)
         for R, I in ((576, 576), (4096, 576), (49152, 576), (49152, 32)):

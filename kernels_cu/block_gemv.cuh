@@ -48,7 +48,8 @@ template <typename K> struct Digits {
             largest[0] = max(largest[0], __float_as_uint(values[j]) & 0x7fffffffu);
         }
         group_max<QUADS>(largest);
-        // The exponent leaves the top digit below 128. Beside infinities all else is 0.
+        // The exponent leaves the top digit below 128; the largest floats have 255. Beside an infinity
+        // or NaN all else is 0.
         const bool is_finite = largest[0] < 0x7f800000u;
         const u32 exponent = max(largest[0] + 0x20000u >> 23, 23u);
         const float up = __uint_as_float(is_finite ? 276u - exponent << 23 : 0x200u);
@@ -186,36 +187,25 @@ struct StoredRows {
 template <typename K, typename Source>
 __device__ __forceinline__ void stage(float* staged, float (&squares)[ROWS], const Source& x,
                                       const float* norm, int t0, int T, int i0, int I, int parts) {
-    constexpr int STEP = BLOCK * 4, AHEAD = ROWS <= 2 && 2 * STEP <= SLICE ? 2 : 1;  // loads in flight
-    static_assert(AHEAD == 1 || SLICE % (AHEAD * STEP) == 0, "whole steps");
-    for (int first = threadIdx.x * 4; first < parts * SLICE; first += AHEAD * STEP) {
-        float values[AHEAD][ROWS][4], factors[AHEAD][4];
+    for (int at = threadIdx.x * 4; at < parts * SLICE; at += BLOCK * 4) {
+        const int i = min(i0 + at, I - 4);
+        float values[ROWS][4], factors[4];
+        if (norm) load4(factors, norm + i);
 #pragma unroll
-        for (int a = 0; a < AHEAD; a++) {
-            const int i = min(i0 + first + a * STEP, I - 4);
-            if (norm) load4(factors[a], norm + i);
+        for (int r = 0; r < ROWS; r++) x.load(values[r], min(t0 + r, T - 1), i);
+        float* slice = staged + at / SLICE * (ROWS * SLICE_WORDS);
 #pragma unroll
-            for (int r = 0; r < ROWS; r++) {
-                x.load(values[a][r], min(t0 + r, T - 1), i);
-            }
-        }
+        for (int r = 0; r < ROWS; r++) {
+            float of_row[4];
 #pragma unroll
-        for (int a = 0; a < AHEAD; a++) {
-            const int at = first + a * STEP;
-            float* slice = staged + at / SLICE * (ROWS * SLICE_WORDS);
-#pragma unroll
-            for (int r = 0; r < ROWS; r++) {
-                float of_row[4];
-#pragma unroll
-                for (int j = 0; j < 4; j++) {
-                    of_row[j] = i0 + at < I ? values[a][r][j] : 0.0f;
-                    if (norm) {
-                        squares[r] = fmaf(of_row[j], of_row[j], squares[r]);
-                        of_row[j] *= factors[a][j];
-                    }
+            for (int j = 0; j < 4; j++) {
+                of_row[j] = i0 + at < I ? values[r][j] : 0.0f;
+                if (norm) {
+                    squares[r] = fmaf(of_row[j], of_row[j], squares[r]);
+                    of_row[j] *= factors[j];
                 }
-                Digits<K>::put(slice + r * SLICE_WORDS, at % SLICE, of_row);
             }
+            Digits<K>::put(slice + r * SLICE_WORDS, at % SLICE, of_row);
         }
     }
 }

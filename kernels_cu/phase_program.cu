@@ -9,9 +9,10 @@
 // Defines:  KINDS = one or more of F32, F16, BF16 and formats of planes.cuh, with commas between: kinds
 //           of matrices; X_T, B_T, BLOCK, ROWS and OUTS as block_linear.cu has them for `gemv`; ROWS is
 //           at least T. Programs with a cache: what paged_qkv.cu and paged_decode.cu need as well,
-//           of which NEW_T and Q_T are X_T. Programs that draw (phase_draw.cuh): DRAWS = 1
+//           of which NEW_T and Q_T are X_T, and ATTENTION_BYTES of shared memory. Programs that draw
+//           (phase_draw.cuh): DRAWS = 1
 // Launch:   cooperative, grid up to what the GPU runs at once, block (BLOCK), dynamic shared memory the
-//           most that a product takes (block_linear.cu). From sm_70 on
+//           most that a product takes (block_linear.cu), or ATTENTION_BYTES. From sm_70 on
 // Traffic:  that of the phases
 // Order:    that of the kernels which have these phases to themselves, whatever the grid is: the same
 //           bits as theirs where they cut products and keys alike

@@ -230,13 +230,15 @@ __device__ __forceinline__ void argmax_tile(const Argmax& p, int token, u64* of_
 }
 
 #ifdef HEAD_DIM
-// What the threads of a block tell each other about heads of a share.
+// What the threads of a block tell each other about heads of a share. It lies where products have
+// theirs, in dynamic shared memory: an SM may lack room for both.
 struct AttentionShared {
     AppendShared append;
     AttendShared attend;
     __align__(16) Q_T queries[QUERY_ROWS][D];
     int is_last;
 };
+static_assert(sizeof(AttentionShared) <= ATTENTION_BYTES, "as the host reckons");
 
 // Makes the queries of a share; whoever has the last key also makes its row and that of its value.
 __device__ __forceinline__ const Q_T* make_queries(AttentionShared& shared, const Append& p,
@@ -322,9 +324,6 @@ union Shared {
     WarpSums sums;
     u64 keys[WARPS];
     float of_warps[WARPS];
-#ifdef HEAD_DIM
-    AttentionShared attention;
-#endif
 #ifdef DRAWS
     DrawShared draw;
 #endif
@@ -353,10 +352,12 @@ __device__ __forceinline__ void multiply_tiles(const Phase& p, float* staged, Wa
 
 // A tile of a phase that is no product. `await` comes before it reads what other phases write.
 template <typename Await>
-__device__ __forceinline__ void run_tile(const Phase& p, int tile, Shared& shared, Await await) {
+__device__ __forceinline__ void run_tile(const Phase& p, int tile, float* staged, Shared& shared,
+                                         Await await) {
 #ifdef HEAD_DIM
+    AttentionShared& of_heads = *reinterpret_cast<AttentionShared*>(staged);
     if (p.op == ATTEND) {
-        attention_tile(shared.attention, p.attention, tile, await);
+        attention_tile(of_heads, p.attention, tile, await);
         return;
     }
 #endif
@@ -374,7 +375,7 @@ __device__ __forceinline__ void run_tile(const Phase& p, int tile, Shared& share
 #ifdef HEAD_DIM
     constexpr int OF_TOKEN = (HQ + 2 * H + GROUPS - 1) / GROUPS;
     if (p.op == APPEND) {
-        append_heads(shared.attention.append, p.attention.append, tile / OF_TOKEN, tile % OF_TOKEN);
+        append_heads(of_heads.append, p.attention.append, tile / OF_TOKEN, tile % OF_TOKEN);
     }
 #endif
 }
@@ -404,7 +405,7 @@ __device__ __forceinline__ int run_phases(Phase (&held)[2], float* staged, Share
             multiply_tiles(p, staged, shared.sums, await);
         } else {
             for (int tile = blockIdx.x; tile < p.tiles; tile += gridDim.x) {
-                run_tile(p, tile, shared, await);
+                run_tile(p, tile, staged, shared, await);
             }
         }
         if (waits) await();  // also without a tile

@@ -326,7 +326,7 @@ class Attention(NamedTuple):
         defines = paged_qkv.kernel_arguments(of_append, arrays, options)[0]
         defines |= attention.kernel_defines(spec, scores, self.attend.arrays())
         rows = paged_decode.tile_rows(checked.sizes)
-        return defines | dict(BLOCK=BLOCK, QUERY_ROWS=rows, COUNTERS=paged_decode.COUNTERS)
+        return program_defines(defines, rows)
 
     def splits(self, op: str) -> int:
         """Into how many parts keys are cut."""
@@ -370,6 +370,15 @@ class Attention(NamedTuple):
             return [last]
         heads = sizes.HQ + 2 * sizes.H
         return [Record("APPEND", None, sizes.B * -(-heads // groups), values, touched), last]
+
+
+def program_defines(of_cache: dict[str, Any], rows: int) -> dict[str, Any]:
+    """The defines of a program with a cache; a block serves so many query rows at a time."""
+    D, lanes, pairs = (of_cache[name] for name in ("HEAD_DIM", "LANES", "PAIRS"))
+    floats = (BLOCK // 32 + 1) * rows * (D + 2)  # sums of each warp, queries
+    floats += BLOCK // lanes * D + 2 * pairs  # rows that lanes exchange, rotations
+    sizes = dict(BLOCK=BLOCK, QUERY_ROWS=rows, COUNTERS=paged_decode.COUNTERS)
+    return of_cache | sizes | dict(ATTENTION_BYTES=4 * floats + 64)  # and what alignment takes
 
 
 class _Checked(NamedTuple):

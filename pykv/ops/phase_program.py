@@ -19,7 +19,7 @@ from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError, Uns
 from pykv.ops import block_linear, paged_decode, paged_qkv
 from pykv.options import check_whole
 from pykv.overlaps import bytes_of, is_same, place_of, share
-from pykv.phases import BLOCK, OPS, PHASES, Attention, Product, Record, Scratch
+from pykv.phases import BLOCK, OPS, PHASES, Attention, Product, Record, Scratch, program_defines
 from pykv.ranges import address_of
 from pykv.specs import KVSpec
 from pykv.stages import check_stages, stages_of
@@ -65,7 +65,7 @@ def _defines(kinds: Sequence[str], x: Any, bias: Any, rows: int, outs: int) -> d
 def _of_cache(spec: KVSpec, HQ: int, H: int, D: int, F: int, **flags: Any) -> dict[str, Any]:
     """Defines of programs with a cache of float queries and 16 tokens a page."""
     defines = paged_qkv.defines_of(FLOATS[0], spec, HQ, H, D, 16, F, **flags)
-    return defines | dict(Q_T="float", QUERY_ROWS=HQ // H, COUNTERS=4096, BLOCK=BLOCK)
+    return program_defines(defines | dict(Q_T="float"), HQ // H)
 
 
 VARIANTS: list[dict[str, Any]] = [
@@ -214,6 +214,7 @@ def pack(op: str, phases: list[Any]) -> Packed:
     biases = [p.bias.dtype for p in phases if getattr(p, "bias", None) is not None]
     defines = _defines(kinds, x.dtype, (biases or [FLOATS[0]])[0], rows, outs)
     defines |= _cache_defines(op, phases)
+    shared = max(shared, defines.get("ATTENTION_BYTES", 0))
     if any(isinstance(p, DRAW_PHASES) for p in phases):
         defines["DRAWS"] = 1
     tiles = max(1, *(record.tiles for record in records))

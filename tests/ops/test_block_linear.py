@@ -353,6 +353,26 @@ def test_integers_of_x_cost_as_little_as_floats(xp, rng, kind):
     assert error <= 2 * of_floats
 
 
+@pytest.mark.parametrize("T", [1, 9])
+@pytest.mark.parametrize("kind", ["Q4_0", "Q6_K", "F16"])
+@pytest.mark.parametrize("largest", [3.4028235e38, -3.39e38])
+def test_the_largest_activations(xp, rng, T, kind, largest):
+    """Of float32, and of bfloat16, by weights that leave the product finite."""
+    blocks, at = random_blocks(rng, kind, 12, 512), HALVES.get(kind, (0,))
+    if kind == "F16":
+        blocks *= np.float16(2**-7)
+    else:
+        nbytes = planes.FORMATS[kind].nbytes
+        halves = blocks.reshape(12, -1, nbytes)[..., at[0] : at[0] + 2]
+        halves[...] = np.array([2**-16], np.float16).view(np.uint8)
+    x = rng.standard_normal((T, 512)).astype(np.float32)
+    x[0, 5] = largest
+    w = xp.asarray(blocks) if kind == "F16" else block_rows.pack(xp.asarray(blocks), kind)
+    got = to_numpy(op.multiply(xp.asarray(x), w, kind))
+    want = np.float64(x[0, 5]) * dequantized(blocks, kind)[:, 5]
+    np.testing.assert_allclose(got[0], want, rtol=0, atol=1e-6 * np.abs(want).max())
+
+
 @pytest.mark.parametrize("scale", [1e-44, 1e-30, 1e30, 3.4e38])
 def test_groups_of_any_size(xp, rng, scale):
     """Of numbers near the ends of float32, beside groups of zeros."""

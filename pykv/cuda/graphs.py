@@ -41,7 +41,7 @@ class GraphMemory:
         self._stream = cuda.Stream(non_blocking=True)  # CuPy gives memory back to its stream alone
 
     def hold(self, objects: Iterable[Any]) -> None:
-        """Keep objects alive as long as the graph being captured, but arrays that its function
+        """Keep objects alive as long as the graph being captured, except arrays that its function
         makes in this memory."""
         self._held += [x for x in objects if not self._is_own(x)]
 

@@ -8,7 +8,7 @@ import and keeps as cubins; no compiler is installed and none is needed.
     pykv.LLM("smollm2-135m")            a model that answers through it
 
 Environment: PYKV_CACHE_DIR (where cubins and models are kept) and PYKV_COMPILE=lazy (compile at
-first use instead of at import). Other values than README.md names are warned of.
+first use instead of at import). README.md lists all; a value that it does not name is warned of.
 """
 
 __version__ = "0.1.0"

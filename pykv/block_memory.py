@@ -45,7 +45,7 @@ class Side(NamedTuple):
     token_stride: int
     chunk_stride: int  # 0 where each chunk has an entry
     arrays: Any  # held here, since a table of addresses keeps no array alive
-    views: Any  # of these: letters of N, L and O, and a view of such dimensions and [H, P, D]
+    views: Any  # for each array: its leading axes, letters of "NLO", and a view [*axes, H, P, D]
 
     def without_memory(self) -> Side:
         """What a launch goes by: hashable, and the same for all memory that lies alike."""
@@ -279,8 +279,8 @@ def _split(
 
 
 def check_apart(op: str, to: Side, from_: Side, moved: BlockShape, head: int, layer: int) -> None:
-    """Check that arrays that are written share no memory with others that move, nor their own
-    elements.
+    """Check that what is written of arrays shares no memory with what is read, or written of
+    another array, and that no two of its elements are at one place.
 
     Raises:
         ParameterError, ShapeError: they do.

@@ -164,7 +164,7 @@ def _place(pair: Pair | None) -> tuple[Any, ...]:
 
 
 def file_of(device: int, *more: str) -> Path:
-    """Where figures of a GPU, a driver and a version are kept, and of `more` that they are of."""
+    """The file of figures of a GPU, its driver and this version; `more` words say of what."""
     name, uuid, driver = _identity(device)
     words = re.sub(r"\W+", "-", " ".join([name, uuid, *more, f"driver {driver} v{VERSION}"]))
     return cuda.cache_dir() / "calibration" / f"{words}.json"

@@ -135,6 +135,7 @@ def _parser() -> argparse.ArgumentParser:
     model_options.add_device(serve)
     model_options.add_weights(serve)
     model_options.add_cache(serve)
+    model_options.add_decode(serve)
     command_of_serve.add_serve(serve)
 
     inspect = commands.add_parser("inspect", help="show a GGUF file's metadata and tensors")

@@ -35,7 +35,7 @@ class Adjust(NamedTuple):
         tallies: [T, V] int32, updated in place.
         penalties: [T, 3] float32; (1, 0, 0) are none.
         tokens: [T] int32; the token that each sequence has drawn last.
-        biases: [T, V] float32, what is added; 0 is none.
+        biases: [T, V] float32; added to the logits, 0 for none.
     """
 
     logits: Any
@@ -181,10 +181,10 @@ class Logprobs(NamedTuple):
     Attributes:
         logits: [T, V] float32.
         tokens: [T] int32.
-        wanted: [T] int32; of the likeliest tokens, up to K; a negative number is of a row that
-            wants nothing.
-        out: [T, 1 + 2 K] int32, of each row the bits of the token's log probability, float32; ids
-            of the likeliest tokens; the bits of theirs.
+        wanted: [T] int32; how many of the likeliest tokens a row wants, up to K; a negative number
+            says that it wants nothing, not even the token's own.
+        out: [T, 1 + 2 K] int32; of each row the log probability of its token, as the bits of a
+            float32, then the ids of the K likeliest tokens, then their log probabilities likewise.
     """
 
     logits: Any

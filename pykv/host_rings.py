@@ -5,7 +5,7 @@ Layout, in words of 8 bytes (kernels_cu/host_ring.cuh has the kernel's side):
     0    beat       counts the host's calls: where it stands still for too long, the kernel ends
     1    abort      1: the kernel ends before its next command
     16   state      a `State`
-    17   taken      commands that the kernel has taken since it began; a Mailbox tells nothing
+    17   taken      commands that a ResidentProgram's kernel has taken since it began
     32   commands   SLOTS slots of 8 words, host to kernel
     ...  results    SLOTS slots of 8 words, kernel to host
 

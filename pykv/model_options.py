@@ -28,6 +28,7 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 def add_model(parser: argparse.ArgumentParser) -> None:
     add_place(parser)
     add_cache(parser)
+    add_decode(parser)
 
 
 def add_cache(parser: argparse.ArgumentParser) -> None:
@@ -57,6 +58,23 @@ def add_cache(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_decode(parser: argparse.ArgumentParser) -> None:
+    """How answers go on."""
+    parser.add_argument(
+        "--decode",
+        default="auto",
+        metavar="WAY",
+        help="how a GPU computes the next token: graph, persistent or steps; auto is graph, or "
+        "what pykv.llm.calibrate found to be faster (%(default)s)",
+    )
+    parser.add_argument(
+        "--max-sms-resident",
+        type=int,
+        metavar="N",
+        help="SMs that a launch of the persistent way takes at most, to leave others some (all)",
+    )
+
+
 def add_context(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         *("--ctx", "--context"), type=int, help="tokens of prompt and answer (the model's context)"
@@ -82,7 +100,8 @@ def add_kv_dtype(parser: argparse.ArgumentParser) -> None:
 # Options by what LLM calls them: of add_place, and of add_model.
 PLACE = {"device": "device", "weights": "weights"}
 ALL = PLACE | {"kv_dtype": "kv_dtype", "ctx": "context", "evict": "eviction"}
-ALL |= {name: name for name in ("prefill_device", "host_cache", "disk_cache")}
+_SAME = "prefill_device host_cache disk_cache decode max_sms_resident"
+ALL |= {name: name for name in _SAME.split()}
 
 
 def open_llm(args: argparse.Namespace, options: dict[str, str] = ALL) -> LLM:

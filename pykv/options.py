@@ -134,8 +134,8 @@ def check_flag(op: str, name: str, value: Any) -> bool:
 
 
 def chosen(variable: str, *choices: str) -> str:
-    """The value of a variable of the environment, empty where it has none, or none of `choices`, of
-    which a warning says so: a program shall not fail to import for it."""
+    """The value of a variable of the environment; empty if it is not set, or is none of `choices`.
+    The latter is only warned of, as no program shall fail to import for it."""
     value = os.environ.get(variable, "")
     if not value or value in choices:
         return value

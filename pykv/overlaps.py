@@ -99,8 +99,8 @@ def check_apart(op: str, written: Mapping[str, Any], others: Mapping[str, Any]) 
 def check_lists_apart(
     op: str, written: Sequence[tuple[str, Any]], others: Sequence[tuple[str, Any]] = ()
 ) -> None:
-    """`check_apart` of arrays of which there may be thousands, with a name each: only those are
-    compared whose bounds overlap.
+    """As `check_apart`, of thousands of arrays with their names: only arrays whose bounds overlap
+    are compared.
 
     Raises:
         ParameterError: one that is written shares memory with any other one.

@@ -1,5 +1,5 @@
-"""Tokens of sequences that follow from each other, of which ops/resident_program.py makes a launch:
-what phases read of a token, and what follows it.
+"""What a launch of ops/resident_program.py does between two tokens: the inputs of phases, and what
+follows a token.
 
 Dimensions: T sequences; M pages of each at most.
 """
@@ -46,14 +46,14 @@ class Drawn(NamedTuple):
     """A token of a sequence, of no meaning if `why` says that there is none.
 
     Attributes:
-        logprob, top: where phases find Logprobs, what they find of it: its own and the likeliest
-            tokens', likeliest first.
+        logprob, top: if the phases have a Logprobs: the token's log probability, and those of the
+            likeliest tokens, likeliest first.
     """
 
     token: int
     why: Why
     logprob: Any = None  # a float
-    top: Any = None  # floats by token
+    top: Any = None  # a dict of floats by token
 
 
 def reference(inputs: Inputs, page_size: int, limits: Any, ends: Any, is_last: bool) -> list[Drawn]:
@@ -85,7 +85,7 @@ def reference(inputs: Inputs, page_size: int, limits: Any, ends: Any, is_last: b
 
 
 def with_logprobs(drawn: list[Drawn], found: Any) -> list[Drawn]:
-    """Results beside what a Logprobs left of them, [T, 1 + 2 K] int32."""
+    """Results with their log probabilities, as a Logprobs left them in [T, 1 + 2 K] int32."""
     K = found.shape[1] // 2
     rows = zip(drawn, found.tolist(), found.view(np.float32).tolist(), strict=True)
     return [

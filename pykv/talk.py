@@ -29,8 +29,8 @@ Ctrl-C        stops an answer"""
 
 
 def open_model(args: argparse.Namespace, *, chat: bool) -> tuple[Any, Any]:
-    """The model and the sampling parameters; the latter first, as they are quick to refuse. So is a
-    model without a template, to chat with."""
+    """The model and the sampling parameters. The latter are checked first, which is quick, and for
+    a chat whether the model has a template."""
     from pykv.llm import SamplingParams
 
     names = "temperature top_k top_p min_p seed max_tokens stop repetition_penalty "

@@ -11,7 +11,8 @@ from types import TracebackType
 
 
 def _is_command() -> bool:
-    """Whether this process is the command, which is imported before it can catch anything."""
+    """Whether this process runs the command `pykv`, whose imports come before it can catch
+    anything."""
     program = (getattr(sys, "argv", None) or [""])[0]
     named = any(re.fullmatch("(-[a-zA-Z]*m)?pykv", word) for word in sys.orig_argv)
     return Path(program).stem == "pykv" or (program == "-m" and named)

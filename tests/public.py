@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -70,14 +71,15 @@ def functions(module):
 
 
 def users_call():
-    """What users call, by module and dotted name: all of PUBLIC and of `pykv.__all__`; of ops, what
-    takes a stream, checks contents or says what it raises, unless it is told the name of an op."""
+    """What users call, by module and dotted name: all of PUBLIC and of the `__all__` of pykv and of
+    pykv.llm; of ops, what takes a stream, checks contents or says what it raises, unless it is told
+    the name of an op."""
     found = {}
     for name in PUBLIC:
         module = importlib.import_module(f"pykv.{name}")
         found |= {(module, name): thing for name, thing in functions(module).items()}
-    for name in pykv.__all__:
-        module = sys.modules.get(getattr(getattr(pykv, name), "__module__", None))
+    for package, name in [(p, name) for p in (pykv, pykv.llm) for name in p.__all__]:
+        module = sys.modules.get(getattr(getattr(package, name), "__module__", None))
         for dotted, thing in functions(module).items() if module else ():
             if dotted.partition(".")[0] == name:
                 found[module, dotted] = thing
@@ -103,7 +105,8 @@ UNCHECKED = """
     elastic.timed.Timed elastic.timed.counts elastic.timed.time_calls elastic.rates.Throughput
     elastic.compaction.CompressResult elastic.compaction.CompressResult.kept elastic.cycle.Cycle
     errors.PykvError transfer.CopyReport transfer.Transfer transfer.Transfer.done
-    transfer.Transfer.wait llm.answer.Completion layout.Strides
+    transfer.Transfer.wait llm.answer.Completion llm.answer.Stream llm.answer.Stream.close
+    llm.answer.Stream.stop llm.sampling.TokenLogprobs layout.Strides
     plan.base.Sku plan.base.PrecisionGuarantee plan.base.Plan plan.base.PagedPlan
     plan.append.PagedAppendArgs plan.append.ContiguousAppendArgs plan.decode.PagedDecodeArgs
     plan.base.check_sizes plan.base.check_head_dim plan.base.as_dtype
@@ -509,6 +512,14 @@ def _llm(xp):
     return (_loaded(),)
 
 
+@functools.cache
+def _measured():
+    """An LLM that has figures of its ways of decoding, as one on a GPU."""
+    llm = pykv.LLM(_model(), device="cpu")
+    llm.runner._ways = SimpleNamespace(times=lambda rows, force: dict(graph=2.0, persistent=1.0))
+    return llm
+
+
 def _with_llm(function, **arguments):
     return lambda xp: (function, dict(llm=_loaded()) | _given(xp, arguments))
 
@@ -722,6 +733,10 @@ METHODS = {
     ),
     "llm.generate.LLM.perplexity": _of(_llm, "perplexity", text_or_ids=[5, 6]),
     "llm.generate.LLM.turn": _of(_llm, "turn"),
+    "llm.decode_ways.calibrate": lambda xp: (
+        pykv.llm.calibrate,
+        dict(llm=_measured(), answers=[1, 2], force=True),
+    ),
     "kvtc.calibration.calibrate": _calibrate,
     "kvtc.calibration.compare_coders": _compare_coders,
     "kvtc.calibration.v0_configs": _v0_configs,

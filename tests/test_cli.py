@@ -202,12 +202,12 @@ def test_every_flag_reaches_the_model(capsys, fake):
     flags += "--temperature 0.5 --top-k 6 --top-p 0.75 --min-p 0.25 --seed 9 --stop a --stop b "
     flags += "--evict keydiff:0.5 --repetition-penalty 1.25 --presence-penalty 0.5 "
     flags += "--frequency-penalty -0.25 --host-cache 1GiB --disk-cache d:2GB "
-    flags += "--prefill-device cuda:2"
+    flags += "--prefill-device cuda:2 --decode persistent --max-sms-resident 100"
     assert run(capsys, "run", "a prompt", *flags.split())[0] == 0
     assert fake.model == "m"
     options = dict(device="cuda:1", kv_dtype="bf16", weights="fp32", context=77, progress=False)
     options |= dict(eviction="keydiff:0.5", host_cache="1GiB", disk_cache="d:2GB")
-    options |= dict(prefill_device="cuda:2")
+    options |= dict(prefill_device="cuda:2", decode="persistent", max_sms_resident=100)
     assert fake.options == options
     params = dict(temperature=0.5, top_k=6, top_p=0.75, min_p=0.25, seed=9, max_tokens=5)
     params |= dict(repetition_penalty=1.25, presence_penalty=0.5, frequency_penalty=-0.25)
@@ -219,6 +219,7 @@ def test_defaults(capsys, fake):
     assert fake.model == "smollm2-135m"
     options = dict(device="auto", kv_dtype="fp16", weights="fp16", context=None, progress=False)
     options |= dict(eviction=None, host_cache=None, disk_cache=None, prefill_device=None)
+    options |= dict(decode="auto", max_sms_resident=None)
     assert fake.options == options and fake.asked == [("x", pykv.SamplingParams())]
 
 

@@ -99,7 +99,7 @@ def kind_of(name, parameter, value):
         return "list"  # token ids, or messages
     if "Mapping" in words or "SamplingParams" in words:
         return "object"
-    if words & {"Ids", "Sequence", "list"}:
+    if words & {"Ids", "Sequence", "Several", "list"}:
         return "lists" if annotation.count("list[") + annotation.count("Sequence[") > 1 else "list"
     if "tuple" in words or "Range" in words:
         return "shape" if name == "shape" else "pair"

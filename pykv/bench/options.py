@@ -272,7 +272,7 @@ def _keep(bench: str, cases: Sequence[Case], filters: Sequence[str]) -> list[Cas
 
 
 def check_folder(op: str, folder: str) -> str:
-    """A folder that exists, before cases run for minutes."""
+    """The folder; checks that it exists, before cases run for minutes."""
     if not os.path.isdir(folder):
         raise ParameterError(f"{op}: --folder is {folder!r:.200}, expected a folder that exists")
     return folder

@@ -101,12 +101,12 @@ def make(case: dict[str, Any], xp: Any, rng: np.random.Generator) -> Work | None
     of_parts = (nbytes | of_loop).get(case["parts"], sum(nbytes.values()))
     blocks = case["blocks"] or None
     if by == "resident":
-        begin: Any = lambda: None  # noqa: E731
+        fill: Any = None
         if draw is not None:
             prompt, limit = [0] * L, 2**31 - 1
             asking = Sequence(prompt, DRAWN[case["parts"]], limit, generated=[0])
-            begin = partial(draw.fill, [asking] * B)
-        run, check = _resident(phases, found.peaks, begin, batch, blocks, xp)
+            fill = partial(draw.fill, [asking] * B)
+        run, check = _resident(phases, found.peaks, fill, batch, blocks, xp)
     else:
         run, check = _one_step(by, phases, found, blocks)
     return Work(run, check, bytes=of_parts, ceiling="read", clocked=by == "resident")
@@ -145,10 +145,10 @@ def _one_step(
 
 
 def _resident(
-    phases: list[Any], peaks: Any, begin_draws: Any, batch: Batch, blocks: int | None, xp: Any
+    phases: list[Any], peaks: Any, fill: Any, batch: Batch, blocks: int | None, xp: Any
 ) -> tuple[Any, Any]:
     """What draws TOKENS tokens and returns the seconds of one, and what holds them to a program of
-    one token, launched for each."""
+    one token, launched for each; `fill`, if any, prepares phases that draw for a launch."""
     rows = batch.ids, batch.positions, batch.slots, batch.lengths
     begin, B = [row.copy() for row in rows], len(batch.ids)
     inputs = Inputs(*rows, batch.page_table, peaks)
@@ -159,7 +159,8 @@ def _resident(
     def set_back() -> None:
         for row, values in zip(rows, begin, strict=True):
             row[...] = values
-        begin_draws()
+        if fill is not None:
+            fill()
 
     def run() -> float:
         set_back()

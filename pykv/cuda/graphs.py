@@ -41,7 +41,7 @@ class GraphMemory:
         self._stream = cuda.Stream(non_blocking=True)  # CuPy gives memory back to its stream alone
 
     def hold(self, objects: Iterable[Any]) -> None:
-        """Keep objects alive as long as the graph being captured, but arrays that its function
+        """Keep objects alive as long as the graph being captured, except arrays that its function
         makes in this memory."""
         self._held += [x for x in objects if not self._is_own(x)]
 
@@ -67,8 +67,8 @@ class GraphMemory:
         return captured, result, held
 
     def run(self, function: Callable[[], Any]) -> Any:
-        """What a function returns, whose work takes memory from here, and its turn on CuPy's
-        current stream."""
+        """Call a function and return its result. Its work takes memory from here, and runs between
+        what is enqueued on CuPy's current stream before and after."""
         cuda = load_cupy().cuda
         current, turn = cuda.get_current_stream(), cuda.Event(disable_timing=True)
         turn.record(current)

@@ -35,8 +35,8 @@ class Judged:
     @staticmethod
     def errors(some: Sequence[Judged]) -> dict[str, float]:
         """Of keys and of values the norm of (row - changed row) over that of (row - mean), both
-        over all rows of `some`; means are the calibration's, of keys before their rotation. Of
-        rows that are their mean, which nothing is relative to, 0."""
+        over all rows of `some`; means are the calibration's, of keys before their rotation. 0
+        if no row differs from the mean."""
         lost, there = np.sqrt(sum(one._sums for one in some))
         found = np.divide(lost, there, where=there > 0, out=np.zeros(2))
         return {f"{side}_error": float(x) for side, x in zip("kv", found, strict=True)}

@@ -98,7 +98,7 @@ def block_means(
         return means
     xp, block = module_of(means), np.int32(selection.block)
     capacity = min(dims["M"] * cache.page_size, attention.ALL_KEYS)
-    lengths = xp.minimum(lengths, np.int32(capacity))  # or CuPy would take another block
+    lengths = xp.minimum(lengths, np.int32(capacity))  # CuPy wraps larger indices
     last = xp.maximum(lengths - np.int32(1), np.int32(0)) // block
     columns = last[:, None] * np.int32(pages) + xp.arange(pages, dtype=np.int32)
     columns = xp.minimum(columns, np.int32(dims["M"] - 1))  # the table may end inside of a block

@@ -22,7 +22,7 @@ _MOST = 2**31 - 1
 _MOST_SLOTS = 2**24  # float32 represents all whole numbers up to here
 _ALWAYS = ("sinks", "recent")  # fields: rows that always stay
 _FRACTIONS = ("ratio", "threshold", "epsilon")  # fields that are no whole numbers
-_FAR = np.float32(1e38)  # logits whose differences float32 holds
+_FAR = np.float32(1e38)  # bound of logits, so that float32 holds their differences
 _MOST_AHEAD = 1 << 16  # limit of positions whose rotations the host averages
 
 

@@ -6,16 +6,14 @@ sinks, C rows, X of the window; F features of a row.
 
 from __future__ import annotations
 
-import os
 import threading
-import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from pykv import cuda, ranges
+from pykv import cuda, forks, ranges
 from pykv.arrays import INT32, UINT8, VECTOR_BYTES, check_module, check_writeable, is_array, on_gpu
 from pykv.checker import Dims, checker
 from pykv.errors import DtypeError, FormatError, ParameterError
@@ -105,8 +103,11 @@ class Codec:
         for n in self._groups:
             self._own += [n.places, n.mean, n.inv_freq, *n.bases, *n.back, *n.steps]
         self._kept = Dims()  # keeps headers, and what calls enqueue, by layout
+        self._take_turns()
+        forks.in_child(self, Codec._take_turns)  # the thread that had its turn is not in the child
+
+    def _take_turns(self) -> None:
         self._turn = threading.RLock()  # of the workspace
-        _MADE.add(self)
 
     def header(
         self,
@@ -430,18 +431,6 @@ class Codec:
         k, v = (n * sum(widths) for widths in group.widths)
         return flat[:k].reshape(n, -1), flat[k : k + v].reshape(n, -1)
 
-
-_MADE: weakref.WeakSet[Codec] = weakref.WeakSet()
-
-
-def _leave_to_parent() -> None:
-    """In a forked child, where the thread that had its turn is no more."""
-    for each in list(_MADE):
-        each._turn = threading.RLock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_leave_to_parent)
 
 _check_compress = checker("Codec.compress", table=("M", INT32), positions=("T", INT32))
 _check_decompress = checker("Codec.decompress", table=("M", INT32))

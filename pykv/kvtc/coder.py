@@ -9,9 +9,9 @@ in float32, with a true division. Components of one width are packed in groups o
 little-endian uint32 words, and bits [j * b, (j + 1) * b) of the integer that they form are code + h
 of its component j. So each row takes `row_bytes(widths)` bytes, whatever it holds.
 
-A group that has its lowest codes alone, which is all zeros, decodes to NaN: it stands for
-components of which one is not finite. Where finite ones would be such a group, the first of them
-gets the next code.
+A group of 32 components all of which have their lowest code, bits of zero, decodes to NaN: it
+stands for components of which one is not finite. Where finite ones would be such a group, the first
+of them gets the next code.
 
 These functions are the definition, in NumPy.
 """

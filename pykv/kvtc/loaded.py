@@ -59,7 +59,6 @@ def load(xp: Any, group: Group, inv_freq: Any, ratio: int, begin: int) -> Loaded
         group, inv_freq: of the artefact.
         ratio: of one of its plans.
         begin: where in a coded token its bytes begin.
-
     """
     layers = tuple(group.layers)
     distinct, of_layer = np.unique(inv_freq[list(layers)], axis=0, return_inverse=True)

@@ -153,8 +153,8 @@ def coded(x: Any, steps: Any, half: Any, xp: Any) -> Any:
 
 
 def allocate(errors: Any, units: int) -> tuple[int, ...]:
-    """Widths of least error: how many components have 8, 7, ..., 1 bits, each a multiple of 32. A
-    group gets one bit at least, also where all rows are their mean.
+    """Widths of least error: how many components have 8, 7, ..., 1 bits, each a multiple of 32. At
+    least one group gets a bit, even if no row differs from the mean.
 
     Exact among widths that fall: a dynamic program over groups of 32 components, the bits of a
     group, and the units spent.

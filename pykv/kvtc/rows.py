@@ -4,7 +4,7 @@ A row is the keys, or the values, of one token in all layers, [layer, head, dim]
 rotation undone: what is left depends on positions little, so that rows of all positions share a
 basis.
 
-A file of rows begins with a line, "pykv.rows.1 " and JSON that says of what it is. The windows
+A file of rows begins with a line: "pykv.rows.1 ", and as JSON what the rows depend on. The windows
 follow, each as float16 keys [n, F], values [n, F] and the CRC-32 of both, u32, little-endian.
 """
 

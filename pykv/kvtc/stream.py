@@ -19,8 +19,8 @@ A stream, little-endian; each section begins at a multiple of 128 bytes, zeros l
     window_scales  f16 [X, 2, L, H]
     rows           u8 [C, B]               see pykv.ops.kvtc_code, for each group of layers in order
 
-Every row has B bytes and depends on no other: tokens can be read alone. In version 1 codes knew no
-NaN.
+Every row has B bytes and depends on no other: tokens can be read alone. Version 1, whose codes had
+no NaN, is refused.
 """
 
 from __future__ import annotations

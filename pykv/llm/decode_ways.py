@@ -1,8 +1,8 @@
 """Which way of decoding is the faster one: measured on request for a GPU, a kind of model and a
 number of answers, and kept in the cache folder.
 
-What is measured is a runner's own `decode` on a cache of its own, of sequences that hold CONTEXT
-tokens. Ways are those of runner.DECODES.
+A runner is made for each way, on a cache of its own, and its `decode` is timed with sequences that
+hold CONTEXT tokens. Ways are those of runner.DECODES.
 """
 
 from __future__ import annotations
@@ -11,17 +11,18 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from collections.abc import Sequence as Several
 from typing import TYPE_CHECKING, Protocol
 
 from pykv import calibration, cuda
 from pykv.arrays import module_of
-from pykv.errors import UnsupportedError
+from pykv.errors import DtypeError, UnsupportedError
 from pykv.llm import matrices, memory
 from pykv.llm.sampling import SamplingParams
 from pykv.llm.sequence import Sequence
 from pykv.llm.weights import Model
-from pykv.options import check_whole
+from pykv.options import check_flag, check_type, check_whole
 from pykv.pool import PagedKVCache
 
 if TYPE_CHECKING:
@@ -29,38 +30,48 @@ if TYPE_CHECKING:
 
 WAYS = ("persistent", "graph")
 CONTEXT = 512
-_TOKENS = 16  # of a sample at least
-_SAMPLES, _BUDGET_S = 5, 1.0  # of a way; the shortest sample counts
+_TOKENS = 16  # a sample has at least so many
+_SAMPLES, _BUDGET_S = 5, 1.0  # limits for a way; the shortest sample counts
 
 Times = dict[str, float]  # microseconds of a step by way
 
 
 def calibrate(
-    llm: LLM, answers: Iterable[int] = (1, 2, 4, 8), *, force: bool = False
+    llm: LLM, answers: Several[int] = (1, 2, 4, 8), *, force: bool = False
 ) -> dict[int, Times]:
-    """Measure what a step takes by each way of decoding, for an LLM with decode="auto".
+    """Measure how long a step takes by each way of decoding, for an LLM with decode="auto".
 
     Args:
-        llm: whose GPU and kind of model are measured.
-        answers: how many are decoded at once.
-        force: measure anew, though the cache folder has figures of this GPU, kind of model and
+        llm: the LLM whose GPU and kind of model are measured.
+        answers: numbers of answers that are decoded at once.
+        force: measure anew, even if the cache folder has figures of this GPU, kind of model and
             options.
 
     Returns:
-        Microseconds of a step, by numbers of answers and ways; without those for which there is
-        one way alone, or no memory to measure with.
+        Microseconds of a step, by number of answers, then by way; without numbers for which there
+        is only one way, or no memory to measure with.
 
     Raises:
-        UnsupportedError: its `decode` is another, it is on the CPU, or it evicts; or the call is
-            being prepared.
+        UnsupportedError: the LLM was opened with another `decode`, is on the CPU, or evicts; or the
+            call is being prepared.
         ParameterError: a number of answers is below 1.
+        DtypeError: an argument has another type.
 
     Compiles both ways, which takes a while, so "auto" does not do it by itself: for numbers of
-    answers that were never measured it is "graph". Call it on a GPU that nothing else runs on.
+    answers that were never measured it is "graph". Call it on a GPU that nothing else runs on. Each
+    step waits for the GPU.
     """
+    from pykv.llm.generate import LLM  # here: that module imports this one
+
     op = "llm.calibrate"
+    check_type(op, "llm", llm, LLM, "a pykv.LLM")
+    force = check_flag(op, "force", force)
     cuda.refuse_prepare(op, "it measures; call it before")
-    counts = [check_whole(op, "answers", n, 1) for n in answers]
+    try:
+        given = list(answers)
+    except TypeError:
+        raise DtypeError(f"{op}: answers is {answers!r:.80}, expected whole numbers") from None
+    counts = [check_whole(op, "answers", n, 1) for n in given]
     with llm.turn():
         found = {n: llm.runner.times(n, force=force) for n in counts}
     return {n: times for n, times in found.items() if times is not None}
@@ -73,14 +84,14 @@ class Decodes(Protocol):
 
 
 class DecodeWays:
-    """The times of a model's ways on the current GPU.
+    """How long each way of decoding takes for a model on the current GPU.
 
     Args:
         model: its weights.
-        cache: of the kind that is decoded with; not touched.
-        tokens: that a launch of "persistent" draws, at most MOST_TOKENS.
-        sms: that it takes at most, or None.
-        make: a runner on another cache, by a way.
+        cache: the cache that answers are in; its kind and page size count, and it is not touched.
+        tokens: how many a launch of "persistent" draws, at most MOST_TOKENS.
+        sms: how many such a launch takes at most; None: all.
+        make: makes a runner for a cache and a way.
     """
 
     def __init__(
@@ -97,15 +108,15 @@ class DecodeWays:
         self._chosen: dict[int, str] = {}
 
     def fastest(self, rows: int) -> str:
-        """The way for so many answers: "graph" where nobody has measured."""
+        """The faster way for so many answers; "graph" if nobody has measured."""
         if rows not in self._chosen:
             times = self._kept(rows)
             self._chosen[rows] = min(times, key=lambda way: times[way]) if times else "graph"
         return self._chosen[rows]
 
     def times(self, rows: int, *, force: bool = False) -> Times | None:
-        """Those that are kept for so many answers, or measured now (`force`: in any case); None
-        where there is one way alone, or no memory to measure with."""
+        """The kept figures for so many answers, else (with `force`, always) figures measured now;
+        None if there is only one way, or no memory to measure with."""
         self._chosen.pop(rows, None)
         found = None if force else self._kept(rows)
         if found is None:
@@ -129,11 +140,11 @@ class DecodeWays:
             return None
         try:
             return {way: self._measure(cache, rows, way) for way in WAYS}
-        except UnsupportedError:  # it has no phases for what the model does
+        except UnsupportedError:  # no phases do what the model does, so "graph" is the only way
             return None
 
     def _kind(self, rows: int) -> str:
-        """What times depend on besides the GPU: sizes, types, options, and the kernels."""
+        """A digest of what times depend on besides the GPU: sizes, types, options, kernels."""
         model, cache = self._model, self._cache
         config = model.config
         listed = [config.heads, config.kv_heads, config.head_dim, config.windows, str(cache.spec)]
@@ -189,7 +200,7 @@ class DecodeWays:
 
 
 def _read(device: int, *more: str) -> Times | None:
-    """What the cache folder has, if it is sound."""
+    """The figures in the cache folder; None if there are none, or damaged ones."""
     try:
         read = json.loads(calibration.file_of(device, *more).read_text(encoding="utf-8"))
         times = {way: float(read[way]) for way in WAYS}

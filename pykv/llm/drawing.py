@@ -17,7 +17,7 @@ from pykv.llm.sampler import Drawing, tally_of
 from pykv.llm.sampling import MAX_LOGPROBS, NO_PENALTIES
 from pykv.phases import Argmax
 
-# Of a row, in words of 32 bits. Seeds come first, where they are aligned.
+# Of each parameter: its type, and words of 32 bits of a row. Seeds come first, to be aligned.
 _COLUMNS: dict[str, tuple[Any, int]] = dict(
     seeds=(np.uint64, 2),
     temperature=(np.float32, 1),
@@ -31,13 +31,13 @@ _COLUMNS: dict[str, tuple[Any, int]] = dict(
 
 
 class Asked(NamedTuple):
-    """What the sequences of a launch ask for beside the likeliest token.
+    """What some sequence of a launch asks for beyond the likeliest token.
 
     Attributes:
-        adjusts: penalties or biases.
-        draws: a temperature.
-        filters: of such draws, in the order of draw_phases.FILTERS.
-        finds: log probabilities.
+        adjusts: whether penalties or biases.
+        draws: whether a temperature above 0.
+        filters: the filters of such draws, in the order of draw_phases.FILTERS.
+        finds: whether log probabilities.
     """
 
     adjusts: bool = False
@@ -47,7 +47,7 @@ class Asked(NamedTuple):
 
 
 def asked_of(sequences: Iterable[Drawing]) -> Asked:
-    """What any of them asks for."""
+    """What some of the sequences ask for."""
     params = [s.params for s in sequences]
     drawn = [p for p in params if p.temperature > 0]
     filters = any(p.top_k > 1 for p in drawn), any(p.top_p < 1 for p in drawn)
@@ -60,13 +60,13 @@ def asked_of(sequences: Iterable[Drawing]) -> Asked:
 
 
 class DrawPhases:
-    """Phases that draw as `asked`, on arrays of their own.
+    """Phases that draw as `asked`, and their arrays.
 
     Args:
-        asked: no sequence of a launch asks for more.
-        logits: [T, V] float32, which phases leave that come before.
-        batch: of the step.
-        peaks: [T] int32, for the tokens.
+        asked: no sequence of a launch may ask for more.
+        logits: [T, V] float32; the phases before these leave them.
+        batch: the batch of the step, of which `ids` and `lengths` are read.
+        peaks: [T] int32; gets the tokens.
 
     Attributes:
         phases: in order.
@@ -102,8 +102,8 @@ class DrawPhases:
             self.phases.append(Logprobs(logits, peaks, columns["wanted"], out))
 
     def fill(self, sequences: Sequence[Drawing]) -> None:
-        """Show the phases what the next launch is of: a row for each sequence, in order; the others
-        are nobody's."""
+        """Write what the sequences of the next launch ask for: a row for each, in order; further
+        rows ask for nothing."""
         T = len(self._words) // sum(n for _, n in _COLUMNS.values())
         rows = {name: np.zeros(T * n, np.int32).view(t) for name, (t, n) in _COLUMNS.items()}
         rows["wanted"][:] = -1

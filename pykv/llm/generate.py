@@ -93,11 +93,11 @@ class LLM:
             (up to 8 answers, from sm_70 on; of more it is "graph"); or as "steps", a launch after
             the other. "auto" is a graph, or what pykv.llm.calibrate found to be faster here. Tokens
             are the same up to sums in another order.
-        max_tokens_resident: with "persistent", tokens of each answer that one launch draws,
-            where no prompt is being read, no answer is held to a grammar or still below its
-            min_tokens; the host reads them while they come, and gives answers pages that they come
-            to. Other work of the GPU waits for the end of a launch, prompts of this LLM for that of
-            a token; 1: each token is a launch.
+        max_tokens_resident: with "persistent", tokens of each answer that one launch draws at most,
+            while no prompt is being read and no answer is held to a grammar or below its
+            min_tokens. The host reads tokens as they come, and gives answers further pages
+            meanwhile. Other work of the GPU waits for the end of a launch, prompts of this LLM only
+            for that of a token. 1: each token is a launch.
         max_sms_resident: SMs that a launch of "persistent" takes at most, so that kernels of other
             streams and processes find room beside it; None: all.
         progress: show a bar on stderr while weights are read.
@@ -120,9 +120,9 @@ class LLM:
             codes, of a tier or a session.
 
     Calls may come from several threads: their sequences are decoded as one batch, of which each
-    step (up to 512 tokens, a token of each answer among them, or on a GPU up to 2,048 of prompts
-    alone) is done by one of the threads under a lock.
-    A stream goes on while other calls step. `stats` are of all since the call that began last.
+    step is done by one of the threads under a lock. A step has up to 512 tokens, with one of each
+    answer; on a GPU a step of prompts alone has up to 2,048. A stream goes on while other calls
+    step. `stats` are of all since the call that began last.
     Sources: GGUF, vLLM's paged attention.
     """
 
@@ -154,16 +154,13 @@ class LLM:
         check_flag("LLM", "progress", progress)
         check_choice("LLM", "decode", decode, DECODES)
         resident = check_whole("LLM", "max_tokens_resident", max_tokens_resident, 1)
-        if max_sms_resident is not None:
-            max_sms_resident = check_whole("LLM", "max_sms_resident", max_sms_resident, 1)
+        max_sms_resident = _count("max_sms_resident", max_sms_resident)
         require_sm = check_whole("LLM", "require_sm", require_sm, 0)
         page_size = check_whole("LLM", "page_size", page_size, 1)
         policy = as_policy("LLM", eviction, scheduler.PREFILL_TOKENS, self.spec)
         prefix_cache = keeps_prefixes("LLM", policy, prefix_cache)
         check_tiers("LLM", host_cache, disk_cache, prefix_cache)
-        context = None if context is None else check_whole("LLM", "context", context, 1)
-        if pool_tokens is not None:
-            pool_tokens = check_whole("LLM", "pool_tokens", pool_tokens, 1)
+        context, pool_tokens = _count("context", context), _count("pool_tokens", pool_tokens)
         install.require("llm", "gguf", "tokenizers")
         self.xp = cuda.array_module(device)
         picked = cuda.pick_device(device, self.xp, require_sm=require_sm)  # before a fetch
@@ -175,8 +172,7 @@ class LLM:
         config = read_config(self.file)
         if dtype is None:
             matrices.check_stored(self.file)
-        asked = config.context if context is None else context
-        self.context = check_whole("LLM", "context", asked, 1, config.context)
+        self.context = check_whole("LLM", "context", context or config.context, 1, config.context)
         self.tokenizer = Tokenizer(self.file)
         wanted = Wanted(
             context=context,
@@ -465,6 +461,11 @@ class LLM:
         """
         _refuse_prepare("LLM.perplexity")
         return scoring.perplexity(self, text_or_ids)
+
+
+def _count(name: str, value: int | None) -> int | None:
+    """An option that is a whole number above 0, or None."""
+    return None if value is None else check_whole("LLM", name, value, 1)
 
 
 def _refuse_prepare(method: str) -> None:

@@ -106,7 +106,7 @@ def multiply(
 
 
 def gates_itself(x: Any, w: Any, gemm: str) -> bool:
-    """Whether the product with w, of gates and what they open, ends in the gate."""
+    """Whether the product with w, which has gates and what they open, applies the gate itself."""
     parts = parts_of(w)
     is_long = len(x) > linear_tiles.SHORT and not _by_linear(x, parts[0][0], gemm)
     return len(parts) == 1 and on_gpu(x) and (_is_fused(x) or is_long)

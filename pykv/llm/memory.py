@@ -15,8 +15,8 @@ from pykv.llm.config import Config
 from pykv.llm.gguf import ModelFile
 from pykv.specs import KVSpec
 
-# A step of prompts alone has as many tokens on a GPU as these bounds allow, but as many as beside
-# answers at least: products of more are cut better, and a prompt needs fewer launches.
+# On a GPU a step of prompts alone has as many tokens as both bounds allow, and never fewer than one
+# beside answers: products of more tokens are faster, and a prompt needs fewer launches.
 STEP_TOKENS = 2048
 STEP_BYTES = 384 << 20
 
@@ -54,8 +54,8 @@ def needed(
 
 
 def step_bytes(config: Config, tokens: int) -> int:
-    """What `forward` holds of so many tokens at once, at most, logits not counted: float32, with
-    products in front of a gate of its own, and up to two 16-bit pieces of a product's operand."""
+    """Bytes that `forward` holds at most for so many tokens, without logits: float32 activations,
+    what a gate of its own reads, and up to two 16-bit pieces of a product's operand."""
     E, F, of_heads = config.embedding, config.feed_forward, config.heads * config.head_dim
     qkv = of_heads + 2 * config.kv_heads * config.head_dim
     elements = 2 * E + qkv + 2 * of_heads + 3 * F + max(E, of_heads, F)
@@ -63,7 +63,7 @@ def step_bytes(config: Config, tokens: int) -> int:
 
 
 def most_tokens(config: Config, xp: Any) -> int:
-    """Tokens of a step of prompts alone, at most."""
+    """Limit of tokens of a step of prompts alone."""
     few = scheduler.PREFILL_TOKENS
     tokens = few if xp is np else STEP_TOKENS
     while tokens > few and step_bytes(config, tokens) > STEP_BYTES:

@@ -14,7 +14,7 @@ from pykv.llm.sequence import Sequence
 from pykv.ops.resident_program import ENDS, MOST_TOKENS, ResidentProgram
 from pykv.resident_tokens import Why
 
-_GRANTED = 16  # tokens that are granted together
+_GRANTED = 16  # a launch is extended each time that so many tokens were taken
 
 
 def can_stay(s: Sequence) -> bool:
@@ -31,8 +31,8 @@ class Residency:
             over.
         sequences: in the order of its rows, that can stay.
         size: rows of the program, and pages of each.
-        tokens: of each at most. Where that is more than may be granted at once, the launch is
-            told of more, and of pages that sequences have got meanwhile, as tokens are taken.
+        tokens: limit for each sequence. If that is more than may be granted at once, the launch is
+            extended as tokens are taken, on pages that sequences have got meanwhile.
     """
 
     def __init__(
@@ -50,14 +50,15 @@ class Residency:
         self._sequences = list(sequences)  # whose ids stay theirs
         self._ended: set[int] = set()  # rows of which no token follows
         granted = min(tokens, MOST_TOKENS)
-        self._left, self._taken = tokens - granted, 0  # to grant; since that was done last
+        self._left = tokens - granted  # to be granted
+        self._taken = 0  # since the launch was extended last
         self._width, self._pages = size[1], {id(s): len(s.pages) for s in sequences}
         program.launch(granted, limits, ends)
 
     def take(self, sequences: Several[Sequence]) -> list[int] | None:
-        """The next token of each, -1 where logits are not finite, whose log probabilities the
-        sequences get; None: others are asked for, or the launch has given all that it had. Waits
-        for it.
+        """The next token of each, -1 where logits are not finite; its log probabilities are
+        appended to the sequence. None: other sequences are asked for, or the launch has given all
+        that it had. Waits for the token.
 
         Raises:
             CudaError: the launch has failed.
@@ -91,7 +92,7 @@ class Residency:
         if self._program.extend(tokens, pages):
             self._left -= tokens
             self._pages |= {id(s): count for s, count in counts.items()}
-        self._taken -= tokens  # else they are forgotten, and the launch ends a little sooner
+        self._taken -= tokens  # if the launch was not told, too: then fewer are granted ahead
 
     def leave(self, s: Sequence) -> None:
         """Write no more of a sequence. Waits for the token under way.

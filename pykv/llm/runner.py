@@ -177,17 +177,19 @@ class ModelRunner:
         return self._draw(sequences, logits, decoder.peaks)
 
     def times(self, count: int, *, force: bool) -> Times | None:
-        """Microseconds of a step of so many answers by way, for "auto"; None where there is no
+        """Microseconds of a step of so many answers by each way, for "auto"; None where there is no
         choice, see DecodeWays.times.
 
         Raises:
             UnsupportedError: ways are not chosen by their times here.
         """
         if self._ways is None:
-            raise UnsupportedError(
-                f"llm.calibrate: decode is {self._decode!r}, or there is no GPU, or an eviction; "
-                "expected 'auto' on a GPU without one"
-            )
+            has = "is on the CPU, expected a GPU"
+            if self._decode != "auto":
+                has = f"has decode {self._decode!r}, expected 'auto'"
+            elif self._evictor is not None:
+                has = "has an eviction, expected none"
+            raise UnsupportedError(f"llm.calibrate: llm {has}")
         self._end_residency()
         self._decoders.clear()  # they may go another way from now on
         rows = graph_rows(count, self.xp)

@@ -151,7 +151,7 @@ class TokenStep:
 
     Args:
         model, batch, cache: as of token_phases.
-        blocks: of a launch at most; None: as many as the GPU runs at once and have work.
+        blocks: limit of a launch; None: as many as the GPU runs at once and have work.
 
     Attributes:
         peaks: where a step leaves the likeliest token of each row.
@@ -178,8 +178,8 @@ class TokenStep:
         return self._logits
 
     def resident(self, asked: Asked) -> tuple[ResidentProgram, DrawPhases]:
-        """What goes on from the batch that is there, without logits, and draws as asked; and what
-        must be filled before each launch of it."""
+        """The program that goes on from the batch that is there and draws as asked, without leaving
+        logits; and its phases that draw, to be filled before each launch."""
         if asked not in self._resident:
             b = self._batch
             draw = DrawPhases(asked, self._logits, b, self.peaks)

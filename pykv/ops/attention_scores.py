@@ -173,7 +173,7 @@ def reference(
     scored = attention.scored_sequences(many, keys, lengths, scale, window, **options)
     for b, rows, scores in scored:
         of_row = lse[b].transpose(1, 2, 0)[..., None]
-        # What the rounding of huge scores leaves above 0 is none.
+        # Rounding may leave a huge score above its log-sum-exp; such a weight is 1.
         rest = np.minimum(scores - np.maximum(of_row, -1e30), 0)
         weights = np.where(np.isneginf(scores), 0, np.exp(rest))
         found[b, :, rows.start : rows.stop] = weights.sum((1, 2))

@@ -76,10 +76,10 @@ def score(
         CapacityError: on the host, a length exceeds M * P.
         UnsupportedError: D exceeds 512.
 
-    Runs where the arrays are; on a GPU it only enqueues. Computes in float32; "squares" end at
-    products of 1.8e19, norms and cosines hold for all finite elements. Sources: keys of small norms
-    get much attention (Devoto et al. 2024); those that differ from the others do (KeyDiff, 2025);
-    means and covariances of queries foretell it (expected attention, 2025).
+    Runs where the arrays are; on a GPU it only enqueues. Computes in float32; "squares" overflow
+    where products exceed 1.8e19, norms and cosines hold for all finite elements. Sources: keys of
+    small norms get much attention (Devoto et al. 2024); those that differ from the others do
+    (KeyDiff, 2025); means and covariances of queries foretell it (expected attention, 2025).
 
     >>> pool, table = np.ones((1, 4, 1, 8), np.float16), np.zeros((1, 1), np.int32)
     >>> pykv.ops.kv_scores.score(pool, table, np.array([2], np.int32), "norm").round(3)

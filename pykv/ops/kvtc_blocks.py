@@ -189,7 +189,7 @@ class Blocks(NamedTuple):
 
         Args:
             op: name for messages.
-            are_written: that each block also lies apart from each.
+            are_written: blocks are written, so they must also lie apart from each other.
             others: arrays by their names.
 
         Raises:

@@ -59,7 +59,8 @@ def encode(
         ParameterError: widths are not eight multiples of 32.
 
     Runs where the arrays are; on a GPU it only enqueues, one launch for K and V. Bit-exact: codes
-    are those of coder.quantise.
+    are those of coder.quantise. Of 32 coefficients in sequence that share a width one that is not
+    finite makes all NaN.
 
     >>> x, steps = np.full((1, 32), 0.9, np.float32), np.full(32, 0.5, np.float32)
     >>> bits = (0, 0, 0, 0, 0, 0, 32, 0)  # two bits each: codes -2 ... 1
@@ -106,7 +107,7 @@ def decode(
 
     Returns:
         k_out and v_out, or new arrays. (code + 1/2) * step in float32, rounded to float16 where
-        that is stored; infinite beyond its range.
+        that is stored; infinite beyond its range, and NaN in groups that `encode` made so.
 
     Raises: as `encode`.
 

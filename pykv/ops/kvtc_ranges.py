@@ -54,8 +54,8 @@ def quantize_ranges(
 
     Returns:
         The stream, a part of `out` or a new array. Extremes are those of the finite values of a row
-        of a range, which a NaN or an infinity does not change; NaN where there are none, as which
-        the row comes back there.
+        of a range, which a NaN or an infinity does not change. Where there are none they are NaN,
+        and so is what comes back of the row there.
 
     Raises:
         ShapeError, DtypeError: an array is none as above.

@@ -109,8 +109,8 @@ def product(
     early: bool = False,
 ) -> Callable[[dict[str, Any], Any], None]:
     """The function of arrays by name (out, x, w, bias, norm) and a stream that enqueues
-    `x @ w.T + bias`, or of its columns gated pairs, as linear_mma.product does where it need not be
-    exact.
+    `x @ w.T + bias`, or with a gate what that makes of pairs of columns, as linear_mma.product does
+    where it need not be exact.
 
     Args:
         tiling, parts: other than those that are chosen.

@@ -63,7 +63,7 @@ def permute(
 
     Args:
         dst, src: arrays or addresses, as the module's text says. A destination must overlap neither
-            another one nor a source, which arrays are held to.
+            another one nor a source; of arrays this is checked.
         dst_layout, src_layout: a name of pykv.layout, or a Layout.
         shape: sizes of a whole block, with addresses only.
         heads, layers: (first, end) of what moves, counted in the whole block; all else stays as it

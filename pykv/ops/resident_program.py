@@ -52,7 +52,7 @@ class ResidentProgram:
 
     Args:
         phases: of one token, as of PhaseProgram; they read `inputs`, and an Argmax or a Draw leaves
-            `peaks`. Results tell what a Logprobs has left.
+            `peaks`. Results have the log probabilities that a Logprobs has left.
         inputs: of T sequences, 1 to 8.
         page_size: tokens of a page.
         blocks: of the launch at most; None: as many as the GPU runs at once and have work.
@@ -265,12 +265,12 @@ class ResidentProgram:
         Args:
             tokens: of each sequence, beyond those granted so far; up to 64 are granted and not
                 taken.
-            pages: what a row of `page_table` holds from a place on: (row, place, pages). The
-                sequence has not come there yet.
+            pages: further entries of `page_table`: (row, place, pages) sets those of a row from a
+                place on, which its sequence has not reached yet.
 
         Returns:
-            Whether the launch was told: not if it is known to have ended, or has not taken so many
-            earlier commands that there is no room.
+            Whether the launch was told: not if it is known to have ended, or if so many commands
+            wait for it that there is no room.
 
         Raises:
             ParameterError: an argument is out of its range, or there is no such row or place.

@@ -1,5 +1,5 @@
-"""A connection that must send its headers in time, where uvicorn alone would wait for ever, and of
-which nothing breaks HTTP in a way that the log has a traceback of."""
+"""A connection that must send its headers in time, where uvicorn alone would wait for ever. Broken
+HTTP gets an error of the usual form, and no traceback in the log."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class Connection(H11Protocol):
         self._stop_timer()
 
     def send_400_response(self, msg: str) -> None:
-        """Refuse what is no HTTP, in the form of all errors; behind an answer that has begun, as to
-        who sends a body that nobody has read, the connection alone is closed."""
+        """Answer broken HTTP with an error in the usual form. Where an answer has begun already, as
+        one that refuses a request before its body is read, only close the connection."""
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             body = json.dumps(ApiError(400, msg, code="invalid_http").body()).encode()
             facts = {"content-type": "application/json", "content-length": str(len(body))}

@@ -107,7 +107,7 @@ class Constraint:
         self._first = matcher if trigger else None
         self._matcher = None if trigger else matcher
         self._trigger, self._ends, self._once, self._encode = trigger, ends, once, encode
-        self._num_read = 0  # characters in which no trigger begins any more
+        self._num_read = 0  # characters of the text in which no trigger can begin any more
 
     def copy(self) -> Constraint:
         """Another one in the same state, for another sequence."""

@@ -86,7 +86,7 @@ class Job:
         if tokens and self.constraint is not None:
             self.constraint.push(tokens, self.answer.completion().text)
         if self.constraint is not None and s.finish_reason in ("", "stop"):
-            if why := self.constraint.error:  # what was said does not follow the schema
+            if why := self.constraint.error:  # the answer does not keep to the schema
                 s.fail(UnsupportedError(f"the schema cannot be followed to its end: {why}"))
         logprobs = s.logprobs[self._num_read : len(s.generated)]
         self._num_read, self._last = len(s.generated), now

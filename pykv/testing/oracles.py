@@ -254,7 +254,7 @@ def exceeding(x: Any, threshold: float, mode: str) -> tuple[Any, Any]:
 def packed_codes(x: Any, steps: Any, widths: Any) -> Any:
     """A row of coefficients [C] as the bytes of one large integer: codes of 8, 7, ..., 1 bits, as
     many as `widths` says, each floor(x / step) within its bits, counted from the lowest one. Of 32
-    in sequence one at least is not 0, but where one of the coefficients is not finite all are."""
+    in sequence at least one is not 0; if one of their coefficients is not finite, all are 0."""
     number = shift = at = 0
     for bits, count in zip(range(8, 0, -1), widths, strict=True):
         half = 2 ** (bits - 1)

@@ -41,7 +41,7 @@ _OP = "tiers.disk"
 _HEADER, _SUM = 1024, 65  # bytes of a file beside its page, at most, and for each head
 _KEEP = 0.9  # making room goes down to this share of the limit
 _AHEAD = 60  # seconds by which the clocks of hosts that share a folder may differ
-_STEP = 20_000_000  # nanoseconds of a place: more than a disk takes for a page
+_STEP = 20_000_000  # nanoseconds between pages of a sequence: more than writing one takes
 _LOOK = 1 / 16  # of the limit: after writing so much, count others' files again
 
 
@@ -130,8 +130,8 @@ class DiskTier:
         return any(all(exists(self._path(key, x)) for x in cover) for cover in self._covers)
 
     def read(self, key: bytes, page: np.ndarray, place: int = 0) -> bool:
-        """Fill a page, before which its sequence has `place` others; False where there is no such
-        file any more, and the page holds anything.
+        """Fill a page, the one at `place` of its sequence; False where there is no such file any
+        more, and the page holds anything.
 
         Raises:
             FormatError: a file was damaged or is another's; it is gone now.
@@ -170,7 +170,7 @@ class DiskTier:
         _note_use(path, place)
 
     def write(self, key: bytes, page: np.ndarray, place: int = 0) -> None:
-        """Keep a page, before which its sequence has `place` others.
+        """Keep a page, the one at `place` of its sequence.
 
         Raises:
             OSError: the system refuses, or too little of the disk would stay free.
@@ -316,8 +316,8 @@ class DiskTier:
 
 
 def _note_use(path: Path, place: int) -> None:
-    """Say that a file is used now: a little earlier than those of pages that come before its own,
-    so that of a sequence the last goes first. Pages behind one that is missing are of no use."""
+    """Set the time of use of a page's file to now, minus a step for each page before it, so that
+    the last page of a sequence goes first: pages behind a missing one are of no use."""
     now = time.time_ns()
     with suppress(OSError):
         os.utime(path, ns=(now, now - place * _STEP))

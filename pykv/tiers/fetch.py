@@ -141,9 +141,7 @@ class Fetch:
                 return
             self._moving.append(moved)
             self._sent += moved[0]
-            if (
-                self._sent == self.stop
-            ):  # rows were filled in order: of a sequence the last goes first
+            if self._sent == self.stop:  # rows were filled in order, but the last shall go first
                 self._tiers.touch(self._keys[: self.stop - self._start])
         self.release()
 

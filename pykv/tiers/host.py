@@ -1,5 +1,5 @@
-"""The host tier: rows of memory, and which page is in which; the least recently used goes first, of
-one sequence the last: pages behind one that is missing are of no use."""
+"""The host tier: rows of memory, and which page is in which. The least recently used page goes
+first, and of one sequence the last, since pages behind a missing one are of no use."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ class HostTier:
         return list(self._slots.items())
 
     def touch(self, keys: Sequence[bytes]) -> None:
-        """Note that pages of a sequence, in its order, are used now; such as are not here may be
-        among them."""
+        """Note that pages of a sequence, given in its order, are used now; keys of pages that are
+        not here are passed over."""
         for key in reversed(keys):
             if key in self._slots:
                 self._slots.move_to_end(key)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
-import weakref
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from threading import Barrier
 from typing import Any, NamedTuple
 
+from pykv import forks
 from pykv.errors import CapacityError, FormatError
 from pykv.tiers.counters import Counters
 from pykv.tiers.disk import DiskTier
@@ -60,7 +60,7 @@ class FileThreads:
         self._pool: ThreadPoolExecutor | None = _start(0 if files is None else THREADS)
         self.writing: dict[bytes, _Writing] = {}
         self.reading: dict[bytes, _Reading] = {}
-        _MADE.add(self)
+        forks.in_child(self, FileThreads.leave_to_parent)
 
     @property
     def are_busy(self) -> bool:
@@ -165,18 +165,6 @@ class FileThreads:
         self._counters.damaged += error is not None
         if error is not None and not isinstance(error, FormatError | OSError | MemoryError):
             raise error
-
-
-_MADE: weakref.WeakSet[FileThreads] = weakref.WeakSet()
-
-
-def _leave_to_parent() -> None:
-    for each in list(_MADE):
-        each.leave_to_parent()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_leave_to_parent)
 
 
 def _fulfil(future: Future[Any], work: Callable[..., Any], *given: Any) -> None:

@@ -64,17 +64,12 @@ def test_chunks_without_rows_and_shapes_that_are_none():
     assert serde.nbytes([(0, 64), (2, 0, 8)]) == 0
     assert serde.serialize(memory(torch.ones(0, 64)), memory(none)) == 0
     serde.deserialize(memory(none), memory(torch.ones(0, 64)))
-    for shape, error in (
-        *(((), ShapeError), ((2, 0), ShapeError), ((2, 5), ShapeError)),
-        *(
-            ((-1, 4), ParameterError),
-            ("ab", DtypeError),
-            (None, DtypeError),
-            ((2.0, 4), DtypeError),
-        ),
-    ):
-        with pytest.raises(error, match="lmcache.Serde: shapes"):
-            serde.nbytes([shape])
+    wrong = {ShapeError: [(), (2, 0), (2, 5)], ParameterError: [(-1, 4)]}
+    wrong[DtypeError] = ["ab", None, (2.0, 4)]
+    for error, shapes in wrong.items():
+        for shape in shapes:
+            with pytest.raises(error, match="lmcache.Serde: shapes"):
+                serde.nbytes([shape])
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])

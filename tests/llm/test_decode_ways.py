@@ -119,9 +119,14 @@ def test_auto_goes_the_way_that_is_chosen(tiny_paths, ways_of):
 
 
 def test_what_cannot_be_calibrated(tiny_paths):
-    llm = LLM(tiny_paths / "llama.gguf", device="cpu")
-    with pytest.raises(UnsupportedError, match="llm.calibrate: decode is 'auto', or there is no G"):
-        calibrate(llm)
+    for options, text in (
+        (dict(decode="graph"), "llm has decode 'graph', expected 'auto'"),
+        (dict(eviction="keydiff:16"), "llm has an eviction, expected none"),
+        ({}, "llm is on the CPU, expected a GPU"),
+    ):
+        llm = LLM(tiny_paths / "llama.gguf", device="cpu", **options)
+        with pytest.raises(UnsupportedError, match=f"llm.calibrate: {text}"):
+            calibrate(llm)
     with pytest.raises(ParameterError, match="llm.calibrate: answers is 0, expected"):
         calibrate(llm, [0])
 

@@ -86,7 +86,7 @@ def test_memory_with_mixed_heads(xp, tmp_path, weights):
 @pytest.mark.parametrize("kind", ["Q4_0", "Q6_K", "F16"])
 def test_parts_of_a_matrix(xp, rng, monkeypatch, tmp_path, kind):
     """Of other types than their neighbours; with a bias, added to what is there; of few tokens, and
-    of more, which tensor cores round: of 5 to 8 where the matrix is large."""
+    of more, which tensor cores round: of more than 4, or than 2 where the matrix is large."""
     kinds = dict(attn_q="Q8_0", attn_v=kind)
     tiny.write(tmp_path / "x.gguf", "llama", kind="Q8_0", kinds=kinds, embedding=256, head_dim=64)
     file = gguf.read(tmp_path / "x.gguf")

@@ -285,12 +285,9 @@ def test_a_model_that_is_loaded_finds_its_kernels_compiled(monkeypatch, kind, sm
         outs = op._outs(kind, rows)
         for R, I in ((576, 576), (4096, 576), (49152, 576), (49152, 32)):
             block = op._blocks(kind, rows, sm)[-1 if R * I > op._LARGE else 0]
-            for n in (
-                outs
-                if rows == 2
-                else op._warps(R, I, op._ways(kind, outs, rows, block, sm), block, 132)[:1]
-            ):
-                sizes.append(dict(ROWS=rows, OUTS=n, BLOCK=block))
+            chosen = op._warps(R, I, op._ways(kind, outs, rows, block, sm), block, 132)[:1]
+            taken = outs if rows == 2 else chosen
+            sizes += [dict(ROWS=rows, OUTS=n, BLOCK=block) for n in taken]
     ways = [("block_linear", op._defines(kind, *floats, **size)) for size in sizes]
     if kind not in op.PLAIN:
         ways.append(("block_rows", block_rows.defines(kind, floats[0])))

@@ -650,7 +650,6 @@ def test_without_keys_the_output_is_zero(xp, rng):
     assert nothing.shape == (0, *q.shape[1:])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("scale", [np.inf, np.nan])
 def test_without_keys_no_scale_reaches_the_output(xp, scale):
     k, v = (xp.zeros((2, 16, 1, 64), np.int8) for _ in range(2))
@@ -661,6 +660,7 @@ def test_without_keys_no_scale_reaches_the_output(xp, scale):
     assert not to_numpy(out).view("u2").any()
 
 
+@pytest.mark.slow
 def test_offsets_are_64_bit(xp, rng):
     """A page past 2^31 elements."""
     N, D = 2**31 // 128 + 8, 128

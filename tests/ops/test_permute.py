@@ -669,7 +669,7 @@ def test_bad_arrays(xp):
 
 
 def test_destinations_lie_apart(xp):
-    """From sources and from each other, of arrays without being asked; sources need not."""
+    """From sources, of arrays without being asked; sources need not lie apart from each other."""
     x = xp.arange(72, dtype=np.float32)
     hnd, universal = (1, 1, 1, 2, 3, 4), (1, 2, 1, 1, 3, 4)
     for first in (0, 8, 23):
@@ -678,8 +678,6 @@ def test_destinations_lie_apart(xp):
             permute.permute(dst, "universal", x[:24].reshape(hnd), "HND")
     block = x[:24].reshape(universal[1:])
     other = xp.zeros((2, *hnd[1:]), np.float32)
-    with pytest.raises(ParameterError, match="dst shares memory with dst"):
-        permute.permute([block, block], "universal", other, "HND")
     permute.permute(other, "HND", [block, block], "universal")
     permute.permute(x[24:48].reshape(universal), "universal", x[:24].reshape(hnd), "HND")
     assert_same_bits(other[0], other[1])

@@ -67,7 +67,7 @@ def calibrate(
         tokens: that are read at most, an equal share of each text; None: all.
         window: tokens of a window; None: 1,024, or the context where that is less.
         rank: components at most, a multiple of 32; None: half of the features.
-        progress: show bars, and what memory is needed, on stderr.
+        progress: say on stderr what memory is needed, and show bars where that is a terminal.
 
     Returns:
         The artefact.
@@ -428,12 +428,12 @@ def _columns(layers: tuple[int, ...], width: int) -> Any:
 
 
 def _bar(progress: bool, total: int, what: str, unit: str) -> Any:
-    """A bar on stderr, or what takes its place."""
+    """A bar on stderr where that is a terminal, or what takes its place."""
     if not progress:
         return nullcontext(_Silent())
     from tqdm import tqdm
 
-    return tqdm(total=total, desc=what, unit=unit, leave=False)
+    return tqdm(total=total, desc=what, unit=unit, leave=False, disable=None)
 
 
 class _Silent:

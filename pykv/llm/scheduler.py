@@ -420,6 +420,7 @@ class Scheduler:
         if s in self.running:
             self.running.remove(s)
             s.preemptions += 1
+            del s.logprobs[len(s.generated) :]  # of a token that was drawn, but given to nobody
             with ExitStack() as leaving:  # each of these, whatever another raises
                 leaving.callback(insort, self.waiting, s, key=_order)
                 leaving.callback(self.pages.name, s)

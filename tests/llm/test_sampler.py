@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from pykv.errors import DtypeError, ParameterError, ShapeError
-from pykv.llm import SamplingParams, TokenLogprobs, sampler, sampling
+from pykv.llm import LLM, SamplingParams, TokenLogprobs, sampler, sampling
 from pykv.llm.sampler import Sampler
 from pykv.llm.sequence import Sequence
 from tests.helpers import to_numpy, without_simt
@@ -290,6 +290,28 @@ def test_completions_have_logprobs_of_their_tokens(open_llm):
     stream = llm.stream([5, 6, 7], params)
     assert "".join(stream) == answer.text
     assert [x.token_id for x in stream.completion.logprobs] == answer.token_ids
+
+
+@pytest.mark.parametrize("decode", ["steps", "persistent"])
+def test_a_step_that_fails_leaves_no_draw(tiny_paths, monkeypatch, decode):
+    """What it had drawn is drawn again, and told and counted once."""
+    llm = LLM(tiny_paths / "llama.gguf", device="cpu", decode=decode)
+    options = dict(logprobs=1, temperature=1.0, seed=3, frequency_penalty=1.5)
+    params = SamplingParams(max_tokens=8, ignore_eos=True, **options)
+    (want,) = llm.generate([[5, 6, 7]], params)
+    stream = llm.stream([5, 6, 7], params)
+    text, draw = next(stream), llm.runner.decode
+
+    def fail_behind(*given, **options):
+        draw(*given, **options)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(llm.runner, "decode", fail_behind)
+        llm.generate([[9, 9]], SamplingParams(max_tokens=2))
+    assert text + "".join(stream) == want.text
+    given = stream.completion
+    assert [x.token_id for x in given.logprobs] == given.token_ids == want.token_ids
 
 
 @without_simt

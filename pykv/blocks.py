@@ -369,8 +369,7 @@ class BlockManager:
                 break
             pages.append(page)
         for page in pages:
-            if not self._counts[page]:
-                del self._idle[page]
+            self._idle.pop(page, None)  # or one that an interrupted call took out, and did not hold
         return self._hold(pages)
 
     def grow(self, num_pages: int) -> None:

@@ -350,6 +350,24 @@ def test_of_equal_pages_another_takes_over():
     assert pool.num_cached == 1 and pool.reuse(range(4)) == [1]
 
 
+def test_prefixes_are_found_behind_an_interrupt(monkeypatch):
+    pool = blocks.BlockManager(4, 4)
+    pages = pool.allocate(8)
+    pool.publish(pages, range(8))
+    pool.free(pages)
+
+    def interrupt(pages):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(pool, "_hold", interrupt)
+        pool.reuse(range(8))
+    found = pool.reuse(range(8))
+    assert found == [0, 1]
+    pool.free(found)
+    assert pool.num_free == 4
+
+
 def test_keys_tell_all_tokens_of_63_bits_apart():
     pool = blocks.BlockManager(200, 2)
     values = [0, 1, -1, 2**31, -(2**31), 2**63 - 1, -(2**63)]

@@ -28,6 +28,7 @@
 //                   order is fixed by the launch, so two runs agree in every bit
 //           norm    x times norm is multiplied; the sum times the factor of the row, whose squares
 //                   are summed in float
+// Stack: 48 bytes, of blocks of 512 threads, which leave a thread 128 registers
 #if !defined(KIND) || !defined(X_T) || !defined(B_T) || !defined(BLOCK) || !defined(ROWS) || \
     !defined(OUTS)
 #error "block_linear.cu needs KIND, X_T, B_T, BLOCK, ROWS and OUTS"

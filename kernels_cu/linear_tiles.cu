@@ -24,7 +24,7 @@
 // Order:    elements of blocks rounded to f16, products exact, all sums on tensor cores, which
 //           truncate them. Parts are added in order by the block that comes last: two runs agree in
 //           every bit, and a token's results do not depend on the others of its launch
-// Stack: 48 bytes, of the larger tiles where mma multiplies; wgmma needs none
+// Stack: 80 bytes, of the larger tiles where mma multiplies; wgmma needs none
 #include "epilogue.cuh"
 #include "gate.cuh"
 #include "mma_weights.cuh"

@@ -70,6 +70,7 @@ struct DrawShared {
     int is_last;
 };
 
+#if __CUDA_ARCH__ >= 700  // as phases have
 // Whether the block is the last one of `tiles` to end its row; then it sees what the others wrote.
 __device__ __forceinline__ bool ends_row(DrawShared& shared, u32* counter, int tiles) {
     __syncthreads();
@@ -249,3 +250,4 @@ __device__ __forceinline__ void logprobs_tile(DrawShared& shared, const Logprobs
         }
     }
 }
+#endif

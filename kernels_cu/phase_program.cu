@@ -16,7 +16,8 @@
 // Traffic:  that of the phases
 // Order:    that of the kernels which have these phases to themselves, whatever the grid is: the same
 //           bits as theirs where they cut products and keys alike
-// Stack: 8 bytes, of weights that wait for a stage, where products are of two kinds
+// Stack: 72 bytes, of attention on sm_80, where the compiler keeps a thread to 128 registers so that two
+//           blocks fit on an SM; 8 elsewhere, of weights that wait for a stage, of two kinds
 #include "phase_program.cuh"
 
 #if __CUDA_ARCH__ >= 700

@@ -3,8 +3,8 @@
 //
 // Each phase has tiles, which blocks take in turn. Phases that need nothing of each other make a stage,
 // behind which all blocks wait for each other; meanwhile the weights of a block's next tile are on
-// their way into registers, and the next phase into shared memory. No block may arrive for a stage
-// before it has waited for the one ahead: the counter knows how many have arrived, not who.
+// their way, and so is the next phase. No block may arrive for a stage before it has waited for the one
+// ahead: the counter knows how many have arrived, not who.
 #if !defined(KINDS) || !defined(X_T) || !defined(B_T) || !defined(BLOCK) || !defined(ROWS) || \
     !defined(OUTS)
 #error "phase_program.cuh needs KINDS, X_T, B_T, BLOCK, ROWS and OUTS"

@@ -104,15 +104,20 @@ def _copied_bytes(kind: str, outs: int, rows: int, block: int, sm: int) -> int:
     return block // 32 * 2 * outs * _SLICE * bits // 8 if is_copied else 0
 
 
+_LARGE_VARIANTS = ("F16", 1), ("Q5_K", 2)  # kinds, and rows of x
+
+
+def _largest_block(sm: int, kind: str, rows: int) -> dict[str, int]:
+    return dict(BLOCK=max(_blocks(kind, rows, sm)))
+
+
 VARIANTS: list[dict[str, Any]] = [
-    *(
-        _defines(kind, "float", "float", ROWS=rows, OUTS=_outs(kind, rows)[0], BLOCK=block)
-        for kind, rows, block in (
-            *((kind, 1, _BLOCK) for kind in KINDS),
-            *(("Q4_K", rows, _BLOCK) for rows in (2, 8)),
-            ("F16", 1, _LARGE_BLOCK),
-        )
-    ),
+    _defines(kind, "float", "float", ROWS=rows, OUTS=most_outs(kind, rows)) | block
+    for kind, rows, block in (
+        *((kind, 1, dict(BLOCK=_BLOCK)) for kind in KINDS),
+        *(("Q4_K", rows, dict(BLOCK=_BLOCK)) for rows in (2, 8)),
+        *((kind, rows, cuda.by_sm(_largest_block, kind, rows)) for kind, rows in _LARGE_VARIANTS),
+    )
 ]
 
 
@@ -170,9 +175,15 @@ def multiply(
 
     Runs where the arrays are. On a GPU it only enqueues; the first call with a kind compiles its
     kernel. Codes are multiplied as the small integers that they are, in a kernel for few tokens by
+<<<<<<< HEAD
     `x` as integers: of each 32 elements the largest has 23 bits, and what is smaller so many fewer,
     none below 2^-126. Those sums are exact; scales multiply them, and the rest is summed in
     float32: so a row whose weight of a large element is 0 loses bits of the others. From sm_75 on
+=======
+    `x` as integers: of each 32 elements the largest has 23 bits, and what is smaller so many fewer;
+    elements below 2^-127 are 0.
+    Those sums are exact; scales multiply them, and the rest is summed in float32. From sm_75 on
+>>>>>>> rk
     tensor cores multiply more than 4 tokens, more than 2 by a large matrix where `x` is rounded, or
     more than 8 by a small matrix, in launches of their own: of `x` as they want it, the product,
     and the gate, with which a product of many tokens ends itself. They take float32 as the sum of

@@ -185,9 +185,14 @@ def test_blocks_that_stay(device, rng, monkeypatch, change, parts, slices):
     """Two blocks take all tiles, with a row of x in shared memory or parts of it in turn."""
     make_every_launch(monkeypatch)
     monkeypatch.setattr(op.cuda, "cooperative_blocks", lambda *launch: 2)
-    monkeypatch.setattr(op, "_warps", lambda R, I, ways, *size: (ways[0][0], parts))
-    monkeypatch.setattr(op, "_held", lambda left, of_round, rounds: max(1, slices // of_round))
-    monkeypatch.setattr(op, "_THREADS", 1)  # of an SM, so that no block has a tile of its own
+    held, room = op._held, slices * op._SLICE_BYTES
+
+    def warps(R, I, ways, *size):
+        return max((n, p) for n, p in ways if p <= parts)
+
+    monkeypatch.setattr(op, "_warps", warps)
+    monkeypatch.setattr(op, "_held", lambda left, *sizes: held(min(left, room), *sizes))
+    monkeypatch.setattr(op, "_THREADS", 255)  # of an SM, so that no block has a tile of its own
     judge(device, rng, {**BASE, "T": 1, "O": 75, **change})
 
 

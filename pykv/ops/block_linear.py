@@ -175,18 +175,11 @@ def multiply(
 
     Runs where the arrays are. On a GPU it only enqueues; the first call with a kind compiles its
     kernel. Codes are multiplied as the small integers that they are, in a kernel for few tokens by
-<<<<<<< HEAD
     `x` as integers: of each 32 elements the largest has 23 bits, and what is smaller so many fewer,
     none below 2^-126. Those sums are exact; scales multiply them, and the rest is summed in
     float32: so a row whose weight of a large element is 0 loses bits of the others. From sm_75 on
-=======
-    `x` as integers: of each 32 elements the largest has 23 bits, and what is smaller so many fewer;
-    elements below 2^-127 are 0.
-    Those sums are exact; scales multiply them, and the rest is summed in float32. From sm_75 on
->>>>>>> rk
-    tensor cores multiply more than 4 tokens, more than 2 by a large matrix where `x` is rounded, or
-    more than 8 by a small matrix, in launches of their own: of `x` as they want it, the product,
-    and the gate, with which a product of many tokens ends itself. They take float32 as the sum of
+    tensor cores multiply more than 4 tokens, or more than 2 by a large matrix where `x` is rounded,
+    in launches of their own: of `x` as they want it, the product, and the gate, with which a product of many tokens ends itself. They take float32 as the sum of
     two float16, 22 bits of every element down to 2^-28 of the token's largest, or for BF16 (from
     sm_80 on) of three bfloat16; for 16-bit `x` blocks are rounded to float16, whose largest is
     65504, and for a gate of its own products to the dtype of `x`. The copies of `x` take up to 10

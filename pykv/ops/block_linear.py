@@ -111,13 +111,15 @@ def _largest_block(sm: int, kind: str, rows: int) -> dict[str, int]:
     return dict(BLOCK=max(_blocks(kind, rows, sm)))
 
 
+_OF_BLOCK: list[tuple[str, int, dict[str, Any]]]  # kinds, rows of x, and the block's define
+_OF_BLOCK = [(kind, 1, dict(BLOCK=_BLOCK)) for kind in KINDS]
+_OF_BLOCK += [("Q4_K", rows, dict(BLOCK=_BLOCK)) for rows in (2, 8)]
+_OF_BLOCK += [
+    (kind, rows, cuda.by_sm(_largest_block, kind, rows)) for kind, rows in _LARGE_VARIANTS
+]
 VARIANTS: list[dict[str, Any]] = [
     _defines(kind, "float", "float", ROWS=rows, OUTS=most_outs(kind, rows)) | block
-    for kind, rows, block in (
-        *((kind, 1, dict(BLOCK=_BLOCK)) for kind in KINDS),
-        *(("Q4_K", rows, dict(BLOCK=_BLOCK)) for rows in (2, 8)),
-        *((kind, rows, cuda.by_sm(_largest_block, kind, rows)) for kind, rows in _LARGE_VARIANTS),
-    )
+    for kind, rows, block in _OF_BLOCK
 ]
 
 
@@ -179,8 +181,9 @@ def multiply(
     none below 2^-126. Those sums are exact; scales multiply them, and the rest is summed in
     float32: so a row whose weight of a large element is 0 loses bits of the others. From sm_75 on
     tensor cores multiply more than 4 tokens, or more than 2 by a large matrix where `x` is rounded,
-    in launches of their own: of `x` as they want it, the product, and the gate, with which a product of many tokens ends itself. They take float32 as the sum of
-    two float16, 22 bits of every element down to 2^-28 of the token's largest, or for BF16 (from
+    in launches of their own: of `x` as they want it, the product, and the gate, with which a
+    product of many tokens ends itself. They take float32 as the sum of two float16, 22 bits of
+    every element down to 2^-28 of the token's largest, or for BF16 (from
     sm_80 on) of three bfloat16; for 16-bit `x` blocks are rounded to float16, whose largest is
     65504, and for a gate of its own products to the dtype of `x`. The copies of `x` take up to 10
     bytes an element from CuPy's memory pool, and a gate's products their size. A token's result

@@ -102,20 +102,19 @@ def _copied_bytes(kind: str, outs: int, rows: int, block: int, sm: int) -> int:
     return block // 32 * 2 * outs * _SLICE * bits // 8 if is_copied else 0
 
 
-_LARGE_VARIANTS = ("F16", 1), ("Q5_K", 2)  # kinds, and rows of x
-
-
 def _largest_block(sm: int, kind: str, rows: int) -> dict[str, int]:
     return dict(BLOCK=max(_blocks(kind, rows, sm)))
 
 
+def _variant(kind: str, rows: int, **sizes: int) -> dict[str, Any]:
+    return _defines(kind, "float", "float", ROWS=rows, OUTS=most_outs(kind, rows), **sizes)
+
+
 VARIANTS: list[dict[str, Any]] = [
-    _defines(kind, "float", "float", ROWS=rows, OUTS=most_outs(kind, rows)) | block
-    for kind, rows, block in (
-        *((kind, 1, dict(BLOCK=_BLOCK)) for kind in KINDS),
-        *(("Q4_K", rows, dict(BLOCK=_BLOCK)) for rows in (2, 8)),
-        *((kind, rows, cuda.by_sm(_largest_block, kind, rows)) for kind, rows in _LARGE_VARIANTS),
-    )
+    *(_variant(kind, 1, BLOCK=_BLOCK) for kind in KINDS),
+    *(_variant("Q4_K", rows, BLOCK=_BLOCK) for rows in (2, 8)),
+    _variant("F16", 1) | cuda.by_sm(_largest_block, "F16", 1),
+    _variant("Q5_K", 2) | cuda.by_sm(_largest_block, "Q5_K", 2),
 ]
 
 

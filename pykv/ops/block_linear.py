@@ -104,9 +104,6 @@ def _copied_bytes(kind: str, outs: int, rows: int, block: int, sm: int) -> int:
     return block // 32 * 2 * outs * _SLICE * bits // 8 if is_copied else 0
 
 
-_LARGE_VARIANTS = ("F16", 1), ("Q5_K", 2)  # kinds, and rows of x
-
-
 def _largest_block(sm: int, kind: str, rows: int) -> dict[str, int]:
     return dict(BLOCK=max(_blocks(kind, rows, sm)))
 

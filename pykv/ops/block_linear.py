@@ -108,15 +108,15 @@ def _largest_block(sm: int, kind: str, rows: int) -> dict[str, int]:
     return dict(BLOCK=max(_blocks(kind, rows, sm)))
 
 
-_OF_BLOCK: list[tuple[str, int, dict[str, Any]]]  # kinds, rows of x, and the block's define
-_OF_BLOCK = [(kind, 1, dict(BLOCK=_BLOCK)) for kind in KINDS]
-_OF_BLOCK += [("Q4_K", rows, dict(BLOCK=_BLOCK)) for rows in (2, 8)]
-_OF_BLOCK += [
-    (kind, rows, cuda.by_sm(_largest_block, kind, rows)) for kind, rows in _LARGE_VARIANTS
-]
+def _variant(kind: str, rows: int, **sizes: int) -> dict[str, Any]:
+    return _defines(kind, "float", "float", ROWS=rows, OUTS=most_outs(kind, rows), **sizes)
+
+
 VARIANTS: list[dict[str, Any]] = [
-    _defines(kind, "float", "float", ROWS=rows, OUTS=most_outs(kind, rows)) | block
-    for kind, rows, block in _OF_BLOCK
+    *(_variant(kind, 1, BLOCK=_BLOCK) for kind in KINDS),
+    *(_variant("Q4_K", rows, BLOCK=_BLOCK) for rows in (2, 8)),
+    _variant("F16", 1) | cuda.by_sm(_largest_block, "F16", 1),
+    _variant("Q5_K", 2) | cuda.by_sm(_largest_block, "Q5_K", 2),
 ]
 
 

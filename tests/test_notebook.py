@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from pykv import bench, cuda, elastic
+from pykv import bench, calibration, cuda, elastic
 from pykv.bench import report
 from pykv.ops import linear
 from pykv.testing import caches
@@ -171,6 +171,7 @@ def t4(monkeypatch):
     monkeypatch.setattr(cupy.Device, "current", ORDINAL)
     monkeypatch.setattr(cuda.launch, "driver", driver)
     monkeypatch.setattr(cuda.devices, "_arch", lambda device: "sm_75")
+    monkeypatch.setattr(calibration, "_identity", lambda device: ("T4", str(device), "0"))
     of_device = {"cpu": np}
     for module in (cuda, cuda.devices):
         monkeypatch.setattr(module, "array_module", lambda name: of_device.get(name, cupy))

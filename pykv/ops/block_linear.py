@@ -180,14 +180,14 @@ def multiply(
     tensor cores multiply more than 4 tokens, or more than 2 by a large matrix where `x` is rounded,
     in launches of their own: of `x` as they want it, the product, and the gate, with which a
     product of many tokens ends itself. They take float32 as the sum of two float16, 22 bits of
-    every element down to 2^-28 of the token's largest, or for BF16 (from
-    sm_80 on) of three bfloat16; for 16-bit `x` blocks are rounded to float16, whose largest is
-    65504, and for a gate of its own products to the dtype of `x`. The copies of `x` take up to 10
-    bytes an element from CuPy's memory pool, and a gate's products their size. A token's result
-    depends on the number of tokens, in its last bits, but not on the other tokens. Older GPUs, and
-    F32, read the matrix again for every 8 tokens. On the host blocks are dequantised by pieces at
-    each call, many times slower than a product with weights in float32. Source of the formats:
-    ggml-common.h of llama.cpp.
+    every element down to 2^-28 of the token's largest, or for BF16 (from sm_80 on) of three
+    bfloat16; for 16-bit `x` blocks are rounded to float16, whose largest is 65504, and for a gate
+    of its own products to the dtype of `x`. The copies of `x` take up to 10 bytes an element from
+    CuPy's memory pool, and a gate's products their size. A token's result depends on the number of
+    tokens, in its last bits, but not on the other tokens. Older GPUs, and F32, read the matrix
+    again for every 8 tokens. On the host blocks are dequantised by pieces at each call, many times
+    slower than a product with weights in float32. Source of the formats: ggml-common.h of
+    llama.cpp.
 
     >>> w = pykv.ops.block_rows.pack(np.zeros((3, 18), np.uint8), "Q4_0")
     >>> pykv.ops.block_linear.multiply(np.ones((1, 32), np.float32), w, "Q4_0")
@@ -376,16 +376,26 @@ class Cut(NamedTuple):
         return self.held * self.parts * self.rows * _SLICE_BYTES + self.copied
 
 
-def cut_of(x: Any, w: Any, kind: str, **asked: int) -> Cut:
-    """How `gemv` cuts a product, where it has the choice; `rows`, `outs` and `block` as asked."""
+def cut_of(
+    x: Any,
+    w: Any,
+    kind: str,
+    *,
+    rows: int | None = None,
+    outs: int | None = None,
+    block: int | None = None,
+) -> Cut:
+    """How `gemv` cuts a product, where it has the choice as asked. A `block` is that of a program,
+    whose blocks have any number of tiles."""
     (T, I), R, sm = x.shape, len(w), cuda.current_sm()
-    rows = asked.get("rows") or next(rows for rows in _OUTS if rows >= T or rows == max(_OUTS))
-    choice = (asked["outs"],) if "outs" in asked else _outs(kind, rows)
-    block = asked.get("block") or (max if R * I > _LARGE else min)(_blocks(kind, rows, sm))
+    is_alone = block is None
+    rows = rows or next(rows for rows in _OUTS if rows >= T or rows == max(_OUTS))
+    choice = (outs,) if outs else _outs(kind, rows)
+    block = block or (max if R * I > _LARGE else min)(_blocks(kind, rows, sm))
     num_sms = cuda.num_sms(x.data.device_id)
     outs, parts = _warps(R, I, _ways(kind, choice, rows, block, sm), block, num_sms)
     tiles, rounds = -(-R // (outs * (block // 32 // parts))), -(-I // (parts * _SLICE))
-    has_one_round = not asked and rounds == 1 and tiles <= _THREADS // block * num_sms
+    has_one_round = is_alone and rounds == 1 and tiles <= _THREADS // block * num_sms
     copied = _copied_bytes(kind, outs, rows, block, sm) // (2 if has_one_round else 1)
     held = _held(_room(sm) * block // _THREADS - copied, rows * parts, rounds)
     return Cut(rows, outs, parts, held, tiles, block, copied, has_one_round)

@@ -9,11 +9,12 @@ import numpy as np
 from pykv import cuda
 from pykv.arrays import on_gpu
 from pykv.draw_phases import Adjust, Draw, Logprobs
-from pykv.ops import adjust_logits, logprobs, phase_program, sample
+from pykv.ops import phase_program
 from pykv.phases import Product
-from pykv.testing import judged, oracles
-from pykv.testing.compare import host
+from pykv.testing import host, judged, oracles, wrong_values
 from pykv.verify import Case, Cases
+
+_FILTERS = np.float32, np.int32, np.float32, np.float32  # temperature, top_k, top_p, min_p
 
 
 def cases(rng: np.random.Generator, xp: Any) -> Cases:
@@ -21,7 +22,7 @@ def cases(rng: np.random.Generator, xp: Any) -> Cases:
         return
     for T, E, F in ((1, 64, 1400), (3, 72, 200)):
         yield feed_forward(T, E, F, rng, xp)
-    yield draws(rng, xp)
+    yield from draws(rng, xp)
 
 
 def feed_forward(T: int, E: int, F: int, rng: np.random.Generator, xp: Any) -> Case:
@@ -60,47 +61,64 @@ def feed_forward(T: int, E: int, F: int, rng: np.random.Generator, xp: Any) -> C
     return f"{T} tokens, {E} x {F}", *judged(out, oracle, np.float32)
 
 
-def draws(rng: np.random.Generator, xp: Any) -> Case:
-    """Tokens with penalties, a bias and filters, and their log probabilities; three calls."""
+def draws(rng: np.random.Generator, xp: Any) -> Cases:
+    """Tokens with penalties, a bias and filters, and their log probabilities; three calls, each of
+    which counts the last token of the answers."""
     T, V, K = 3, 700, 4
     logits = (3 * rng.standard_normal((T, V))).astype(np.float32)
-    penalties = np.array([[1.2, 0.5, 0.1], [1, 0, 0], [0.9, -1, 1]], np.float32)
+    prompts, answers = (
+        [rng.integers(0, V, count).tolist() for _ in range(T)] for count in (200, 100)
+    )
+    penalties, bias = [(1.2, 0.5, 0.1), (1, 0, 0), (0.9, -1, 1)], {9: 4.0}
     biases = np.zeros((T, V), np.float32)
-    biases[1, 9] = 4.0
-    tallies = rng.integers(0, 3, (T, V)).astype(np.int32)
-    filters = [
-        np.array(x, t)
-        for x, t in (([0.7, 1.5, 0], "f4"), ([30, 0, 0], "i4"), ([0.9, 0.8, 1], "f4"))
-    ]
-    draw = [*filters, np.array([0, 0.02, 0], np.float32), rng.integers(0, 2**63, T, np.uint64)]
+    biases[1, list(bias)] = list(bias.values())
+    tallies = np.zeros((T, V), np.int32)
+    for b, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        tallies[b, prompt] = 1
+        np.add.at(tallies[b], answer[:-1], 2)
+    ids = np.array([answer[-1] for answer in answers], np.int32)
+    filters = [(0.7, 30, 0.9, 0.0), (1.5, 0, 0.8, 0.02), (0.0, 0, 1.0, 0.0)]
+    of_filters = [np.array(x, t) for x, t in zip(zip(*filters, strict=True), _FILTERS, strict=True)]
+    seeds = rng.integers(0, 2**63, T, np.uint64)
     lengths, origins = np.full(T, 5, np.int32), np.arange(T, dtype=np.int32)
-    wanted, ids = np.array([K, 1, -1], np.int32), np.array([3, 4, 5], np.int32)
-    adjusted, tokens = xp.asarray(np.full((T, V), np.nan, np.float32)), xp.asarray(ids.copy())
-    on = [xp.asarray(x.copy()) for x in (logits, tallies, penalties, ids, biases)]
-    on.append(adjusted)
-    found = xp.asarray(np.zeros((T, 1 + 2 * K), np.int32))
-    of_draw = [*(xp.asarray(x) for x in (*draw, lengths, origins)), tokens]
+    wanted = np.array([K, 1, -1], np.int32)
+    given = [xp.asarray(x) for x in (logits, tallies, np.array(penalties, "f4"), ids, biases)]
+    adjusted = xp.asarray(np.full((T, V), np.nan, np.float32))
+    given.append(adjusted)
+    tokens, found = (xp.asarray(np.zeros(n, np.int32)) for n in (T, (T, 1 + 2 * K)))
+    of_draw = [*(xp.asarray(x) for x in (*of_filters, seeds, lengths, origins)), tokens]
     program = phase_program.PhaseProgram(
         [
-            Adjust(*on),
+            Adjust(*given),
             Draw(adjusted, *of_draw),
-            Logprobs(on[0], tokens, xp.asarray(wanted), found),
+            Logprobs(given[0], tokens, xp.asarray(wanted), found),
         ]
     )
-    of_op = [*draw, lengths - origins]
-    given: dict[str, Any] = dict(penalties=penalties, tally_rows=origins, tokens=ids)
-    given |= dict(tallies=tallies)
-    given |= dict(bias_indptr=np.array([0, 0, 1, 1], np.int32))
-    given |= dict(bias_ids=np.array([9], np.int32), bias_values=np.array([4], np.float32))
-    wrong = 0.0
     for _ in range(3):
         program()
-        want = adjust_logits.adjust(logits, **given)
-        drawn = sample.sample(want, *of_op)
-        of_tokens, tops, values = logprobs.top(logits, drawn, wanted, K)
-        got = host(found)
-        floats = got.view(np.float32)
-        wrong += (host(tokens) != drawn).sum() + (got[:, 1 : 1 + K] != tops).sum()
-        for a, b in ((floats[:, 0], of_tokens), (floats[:, 1 + K :], values)):
-            wrong += (~np.isclose(a, b, rtol=0, atol=1e-4)).sum()
-    return "draws", float(wrong), 0.0
+    answers = [[*answer, answer[-1], answer[-1]] for answer in answers]
+    asked = prompts, answers, penalties, [{}, bias, {}], [None] * T
+
+    def of_adjusted(dtype: Any) -> Any:
+        return oracles.adjusted_logits(logits, dtype, *asked)
+
+    yield "draws, adjusted logits", *judged(adjusted, of_adjusted, np.float32)
+    drawn, rows = host(tokens), host(adjusted)
+    for b in (0, 1):
+        random = oracles.random_fraction(int(seeds[b]), int(lengths[b] - origins[b]))
+        distance = oracles.distance_from_draw(int(drawn[b]), rows[b], random, *filters[b])
+        yield f"draws, distance of row {b}", *distance
+    yield "draws, temperature 0", wrong_values(drawn[2:], oracles.argmax(rows[2:])), 0.0
+    got, listed = host(found), np.full((T, K), -1, np.int32)
+    for b, count in ((0, K), (1, 1)):
+        listed[b, :count] = oracles.likeliest(logits[b], count)
+    yield "draws, likeliest tokens", wrong_values(got[:, 1 : 1 + K], listed), 0.0
+
+    def of_logprobs(dtype: Any) -> Any:
+        every = oracles.logprobs(logits, dtype)
+        values = np.take_along_axis(every, np.c_[drawn, listed].clip(0, V - 1), 1)
+        values[:, 1:][listed < 0], values[2] = -np.inf, -np.inf
+        return values
+
+    floats = got.view(np.float32)[:, [0, *range(1 + K, 1 + 2 * K)]]
+    yield "draws, log probabilities", *judged(floats, of_logprobs, np.float32)

@@ -3,66 +3,55 @@
 // Arrays, row-major, last dimension contiguous (letters as in pykv/ops/linear_mma.py):
 //   out               [T, O]  X_T at row stride out_stride; written, and where `accumulate` is 1
 //                     also read and added to
-//   x          const  [T, I]  X_T at row stride x_stride; base and rows 16-byte aligned
+//   pieces     const  [PIECES, T', I'] f16, or bf16 if KIND is; T' is T up to whole tiles, I' is I
+//                     up to whole stages; what linear_split.cu makes of x
+//   totals     const  [T', I' / 16] float  its sums of 16 elements; may be null where no kind needs it
+//   units      const  [T'] float  what sums of a token are multiplied by
 //   w          const  [O, W] u8  rows of planes of KIND (pykv/planes.py), or of floats, 16-byte
 //                     aligned
 //   bias       const  [O]     B_T, or null
-//   norm       const  [I] float or null, 16-byte aligned: x is x / sqrt(mean(x^2) + eps) * norm, row
-//                     by row
-//   pieces            [PIECES, T', I'] f16, or bf16 if KIND is; T' is T up to whole tiles, I' is I
-//                     up to whole stages; x times a power of two for each token, permuted, as the
-//                     sum of its pieces; zeros outside
-//   totals            [T', I' / 16] float  sums of 16 elements of x times that power; may be null
-//                     where no kind needs it
-//   units             [T'] float  one over that power
 //   partial           [parts, tiles, sums of a tile] float, where parts > 1
-//   counters          [tiles] u32, which `split` sets to zero
+//   counters          [tiles] u32, zeros
 // Defines:  KIND = a kind of planes.cuh, f16 or bf16; X_T, B_T = float, f16 or bf16; EXACT = 1 or 0,
-//           see Order; PIECES of x;
-//           BLOCK = threads; TILE_T = tokens of a block, a multiple of 8, or 0: `split` alone, for
-//           linear_tiles.cu, which leaves the order of elements; OWN_TILES, 16 outputs
-//           each, of a warp; DEPTH = elements of a row in a stage, 64, 128 or 256, a multiple of
-//           what a lane loads at once; STAGES in shared memory; AHEAD = units of weights on their way;
-//           X_AHEAD = operands of tokens that are read ahead of their products, 0 to 3;
-//           RESIDENT = blocks on an SM; GROUP_O = tiles of outputs whose blocks run together;
-//           SHARED_BYTES. From sm_75 on; below, both kernels do nothing
-// Launch:   split   grid (T'), block (BLOCK)
-//           gemm    grid (tiles, parts), tiles = ceil(O / (16 * OWN_TILES * BLOCK / 32)) * T' /
-//                   TILE_T, block (BLOCK), SHARED_BYTES of dynamic shared memory
-//           both may start early: before the kernel ahead has ended gemm reads w alone; what is
-//           written by others is not __restrict__, so that no load of it moves ahead of the wait
-// Traffic:  split   T * I elements of x, PIECES * T' * I' * 2 bytes written
-//           gemm    weights for each TILE_T tokens, pieces for each block of outputs, most from L2
+//           see Order; PIECES of x; BLOCK = threads; TILE_T = tokens of a block, a multiple of 8;
+//           OWN_TILES, 16 outputs each, of a warp; DEPTH = elements of a row in a stage, 64, 128 or
+//           256, a multiple of what a lane loads at once; STAGES in shared memory; AHEAD = units of
+//           weights on their way; X_AHEAD = operands of tokens that are read ahead of their products,
+//           0 to 3; RESIDENT = blocks on an SM; GROUP_O = tiles of outputs whose blocks run together;
+//           SHARED_BYTES. From sm_75 on; below it does nothing
+// Launch:   grid (tiles, parts), tiles = ceil(O / (16 * OWN_TILES * BLOCK / 32)) * T' / TILE_T, block
+//           (BLOCK), SHARED_BYTES of dynamic shared memory. It may start early: before the kernel ahead
+//           has ended it reads w alone; what others write is not __restrict__, so that no load of it
+//           moves ahead of the wait
+// Traffic:  weights for each TILE_T tokens, pieces for each block of outputs, most from L2
 // Order:    EXACT: products of pieces with codes or floats exact, sums of 32 elements on tensor
 //           cores, of these in float, times their scales; else scales and weights rounded to f16,
-//           all sums on tensor cores. Parts are added in order by the block that comes last. The order depends
-//           on the launch alone, so two runs agree in every bit, and a token's results do not
+//           all sums on tensor cores. Parts are added in order by the block that comes last. The order
+//           depends on the launch alone, so two runs agree in every bit, and a token's results do not
 //           depend on the others of its launch
 // Stack: 56 bytes, of the widest tiles as NVRTC 12.4 compiles them; newer ones need none
 #include "epilogue.cuh"
 #include "mma_weights.cuh"
 #include "parts.cuh"
-#include "ptx.cuh"
-#include "reduce.cuh"
 
 #if !defined(KIND) || !defined(X_T) || !defined(B_T) || !defined(EXACT) || !defined(PIECES) || \
     !defined(BLOCK) || !defined(TILE_T)
 #error "linear_mma.cu needs KIND, X_T, B_T, EXACT, PIECES, BLOCK and TILE_T"
 #endif
-
-#if __CUDA_ARCH__ >= 750
-using W = Weights<KIND, EXACT>;
-using M = W::M;
-constexpr int WARPS = BLOCK / WARP;
-#else
-using M = f16;
-#endif
-
-#if __CUDA_ARCH__ >= 750 && TILE_T > 0
 #if !defined(OWN_TILES) || !defined(DEPTH) || !defined(STAGES) || !defined(AHEAD) || \
     !defined(X_AHEAD) || !defined(RESIDENT) || !defined(GROUP_O) || !defined(SHARED_BYTES)
 #error "linear_mma.cu needs OWN_TILES, DEPTH, STAGES, AHEAD, X_AHEAD, RESIDENT, GROUP_O and SHARED_BYTES"
 #endif
+
+#if __CUDA_ARCH__ >= 750
+using W = Weights<KIND, EXACT>;
+using M = W::M;
+#else
+using M = f16;
+#endif
+
+#if __CUDA_ARCH__ >= 750
+constexpr int WARPS = BLOCK / WARP;
 constexpr int OWN_O = 16 * OWN_TILES;      // outputs of a warp
 constexpr int TILE_O = OWN_O * WARPS;      // outputs of a block
 constexpr int N_TILES = TILE_T / 8;
@@ -77,98 +66,6 @@ constexpr int STAGE_BYTES = PIECES * PIECE_BYTES + TILE_T * TOTALS * 4;
 static_assert(TILE_T % 8 == 0 && CHUNKS % 8 == 0, "whole tiles, free of conflicts of banks");
 static_assert(UNITS * 32 * W::SUBS == DEPTH && UNITS % AHEAD == 0, "whole units and rings");
 static_assert(SHARED_BYTES == STAGES * STAGE_BYTES, "all stages");
-#endif
-
-// --- x in front of the product -------------------------------------------------------------------
-
-extern "C" __global__ void __launch_bounds__(BLOCK)
-split(M* pieces, float* totals, float* units, u32* counters, const X_T* x, const float* norm,
-      int T, int I, int padded_I, i64 x_stride, int num_counters, float eps) {
-#if __CUDA_ARCH__ >= 750
-    __shared__ float scratch[2][WARPS];
-    let_next_start();
-    await_previous();
-    const i64 t = blockIdx.x;
-    for (int i = blockIdx.x * BLOCK + threadIdx.x; i < num_counters; i += gridDim.x * BLOCK) {
-        counters[i] = 0;
-    }
-    const X_T* row = x + t * x_stride;
-    float largest = 0.0f, squares = 0.0f;
-    if (t < T) {
-        for (int i = threadIdx.x * 4; i < I; i += BLOCK * 4) {
-            float v[4], w[4] = {1.0f, 1.0f, 1.0f, 1.0f};
-            load4(v, row + i);
-            if (norm) load4(w, norm + i);
-#pragma unroll
-            for (int j = 0; j < 4; j++) {
-                squares = fmaf(v[j], v[j], squares);
-                const float size = fabsf(v[j] * w[j]);
-                if (size < INF) largest = fmaxf(largest, size);  // NaN and infinities set no power
-            }
-        }
-    }
-    largest = warp_max(largest);
-    squares = group_sum<WARP>(squares);
-    if (threadIdx.x % WARP == 0) {
-        scratch[0][threadIdx.x / WARP] = largest;
-        scratch[1][threadIdx.x / WARP] = squares;
-    }
-    __syncthreads();
-    squares = 0.0f;
-#pragma unroll
-    for (int i = 0; i < WARPS; i++) {
-        largest = fmaxf(largest, scratch[0][i]);
-        squares += scratch[1][i];
-    }
-    const float factor = norm ? 1.0f / sqrtf(squares / (float)I + eps) : 1.0f;
-    largest *= factor;
-    // Brings the largest to 2^14 .. 2^15; both the power and one over it are normal numbers.
-    const int exponent = (int)(__float_as_uint(largest) >> 23) - 127;
-    const int power_of = min(max(14 - exponent, -113), 126);
-    const float power = __uint_as_float((u32)(127 + power_of) << 23);
-    if (threadIdx.x == 0) units[t] = __uint_as_float((u32)(127 - power_of) << 23);
-
-    const i64 piece = (i64)gridDim.x * padded_I;  // elements
-    for (int p = threadIdx.x * 16; p < padded_I; p += BLOCK * 16) {
-        float total = 0.0f;
-        u32 words[PIECES][8];
-#pragma unroll
-        for (int lane = 0; lane < 4; lane++) {
-            const int i = TILE_T ? element<W::OWN>(p + 2 * lane) : p + 4 * lane;
-            float v[4] = {}, w[4] = {1.0f, 1.0f, 1.0f, 1.0f};
-            if (t < T && i < I) {
-                load4(v, row + i);
-                if (norm) load4(w, norm + i);
-            }
-#pragma unroll
-            for (int j = 0; j < 4; j++) v[j] = v[j] * (factor * w[j]) * power;
-            total += (v[0] + v[1]) + (v[2] + v[3]);
-#pragma unroll
-            for (int n = 0; n < PIECES; n++) {
-                float lower[2] = {v[0], v[1]}, upper[2] = {v[2], v[3]};
-                words[n][TILE_T ? lane : 2 * lane] = split_halves<M>(lower);
-                words[n][TILE_T ? lane + 4 : 2 * lane + 1] = split_halves<M>(upper);
-                const float rest[4] = {lower[0], lower[1], upper[0], upper[1]};
-                // What an infinity leaves is a NaN: the first piece says it all.
-#pragma unroll
-                for (int j = 0; j < 4; j++) v[j] = fabsf(rest[j]) < INF ? rest[j] : 0.0f;
-            }
-        }
-#pragma unroll
-        for (int n = 0; n < PIECES; n++) {
-            uint4* to = reinterpret_cast<uint4*>(pieces + n * piece + t * padded_I + p);
-            to[0] = uint4{words[n][0], words[n][1], words[n][2], words[n][3]};
-            to[1] = uint4{words[n][4], words[n][5], words[n][6], words[n][7]};
-        }
-        if (W::HAS_ADDEND) totals[(t * padded_I + p) / 16] = total;
-    }
-#endif
-}
-
-// --- The product ---------------------------------------------------------------------------------
-
-#if TILE_T > 0
-#if __CUDA_ARCH__ >= 750
 constexpr int PARTS = W::SCALES ? W::SCALES : 1;  // parts of a group, each with its own scale
 using Sums = float[OWN_TILES][N_TILES][4];
 
@@ -436,4 +333,3 @@ gemm(X_T* out, float* partial, u32* counters, const M* pieces, const float* tota
     }
 #endif
 }
-#endif

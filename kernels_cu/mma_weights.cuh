@@ -2,23 +2,38 @@
 //
 // A warp multiplies 16 rows at a time: lane 4 * g + t has elements of rows g and g + 8. mma sums
 // over all k, whose order is free as long as x has the same: lane t takes OWN elements that follow
-// each other of each 4 * OWN, so that it loads whole words, and x is permuted in front (`element`).
+// each other of each 4 * OWN, so that it loads whole words, and linear_split.cu permutes x likewise.
 // What a lane loads at once is its part of a unit of SUBS * 32 elements of a row.
 #include "mma.cuh"
 #include "planes.cuh"
 
-// The element of x that stands at place p of a row, for lanes that own OWN: slots 2t, 2t + 1, then
-// 2t + 8, 2t + 9 of an mma are four elements that follow each other.
-template <int OWN> __device__ __forceinline__ int element(int p) {
-    const int slot = p % 16, step = p % (4 * OWN) / 16;
-    return p / (4 * OWN) * (4 * OWN) + slot % 8 / 2 * OWN + step * 4 + slot / 8 * 2 + slot % 2;
-}
-
-// Codes of four elements, a byte each, less what stands for zero, as two pairs of f16.
+// Codes of four elements, a byte each, less what stands for zero, as two pairs of f16: of elements 0
+// and 2, and of 1 and 3.
 template <int ZERO> __device__ __forceinline__ void code_pairs(u32 (&to)[2], u32 four) {
     constexpr u32 BASE = 0x64006400u;  // 1024, whose lowest bit is 1
-    to[0] = sub_f16x2(__byte_perm(four, BASE, 0x5150), BASE + ZERO * 0x10001u);
-    to[1] = sub_f16x2(__byte_perm(four, BASE, 0x5352), BASE + ZERO * 0x10001u);
+    to[0] = sub_f16x2(__byte_perm(four, BASE, 0x5250), BASE + ZERO * 0x10001u);
+    to[1] = sub_f16x2(__byte_perm(four, BASE, 0x5351), BASE + ZERO * 0x10001u);
+}
+
+// The lowest nibble of each half of a word, of whatever I, which keeps it in a register: as a constant
+// it would be made anew for each use, as instructions take but one.
+__device__ __forceinline__ u32 nibbles_of(int I) { return I < 0 ? 0u : 0x000f000fu; }
+
+// The same of `quad`. Nibbles become f16 where they stand: those one nibble higher count 16-fold.
+template <typename K>
+__device__ __forceinline__ void quad_pairs(u32 (&to)[2], u32 word, u32 pairs, u32 ones, int half,
+                                           int s, u32 nibbles) {
+    if constexpr (K::BITS == 4 && !K::TABLE) {
+        constexpr u32 BASE = 0x64006400u, SIXTEENTH = 0x2c002c00u;
+        constexpr u32 MINUS_64 = 0xd400d400u + K::ZERO * 0x100010u;  // less ZERO
+#pragma unroll
+        for (int i = 0; i < 2; i++, word >>= 8) {
+            to[i] = half ? fma_f16x2((word & nibbles << 4) | BASE, SIXTEENTH, MINUS_64)
+                         : sub_f16x2((word & nibbles) | BASE, BASE + K::ZERO * 0x10001u);
+        }
+    } else {
+        code_pairs<K::ZERO>(to, quad<K>(word, pairs, ones, half, s));
+    }
 }
 
 // Each kind of weights has
@@ -27,22 +42,24 @@ template <int ZERO> __device__ __forceinline__ void code_pairs(u32 (&to)[2], u32
 //   begin(unit, I, t)      before the first pairs of a unit
 //   pairs(to, sub)         two steps of mma, two pairs each: 32 elements from sub * 32 on
 //   scales(d, m, unit)     of a group, where SCALES of them and `addend` follow the product
+// Of codes a pair is of elements that another one stands between (IS_EVEN_FIRST), and x likewise.
 
 // Codes of GGUF blocks, which are exact in f16; their scales multiply the sums of a group.
 template <typename K, bool IS_EXACT> struct Weights {
     using M = f16;
     using CodesOf = Codes<K::BITS>;
     static constexpr int OWN = 4, SUBS = 1, SCALES = K::HALVES;
-    static constexpr bool HAS_ADDEND = K::HAS_ADDEND;
+    static constexpr bool HAS_ADDEND = K::HAS_ADDEND, IS_EVEN_FIRST = true;
 
     u32 words[K::BITS == 8 ? 2 : 1];
     CodesOf high;
     typename K::Raw raw;
+    u32 nibbles;
     int lane;
 
     __device__ __forceinline__ void load(const u8* row, int unit, int I, int t) {
         const int G = I / 32, g = min(unit, G - 1);
-        lane = t;
+        lane = t, nibbles = nibbles_of(I);
         if (CodesOf::WORDS) {
             const u32* at = reinterpret_cast<const u32*>(row) + g * CodesOf::WORDS + t;
             words[0] = at[0];
@@ -56,7 +73,7 @@ template <typename K, bool IS_EXACT> struct Weights {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             const u32 word = CodesOf::WORDS ? words[K::BITS == 8 ? half : 0] : 0u;
-            code_pairs<K::ZERO>(to[half], quad<K>(word, high.pairs[half], high.ones, half, lane));
+            quad_pairs<K>(to[half], word, high.pairs[half], high.ones, half, lane, nibbles);
         }
     }
     __device__ __forceinline__ void scales(float (&d)[SCALES], float (&m)[SCALES], int unit,
@@ -70,11 +87,11 @@ template <typename K> struct Weights<K, false> {
     using M = f16;
     using CodesOf = Codes<K::BITS>;
     static constexpr int OWN = 32, SUBS = 4, SCALES = 0;
-    static constexpr bool HAS_ADDEND = false;
+    static constexpr bool HAS_ADDEND = false, IS_EVEN_FIRST = true;
 
     CodesOf codes;
     typename K::Raw raw;
-    u32 scale[K::HALVES], addend[K::HALVES];
+    u32 scale[K::HALVES], addend[K::HALVES], nibbles;
 
     static __device__ __forceinline__ int group(int unit, int I, int t) {
         return min(unit * 4 + t, I / 32 - 1);
@@ -85,12 +102,17 @@ template <typename K> struct Weights<K, false> {
         raw = K::load(row + G * CodesOf::BYTES, g, G);
     }
     __device__ __forceinline__ void begin(int unit, int I, int t) {
-        float d[K::HALVES], m[K::HALVES] = {};
-        K::decode(d, m, raw, group(unit, I, t));
+        nibbles = nibbles_of(I);
+        if constexpr (K::AS_HALVES) {
+            K::decode_halves(scale, addend, raw, unit * 4 + t);
+        } else {
+            float d[K::HALVES], m[K::HALVES] = {};
+            K::decode(d, m, raw, group(unit, I, t));
 #pragma unroll
-        for (int h = 0; h < K::HALVES; h++) {
-            scale[h] = two_halves(d[h], d[h], f16{});
-            addend[h] = two_halves(m[h], m[h], f16{});
+            for (int h = 0; h < K::HALVES; h++) {
+                scale[h] = two_halves(d[h], d[h], f16{});
+                addend[h] = two_halves(m[h], m[h], f16{});
+            }
         }
     }
     __device__ __forceinline__ void pairs(u32 (&to)[2][2], int sub) const {
@@ -99,8 +121,8 @@ template <typename K> struct Weights<K, false> {
         for (int i = 0; i < 2; i++) {
             const int s = sub % 2 * 2 + i;
             u32 of_codes[2];
-            code_pairs<K::ZERO>(of_codes, quad<K>(codes.word(half, s), codes.pairs[half],
-                                                  codes.ones, half, s));
+            quad_pairs<K>(of_codes, codes.word(half, s), codes.pairs[half], codes.ones, half, s,
+                          nibbles);
 #pragma unroll
             for (int j = 0; j < 2; j++) {
                 to[i][j] = fma_f16x2(of_codes[j], scale[h], K::HAS_ADDEND ? addend[h] : 0u);
@@ -114,7 +136,7 @@ template <typename K> struct Weights<K, false> {
 template <typename T, bool IS_EXACT> struct FloatWeights {
     using M = T;
     static constexpr int OWN = 8, SUBS = 1, SCALES = IS_EXACT ? 1 : 0;
-    static constexpr bool HAS_ADDEND = false;
+    static constexpr bool HAS_ADDEND = false, IS_EVEN_FIRST = false;
 
     uint4 words;
 

@@ -7,6 +7,8 @@
 //   HAS_ADDEND    elements are d * code + m; else d * code
 //   Raw           what a lane loads for the scales of a group: load(scales, g, G), decode(d, m, raw,
 //                 g), where `scales` is where they begin in a row, g the group, G the groups of a row
+//   FIRST, SECOND bytes of the one and the other range of scales, of eight groups
+//   AS_HALVES     whether decode_halves(d, m, raw, g) gives them as pairs of equal f16, too, rounded
 #include "vector.cuh"
 
 constexpr int GROUP = 32;
@@ -115,7 +117,8 @@ __device__ __forceinline__ u32 two_bytes(const u8* p) { return *reinterpret_cast
 
 template <int BITS_, int ZERO_> struct OneHalf {
     static constexpr int BITS = BITS_, ZERO = ZERO_, HALVES = 1;
-    static constexpr bool TABLE = false, HAS_ADDEND = false;
+    static constexpr bool TABLE = false, HAS_ADDEND = false, AS_HALVES = true;
+    static constexpr int FIRST = 16, SECOND = 0;
     using Raw = u32;
 
     static __device__ __forceinline__ Raw load(const u8* scales, int g, int) {
@@ -124,11 +127,15 @@ template <int BITS_, int ZERO_> struct OneHalf {
     static __device__ __forceinline__ void decode(float (&d)[1], float (&)[1], Raw raw, int) {
         d[0] = half_of(raw);
     }
+    static __device__ __forceinline__ void decode_halves(u32 (&d)[1], u32 (&)[1], Raw raw, int) {
+        d[0] = __byte_perm(raw, 0, 0x1010);
+    }
 };
 
 template <int BITS_> struct TwoHalves {
     static constexpr int BITS = BITS_, ZERO = 0, HALVES = 1;
-    static constexpr bool TABLE = false, HAS_ADDEND = true;
+    static constexpr bool TABLE = false, HAS_ADDEND = true, AS_HALVES = true;
+    static constexpr int FIRST = 32, SECOND = 0;
     using Raw = u32;
 
     static __device__ __forceinline__ Raw load(const u8* scales, int g, int) {
@@ -137,6 +144,10 @@ template <int BITS_> struct TwoHalves {
     static __device__ __forceinline__ void decode(float (&d)[1], float (&m)[1], Raw raw, int) {
         d[0] = half_of(raw);
         m[0] = half_of(raw >> 16);
+    }
+    static __device__ __forceinline__ void decode_halves(u32 (&d)[1], u32 (&m)[1], Raw raw, int) {
+        d[0] = __byte_perm(raw, 0, 0x1010);
+        m[0] = __byte_perm(raw, 0, 0x3232);
     }
 };
 
@@ -161,7 +172,8 @@ struct IQ4_NL : OneHalf<4, 128> {
 
 struct MXFP4 {
     static constexpr int BITS = 4, ZERO = 128, HALVES = 1;
-    static constexpr bool TABLE = true, HAS_ADDEND = false;
+    static constexpr bool TABLE = true, HAS_ADDEND = false, AS_HALVES = false;
+    static constexpr int FIRST = 8, SECOND = 0;
     using Raw = u32;
     static __device__ __forceinline__ uint4 table() { return e2m1_table(); }
 
@@ -177,7 +189,8 @@ struct MXFP4 {
 // their high ones above the first four.
 template <int BITS_> struct Groups {
     static constexpr int BITS = BITS_, ZERO = 0, HALVES = 1;
-    static constexpr bool TABLE = false, HAS_ADDEND = true;
+    static constexpr bool TABLE = false, HAS_ADDEND = true, AS_HALVES = true;
+    static constexpr int FIRST = 16, SECOND = 0;
     using Raw = uint4;  // two halves and twelve bytes
 
     static __device__ __forceinline__ Raw load(const u8* scales, int g, int) {
@@ -195,6 +208,21 @@ template <int BITS_> struct Groups {
         d[0] = __fmul_rn(half_of(raw.x), scale);
         m[0] = -__fmul_rn(half_of(raw.x >> 16), minimum);
     }
+#if __CUDA_ARCH__ >= 750
+    // Scale and minimum in the halves of a word.
+    static __device__ __forceinline__ void decode_halves(u32 (&d)[1], u32 (&m)[1], const Raw& raw,
+                                                         int g) {
+        constexpr u32 ONE_K = 0x64006400u, MINUS_ZERO = 0x80008000u;  // 1024, whose lowest bit is 1
+        const u32 bytes = 0x4400u + g % 4 * 0x1111u;
+        const u32 both = __byte_perm(raw.y, raw.z, bytes);
+        const u32 low = __byte_perm(raw.w, raw.w >> 4, bytes) & 0x000f000fu;
+        const u32 codes = g % 8 < 4 ? both & 0x003f003fu : low | (both >> 2 & 0x00300030u);
+        const u32 numbers = sub_f16x2(codes | ONE_K, ONE_K);
+        const u32 scales = fma_f16x2(numbers, raw.x ^ 0x80000000u, MINUS_ZERO);
+        d[0] = __byte_perm(scales, 0, 0x1010);
+        m[0] = __byte_perm(scales, 0, 0x3232);
+    }
+#endif
 };
 
 using Q4_K = Groups<4>;
@@ -204,7 +232,8 @@ struct TwoWords { u32 scales, d; };
 
 struct Q6_K {
     static constexpr int BITS = 6, ZERO = 32, HALVES = 2;
-    static constexpr bool TABLE = false, HAS_ADDEND = false;
+    static constexpr bool TABLE = false, HAS_ADDEND = false, AS_HALVES = false;
+    static constexpr int FIRST = 16, SECOND = 2;
     using Raw = TwoWords;
 
     static __device__ __forceinline__ Raw load(const u8* scales, int g, int G) {
@@ -222,7 +251,8 @@ struct Q6_K {
 
 struct Q2_K {
     static constexpr int BITS = 2, ZERO = 0, HALVES = 2;
-    static constexpr bool TABLE = false, HAS_ADDEND = true;
+    static constexpr bool TABLE = false, HAS_ADDEND = true, AS_HALVES = false;
+    static constexpr int FIRST = 16, SECOND = 4;
     using Raw = TwoWords;
 
     static __device__ __forceinline__ Raw load(const u8* scales, int g, int G) {
@@ -243,7 +273,8 @@ struct Q2_K {
 // Sixteen scales of six bits: low nibbles in eight bytes, high pairs in four.
 struct Q3_K {
     static constexpr int BITS = 3, ZERO = 4, HALVES = 2;
-    static constexpr bool TABLE = false, HAS_ADDEND = false;
+    static constexpr bool TABLE = false, HAS_ADDEND = false, AS_HALVES = false;
+    static constexpr int FIRST = 12, SECOND = 2;
     using Raw = TwoWords;
 
     static __device__ __forceinline__ Raw load(const u8* scales, int g, int G) {
@@ -264,7 +295,8 @@ struct Q3_K {
 
 struct IQ4_XS {
     static constexpr int BITS = 4, ZERO = 128, HALVES = 1;
-    static constexpr bool TABLE = true, HAS_ADDEND = false;
+    static constexpr bool TABLE = true, HAS_ADDEND = false, AS_HALVES = false;
+    static constexpr int FIRST = 8, SECOND = 0;
     using Raw = uint2;  // a half, the scales' upper bits in pairs, their nibbles
     static __device__ __forceinline__ uint4 table() { return iq4_table(); }
 

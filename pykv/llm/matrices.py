@@ -9,12 +9,21 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pykv import cuda, planes
+from pykv import planes
 from pykv.arrays import like, on_gpu
+from pykv.cuda import current_sm
 from pykv.errors import UnsupportedError
 from pykv.llm.gguf import ModelFile
-from pykv.ops import activation, block_linear, block_rows, linear, linear_mma, linear_tiles
-from pykv.ops.block_linear import PLAIN
+from pykv.ops import (
+    activation,
+    block_linear,
+    block_rows,
+    linear,
+    linear_mma,
+    linear_tiles,
+    linear_wgmma,
+)
+from pykv.ops.block_linear import GATES, PLAIN
 from pykv.ops.norm import rms_norm
 from pykv.pool import float_kind
 
@@ -108,8 +117,14 @@ def multiply(
 def gates_itself(x: Any, w: Any, gemm: str) -> bool:
     """Whether the product with w, which has gates and what they open, applies the gate itself."""
     parts = parts_of(w)
-    is_long = len(x) > linear_tiles.SHORT and not _by_linear(x, parts[0][0], gemm)
-    return len(parts) == 1 and on_gpu(x) and (_is_fused(x) or is_long)
+    if len(parts) > 1 or not on_gpu(x):
+        return False
+    ((kind, rows),), (T, I) = parts, x.shape
+    if _is_fused(x) or linear_wgmma.multiplies(
+        kind, False, T, len(rows) * I, GATES[0], current_sm()
+    ):
+        return True
+    return T > linear_tiles.SHORT and not _by_linear(x, kind, gemm)
 
 
 def gated(
@@ -164,7 +179,7 @@ def _by_linear(x: Any, kind: str, gemm: str) -> bool:
     """Whether linear.linear multiplies more than a few tokens."""
     if kind not in PLAIN:
         return False
-    return not on_gpu(x) or gemm == "cublas" or not linear_mma.has_kernel(kind, cuda.current_sm())
+    return not on_gpu(x) or gemm == "cublas" or not linear_mma.has_kernel(kind, current_sm())
 
 
 def embed(table: Any, ids: Any, scale: float) -> Any:

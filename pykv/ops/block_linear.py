@@ -19,7 +19,14 @@ from pykv import cuda, planes
 from pykv.arrays import FLOAT32, FLOATS, UINT8, VECTOR_BYTES, like, on_gpu, row_step
 from pykv.checker import Dims, checker, optional
 from pykv.errors import ParameterError, ShapeError, UnsupportedError
-from pykv.ops import activation, block_rows, linear_mma, linear_tiles
+from pykv.ops import (
+    activation,
+    block_rows,
+    linear_mma,
+    linear_split,
+    linear_tiles,
+    linear_wgmma,
+)
 from pykv.ops import norm as rms_norm
 from pykv.options import check_choice, check_flag, check_number
 from pykv.planes import FORMATS
@@ -224,22 +231,39 @@ def warm_up(kinds: Sequence[str], gated: Sequence[str], gate: str) -> None:
         jobs += [("block_linear", _defines(kind, *floats, **sizes)) for sizes in _sizes(kind, sm)]
         if kind in FORMATS:
             jobs.append(("block_rows", block_rows.defines(kind, FLOATS[0])))
+        gates = (None, gate) if kind in gated else (None,)
         if linear_mma.has_kernel(kind, sm):
-            tilings = linear_mma.tilings(kind, False, sm)
-            few = linear_tiles.most_of_registers(kind, sm)
-            if few is not None:
-                tilings = [one for one in tilings if one.TILE_T < 2 * few]
-                gates = (None, gate) if kind in gated else (None,)
-                jobs += [
-                    ("linear_tiles", linear_tiles.defines(kind, *floats, tiling, end))
-                    for tiling in linear_tiles.tilings(sm)
-                    for end in gates
-                ]
-                jobs.append(("linear_mma", linear_tiles.split_defines(kind, FLOATS[0])))
-            jobs += [("linear_mma", linear_mma.defines(kind, *floats, False, t)) for t in tilings]
+            jobs += _tensor_core_jobs(kind, gates, sm)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for _ in pool.map(lambda job: cuda.compile(job[0], arch, **job[1]), jobs):
             pass
+
+
+def _tensor_core_jobs(
+    kind: str, gates: tuple[str | None, ...], sm: int
+) -> list[tuple[str, dict[str, Any]]]:
+    floats = FLOATS[0], FLOATS[0]
+    tilings = linear_mma.tilings(kind, False, sm)
+    few = linear_tiles.most_of_registers(kind, sm)
+    jobs: list[tuple[str, dict[str, Any]]]
+    jobs = [("linear_split", one) for one in linear_split.all_defines(kind, FLOATS[0])]
+    if few is not None:
+        tilings = [one for one in tilings if one.TILE_T < 2 * few]
+        jobs += [
+            ("linear_tiles", linear_tiles.defines(kind, *floats, tiling, end))
+            for tiling in linear_tiles.tilings(sm)
+            for end in gates
+        ]
+    if linear_wgmma.multiplies(kind, False, 1, 1, None, sm):  # leaves more tokens of few elements
+        tilings = [one for one in tilings if 8 < one.TILE_T < 64]
+        every = {one for some in linear_wgmma.tilings(kind).values() for one in some}
+        jobs += [
+            ("linear_wgmma", linear_wgmma.defines(kind, *floats, tiling, end))
+            for tiling in sorted(every)
+            for end in gates
+        ]
+    jobs += [("linear_mma", linear_mma.defines(kind, *floats, False, one)) for one in tilings]
+    return jobs
 
 
 def checked(
@@ -420,13 +444,16 @@ def scalars_of(x: Any, w: Any, out: Any, asked: Options, cut: Cut) -> dict[str, 
 def _launches(
     x: Any, w: Any, kind: str, bias: Any, norm: Any, out: Any, options: Options
 ) -> Callable[[dict[str, Any], Any], None]:
-    """The function of arrays by name and a stream that enqueues a product by linear_tiles, or by
-    linear_mma and a gate behind it, and has memory for what they hand on."""
+    """The function of arrays by name and a stream that enqueues a product by linear_wgmma,
+    linear_tiles, or linear_mma and a gate behind it, and has memory for what they hand on."""
     exact = options.exact and x.dtype in FLOAT32
     given, gate, accumulate = (x, w, kind, bias), options.gate, options.accumulate
     ways: dict[str, Any] = dict(eps=options.eps, early=options.early)
-    if linear_tiles.multiplies(kind, exact, len(x), cuda.current_sm()):
-        ways |= dict(early=options.early and len(x) > linear_tiles.SHORT)
+    T, elements, sm = len(x), len(w) * x.shape[1], cuda.current_sm()
+    if linear_wgmma.multiplies(kind, exact, T, elements, gate, sm):
+        return linear_wgmma.product(*given, out, accumulate, gate=gate, **ways)
+    if linear_tiles.multiplies(kind, exact, T, sm):
+        ways |= dict(early=options.early and T > linear_tiles.SHORT)
         return linear_tiles.product(*given, out, accumulate, gate=gate, **ways)
     if gate is None:
         return linear_mma.product(*given, out, accumulate, exact, **ways)
@@ -448,13 +475,15 @@ def _warps(
 ) -> tuple[int, int]:
     """One of `ways`, by which the block that is busy longest ends first. Times are those of a row
     of a slice: a round takes as long as four of them beside its rows, the end of a tile as five,
-    telling other warps another."""
+    telling other warps another, and each further block that an SM starts with three."""
 
     def time(way: tuple[int, int]) -> int:
         n, parts = way
         tiles = -(-R // (n * (block // 32 // parts)))
-        turns, rounds = -(-tiles // (_THREADS // block * num_sms)), -(-I // (parts * _SLICE))
-        return turns * (rounds * (n + 4) + 5 + (parts > 1))
+        blocks, rounds = -(-tiles // num_sms), -(-I // (parts * _SLICE))
+        together = min(blocks, _THREADS // block)
+        turns = -(-tiles // (_THREADS // block * num_sms))
+        return turns * (rounds * (n + 4) + 5 + (parts > 1)) + 3 * (together - 1)
 
     slices = max(1, -(-I // _SLICE))  # no more parts than have something to do
     return min((way for way in ways if way[1] <= slices), key=time)

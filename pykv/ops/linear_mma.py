@@ -9,13 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from pykv import cuda
-from pykv.arrays import BFLOAT16, FLOATS, like, row_step
-
-FLOAT_KINDS = dict(F16=FLOATS[1], BF16=FLOATS[2])  # of weights that are no blocks
-_ADDENDS = ("Q4_1", "Q5_1", "Q2_K", "Q4_K", "Q5_K")  # kinds whose elements are d * code + m
+from pykv.arrays import FLOATS, row_step
+from pykv.ops import linear_split
+from pykv.ops.linear_split import FLOAT_KINDS, element, has_totals, num_pieces
 
 
 class Tiling(NamedTuple):
@@ -42,28 +39,10 @@ def has_kernel(kind: str, sm: int) -> bool:
     return kind != "F32" and sm >= (80 if kind == "BF16" else 75)
 
 
-def num_pieces(kind: str, x: Any, exact: bool) -> int:
-    """The 16-bit numbers that x is the sum of: 22 bits of float32, 24 for bfloat16 weights; where
-    it need not be exact 11 and 16."""
-    if kind == "BF16":
-        return 1 if x == BFLOAT16 else 3 if exact and x == FLOATS[0] else 2
-    return 2 if exact and x == FLOATS[0] else 1
-
-
-def _totals(kind: str, exact: bool, elements: int) -> int:
-    """Sums of 16 elements of x, which addends multiply."""
-    return elements // 16 if exact and kind in _ADDENDS else 0
-
-
-def element(kind: str) -> str:
-    """The define KIND: blocks by their name, floats by their type."""
-    return kind.lower() if kind in FLOAT_KINDS else kind
-
-
 def defines(kind: str, x: Any, bias: Any, exact: bool, tiling: Tiling) -> dict[str, Any]:
     """All of the kernel's defines; x and bias are dtypes."""
     pieces = num_pieces(kind, x, exact)
-    of_token = pieces * tiling.DEPTH * 2 + 4 * _totals(kind, exact, tiling.DEPTH)
+    of_token = pieces * tiling.DEPTH * 2 + 4 * has_totals(kind, exact) * tiling.DEPTH // 16
     shared = tiling.STAGES * tiling.TILE_T * of_token
     sizes = dict(tiling._asdict(), PIECES=pieces, SHARED_BYTES=shared)
     return dict(KIND=element(kind), X_T=x, B_T=bias, EXACT=int(exact), **sizes)
@@ -122,21 +101,6 @@ def _num_parts(tiling: Tiling, exact: bool, tiles: int, I: int, num_sms: int) ->
     return max(1, min(slots // tiles, _MOST_PARTS, I // (128 if exact else 256), stages))
 
 
-def split_launch(
-    x: Any, of_kernel: dict[str, Any], rows: int, padded: int, counters: int, eps: float
-) -> cuda.Launch:
-    """What makes the pieces of x in front of a product, here and in linear_tiles.
-
-    Args:
-        of_kernel: defines.
-        rows, padded: of the pieces: T and I up to whole tiles and stages.
-        counters: to set to zero.
-    """
-    (T, I), kernel = x.shape, cuda.kernel("linear_mma", "split", **of_kernel)
-    scalars = dict(T=T, I=I, padded_I=padded, x_stride=row_step(x), num_counters=counters, eps=eps)
-    return cuda.Launch(kernel, rows, of_kernel["BLOCK"], scalars, early=True)
-
-
 def product(
     x: Any,
     w: Any,
@@ -170,8 +134,6 @@ def product(
     parts = parts or _num_parts(tiling, exact, tiles, I, num_sms)
     of_bias = FLOATS[0] if bias is None else bias.dtype
     every = defines(kind, x.dtype, of_bias, exact, tiling)
-    counters = tiles if parts > 1 else 0
-    split = split_launch(x, every, rows, padded, counters, eps)
     gemm = cuda.Launch(
         cuda.kernel("linear_mma", "gemm", **every),
         (tiles, parts),
@@ -181,34 +143,9 @@ def product(
         shared_bytes=every["SHARED_BYTES"],
         early=early,
     )
-    sizes: dict[str, tuple[int, Any]] = dict(
-        pieces=(every["PIECES"] * rows * padded, FLOAT_KINDS.get(kind, FLOATS[1])),
-        totals=(_totals(kind, exact, rows * padded), np.float32),
-        units=(rows, np.float32),
-        partial=(tiles * parts * tiling.TILE_T * tiling.outputs if counters else 0, np.float32),
-        counters=(counters, np.uint32),
-    )
-
-    return in_turn((split, gemm), sizes)
-
-
-def in_turn(
-    launches: tuple[cuda.Launch, ...], sizes: dict[str, tuple[int, Any]]
-) -> Callable[[dict[str, Any], Any], None]:
-    """The function of arrays by name (out, x, w, bias, norm) and a stream that launches `split`,
-    then a product, which share arrays of these sizes and dtypes; None stands for one of size 0."""
-
-    def run(arrays: dict[str, Any], stream: Any) -> None:
-        with cuda.on_stream(stream):
-            own = {
-                name: like(arrays["x"], (size,), dtype) if size else None
-                for name, (size, dtype) in sizes.items()
-            }
-        every = arrays | own | dict(w=arrays["w"].view(np.uint8))
-        for launch in launches:
-            launch({name: every[name] for name in launch.kernel.arrays}, stream)
-
-    return run
+    counters = tiles if parts > 1 else 0
+    partial = counters * parts * tiling.TILE_T * tiling.outputs, counters
+    return linear_split.then(gemm, x, kind, exact, (rows, padded), partial, eps)
 
 
 def _sizes_for(sm: int, kind: str, x: Any, exact: bool, number: int) -> dict[str, int]:

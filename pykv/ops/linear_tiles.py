@@ -2,7 +2,7 @@
 activations are 16-bit or may be rounded to that: its sizes and launches.
 
 Dimensions: T tokens, I features in, O features out, W bytes of a row of weights.
-Kernel: kernels_cu/linear_tiles.cu; `split` of kernels_cu/linear_mma.cu rounds activations.
+Kernel: kernels_cu/linear_tiles.cu.
 """
 
 from __future__ import annotations
@@ -10,11 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from pykv import cuda
 from pykv.arrays import FLOATS, row_step
-from pykv.ops.linear_mma import FLOAT_KINDS, element, in_turn, num_pieces, split_launch
+from pykv.ops import linear_split
+from pykv.ops.linear_split import FLOAT_KINDS, element, num_pieces
 
 DEPTH = 64  # elements of I in a stage
 
@@ -124,8 +123,6 @@ def product(
     padded = stages * DEPTH
     of_bias = FLOATS[0] if bias is None else bias.dtype
     every = defines(kind, x.dtype, of_bias, tiling, gate)
-    counters = tiles if parts > 1 else 0
-    split = split_launch(x, split_defines(kind, x.dtype), T, padded, counters, eps)
     multiply = cuda.Launch(
         cuda.kernel("linear_tiles", "linear_tiles", **every),
         (tiles, parts),
@@ -135,25 +132,9 @@ def product(
         shared_bytes=every["SHARED_BYTES"],
         early=early,
     )
-    sizes: dict[str, tuple[int, Any]] = dict(
-        pieces=(every["PIECES"] * T * padded, FLOAT_KINDS.get(kind, FLOATS[1])),
-        totals=(0, np.float32),
-        units=(T, np.float32),
-        partial=(counters * parts * tiling.TILE_T * tiling.TILE_O, np.float32),
-        counters=(counters, np.uint32),
-    )
-
-    return in_turn((split, multiply), sizes)
-
-
-_SPLIT_BLOCK = 128
-
-
-def split_defines(kind: str, x: Any) -> dict[str, Any]:
-    """The defines of linear_mma.cu by which `split` leaves the order of elements."""
-    pieces = num_pieces(kind, x, False)
-    sizes = dict(EXACT=0, PIECES=pieces, BLOCK=_SPLIT_BLOCK, TILE_T=0)
-    return dict(KIND=element(kind), X_T=x, B_T=FLOATS[0], **sizes)
+    counters = tiles if parts > 1 else 0
+    partial = counters * parts * tiling.TILE_T * tiling.TILE_O, counters
+    return linear_split.then(multiply, x, kind, False, (T, padded), partial, eps, in_order=True)
 
 
 def _sizes_for(sm: int, number: int, gate: str | None) -> dict[str, int]:

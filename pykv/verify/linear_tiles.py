@@ -18,10 +18,10 @@ _SIZES = ((70, 72, 512), (130, 200, 256))  # T, O, I
 def cases(rng: np.random.Generator, xp: Any) -> Cases:
     for T, O, I in _SIZES:
         for kind in ("F16", "BF16", *(("Q4_K", "Q6_K", "Q8_0") if find_spec("gguf") else ())):
-            yield _case(kind, T, O, I, rng, xp)
+            yield case(kind, T, O, I, rng, xp)
 
 
-def _case(kind: str, T: int, O: int, I: int, rng: np.random.Generator, xp: Any) -> Case:
+def case(kind: str, T: int, O: int, I: int, rng: np.random.Generator, xp: Any) -> Case:
     x, bias = (rng.standard_normal(shape).astype(np.float32) for shape in ((T, I), O))
     blocks, values = blocks_of(kind, O, I, rng)
     w = xp.asarray(blocks)

@@ -1,12 +1,14 @@
 """block_linear: products with GGUF blocks of every type."""
 
+from itertools import product
+
 import numpy as np
 import pytest
 
 from pykv import cuda, planes
 from pykv.errors import DtypeError, ParameterError, ShapeError, UnsupportedError
 from pykv.ops import block_linear as op
-from pykv.ops import block_rows, linear_mma, linear_tiles
+from pykv.ops import block_rows, linear_mma, linear_split, linear_tiles, linear_wgmma
 from tests.faults import fixed, misread, scaled, with_argument, with_option
 from tests.helpers import (
     assert_close_to_oracle,
@@ -130,7 +132,7 @@ def judge(xp, rng, case):
     rows, blocks, bias, old, norm = inputs(rng, **case)
     values = dequantized(blocks, kind)
 
-    def product(dtype):
+    def in_precision(dtype):
         y = rows[:, 8 : 8 + I].astype(dtype)
         if norm is not None:
             squares = (y * y).sum(-1, keepdims=True) / max(I, 1)
@@ -140,7 +142,7 @@ def judge(xp, rng, case):
         y = activated(y[:, :O], gate) * y[:, O:] if gate else y
         return y + old[:, 8 : 8 + O].astype(dtype) if case["accumulate"] else y
 
-    low, oracle = product(np.float32).astype(rows.dtype), product(np.float64)
+    low, oracle = in_precision(np.float32).astype(rows.dtype), in_precision(np.float64)
     w = xp.asarray(blocks) if kind in op.PLAIN else block_rows.pack(xp.asarray(blocks), kind)
     given = [None if a is None else xp.asarray(a) for a in (rows, bias, old, norm)]
     x, out = given[0][:, 8 : 8 + I], given[2][:, 8 : 8 + O]
@@ -296,21 +298,23 @@ def test_a_model_that_is_loaded_finds_its_kernels_compiled(monkeypatch, kind, sm
     ways = [("block_linear", op._defines(kind, *floats, **size)) for size in sizes]
     if kind not in op.PLAIN:
         ways.append(("block_rows", block_rows.defines(kind, floats[0])))
-    for T in range(5, 200, 3) if sm > 75 else ():
-        if linear_tiles.multiplies(kind, False, T, sm):
-            for O in (576, 8192, 14336):
-                tiling = linear_tiles.choose(T, O, sm, 132)
-                for gate in (None, "geglu"):
-                    defines = linear_tiles.defines(kind, *floats, tiling, gate)
-                    ways.append(("linear_tiles", defines))
-            ways.append(("linear_mma", linear_tiles.split_defines(kind, floats[0])))
-            continue
-        for O, I in ((576, 576), (14336, 4096)):
+    if linear_mma.has_kernel(kind, sm):
+        ways += [("linear_split", one) for one in linear_split.all_defines(kind, floats[0])]
+    shapes = [(576, 576), (4096, 1024), (4096, 4096), (8192, 1024), (14336, 4096), (128256, 4096)]
+    for T, (O, I), gate in product(range(5, 200), shapes, (None, "geglu")) if sm > 75 else ():
+        shape = kind, False, T
+        if linear_wgmma.multiplies(*shape, O * I, gate, sm):
+            tiling = linear_wgmma.choose(kind, T, O, I, 132)
+            ways.append(("linear_wgmma", linear_wgmma.defines(kind, *floats, tiling, gate)))
+        elif linear_tiles.multiplies(*shape, sm):
+            tiling = linear_tiles.choose(T, O, sm, 132)
+            ways.append(("linear_tiles", linear_tiles.defines(kind, *floats, tiling, gate)))
+        else:
             tiling = linear_mma.choose(kind, False, (T, O, I), sm, 132)
             ways.append(("linear_mma", linear_mma.defines(kind, *floats, False, tiling)))
     for stem, defines in ways:
         assert (stem, f"sm_{sm}", defines) in made
-    assert len(made) == len({str(way) for way in ways})
+    assert {str((stem, defines)) for stem, _, defines in made} == {str(way) for way in ways}
 
 
 @pytest.mark.parametrize("T", [1, 9])

@@ -210,10 +210,12 @@ template <int N> inline void wgmma_results(float (&d)[N]) {}
 struct WgmmaMatrix { const char* start; unsigned leading; };
 
 namespace simt {
-// Rows row .. row + 15 of 16 elements, or columns if COLUMNS, as the lanes of a warp load them.
+// Rows row .. row + 15 of 16 elements, or columns if COLUMNS, as the lanes of a warp load them; where
+// there are but `rows`, those again and again.
 template <bool COLUMNS> void load_rows(float (&to)[16][16], const WgmmaMatrix& from, int row,
-                                       float (*to_float)(unsigned short), const char* file, int line) {
-    const int i = lane() / 2, part = lane() % 2;  // COLUMNS: element i of eight of the columns
+                                       float (*to_float)(unsigned short), const char* file, int line,
+                                       int rows = 16) {
+    const int i = lane() / 2 % rows, part = lane() % 2;  // COLUMNS: element i of eight of the columns
     const int of_row = COLUMNS ? i : row + i, chunk = COLUMNS ? row % 64 / 8 + part : part;
     unsigned long at = (unsigned long)from.start + (COLUMNS ? row / 64 * from.leading : 0) +
                        of_row * 128 + chunk * 16;
@@ -233,6 +235,10 @@ inline WgmmaMatrix wgmma_matrix(const void* shared, unsigned leading) {
     return {(const char*)shared, leading};
 }
 
+inline WgmmaMatrix wgmma_matrix(WgmmaMatrix from, unsigned bytes) {
+    return {from.start + bytes, from.leading};
+}
+
 template <bool BF16, bool COLUMNS>
 __attribute__((no_sanitize("thread"), no_sanitize("undefined")))
 inline void wgmma_m64n128k16(float (&d)[64], WgmmaMatrix a, WgmmaMatrix b, SIMT_SITE) {
@@ -249,6 +255,33 @@ inline void wgmma_m64n128k16(float (&d)[64], WgmmaMatrix a, WgmmaMatrix b, SIMT_
         sums[n] = (float)sum;
     }
 }
+
+template <bool BF16, int SUMS>
+__attribute__((no_sanitize("thread"), no_sanitize("undefined")))
+inline void wgmma_m64k16(float (&d)[SUMS], const unsigned (&a)[4], WgmmaMatrix b, SIMT_SITE) {
+    const auto to_float = BF16 ? simt::bf16_bits_to_float : f16_bits_to_float;
+    float rows[16][16], columns[16][16];
+    float* const sums = simt::sums_later(d, SUMS, file, line);
+    const auto lanes = simt::meet_lanes("a warp-wide instruction", ~0u, &a, sizeof a, file, line);
+    for (int n = 0; n < simt::WARP; n++) {
+        for (int i = 0; i < 8; i++) {  // registers of A: rows by 8, then columns by 8
+            rows[n / 4 + i / 2 % 2 * 8][i / 4 * 8 + n % 4 * 2 + i % 2] =
+                to_float((unsigned short)(simt::word(lanes, n, i / 2) >> i % 2 * 16));
+        }
+    }
+    for (int n = 0; n < SUMS; n++) {
+        if (n % 8 == 0) {
+            simt::load_rows<false>(columns, b, n * 2, to_float, file, line, SUMS == 4 ? 8 : 16);
+        }
+        const int row = simt::lane() / 4 + n / 2 % 2 * 8;
+        const int column = n / 4 % 2 * 8 + simt::lane() % 4 * 2 + n % 2;
+        double sum = sums[n];
+        for (int k = 0; k < 16; k++) sum += (double)rows[row][k] * columns[column][k];
+        sums[n] = (float)sum;
+    }
+}
+
+template <int N> inline void wgmma_operands(unsigned (&a)[N][2][4]) {}
 #endif
 
 // --- Pairs of f16 --------------------------------------------------------------------------------

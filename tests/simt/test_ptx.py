@@ -460,5 +460,5 @@ def test_inline_ptx_stands_in_one_header_and_has_twins():
     assert section.endswith("#endif  // PYKV_SIMT\n") and not signatures(before)
 
     wrappers, twins = signatures(section), signatures((HERE / "ptx.hpp").read_text())
-    assert len(wrappers) == 52
+    assert len(wrappers) == 54
     assert wrappers == {name: twins.get(name) for name in wrappers}

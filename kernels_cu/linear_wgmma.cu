@@ -30,6 +30,7 @@
 #include "gate.cuh"
 #include "mma_weights.cuh"
 #include "parts.cuh"
+#include "wgmma.cuh"
 
 #if !defined(KIND) || !defined(X_T) || !defined(B_T) || !defined(GATE) || !defined(BLOCK) || \
     !defined(TILE_T)
@@ -73,16 +74,16 @@ struct Rows {
 
     static constexpr int SHARE = WORDS ? TILE_O * WORDS / BLOCK : 1;  // chunks of words of a thread
 
-    const u8* w;       // row o0, or its gate
-    i64 stride;        // bytes from a row to the next
-    int opened, last;  // bytes from a gate to what it opens; the last row behind o0
-    int G;
-    u32 words[SHARE];  // where a thread's chunks begin
+    const u8* w;         // row o0, or its gate
+    u32 stride, opened;  // bytes from a row to the next, and from a gate to what it opens
+    int last, G;         // the last row behind o0; groups of a row
+    u32 words[SHARE], scales;  // where a thread's chunks begin, and the row of its scales
     u32 first[LOADED], second;
 
     __device__ __forceinline__ Rows(const u8* w, i64 w_stride, int o0, int O, int G)
-        : w(w + min(o0, O - 1) * w_stride), stride(w_stride), opened(O * (int)w_stride),
-          last(max(O - 1 - o0, 0)), G(G) {
+        : w(opaque_pointer(w + min(o0, O - 1) * w_stride)), stride((u32)w_stride),
+          opened(O * (u32)w_stride), last(max(O - 1 - o0, 0)), G(G) {
+        scales = row(threadIdx.x / 2);
 #pragma unroll
         for (int i = 0; i < SHARE; i++) {
             constexpr int CHUNKS = WORDS ? WORDS : 1;
@@ -93,28 +94,29 @@ struct Rows {
     // Where row r of the block begins: with a GATE 8 gates are followed by what they open. Past the last
     // output that one again, whose sums are dropped.
     __device__ __forceinline__ u32 row(int r) const {
-        if (GATE == 0) return min(r, last) * (u32)stride;
-        return min(r / 16 * 8 + r % 8, last) * (u32)stride + (r % 16 < 8 ? 0 : opened);
+        if (GATE == 0) return min(r, last) * stride;
+        return min(r / 16 * 8 + r % 8, last) * stride + (r % 16 < 8 ? 0 : opened);
     }
 
-    template <int CHUNKS> __device__ __forceinline__ void copy_plane(u8*& to, int& plane, int stage) const {
+    template <int CHUNKS> __device__ __forceinline__ void copy_plane(u8*& to, u32& plane,
+                                                                       int stage) const {
         if constexpr (CHUNKS > 0) {
             const int chunk = threadIdx.x % CHUNKS;
             const int end = (G * CHUNKS + GROUPS - 1) / GROUPS - 1;  // past the end that one again
-            const u8* const from = w + plane + (min(stage * CHUNKS + chunk, end) - chunk) * 16;
+            const u32 from = plane + (min(stage * CHUNKS + chunk, end) - chunk) * 16;
 #pragma unroll
             for (int i = 0; i * BLOCK < TILE_O * CHUNKS; i++) {
                 const int r = (i * BLOCK + threadIdx.x) / CHUNKS;
                 if (TILE_O * CHUNKS % BLOCK == 0 || r < TILE_O) {
                     const u32 start = CHUNKS == WORDS ? words[i] : row(r) + chunk * 16;
-                    cp_async16(to + place_of<CHUNKS>(r, chunk), from + start);
+                    cp_async16(to + place_of<CHUNKS>(r, chunk), w + (from + start));
                 }
             }
             to += TILE_O * CHUNKS * 16, plane += G * CHUNKS * 16 / GROUPS;
         }
     }
     __device__ __forceinline__ void copy_codes(u8* to, int stage) const {
-        int plane = 0;
+        u32 plane = 0;
         copy_plane<WORDS>(to, plane, stage);
         copy_plane<PAIRS>(to, plane, stage);
         copy_plane<ONES>(to, plane, stage);
@@ -123,17 +125,17 @@ struct Rows {
     // Scales are aligned to two bytes: threads load them, half a row each, and store them later.
     __device__ __forceinline__ void load_scales(int stage) {
         const int half = threadIdx.x % 2;
-        const u8* from = w + row(threadIdx.x / 2) + G * CodesOf::BYTES;
+        const u32 from = scales + G * CodesOf::BYTES;
         const int end = G * KIND::FIRST / GROUPS;
 #pragma unroll
         for (int i = 0; i < LOADED; i++) {
-            const int at = stage * KIND::FIRST + (half * LOADED + i) * 4;
-            first[i] = *reinterpret_cast<const u32*>(from + min(at, (end - 1) / 4 * 4));
+            const u32 at = min(stage * KIND::FIRST + (half * LOADED + i) * 4, (end - 1) / 4 * 4);
+            first[i] = load_eager(reinterpret_cast<const u32*>(w + (from + at)));
         }
         if (KIND::SECOND > 0 && half == 0) {
-            from += end + stage * KIND::SECOND;
-            second = two_bytes(from);
-            if (KIND::SECOND == 4) second |= two_bytes(from + 2) << 16;
+            const u16* const other = reinterpret_cast<const u16*>(w + (from + end + stage * KIND::SECOND));
+            second = load_eager(other);
+            if (KIND::SECOND == 4) second |= load_eager(other + 1) << 16;
         }
     }
     __device__ __forceinline__ void store_scales(u8* to) const {
@@ -257,40 +259,42 @@ linear_wgmma(X_T* out, float* partial, u32* counters, const f16* pieces, const f
     const int stages = padded_I / DEPTH;
     const int first = (int)((i64)stages * blockIdx.y / gridDim.y);
     const int last = (int)((i64)stages * (blockIdx.y + 1) / gridDim.y);
-    const auto slot = [&](int stage) { return shared + (stage - first) % STAGES * STAGE_BYTES; };
+    const auto slot = [&](int n) { return shared + n * STAGE_BYTES; };
 
     constexpr int AHEAD = STAGES - 1;
     Rows rows(w, w_stride, o0, O, I / GROUP);
 #pragma unroll 1
-    for (int stage = first; stage < min(first + AHEAD, last); stage++) {
-        rows.copy_codes(slot(stage) + X_BYTES, stage);
-        rows.load_scales(stage);
-        rows.store_scales(slot(stage) + X_BYTES + CODE_BYTES);
+    for (int n = 0; n < min(AHEAD, last - first); n++) {
+        rows.copy_codes(slot(n) + X_BYTES, first + n);
+        rows.load_scales(first + n);
+        rows.store_scales(slot(n) + X_BYTES + CODE_BYTES);
     }
     await_previous();
 #pragma unroll 1
-    for (int stage = first; stage < first + AHEAD; stage++) {
-        if (stage < last) copy_tokens(slot(stage), pieces, t0, padded_I, stage);
+    for (int n = 0; n < AHEAD; n++) {
+        if (first + n < last) copy_tokens(slot(n), pieces, t0, padded_I, first + n);
         cp_async_commit();
     }
 
     Sums sums = {};
     bool is_held = false;
+    int now = 0, replaced = AHEAD, held = AHEAD - 1;  // slots: of this stage, the one before, scales
 #pragma unroll 1
     for (int stage = first; stage < last; stage++) {
         cp_async_wait<AHEAD - 1>();
         fence_async_proxy();
         __syncthreads();  // the stage is there, and all have read the one before, which is replaced
-        if (is_held) rows.store_scales(slot(stage + AHEAD - 1) + X_BYTES + CODE_BYTES);
+        if (is_held) rows.store_scales(slot(held) + X_BYTES + CODE_BYTES);
         const int next = stage + AHEAD;
         is_held = next < last;
         if (is_held) {
-            copy_tokens(slot(next), pieces, t0, padded_I, next);
-            rows.copy_codes(slot(next) + X_BYTES, next);
+            copy_tokens(slot(replaced), pieces, t0, padded_I, next);
+            rows.copy_codes(slot(replaced) + X_BYTES, next);
             rows.load_scales(next);
         }
         cp_async_commit();
-        multiply_stage(sums, slot(stage), I);
+        multiply_stage(sums, slot(now), I);
+        held = replaced, replaced = now, now = now + 1 < STAGES ? now + 1 : 0;
     }
     constexpr int OF_LANE = sizeof(Sums) / sizeof(float);
     wgmma_results(reinterpret_cast<float (&)[OF_LANE]>(sums));

@@ -7,6 +7,7 @@
 // rows of a matrix of ldmatrix lie in different banks.
 // Needs:  TILE_T, TILE_O, BLOCK, WARPS_T = warps along the tokens, STAGES
 #include "mma.cuh"
+#include "wgmma.cuh"
 
 constexpr int DEPTH = 64;
 constexpr int CHUNKS = DEPTH / 8;  // chunks of 16 bytes of a row

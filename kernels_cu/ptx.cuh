@@ -1,7 +1,8 @@
 // ptx.cuh: wrappers of PTX instructions, and fences of the compiler's scheduler.
 //
-// All inline PTX of the project. The tag in brackets names the instruction's section of the PTX
-// manual. tests/simt/ptx.hpp holds a C++ twin of each wrapper with the same result, bit for bit.
+// All inline PTX of the project but that of wgmma.cuh. The tag in brackets names the instruction's
+// section of the PTX manual. tests/simt/ptx.hpp holds a C++ twin of each wrapper with the same result,
+// bit for bit.
 #include "types.cuh"
 
 #ifndef PYKV_SIMT
@@ -231,119 +232,6 @@ __device__ __forceinline__ void mma_m16n8k16_bf16(float (&d)[4], const u32 (&a)[
                  "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
-#endif
-
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-// [wgmma.fence, wgmma.commit_group, wgmma.wait_group] Before the first wgmma_m64n128k16 of a group,
-// behind the last, and until at most the N latest groups run.
-__device__ __forceinline__ void wgmma_fence() {
-    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-}
-__device__ __forceinline__ void wgmma_commit() {
-    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-}
-template <int N> __device__ __forceinline__ void wgmma_wait() {
-    asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(N) : "memory");
-}
-
-// [fence.proxy] What this thread wrote to shared memory, by cp.async too, is there for wgmma behind
-// the next barrier.
-__device__ __forceinline__ void fence_async_proxy() {
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
-
-// [wgmma matrix descriptor] Rows of 128 bytes, eight together, in 128-byte swizzle: chunk c of 16
-// bytes of row r lies at c ^ r % 8. `leading` = bytes between 64 columns, where rows are columns.
-struct WgmmaMatrix { u64 descriptor; };
-
-__device__ __forceinline__ WgmmaMatrix wgmma_matrix(const void* shared, u32 leading) {
-    const u32 at = (u32)__cvta_generic_to_shared(shared) & 0x3ffffu;
-    return {(u64)1 << 62 | (u64)(1024 >> 4) << 32 | (u64)(leading >> 4) << 16 | at >> 4};
-}
-
-// The same so many bytes on.
-__device__ __forceinline__ WgmmaMatrix wgmma_matrix(WgmmaMatrix from, u32 bytes) {
-    const u32 low = (u32)from.descriptor + (bytes >> 4);  // the start has the lowest 14 bits
-    return {from.descriptor >> 32 << 32 | low};
-}
-
-// Registers of D in the text of an instruction, and as its operands.
-#define PYKV_D_4 "%0, %1, %2, %3"
-#define PYKV_D_8 PYKV_D_4 ", %4, %5, %6, %7"
-#define PYKV_D_16 PYKV_D_8 ", %8, %9, %10, %11, %12, %13, %14, %15"
-#define PYKV_D_32                                                                                  \
-    PYKV_D_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define PYKV_D_64                                                                                  \
-    PYKV_D_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
-              "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define PYKV_SUMS_4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
-#define PYKV_SUMS_8(d, i) PYKV_SUMS_4(d, i), PYKV_SUMS_4(d, i + 4)
-#define PYKV_SUMS_16(d, i) PYKV_SUMS_8(d, i), PYKV_SUMS_8(d, i + 8)
-#define PYKV_SUMS_32(d, i) PYKV_SUMS_16(d, i), PYKV_SUMS_16(d, i + 16)
-#define PYKV_SUMS_64(d, i) PYKV_SUMS_32(d, i), PYKV_SUMS_32(d, i + 32)
-// `sums` of a lane are half the `columns`; `rest` of the text stands for A and B, which follow.
-#define PYKV_WGMMA(columns, sums, type, rest, ...)                                                 \
-    asm volatile("{\n\t.reg .pred add;\n\tsetp.eq.u32 add, 0, 0;\n\t"                              \
-                 "wgmma.mma_async.sync.aligned.m64n" columns "k16.f32." type "." type              \
-                 " {" PYKV_D_##sums "}, " rest ";\n\t}"                                            \
-                 : PYKV_SUMS_##sums(d, 0) : __VA_ARGS__, "l"(b.descriptor) : "memory")
-
-// [wgmma.mma_async] D += A B by the four warps of a warpgroup, A 64 x 16 and B 16 x 128 of elements
-// bf16 or f16, both by `wgmma_matrix`: of rows of A and of columns of B, or of rows of B if COLUMNS.
-// Warp w has rows 16 w .. 16 w + 15 of D, eight columns after eight, each as in mma.
-template <bool BF16, bool COLUMNS>
-__device__ __forceinline__ void wgmma_m64n128k16(float (&d)[64], WgmmaMatrix a,
-                                                 WgmmaMatrix b) {
-    if constexpr (BF16) {
-        static_assert(!COLUMNS, "rows");
-        PYKV_WGMMA("128", 64, "bf16", "%64, %65, add, 1, 1, 0, 0", "l"(a.descriptor));
-    } else if constexpr (COLUMNS) {
-        PYKV_WGMMA("128", 64, "f16", "%64, %65, add, 1, 1, 0, 1", "l"(a.descriptor));
-    } else {
-        PYKV_WGMMA("128", 64, "f16", "%64, %65, add, 1, 1, 0, 0", "l"(a.descriptor));
-    }
-}
-
-// [wgmma.mma_async] The same with A in registers, 16 rows of each warp as in mma, which nobody writes
-// before the wait, and B 16 x 2 SUMS, SUMS = 4, 8, 16 or 32, of columns of B.
-#define PYKV_WGMMA_OF_REGISTERS(columns, sums, type, rest)                                         \
-    PYKV_WGMMA(columns, sums, type, rest, "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]))
-template <bool BF16, int SUMS>
-__device__ __forceinline__ void wgmma_m64k16(float (&d)[SUMS], const u32 (&a)[4], WgmmaMatrix b) {
-    if constexpr (SUMS == 4 && BF16) {
-        PYKV_WGMMA_OF_REGISTERS("8", 4, "bf16", "{%4, %5, %6, %7}, %8, add, 1, 1, 0");
-    } else if constexpr (SUMS == 4 && !BF16) {
-        PYKV_WGMMA_OF_REGISTERS("8", 4, "f16", "{%4, %5, %6, %7}, %8, add, 1, 1, 0");
-    } else if constexpr (SUMS == 8 && BF16) {
-        PYKV_WGMMA_OF_REGISTERS("16", 8, "bf16", "{%8, %9, %10, %11}, %12, add, 1, 1, 0");
-    } else if constexpr (SUMS == 8 && !BF16) {
-        PYKV_WGMMA_OF_REGISTERS("16", 8, "f16", "{%8, %9, %10, %11}, %12, add, 1, 1, 0");
-    } else if constexpr (SUMS == 16 && BF16) {
-        PYKV_WGMMA_OF_REGISTERS("32", 16, "bf16", "{%16, %17, %18, %19}, %20, add, 1, 1, 0");
-    } else if constexpr (SUMS == 16 && !BF16) {
-        PYKV_WGMMA_OF_REGISTERS("32", 16, "f16", "{%16, %17, %18, %19}, %20, add, 1, 1, 0");
-    } else if constexpr (SUMS == 32 && BF16) {
-        PYKV_WGMMA_OF_REGISTERS("64", 32, "bf16", "{%32, %33, %34, %35}, %36, add, 1, 1, 0");
-    } else if constexpr (SUMS == 32 && !BF16) {
-        PYKV_WGMMA_OF_REGISTERS("64", 32, "f16", "{%32, %33, %34, %35}, %36, add, 1, 1, 0");
-    } else {
-        static_assert(SUMS < 0, "columns of B");
-    }
-}
-#undef PYKV_WGMMA_OF_REGISTERS
-#undef PYKV_WGMMA
-
-// Operands in registers, used behind wgmma_wait alone.
-template <int N> __device__ __forceinline__ void wgmma_operands(u32 (&a)[N][2][4]) {
-#pragma unroll
-    for (int i = 0; i < N * 8; i++) asm volatile("" :: "r"(a[i / 8][i / 4 % 2][i % 4]) : "memory");
-}
-
-// What wgmma wrote, used behind wgmma_wait alone.
-template <int N> __device__ __forceinline__ void wgmma_results(float (&d)[N]) {
-#pragma unroll
-    for (int i = 0; i < N; i++) asm volatile("" : "+f"(d[i]) :: "memory");
 }
 #endif
 

@@ -65,8 +65,10 @@ def main():
         for name in ("kernels_cu", "pykv", "tests"):
             shutil.copytree(ROOT / name, tree / name)
         for path in sorted((tree / "kernels_cu").glob("*.cu*")):
-            if path.name == "ptx.cuh" or (args.names and path.stem not in args.names):
-                continue  # the machine replaces ptx.cuh by functions of its own
+            if path.name in ("ptx.cuh", "wgmma.cuh") or (
+                args.names and path.stem not in args.names
+            ):
+                continue  # the machine replaces these by functions of its own
             text = path.read_text()
             for found in BARRIER.finditer(text):
                 path.write_text(text[: found.start()] + ";" + text[found.end() :])

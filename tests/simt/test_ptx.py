@@ -317,6 +317,19 @@ def test_groups_of_warps_multiply(probe, rng, name, kind):
     assert_same_bits(got, (a @ b.T).astype(np.float32))
 
 
+@pytest.mark.parametrize("columns", [8, 16, 32, 64])
+@pytest.mark.parametrize("kind", ["f16", "bf16"])
+def test_groups_of_warps_multiply_registers(probe, rng, kind, columns):
+    """Small integers, whose sums are exact."""
+    if cuda.current_arch() != "sm_90":
+        pytest.skip("sm_90 alone has wgmma, in cubins")
+    a, b = rng.integers(-50, 50, (64, 64)), rng.integers(-50, 50, (columns, 64))
+    codes = [bits(x.astype(KINDS[kind])) for x in (a, b)]
+    out = np.zeros((64, columns), np.float32)
+    got = probe.run(f"wgmma_{kind}_{columns}", out, *codes, block=128)
+    assert_same_bits(got, (a @ b.T).astype(np.float32))
+
+
 # --- Operands of mma ------------------------------------------------------------------------------
 
 
@@ -453,12 +466,14 @@ def signatures(text):
     return {name: (result, parameters) for result, name, parameters in found}
 
 
-def test_inline_ptx_stands_in_one_header_and_has_twins():
+def test_inline_ptx_stands_in_two_headers_and_has_twins():
     files = {path.name: path.read_text() for path in cuda.KERNELS.glob("*.cu*")}
-    assert [name for name, text in files.items() if re.search(r"\basm\b", text)] == ["ptx.cuh"]
-    before, section = files["ptx.cuh"].split("#ifndef PYKV_SIMT\n")
-    assert section.endswith("#endif  // PYKV_SIMT\n") and not signatures(before)
+    own = {name: text for name, text in files.items() if re.search(r"\basm\b", text)}
+    assert own.keys() == {"ptx.cuh", "wgmma.cuh"}
+    for text in own.values():
+        before, section = re.split("#if.*PYKV_SIMT.*\n", text)
+        assert section.endswith("#endif  // PYKV_SIMT\n") and not signatures(before)
 
-    wrappers, twins = signatures(section), signatures((HERE / "ptx.hpp").read_text())
+    wrappers, twins = signatures("".join(own.values())), signatures((HERE / "ptx.hpp").read_text())
     assert len(wrappers) == 54
     assert wrappers == {name: twins.get(name) for name in wrappers}

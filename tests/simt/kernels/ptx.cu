@@ -16,6 +16,7 @@
 //   mma_*                 a const [R, 32], b const [R / 2, 32] u32; d [4, 32] float, in place
 //   multiply              a, b const [16, 16] f16 bits -> d [16, 16] float
 //   wgmma_*               a const [64, 64], b const [128, 64] bits, or as columns [64, 128]
+//   wgmma_*_N             a const [64, 64], b const [N, 64] bits
 //                         -> d [64, 128] float
 //   power                 x const [n] float -> y [n] float
 //   dot                   a, b, c const [n] int32 -> d [n] int32
@@ -32,6 +33,7 @@
 // Order:    no atomics, bit-exact
 #include "mma.cuh"
 #include "quantize.cuh"
+#include "wgmma.cuh"
 
 #if !defined(SM) || !defined(KIND) || !defined(CODES)
 #error "ptx.cu needs SM, KIND = f16, bf16, e4m3 or e5m2, and CODES = i8, i4, e4m3 or e5m2"
@@ -307,6 +309,82 @@ extern "C" __global__ void wgmma_bf16(float* d, const u16* a, const u16* b) {
 extern "C" __global__ void wgmma_columns(float* d, const u16* a, const u16* b) {
     __shared__ __align__(1024) u16 tiles[192 * 64];
     multiply_by_group<false, true>(tiles, d, a, b);
+}
+
+// The same with rows of a in registers.
+template <bool BF16, int SUMS>
+__device__ __forceinline__ void multiply_registers(u16* tile, float* d, const u16* a, const u16* b) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    constexpr int COLUMNS = 2 * SUMS;
+    for (int i = threadIdx.x; i < COLUMNS * 64; i += 128) {
+        const int row = i / 64;
+        tile[row * 64 + (i % 64 / 8 ^ row % 8) * 8 + i % 8] = b[i];
+    }
+    fence_async_proxy();
+    __syncthreads();
+    const int lane = threadIdx.x % WARP, row = threadIdx.x / WARP * 16 + lane / 4;
+    u32 words[2][2][4];
+#pragma unroll
+    for (int i = 0; i < 16; i++) {
+        const int at = (row + i % 2 * 8) * 64 + i / 4 * 16 + i / 2 % 2 * 8 + lane % 4 * 2;
+        words[i / 8][i / 4 % 2][i % 4] = a[at] | (u32)a[at + 1] << 16;
+    }
+    float sums[SUMS] = {};
+    const WgmmaMatrix matrix = wgmma_matrix(tile, 0);
+    wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < 4; step++) {
+        wgmma_m64k16<BF16>(sums, words[step / 2][step % 2], wgmma_matrix(matrix, step * 32));
+    }
+    wgmma_commit();
+    wgmma_wait<0>();
+    wgmma_operands(words);
+    wgmma_results(sums);
+#pragma unroll
+    for (int n = 0; n < SUMS; n++) {
+        d[(row + n / 2 % 2 * 8) * COLUMNS + n / 4 * 8 + lane % 4 * 2 + n % 2] = sums[n];
+    }
+#endif
+}
+
+extern "C" __global__ void wgmma_f16_8(float* d, const u16* a, const u16* b) {
+    __shared__ __align__(1024) u16 tile[64 * 64];
+    multiply_registers<false, 4>(tile, d, a, b);
+}
+
+extern "C" __global__ void wgmma_f16_16(float* d, const u16* a, const u16* b) {
+    __shared__ __align__(1024) u16 tile[64 * 64];
+    multiply_registers<false, 8>(tile, d, a, b);
+}
+
+extern "C" __global__ void wgmma_f16_32(float* d, const u16* a, const u16* b) {
+    __shared__ __align__(1024) u16 tile[64 * 64];
+    multiply_registers<false, 16>(tile, d, a, b);
+}
+
+extern "C" __global__ void wgmma_f16_64(float* d, const u16* a, const u16* b) {
+    __shared__ __align__(1024) u16 tile[64 * 64];
+    multiply_registers<false, 32>(tile, d, a, b);
+}
+
+extern "C" __global__ void wgmma_bf16_8(float* d, const u16* a, const u16* b) {
+    __shared__ __align__(1024) u16 tile[64 * 64];
+    multiply_registers<true, 4>(tile, d, a, b);
+}
+
+extern "C" __global__ void wgmma_bf16_16(float* d, const u16* a, const u16* b) {
+    __shared__ __align__(1024) u16 tile[64 * 64];
+    multiply_registers<true, 8>(tile, d, a, b);
+}
+
+extern "C" __global__ void wgmma_bf16_32(float* d, const u16* a, const u16* b) {
+    __shared__ __align__(1024) u16 tile[64 * 64];
+    multiply_registers<true, 16>(tile, d, a, b);
+}
+
+extern "C" __global__ void wgmma_bf16_64(float* d, const u16* a, const u16* b) {
+    __shared__ __align__(1024) u16 tile[64 * 64];
+    multiply_registers<true, 32>(tile, d, a, b);
 }
 
 // --- Powers --------------------------------------------------------------------------------------

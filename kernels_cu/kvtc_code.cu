@@ -28,6 +28,7 @@
 #endif
 constexpr int OF_GROUP = 32, WARPS = BLOCK / WARP;
 constexpr int MOST = WARP * 8 / OF_GROUP * 8;  // words that the groups of a warp have
+constexpr int ENCODING_CTAS = 7;  // blocks that an SM has registers for
 static_assert(BLOCK % WARP == 0, "whole warps");
 
 // What a lane has of a row: eight components of `bits`, in as many bytes from `byte` on of its
@@ -36,16 +37,13 @@ struct Share { int column, bits, byte, first, words; };
 
 __device__ __forceinline__ Share share_of_lane(u64 upper, u64 lower) {
     const int column = (blockIdx.y * BLOCK + threadIdx.x) * 8;
-    int group = column / OF_GROUP, start = 0, bits = 0;
+    const int group = column / OF_GROUP;
+    int wide = 0, start = 0, bits = 0;  // wide: how many groups have b bits or more
 #pragma unroll
     for (int b = 8; b > 0; b--) {
-        const int count = (int)((b > 4 ? upper : lower) >> (8 - b) % 4 * 16 & 0xffffu);
-        if (bits == 0) {
-            const int before = min(group, count);
-            start += before * b;
-            group -= before;
-            if (before < count) bits = b;
-        }
+        wide += (int)((b > 4 ? upper : lower) >> (8 - b) % 4 * 16 & 0xffffu);
+        start += min(group, wide);
+        bits += group < wide;
     }
     const int first = __shfl_sync(FULL_MASK, start, 0);
     const int end = __shfl_sync(FULL_MASK, start + bits, WARP - 1);
@@ -66,14 +64,14 @@ struct Coder {
         bool has_inverses = true;  // far from what over- or underflows
 #pragma unroll
         for (int j = 0; j < 8; j++) {
-            inverses[j] = 1.0f / (inverses[j] * last);
+            inverses[j] = inverse_ftz(inverses[j] * last);
             has_inverses &= inverses[j] >= 1e-30f && inverses[j] <= 1e30f;
         }
-        sure = has_inverses ? 0.5f - 1.5f / INTEGERS * last : -1.0f;
+        sure = has_inverses ? 0.5f - 2.0f / INTEGERS * last : -1.0f;
     }
-    // Whether the codes are sure. x * inverse is 1/2 at most between the first code and the last: the
-    // roundings of it and of the sum make 1.5 * 2^-24 * n, that of x / s in the definition a third of
-    // it. `sure` leaves half as much again for what the distance itself is off by.
+    // Whether the codes are sure. x * inverse is 1/2 at most between the first code and the last, and
+    // an inverse off by 1.5 * 2^-23 of it: with the sum's rounding that makes 2 * 2^-24 * n, and x / s
+    // in the definition half of 2^-24 * n. `sure` leaves 4, for what the distance itself is off by, too.
     __device__ bool operator()(const float (&x)[8], u64& codes) const {
         const float base = (float)(1 << bits);
         u32 fours[2];
@@ -122,7 +120,7 @@ __device__ __forceinline__ bool is_finite(const float (&x)[8]) {
     return all;
 }
 
-extern "C" __global__ void __launch_bounds__(BLOCK)
+extern "C" __global__ void __launch_bounds__(BLOCK, ENCODING_CTAS)
 encode(u8* __restrict__ rows, const float* __restrict__ k, const float* __restrict__ v,
        const float* __restrict__ k_steps, const float* __restrict__ v_steps, int T, int row_words,
        int v_start, int k_columns, int v_columns, u64 k_upper, u64 k_lower, u64 v_upper,
@@ -169,9 +167,11 @@ encode(u8* __restrict__ rows, const float* __restrict__ k, const float* __restri
     }
     __syncwarp();
     u32* const to = reinterpret_cast<u32*>(rows) + (is_v ? v_start : 0) + mine.first;
-    for (int t = 0; t < tokens; t++) {
-        for (int i = lane; i < mine.words; i += WARP) {
-            to[(i64)(t0 + t) * row_words + i] = staged[warp][t][i];
+#pragma unroll
+    for (int t = 0; t < TOKENS; t++) {
+#pragma unroll
+        for (int i = lane; i < MOST; i += WARP) {
+            if (t < tokens && i < mine.words) to[(i64)(t0 + t) * row_words + i] = staged[warp][t][i];
         }
     }
 }

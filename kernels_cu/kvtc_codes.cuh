@@ -47,7 +47,7 @@ struct Rows {
 template <int N> __device__ __forceinline__ void store_bytes(u8* at, u64 x) {
     if constexpr (N == 1) {
         *at = (u8)x;
-    } else if ((u64)at % N == 0) {
+    } else if ((u32)(u64)at % N == 0) {
         if constexpr (N == 8) *(u64*)at = x;
         else if constexpr (N == 4) *(u32*)at = (u32)x;
         else *(u16*)at = (u16)x;
@@ -209,34 +209,32 @@ template <typename Code>
 __device__ __forceinline__ void pack(u8* to, const float* x, int n, int lane, int lanes,
                                      const Code& code) {
     constexpr int BITS = Code::BITS;
-    const bool has_vectors = (u64)x % 16 == 0, is_turned = lane % 8 / 4;
+    const bool has_vectors = (u32)(u64)x % 16 == 0;
+    const int turn = lane % 8 / 4, other = 4 - 8 * turn;
     const int whole = n / 8, left = n % 8;
-    const float* from = x + 8 * lane;
+    const float* from = x + 8 * lane + 4 * turn;  // the four that it begins with
     u8* at = to + BITS * lane;
 #pragma unroll 1
     for (int i = lane; i < whole; i += lanes) {
         float some[2][4];
+        if (has_vectors) {
+            load4(some[0], from);
+            load4(some[1], from + other);
+        } else {
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const float* const four = from + (is_turned ? 4 - 4 * half : 4 * half);
-            if (has_vectors) {
-                load4(some[half], four);
-            } else {
-#pragma unroll
-                for (int k = 0; k < 4; k++) some[half][k] = four[k];
-            }
+            for (int k = 0; k < 4; k++) some[0][k] = from[k], some[1][k] = from[other + k];
         }
         u32 fours[2];
         const bool is_sure = code.eight(some, fours);
-        u64 codes = is_turned ? join_fours<BITS>(fours[1], fours[0])
-                              : join_fours<BITS>(fours[0], fours[1]);
-        if (!is_sure) codes = pack_few(from, 8, code);
+        u64 codes = turn ? join_fours<BITS>(fours[1], fours[0])
+                         : join_fours<BITS>(fours[0], fours[1]);
+        if (!is_sure) codes = pack_few(from - 4 * turn, 8, code);
         store_bytes<BITS>(at, codes);
         from += 8 * lanes;
         at += BITS * lanes;
     }
     if (left == 0 || lane != whole % lanes) return;
-    const u64 codes = pack_few(from, left, code);
+    const u64 codes = pack_few(from - 4 * turn, left, code);
     for (int i = 0; 8 * i < left * BITS; i++) at[i] = (u8)(codes >> 8 * i);
 }
 

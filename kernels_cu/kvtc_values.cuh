@@ -6,7 +6,7 @@
 // Defines: those of kvtc_codes.cuh
 #include "kvtc_codes.cuh"
 
-constexpr int VALUE_CTAS = 5;  // blocks of an SM
+constexpr int VALUE_CTAS = 5;  // blocks that an SM has registers for
 
 // Up to four bytes as loads leave them: a word, or each in a register of its own, so that nothing
 // waits for the first before the last is on its way.
@@ -26,8 +26,7 @@ template <bool WORD> struct Bytes {
     }
 };
 
-// x / LAST to nearest even, by the two parts of the inverse: right for every mantissa, as one run over
-// all of them shows.
+// x / LAST to nearest even, by the two parts of the inverse: a test tries every mantissa.
 template <int LAST> __device__ __forceinline__ float over(float x) {
     static_assert(LAST == 1 || LAST == 3 || LAST == 15 || LAST == 255, "those that were tried");
     constexpr float UPPER = 1.0f / LAST, LOWER = (float)(1.0 / LAST - (double)UPPER);

@@ -8,7 +8,7 @@ from pykv.errors import DeviceError, ParameterError, ShapeError
 from pykv.ops import kvtc_quantize as op
 from pykv.testing.kvtc import FP8, fp8_codes, intx_code, intx_value, packed
 from tests.faults import fixed, scaled, second_halved, with_argument, zeros
-from tests.helpers import assert_same_bits, to_numpy
+from tests.helpers import assert_same_bits, swept, to_numpy
 
 F32 = np.float32
 LIMITS = np.finfo(F32)
@@ -163,6 +163,19 @@ def test_values_of_many_widths(xp, rng, bits, at):
     want = np.full((B, n + 4), 7, F32)
     want[:, at : at + n] = op.reference_values(codes, low, high, bits, n)
     assert_same_bits(out, want)
+
+
+@pytest.mark.parametrize("part", [17, *swept([*range(17), *range(18, 64)])])
+def test_every_mantissa_is_divided(device, part):
+    """Codes of 1 and widths from 1 to 2 leave the width itself to be divided."""
+    B = 2**17
+    width = (np.arange(part * B, (part + 1) * B, dtype=np.int32) | 0x3F800000).view(F32)
+    low, high = device.zeros(B, F32), device.asarray(width)
+    for bits in (2, 4, 8):
+        byte = sum(1 << i for i in range(0, 8, bits))
+        codes = device.asarray(np.full((B, bits // 2), byte, np.uint8))
+        out = op.dequantize_intx(codes, low, high, bits, device.zeros((B, 4), F32))
+        assert (to_numpy(out) == (width / F32(2**bits - 1))[:, None]).all()
 
 
 def test_minmax_reduce_of_what_is_not_finite(xp):

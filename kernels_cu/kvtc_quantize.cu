@@ -14,9 +14,9 @@
 //           dequantize_range: column_blocks blocks, of 4 * BLOCK columns, for each `rows` rows
 // Traffic:  B * (4 * n + row_bytes + 8) bytes for n columns, without the 8 for fp8
 // Order:    no sums of floats; bit for bit as NumPy
-#include "kvtc_codes.cuh"
+#include "kvtc_values.cuh"
 
-extern "C" __global__ void __launch_bounds__(BLOCK, CTAS)
+extern "C" __global__ void __launch_bounds__(BLOCK, CODING_CTAS)
 quantize_range(u8* __restrict__ codes, float* __restrict__ min_vals, float* __restrict__ max_vals,
                const float* __restrict__ x, int B, int C, i64 x_stride, int start, int end,
                int bits, int row_bytes, int team, int find) {
@@ -37,7 +37,7 @@ quantize_range(u8* __restrict__ codes, float* __restrict__ min_vals, float* __re
     }
 }
 
-extern "C" __global__ void __launch_bounds__(BLOCK, CTAS)
+extern "C" __global__ void __launch_bounds__(BLOCK, VALUE_CTAS)
 dequantize_range(float* __restrict__ out, const u8* __restrict__ codes,
                  const float* __restrict__ min_vals, const float* __restrict__ max_vals, int B,
                  int C, i64 out_stride, int start, int end, int bits, int row_bytes, int rows,

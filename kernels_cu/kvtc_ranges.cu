@@ -18,7 +18,7 @@
 // Traffic:  4 * B * C + 40 * R + B * (sum over ranges of ceil(n * bits / 8), and 8 for intx) bytes,
 //           read or written once; the tables come from L2
 // Order:    no sums of floats; counts of nonfinite in any order; bit for bit as NumPy
-#include "kvtc_codes.cuh"
+#include "kvtc_values.cuh"
 
 constexpr int HEADER = 40;  // bytes
 
@@ -29,7 +29,7 @@ __device__ __forceinline__ Place place_in_stream(u8* stream, const Range& r, int
     return {codes + row * r.row_bytes, minima + 4 * row, maxima + 4 * row};
 }
 
-extern "C" __global__ void __launch_bounds__(BLOCK, CTAS)
+extern "C" __global__ void __launch_bounds__(BLOCK, CODING_CTAS)
 quantize_ranges(u8* __restrict__ stream, int* __restrict__ nonfinite, const float* __restrict__ x,
                 const int* __restrict__ ranges, const int* __restrict__ tiles, int B, int C,
                 i64 x_stride, int wide_tiles, int medium_tiles, int small_tiles) {
@@ -71,7 +71,7 @@ quantize_ranges(u8* __restrict__ stream, int* __restrict__ nonfinite, const floa
     }
 }
 
-extern "C" __global__ void __launch_bounds__(BLOCK, CTAS)
+extern "C" __global__ void __launch_bounds__(BLOCK, VALUE_CTAS)
 dequantize_ranges(float* __restrict__ out, const u8* __restrict__ stream,
                   const int* __restrict__ ranges, int B, int C, i64 out_stride, int num_ranges,
                   int rows, int column_blocks) {

@@ -356,6 +356,13 @@ __device__ __forceinline__ float exp2_ftz(float x) {
     return y;
 }
 
+// [rcp] 1 / x with a relative error up to 2^-23. Subnormal arguments and results flush to zero.
+__device__ __forceinline__ float inverse_ftz(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 // [dp4a] c plus the dot product of the four signed bytes of a and b; wraps at 32 bits.
 __device__ __forceinline__ int dp4a(int a, int b, int c) {
 #if __CUDA_ARCH__ >= 610

@@ -35,14 +35,14 @@ from pykv.options import check_whole
 from pykv.overlaps import check_apart
 from pykv.ranges import reach
 
-BLOCK = 128  # threads
+BLOCK = 192  # threads
 SMALL, MEDIUM = 125, 1024  # columns of tiles, see kvtc_codes.cuh
 ROWS = 8  # of a block that dequantizes
 
 
 def _piece(sm: int) -> dict[str, int]:
-    """Columns of a wide range that are in shared memory at a time: 16 KiB of it let old SMs hold
-    five blocks, newer ones have 48 KiB for each of four or five."""
+    """Columns of a wide range that are in shared memory at a time: on old SMs fewer than a tile of
+    MEDIUM columns takes, newer ones have 48 KiB for each of four or five blocks."""
     return dict(PIECE=12_256 if sm >= 80 else 4_096)
 
 
@@ -388,7 +388,7 @@ def team(n: int) -> int:
     """Lanes that share a row of n columns: see kvtc_codes.cuh."""
     if n > MEDIUM:
         return BLOCK
-    return 1 if n <= 16 else 8 if n <= 128 else 32
+    return 1 if n <= 16 else 8 if n <= 128 else 16 if n <= 512 else 32
 
 
 def rows_of_block(lanes: int) -> int:

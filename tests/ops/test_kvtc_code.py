@@ -51,6 +51,28 @@ def test_bits_of_rows(xp, rng, T, k, v):
     assert_same_bits(rows, want)
 
 
+def test_steps_of_any_size(xp, rng):
+    """And coefficients beside their multiples, where rounding decides, and beside zero."""
+    widths = WIDTHS["all"]
+    C = sum(widths)
+    steps = (10.0 ** rng.uniform(-44, 38, C)).astype(np.float32)
+    steps[: C // 2] = 10.0 ** rng.uniform(-3, 3, C // 2)
+    half = np.repeat(2 ** np.arange(7, -1, -1), widths)
+    multiples = rng.integers(-half - 1, half + 2, (40, C)).astype(np.float32)
+    with np.errstate(over="ignore"):
+        x = np.nan_to_num(multiples * steps)
+        for _ in range(3):
+            towards = rng.choice([-np.inf, np.inf, 0], x.shape).astype(np.float32)
+            x = np.nan_to_num(np.where(towards, np.nextafter(x, towards), x))
+    x[0], x[1] = 0, steps / 4
+    v = xp.zeros((len(x), 32), np.float32), xp.ones(32, np.float32)
+    given = (xp.asarray(x), v[0], xp.asarray(steps), v[1])
+    rows = op.encode(*given, k_widths=widths, v_widths=WIDTHS["one bit"])
+    size = op.coder.row_bytes(widths)
+    want = np.stack([oracles.packed_codes(row, steps, widths) for row in x])
+    assert_same_bits(rows[:, :size], want)
+
+
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.parametrize("name", ["all", "two blocks"])
 def test_round_trip(xp, rng, name, dtype):

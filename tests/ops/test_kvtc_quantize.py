@@ -8,7 +8,7 @@ from pykv.errors import DeviceError, ParameterError, ShapeError
 from pykv.ops import kvtc_quantize as op
 from pykv.testing.kvtc import FP8, fp8_codes, intx_code, intx_value, packed
 from tests.faults import fixed, scaled, second_halved, with_argument, zeros
-from tests.helpers import assert_same_bits, to_numpy
+from tests.helpers import assert_same_bits, swept, to_numpy
 
 F32 = np.float32
 LIMITS = np.finfo(F32)
@@ -126,6 +126,56 @@ def test_values_between_extremes_of_any_distance(xp, bits):
         width = np.where(high - low < F32(1e-10), F32(1), high - low)
         want = [q * w / last + x for w, x in zip(width, low, strict=True)]
     assert np.array_equal(to_numpy(out), want, equal_nan=True)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_floats_beside_the_middle_of_two_codes(xp, rng, bits):
+    """Where rounding decides: eight floats and more on either side, of widths of any size."""
+    last, B = 2**bits - 1, 40
+    width = 10.0 ** rng.uniform(-9, 37, B)
+    low = (width * rng.choice([-0.5, 0, 1e-3, 3, -40], B)).astype(F32)
+    high = (low + width).astype(F32)
+    middle = (low + (high - low) * ((np.arange(last)[:, None] + 0.5) / last)).astype(F32).T
+    beside = [middle]
+    for towards in (-np.inf, np.inf):
+        x = middle
+        for _ in range(8):
+            beside.append(x := np.nextafter(x, F32(towards)))
+    x = np.concatenate([*beside, *(e[:, None] for e in (low, high, low - width, high + width))], 1)
+    x = np.ascontiguousarray(x, F32)
+    got = op.quantize_intx(*map(xp.asarray, (x, low, high)), bits)
+    assert_same_bits(got, op.reference_intx(x, low, high, bits))
+
+
+@pytest.mark.parametrize("at", [0, 1, 2, 4])
+@pytest.mark.parametrize("bits", [2, 4, 8, 1])
+def test_values_of_many_widths(xp, rng, bits, at):
+    """Every code of widths of any mantissa, some of which overflow; codes at any address."""
+    B, n = 83, 2**bits * 4
+    low, high = (rng.standard_normal((2, B)) * 10.0 ** rng.integers(-8, 30, B)).astype(F32)
+    low[3], high[3] = -3e38, 3e38
+    codes = rng.integers(0, 256, (B, n * bits // 8)).astype(np.uint8)
+    guarded = np.full(codes.size + 4, 0xA5, np.uint8)
+    guarded[at : at + codes.size] = codes.reshape(-1)
+    given = xp.asarray(guarded)[at : at + codes.size].reshape(codes.shape)
+    out = xp.full((B, n + 4), 7, F32)
+    op.dequantize_intx(given, *map(xp.asarray, (low, high)), bits, out, at, n)
+    want = np.full((B, n + 4), 7, F32)
+    want[:, at : at + n] = op.reference_values(codes, low, high, bits, n)
+    assert_same_bits(out, want)
+
+
+@pytest.mark.parametrize("part", [17, *swept([*range(17), *range(18, 64)])])
+def test_every_mantissa_is_divided(device, part):
+    """Codes of 1 and widths from 1 to 2 leave the width itself to be divided."""
+    B = 2**17
+    width = (np.arange(part * B, (part + 1) * B, dtype=np.int32) | 0x3F800000).view(F32)
+    low, high = device.zeros(B, F32), device.asarray(width)
+    for bits in (2, 4, 8):
+        byte = sum(1 << i for i in range(0, 8, bits))
+        codes = device.asarray(np.full((B, bits // 2), byte, np.uint8))
+        out = op.dequantize_intx(codes, low, high, bits, device.zeros((B, 4), F32))
+        assert (to_numpy(out) == (width / F32(2**bits - 1))[:, None]).all()
 
 
 def test_minmax_reduce_of_what_is_not_finite(xp):

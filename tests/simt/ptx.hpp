@@ -372,12 +372,16 @@ template <typename T> inline const T* map_shared_rank(const T* shared, unsigned 
     return static_cast<const T*>(simt::map_shared_rank(shared, rank, "map_shared_rank", file, line));
 }
 
-// --- Powers --------------------------------------------------------------------------------------
+// --- Powers and inverses -------------------------------------------------------------------------
 
-// The one twin that may differ in last bits.
+// The two twins that may differ in last bits.
 inline float exp2_ftz(float x) {
     const float y = exp2f(x);
     return y < 0x1p-126f ? 0.0f : y;
+}
+inline float inverse_ftz(float x) {
+    const float y = 1.0f / (fabsf(x) < 0x1p-126f ? x * 0.0f : x);
+    return fabsf(y) < 0x1p-126f ? y * 0.0f : y;
 }
 
 // --- Integers ------------------------------------------------------------------------------------

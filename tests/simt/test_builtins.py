@@ -143,9 +143,11 @@ def test_float_functions(run, rng):
             np.maximum(x, y),
             np.rint(x),
             (x.view(U32) ^ U32(1)).view(np.float32),
+            (x * np.float32(0.001)).clip(0, 1),
+            np.zeros(64, np.float32),  # of NaN
         ]
     )
-    assert_same_bits(run("floats", np.zeros((10, 64), np.float32), x), want)
+    assert_same_bits(run("floats", np.zeros((12, 64), np.float32), x), want)
 
 
 def test_memories(run, rng):

@@ -420,7 +420,7 @@ def test_floats_split(probe, rng, kind):
 
 
 def test_powers_of_two(probe, rng):
-    """To within 2^-22, and no subnormal numbers: the one instruction whose last bits differ."""
+    """To within 2^-22, and no subnormal numbers: last bits differ from the machine's."""
     whole = np.arange(-160, 130)
     x = np.concatenate([whole, rng.uniform(-130, 128, 4096), [-np.inf, np.inf, np.nan]])
     x = x.astype(np.float32)
@@ -430,6 +430,16 @@ def test_powers_of_two(probe, rng):
     got = probe.run("power", np.zeros_like(x), x, n=x.size)
     np.testing.assert_allclose(got, want, rtol=2.0**-22, atol=0)
     assert_same_bits(got[: whole.size], want[: whole.size].astype(np.float32))
+
+
+def test_inverses(probe, rng):
+    """To within 2^-23, likewise."""
+    x = (rng.choice([-1, 1], 4096) * np.exp2(rng.uniform(-126, 126, 4096))).astype(np.float32)
+    got = probe.run("inverse", np.zeros_like(x), x, n=x.size)
+    np.testing.assert_allclose(got, 1 / x.astype(np.float64), rtol=2.0**-23, atol=0)
+    ends = np.array([0, -0.0, 1e-39, -1e-39, np.inf, -np.inf, 2.0**127, -(2.0**127)], np.float32)
+    got = probe.run("inverse", np.zeros_like(ends), ends, n=ends.size)
+    assert_same_bits(got, np.array([np.inf, -np.inf] * 2 + [0, -0.0] * 2, np.float32))
 
 
 # --- Integers -------------------------------------------------------------------------------------
@@ -475,5 +485,5 @@ def test_inline_ptx_stands_in_two_headers_and_has_twins():
         assert section.endswith("#endif  // PYKV_SIMT\n") and not signatures(before)
 
     wrappers, twins = signatures("".join(own.values())), signatures((HERE / "ptx.hpp").read_text())
-    assert len(wrappers) == 54
+    assert len(wrappers) == 55
     assert wrappers == {name: twins.get(name) for name in wrappers}

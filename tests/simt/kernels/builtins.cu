@@ -71,9 +71,10 @@ extern "C" __global__ void floats(float* out, const float* in) {
     const float results[] = {
         __fadd_rn(x, y), __fsub_rn(x, y), __fmul_rn(x, y), __fmaf_rn(x, y, x), __fdiv_rn(x, y),
         __fsqrt_rn(fabsf(x)), fminf(x, y), fmaxf(x, y), (float)__float2int_rn(x),
-        __int_as_float(__float_as_int(x) ^ 1)};
+        __int_as_float(__float_as_int(x) ^ 1), __saturatef(x * 0.001f),
+        __saturatef(x + INF - INF)};
 #pragma unroll
-    for (int i = 0; i < 10; i++) out[64 * i + t] = results[i];
+    for (int i = 0; i < 12; i++) out[64 * i + t] = results[i];
 }
 
 __constant__ u32 primes[4] = {2, 3, 5, 7};

@@ -393,6 +393,10 @@ extern "C" __global__ void power(float* y, const float* x, int n) {
     if (item() < n) y[item()] = exp2_ftz(x[item()]);
 }
 
+extern "C" __global__ void inverse(float* y, const float* x, int n) {
+    if (item() < n) y[item()] = inverse_ftz(x[item()]);
+}
+
 // --- Integers ------------------------------------------------------------------------------------
 
 extern "C" __global__ void dot(int* d, const int* a, const int* b, const int* c, int n) {

@@ -22,7 +22,7 @@ from tests.helpers import to_numpy
 from tests.public import CALLS, OPTIONS, call_of
 from tests.wrong_values import is_array, kind_of, other_spellings, wrong_values
 
-OUTPUTS = "out q_out table k_out v_out lengths lse out_lse top_ids top_logprobs"
+OUTPUTS = "out q_out table rows k_out v_out lengths lse out_lse top_ids top_logprobs"
 OUTPUTS = OUTPUTS.split()  # in the order of results
 SLOW = ("llm.generate.LLM", "llm.generate.LLM.chat", "llm.generate.LLM.chat_ids")
 SLOW += tuple(f"kvtc.calibration.{x}" for x in ("calibrate", "compare_coders", "v0_configs"))

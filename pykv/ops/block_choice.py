@@ -94,7 +94,8 @@ def choose(
     if not M or (width is not None and width != M):
         raise ParameterError(f"{op}: width is {width}, expected the positive width of the table")
     if dims.get("R", R) != R:
-        raise ShapeError(f"{op}: outputs have R={dims['R']}, expected B * H = {R}")
+        has = f"table and rows have R={dims['R']}"
+        raise ShapeError(f"{op}: {has}, expected B * H = {R} of scores")
     with cuda.on_stream(stream, scores):
         table = like(scores, (R, M), np.int32) if table is None else table
         rows = like(scores, (R,), np.int32) if rows is None else rows

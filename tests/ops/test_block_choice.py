@@ -106,7 +106,7 @@ def test_errors_name_the_argument(xp):
         (dict(block=3), ParameterError, "block is 3, expected a multiple of page_size=2"),
         (dict(recent=-1), ParameterError, "recent is -1, expected 0 to"),
         (dict(blocks=1.5), DtypeError, "blocks is a float"),
-        (dict(rows=xp.zeros(2, np.int32)), ShapeError, r"outputs have R=2, expected B \* H = 1"),
+        (dict(rows=xp.zeros(2, np.int32)), ShapeError, r"rows have R=2, expected B \* H = 1"),
     ):
         with pytest.raises(error, match=text):
             choose(xp, *arrays, **good | change)

@@ -107,7 +107,7 @@ def test_lengths_beyond_the_table_are_found_if_asked(xp, rng, monkeypatch):
     means = block_means(cache, 1, table, lengths, selection)
     before = to_numpy(means).tobytes()
     monkeypatch.setattr(paged_check, "ALWAYS", True)
-    with pytest.raises(ParameterError, match="eviction.block_means: lengths.0. is 10"):
+    with pytest.raises(ParameterError, match="lengths.0. is 10"):
         block_means(cache, 1, table, lengths + np.int32(1000), selection, means=means)
     assert to_numpy(means).tobytes() == before
 

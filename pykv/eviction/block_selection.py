@@ -78,32 +78,18 @@ def block_means(
     Raises:
         ParameterError: `block` is no multiple of the page size, or there is no such layer.
         ShapeError, DtypeError, DeviceError: an array is of another shape, dtype or device.
-        UnsupportedError: the call is being prepared.
+        CapacityError: on the host, a length exceeds the table.
 
-    On a GPU only enqueues, on CuPy's current stream.
+    On a GPU only enqueues one launch, on CuPy's current stream.
     """
     op = "eviction.block_means"
-    cuda.refuse_prepare(op, "it makes tables for each call")
-    pages = _check(op, cache, layer, selection)
+    _check(op, cache, layer, selection)
     dims = _means_check(table, lengths, means)
-    k_scales, _ = cache.scales[layer]
-    keys = dict(pool=cache.layers[layer][0], scales=k_scales, spec=cache.spec)
-    if means is None:
-        return kv_scores.means(**keys, page_table=table, lengths=lengths, run=selection.block)
-    _check_means(op, means, cache, dims["M"], selection)
-    _look(op, None, cache, table, lengths)
-    if not means.shape[2]:
-        return means
-    xp, block = module_of(means), np.int32(selection.block)
-    capacity = min(dims["M"] * cache.page_size, attention.ALL_KEYS)
-    lengths = xp.minimum(lengths, np.int32(capacity))  # CuPy wraps larger indices
-    last = xp.maximum(lengths - np.int32(1), np.int32(0)) // block
-    columns = last[:, None] * np.int32(pages) + xp.arange(pages, dtype=np.int32)
-    columns = xp.minimum(columns, np.int32(dims["M"] - 1))  # the table may end inside of a block
-    of_block = dict(page_table=xp.take_along_axis(table, columns, 1), run=selection.block)
-    found = kv_scores.means(**keys, **of_block, lengths=lengths - last * block)
-    means[xp.arange(len(last)), :, last] = found[:, :, 0]
-    return means
+    if means is not None:
+        _check_means(op, means, cache, dims["M"], selection)
+    pool, scales = cache.layers[layer][0], cache.scales[layer][0]
+    options = dict(scales=scales, spec=cache.spec, last=means is not None, out=means)
+    return kv_scores.means(pool, table, lengths, selection.block, **options)
 
 
 def decode_blocks(
@@ -302,8 +288,8 @@ def _decode_checker(spec: KVSpec) -> Callable[..., Dims]:
     )
 
 
-def _check(op: str, cache: PagedKVCache, layer: int, selection: BlockSelection) -> int:
-    """The pages of a block."""
+def _check(op: str, cache: PagedKVCache, layer: int, selection: BlockSelection) -> None:
+    """Check what is no array."""
     check_cache(op, cache, layer)
     check_type(op, "selection", selection, BlockSelection)
     if selection.block % cache.page_size:
@@ -311,7 +297,6 @@ def _check(op: str, cache: PagedKVCache, layer: int, selection: BlockSelection) 
             f"{op}: selection has blocks of {selection.block} rows, expected a multiple of the "
             f"{cache.page_size} of a page"
         )
-    return selection.block // cache.page_size
 
 
 def _look(op: str, check: Any, cache: PagedKVCache, table: Any, lengths: Any) -> None:

@@ -1,5 +1,5 @@
-// block_choice.cu: page tables of the best blocks of sequences, for each KV head its own, and of all rows
-// behind the blocks that could be chosen.
+// block_choice.cu: page tables of the best blocks of sequences, for each KV head its own, and of all
+// rows behind the blocks that could be chosen.
 //
 // Arrays, row-major (letters as in pykv/ops/block_choice.py; R = B * H, row b * H + h):
 //   table              [R, M] int  pages of the best blocks in the order of the sequence, then of the
@@ -13,7 +13,7 @@
 // Defines:  BLOCK = threads, a power of two up to 1024; ITEMS, scores that each has at once
 // Launch:   grid (R), block (BLOCK). It may start early, hence no array is __restrict__
 // Traffic:  4 * K bytes a row, then from the caches up to three times; up to 8 * M bytes
-// Order:    atomics count integers alone; of equal scores the first are chosen: every run gives the same
+// Order:    atomics count integers alone; of equal scores the first are chosen: the same in every run
 //
 // How many blocks are chosen is known before which: the rows behind have their places at once.
 #if !defined(BLOCK) || !defined(ITEMS)

@@ -8,9 +8,9 @@
 //   means   const  [R, K, D]     float, read of blocks that can be chosen alone
 //   lengths const  [B] int       rows of each sequence
 // Scalars:  H; G = HQ / H; recent: the last rows, in which no block can be chosen; block: rows of one
-// Defines:  HEAD_DIM, a multiple of 8 up to 512; Q_T = float, f16 or bf16; BLOCK = threads; AHEAD = rows
-//           of `means` that a group of lanes loads before it uses any; KEYS = blocks that BLOCK
-//           threads score
+// Defines:  HEAD_DIM, a multiple of 8 up to 512; Q_T = float, f16 or bf16; BLOCK = threads; AHEAD =
+//           rows of `means` that a group of lanes loads before it uses any; KEYS = blocks that
+//           BLOCK threads score
 // Launch:   grid (R * ceil(K / KEYS)), block (BLOCK). It may start early, hence no array is
 //           __restrict__
 // Traffic:  4 * D bytes a block that can be chosen, 4 * R * K + 4 * Z; queries once for each KEYS
@@ -31,10 +31,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 8)
 block_scores(float* scores, float* zeros, const Q_T* q, const float* means, const int* lengths, int H,
              int G, int K, int Z, int recent, int block) {
     let_next_start();
-    await_previous();
     const int chunks = K / KEYS + (K % KEYS != 0);
     const int begin = blockIdx.x % chunks * KEYS, slot = threadIdx.x / KEY_LANES;
-    const i64 r = blockIdx.x / chunks;
+    const int r = blockIdx.x / chunks;
+    const float* const of_head = means + (i64)r * K * D;
+    await_previous();
     const int old = min(max(max(lengths[r / H], 0) - recent, 0) / block, K);
 
     float score[AHEAD] = {};
@@ -45,38 +46,36 @@ block_scores(float* scores, float* zeros, const Q_T* q, const float* means, cons
             const int row = min(begin + i * SLOTS + slot, old - 1);
 #pragma unroll
             for (int e = 0; e < EIGHTS; e++) {
-                rows[i][e] = get8_eager(means + (r * K + row) * D + safe_column(e));
+                rows[i][e] = get8_eager(of_head + (i64)row * D + safe_column(e));
             }
         }
-        float mean[EIGHTS][8] = {};
+        float sum[EIGHTS][8] = {};
 #pragma unroll 2
         for (int g = 0; g < G; g++) {
             float query[EIGHTS][8];
-            load_query(query, q + (r * G + g) * D, 1.0f);
+            load_query(query, q + ((i64)r * G + g) * D, 1.0f);
 #pragma unroll
             for (int e = 0; e < EIGHTS; e++) {
 #pragma unroll
-                for (int i = 0; i < 8; i++) mean[e][i] += query[e][i];
+                for (int i = 0; i < 8; i++) sum[e][i] += query[e][i];
             }
         }
-#pragma unroll
-        for (int e = 0; e < EIGHTS; e++) {
-#pragma unroll
-            for (int i = 0; i < 8; i++) mean[e][i] /= G;
-        }
+        const float share = 1.0f / G;
 #pragma unroll
         for (int i = 0; i < AHEAD; i++) {
             float row[EIGHTS][8];
 #pragma unroll
             for (int e = 0; e < EIGHTS; e++) unpack8(row[e], rows[i][e]);
-            score[i] = dot(mean, row);
+            score[i] = dot(sum, row) * share;
         }
     }
 #pragma unroll
     for (int i = 0; i < AHEAD; i++) {
         const int row = begin + i * SLOTS + slot;
-        if (threadIdx.x % KEY_LANES == 0 && row < K) scores[r * K + row] = row < old ? score[i] : 0.0f;
+        const bool is_mine = threadIdx.x % KEY_LANES == 0 && row < K;
+        if (is_mine) scores[(i64)r * K + row] = row < old ? score[i] : 0.0f;
     }
+#pragma unroll 1
     for (i64 i = (i64)blockIdx.x * THREADS + threadIdx.x; i < Z; i += (i64)gridDim.x * THREADS) {
         zeros[i] = 0.0f;
     }

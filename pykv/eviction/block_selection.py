@@ -148,20 +148,21 @@ def decode_blocks(
         return out
     if not q.flags.c_contiguous:
         q = module_of(q).ascontiguousarray(q)
-    given = scale, logits_soft_cap, fixed_split
-    options = dict(zip(("scale", "logits_soft_cap", "fixed_split"), given, strict=True))
-    attend = partial(_attend, selection, cache.page_size, scratch, dict(options, check=check))
     arrays = q, table, lengths, means, out, like(q, (scratch.size,), np.uint8)
-    if has_own_scales(cache.spec):
-        for part in parts(cache, layer):
-            _attend_part(attend, part, *arrays)
-        return out
+    given, H = (scale, logits_soft_cap, fixed_split), dims["H"]
 
     def call() -> None:
-        (part,) = parts(cache, layer)
-        attend(part, *arrays)
+        names = "scale", "logits_soft_cap", "fixed_split"
+        options = dict(zip(names, given, strict=True), check=check)
+        for part in parts(cache, layer):
+            attend = partial(_attend, selection, cache.page_size, scratch, options, part)
+            if part.n == H:
+                attend(*arrays)
+            else:
+                _attend_some(attend, part, *arrays)
 
-    if on_gpu(q) and not paged_check.enabled(op, check):
+    is_whole = H == 1 or not has_own_scales(cache.spec)
+    if on_gpu(q) and is_whole and not paged_check.enabled(op, check):
         cuda.replayed(dims, (selection, given, tuple(map(type, given))), (*pools, *arrays), call)
     else:
         call()
@@ -193,7 +194,7 @@ def _scratch(
     P, R = cache.page_size, B * (1 if has_own_scales(cache.spec) else H)
     width = min(-(-selection.recent // P) + (selection.blocks + 1) * (selection.block // P), M)
     elements = 0
-    if on_gpu(q):
+    if on_gpu(q) and q.size:
         where = dict(fixed_split=fixed_split, device=q.data.device_id)
         elements = paged_decode.workspace_size(R, HQ // H, 1, D, width * P, **where)
     shapes: dict[str, tuple[tuple[int, ...], Any]] = dict(
@@ -246,7 +247,7 @@ def _attend(
     )
 
 
-def _attend_part(
+def _attend_some(
     attend: Callable[..., None],
     part: Part,
     q: Any,
@@ -256,12 +257,12 @@ def _attend_part(
     out: Any,
     memory: Any,
 ) -> None:
-    """`_attend` of some of the heads of q, means and out."""
+    """`_attend` of a part that has some of the heads of q, means and out."""
     xp, G = module_of(q), q.shape[1] // means.shape[1]
     of_part = slice(part.first * G, (part.first + part.n) * G)
     some, of_heads = (xp.ascontiguousarray(x) for x in (q[:, of_part], means[:, part.heads]))
     found = like(q, some.shape, q.dtype)
-    attend(part, some, table, lengths, of_heads, found, memory)
+    attend(some, table, lengths, of_heads, found, memory)
     out[:, of_part] = found
 
 

@@ -53,11 +53,18 @@ block_choice(int* table, int* rows, const int* page_table, const int* lengths, c
         cut_deeper(cut, histogram, scratch, found, pass);
     }
     u64 before = 0;
-    keep_rows(scores, 0, old, none, Pairs(cut), before, scratch, [&](int n, int chosen) {
-#pragma unroll 4
-        for (int i = 0; i < block_pages; i++) {
-            const int column = n * block_pages + i;
-            if (column < M) table[column] = page_table[chosen * block_pages + i] * unit + head;
-        }
+    keep_rows(scores, 0, old, none, Pairs(cut), before, scratch, [=](int n, int chosen) {
+        if (n < M) table[n] = chosen;
     });
+    // Block n stands at n, and gives way to its pages, which begin at n * block_pages: the last first.
+    for (int end = min(first, M); end > 0; end -= BLOCK) {
+        const int column = max(end - BLOCK, 0) + threadIdx.x;
+        int page = 0;
+        if (column < end) {
+            const int at = table[column / block_pages] * block_pages + column % block_pages;
+            page = page_table[at] * unit + head;
+        }
+        __syncthreads();
+        if (column < end) table[column] = page;
+    }
 }

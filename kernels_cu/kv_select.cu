@@ -21,6 +21,7 @@
 //           kv_select_pairs, kv_select_write
 // Traffic:  scores once, then from the caches three times (of long groups four times); 4 bytes an
 //           entry of `kept`
+// Stack: 8 bytes, on sm_86 and sm_89, of kv_select_write, whose four scores are on their way at once
 // Order:    atomics count integers alone: every run gives the same, by either way
 //
 // A group's time grows with its scores while other SMs idle: those that are few and long are cut.
@@ -135,8 +136,11 @@ kv_select_pairs(u64* pairs, const int* tallies, const float* scores, const int* 
     const Part part(lengths, S, C, slice);
     const Rules rules = {sinks, part.length - recent, has_threshold, threshold};
     u64 own = 0, total;
-    for (int i = part.begin + threadIdx.x; i < part.end; i += BLOCK) {
-        own += of_rows.of(order_of(scores + part.segment * C, i, rules));
+    for (int tile = part.begin; tile < part.end; tile += TILE) {
+        u32 orders[ITEMS];
+        load_orders<BLOCK>(orders, scores + part.segment * C, tile + threadIdx.x, part.end, rules);
+#pragma unroll
+        for (const u32 order : orders) own += of_rows.of(order);
     }
     counts_before(own, scratch, total);
     if (threadIdx.x == 0) pairs[part.segment * gridDim.x + blockIdx.x] = total;

@@ -21,12 +21,30 @@ struct Rules {
     float threshold;
 };
 
-__device__ __forceinline__ u32 order_of(const float* scores, int i, const Rules& rules) {
+// The order of row i.
+__device__ __forceinline__ u32 order_of(float score, int i, const Rules& rules) {
     if (i < rules.sinks || i >= rules.recent) return 0xffffffffu;
-    const float score = scores[i];
     if (rules.has_threshold && !(score > rules.threshold)) return 0;
     const u32 bits = __float_as_uint(score == score ? score + 0.0f : -INF);  // -0 becomes 0
     return bits >> 31 ? ~bits : bits | 0x80000000u;
+}
+
+// The orders of ITEMS rows, STEP apart from `first` on, 0 past `end`. All of their scores are on their
+// way before one is used.
+template <int STEP>
+__device__ __forceinline__ void load_orders(u32 (&orders)[ITEMS], const float* scores, int first,
+                                            int end, const Rules& rules) {
+    float loaded[ITEMS];
+#pragma unroll
+    for (int item = 0; item < ITEMS; item++) {
+        const int i = first + item * STEP;
+        loaded[item] = i < end ? scores[i] : 0.0f;
+    }
+#pragma unroll
+    for (int item = 0; item < ITEMS; item++) {
+        const int i = first + item * STEP;
+        orders[item] = i < end ? order_of(loaded[item], i, rules) : 0;
+    }
 }
 
 // The sum over a block of pairs of counts below 2^32, and of those of the threads before this one.
@@ -73,11 +91,7 @@ __device__ __forceinline__ void count_digits(int* histogram, const float* scores
     const int low = low_of(pass), bits = bits_of(pass);
     for (int tile = begin; tile < end; tile += TILE) {
         u32 orders[ITEMS];
-#pragma unroll
-        for (int item = 0; item < ITEMS; item++) {
-            const int i = tile + item * THREADS + threadIdx.x;
-            orders[item] = i < end ? order_of(scores, i, rules) : 0;
-        }
+        load_orders<THREADS>(orders, scores, tile + threadIdx.x, end, rules);
 #pragma unroll
         for (const u32 order : orders) {
             const bool is_open =
@@ -136,19 +150,6 @@ struct Pairs {
     __device__ int kept(u64 pair) const { return (int)(pair >> 32) + min((int)(u32)pair, ties); }
 };
 
-// The orders of ITEMS rows from `first` on, and the sum of their pairs.
-__device__ __forceinline__ u64 load_orders(u32 (&orders)[ITEMS], const float* scores, int first,
-                                           int end, const Rules& rules, const Pairs& pairs) {
-    u64 own = 0;
-#pragma unroll
-    for (int item = 0; item < ITEMS; item++) {
-        const int i = first + item;
-        orders[item] = i < end ? order_of(scores, i, rules) : 0;
-        own += pairs.of(orders[item]);
-    }
-    return own;
-}
-
 // Calls keep(n, row) of the rows begin .. end of a segment that are kept, the n-th of their group;
 // `before` are the pairs of all earlier rows of the group, to which it adds theirs.
 template <typename Keep>
@@ -157,8 +158,10 @@ __device__ __forceinline__ void keep_rows(const float* scores, int begin, int en
     for (int tile = begin; tile < end; tile += TILE) {
         const int first = tile + threadIdx.x * ITEMS;
         u32 orders[ITEMS];
-        u64 total;
-        const u64 own = load_orders(orders, scores, first, end, rules, pairs);
+        load_orders<1>(orders, scores, first, end, rules);
+        u64 own = 0, total;
+#pragma unroll
+        for (const u32 order : orders) own += pairs.of(order);
         u64 mine = before + counts_before(own, scratch, total);
 #pragma unroll
         for (int item = 0; item < ITEMS; item++) {

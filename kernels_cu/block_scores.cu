@@ -15,6 +15,7 @@
 //           __restrict__
 // Traffic:  4 * D bytes a block that can be chosen, 4 * R * K + 4 * Z; queries once for each KEYS
 //           blocks, from the caches
+// Stack: 32 bytes, of rows above 256 elements, of which a lane has twice eight and 64 registers
 // Order:    no atomics; float sums in the order of the queries, then in one set by HEAD_DIM alone
 //
 // All rows of a thread block are on their way at once, and eight such blocks on an SM: 128 KiB. So few

@@ -10,14 +10,15 @@
 //   factors     const  [B, R, T, D] float, of kv_squares
 //   page_table  const  [B, M] int32, read up to the length alone
 //   lengths     const  [B] int32, clamped to 0 .. capacity
-// Scalars:  R, the rows of `vectors`: R / H for each head; T; runs = ceil(C / run)
+// Scalars:  R, the rows of `vectors`: R / H for each head; T; runs = ceil(C / run); last = 1 where the
+//           run of a sequence's last row alone is computed, else 0
 // Defines:  HEAD_DIM, a multiple of 8 up to 512; Q_T = float; K_T = float, f16, bf16, i8, i4, e4m3 or
 //           e5m2; SCALE_T = f16 or float; BLOCK = threads; KEYS, rows of a block of kv_scores and
 //           kv_squares; of kv_scores AHEAD_BYTES, 64 at least, which a lane loads before it uses any,
 //           and MEASURE = NORM 0, LARGEST 1, COSINE 2, PRODUCT 3; of kv_means NORMALIZE = 0 or 1:
 //           rows are divided by their norms
 // Launch:   kv_scores, kv_squares: grid (B * R * ceil(C / KEYS)), block (BLOCK)
-//           kv_means: grid (B * H * runs), block (BLOCK)
+//           kv_means: grid (B * H * runs), or with `last` (B * H), block (BLOCK)
 // Traffic:  rows once, for R / H > 1 later ones hit the caches; 4 bytes a row and score; 4 * D
 //           bytes a run; of factors all for each block, which its groups share in the L1 cache
 // Order:    no atomics; sums in an order set by HEAD_DIM and BLOCK alone
@@ -284,12 +285,13 @@ kv_means(float* __restrict__ means, const K_T* __restrict__ pool,
          const SCALE_T* __restrict__ scales, const int* __restrict__ page_table,
          const int* __restrict__ lengths, i64 pool_page, i64 pool_token, i64 pool_head,
          i64 scales_page, i64 scales_token, i64 scales_head, int H, int P, int M, int capacity,
-         int runs, int run) {
+         int runs, int run, int last) {
     __shared__ __align__(16) float sums[SLOTS][D];
-    const int begin = blockIdx.x % runs * run;
-    const int kv_head = blockIdx.x / runs % H, b = blockIdx.x / runs / H;
+    const int of_head = last ? 1 : runs;  // thread blocks
+    const int kv_head = blockIdx.x / of_head % H, b = blockIdx.x / of_head / H;
     const int length = max(0, min(lengths[b], capacity));
-    const int rows = max(0, min(run, length - begin));
+    const int i = last ? max(length - 1, 0) / run : blockIdx.x % runs;
+    const int begin = i * run, rows = max(0, min(run, length - begin));
 
     const int slot = threadIdx.x / KEY_LANES;
     float sum[EIGHTS][8] = {};
@@ -325,7 +327,6 @@ kv_means(float* __restrict__ means, const K_T* __restrict__ pool,
         float total = 0.0f;
 #pragma unroll
         for (int s = 0; s < SLOTS; s++) total += sums[s][d];
-        means[(((i64)b * H + kv_head) * runs + blockIdx.x % runs) * D + d] =
-            rows ? total / rows : 0.0f;
+        means[(((i64)b * H + kv_head) * runs + i) * D + d] = rows ? total / rows : 0.0f;
     }
 }

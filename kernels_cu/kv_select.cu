@@ -21,184 +21,24 @@
 //           kv_select_pairs, kv_select_write
 // Traffic:  scores once, then from the caches three times (of long groups four times); 4 bytes an
 //           entry of `kept`
+// Stack: 8 bytes, on sm_86 and sm_89, of kv_select_write, whose four scores are on their way at once
 // Order:    atomics count integers alone: every run gives the same, by either way
-//
-// A score becomes a word that is ordered as the scores are: 0 of rows that may not be kept, all ones
-// of those that must. The word of the last row that is kept is found digit by digit. Lanes that count
-// the same digit are left to the hardware: adding them up first took a tenth longer (H200).
 //
 // A group's time grows with its scores while other SMs idle: those that are few and long are cut.
 // Their blocks meet at the ends of launches alone, and all of them find the digits that were counted.
-#include "ptx.cuh"
-#include "types.cuh"
-
 #if !defined(BLOCK) || !defined(ITEMS) || !defined(TALLIES)
 #error "kv_select.cu needs BLOCK, ITEMS and TALLIES"
 #endif
-constexpr int DIGIT_BITS = 11, DIGITS = 1 << DIGIT_BITS;  // 32 bits are three digits, the last short
-constexpr int WARPS = BLOCK / WARP, TILE = BLOCK * ITEMS, PASSES = (32 + DIGIT_BITS - 1) / DIGIT_BITS;
+
+#include "largest.cuh"
+#include "ptx.cuh"
+#include "types.cuh"
+
 static_assert(TALLIES == PASSES * DIGITS, "the host allocates as much");
-static_assert(DIGITS % BLOCK == 0 && BLOCK % WARP == 0, "threads share the digits evenly");
-
-// What passes of a segment: its first rows, those from `recent` on, and what exceeds the threshold.
-struct Rules {
-    int sinks, recent, has_threshold;
-    float threshold;
-};
-
-__device__ __forceinline__ u32 order_of(const float* scores, int i, const Rules& rules) {
-    if (i < rules.sinks || i >= rules.recent) return 0xffffffffu;
-    const float score = scores[i];
-    if (rules.has_threshold && !(score > rules.threshold)) return 0;
-    const u32 bits = __float_as_uint(score == score ? score + 0.0f : -INF);  // -0 becomes 0
-    return bits >> 31 ? ~bits : bits | 0x80000000u;
-}
-
-// The sum over a block of pairs of counts below 2^32, and of those of the threads before this one.
-// All threads call it; `scratch` may be reused after a barrier.
-__device__ __forceinline__ u64 counts_before(u64 own, u64* scratch, u64& total) {
-    u64 sum = own;
-#pragma unroll
-    for (int lane = 1; lane < WARP; lane *= 2) {
-        const u64 below = __shfl_up_sync(FULL_MASK, sum, lane);
-        if (threadIdx.x % WARP >= lane) sum += below;
-    }
-    if (threadIdx.x % WARP == WARP - 1) scratch[threadIdx.x / WARP] = sum;
-    __syncthreads();
-    u64 before = sum - own;
-    total = 0;
-#pragma unroll
-    for (int warp = 0; warp < WARPS; warp++) {
-        if (warp == threadIdx.x / WARP) before += total;
-        total += scratch[warp];
-    }
-    return before;
-}
-
-// What is known of the last row that is kept: its order's upper digits, how many rows of these are
-// kept still, or that all rows are kept that may be.
-struct Cut {
-    u32 last;
-    int ties, takes_all;
-};
 
 __device__ __forceinline__ Cut first_cut(const int* budgets, i64 group) {
     const int ties = budgets ? max(budgets[group], 0) : 0x7fffffff;
-    return {0, ties, ties == 0x7fffffff};
-}
-
-// The digit of a pass: its lowest bit, and how many bits it has.
-__device__ __forceinline__ int low_of(int pass) { return max(32 - DIGIT_BITS * (pass + 1), 0); }
-__device__ __forceinline__ int bits_of(int pass) { return min(DIGIT_BITS, 32 - DIGIT_BITS * pass); }
-
-__device__ __forceinline__ void clear(int* histogram) {
-    for (int i = threadIdx.x; i < DIGITS; i += BLOCK) histogram[i] = 0;
-    __syncthreads();
-}
-
-// Adds the digits of rows begin .. end of a segment to a histogram, of rows that may be the last.
-__device__ __forceinline__ void count_digits(int* histogram, const float* scores, int begin, int end,
-                                             const Rules& rules, u32 last, int pass) {
-    const int low = low_of(pass), bits = bits_of(pass);
-    for (int tile = begin; tile < end; tile += TILE) {
-        u32 orders[ITEMS];
-#pragma unroll
-        for (int item = 0; item < ITEMS; item++) {
-            const int i = tile + item * BLOCK + threadIdx.x;
-            orders[item] = i < end ? order_of(scores, i, rules) : 0;
-        }
-#pragma unroll
-        for (const u32 order : orders) {
-            const bool is_open =
-                low + bits == 32 || order >> (low + bits) == last >> (low + bits);
-            if (order && is_open) atomicAdd(&histogram[order >> low & ((1u << bits) - 1)], 1);
-        }
-    }
-}
-
-// The digit at which a cut lies, and how many rows have larger ones.
-struct Found {
-    u32 digit;
-    int above;
-};
-
-// Adds to a cut what a histogram of all rows says. All threads call it, between barriers.
-__device__ __forceinline__ void cut_deeper(Cut& cut, const int* histogram, u64* scratch, Found& found,
-                                           int pass) {
-    // Threads count from the largest digit down: thread t has the t-th share of them.
-    constexpr int SHARE = DIGITS / BLOCK;
-    const int top = DIGITS - 1 - threadIdx.x * SHARE;
-    const u64 ties = cut.ties;
-    u64 own = 0, total;
-#pragma unroll
-    for (int i = 0; i < SHARE; i++) own += histogram[top - i];
-    u64 above = counts_before(own, scratch, total);
-    if (total <= ties) {  // only at the first digit: later ones hold more than `ties`
-        cut.takes_all = true;
-    } else if (above <= ties && above + own > ties) {
-        for (int i = 0; i < SHARE; i++) {
-            const u64 here = histogram[top - i];
-            if (above + here > ties) {
-                found = {(u32)(top - i), (int)above};
-                break;
-            }
-            above += here;
-        }
-    }
-    __syncthreads();
-    if (!cut.takes_all) {
-        cut.last |= found.digit << low_of(pass);
-        cut.ties -= found.above;
-    }
-}
-
-// Pairs of counts: rows above the last one that is kept in the upper half, of its order below.
-struct Pairs {
-    u32 last;
-    int ties;
-    // A budget that nobody reaches leaves last = 0: all that may be kept have an order above 0.
-    __device__ explicit Pairs(const Cut& cut)
-        : last(cut.takes_all ? 0 : cut.last), ties(cut.takes_all ? 0 : cut.ties) {}
-    __device__ u64 of(u32 order) const {
-        return (u64)(order > last) << 32 | (u64)(order == last && order);
-    }
-    __device__ int kept(u64 pair) const { return (int)(pair >> 32) + min((int)(u32)pair, ties); }
-};
-
-// The orders of ITEMS rows from `first` on, and the sum of their pairs.
-__device__ __forceinline__ u64 load_orders(u32 (&orders)[ITEMS], const float* scores, int first,
-                                           int end, const Rules& rules, const Pairs& pairs) {
-    u64 own = 0;
-#pragma unroll
-    for (int item = 0; item < ITEMS; item++) {
-        const int i = first + item;
-        orders[item] = i < end ? order_of(scores, i, rules) : 0;
-        own += pairs.of(orders[item]);
-    }
-    return own;
-}
-
-// Writes which rows begin .. end of a segment are kept, `before` being the pairs of all earlier rows
-// of the group; adds theirs. `out` is where the group's first kept row would go.
-__device__ __forceinline__ void write_rows(int* out, const float* scores, int begin, int end,
-                                           const Rules& rules, const Pairs& pairs, u64& before,
-                                           u64* scratch) {
-    for (int tile = begin; tile < end; tile += TILE) {
-        const int first = tile + threadIdx.x * ITEMS;
-        u32 orders[ITEMS];
-        u64 total;
-        const u64 own = load_orders(orders, scores, first, end, rules, pairs);
-        u64 mine = before + counts_before(own, scratch, total);
-#pragma unroll
-        for (int item = 0; item < ITEMS; item++) {
-            const u64 pair = pairs.of(orders[item]);
-            const bool is_kept = pair >> 32 || (pair && (int)(u32)mine < pairs.ties);
-            if (is_kept) out[pairs.kept(mine)] = first + item;
-            mine += pair;
-        }
-        before += total;
-        __syncthreads();  // all have read `scratch`
-    }
+    return ties == 0x7fffffff ? Cut{0, 0, true} : Cut{0, ties, false};
 }
 
 extern "C" __global__ void __launch_bounds__(BLOCK, 2)
@@ -215,7 +55,7 @@ kv_select(int* __restrict__ kept, int* __restrict__ counts, const float* __restr
     };
 
     Cut cut = first_cut(budgets, blockIdx.x);
-    for (int pass = 0; !cut.takes_all && pass < PASSES; pass++) {
+    for (int pass = 0; !cut.is_found && pass < PASSES; pass++) {
         clear(histogram);
         for (int s = 0; s < S; s++) {
             const int length = length_of(s);
@@ -231,8 +71,8 @@ kv_select(int* __restrict__ kept, int* __restrict__ counts, const float* __restr
     for (int s = 0; s < S; s++) {
         const int length = length_of(s), start = pairs.kept(before);
         int* const out = kept + (group + s) * C;
-        write_rows(out - start, scores + (group + s) * C, 0, length, rules_of(length), pairs,
-                   before, scratch);
+        keep_rows(scores + (group + s) * C, 0, length, rules_of(length), pairs, before, scratch,
+                  [first = out - start](int n, int row) { first[n] = row; });
         const int count = pairs.kept(before) - start;
         for (int i = count + threadIdx.x; i < C; i += BLOCK) out[i] = -1;
         if (threadIdx.x == 0) counts[group + s] = count;
@@ -257,7 +97,7 @@ struct Part {
 __device__ __forceinline__ Cut cut_after(int passes, const int* tallies, const int* budgets,
                                          u64* scratch, Found& found) {
     Cut cut = first_cut(budgets, blockIdx.z);
-    for (int pass = 0; !cut.takes_all && pass < passes; pass++) {
+    for (int pass = 0; !cut.is_found && pass < passes; pass++) {
         const int* const histogram = tallies + ((i64)blockIdx.z * PASSES + pass) * DIGITS;
         cut_deeper(cut, histogram, scratch, found, pass);
     }
@@ -273,7 +113,7 @@ kv_select_count(int* tallies, const float* scores, const int* lengths, const int
     __shared__ Found found;
     await_previous();
     const Cut cut = cut_after(digit, tallies, budgets, scratch, found);
-    if (cut.takes_all) return;
+    if (cut.is_found) return;
     clear(histogram);
     const Part part(lengths, S, C, slice);
     const Rules rules = {sinks, part.length - recent, has_threshold, threshold};
@@ -296,8 +136,11 @@ kv_select_pairs(u64* pairs, const int* tallies, const float* scores, const int* 
     const Part part(lengths, S, C, slice);
     const Rules rules = {sinks, part.length - recent, has_threshold, threshold};
     u64 own = 0, total;
-    for (int i = part.begin + threadIdx.x; i < part.end; i += BLOCK) {
-        own += of_rows.of(order_of(scores + part.segment * C, i, rules));
+    for (int tile = part.begin; tile < part.end; tile += TILE) {
+        u32 orders[ITEMS];
+        load_orders<BLOCK>(orders, scores + part.segment * C, tile + threadIdx.x, part.end, rules);
+#pragma unroll
+        for (const u32 order : orders) own += of_rows.of(order);
     }
     counts_before(own, scratch, total);
     if (threadIdx.x == 0) pairs[part.segment * gridDim.x + blockIdx.x] = total;
@@ -338,5 +181,6 @@ kv_select_write(int* kept, int* counts, const u64* pairs, const int* tallies, co
     const int behind = blockIdx.x * slice, end = min(slice, C - behind) + behind;
     for (int i = max(behind, count) + threadIdx.x; i < end; i += BLOCK) kept[i] = -1;
     if (blockIdx.x == 0 && threadIdx.x == 0) counts[part.segment] = count;
-    write_rows(kept - start, scores, part.begin, part.end, rules, of_rows, sums[1], scratch);
+    keep_rows(scores, part.begin, part.end, rules, of_rows, sums[1], scratch,
+              [first = kept - start](int n, int row) { first[n] = row; });
 }

@@ -93,7 +93,6 @@ FAULTS = {
     "check: page 600 is fine": (paged_check, "check_page_table", with_argument(2, lambda n: n + 1)),
     "table: other pages": (page_table, "from_lists", with_argument(0, lambda pages: pages ^ 1)),
     "table: lengths one more": (page_table, "from_lists", with_argument(2, lambda n: n + 1)),
-    "blocks: one row too few": (page_table, "of_blocks", with_argument(1, lambda n: n - (n > 9))),
     "permute: heads in reverse": (
         *(permute, "universal_from_block"),
         with_argument(1, lambda blocks: blocks[..., ::-1, :]),
@@ -265,7 +264,6 @@ REFERENCE_FAULTS = [  # families, module, function, plant
     (["paged_decode_mma", "prefill_mma"], attention, "decode", an_eighth_more),
     (["paged_check"], paged_check, "reference", does_nothing),
     (["page_table"], page_table, "reference", does_nothing),
-    (["page_table"], page_table, "reference_of_blocks", does_nothing),
     (["page_table"], page_table, "reference", fixed(3, lambda page_size: page_size + 1)),
     (["permute"], permute, "reference", does_nothing),
     (["permute"], permute, "reference", fixed(1, lambda chunk: chunk[::-1])),

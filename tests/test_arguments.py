@@ -22,7 +22,7 @@ from tests.helpers import to_numpy
 from tests.public import CALLS, OPTIONS, call_of
 from tests.wrong_values import is_array, kind_of, other_spellings, wrong_values
 
-OUTPUTS = "out q_out table k_out v_out lengths lse out_lse top_ids top_logprobs"
+OUTPUTS = "out q_out table rows k_out v_out lengths lse out_lse top_ids top_logprobs"
 OUTPUTS = OUTPUTS.split()  # in the order of results
 SLOW = ("llm.generate.LLM", "llm.generate.LLM.chat", "llm.generate.LLM.chat_ids")
 SLOW += tuple(f"kvtc.calibration.{x}" for x in ("calibrate", "compare_coders", "v0_configs"))
@@ -67,9 +67,9 @@ UNREAD = {"page_table": 3}  # an entry past the length of its sequence
 NOT_FOLLOWED = {  # entries that calls write, copy or cut off, or that another check has passed
     "ops.compaction.compress": "indices",
     "ops.contiguous_append.append": "lengths",
-    "ops.block_queries.ask": "lengths",
+    "ops.block_choice.choose": "page_table",
+    "ops.block_scores.score": "lengths",
     "ops.page_table.from_lists": "indices",
-    "ops.page_table.of_blocks": "page_table",
     "ops.paged_check.check_positions": "indptr",
 }
 WITH_CONTENTS = [

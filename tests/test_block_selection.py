@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 from pykv import PagedKVCache, blocks, cuda
+from pykv.cuda import replay
 from pykv.errors import CapacityError, DtypeError, ParameterError, ShapeError
 from pykv.eviction import BlockSelection, block_means, decode_blocks
-from pykv.ops import paged_check
+from pykv.ops import paged_check, paged_decode
 from tests.helpers import assert_same_bits, to_numpy
 
 H, G, D, P = 2, 2, 16, 4
@@ -107,7 +108,7 @@ def test_lengths_beyond_the_table_are_found_if_asked(xp, rng, monkeypatch):
     means = block_means(cache, 1, table, lengths, selection)
     before = to_numpy(means).tobytes()
     monkeypatch.setattr(paged_check, "ALWAYS", True)
-    with pytest.raises(ParameterError, match="eviction.block_means: lengths.0. is 10"):
+    with pytest.raises(ParameterError, match="lengths.0. is 10"):
         block_means(cache, 1, table, lengths + np.int32(1000), selection, means=means)
     assert to_numpy(means).tobytes() == before
 
@@ -158,6 +159,33 @@ def test_wrong_arguments(rng):
         BlockSelection(blocks=0)
 
 
+@pytest.mark.parametrize("spec", ["fp16", "int8:head"])
+def test_outputs_that_are_given(xp, rng, spec):
+    cache, table, lengths, _ = cache_of(xp, rng, spec)
+    selection = BlockSelection(blocks=2, block=4, recent=8)
+    means = block_means(cache, 1, table, lengths, selection)
+    q = xp.asarray(rng.standard_normal((4, H * G, D)).astype(np.float32))
+    want = decode_blocks(cache, 1, q, table, lengths, means, selection)
+    for _ in range(2):
+        out = xp.full((4, H * G, D), np.nan, np.float32)
+        assert decode_blocks(cache, 1, q, table, lengths, means, selection, out=out) is out
+        assert_same_bits(out, want)
+    with pytest.raises(ParameterError, match="out shares memory with q"):
+        decode_blocks(cache, 1, q, table, lengths, means, selection, out=q)
+    with pytest.raises(ShapeError, match="out has HQ=2, expected HQ=4"):
+        decode_blocks(cache, 1, q, table, lengths, means, selection, out=out[:, :2].copy())
+
+
+def test_no_queries(xp, rng):
+    cache, table, lengths, _ = cache_of(xp, rng)
+    selection = BlockSelection(blocks=2, block=4, recent=8)
+    means = block_means(cache, 1, table, lengths, selection)
+    for B, HQ in ((4, 0), (0, H * G)):
+        q = xp.zeros((B, HQ, D), np.float32)
+        got = decode_blocks(cache, 1, q, table[:B], lengths[:B], means[:B], selection)
+        assert got.shape == (B, HQ, D)
+
+
 @pytest.mark.parametrize("spec", ["fp16", "int8:HND", "int8:head"])
 def test_further_calls_take_other_arrays(device, rng, spec):
     """As a first call takes them, on queries at any stride, in a captured graph as well."""
@@ -179,6 +207,19 @@ def test_further_calls_take_other_arrays(device, rng, spec):
     sent = device.asarray(q[:, 1])
     step = cuda.graph(lambda: decode_blocks(cache, 1, sent, *given, selection))
     step(), assert_same_bits(step(), got)
+
+
+def test_launches_of_calls(device, rng):
+    cache, table, lengths, _ = cache_of(device, rng, "fp16")
+    selection = BlockSelection(blocks=2, block=4, recent=8)
+    means = block_means(cache, 1, table, lengths, selection)
+    q = device.zeros((4, H * G, D), np.float32)
+    with replay._traced() as steps:
+        decode_blocks(cache, 1, q, table, lengths, means, selection)
+        block_means(cache, 1, table, lengths, selection, means=means)
+    names = [launch.kernel.label.split()[1] for launch, _ in steps]
+    decode = paged_decode.kernel_for("fp16", D)
+    assert names == ["block_scores", "block_choice", decode, "kv_means"]
 
 
 def cache_on_host(cache):

@@ -12,23 +12,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, lru_cache, partial
+from functools import cache, partial
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from pykv import attention, cuda
 from pykv.arrays import FLOAT32, FLOATS, INT32, like, module_of, on_gpu
-from pykv.checker import Dims, checker
+from pykv.checker import Dims, checker, optional
 from pykv.errors import ParameterError, ShapeError
 from pykv.eviction.parts import Part, check_cache, has_own_scales, parts
-from pykv.ops import block_queries, kv_scores, kv_select, page_table, paged_check, paged_decode
+from pykv.ops import block_choice, block_scores, kv_scores, paged_check, paged_decode
 from pykv.options import check_type, check_whole, hold_python_numbers
 from pykv.pool import PagedKVCache, do_in
 from pykv.specs import KVSpec
-
-_MEANS = KVSpec("fp32", layout="HND")  # a head's block means are the rows of a page
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,32 +78,18 @@ def block_means(
     Raises:
         ParameterError: `block` is no multiple of the page size, or there is no such layer.
         ShapeError, DtypeError, DeviceError: an array is of another shape, dtype or device.
-        UnsupportedError: the call is being prepared.
+        CapacityError: on the host, a length exceeds the table.
 
-    On a GPU only enqueues, on CuPy's current stream.
+    On a GPU only enqueues one launch, on CuPy's current stream.
     """
     op = "eviction.block_means"
-    cuda.refuse_prepare(op, "it makes tables for each call")
-    pages = _check(op, cache, layer, selection)
+    _check(op, cache, layer, selection)
     dims = _means_check(table, lengths, means)
-    k_scales, _ = cache.scales[layer]
-    keys = dict(pool=cache.layers[layer][0], scales=k_scales, spec=cache.spec)
-    if means is None:
-        return kv_scores.means(**keys, page_table=table, lengths=lengths, run=selection.block)
-    _check_means(op, means, cache, dims["M"], selection)
-    _look(op, None, cache, table, lengths)
-    if not means.shape[2]:
-        return means
-    xp, block = module_of(means), np.int32(selection.block)
-    capacity = min(dims["M"] * cache.page_size, attention.ALL_KEYS)
-    lengths = xp.minimum(lengths, np.int32(capacity))  # CuPy wraps larger indices
-    last = xp.maximum(lengths - np.int32(1), np.int32(0)) // block
-    columns = last[:, None] * np.int32(pages) + xp.arange(pages, dtype=np.int32)
-    columns = xp.minimum(columns, np.int32(dims["M"] - 1))  # the table may end inside of a block
-    of_block = dict(page_table=xp.take_along_axis(table, columns, 1), run=selection.block)
-    found = kv_scores.means(**keys, **of_block, lengths=lengths - last * block)
-    means[xp.arange(len(last)), :, last] = found[:, :, 0]
-    return means
+    if means is not None:
+        _check_means(op, means, cache, dims["M"], selection)
+    pool, scales = cache.layers[layer][0], cache.scales[layer][0]
+    options = dict(scales=scales, spec=cache.spec, last=means is not None, out=means)
+    return kv_scores.means(pool, table, lengths, selection.block, **options)
 
 
 def decode_blocks(
@@ -120,6 +104,7 @@ def decode_blocks(
     scale: float | None = None,
     logits_soft_cap: float | None = None,
     fixed_split: int | None = None,
+    out: Any = None,
     check: bool | None = None,
 ) -> Any:
     """Attention of the last query of each sequence to the best blocks and the recent rows.
@@ -132,104 +117,104 @@ def decode_blocks(
         means: what `block_means` gave; of blocks before the recent rows at least.
         selection: how many blocks.
         scale, logits_soft_cap, fixed_split, check: as of `paged_decode.decode`.
+        out: [B, HQ, D] in the dtype of `q`; allocated if None.
 
     Returns:
-        [B, HQ, D] in the dtype of `q`.
+        `out`, or a new array.
 
     Raises: as `block_means` and `paged_decode.decode`.
 
     A block's score is the mean of q.k over its keys and the query heads of the KV head; of equal
-    blocks the first is taken. On a GPU only enqueues, on CuPy's current stream; graphs capture it.
+    blocks the first is taken. On a GPU only enqueues, on CuPy's current stream, three launches
+    where heads share scales or have none; graphs capture it.
     """
     op = "eviction.decode_blocks"
     cuda.refuse_prepare(op, "it has memory for each call")
-    pages = _check(op, cache, layer, selection)
-    dims = _decode_check(q, table, lengths, means)
-    B, HQ, H, D, M = (dims[letter] for letter in ("B", "HQ", "H", "D", "M"))
-    _check_means(op, means, cache, M, selection)
-    if HQ % H:
-        raise ShapeError(f"{op}: q has HQ={HQ}, expected a multiple of H={H}")
+    _check(op, cache, layer, selection)
+    pools = *cache.layers[layer], *cache.scales[layer]
+    dims = _decode_checker(cache.spec)(*pools, q, table, lengths, means, out)
     fixed_split = attention.check_split(op, fixed_split)
-    xp, spec, P = module_of(q), cache.spec, cache.page_size
-    out = like(q, q.shape, q.dtype)
-    if 0 in q.shape:
+    scratch = dims.keep(
+        (selection, fixed_split),
+        lambda: _scratch(op, cache, selection, fixed_split, q, means, dims),
+    )
+    if out is None:
+        out = like(q, q.shape, q.dtype)
+    if out.size == 0:
         return out
     _look(op, check, cache, table, lengths)
-    if M == 0:  # nothing is seen
-        do_in(xp, partial(out.fill, 0))
+    if dims["M"] == 0:  # nothing is seen
+        do_in(module_of(q), partial(out.fill, 0))
         return out
-    width = min(selection.blocks * pages + -(-selection.recent // P) + pages, M)
-    G, n = HQ // H, 1 if has_own_scales(spec) else H  # n heads at a time
-    device = q.data.device_id if on_gpu(q) else None
-    sections, size = _sections(B * n, G, D, means.shape[2], width, P, fixed_split, device)
-    q, memory = xp.ascontiguousarray(q), like(q, (size,), np.uint8)
-    options = dict(scale=scale, logits_soft_cap=logits_soft_cap, fixed_split=fixed_split)
-    of_blocks = dict(page_size=P, block_pages=pages, width=width)
-    attend = partial(_attend, selection, of_blocks, sections, dict(options, check=check))
-    if n == H:
-        arrays = q, table, lengths, means, out, memory
-        call = partial(_attend_once, attend, cache, layer, arrays)
-        if device is None or paged_check.enabled(op, check):
-            call()
-        else:
-            pools, given = (*cache.layers[layer], *cache.scales[layer]), tuple(options.values())
-            layouts = _pools_checker(spec)(*pools).layouts
-            key = layouts, selection, given, tuple(map(type, given))
-            cuda.replayed(dims, key, (*pools, *arrays), call)
-        return out
-    for part in parts(cache, layer):
-        of_part = slice(part.first * G, (part.first + 1) * G)
-        found = like(q, (B, G, D), q.dtype)
-        of_head = xp.ascontiguousarray(means[:, part.heads])
-        some = xp.ascontiguousarray(q[:, of_part])
-        attend(part, some, table, lengths, of_head, found, memory)
-        out[:, of_part] = found
+    if not q.flags.c_contiguous:
+        q = module_of(q).ascontiguousarray(q)
+    arrays = q, table, lengths, means, out, like(q, (scratch.size,), np.uint8)
+    given, H = (scale, logits_soft_cap, fixed_split), dims["H"]
+
+    def call() -> None:
+        names = "scale", "logits_soft_cap", "fixed_split"
+        options = dict(zip(names, given, strict=True), check=check)
+        for part in parts(cache, layer):
+            attend = partial(_attend, selection, cache.page_size, scratch, options, part)
+            if part.n == H:
+                attend(*arrays)
+            else:
+                _attend_some(attend, part, *arrays)
+
+    is_whole = H == 1 or not has_own_scales(cache.spec)
+    if on_gpu(q) and is_whole and not paged_check.enabled(op, check):
+        cuda.replayed(dims, (selection, given, tuple(map(type, given))), (*pools, *arrays), call)
+    else:
+        call()
     return out
 
 
-def _attend_once(
-    attend: Callable[..., None], cache: PagedKVCache, layer: int, arrays: tuple[Any, ...]
-) -> None:
-    """`_attend` of all heads in one part."""
-    (part,) = parts(cache, layer)
-    attend(part, *arrays)
+class _Scratch(NamedTuple):
+    """What the heads of a part need between launches, by names: where it lies in scratch memory,
+    its shape and dtype. And the bytes of all."""
+
+    sections: dict[str, tuple[slice, tuple[int, ...], Any]]
+    size: int
 
 
-@lru_cache(maxsize=256)
-def _sections(
-    R: int, G: int, D: int, K: int, width: int, P: int, fixed_split: int | None, device: int | None
-) -> tuple[dict[str, tuple[slice, tuple[int, ...], Any]], int]:
-    """What R heads need between launches: where in scratch memory, shapes and dtypes; and its
-    bytes."""
-    size = 0
-    if device is not None:
-        size = paged_decode.workspace_size(
-            R, G, 1, D, width * P, fixed_split=fixed_split, device=device
-        )
+def _scratch(
+    op: str,
+    cache: PagedKVCache,
+    selection: BlockSelection,
+    fixed_split: int | None,
+    q: Any,
+    means: Any,
+    dims: Dims,
+) -> _Scratch:
+    """What a call of these layouts needs, which is checked as far as letters do not."""
+    B, HQ, H, D, K, M = (dims[letter] for letter in ("B", "HQ", "H", "D", "K", "M"))
+    _check_means(op, means, cache, M, selection)
+    if HQ % H:
+        raise ShapeError(f"{op}: q has HQ={HQ}, expected a multiple of H={H}")
+    P, R = cache.page_size, B * (1 if has_own_scales(cache.spec) else H)
+    width = min(-(-selection.recent // P) + (selection.blocks + 1) * (selection.block // P), M)
+    elements = 0
+    if on_gpu(q) and q.size:
+        where = dict(fixed_split=fixed_split, device=q.data.device_id)
+        elements = paged_decode.workspace_size(R, HQ // H, 1, D, width * P, **where)
     shapes: dict[str, tuple[tuple[int, ...], Any]] = dict(
-        vectors=((R, 1, D), np.float32),
-        rows=((R, 1), np.int32),
-        old=((R,), np.int32),
-        budgets=((R,), np.int32),
-        scores=((R, 1, K), np.float32),
-        kept=((R, 1, K), np.int32),
-        counts=((R, 1), np.int32),
+        scores=((B, R // max(B, 1), K), np.float32),
         table=((R, width), np.int32),
-        lengths=((R,), np.int32),
-        workspace=((size,), np.float32),
+        rows=((R,), np.int32),
+        workspace=((elements,), np.float32),
     )
-    found, end = {}, 0
+    sections, end = {}, 0
     for name, (shape, dtype) in shapes.items():
         begin = -(-end // 128) * 128
         end = begin + 4 * prod(shape)
-        found[name] = slice(begin, end), shape, dtype
-    return found, end
+        sections[name] = slice(begin, end), shape, dtype
+    return _Scratch(sections, end)
 
 
 def _attend(
     selection: BlockSelection,
-    of_blocks: dict[str, int],
-    sections: dict[str, Any],
+    page_size: int,
+    scratch: _Scratch,
     options: dict[str, Any],
     part: Part,
     q: Any,
@@ -240,36 +225,45 @@ def _attend(
     memory: Any,
 ) -> None:
     """`decode_blocks` for the heads of a part: q and out [B, n * G, D], means [B, n, K, D]."""
-    made = {
-        name: memory[at].view(dtype).reshape(shape) for name, (at, shape, dtype) in sections.items()
-    }
-    workspace = made["workspace"] if made["workspace"].size else None
-    (B, n, K, D), sizes = means.shape, dict(block=selection.block, recent=selection.recent)
-    outs = [made[name] for name in block_queries.Asked._fields]
+    scores, pages, rows, workspace = (
+        memory[at].view(dtype).reshape(shape) for at, shape, dtype in scratch.sections.values()
+    )
+    if not workspace.size:
+        workspace = None
     zeros = None if workspace is None else workspace[: paged_decode.COUNTERS]
-    asked = block_queries.ask(
-        *(q, lengths, *outs), heads=n, blocks=selection.blocks, zeros=zeros, **sizes
-    )
-    kv_scores.score(
-        *(means.reshape(B * n, 1, K, D), asked.rows, asked.old, "product"),
-        **dict(vectors=asked.vectors, spec=_MEANS, out=made["scores"]),
-    )
-    kept, counts = made["kept"], made["counts"]
-    kv_select.select(*(made["scores"], asked.old[:, None], asked.budgets), kept=kept, counts=counts)
-    page_table.of_blocks(
-        *(table, lengths, kept[:, 0], counts[:, 0], asked.old),
-        **dict(of_blocks, unit=part.unit, table=made["table"], lengths=made["lengths"]),
-    )
-    grouped = B * n, 1, q.shape[1] // n, D
+    sizes = dict(block=selection.block, recent=selection.recent)
+    block_scores.score(q, means, lengths, **sizes, out=scores, zeros=zeros)
+    sizes |= dict(blocks=selection.blocks, page_size=page_size, unit=part.unit)
+    block_choice.choose(scores, table, lengths, **sizes, table=pages, rows=rows)
+    grouped = len(rows), 1, q.shape[1] // part.n, q.shape[2]
     paged_decode.decode(
         q.reshape(grouped),
         **part.pools,
-        page_table=made["table"],
-        lengths=made["lengths"],
+        page_table=pages,
+        lengths=rows,
         out=out.reshape(grouped),
         workspace=workspace,
         **options,
     )
+
+
+def _attend_some(
+    attend: Callable[..., None],
+    part: Part,
+    q: Any,
+    table: Any,
+    lengths: Any,
+    means: Any,
+    out: Any,
+    memory: Any,
+) -> None:
+    """`_attend` of a part that has some of the heads of q, means and out."""
+    xp, G = module_of(q), q.shape[1] // means.shape[1]
+    of_part = slice(part.first * G, (part.first + part.n) * G)
+    some, of_heads = (xp.ascontiguousarray(x) for x in (q[:, of_part], means[:, part.heads]))
+    found = like(q, some.shape, q.dtype)
+    attend(some, table, lengths, of_heads, found, memory)
+    out[:, of_part] = found
 
 
 _means_check = checker(
@@ -279,22 +273,24 @@ _means_check = checker(
     lengths=("B", INT32),
     means=("B H K D", FLOAT32, 16, True),
 )
-_decode_check = checker(
-    "eviction.decode_blocks",
-    q=("B | HQ D", FLOATS),
-    table=("B M", INT32),
-    lengths=("B", INT32),
-    means=("B H K D", FLOAT32, 16),
-)
 
 
 @cache
-def _pools_checker(spec: KVSpec) -> Callable[..., Dims]:
-    return checker("eviction.decode_blocks", **spec.rules())
+def _decode_checker(spec: KVSpec) -> Callable[..., Dims]:
+    return checker(
+        "eviction.decode_blocks",
+        ("out",),
+        **spec.rules(),
+        q=("B | HQ D", FLOATS),
+        table=("B M", INT32),
+        lengths=("B", INT32),
+        means=("B H K D", FLOAT32, 16),
+        out=optional("B HQ D", "q"),
+    )
 
 
-def _check(op: str, cache: PagedKVCache, layer: int, selection: BlockSelection) -> int:
-    """The pages of a block."""
+def _check(op: str, cache: PagedKVCache, layer: int, selection: BlockSelection) -> None:
+    """Check what is no array."""
     check_cache(op, cache, layer)
     check_type(op, "selection", selection, BlockSelection)
     if selection.block % cache.page_size:
@@ -302,7 +298,6 @@ def _check(op: str, cache: PagedKVCache, layer: int, selection: BlockSelection) 
             f"{op}: selection has blocks of {selection.block} rows, expected a multiple of the "
             f"{cache.page_size} of a page"
         )
-    return selection.block // cache.page_size
 
 
 def _look(op: str, check: Any, cache: PagedKVCache, table: Any, lengths: Any) -> None:

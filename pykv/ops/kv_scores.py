@@ -118,6 +118,7 @@ def means(
     run: int,
     *,
     normalize: bool = False,
+    last: bool = False,
     scales: Any = None,
     spec: KVSpec | str | None = None,
     out: Any = None,
@@ -130,12 +131,14 @@ def means(
         pool, page_table, lengths, scales, spec, check, stream: as of `score`.
         run: rows of a run; the last of a sequence has what is left.
         normalize: divide rows by their norms; zeros stay.
-        out: [B, H, K, D] float32 with K = ceil(C / run); allocated if None.
+        last: of each sequence the run that its last row is of, or without rows the first; the
+            others of `out` stay as they are.
+        out: [B, H, K, D] float32 with K = ceil(C / run); without `last` allocated if None.
 
     Returns:
         `out`; 0 where a run has no rows.
 
-    Raises: as `score`, and ParameterError where `run` is not positive.
+    Raises: as `score`, and ParameterError where `run` is not positive, or `out` is missing.
 
     >>> pool = np.arange(4, dtype=np.float16).repeat(8).reshape(1, 4, 1, 8)
     >>> table, lengths = np.zeros((1, 1), np.int32), np.array([3], np.int32)
@@ -144,7 +147,9 @@ def means(
     """
     op = "kv_scores.means"
     run = check_whole(op, "run", run, 1, 2**31 - 1)
-    normalize = check_flag(op, "normalize", normalize)
+    normalize, last = check_flag(op, "normalize", normalize), check_flag(op, "last", last)
+    if last and out is None:
+        raise ParameterError(f"{op}: out is missing, expected the means of other runs")
     arrays = dict(pool=pool, scales=scales, page_table=page_table, lengths=lengths)
     spec, dims = _check(op, spec, arrays, out, "B H K D")
     K = -(-dims["M"] * dims["P"] // run)
@@ -153,12 +158,14 @@ def means(
     if out.size == 0:
         pass
     elif on_gpu(pool):
-        chosen = spec, run, normalize
-        launch = dims.keep(chosen, lambda: _means_launch(spec, pool, scales, dims, run, normalize))
+        chosen = spec, run, normalize, last
+        launch = dims.keep(chosen, lambda: _means_launch(pool, scales, dims, *chosen))
         launch(dict(means=out, **arrays), stream)
     else:
-        compute = partial(reference_means, **arrays, spec=spec, run=run, normalize=normalize)
-        cuda.run_on_host(compute, out, stream)
+        compute = partial(
+            reference_means, out, **arrays, spec=spec, run=run, normalize=normalize, last=last
+        )
+        cuda.run_on_host(compute, stream=stream)
     return out
 
 
@@ -270,31 +277,30 @@ def _near_1(x: Any) -> tuple[Any, Any]:
 
 
 def reference_means(
+    means: Any,
     pool: Any,
     page_table: Any,
     lengths: Any,
     run: int,
     normalize: bool,
+    last: bool = False,
     *,
     scales: Any = None,
     spec: KVSpec | None = None,
-    dtype: Any = np.float32,
-) -> Any:
-    """The definition of `means`, in NumPy, in `dtype`."""
-    P, H, W = (pool if spec is None else spec.as_nhd(pool)).shape[1:]
-    D = 2 * W if spec is not None and spec.k == "int4" else W
-    found = np.zeros((len(lengths), H, -(-page_table.shape[1] * P // run), D), dtype)
+) -> None:
+    """The definition of `means`, in NumPy, in the dtype of its output."""
     for b, length in enumerate(lengths.tolist()):
-        rows = range(max(length, 0))
-        x = attention.decoded_rows(b, rows, dtype, pool, scales, spec, page_table)
+        begin = max(length - 1, 0) // run if last else 0
+        means[b, :, begin : begin + 1 if last else None] = 0
+        rows = range(begin * run, max(length, 0))
+        x = attention.decoded_rows(b, rows, means.dtype, pool, scales, spec, page_table)
         with np.errstate(invalid="ignore", over="ignore"):
             if normalize:
                 x = _near_1(x)[0]
                 norms = np.sqrt((x * x).sum(-1, keepdims=True))
                 x = np.divide(x, norms, where=norms != 0, out=np.zeros_like(x))
             for i, first in enumerate(range(0, len(rows), run)):
-                found[b, :, i] = x[first : first + run].mean(0)
-    return found
+                means[b, :, begin + i] = x[first : first + run].mean(0)
 
 
 # --- Launches -------------------------------------------------------------------------------------
@@ -322,13 +328,13 @@ def _score_launch(spec: KVSpec, pool: Any, scales: Any, dims: Dims, measure: str
 
 
 def _means_launch(
-    spec: KVSpec, pool: Any, scales: Any, dims: Dims, run: int, normalize: bool
+    pool: Any, scales: Any, dims: Dims, spec: KVSpec, run: int, normalize: bool, last: bool
 ) -> cuda.Launch:
     defines, scalars = _arguments(spec, pool, scales, dims)
     runs = -(-scalars["capacity"] // run)
     return cuda.Launch(
         cuda.kernel("kv_scores", "kv_means", **defines, NORMALIZE=int(normalize)),
-        grid=dims["B"] * dims["H"] * runs,
+        grid=dims["B"] * dims["H"] * (1 if last else runs),
         block=_SIZES["BLOCK"],
-        scalars=scalars | dict(runs=runs, run=run),
+        scalars=scalars | dict(runs=runs, run=run, last=last),
     )

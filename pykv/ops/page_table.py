@@ -1,7 +1,6 @@
-"""Dense page tables: of requests whose pages are listed one after another, and of chosen blocks.
+"""The dense page table of requests whose pages are listed one after another.
 
-Dimensions: B requests, I listed pages, M pages that a row of the table has room for; H KV heads, K
-pages of a sequence, P tokens a page, C blocks that can be chosen.
+Dimensions: B requests, I listed pages, M pages that a row of the table has room for.
 Kernel: kernels_cu/page_table.cu.
 """
 
@@ -15,7 +14,7 @@ import numpy as np
 from pykv import cuda
 from pykv.arrays import INT32, like, on_gpu
 from pykv.checker import checker, optional
-from pykv.errors import CapacityError, ParameterError, ShapeError
+from pykv.errors import CapacityError, ParameterError
 from pykv.number_texts import counted
 from pykv.ops import paged_check
 from pykv.options import check_whole
@@ -98,98 +97,6 @@ def from_lists(
     return table, lengths
 
 
-def of_blocks(
-    page_table: Any,
-    rows: Any,
-    chosen: Any,
-    counts: Any,
-    old: Any,
-    *,
-    page_size: int,
-    block_pages: int,
-    unit: int = 1,
-    width: int | None = None,
-    table: Any = None,
-    lengths: Any = None,
-    stream: Any = None,
-) -> tuple[Any, Any]:
-    """Make a page table and lengths of some blocks of sequences, for each KV head its own, and of
-    all rows behind the blocks that could be chosen.
-
-    Args:
-        page_table: [B, K] int32; pages of the sequences.
-        rows: [B] int32; rows of each.
-        chosen: [B * H, C] int32; blocks of each head, below `old`.
-        counts: [B * H] int32; how many of `chosen` count.
-        old: [B * H] int32; blocks that could be chosen; rows behind them are all taken.
-        page_size: P, rows a page.
-        block_pages: pages a block.
-        unit: page p of head h is page p * unit + h of the table that is made.
-        width: M; of `table` if None. Pages past it are left out.
-        table: [B * H, M] int32, allocated if None.
-        lengths: [B * H] int32, allocated if None.
-        stream: see pykv.cuda.on_stream.
-
-    Returns:
-        table, lengths: as `from_lists`.
-
-    Raises:
-        ShapeError, DtypeError, DeviceError: an array is of another shape, dtype or device.
-        ParameterError: a size is not positive, or neither `width` nor `table` is given; on the
-            host, a block is out of its range.
-        CapacityError: on the host, rows exceed K * P, or a row of the table M pages.
-
-    Runs where the arrays are; on a GPU it only enqueues, and contents are not checked.
-
-    >>> page_table = np.array([[9, 8, 7, 6, 5]], np.int32)
-    >>> rows, old = np.array([9], np.int32), np.array([3], np.int32)
-    >>> chosen, counts = np.array([[0, 2, -1]], np.int32), np.array([2], np.int32)
-    >>> sizes = dict(page_size=2, block_pages=1, width=5)
-    >>> pykv.ops.page_table.of_blocks(page_table, rows, chosen, counts, old, **sizes)
-    (array([[ 9,  7,  6,  5, -1]], dtype=int32), array([7], dtype=int32))
-    """
-    op = "page_table.of_blocks"
-    dims = _check_blocks(page_table, rows, chosen, counts, old, table, lengths)
-    B, R = dims["B"], dims["R"]
-    sizes = dict(page_size=page_size, block_pages=block_pages, unit=unit)
-    sizes = {name: check_whole(op, name, size, 1, _MOST) for name, size in sizes.items()}
-    if width is not None:
-        width = check_whole(op, "width", width, 1, _MOST)
-    M = dims.get("M", width)
-    if not M or (width is not None and width != M):
-        raise ParameterError(f"{op}: width is {width}, expected the positive width of the table")
-    if R % max(B, 1) or (R and not B):
-        raise ShapeError(f"{op}: chosen has R={R}, expected a multiple of B={B}")
-    with cuda.on_stream(stream, rows):
-        table = like(rows, (R, M), np.int32) if table is None else table
-        lengths = like(rows, (R,), np.int32) if lengths is None else lengths
-    if R == 0:
-        return table, lengths
-    arrays = dict(table=table, lengths=lengths, page_table=page_table, rows=rows)
-    arrays |= dict(chosen=chosen, counts=counts, old=old)
-    if on_gpu(rows):
-        chosen_sizes = (M, *sizes.values())
-        launch = dims.keep(chosen_sizes, lambda: _blocks_launch(dims, M, **sizes))
-        launch(arrays, stream)
-    else:
-        cuda.look(partial(_check_blocks_on_host, op, M, arrays, **sizes))
-        cuda.run_on_host(partial(reference_of_blocks, **arrays, **sizes), stream=stream)
-    return table, lengths
-
-
-_check_blocks = checker(
-    "page_table.of_blocks",
-    ("table", "lengths"),
-    page_table=("B K", INT32),
-    rows=("B", INT32),
-    chosen=("R C", INT32),
-    counts=("R", INT32),
-    old=("R", INT32),
-    table=optional("R M", INT32),
-    lengths=optional("R", INT32),
-)
-
-
 _check = checker(
     "page_table.from_lists",
     ("table", "lengths"),
@@ -209,50 +116,6 @@ def reference(
     for b, (first, end) in enumerate(zip(indptr[:-1], indptr[1:], strict=True)):
         table[b, : end - first] = indices[first:end]
     lengths[...] = _lengths(indptr, last_page_len, page_size)
-
-
-def reference_of_blocks(
-    table: Any,
-    lengths: Any,
-    page_table: Any,
-    rows: Any,
-    chosen: Any,
-    counts: Any,
-    old: Any,
-    page_size: int,
-    block_pages: int,
-    unit: int,
-) -> None:
-    """The definition of `of_blocks`, in NumPy, for what fits the table."""
-    H = len(chosen) // len(rows)
-    table[...] = -1
-    for r in range(len(chosen)):
-        length, pages = max(int(rows[r // H]), 0), page_table[r // H]
-        blocks = chosen[r, : max(counts[r], 0), None] * block_pages + np.arange(block_pages)
-        behind = np.arange(old[r] * block_pages, -(-length // page_size))
-        taken = pages[np.concatenate([blocks.ravel(), behind])] * unit + r % H
-        table[r, : len(taken)] = taken
-        lengths[r] = max(blocks.size * page_size + length - old[r] * block_pages * page_size, 0)
-
-
-def _check_blocks_on_host(
-    op: str, M: int, arrays: dict[str, Any], page_size: int, block_pages: int, unit: int
-) -> None:
-    rows, chosen, counts, old = (arrays[name] for name in ("rows", "chosen", "counts", "old"))
-    most, tokens = arrays["page_table"].shape[1] * page_size, block_pages * page_size
-    if (rows > most).any():
-        raise CapacityError(f"{op}: rows are up to {rows.max()}, expected at most K * P = {most}")
-    of_row = np.repeat(np.maximum(rows, 0).astype(np.int64), len(chosen) // len(rows))
-    if ((old < 0) | (old.astype(np.int64) * tokens > of_row)).any():
-        raise ParameterError(f"{op}: old is {old}, expected 0 to the whole blocks of each sequence")
-    if ((counts < 0) | (counts > chosen.shape[1])).any():
-        raise ParameterError(f"{op}: counts are {counts}, expected 0 to C={chosen.shape[1]}")
-    count = np.arange(chosen.shape[1]) < counts[:, None]
-    if (count & ((chosen < 0) | (chosen >= old[:, None]))).any():
-        raise ParameterError(f"{op}: chosen is {chosen}, expected blocks from 0 to below old")
-    pages = counts * block_pages + -(-of_row // page_size) - old * block_pages
-    if pages.max() > M:
-        raise CapacityError(f"{op}: width is {M}, but a row has {counted(pages.max(), 'page')}")
 
 
 def _lengths(indptr: Any, last_page_len: Any, page_size: int) -> Any:
@@ -279,12 +142,3 @@ def _check_on_host(
 def _launch(B: int, M: int, page_size: int) -> cuda.Launch:
     kernel = cuda.kernel("page_table", "page_table", BLOCK=_BLOCK)
     return cuda.Launch(kernel, (-(-M // _BLOCK), B), _BLOCK, dict(M=M, page_size=page_size))
-
-
-def _blocks_launch(
-    dims: dict[str, int], M: int, page_size: int, block_pages: int, unit: int
-) -> cuda.Launch:
-    kernel = cuda.kernel("page_table", "page_table_of_blocks", BLOCK=_BLOCK)
-    scalars = dict(H=dims["R"] // dims["B"], M=M, K=dims["K"], C=dims["C"], P=page_size)
-    scalars |= dict(block_pages=block_pages, unit=unit)
-    return cuda.Launch(kernel, (-(-M // _BLOCK), dims["R"]), _BLOCK, scalars)

@@ -16,7 +16,7 @@ def test_a_case_does_what_it_says(xp, rng, case):
     work.run()
     assert work.check()
     stays = int(case["keep"] * case["L"])
-    row = 34 if case["kv"] == "int8" else 64  # bytes
+    row = 64 if case["kv"] == "bf16" else 34  # bytes
     want = dict(score=2 * 48 * 2 * row, select=8 * 2 * 2 * 48, compact=2 * 2 * stays * 2 * 2 * row)
     want |= dict(even=2 * stays * 2 * 2 * row, ragged=2 * stays * 2 * 2 * row)
     want["evict"] = want["score"] + want["compact"]

@@ -10,7 +10,7 @@ from pykv.errors import CapacityError, DtypeError, ParameterError, ShapeError
 from pykv.ops import kv_scores as op
 from pykv.specs import KVSpec
 from pykv.testing import paged
-from tests.faults import misread, scaled
+from tests.faults import misread, planted, scaled
 from tests.helpers import assert_close_to_oracle, assert_same_bits, rebuilt, to_numpy
 
 CASES = (
@@ -62,7 +62,9 @@ def test_means_match_the_reference_in_float64(xp, rng, case, run):
     (run, normalize), (spec, cache) = run, arrays_of(rng, **case)
     got = op.means(**keys_of(xp, spec, cache), run=run, normalize=normalize)
     where = keys_of(np, spec, cache) | dict(run=run, normalize=normalize)
-    low, exact = op.reference_means(**where), op.reference_means(**where, dtype=np.float64)
+    low, exact = (np.empty(got.shape, dtype) for dtype in (np.float32, np.float64))
+    for means in (low, exact):
+        op.reference_means(means, **where)
     assert_close_to_oracle(got, low, exact)
 
 
@@ -120,6 +122,21 @@ def test_norms_and_cosines_hold_where_squares_leave_float32(xp, rng, spec, D):
             np.testing.assert_allclose(means[b, :, i // 8], want, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("spec, run", [("fp16", 16), ("int8:HND", 5)])
+def test_last_runs_are_those_of_all_and_others_stay(xp, rng, spec, run):
+    """Bit for bit; of a run that is full, one that begins, one of a sequence without rows."""
+    spec, cache = arrays_of(rng, spec, lengths=(30, 31, 0, 32, 1))
+    where = keys_of(xp, spec, cache)
+    all_runs = to_numpy(op.means(**where, run=run))
+    out = xp.full(all_runs.shape, 7, np.float32)
+    assert op.means(**where, run=run, last=True, out=out) is out
+    want = np.full(all_runs.shape, 7, np.float32)
+    for b, length in enumerate(cache["lengths"]):
+        i = max(int(length) - 1, 0) // run
+        want[b, :, i] = all_runs[b, :, i]
+    assert_same_bits(out, want)
+
+
 def test_same_bits_again_and_prepared(xp, rng):
     spec, cache = arrays_of(rng, lengths=(300, 20))
     where = keys_of(xp, spec, cache)
@@ -150,6 +167,8 @@ def test_errors_name_the_argument(xp, rng):
             op.score(**where, measure=measure, **options)
     with pytest.raises(ParameterError, match="run is 0, expected 1 to"):
         op.means(**where, run=0)
+    with pytest.raises(ParameterError, match="out is missing, expected the means of other runs"):
+        op.means(**where, run=3, last=True)
 
 
 def test_contents_are_looked_at_on_the_host(rng):
@@ -170,4 +189,12 @@ FAULTS = {
     "scores: half the factors": (op, "score", misread(factors=halved)),
     "means: runs of one more": (op, "means", misread(run=lambda n: n + 1)),
 }
-REFERENCE_FAULTS = [(op, "reference", scaled(1e-4)), (op, "reference_means", scaled(1e-4))]
+
+
+@planted
+def _a_row_late(reference, means, *args, **options):
+    reference(means, *args, **options)
+    means[...] = np.roll(means, 1, 2)
+
+
+REFERENCE_FAULTS = [(op, "reference", scaled(1e-4)), (op, "reference_means", _a_row_late)]

@@ -475,15 +475,13 @@ def _warps(
 ) -> tuple[int, int]:
     """One of `ways`, by which the block that is busy longest ends first. Times are those of a row
     of a slice: a round takes as long as four of them beside its rows, the end of a tile as five,
-    telling other warps another, and each further block that an SM starts with three."""
+    telling other warps another."""
 
     def time(way: tuple[int, int]) -> int:
         n, parts = way
         tiles = -(-R // (n * (block // 32 // parts)))
-        blocks, rounds = -(-tiles // num_sms), -(-I // (parts * _SLICE))
-        together = min(blocks, _THREADS // block)
-        turns = -(-tiles // (_THREADS // block * num_sms))
-        return turns * (rounds * (n + 4) + 5 + (parts > 1)) + 3 * (together - 1)
+        turns, rounds = -(-tiles // (_THREADS // block * num_sms)), -(-I // (parts * _SLICE))
+        return turns * (rounds * (n + 4) + 5 + (parts > 1))
 
     slices = max(1, -(-I // _SLICE))  # no more parts than have something to do
     return min((way for way in ways if way[1] <= slices), key=time)

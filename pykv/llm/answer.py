@@ -80,12 +80,21 @@ class Answer:
                 return
         self._text += more
 
+    @property
+    def text(self) -> str:
+        """All of it so far, without stop strings and special tokens."""
+        return self._text
+
+    @property
+    def num_certain(self) -> int:
+        """How many of its characters no stop string can take back any more."""
+        hold = max(self._matched) if self._matched and not self._is_complete else 0
+        return len(self._text) - hold
+
     def piece(self) -> str:
-        """Text that was not handed out yet, and that no stop string can take back any more."""
-        hold = 0 if self._is_complete else max(self._matched, default=0)
-        piece = self._text[self._num_given : len(self._text) - hold]
-        self._num_given += len(piece)
-        return piece
+        """Text that is certain, and was not handed out yet."""
+        start, self._num_given = self._num_given, self.num_certain
+        return self._text[start : self._num_given]
 
     def completion(self) -> Completion:
         """What is known by now."""

@@ -235,7 +235,7 @@ def servers(records):
         offline, mixed, behind = "", "", ""
         if "offline_share" in facts:
             rate, share = facts["offline_tokens_per_second"], facts["offline_share"]
-            offline = f"{rate:,.0f} ({share:.0%})"
+            offline = f"{rate:,.0f} ({100 * share:.0f} %)"
         if "mixed_ms" in facts:
             mixed = f"{facts['mixed_ms']:.1f}"
             bound = 2 * facts["mixed_ms"] + facts["alone_ms"]
@@ -254,3 +254,14 @@ def servers(records):
     )
     head = ["model", "clients", "requests", "prompt", "shared", "answer", "tokens/s", "first"]
     return text, [*head, "between", "offline", "mixed", "behind"], rows
+
+
+def engine_steps(records):
+    """What a step of the server takes besides the model."""
+    rows = [[str(one["case"]["B"]), f"{one['median'] / 1e3:.2f}"] for one in own(records, "engine")]
+    text = (
+        "Milliseconds that a step of the engine takes besides the model: scheduler, pages, text "
+        "and waking readers, while the event\nloop makes events of the tokens before. Aim: 0.3 for "
+        "64 answers."
+    )
+    return text, ["answers", "time"], rows

@@ -63,7 +63,10 @@ class Answer:
         """Add text, up to the stop string that is complete first, and of those that end together
         the longest: tokens may cut the text anywhere. By Knuth, Morris and Pratt, in a few steps
         for each character and stop string, however long these are."""
-        for at, character in enumerate(more if self._stops else "", 1):
+        if not self._stops:
+            self._text += more
+            return
+        for at, character in enumerate(more, 1):
             longest = 0
             for i, (stop, borders) in enumerate(self._stops):
                 n = self._matched[i]

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from pykv import cli
+from pykv.bench import engine, synthetic
 from pykv.bench import serve as bench
-from pykv.bench import synthetic
 from pykv.serve import load
+from pykv.serve.fields import ApiError
 from tests.llm import tiny
 from tests.serve.test_clients import until
 
@@ -133,3 +134,18 @@ def test_a_server_beside_calls_offline(rng, monkeypatch):
     share = facts["tokens_per_second"] / facts["offline_tokens_per_second"]
     assert facts["offline_share"] == pytest.approx(share, abs=1e-3) and facts["mixed_ms"] > 0
     assert facts["behind_ms"] > 0 and facts["alone_ms"] > 0 and facts["ready_seconds"] > 0
+
+
+def test_a_step_of_the_engine(tmp_path, rng, monkeypatch):
+    """Its time is that between steps of the model; answers that are too short are seen."""
+    pytest.importorskip("starlette", reason="needs the extra serve")
+    tiny.write(tmp_path / "m.gguf", "llama")
+    monkeypatch.setattr(engine, "MODEL", str(tmp_path / "m.gguf"))
+    (case,) = engine.QUICK
+    work = engine.make(case, np, rng)
+    assert 0 < work.run() < engine.STEP_SECONDS * 10 and work.check()
+    monkeypatch.setattr(engine.NoModel, "_next", lambda self, s: -1)  # as of logits without numbers
+    monkeypatch.setattr(engine, "median", max)
+    with pytest.raises(ApiError, match="not finite"):
+        work.run()
+    assert not work.check()

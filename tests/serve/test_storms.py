@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from pykv.bench.engine import NoModel
 from pykv.llm import LLM
 from pykv.llm.scheduler import Scheduler
 from pykv.serve.engine import Job
@@ -23,43 +24,6 @@ from tests.serve.test_clients import request_bytes, until
 
 TEXT = "/v1/completions"
 SORTS = ("whole", "stream", "slow", "leaves", "cut", "wrong")
-
-
-class Counting:
-    """A runner that computes nothing: tokens are letters, by how many there were."""
-
-    last, most = 1, 2048
-
-    def room(self, s):
-        return None
-
-    def prompts(self, pieces):
-        for s, n in pieces:
-            s.cached += n
-        return [self._letter(s) for s, _ in pieces if s.due == 0]
-
-    def leave(self, s):
-        pass
-
-    def join(self):
-        pass
-
-    def grow(self, pages):
-        pass
-
-    def ahead(self, sequences):
-        return 1
-
-    def decode(self, sequences, alone):
-        for s in sequences:
-            s.cached += 1
-        return [self._letter(s) for s in sequences]
-
-    def end(self, s):
-        pass
-
-    def _letter(self, s):
-        return 100 + s.cached % 20
 
 
 async def talk(port, draw, sort, served):
@@ -121,7 +85,9 @@ def test_nothing_stays_of_a_storm(tmp_path):
     path = tmp_path / "m.gguf"
     tiny.write(path, "llama", context=600, keys={"tokenizer.chat_template": PLAIN})
     llm = LLM(path, device="cpu", pool_tokens=400)
-    scheduler = Scheduler(Counting(), llm.cache, may_grow=False, prefix_cache=True, slots=16)
+    scheduler = Scheduler(
+        NoModel(range(100, 120)), llm.cache, may_grow=False, prefix_cache=True, slots=16
+    )
 
     def jobs():
         gc.collect()  # and isinstance would ask objects of torch, some of which warn

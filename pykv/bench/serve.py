@@ -256,6 +256,8 @@ def conclude(records: list[Record]) -> str:
             f"p99: {waits}; {facts['cached_tokens']:,} of {facts['prompt_tokens']:,} prompt tokens "
             f"kept; {facts['failures']} failures"
         )
+        if "ready_seconds" in facts:
+            lines[-1] += f"; ready in {facts['ready_seconds']:.1f} s"
         if "offline_share" in facts:
             rate, share = facts["offline_tokens_per_second"], facts["offline_share"]
             lines.append(f"    {share:.1%} of {rate:.1f} tokens/s offline")

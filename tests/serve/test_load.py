@@ -83,8 +83,9 @@ def test_cases_and_the_closing_line():
         "smollm2-135m, 5 clients: 20.0 tokens/s; ms at p50/p95/p99: first 100.0/100.0/100.0, "
         "between 10.0/10.0/10.0; 5 of 10 prompt tokens kept; 0 failures"
     )
-    facts |= dict(offline_tokens_per_second=25.0, offline_share=0.8)
-    assert bench.conclude([record]).endswith("\n    80.0% of 25.0 tokens/s offline")
+    facts |= dict(ready_seconds=2.51, offline_tokens_per_second=25.0, offline_share=0.8)
+    after = "0 failures; ready in 2.5 s\n    80.0% of 25.0 tokens/s offline"
+    assert bench.conclude([record]).endswith(after)
     facts |= dict(mixed_ms=4.0, alone_ms=7.0, behind_ms=14.0)
     assert bench.conclude([record]).endswith(
         "7.0 ms alone and 14.0 behind all others, expected 15.0"

@@ -19,6 +19,7 @@ import pytest
 from pykv.bench.engine import NoModel
 from pykv.llm import LLM, SamplingParams
 from pykv.llm.scheduler import Scheduler
+from pykv.serve import load
 from pykv.serve.engine import Job
 from tests.llm import tiny
 from tests.serve.conftest import PLAIN, serving
@@ -123,6 +124,21 @@ def test_nothing_stays_of_a_storm(tmp_path, caplog):
     assert not [x for x in caplog.records if x.levelname == "ERROR"]
     del kept  # kept alive until here, so that no new job had their id
     assert llm.cache.manager.num_free == llm.cache.manager.num_pages
+
+
+def test_a_long_prefix_is_computed_once_for_64_clients(tmp_path):
+    """Who all come at once; then for others, who find it. It is 125 pages."""
+    tiny.write(tmp_path / "m.gguf", "llama", context=2100)
+    llm = LLM(tmp_path / "m.gguf", device="cpu", pool_tokens=2000 + 64 * 80)
+    scheduler = Scheduler(
+        NoModel(range(100, 120)), llm.cache, may_grow=False, prefix_cache=True, slots=64
+    )
+    with serving(llm, scheduler, limit=64) as client:
+        for round, prefixes in ((0, 2000), (1, 0)):
+            prompts = load.draw_prompts(64, prompt=2030, shared=2000, round=round)
+            found = asyncio.run(load.ask(client.url, prompts, clients=64, answer=4))
+            assert not found.failures
+            assert found.prompt_tokens - found.cached_tokens == prefixes + 64 * 30
 
 
 @contextmanager

@@ -2,7 +2,8 @@
 
 B answers are decoded by a model that computes nothing but takes its time, as a GPU does, while the
 event loop makes events of the tokens before. The time is that between two calls of the model:
-scheduler, pages, text, waking readers, and waiting for the interpreter that these have.
+scheduler, pages, text, waking readers, and waiting for the interpreter that these have. `late` is
+by how many microseconds the thread goes on later than the model is done, with a timer's own.
 """
 
 from __future__ import annotations
@@ -85,12 +86,13 @@ class NoModel:
 
 class _Timed(NoModel):
     """One whose steps of `count` answers take their time; `between` are the seconds from the end of
-    one to the next."""
+    one to the next, and `late` those by which each took longer."""
 
     def __init__(self, tokens: Several[int], count: int) -> None:
         super().__init__(tokens)
         self._count, self._left = count, 0.0
         self.between: list[float] = []
+        self.late: list[float] = []
 
     def prompts(self, pieces: list[Piece]) -> list[int]:
         self._left = 0.0
@@ -100,8 +102,12 @@ class _Timed(NoModel):
         if self._left:
             self.between.append(time.perf_counter() - self._left)
         tokens = super().decode(sequences, alone)
+        began = time.perf_counter()
         time.sleep(STEP_SECONDS)
-        self._left = time.perf_counter() if len(sequences) == self._count else 0.0
+        now = time.perf_counter()
+        self._left = now if len(sequences) == self._count else 0.0
+        if self._left:
+            self.late.append(now - began - STEP_SECONDS)
         return tokens
 
 
@@ -113,13 +119,14 @@ def make(case: Case, xp: Any, rng: np.random.Generator) -> Work:
     cache = PagedKVCache(1, B * -(-limit // P), 1, 16, page_size=P)
     scheduler = Scheduler(model, cache, may_grow=False, prefix_cache=True, slots=B)
     prompts = rng.integers(0, tokenizer.vocab_size, (B, case["prompt"])).tolist()
-    metrics = Metrics()
+    metrics, facts = Metrics(), dict[str, float]()
 
     def run() -> float:
         params = SamplingParams(max_tokens=case["answer"])
         sequences = [Sequence(prompt, params, limit) for prompt in prompts]
         answers = [Answer(s, tokenizer.stream_decoder()) for s in sequences]
         model.between.clear()
+        model.late.clear()
         metrics.generation_tokens = 0
         engine = Engine(scheduler, nullcontext, metrics, limit=B)
         engine.start()
@@ -127,12 +134,13 @@ def make(case: Case, xp: Any, rng: np.random.Generator) -> Work:
             asyncio.run(_read_all(engine, tokenizer, answers))
         finally:
             engine.stop()
+        facts["late_us"] = round(1e6 * median(model.late), 3)
         return median(model.between)
 
     def check() -> bool:
         return metrics.generation_tokens == B * case["answer"] and len(model.between) > 0
 
-    return Work(run, check, bytes=0, clocked=True, samples=5)
+    return Work(run, check, bytes=0, clocked=True, samples=5, facts=facts)
 
 
 async def _read_all(engine: Engine, tokenizer: Tokenizer, answers: list[Answer]) -> None:
@@ -150,5 +158,10 @@ async def _read_all(engine: Engine, tokenizer: Tokenizer, answers: list[Answer])
 
 def conclude(records: list[Record]) -> str:
     """A line for people."""
-    times = [f"{one['median'] / 1e3:.3f} of {one['case']['B']}" for one in records if one["ok"]]
+    times = [
+        f"{one['median'] / 1e3:.3f} and {one['facts']['late_us'] / 1e3:.3f} late for "
+        f"{one['case']['B']}"
+        for one in records
+        if one["ok"]
+    ]
     return f"ms a step besides the model: {', '.join(times)} answers"

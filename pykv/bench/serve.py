@@ -46,6 +46,7 @@ from pykv.errors import DeviceError
 from pykv.llm import LLM, SamplingParams, models
 from pykv.llm.prompts import answers_to
 from pykv.llm.scheduler import Scheduler
+from pykv.number_texts import counted
 from pykv.options import check_whole
 from pykv.serve import load
 
@@ -243,7 +244,7 @@ def conclude(records: list[Record]) -> str:
     lines = []
     for record in records:
         case, facts = record["case"], record.get("facts", {})
-        name = f"{case['model']}, {case['clients']} clients"
+        name = f"{case['model']}, {counted(case['clients'], 'client')}"
         if not record["ok"]:
             lines.append(f"{name}: {facts.get('failures', 'all')} failures")
             continue

@@ -573,6 +573,8 @@ def prompted(median, flops, **case):
 DECODED = dict(model="m", weights="fp16", B=1, Q=1, L=8000)
 SEEN = dict(tokens_per_second=1234.5)
 SEEN |= {f"{name}_p{p}_ms": p / 10 for name in ("first", "between") for p in (50, 95, 99)}
+SERVED = dict(model="m", prompt=512, shared=256, answer=128)
+OFFLINE = dict(offline_tokens_per_second=1500.4, offline_share=0.823)
 LAYER = dict(tokens=8, dtype="fp16", kv="int8", norm=False, hadamard=True)
 RECORDS = {
     "copy": [
@@ -673,8 +675,15 @@ RECORDS = {
         for kind, T, by, us in (("Q4_K", 1, "own", 6.0), ("F16", 512, "cublas", 50.0))
     ],
     "serve": [
-        made(1e6, bench="serve", model="m", clients=16, prompt=512, shared=256, answer=128)
-        | {"facts": SEEN}
+        made(1e6, bench="serve", **SERVED, clients=clients, requests=requests) | {"facts": facts}
+        for clients, requests, facts in (
+            (16, 128, SEEN),
+            (1, 1, SEEN | OFFLINE),
+            (64, 64, SEEN | OFFLINE | dict(mixed_ms=4.0, alone_ms=7.0, behind_ms=14.04)),
+        )
+    ],
+    "engine": [
+        made(250.0, bench="engine", B=64, prompt=512, answer=256) | {"facts": {"late_us": 80.0}}
     ],
 }
 
@@ -704,6 +713,7 @@ def test_tables_by_hand(project, capsys):
     assert readme_tables.main([], project) == 0 == readme_tables.main(["--check"], project)
     text = (folder / "README.md").read_text()
     assert "(h200/copy_sweep.svg)\n\n" in text
+    seen = "| 512 | 256 | 128 | 1,234 | 5.0 / 9.5 / 9.9 | 5.0 / 9.5 / 9.9"
     assert [line for line in text.splitlines() if line.startswith("|")] == [
         "| sequences x keys | heads | D | P | kind | pykv "
         "| FA2 CUDA cores | FA2 tensor cores | XQA | torch SDPA | pykv / best |",
@@ -759,9 +769,15 @@ def test_tables_by_hand(project, capsys):
         "| --- | --- | --- | --- | --- |",
         "| m | 1 x 8,000 | 200 (40 %) | 250 |  |",
         "| m | prompt of 512 | 256,000 |  |  |",
-        "| model | clients | prompt | shared | answer | tokens/s | first | between |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-        "| m | 16 | 512 | 256 | 128 | 1,234 | 5.0 / 9.5 / 9.9 | 5.0 / 9.5 / 9.9 |",
+        "| model | clients | requests | prompt | shared | answer | tokens/s | first | between "
+        "| offline | mixed | behind |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        f"| m | 16 | 128 {seen} |  |  |  |",
+        f"| m | 1 | 1 {seen} | 1,500 (82 %) |  |  |",
+        f"| m | 64 | 64 {seen} | 1,500 (82 %) | 4.0 | 14.0 of 15.0 |",
+        "| answers | time | late |",
+        "| --- | --- | --- |",
+        "| 64 | 0.25 | 0.08 |",
         "| call | kind | op | prepared | plan |",
         "| --- | --- | --- | --- | --- |",
         "| append, batch 8 | int8 | 15.0 | 6.0 | 20.0 |",

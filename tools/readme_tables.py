@@ -168,6 +168,7 @@ SECTIONS = [
     ("Whole models", "pykv bench model", "model", system_tables.models, None),
     ("A step in one launch", "pykv bench persistent", "persistent", system_tables.programs, None),
     ("The server", "pykv bench serve", "serve", system_tables.servers, None),
+    ("The server's engine", "pykv bench engine", "engine", system_tables.engine_steps, None),
     ("Host time of a call", "pykv bench calls", "calls", tables.host_times, None),
     ("Block manager", "pykv bench blocks", "blocks", tables.block_rates, None),
     ("Compiling", "pykv bench compile", "compile", tables.compile_times, None),

@@ -232,13 +232,44 @@ def servers(records):
             " / ".join(f"{facts[f'{name}_p{p}_ms']:.1f}" for p in (50, 95, 99))
             for name in ("first", "between")
         ]
-        rows.append(
-            [case["model"], str(case["clients"]), f"{case['prompt']:,}", f"{case['shared']:,}"]
-            + [f"{case['answer']:,}", f"{facts['tokens_per_second']:,.0f}", *waits]
-        )
+        offline, mixed, behind = "", "", ""
+        if "offline_share" in facts:
+            rate, share = facts["offline_tokens_per_second"], facts["offline_share"]
+            offline = f"{rate:,.0f} ({100 * share:.0f} %)"
+        if "mixed_ms" in facts:
+            mixed = f"{facts['mixed_ms']:.1f}"
+            bound = 2 * facts["mixed_ms"] + facts["alone_ms"]
+            behind = f"{facts['behind_ms']:.1f} of {bound:.1f}"
+        sizes = [f"{case[name]:,}" for name in ("requests", "prompt", "shared", "answer")]
+        rate = f"{facts['tokens_per_second']:,.0f}"
+        waits += [offline, mixed, behind]
+        rows.append([case["model"], str(case["clients"]), *sizes, rate, *waits])
     text = (
         "Clients that ask at once: tokens a second of all, and milliseconds at the 50th, 95th and "
-        "99th percentile until the first\ntoken and between tokens."
+        "99th percentile until the first\ntoken and between tokens. Offline: tokens a second of "
+        "one call of `LLM.generate` with the same prompts, and the server's\nshare of it (aims: "
+        "85 %, 95 % for one client). Mixed: a full step of answers and prompts; the aim for p99 "
+        "between tokens is\ntwice that. Behind: a request's first token while all others are being "
+        "answered, of its aim, two mixed steps and what\nit takes alone."
     )
-    head = ["model", "clients", "prompt", "shared", "answer", "tokens/s", "first", "between"]
-    return text, head, rows
+    head = ["model", "clients", "requests", "prompt", "shared", "answer", "tokens/s", "first"]
+    return text, [*head, "between", "offline", "mixed", "behind"], rows
+
+
+def engine_steps(records):
+    """What a step of the server takes besides the model."""
+    rows = [
+        [
+            str(one["case"]["B"]),
+            f"{one['median'] / 1e3:.2f}",
+            f"{one['facts']['late_us'] / 1e3:.2f}",
+        ]
+        for one in own(records, "engine")
+    ]
+    text = (
+        "Milliseconds that a step of the engine takes besides the model: scheduler, pages, text "
+        "and waking readers, while the event\nloop makes events of the tokens before. Aim: 0.3 for "
+        "64 answers. Late: by how much it goes on later than a model of 2 ms is done, as the event "
+        "loop has the interpreter."
+    )
+    return text, ["answers", "time", "late"], rows

@@ -6,12 +6,14 @@ values, each in memory of its own.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pykv import planes
 from pykv.errors import ParameterError
+from pykv.llm import bpe
 from pykv.llm.config import Config
 from pykv.llm.matrices import Stored
 from pykv.llm.weights import Layer, Model
@@ -32,6 +34,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 TIED = ("tiny", "135m", "1b")  # models whose output matrix is the embedding
 TYPES = (*planes.FORMATS, "F16")
+CONTEXT, EPS, ROPE_BASE = 131_072, 1e-5, 500_000.0
 _SMALL = 0x1B  # mask for the upper byte of a float16: keeps it below 0.004
 _FINITE = 0x3B  # likewise: below 1
 
@@ -57,15 +60,14 @@ def is_name(text: str) -> bool:
 
 def model(text: str, xp: Any) -> Model:
     """The model of a name, its matrices as a file would store them."""
-    shape, _, kind = text.partition("-")
-    kind, sizes, rng = kind.upper(), SHAPES[shape], np.random.default_rng(0)
+    kind, sizes, rows = _rows(text)
     L, E, D = (sizes[key] for key in ("num_layers", "embedding", "head_dim"))
-    frequencies = rope.frequencies(D, 500_000.0)
+    frequencies = rope.frequencies(D, ROPE_BASE)
     config = Config(
         architecture="llama",
         **sizes,
-        context=131_072,
-        eps=1e-5,
+        context=CONTEXT,
+        eps=EPS,
         attention_scale=D**-0.5,
         embedding_scale=1.0,
         logit_divisor=1.0,
@@ -75,23 +77,15 @@ def model(text: str, xp: Any) -> Model:
         inv_freq=(frequencies,) * L,
     )
 
-    def matrix(O: int, I: int) -> Any:
-        """Random rows, to be sent once for each matrix that holds them."""
-        if kind in planes.FORMATS:
-            return blocks(kind, O, I, rng, _SMALL), I
-        return (rng.standard_normal((O, I), np.float32) * I**-0.5).astype(np.float16), I
-
     def stored(rows: Any, I: int) -> Stored:
+        """Rows, sent once for each matrix that holds them."""
         on_device = xp.asarray(rows)
         packed = block_rows.pack(on_device, kind) if kind in planes.FORMATS else on_device
         return Stored([(kind, packed)], I)
 
-    heads, F = (sizes["heads"] + 2 * sizes["kv_heads"]) * D, sizes["feed_forward"]
-    rows = dict(
-        qkv=matrix(heads, E),
-        attention_out=matrix(E, sizes["heads"] * D),
-        gate_up=matrix(2 * F, E),
-        down=matrix(E, F),
+    of_tokens = rows.pop("embedding"), E
+    columns = dict.fromkeys(rows, E) | dict(
+        attention_out=sizes["heads"] * D, down=sizes["feed_forward"]
     )
     absent = dict.fromkeys(
         ("qkv_bias", "q_norm", "k_norm", "attention_out_bias", "post_attention_norm")
@@ -103,15 +97,96 @@ def model(text: str, xp: Any) -> Model:
             attention_norm=ones,
             ffn_norm=ones,
             inv_freq=inv_freq,
-            **{role: stored(*some) for role, some in rows.items()},
+            **{role: stored(some, columns[role]) for role, some in rows.items()},
             **absent,
         )
         for _ in range(L)
     ]
-    of_tokens = matrix(sizes["vocab"], E)
     embedding = stored(*of_tokens)
-    head = embedding if shape in TIED else stored(*of_tokens)
+    head = embedding if _is_tied(text) else stored(*of_tokens)
     return Model(config, embedding, layers, ones, head)
+
+
+def write(path: Path, text: str) -> None:
+    """The model of a name as a GGUF file, whose tokens are bytes and words without a meaning."""
+    import gguf
+
+    kind, sizes, rows = _rows(text)
+    E, D, F = (sizes[key] for key in ("embedding", "head_dim", "feed_forward"))
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_name(text)
+    writer.add_block_count(sizes["num_layers"])
+    writer.add_context_length(CONTEXT)
+    writer.add_embedding_length(E)
+    writer.add_feed_forward_length(F)
+    writer.add_head_count(sizes["heads"])
+    writer.add_head_count_kv(sizes["kv_heads"])
+    writer.add_key_length(D)
+    writer.add_value_length(D)
+    writer.add_rope_dimension_count(D)
+    writer.add_rope_freq_base(ROPE_BASE)
+    writer.add_layer_norm_rms_eps(EPS)
+    _add_tokens(writer, sizes["vocab"])
+
+    def add(name: str, values: Any) -> None:
+        writer.add_tensor(f"{name}.weight", values, raw_dtype=gguf.GGMLQuantizationType[kind])
+
+    def add_norm(name: str) -> None:
+        writer.add_tensor(f"{name}.weight", np.ones(E, np.float32))
+
+    heads, kv_heads = sizes["heads"] * D, sizes["kv_heads"] * D
+    q, k, v = np.split(rows["qkv"], [heads, heads + kv_heads])
+    gate, up = np.split(rows["gate_up"], [F])
+    of_layer = dict(attn_q=q, attn_k=k, attn_v=v, attn_output=rows["attention_out"])
+    of_layer |= dict(ffn_gate=gate, ffn_up=up, ffn_down=rows["down"])
+    add("token_embd", rows["embedding"])
+    for layer in range(sizes["num_layers"]):
+        add_norm(f"blk.{layer}.attn_norm")
+        add_norm(f"blk.{layer}.ffn_norm")
+        for name, values in of_layer.items():
+            add(f"blk.{layer}.{name}", values)
+    add_norm("output_norm")
+    if not _is_tied(text):
+        add("output", rows["embedding"])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _add_tokens(writer: Any, vocab: int) -> None:
+    letters = [*bpe.alphabet()]
+    first, second, *_ = letters  # of the one merge, as a file without any cannot be read
+    words = (f"w{n}" for n in range(vocab))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list([*letters[: vocab - 1], first + second, *words][:vocab])
+    writer.add_token_merges([f"{first} {second}"])
+
+
+def _is_tied(text: str) -> bool:
+    return text.partition("-")[0] in TIED
+
+
+def _rows(text: str) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """The type and the sizes of a name, and the rows of its matrices by their role."""
+    shape, _, kind = text.partition("-")
+    kind, sizes, rng = kind.upper(), SHAPES[shape], np.random.default_rng(0)
+    E, D, F = (sizes[key] for key in ("embedding", "head_dim", "feed_forward"))
+
+    def matrix(O: int, I: int) -> Any:
+        if kind in planes.FORMATS:
+            return blocks(kind, O, I, rng, _SMALL)
+        return (rng.standard_normal((O, I), np.float32) * I**-0.5).astype(np.float16)
+
+    rows = dict(
+        qkv=matrix((sizes["heads"] + 2 * sizes["kv_heads"]) * D, E),
+        attention_out=matrix(E, sizes["heads"] * D),
+        gate_up=matrix(2 * F, E),
+        down=matrix(E, F),
+        embedding=matrix(sizes["vocab"], E),
+    )
+    return kind, sizes, rows
 
 
 def blocks(kind: str, O: int, I: int, rng: np.random.Generator, high: int = _FINITE) -> Any:

@@ -63,7 +63,10 @@ class Answer:
         """Add text, up to the stop string that is complete first, and of those that end together
         the longest: tokens may cut the text anywhere. By Knuth, Morris and Pratt, in a few steps
         for each character and stop string, however long these are."""
-        for at, character in enumerate(more if self._stops else "", 1):
+        if not self._stops:
+            self._text += more
+            return
+        for at, character in enumerate(more, 1):
             longest = 0
             for i, (stop, borders) in enumerate(self._stops):
                 n = self._matched[i]
@@ -80,12 +83,21 @@ class Answer:
                 return
         self._text += more
 
+    @property
+    def text(self) -> str:
+        """All of it so far, without stop strings and special tokens."""
+        return self._text
+
+    @property
+    def num_certain(self) -> int:
+        """How many of its characters no stop string can take back any more."""
+        hold = max(self._matched) if self._matched and not self._is_complete else 0
+        return len(self._text) - hold
+
     def piece(self) -> str:
-        """Text that was not handed out yet, and that no stop string can take back any more."""
-        hold = 0 if self._is_complete else max(self._matched, default=0)
-        piece = self._text[self._num_given : len(self._text) - hold]
-        self._num_given += len(piece)
-        return piece
+        """Text that is certain, and was not handed out yet."""
+        start, self._num_given = self._num_given, self.num_certain
+        return self._text[start : self._num_given]
 
     def completion(self) -> Completion:
         """What is known by now."""

@@ -145,9 +145,9 @@ class ModelRunner:
 
     def ahead(self, sequences: list[Sequence]) -> int:
         """How many tokens of each answer a launch may draw before the host looks at them."""
-        can_go_on = self._max_resident > 1 and all(map(can_stay, sequences))
         rows = graph_rows(len(sequences), self.xp)
-        if not can_go_on or self._way(rows) != "persistent":
+        can_go_on = self._max_resident > 1 and self._way(rows) == "persistent"
+        if not can_go_on or not all(map(can_stay, sequences)):
             return 1
         return min(self._max_resident, MOST_TOKENS)
 

@@ -394,8 +394,10 @@ class Scheduler:
                     self._wait_again(youngest, publish=True)
                     if youngest is s:
                         break
+        if self.waiting:
+            return
         decoding = [s for s in self.running if s.decodes and not s.finish_reason]
-        if decoding and not self.waiting and (ahead := self._runner.ahead(decoding)) > 1:
+        if decoding and (ahead := self._runner.ahead(decoding)) > 1:
             self._give_pages_ahead(decoding, ahead)
 
     def _give_pages_ahead(self, sequences: list[Sequence], ahead: int) -> None:

@@ -87,6 +87,7 @@ class Tokenizer:
                 f"expected integers from 0 to {BYTE}"
             )
         self.vocab_size = len(self._tokens)
+        self._bytes: dict[int, bytes] = {}  # of tokens that were decoded
         self.bos_id = self._id(file, "bos")
         self.eos_id = self._id(file, "eos")
         ends = endings(self._tokens)
@@ -216,9 +217,14 @@ class Tokenizer:
         """The bytes that a token stands for; those of a control token spell it. Raises as
         `token`."""
         i = self._index(i)
-        return self._encoder.decode(i, self._tokens[i])
+        data = self._bytes.get(i)
+        if data is None:
+            data = self._bytes[i] = self._encoder.decode(i, self._tokens[i])
+        return data
 
     def _index(self, i: int) -> int:
+        if type(i) is int and 0 <= i < self.vocab_size:  # the usual case, in less time
+            return i
         return check_whole("Tokenizer.token", "id", i, 0, self.vocab_size - 1)
 
 
@@ -234,11 +240,10 @@ class StreamDecoder:
     def push(self, i: int) -> str:
         """Text that became certain with this id; empty inside a character of several tokens."""
         t = self._tokenizer
-        token = t.token(i)
         if i in t.hidden_ids:
             self._at_start = True
-            return "" if self._skip_special else self._utf8.decode(token.encode())
-        data = t._encoder.decode(i, token)
+            return "" if self._skip_special else self._utf8.decode(t.token(i).encode())
+        data = t.token_bytes(i)
         if self._at_start and t._encoder.prefix:
             data = data.removeprefix(b" ")
         self._at_start = False

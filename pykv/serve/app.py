@@ -30,7 +30,6 @@ _T = TypeVar("_T")
 
 BODY_BYTES = 8 << 20  # of a request; a context of a million tokens fits
 BODY_SECONDS = 30.0  # within which a body must arrive
-SEND_SECONDS = 60.0  # within which a client must take what was sent
 _PAGE = {"/": ("index.html", "text/html"), "/chat.js": ("chat.js", "text/javascript")}
 _PAGE |= {"/style.css": ("style.css", "text/css")}
 _CSP = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
@@ -199,8 +198,7 @@ class Stream(Response):
         start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
 
         async def send_part(data: bytes, more: bool = True) -> None:
-            async with asyncio.timeout(SEND_SECONDS):
-                await send({"type": "http.response.body", "body": data, "more_body": more})
+            await send({"type": "http.response.body", "body": data, "more_body": more})
 
         async def send_all() -> None:
             await send(start)
@@ -224,19 +222,21 @@ async def _unless_gone(receive: Receive, work: Coroutine[Any, Any, _T]) -> _T:
         ClientGone: the client went away before.
     """
 
-    async def gone() -> None:
+    task = asyncio.create_task(work)
+
+    async def gone() -> bool:
+        """Wait for the end of the connection; whether `work` was not done by then."""
         while (await receive())["type"] != "http.disconnect":
             pass
+        return not task.done()
 
-    task = asyncio.create_task(work)
-    tasks: list[asyncio.Task[Any]] = [task, asyncio.create_task(gone())]
+    gone_task = asyncio.create_task(gone())
+    tasks: list[asyncio.Task[Any]] = [task, gone_task]
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        raise front.ClientGone
-    except TimeoutError:
-        raise front.ClientGone from None
+        if gone_task.done() and gone_task.result():
+            raise front.ClientGone
+        return task.result()
     finally:
         for each in tasks:
             each.cancel()

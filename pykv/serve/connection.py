@@ -1,5 +1,5 @@
-"""A connection that must send its headers in time, where uvicorn alone would wait for ever. Broken
-HTTP gets an error of the usual form, and no traceback in the log."""
+"""A connection that must send its headers in time, and take what it is sent, where uvicorn alone
+would wait for ever. Broken HTTP gets an error of the usual form, and no traceback in the log."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from pykv.serve.fields import ApiError
 
 HEADER_SECONDS = 30.0  # from the connection, or a header's first byte, to its end
+SEND_SECONDS = 60.0  # within which a client must take some of what waits for it
 
 
 class Connection(H11Protocol):
-    """uvicorn's, closed where a header does not end."""
+    """uvicorn's, closed where a header does not end or nothing is taken."""
 
     _timer: asyncio.TimerHandle | None = None
+    _taking: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -31,6 +33,15 @@ class Connection(H11Protocol):
         super().connection_lost(exc)
         self._unset_keepalive_if_required()  # which uvicorn skips if given `exc`
         self._stop_timer()
+        self._stop_taking()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._expect_taking()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._stop_taking()
 
     def send_400_response(self, msg: str) -> None:
         """Answer broken HTTP with an error in the usual form. Where an answer has begun already, as
@@ -53,6 +64,23 @@ class Connection(H11Protocol):
             self._stop_timer()
         elif self._timer is None:
             self._timer = self.loop.call_later(HEADER_SECONDS, self.transport.close)
+
+    def _expect_taking(self) -> None:
+        """Look again whether less waits then, as long as there is too much."""
+        before = self.transport.get_write_buffer_size()
+
+        def look() -> None:
+            if self.transport.get_write_buffer_size() < before:
+                self._expect_taking()
+            else:
+                self.transport.abort()
+
+        self._taking = self.loop.call_later(SEND_SECONDS, look)
+
+    def _stop_taking(self) -> None:
+        if self._taking is not None:
+            self._taking.cancel()
+            self._taking = None
 
     def _stop_timer(self) -> None:
         if self._timer is not None:

@@ -7,6 +7,7 @@ mask. Source: https://github.com/guidance-ai/llguidance, release 1.9.
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -51,8 +52,7 @@ class Grammars:
 
         matcher = LLMatcher(self._llguidance(), grammar)
         if matcher.is_error():
-            message = matcher.get_error().strip().splitlines()[0]
-            raise ParameterError(f"the schema cannot be followed: {message}")
+            raise ParameterError(f"the schema cannot be followed: {_reason(matcher)}")
         ends = np.zeros(-(-self._vocab // 32), np.uint32)
         for i in self._tokenizer.stop_ids:
             ends[i // 32] |= np.uint32(1 << i % 32)
@@ -93,6 +93,12 @@ class _Vocabulary:
         return self._tokenizer.encode(text, bos=False)
 
 
+def _reason(matcher: Any) -> str:
+    """Why a matcher gave up, on one line, without the place in the grammar around a schema."""
+    said = re.split(r"\n +\d+ \| ", matcher.get_error().strip())[0]
+    return " ".join(re.sub(r"^at \d+\(\d+\): ", "", said).split())
+
+
 class Constraint:
     """Which token may follow, of one sequence. See Grammars.constraint."""
 
@@ -123,8 +129,7 @@ class Constraint:
         did not."""
         if self._matcher is None or not self._matcher.is_error():
             return ""
-        message: str = self._matcher.get_error()
-        return message.strip().splitlines()[0]
+        return _reason(self._matcher)
 
     def mask(self) -> np.ndarray | None:
         """Bits of the tokens that may follow, [ceil(vocab / 32)] int32; None: all of them."""

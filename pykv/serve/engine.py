@@ -1,9 +1,8 @@
 """One thread that owns an LLM: requests come from any thread, tokens leave to an event loop.
 
 The thread alone calls the scheduler. It turns tokens into text, as stop strings end sequences, and
-puts what is new into a queue of each sequence; the event loop is woken once a step and takes from
-these queues when it can. A client that is behind therefore holds nobody up: what waits for it
-becomes one piece.
+says of each how far it is; the event loop is woken once a step and takes what is new when it can. A
+client that is behind therefore holds nobody up: what waits for it becomes one piece.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import asyncio
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -57,64 +55,73 @@ class Delta(NamedTuple):
     error: Exception | None = None
 
 
+_Seen = tuple[int, int, str, Exception | None]  # tokens, characters, finish reason, error
+
+
 class Job:
     """One sequence of a request.
 
     Args:
         answer: its text.
         constraint: which tokens it may take, see pykv.serve.constraints.
+
+    The engine's thread says in `_seen` how far tokens and text are certain, and how it ended: one
+    tuple, which the event loop compares with the one that it took before. Both only grow up to
+    there, so what lies between is the same whenever it is looked at.
     """
 
     def __init__(self, answer: Answer, constraint: Constraint | None = None) -> None:
         self.answer, self.constraint = answer, constraint
         self.sequence = answer.sequence
-        self._num_read, self._is_over = 0, False
-        self._ready: deque[Delta] = deque()
+        self._seen: _Seen = (0, 0, "", None)
+        self._taken: _Seen = self._seen
         self._submitted = self._last = time.perf_counter()
 
     def read(self, metrics: Metrics) -> None:
-        """Put what is new into the queue, until the end is there; of the engine's thread."""
-        if self._is_over:  # a stop string ended the answer early
+        """Let the event loop see what is new, until the end is there; of the engine's thread."""
+        before, _, reason, _ = self._seen
+        if reason:  # a stop string ended the answer early
             return
-        s, now = self.sequence, time.perf_counter()
-        self.answer.read()
-        tokens = s.generated[self._num_read :]
-        if tokens and not self._num_read:
-            metrics.time_to_first_token.observe(now - self._submitted)
-        elif tokens:
-            metrics.inter_token_latency.observe(now - self._last, len(tokens))
-        if tokens and self.constraint is not None:
-            self.constraint.push(tokens, self.answer.completion().text)
-        if self.constraint is not None and s.finish_reason in ("", "stop"):
-            if why := self.constraint.error:  # the answer does not keep to the schema
-                s.fail(UnsupportedError(f"the schema cannot be followed to its end: {why}"))
-        logprobs = s.logprobs[self._num_read : len(s.generated)]
-        self._num_read, self._last = len(s.generated), now
-        metrics.generation_tokens += len(tokens)
-        piece = self.answer.piece()
-        self._is_over = bool(s.finish_reason)
-        self._ready.append(Delta(piece, tokens, logprobs, s.finish_reason, s.error))
+        s, answer = self.sequence, self.answer
+        answer.read()
+        count = len(s.generated)
+        if count > before:
+            now = time.perf_counter()
+            if before:
+                metrics.inter_token_latency.observe(now - self._last, count - before)
+            else:
+                metrics.time_to_first_token.observe(now - self._submitted)
+            metrics.generation_tokens += count - before
+            self._last = now
+        if self.constraint is not None:
+            self._follow(self.constraint, s.generated[before:])
+        self._seen = count, answer.num_certain, s.finish_reason, s.error
+
+    def _follow(self, constraint: Constraint, tokens: list[int]) -> None:
+        """Go on with the grammar behind these tokens."""
+        s = self.sequence
+        if tokens:
+            constraint.push(tokens, self.answer.text)
+        if s.finish_reason in ("", "stop") and (why := constraint.error):
+            s.fail(UnsupportedError(f"the schema cannot be followed to its end: {why}"))
 
     def fail(self, error: Exception) -> None:
         """End it by an error, unless its end is there; of the engine's thread."""
-        if not self._is_over:
-            self._is_over, self.sequence.finish_reason = True, "error"
-            self._ready.append(Delta("", [], [], "error", error))
+        count, end, reason, _ = self._seen
+        if not reason:
+            self.sequence.finish_reason = "error"
+            self._seen = count, end, "error", error
 
     def take(self) -> Delta | None:
         """All that is new as one, or None; of the event loop."""
-        parts = []
-        while self._ready:  # the engine's thread may append meanwhile
-            parts.append(self._ready.popleft())
-        if not parts:
+        seen, taken = self._seen, self._taken
+        if seen is taken:
             return None
-        return Delta(
-            "".join(part.text for part in parts),
-            [token for part in parts for token in part.tokens],
-            [entry for part in parts for entry in part.logprobs],
-            parts[-1].finish_reason,
-            parts[-1].error,
-        )
+        self._taken = seen
+        (start, at, _, _), (stop, end, reason, error) = taken, seen
+        s = self.sequence
+        text = self.answer.text[at:end]
+        return Delta(text, s.generated[start:stop], s.logprobs[start:stop], reason, error)
 
 
 class Work:

@@ -46,8 +46,9 @@ class ApiError(Exception):
 
 
 def wrong(param: str, has: object, expected: str) -> ApiError:
-    """The error of a field that has another value than it may."""
-    return ApiError(400, f"{param} is {has!r:.80}, expected {expected}", param=param)
+    """The error of a field that has another value than it may, or None."""
+    has = "missing" if has is None else f"{has!r:.80}"
+    return ApiError(400, f"{param} is {has}, expected {expected}", param=param)
 
 
 def parse(data: bytes) -> dict[str, Any]:

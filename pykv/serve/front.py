@@ -63,8 +63,12 @@ class App:
             except ClientGone:
                 status = 499  # as nginx calls it
             except HTTPException as error:  # no such path, or method
-                message = f"{scope['method']} {scope['path']!r:.200}: {error.detail}"
                 headers = dict(error.headers or {})
+                message = f"{scope['method']} {scope['path']!r:.200}: {error.detail}, "
+                if allowed := headers.get("Allow"):
+                    message += f"expected {allowed}"
+                else:
+                    message += "expected an endpoint of GET /openapi.json"
                 refused = ApiError(error.status_code, message, headers=headers)
                 await self._refuse(refused, scope, receive, noted)
             except ApiError as error:

@@ -58,30 +58,38 @@ def percentile(values: list[float], percent: float) -> float:
     return ordered[max(int(at), 1) - 1] if ordered else 0.0
 
 
-async def ask(
-    url: str, *, clients: int, requests: int, prompt: int, answer: int, shared: int, seed: int = 0
-) -> Load:
+def draw_prompts(
+    count: int, *, prompt: int, shared: int, seed: int = 0, round: int = 0
+) -> list[list[int]]:
+    """Prompts of random tokens.
+
+    Args:
+        count: of prompts.
+        prompt: tokens of each.
+        shared: tokens that all of them begin with, in every round.
+        seed, round: others of either have other tokens.
+    """
+    prefix = random.Random(seed).choices(TOKENS, k=shared)
+    draw = random.Random(f"{seed} {round}")
+    return [prefix + draw.choices(TOKENS, k=prompt - shared) for _ in range(count)]
+
+
+async def ask(url: str, prompts: list[list[int]], *, clients: int, answer: int) -> Load:
     """Let clients ask a server, each one request after another.
 
     Args:
         url: of the server.
+        prompts: of the requests, token ids.
         clients: that ask at once.
-        requests: in all.
-        prompt, answer: tokens of each.
-        shared: tokens that all prompts begin with.
-        seed: of the prompts.
+        answer: tokens of each.
     """
-    draw = random.Random(seed)
-    prefix = draw.choices(TOKENS, k=shared)
-    rest = [prefix + draw.choices(TOKENS, k=prompt - shared) for _ in range(requests)]
-    load, began = Load(), time.perf_counter()
+    rest, load, began = prompts[::-1], Load(), time.perf_counter()
 
     async def client() -> None:
         while rest:
-            body = {"prompt": rest.pop(), "max_tokens": answer, "ignore_eos": True}
             try:
                 async with asyncio.timeout(SECONDS):
-                    await _request(url, body | {"temperature": 0}, load)
+                    await _request(url, rest.pop(), answer, load)
             except (OSError, ValueError, EOFError, TimeoutError) as error:
                 load.failures.append(f"{type(error).__name__}: {error}")
 
@@ -90,10 +98,42 @@ async def ask(
     return load
 
 
-async def _request(url: str, body: dict[str, Any], load: Load) -> None:
+async def first_behind(
+    url: str, others: list[list[int]], prompt: list[int], *, answer: int
+) -> float:
+    """Seconds until the first piece of a request, while others are being answered, which end then.
+
+    Args:
+        url: of the server.
+        others: prompts of those; none is asked for if there are none.
+        prompt: of the request.
+        answer: tokens that the others are answered with at most: more than come meanwhile.
+
+    Raises:
+        OSError, ValueError, EOFError, TimeoutError: one fails, or the others end before.
+    """
+    running, own = Load(), Load()
+    tasks = [asyncio.create_task(_request(url, other, answer, running)) for other in others]
+    try:
+        async with asyncio.timeout(SECONDS):
+            while len(running.first) < len(tasks) and not any(task.done() for task in tasks):
+                await asyncio.sleep(0.001)
+            await _request(url, prompt, 1, own)
+        for task in tasks:
+            if task.done():
+                raise task.exception() or ValueError("an answer ended before the request's began")
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    return own.first[0]
+
+
+async def _request(url: str, prompt: list[int], answer: int, load: Load) -> None:
     """One streamed completion, whose times and counts are added to `load`."""
     place = urlsplit(url)
     reader, writer = await asyncio.open_connection(place.hostname, place.port or 80)
+    body = {"prompt": prompt, "max_tokens": answer, "ignore_eos": True, "temperature": 0}
     data = json.dumps(body | {"stream": True, "stream_options": {"include_usage": True}}).encode()
     lines = ["POST /v1/completions HTTP/1.1", f"Host: {place.netloc}", "Connection: close"]
     lines += ["Content-Type: application/json", f"Content-Length: {len(data)}", "", ""]

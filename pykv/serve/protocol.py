@@ -18,7 +18,7 @@ from pykv.errors import CapacityError, ParameterError, PykvError, UnsupportedErr
 from pykv.llm.answer import Answer
 from pykv.llm.chat import template_of
 from pykv.llm.generate import LLM
-from pykv.llm.prompts import answer_to
+from pykv.llm.prompts import answer_to, known_ids
 from pykv.llm.sampling import SamplingParams
 from pykv.number_texts import whole_of
 from pykv.serve.constraints import Constraint, Grammars
@@ -163,7 +163,8 @@ class Protocol:
         tokens = fields.take("tokens", list, required=True, items=_id_below(vocab))
         self._check_length("tokens", tokens)
         self._note_unknown(fields)
-        text: str = self._checked("tokens", lambda: self.llm.detokenize(tokens))
+        decode = self.llm.tokenizer.decode
+        text: str = self._checked("tokens", lambda: decode(known_ids(self.llm, "tokens", tokens)))
         return text
 
     # --- What bodies have in common ---

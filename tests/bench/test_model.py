@@ -7,6 +7,10 @@ import pytest
 
 from pykv.bench import model, synthetic
 from pykv.errors import ParameterError
+from pykv.llm import LLM
+from pykv.llm.model import forward
+from pykv.llm.prompt_steps import Span, of_spans
+from pykv.pool import PagedKVCache
 from tests.helpers import assert_same_bits, run_and_check, to_numpy, without_simt
 from tests.llm import tiny
 
@@ -75,6 +79,19 @@ def test_a_model_of_noise(xp, rng, monkeypatch, kind):
     assert model._load(name, "stored", xp, False).matrix_bytes == nbytes
     assert model.make(case | dict(kv="int8"), xp, rng) is None  # rotated weights come from files
     model._load.cache_clear()
+
+
+@pytest.mark.parametrize("kind", ["q4_k", "f16"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_file_of_noise_is_the_same_model(tmp_path, monkeypatch, kind, tied):
+    monkeypatch.setattr(synthetic, "TIED", ("tiny",) * tied)
+    name, ids = f"tiny-{kind}", [1, 2, 3, 39]
+    synthetic.write(tmp_path / "m.gguf", name)
+    got = LLM(tmp_path / "m.gguf", device="cpu", weights="stored").logits(ids)
+    same = synthetic.model(name, np)
+    cache = PagedKVCache(2, 1, 2, 64, page_size=16)
+    want = forward(same, of_spans([Span([0], 0, ids)], 16, np), cache)
+    assert_same_bits(got, want)
 
 
 def test_names_of_noise():

@@ -8,6 +8,8 @@ import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from http.client import HTTPResponse
 
 import pytest
 
@@ -87,7 +89,7 @@ def test_who_is_slow_holds_nobody_up(serve):
 
 
 def test_who_takes_nothing_is_let_go(serve, monkeypatch):
-    monkeypatch.setattr(app, "SEND_SECONDS", 0.3)
+    monkeypatch.setattr("pykv.serve.connection.SEND_SECONDS", 0.3)
     client = serve("x" * 900, slots=100)
     body = request_bytes(stream=True, n=5, logprobs=True, top_logprobs=2)
     with connect(client, body, size=1 << 16) as connection:
@@ -97,6 +99,23 @@ def test_who_takes_nothing_is_let_go(serve, monkeypatch):
         data = b"".join(iter(lambda: connection.recv(1 << 20), b""))
         assert b"[DONE]" not in data[-100:]
     assert client.ask(CHAT, messages=USER, max_tokens=3)
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_whole_answer_that_is_taken_slowly(serve, monkeypatch, waits):
+    """It goes on as long as some of it is taken in time."""
+    monkeypatch.setattr("pykv.serve.connection.SEND_SECONDS", 0.5)
+    client = serve("x" * 900, slots=100)
+    body = request_bytes(n=5, logprobs=True, top_logprobs=2)
+    with connect(client, body, size=1 << 14) as connection, HTTPResponse(connection) as response:
+        response.begin()
+        size, data, began = int(response.headers["Content-Length"]), b"", time.monotonic()
+        time.sleep(1.5 * waits)
+        with suppress(ConnectionResetError):
+            while more := response.read(1 << 14):
+                data += more
+                time.sleep(0.03)
+    assert (len(data) == size) != waits and time.monotonic() - began > 1
 
 
 def test_a_body_that_does_not_come_is_not_waited_for(serve, monkeypatch):

@@ -237,7 +237,13 @@ def test_a_token_is_spelled_once(serve, monkeypatch):
     client = serve("x" * 50)
     spelled, tokenizer = [], client.server.llm.tokenizer
     spell = tokenizer.token_bytes
-    monkeypatch.setattr(tokenizer, "token_bytes", lambda i: spelled.append(i) or spell(i))
+
+    def noted(i):
+        if threading.current_thread().name != "pykv-engine":  # which turns tokens into text
+            spelled.append(i)
+        return spell(i)
+
+    monkeypatch.setattr(tokenizer, "token_bytes", noted)
     client.ask(CHAT, messages=USER, logprobs=True, top_logprobs=2)
     assert len(spelled) == len(set(spelled)) == 2
 

@@ -132,6 +132,23 @@ def test_wrong_values_are_refused_by_name(one, path, param, fields):
     assert error["param"] == param and error["message"]
 
 
+def test_errors_say_what_to_do(one):
+    """What is missing, fields by their own names, endpoints, and no place in a grammar of ours."""
+    for path, fields, message in (
+        (CHAT, {}, "messages is missing, expected a list"),
+        ("/detokenize", {"tokens": ["a"]}, "tokens has token id 'a', expected an integer"),
+        ("/chat", {}, "POST '/chat': Not Found, expected an endpoint of GET /openapi.json"),
+    ):
+        assert one.refused(path, **fields)[1]["message"] == message
+    message = one.get(CHAT)[1]["error"]["message"]
+    assert message == f"GET '{CHAT}': Method Not Allowed, expected POST"
+    schema = {"type": "json_schema", "json_schema": {"schema": {"type": "string", "pattern": "("}}}
+    assert one.refused(CHAT, messages=USER, response_format=schema)[1]["message"] == (
+        "response_format: the schema cannot be followed: failed to compile JSON schema: "
+        "regex parse error: ( ^ error: unclosed group"
+    )
+
+
 def test_a_context_that_does_not_fit_says_both_numbers(one):
     for body in (
         {"messages": [{"role": "user", "content": "x" * 1100}]},

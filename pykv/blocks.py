@@ -30,7 +30,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from itertools import islice
 
-from pykv import prefix_keys
+from pykv import interrupts, prefix_keys
 from pykv.errors import CapacityError, ParameterError
 from pykv.number_texts import counted
 from pykv.options import check_type, check_whole
@@ -56,7 +56,8 @@ class BlockManager:
         DtypeError: a size is no whole number.
 
     All methods raise DtypeError for arguments of another type. An error leaves everything as it
-    was. Not thread-safe. Sources: vLLM's paged attention and automatic prefix caching.
+    was; Ctrl-C comes before or after what a method does. Not thread-safe. Sources: vLLM's paged
+    attention and automatic prefix caching.
 
     >>> manager = pykv.blocks.BlockManager(num_pages=8, page_size=4)
     >>> first = manager.allocate(tokens=6)
@@ -135,6 +136,7 @@ class BlockManager:
 
     # --- Sequences ---
 
+    @interrupts.finished
     def allocate(self, tokens: int) -> list[int]:
         """Pages for a new sequence of so many tokens.
 
@@ -180,6 +182,12 @@ class BlockManager:
                         return None
         except (LookupError, TypeError):  # an empty new sequence, or none: checked below
             pass
+        return self._extend(pages, start, stop)
+
+    @interrupts.finished
+    def _extend(self, pages: list[int], start: int, stop: int) -> tuple[int, int] | None:
+        """`extend`, if there is anything to do."""
+        P, counts = self.page_size, self._counts
         start = check_whole("BlockManager.extend", "start", start, 0)
         stop = check_whole("BlockManager.extend", "stop", stop, start)
         first = start // P
@@ -210,6 +218,7 @@ class BlockManager:
             self._sequences[id(pages)] = pages
         return copy
 
+    @interrupts.finished
     def fork(self, pages: list[int]) -> list[int]:
         """A second sequence that holds the same tokens in the same pages.
 
@@ -230,6 +239,7 @@ class BlockManager:
                 self._whole[id(forked)] = whole
         return forked
 
+    @interrupts.finished
     def evict(
         self, sequences: Sequence[list[int]], start: int, stops: Sequence[int]
     ) -> list[list[int]]:
@@ -290,6 +300,7 @@ class BlockManager:
                     self._whole[id(pages)] = whole
         return old
 
+    @interrupts.finished
     def free(self, pages: list[int]) -> None:
         """Give a sequence up and empty its list `pages`.
 
@@ -304,6 +315,7 @@ class BlockManager:
 
     # --- Prefixes ---
 
+    @interrupts.finished
     def publish(self, pages: list[int], tokens: Sequence[int], *, salt: str | bytes = b"") -> None:
         """Offer a sequence's full pages to later ones that begin with the same tokens.
 
@@ -349,6 +361,7 @@ class BlockManager:
             keys[page], self._places[page] = key, place
             self._cached.setdefault(key, page)
 
+    @interrupts.finished
     def reuse(self, tokens: Sequence[int], *, salt: str | bytes = b"") -> list[int]:
         """A new sequence on published pages, with the longest prefix of the tokens they hold.
 
@@ -372,6 +385,7 @@ class BlockManager:
             self._idle.pop(page, None)  # or one that an interrupted call took out, and did not hold
         return self._hold(pages)
 
+    @interrupts.finished
     def grow(self, num_pages: int) -> None:
         """Note that the pool has `num_pages` pages now; those that it had keep their numbers.
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from pykv import cuda, kinds
+from pykv import cuda, interrupts, kinds
 from pykv.arrays import footprint, load_cupy, on_gpu, to_host
 from pykv.blocks import BlockManager
 from pykv.errors import CapacityError, ParameterError
@@ -118,6 +118,7 @@ class PagedKVCache:
         arrays = (self.k, self.v, self.k_scales, self.v_scales)
         return sum(int(array.nbytes) for array in arrays if array is not None)
 
+    @interrupts.finished
     def extend(self, pages: list[int], start: int, stop: int, *, stream: Any = None) -> None:
         """Make positions start ... stop - 1 of a sequence ready to be written, and copy the page
         that it shared, if any.
@@ -182,8 +183,9 @@ class PagedKVCache:
             do_in(self._xp, copy_pages)
             if stream is not None and on_gpu(self.k):
                 cuda.synchronize()
-        self._set_arrays(new)
-        self.manager.grow(pages)
+        with interrupts.held():
+            self._set_arrays(new)
+            self.manager.grow(pages)
 
     def clamped(self, pages: Sequence[int]) -> Any:
         """The share of the elements of pages that stand at the largest code, [L, 2] float64 for K

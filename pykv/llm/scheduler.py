@@ -20,6 +20,7 @@ from functools import partial
 from itertools import chain, count
 from typing import Protocol
 
+from pykv import interrupts
 from pykv.errors import CapacityError
 from pykv.llm.sequence import Sequence
 from pykv.llm.sequence_pages import Cache, SequencePages, Tiers
@@ -49,7 +50,8 @@ class Stats:
 
 
 class Runner(Protocol):
-    """What computes the steps. Both calls move `cached` of their sequences on, and give tokens
+    """What computes the steps, in a block of pykv.interrupts.held: it allows Ctrl-C where it can be
+    left at any point. Both calls move `cached` of their sequences on, and give tokens
     that are drawn, -1 where logits are not finite.
 
     Attributes:
@@ -154,6 +156,7 @@ class Scheduler:
 
     # --- What callers ask for ---
 
+    @interrupts.finished
     def add(self, *sequences: Sequence) -> None:
         """Let sequences wait for their turn: all of them, or none where an error is raised.
 
@@ -177,11 +180,13 @@ class Scheduler:
             self.waiting.append(s)
             self.stats.prompt_tokens += len(s.prompt)
 
+    @interrupts.finished
     def abort(self, sequence: Sequence) -> None:
         """Give a sequence up, wherever it is; one that has ended stays as it is."""
         sequence.finish_reason = sequence.finish_reason or "abort"
         self._end(sequence)
 
+    @interrupts.finished
     def step(self) -> list[Sequence]:
         """Compute one step of the model.
 

@@ -31,7 +31,11 @@ def run(scheduler: Scheduler, turn: Turn, answers: list[Answer]) -> Generator[No
                 _abort(scheduler, turn, sequences)  # a caller may have ended some
             yield
     finally:  # gives pages back if the generator is closed
-        _abort(scheduler, turn, sequences)
+        try:
+            _abort(scheduler, turn, sequences)
+        except BaseException:  # again, if Ctrl-C came before it
+            _abort(scheduler, turn, sequences)
+            raise
 
 
 def pieces(scheduler: Scheduler, turn: Turn, answer: Answer) -> Generator[str, None, None]:

@@ -1,0 +1,229 @@
+"""Ctrl-C lands anywhere, and neither pages nor sequences are lost; nor are signals that wait."""
+
+import signal
+import sys
+import threading
+from contextlib import contextmanager, nullcontext
+
+import pytest
+
+from pykv import interrupts
+from pykv.blocks import BlockManager
+from pykv.errors import CapacityError
+from pykv.llm import LLM, SamplingParams, shared_steps
+from pykv.llm.answer import Answer
+from pykv.llm.scheduler import Scheduler
+from pykv.llm.sequence import Sequence
+from tests.llm import tiny
+from tests.llm.test_scheduler import Fake, P, answer_alone
+
+
+@contextmanager
+def interrupted(at, modules="pykv"):
+    """Raise SIGINT before line `at` that Python runs of these modules in the block, from 0 on."""
+    left = [at]
+
+    def trace(frame, event, _):
+        if not frame.f_globals.get("__name__", "").startswith(modules):
+            return None
+        if event == "line":
+            left[0] -= 1
+            if left[0] == -1:
+                signal.raise_signal(signal.SIGINT)
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield left
+    finally:
+        sys.settrace(before)
+
+
+class Decoder:
+    """Text of tokens."""
+
+    def push(self, token):
+        return f"{token} "
+
+    def finish(self):
+        return "."
+
+
+def answer(prompt, limit, seed=0):
+    return Answer(Sequence(prompt, SamplingParams(seed=seed), limit), Decoder())
+
+
+def told(sequence):
+    alone = Sequence(sequence.prompt, sequence.params, sequence.limit)
+    return "".join(f"{token} " for token in answer_alone(alone)[0]) + "."
+
+
+def call(scheduler, *answers):
+    for _ in shared_steps.run(scheduler, nullcontext, list(answers)):
+        pass
+
+
+def ask(at, pages):
+    """A stream goes on beside a call that is interrupted. Returns whether it was."""
+    cache = Fake(pages, last=1)
+    scheduler = Scheduler(cache, cache, may_grow=False, prefix_cache=True)
+    beside = answer([5] * 9, 20)
+    scheduler.add(beside.sequence)
+    for _ in range(4):
+        scheduler.step()
+    one, two = answer([5] * 8 + [1] * 9, 24), answer([2] * 3, 16, seed=1)
+    with interrupted(at) as left:
+        try:
+            call(scheduler, one, two)
+        except KeyboardInterrupt:
+            pass
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    while scheduler.has_work:
+        scheduler.step()
+    assert cache.manager.num_free == pages
+    assert beside.completion().text == told(beside.sequence)
+    again = answer(one.sequence.prompt, 24)
+    call(scheduler, again)
+    assert again.completion().text == told(again.sequence) and cache.manager.num_free == pages
+    return left[0] < 0
+
+
+@pytest.mark.parametrize("pages", [40, 9], ids=["roomy", "tight"])
+def test_a_call_that_is_interrupted_anywhere_loses_nothing(pages):
+    start = 0
+    for at in range(0, 10**6, 13):
+        if not ask(at + start % 13, pages):
+            break
+        start += 5
+    assert at > 1000
+
+
+def test_a_model_that_is_interrupted_anywhere_goes_on_as_if_it_was_not(tmp_path):
+    """Penalties, log probabilities and texts of a stream beside the call that is interrupted."""
+    path = tmp_path / "tiny.gguf"
+    tiny.write_case(path, "llama")
+    options = dict(device="cpu", kv_dtype="fp32", weights="fp32", page_size=4)
+    rules = dict(ignore_eos=True, frequency_penalty=0.7, logprobs=1)
+    params = SamplingParams(max_tokens=6, temperature=0.9, **rules)
+    alone = LLM(path, **options, prefix_cache=False).generate([[5, 6, 7]], params)[0]
+    llm = LLM(path, **options, pool_tokens=64)
+    modules = ("pykv.llm", "pykv.blocks", "pykv.interrupts")
+    with interrupted(10**9, modules) as left:
+        llm.generate([[9] * 6], params)
+    lines = 10**9 - left[0]
+    for at in range(0, lines, lines // 80):
+        stream = llm.stream([5, 6, 7], params)
+        next(stream, "")
+        with interrupted(at, modules):
+            try:
+                llm.generate([[9] * 5 + [10 + at % 50]], params)
+            except KeyboardInterrupt:
+                pass
+        for _ in stream:
+            pass
+        found = stream.completion
+        assert (found.text, found.token_ids) == (alone.text, alone.token_ids)
+        assert [x.token_id for x in found.logprobs] == found.token_ids
+        assert llm.cache.manager.num_free == llm.cache.manager.num_pages
+
+
+def test_methods_of_a_manager_end_before_an_interrupt_comes():
+    def work(manager, held):
+        held["a"] = a = []
+        manager.extend(a, 0, 3 * P)
+        manager.publish(a, list(range(3 * P)))
+        held["b"] = b = []
+        manager.extend(b, 0, 2 * P)
+        c = manager.fork(a)
+        manager.extend(c, P + 1, 5 * P)
+        manager.evict([b], 1, [P - 1])
+        manager.grow(20)
+        with pytest.raises(CapacityError):
+            manager.allocate(100 * P)
+        manager.free(c)
+        manager.free(a)
+        manager.reuse(list(range(2 * P)))
+
+    at, done = 0, False
+    while not done:
+        manager, held = BlockManager(12, P), {}
+        with interrupted(at) as left:
+            try:
+                work(manager, held)
+            except KeyboardInterrupt:
+                pass
+        done, at = left[0] >= 0, at + 1
+        # Each page is as often held as sequences have it, and free if none has.
+        counts = [0] * manager.num_pages
+        for pages in manager._sequences.values():
+            for page in pages:
+                counts[page] += 1
+        assert counts == manager._counts
+        free = sorted([*manager._free, *manager._idle])
+        assert free == [page for page, count in enumerate(counts) if not count]
+        assert set(manager._cached.values()) <= {
+            page for page, key in enumerate(manager._keys) if key is not None
+        }
+        for pages in held.values():
+            manager.free(pages)  # it is whole, or empty
+            assert not pages
+    assert at > 100
+
+
+def test_signals_wait_and_are_not_lost():
+    calls = []
+    numbers = [signal.SIGALRM, signal.SIGUSR1]
+    before = [signal.signal(n, lambda number, _: calls.append(number)) for n in numbers]
+    try:
+        with interrupts.held():
+            with interrupts.held():
+                signal.raise_signal(signal.SIGUSR1)
+            signal.raise_signal(signal.SIGALRM)
+            assert calls == []
+            with interrupts.allowed():
+                assert calls == [signal.SIGUSR1, signal.SIGALRM]
+                signal.raise_signal(signal.SIGUSR1)
+                assert len(calls) == 3
+            signal.raise_signal(signal.SIGUSR1)
+            assert len(calls) == 3
+        assert len(calls) == 4
+    finally:
+        for n, handler in zip(numbers, before, strict=True):
+            signal.signal(n, handler)
+
+
+def test_a_handler_that_is_set_meanwhile_stays():
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        with interrupts.held():
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_all_that_wait_are_called_though_one_raises():
+    def fail(*_):
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, fail)
+    try:
+        with pytest.raises(KeyboardInterrupt) as raised, interrupts.held():
+            signal.raise_signal(signal.SIGALRM)
+            signal.raise_signal(signal.SIGINT)
+        assert isinstance(raised.value.__context__, TimeoutError)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_another_thread_holds_nothing():
+    def work():
+        with interrupts.held(), interrupts.allowed():
+            handlers.append(signal.getsignal(signal.SIGINT))
+
+    handlers = []
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert handlers == [signal.getsignal(signal.SIGINT)]

@@ -29,9 +29,10 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from itertools import islice
+from typing import Any
 
 from pykv import interrupts, prefix_keys
-from pykv.errors import CapacityError, ParameterError
+from pykv.errors import CapacityError, ParameterError, UnsupportedError
 from pykv.number_texts import counted
 from pykv.options import check_type, check_whole
 from pykv.page_lists import MAX_PAGE, page_table, slots
@@ -82,6 +83,24 @@ class BlockManager:
         self._free: list[int] = []  # pages with no contents; a stack, page 0 goes out first
         self._idle: OrderedDict[int, None] = OrderedDict()  # cached, held by nobody; oldest first
         self.grow(num_pages)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copy.deepcopy and pickle: sequences, which are known by identity, as they are. Who
+        asks to be told of pages is not told of those of the copy."""
+        whole = [self._whole.get(i) for i in self._sequences]
+        return vars(self) | dict(
+            _sequences=list(self._sequences.values()), _whole=whole, on_forget=None
+        )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        sequences, whole = state["_sequences"], state["_whole"]
+        self._sequences = {id(pages): pages for pages in sequences}
+        pairs = zip(sequences, whole, strict=True)
+        self._whole = {id(pages): n for pages, n in pairs if n is not None}
+
+    def __copy__(self) -> None:
+        raise UnsupportedError("BlockManager: copy.copy would share its lists, expected deepcopy")
 
     @property
     def num_pages(self) -> int:

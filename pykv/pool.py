@@ -13,7 +13,7 @@ import numpy as np
 from pykv import cuda, interrupts, kinds
 from pykv.arrays import footprint, load_cupy, on_gpu, to_host
 from pykv.blocks import BlockManager
-from pykv.errors import CapacityError, ParameterError
+from pykv.errors import CapacityError, ParameterError, UnsupportedError
 from pykv.kinds import SCALE_DTYPES
 from pykv.number_texts import counted
 from pykv.ops import paged_append, paged_decode, paged_qkv, prefill
@@ -97,6 +97,19 @@ class PagedKVCache:
         self._xp: Any = xp
         self._set_arrays(self._zeros(pages))
         self.manager = BlockManager(pages, page_size)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copy.deepcopy and pickle: without views of arrays, which would become arrays."""
+        state = {name: x for name, x in vars(self).items() if name not in ("layers", "scales")}
+        return state | dict(_xp=self._xp.__name__)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._xp = np if state["_xp"] == "numpy" else load_cupy()
+        self._set_arrays([self.k, self.v, self.k_scales, self.v_scales])
+
+    def __copy__(self) -> None:
+        raise UnsupportedError("PagedKVCache: copy.copy would share its arrays, expected deepcopy")
 
     def __repr__(self) -> str:
         layers, heads, head_dim = self.sizes

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from pykv import cuda, interrupts, kinds
+from pykv import cuda, forks, interrupts, kinds
 from pykv.arrays import footprint, load_cupy, on_gpu, to_host
 from pykv.blocks import BlockManager
 from pykv.errors import CapacityError, ParameterError, UnsupportedError
@@ -20,7 +20,8 @@ from pykv.ops import paged_append, paged_decode, paged_qkv, prefill
 from pykv.options import check_number, check_whole, page_ids
 from pykv.specs import KVSpec, as_spec
 
-_first_append = threading.Lock()  # one for all caches: first appends are rare
+# One for all caches: first appends are rare.
+_first_append = forks.waits_for(threading.Lock())
 
 
 class PagedKVCache:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from pykv import cuda, install
+from pykv import cuda, forks, install
 from pykv.eviction import AdaKV, Policy
 from pykv.kvtc.codec import Codec
 from pykv.llm import gguf, matrices, models, scheduler, scoring, sessions, shared_steps
@@ -167,7 +167,7 @@ class LLM:
         if prefill_device is not None:
             evicts = policy is not None
             check_prefill_device(picked, prefill_device, evicts=evicts, require_sm=require_sm)
-        self._lock = threading.RLock()
+        self._lock = forks.waits_for(threading.RLock())
         self.file = gguf.read_model(models.fetch(str(model)))
         config = read_config(self.file)
         if dtype is None:

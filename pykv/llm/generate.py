@@ -110,6 +110,7 @@ class LLM:
         DeviceError: `device` is "cuda" and no GPU is usable, there is no such GPU, it is older than
             `require_sm`, or `prefill_device` is the same one, or has no direct way to it.
         ParameterError: an option is unknown or out of its range.
+        DtypeError: an argument has another type.
         InstallError: a package of the extra `llm` is not installed.
 
     Attributes:
@@ -128,7 +129,7 @@ class LLM:
 
     def __init__(
         self,
-        model: str = "smollm2-135m",
+        model: str | os.PathLike[str] = "smollm2-135m",
         *,
         device: str = "auto",
         prefill_device: str | None = None,
@@ -148,7 +149,6 @@ class LLM:
         require_sm: int = 0,
     ):
         self.spec = as_spec("LLM", kv_dtype, "kv_dtype")
-        self._given = str(model), weights
         dtype = matrices.weights_dtype("weights", weights)
         self.weights_dtype: str = matrices.STORED if dtype is None else np.dtype(dtype).name
         check_flag("LLM", "progress", progress)
@@ -168,7 +168,8 @@ class LLM:
             evicts = policy is not None
             check_prefill_device(picked, prefill_device, evicts=evicts, require_sm=require_sm)
         self._lock = forks.waits_for(threading.RLock())
-        self.file = gguf.read_model(models.fetch(str(model)))
+        self.file = gguf.read_model(models.fetch(model))
+        self._given = os.fsdecode(model), weights
         config = read_config(self.file)
         if dtype is None:
             matrices.check_stored(self.file)

@@ -19,7 +19,7 @@ from typing import Any, ParamSpec, TypeVar
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
-_NAMES = "SIGINT SIGTERM SIGBREAK SIGHUP SIGQUIT SIGALRM SIGVTALRM SIGPROF SIGUSR1 SIGUSR2"
+_NAMES = "SIGINT SIGTERM SIGBREAK SIGHUP SIGALRM SIGUSR1 SIGUSR2"
 _SIGNALS = [int(getattr(signal, name)) for name in _NAMES.split() if hasattr(signal, name)]
 
 _theirs: dict[int, Any] = {}  # handlers that `_note` stands for
@@ -124,7 +124,10 @@ def _take_over() -> None:
         handler = _handler_of(number)
         if callable(handler) and handler is not _note:
             _theirs[number] = handler
-            _set_handler(number, _note)
+            try:
+                _set_handler(number, _note)
+            except ValueError:  # the main thread of a subinterpreter, which gets no signals, either
+                del _theirs[number]
 
 
 def _give_back() -> None:

@@ -227,3 +227,16 @@ def test_another_thread_holds_nothing():
     thread.start()
     thread.join()
     assert handlers == [signal.getsignal(signal.SIGINT)]
+
+
+def test_a_subinterpreter_gets_no_signals(monkeypatch):
+    """Its main thread must not set handlers."""
+
+    def refuse(*_):
+        raise ValueError("signal only works in main thread of the main interpreter")
+
+    monkeypatch.setattr(interrupts, "_set_handler", refuse)
+    before = signal.getsignal(signal.SIGINT)
+    manager = BlockManager(4, P)
+    assert manager.allocate(3 * P) == [0, 1, 2]
+    assert not interrupts._theirs and signal.getsignal(signal.SIGINT) is before

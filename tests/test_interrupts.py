@@ -9,8 +9,8 @@ import pytest
 
 from pykv import interrupts
 from pykv.blocks import BlockManager
-from pykv.errors import CapacityError
-from pykv.llm import LLM, SamplingParams, shared_steps
+from pykv.errors import CapacityError, UnsupportedError
+from pykv.llm import LLM, SamplingParams, model, shared_steps
 from pykv.llm.answer import Answer
 from pykv.llm.scheduler import Scheduler
 from pykv.llm.sequence import Sequence
@@ -126,6 +126,55 @@ def test_a_model_that_is_interrupted_anywhere_goes_on_as_if_it_was_not(tmp_path)
         assert (found.text, found.token_ids) == (alone.text, alone.token_ids)
         assert [x.token_id for x in found.logprobs] == found.token_ids
         assert llm.cache.manager.num_free == llm.cache.manager.num_pages
+
+
+def test_a_handler_that_asks_the_model_does_so_between_steps(tmp_path, monkeypatch):
+    """Refused in the midst of one, of which it would tear the pages; what was asked goes on."""
+    path = tmp_path / "tiny.gguf"
+    tiny.write_case(path, "llama")
+    llm = LLM(path, device="cpu", kv_dtype="fp32", weights="fp32")
+    params = SamplingParams(max_tokens=6, ignore_eos=True)
+    want, inner = (llm.generate([ids], params)[0].token_ids for ids in ([5, 6, 7], [9, 9]))
+    said, stream = [], llm.stream([4, 4], params)
+    next(stream)
+    asking = []
+
+    def ask(*_):
+        if asking:  # its own call draws, too
+            return
+        asking.append(True)
+        for call in (lambda: llm.generate([[9, 9]], params)[0].token_ids, stream.close):
+            try:
+                said.append(call())
+            except UnsupportedError as error:
+                said.append(str(error))
+        asking.clear()
+
+    def raising(work):
+        def run(*args, **options):
+            signal.raise_signal(signal.SIGALRM)
+            return work(*args, **options)
+
+        return run
+
+    before = signal.signal(signal.SIGALRM, ask)
+    try:
+        for of, name in ((model, "forward"), (llm.runner._sampler, "draw")):
+            said.clear()
+            with monkeypatch.context() as patch:
+                patch.setattr(of, name, raising(getattr(of, name)))
+                assert llm.generate([[5, 6, 7]], params)[0].token_ids == want
+            refused = "LLM: a signal handler calls it in the midst of a step, expected a call after"
+            asked, closed = said[::2], said[1::2]
+            if name == "forward":
+                assert len(asked) >= 6 and all(x.startswith(refused) for x in asked)
+                assert closed[0].startswith(refused)  # and the next step ends it
+            else:
+                assert asked and all(x == inner for x in asked) and not any(closed)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert stream.completion.finish_reason == "abort"
+    assert llm.cache.manager.num_free == llm.cache.manager.num_pages
 
 
 def test_methods_of_a_manager_end_before_an_interrupt_comes():

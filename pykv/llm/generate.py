@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from pykv import cuda, forks, install
+from pykv.errors import UnsupportedError
 from pykv.eviction import AdaKV, Policy
 from pykv.kvtc.codec import Codec
 from pykv.llm import gguf, matrices, models, scheduler, scoring, sessions, shared_steps
@@ -250,9 +251,20 @@ class LLM:
     def turn(self) -> Iterator[None]:
         """While the block runs no other thread's call does a step, and the model's GPU is the
         current one; for work on `model` and `cache` beside calls. What it enqueues on the current
-        stream, which each thread has its own of, comes behind what the turn before did."""
-        with self._lock, cuda.use_device(self._device), cuda.behind(self._done):
-            yield
+        stream, which each thread has its own of, comes behind what the turn before did.
+
+        Raises:
+            UnsupportedError: this thread is in the midst of a step, and a signal handler asks.
+        """
+        with self._lock:
+            scheduler = getattr(self, "_scheduler", None)  # None: the LLM is being made
+            if scheduler is not None and scheduler.is_stepping:
+                raise UnsupportedError(
+                    "LLM: a signal handler calls it in the midst of a step, expected a call after "
+                    "that; Stream.stop may be called at any time"
+                )
+            with cuda.use_device(self._device), cuda.behind(self._done):
+                yield
 
     # --- Text ---
 

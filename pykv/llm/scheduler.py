@@ -109,6 +109,7 @@ class Scheduler:
         pages: of the sequences.
         stats: what was done; may be replaced by new ones.
         failed: sequences of the model's call that raised, if it did in the last step.
+        is_stepping: whether a step is being computed.
 
     Not thread-safe. A piece of a prompt ends where a page does, and the tokens behind the last full
     page are a step of their own, whether the pages are found or computed: what a step sums in which
@@ -133,6 +134,7 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.waiting: list[Sequence] = []
         self.failed: list[Sequence] = []
+        self.is_stepping = False
         self.stats = Stats()
         self.pages = SequencePages(
             cache,
@@ -196,6 +198,15 @@ class Scheduler:
         Whatever a model raises leaves the sequences of its step waiting, to be computed again from
         their beginning; none is lost, and none reuses what the step may have left unwritten.
         """
+        self.is_stepping = True
+        try:
+            return self._step()
+        finally:
+            self.is_stepping = False
+
+    # --- Steps ---
+
+    def _step(self) -> list[Sequence]:
         self.failed = []
         changed = [s for s in (*self.running, *self.waiting) if s.finish_reason]
         for s in changed:
@@ -211,8 +222,6 @@ class Scheduler:
                 if s.finish_reason:
                     self._end(s)
         return changed
-
-    # --- Steps ---
 
     def _run(self, changed: list[Sequence]) -> None:
         """Compute a step, and add those that got a token to `changed`. Waits for what tiers bring

@@ -47,6 +47,8 @@ def pieces(scheduler: Scheduler, turn: Turn, answer: Answer) -> Generator[str, N
 
 
 def _abort(scheduler: Scheduler, turn: Turn, sequences: list[Sequence]) -> None:
+    for s in sequences:  # for the next step, if this thread is in the midst of one
+        s.finish_reason = s.finish_reason or "abort"
     with turn(), ExitStack() as each:
         for s in sequences:
             each.callback(scheduler.abort, s)

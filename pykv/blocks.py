@@ -57,7 +57,8 @@ class BlockManager:
         DtypeError: a size is no whole number.
 
     All methods raise DtypeError for arguments of another type. An error leaves everything as it
-    was; Ctrl-C comes before or after what a method does. Not thread-safe. Sources: vLLM's paged
+    was; Ctrl-C comes before or after what a method does, and a finalizer may `free` a sequence in
+    the midst of it. Not thread-safe. Sources: vLLM's paged
     attention and automatic prefix caching.
 
     >>> manager = pykv.blocks.BlockManager(num_pages=8, page_size=4)
@@ -228,7 +229,7 @@ class BlockManager:
         copy = None
         for i in shared:
             old, pages[i] = pages[i], self._take()
-            counts[old] -= 1
+            self._give_up([old])  # by now perhaps the last one that holds it
             if i == first and start % P:
                 copy = old, pages[i]
         for _ in range(num_new):
@@ -252,7 +253,8 @@ class BlockManager:
         self._check_held("fork", pages)
         forked = self._hold(list(pages))
         if self._whole:
-            moved = {page for i, n in self._whole.items() for page in self._sequences[i][n:]}
+            known = self._sequences
+            moved = {page for i, n in list(self._whole.items()) for page in known.get(i, [])[n:]}
             whole = next((i for i, page in enumerate(forked) if page in moved), None)
             if whole is not None:
                 self._whole[id(forked)] = whole
@@ -400,9 +402,10 @@ class BlockManager:
             if page is None:
                 break
             pages.append(page)
+        pages = self._hold(pages)  # first: a finalizer may free what holds one of them at any point
         for page in pages:
-            self._idle.pop(page, None)  # or one that an interrupted call took out, and did not hold
-        return self._hold(pages)
+            self._idle.pop(page, None)
+        return pages
 
     @interrupts.finished
     def grow(self, num_pages: int) -> None:

@@ -20,8 +20,8 @@ from tests.llm.test_scheduler import Fake, P, answer_alone
 
 
 @contextmanager
-def interrupted(at, modules="pykv"):
-    """Raise SIGINT before line `at` that Python runs of these modules in the block, from 0 on."""
+def interrupted(at, modules="pykv", action=lambda: signal.raise_signal(signal.SIGINT)):
+    """Do an action before line `at` that Python runs of these modules in the block, from 0 on."""
     left = [at]
 
     def trace(frame, event, _):
@@ -30,7 +30,7 @@ def interrupted(at, modules="pykv"):
         if event == "line":
             left[0] -= 1
             if left[0] == -1:
-                signal.raise_signal(signal.SIGINT)
+                action()
         return trace
 
     before = sys.gettrace()
@@ -229,21 +229,64 @@ def test_methods_of_a_manager_end_before_an_interrupt_comes():
             except KeyboardInterrupt:
                 pass
         done, at = left[0] >= 0, at + 1
-        # Each page is as often held as sequences have it, and free if none has.
-        counts = [0] * manager.num_pages
-        for pages in manager._sequences.values():
-            for page in pages:
-                counts[page] += 1
-        assert counts == manager._counts
-        free = sorted([*manager._free, *manager._idle])
-        assert free == [page for page, count in enumerate(counts) if not count]
-        assert set(manager._cached.values()) <= {
-            page for page, key in enumerate(manager._keys) if key is not None
-        }
+        check_whole(manager)
         for pages in held.values():
             manager.free(pages)  # it is whole, or empty
             assert not pages
     assert at > 100
+
+
+def check_whole(manager):
+    """Each page is as often held as sequences have it, and free if none has."""
+    counts = [0] * manager.num_pages
+    for pages in manager._sequences.values():
+        for page in pages:
+            counts[page] += 1
+    assert counts == manager._counts
+    free = sorted([*manager._free, *manager._idle])
+    assert free == [page for page, count in enumerate(counts) if not count]
+    published = {page for page, key in enumerate(manager._keys) if key is not None}
+    assert set(manager._cached.values()) <= published and manager._idle.keys() <= published
+
+
+def extending(manager, first):
+    manager.extend(first, P + 1, 5 * P)
+    manager.publish(first, [*range(P + 1), *range(90, 89 + 2 * P)])
+    other = manager.allocate(P)
+    manager.evict([first], 1, [2 * P])
+    manager.extend(other, P, 2 * P)
+    manager.free(manager.fork(first))
+    manager.grow(20)
+
+
+def reusing(manager, first):
+    manager.free(first)
+    found = manager.reuse(list(range(3 * P)))
+    manager.extend(found, P, 4 * P)
+
+
+@pytest.mark.parametrize("work", [extending, reusing])
+def test_a_finalizer_may_free_a_sequence_at_any_point_of_a_method(work):
+    """As when garbage is collected there."""
+    at, done = 0, False
+    while not done:
+        manager = BlockManager(16, P)
+        first = manager.allocate(3 * P)
+        manager.publish(first, list(range(3 * P)))
+        forks = [manager.fork(first), manager.allocate(2 * P), manager.allocate(2 * P)]
+        manager.evict(forks[-1:], 1, [P + 1])
+
+        def collect(manager=manager, forks=forks):
+            for pages in forks:
+                manager.free(pages)
+
+        with interrupted(at, action=collect) as left:
+            work(manager, first)
+        done, at = left[0] >= 0, at + 1
+        check_whole(manager)
+        manager.allocate(manager.num_free * P)
+        check_whole(manager)
+    assert at > 50
 
 
 def test_signals_wait_and_are_not_lost():

@@ -55,11 +55,12 @@ class held:
             _holder = self._before
             if self._is_first:
                 _give_back()
-        finally:  # even if one comes meanwhile
+        except BaseException:  # one came meanwhile
             if self._is_first:
                 _give_back()
-            if self._before is None:
-                _call_waiting()
+            raise
+        if _waiting and self._before is None:
+            _call_waiting()
 
 
 class allowed:
@@ -89,6 +90,8 @@ def finished(function: Callable[_P, _T]) -> Callable[_P, _T]:
 
     @wraps(function)
     def run(*args: _P.args, **options: _P.kwargs) -> _T:
+        if _holder is not None:  # signals wait already, and only those of the main thread ever do
+            return function(*args, **options)
         with held():
             return function(*args, **options)
 

@@ -16,7 +16,7 @@
 //           e5m2; SCALE_T = f16 or float; BLOCK = threads; KEYS, rows of a block of kv_scores and
 //           kv_squares; of kv_scores AHEAD_BYTES, 64 at least, which a lane loads before it uses any,
 //           and MEASURE = NORM 0, LARGEST 1, COSINE 2, PRODUCT 3; of kv_means NORMALIZE = 0 or 1:
-//           rows are divided by their norms
+//           rows are divided by their norms, and are zeros where these are 0 or not finite
 // Launch:   kv_scores, kv_squares: grid (B * R * ceil(C / KEYS)), block (BLOCK)
 //           kv_means: grid (B * H * runs), or with `last` (B * H), block (BLOCK)
 // Traffic:  rows once, for R / H > 1 later ones hit the caches; 4 bytes a row and score; 4 * D
@@ -306,12 +306,14 @@ kv_means(float* __restrict__ means, const K_T* __restrict__ pool,
         }
         load_row(x, pool + page * pool_page + token * pool_token + kv_head * pool_head, scale);
         float factor = 1.0f;
-        if (NORMALIZE) {
+        bool counts = first + slot < rows;
+        if (NORMALIZE) {  // NaN and infinities have no direction
             bring_near_1(x);
             const float norm = sqrtf(dot(x, x));
-            factor = norm == 0.0f ? 0.0f : 1.0f / norm;
+            counts &= norm > 0.0f && norm < INF;
+            factor = 1.0f / norm;
         }
-        if (first + slot >= rows) continue;
+        if (!counts) continue;
 #pragma unroll
         for (int e = 0; e < EIGHTS; e++) {
 #pragma unroll

@@ -29,9 +29,10 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from itertools import islice
+from typing import Any
 
-from pykv import prefix_keys
-from pykv.errors import CapacityError, ParameterError
+from pykv import interrupts, prefix_keys
+from pykv.errors import CapacityError, ParameterError, UnsupportedError
 from pykv.number_texts import counted
 from pykv.options import check_type, check_whole
 from pykv.page_lists import MAX_PAGE, page_table, slots
@@ -56,7 +57,9 @@ class BlockManager:
         DtypeError: a size is no whole number.
 
     All methods raise DtypeError for arguments of another type. An error leaves everything as it
-    was. Not thread-safe. Sources: vLLM's paged attention and automatic prefix caching.
+    was; Ctrl-C comes before or after what a method does, and a finalizer may `free` a sequence in
+    the midst of it. Not thread-safe. Sources: vLLM's paged
+    attention and automatic prefix caching.
 
     >>> manager = pykv.blocks.BlockManager(num_pages=8, page_size=4)
     >>> first = manager.allocate(tokens=6)
@@ -81,6 +84,24 @@ class BlockManager:
         self._free: list[int] = []  # pages with no contents; a stack, page 0 goes out first
         self._idle: OrderedDict[int, None] = OrderedDict()  # cached, held by nobody; oldest first
         self.grow(num_pages)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copy.deepcopy and pickle: sequences, which are known by identity, as they are. Who
+        asks to be told of pages is not told of those of the copy."""
+        whole = [self._whole.get(i) for i in self._sequences]
+        return vars(self) | dict(
+            _sequences=list(self._sequences.values()), _whole=whole, on_forget=None
+        )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        sequences, whole = state["_sequences"], state["_whole"]
+        self._sequences = {id(pages): pages for pages in sequences}
+        pairs = zip(sequences, whole, strict=True)
+        self._whole = {id(pages): n for pages, n in pairs if n is not None}
+
+    def __copy__(self) -> None:
+        raise UnsupportedError("BlockManager: copy.copy would share its lists, expected deepcopy")
 
     @property
     def num_pages(self) -> int:
@@ -135,6 +156,7 @@ class BlockManager:
 
     # --- Sequences ---
 
+    @interrupts.finished
     def allocate(self, tokens: int) -> list[int]:
         """Pages for a new sequence of so many tokens.
 
@@ -180,6 +202,12 @@ class BlockManager:
                         return None
         except (LookupError, TypeError):  # an empty new sequence, or none: checked below
             pass
+        return self._extend(pages, start, stop)
+
+    @interrupts.finished
+    def _extend(self, pages: list[int], start: int, stop: int) -> tuple[int, int] | None:
+        """`extend`, if there is anything to do."""
+        P, counts = self.page_size, self._counts
         start = check_whole("BlockManager.extend", "start", start, 0)
         stop = check_whole("BlockManager.extend", "stop", stop, start)
         first = start // P
@@ -201,7 +229,7 @@ class BlockManager:
         copy = None
         for i in shared:
             old, pages[i] = pages[i], self._take()
-            counts[old] -= 1
+            self._give_up([old])  # by now perhaps the last one that holds it
             if i == first and start % P:
                 copy = old, pages[i]
         for _ in range(num_new):
@@ -210,6 +238,7 @@ class BlockManager:
             self._sequences[id(pages)] = pages
         return copy
 
+    @interrupts.finished
     def fork(self, pages: list[int]) -> list[int]:
         """A second sequence that holds the same tokens in the same pages.
 
@@ -224,12 +253,14 @@ class BlockManager:
         self._check_held("fork", pages)
         forked = self._hold(list(pages))
         if self._whole:
-            moved = {page for i, n in self._whole.items() for page in self._sequences[i][n:]}
+            known = self._sequences
+            moved = {page for i, n in list(self._whole.items()) for page in known.get(i, [])[n:]}
             whole = next((i for i, page in enumerate(forked) if page in moved), None)
             if whole is not None:
                 self._whole[id(forked)] = whole
         return forked
 
+    @interrupts.finished
     def evict(
         self, sequences: Sequence[list[int]], start: int, stops: Sequence[int]
     ) -> list[list[int]]:
@@ -290,6 +321,7 @@ class BlockManager:
                     self._whole[id(pages)] = whole
         return old
 
+    @interrupts.finished
     def free(self, pages: list[int]) -> None:
         """Give a sequence up and empty its list `pages`.
 
@@ -304,6 +336,7 @@ class BlockManager:
 
     # --- Prefixes ---
 
+    @interrupts.finished
     def publish(self, pages: list[int], tokens: Sequence[int], *, salt: str | bytes = b"") -> None:
         """Offer a sequence's full pages to later ones that begin with the same tokens.
 
@@ -349,6 +382,7 @@ class BlockManager:
             keys[page], self._places[page] = key, place
             self._cached.setdefault(key, page)
 
+    @interrupts.finished
     def reuse(self, tokens: Sequence[int], *, salt: str | bytes = b"") -> list[int]:
         """A new sequence on published pages, with the longest prefix of the tokens they hold.
 
@@ -368,10 +402,12 @@ class BlockManager:
             if page is None:
                 break
             pages.append(page)
+        pages = self._hold(pages)  # first: a finalizer may free what holds one of them at any point
         for page in pages:
-            self._idle.pop(page, None)  # or one that an interrupted call took out, and did not hold
-        return self._hold(pages)
+            self._idle.pop(page, None)
+        return pages
 
+    @interrupts.finished
     def grow(self, num_pages: int) -> None:
         """Note that the pool has `num_pages` pages now; those that it had keep their numbers.
 

@@ -1,15 +1,16 @@
-"""What a forked child does first with objects that it has of its parent: threads and whoever held
-a lock are not in the child."""
+"""Forks: other threads are not in the child, and neither is what they were about to finish."""
 
 from __future__ import annotations
 
 import os
 import weakref
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 _T = TypeVar("_T")
 _works: weakref.WeakKeyDictionary[object, Callable[[object], None]] = weakref.WeakKeyDictionary()
+_locks: weakref.WeakSet[Any] = weakref.WeakSet()
+_taken: list[Any] = []  # by the fork under way
 
 
 def in_child(thing: _T, work: Callable[[_T], None]) -> None:
@@ -17,10 +18,29 @@ def in_child(thing: _T, work: Callable[[_T], None]) -> None:
     _works[thing] = work  # type: ignore[assignment]
 
 
+def waits_for(lock: _T) -> _T:
+    """Have every fork wait until no other thread holds a lock, so that in the child nobody does,
+    and what it guards is whole. Returns the lock."""
+    _locks.add(lock)
+    return lock
+
+
+def _take() -> None:
+    for lock in list(_locks):
+        lock.acquire()
+        _taken.append(lock)
+
+
+def _release() -> None:
+    while _taken:
+        _taken.pop().release()
+
+
 def _run() -> None:
+    _release()
     for thing, work in list(_works.items()):
         work(thing)
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_run)
+    os.register_at_fork(before=_take, after_in_parent=_release, after_in_child=_run)

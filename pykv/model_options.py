@@ -48,8 +48,9 @@ def add_cache(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--host-cache",
         metavar="SIZE[:CODEC]",
-        help="keep pages that the cache forgets in so much host memory, such as 4GiB; codecs are "
-        "int8, int4, and FILE:RATIO of an artefact of `pykv kvtc calibrate`",
+        help="keep pages that the cache forgets in so much host memory, such as 4G, 4GB or "
+        "4GiB, which are one size: units are powers of 1024; codecs are int8, int4, and FILE:RATIO "
+        "of an artefact of `pykv kvtc calibrate`",
     )
     parser.add_argument(
         "--disk-cache",

@@ -10,17 +10,18 @@ from typing import Any
 
 import numpy as np
 
-from pykv import cuda, kinds
+from pykv import cuda, forks, interrupts, kinds
 from pykv.arrays import footprint, load_cupy, on_gpu, to_host
 from pykv.blocks import BlockManager
-from pykv.errors import CapacityError, ParameterError
+from pykv.errors import CapacityError, ParameterError, UnsupportedError
 from pykv.kinds import SCALE_DTYPES
 from pykv.number_texts import counted
 from pykv.ops import paged_append, paged_decode, paged_qkv, prefill
 from pykv.options import check_number, check_whole, page_ids
 from pykv.specs import KVSpec, as_spec
 
-_first_append = threading.Lock()  # one for all caches: first appends are rare
+# One for all caches: first appends are rare.
+_first_append = forks.waits_for(threading.Lock())
 
 
 class PagedKVCache:
@@ -98,6 +99,19 @@ class PagedKVCache:
         self._set_arrays(self._zeros(pages))
         self.manager = BlockManager(pages, page_size)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copy.deepcopy and pickle: without views of arrays, which would become arrays."""
+        state = {name: x for name, x in vars(self).items() if name not in ("layers", "scales")}
+        return state | dict(_xp=self._xp.__name__)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._xp = np if state["_xp"] == "numpy" else load_cupy()
+        self._set_arrays([self.k, self.v, self.k_scales, self.v_scales])
+
+    def __copy__(self) -> None:
+        raise UnsupportedError("PagedKVCache: copy.copy would share its arrays, expected deepcopy")
+
     def __repr__(self) -> str:
         layers, heads, head_dim = self.sizes
         return (
@@ -118,6 +132,7 @@ class PagedKVCache:
         arrays = (self.k, self.v, self.k_scales, self.v_scales)
         return sum(int(array.nbytes) for array in arrays if array is not None)
 
+    @interrupts.finished
     def extend(self, pages: list[int], start: int, stop: int, *, stream: Any = None) -> None:
         """Make positions start ... stop - 1 of a sequence ready to be written, and copy the page
         that it shared, if any.
@@ -182,8 +197,9 @@ class PagedKVCache:
             do_in(self._xp, copy_pages)
             if stream is not None and on_gpu(self.k):
                 cuda.synchronize()
-        self._set_arrays(new)
-        self.manager.grow(pages)
+        with interrupts.held():
+            self._set_arrays(new)
+            self.manager.grow(pages)
 
     def clamped(self, pages: Sequence[int]) -> Any:
         """The share of the elements of pages that stand at the largest code, [L, 2] float64 for K

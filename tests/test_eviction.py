@@ -221,6 +221,23 @@ def test_one_row_beyond_float32_does_not_decide_about_the_others(xp, rng, policy
         assert len((kept ^ want) - {2}) <= 1, (kept, want)
 
 
+@pytest.mark.parametrize(
+    "policy", [KeyNorm(budget=6), KeyDiff(budget=6), Largest(budget=6)], ids=str
+)
+@pytest.mark.parametrize("values", [[np.nan], [np.inf], [-np.inf, np.nan]], ids=str)
+def test_keys_that_are_not_finite_go_first_and_change_no_others_worth(xp, rng, policy, values):
+    if isinstance(policy, Largest) and np.nan not in values:
+        pytest.skip("an infinity is the largest")
+    k, v = rng.standard_normal((2, 20, H, D)).astype(np.float32)
+    odd, finite = [2, 7, 19], [i for i in range(20) if i not in (2, 7, 19)]
+    alone = kept_of(xp, policy, k[finite], v[finite], None)
+    k[odd, :, : len(values)] = values
+    want = [{finite[i] for i in kept} for kept in alone]
+    assert kept_of(xp, policy, k, v, None) == want
+    everything = kept_of(xp, policy, np.full_like(k, np.nan), v, None)
+    assert everything == [set(range(6))] * H  # all are worth the same: the first stay
+
+
 def test_mixed_heads_are_looked_ahead_of_as_others(xp, rng):
     """Heads that a Hadamard matrix mixed, queries and keys, lose the same rows."""
     policy = ExpectedAttention(budget=9, sinks=1, epsilon=0, future=30)

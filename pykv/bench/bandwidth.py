@@ -18,6 +18,7 @@ from pykv.errors import ParameterError
 from pykv.ops import bandwidth
 from pykv.ranges import address_of
 from pykv.testing import caches
+from pykv.tiers.sizes import parse_bytes
 
 GIB = 1 << 30
 MAX_SIZE = 1 << 40
@@ -36,17 +37,18 @@ _TILES_A_SUM = 8  # enough for each block to amortise its end, few enough to spr
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--size", type=int, default=GIB, help="bytes of each array (%(default)s)", metavar="BYTES"
+        "--size", default="1GiB", help="of each array, in bytes, or as 64M or 4GiB (%(default)s)"
     )
 
 
 def select(args: argparse.Namespace) -> list[dict[str, Any]]:
-    if args.size % VECTOR_BYTES or not 0 < args.size <= MAX_SIZE:
+    size = parse_bytes("bench bandwidth", "--size", args.size)
+    if size % VECTOR_BYTES or size > MAX_SIZE:
         raise ParameterError(
-            f"bench bandwidth: --size is {args.size}, expected a multiple of {VECTOR_BYTES} above "
-            f"0, up to {MAX_SIZE}"
+            f"bench bandwidth: --size is {size}, expected a multiple of {VECTOR_BYTES}, up to "
+            f"{MAX_SIZE}"
         )
-    return cases(min(args.size, QUICK_SIZE) if args.quick else args.size)
+    return cases(min(size, QUICK_SIZE) if args.quick else size)
 
 
 def cases(size: int) -> list[dict[str, Any]]:

@@ -24,6 +24,7 @@ from pykv.cuda.calls import (
     look,
     prepare,
     refuse_capture,
+    refuse_copy,
     refuse_prepare,
     refuse_repeat,
     run_on_host,

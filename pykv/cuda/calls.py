@@ -242,6 +242,15 @@ def _refuse_stream() -> NoReturn:
 # --- Prepared calls -------------------------------------------------------------------------------
 
 
+def refuse_copy(self: Any, protocol: Any) -> NoReturn:
+    """`__reduce_ex__` of what works on arrays that it was made with: copies of it would work on
+    the same ones, and copies of results would never change."""
+    raise UnsupportedError(
+        f"{type(self).__name__} works on the arrays that it was made with, expected another one "
+        "made in place of a copy or a pickle"
+    )
+
+
 class Prepared:
     """A call that was checked once; see `prepare`.
 
@@ -250,6 +259,7 @@ class Prepared:
     """
 
     __slots__ = ("_current_device", "_device", "_held", "_steps", "result")
+    __reduce_ex__ = refuse_copy
 
     def __init__(self, recording: _Recording, result: Any) -> None:
         self._steps, self._held, self.result = recording.steps, recording.held, result

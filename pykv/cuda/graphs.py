@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from pykv.arrays import is_array, load_cupy, on_gpu
-from pykv.cuda.calls import refuse_capture, refuse_prepare, state
+from pykv.cuda.calls import refuse_capture, refuse_copy, refuse_prepare, state
 from pykv.cuda.devices import behind, current_device, on_stream
 from pykv.errors import DeviceError, DtypeError
 from pykv.options import check_type
@@ -84,6 +84,8 @@ class GraphMemory:
 
 class Graph:
     """A function as a CUDA graph; see `graph`."""
+
+    __reduce_ex__ = refuse_copy
 
     def __init__(self, function: Callable[[], Any], memory: GraphMemory | None) -> None:
         self._function, self._memory = function, memory

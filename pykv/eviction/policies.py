@@ -36,6 +36,10 @@ class Policy:
         threshold: only rows are kept whose score is above it, sinks and recent ones aside.
         sinks, recent: first and last rows that always stay.
 
+    A row that is worth NaN goes first, as one whose key is NaN does, which changes the worth of no
+    other: but to policies that look at attention, where the query that sees it gives NaN to all.
+    Of rows that are worth the same, as all of these, the first stay.
+
     Raises:
         ParameterError: there is neither budget nor ratio nor threshold, or both of the first; one
             is out of its range; or `budget` is below `sinks` + `recent`.
@@ -178,7 +182,7 @@ class Largest(Policy):
 
 
 class KeyDiff(Policy):
-    """Keys that differ most, by their cosine, from the mean direction of all.
+    """Keys that differ most, by their cosine, from the mean direction of all that are finite.
 
     Args, Raises: as `Policy`.
     """

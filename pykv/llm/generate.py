@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from pykv import cuda, install
+from pykv import cuda, forks, install
+from pykv.errors import UnsupportedError
 from pykv.eviction import AdaKV, Policy
 from pykv.kvtc.codec import Codec
 from pykv.llm import gguf, matrices, models, scheduler, scoring, sessions, shared_steps
@@ -110,6 +111,7 @@ class LLM:
         DeviceError: `device` is "cuda" and no GPU is usable, there is no such GPU, it is older than
             `require_sm`, or `prefill_device` is the same one, or has no direct way to it.
         ParameterError: an option is unknown or out of its range.
+        DtypeError: an argument has another type.
         InstallError: a package of the extra `llm` is not installed.
 
     Attributes:
@@ -128,7 +130,7 @@ class LLM:
 
     def __init__(
         self,
-        model: str = "smollm2-135m",
+        model: str | os.PathLike[str] = "smollm2-135m",
         *,
         device: str = "auto",
         prefill_device: str | None = None,
@@ -148,7 +150,6 @@ class LLM:
         require_sm: int = 0,
     ):
         self.spec = as_spec("LLM", kv_dtype, "kv_dtype")
-        self._given = str(model), weights
         dtype = matrices.weights_dtype("weights", weights)
         self.weights_dtype: str = matrices.STORED if dtype is None else np.dtype(dtype).name
         check_flag("LLM", "progress", progress)
@@ -167,8 +168,9 @@ class LLM:
         if prefill_device is not None:
             evicts = policy is not None
             check_prefill_device(picked, prefill_device, evicts=evicts, require_sm=require_sm)
-        self._lock = threading.RLock()
-        self.file = gguf.read_model(models.fetch(str(model)))
+        self._lock = forks.waits_for(threading.RLock())
+        self.file = gguf.read_model(models.fetch(model))
+        self._given = os.fsdecode(model), weights
         config = read_config(self.file)
         if dtype is None:
             matrices.check_stored(self.file)
@@ -249,9 +251,20 @@ class LLM:
     def turn(self) -> Iterator[None]:
         """While the block runs no other thread's call does a step, and the model's GPU is the
         current one; for work on `model` and `cache` beside calls. What it enqueues on the current
-        stream, which each thread has its own of, comes behind what the turn before did."""
-        with self._lock, cuda.use_device(self._device), cuda.behind(self._done):
-            yield
+        stream, which each thread has its own of, comes behind what the turn before did.
+
+        Raises:
+            UnsupportedError: this thread is in the midst of a step, and a signal handler asks.
+        """
+        with self._lock:
+            scheduler = getattr(self, "_scheduler", None)  # None: the LLM is being made
+            if scheduler is not None and scheduler.is_stepping:
+                raise UnsupportedError(
+                    "LLM: a signal handler calls it in the midst of a step, expected a call after "
+                    "that; Stream.stop may be called at any time"
+                )
+            with cuda.use_device(self._device), cuda.behind(self._done):
+                yield
 
     # --- Text ---
 

@@ -20,7 +20,7 @@ from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
 from pykv.cache_folder import check_private, total_bytes
-from pykv.errors import FetchError, ParameterError, PykvError
+from pykv.errors import DtypeError, FetchError, ParameterError, PykvError
 from pykv.llm import download, model_files, wheels
 from pykv.llm.download import Remote
 from pykv.llm.model_files import folder
@@ -91,7 +91,7 @@ _WAYS_OUT = (
 )
 
 
-def fetch(model: str) -> Path:
+def fetch(model: str | os.PathLike[str]) -> Path:
     """The GGUF file of a model.
 
     Args:
@@ -109,7 +109,13 @@ def fetch(model: str) -> Path:
             another user could have written what the folder holds; the text names the ways out.
         FormatError: the file in the cache folder has been damaged since.
         ParameterError: the address is malformed.
+        DtypeError: `model` is neither a text nor a path.
     """
+    try:
+        model = os.fsdecode(model)
+    except TypeError:
+        given = type(model).__name__
+        raise DtypeError(f"model is a {given}, expected a text or a pathlib.Path") from None
     if model not in MODELS and not _is_remote(model):
         return _local(model)
     name, label = _file_name(model), _label(model)

@@ -20,6 +20,7 @@ from functools import partial
 from itertools import chain, count
 from typing import Protocol
 
+from pykv import interrupts
 from pykv.errors import CapacityError
 from pykv.llm.sequence import Sequence
 from pykv.llm.sequence_pages import Cache, SequencePages, Tiers
@@ -49,7 +50,8 @@ class Stats:
 
 
 class Runner(Protocol):
-    """What computes the steps. Both calls move `cached` of their sequences on, and give tokens
+    """What computes the steps, in a block of pykv.interrupts.held: it allows Ctrl-C where it can be
+    left at any point. Both calls move `cached` of their sequences on, and give tokens
     that are drawn, -1 where logits are not finite.
 
     Attributes:
@@ -107,6 +109,7 @@ class Scheduler:
         pages: of the sequences.
         stats: what was done; may be replaced by new ones.
         failed: sequences of the model's call that raised, if it did in the last step.
+        is_stepping: whether a step is being computed.
 
     Not thread-safe. A piece of a prompt ends where a page does, and the tokens behind the last full
     page are a step of their own, whether the pages are found or computed: what a step sums in which
@@ -131,6 +134,7 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.waiting: list[Sequence] = []
         self.failed: list[Sequence] = []
+        self.is_stepping = False
         self.stats = Stats()
         self.pages = SequencePages(
             cache,
@@ -154,6 +158,7 @@ class Scheduler:
 
     # --- What callers ask for ---
 
+    @interrupts.finished
     def add(self, *sequences: Sequence) -> None:
         """Let sequences wait for their turn: all of them, or none where an error is raised.
 
@@ -177,11 +182,13 @@ class Scheduler:
             self.waiting.append(s)
             self.stats.prompt_tokens += len(s.prompt)
 
+    @interrupts.finished
     def abort(self, sequence: Sequence) -> None:
         """Give a sequence up, wherever it is; one that has ended stays as it is."""
         sequence.finish_reason = sequence.finish_reason or "abort"
         self._end(sequence)
 
+    @interrupts.finished
     def step(self) -> list[Sequence]:
         """Compute one step of the model.
 
@@ -191,6 +198,15 @@ class Scheduler:
         Whatever a model raises leaves the sequences of its step waiting, to be computed again from
         their beginning; none is lost, and none reuses what the step may have left unwritten.
         """
+        self.is_stepping = True
+        try:
+            return self._step()
+        finally:
+            self.is_stepping = False
+
+    # --- Steps ---
+
+    def _step(self) -> list[Sequence]:
         self.failed = []
         changed = [s for s in (*self.running, *self.waiting) if s.finish_reason]
         for s in changed:
@@ -206,8 +222,6 @@ class Scheduler:
                 if s.finish_reason:
                     self._end(s)
         return changed
-
-    # --- Steps ---
 
     def _run(self, changed: list[Sequence]) -> None:
         """Compute a step, and add those that got a token to `changed`. Waits for what tiers bring

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
+from pykv import interrupts
 from pykv.blocks import BlockManager
 from pykv.errors import CapacityError
 from pykv.llm.sequence import Fetch, Sequence, page_keys
@@ -77,8 +78,10 @@ class SequencePages:
         self._join()
         if self._tiers is not None:
             self._tiers.fetch(tokens)
-        pages = self.cache.manager.reuse(tokens)
+        pages: list[int] = []
         try:
+            with interrupts.held():
+                pages = self.cache.manager.reuse(tokens)
             yield pages
         finally:
             self.cache.manager.free(pages)
@@ -93,8 +96,9 @@ class SequencePages:
         """
         manager = self.cache.manager
         self.make_room(manager.pages_for(len(tokens)))
-        pages = manager.allocate(len(tokens))
+        pages: list[int] = []
         try:
+            manager.extend(pages, 0, len(tokens))
             yield pages
             if self.prefix_cache:
                 manager.publish(pages, tokens)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from contextlib import AbstractContextManager, ExitStack, closing
+from contextlib import AbstractContextManager, ExitStack, closing, suppress
 
+from pykv.errors import UnsupportedError
 from pykv.llm.answer import Answer
 from pykv.llm.scheduler import Scheduler, Stats
 from pykv.llm.sequence import Sequence
@@ -31,7 +32,11 @@ def run(scheduler: Scheduler, turn: Turn, answers: list[Answer]) -> Generator[No
                 _abort(scheduler, turn, sequences)  # a caller may have ended some
             yield
     finally:  # gives pages back if the generator is closed
-        _abort(scheduler, turn, sequences)
+        try:
+            _abort(scheduler, turn, sequences)
+        except BaseException:  # again, if Ctrl-C came before it
+            _abort(scheduler, turn, sequences)
+            raise
 
 
 def pieces(scheduler: Scheduler, turn: Turn, answer: Answer) -> Generator[str, None, None]:
@@ -43,6 +48,10 @@ def pieces(scheduler: Scheduler, turn: Turn, answer: Answer) -> Generator[str, N
 
 
 def _abort(scheduler: Scheduler, turn: Turn, sequences: list[Sequence]) -> None:
-    with turn(), ExitStack() as each:
+    for s in sequences:
+        s.finish_reason = s.finish_reason or "abort"
+    # Where this thread is in the midst of a step, as when it collects a stream, the next one ends
+    # them, and turns are refused.
+    with suppress(UnsupportedError), turn(), ExitStack() as each:
         for s in sequences:
             each.callback(scheduler.abort, s)

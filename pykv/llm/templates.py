@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pykv import install
+from pykv import forks, install
 from pykv.errors import CapacityError, FormatError, ParameterError, UnsupportedError
 
 OP = "chat_prompt"
@@ -81,7 +81,7 @@ class _Worker:
     """The process, started when it is needed."""
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
+        self.lock = forks.waits_for(threading.Lock())  # a child must not inherit half a request
         self.process: subprocess.Popen[bytes] | None = None
         self.owner = 0
 
@@ -139,9 +139,3 @@ def _start() -> subprocess.Popen[bytes]:
 
 _worker = _Worker()
 atexit.register(_worker.stop)
-if hasattr(os, "register_at_fork"):  # a fork must not inherit half a request
-    os.register_at_fork(
-        before=_worker.lock.acquire,
-        after_in_parent=_worker.lock.release,
-        after_in_child=_worker.lock.release,
-    )

@@ -130,7 +130,7 @@ def means(
     Args:
         pool, page_table, lengths, scales, spec, check, stream: as of `score`.
         run: rows of a run; the last of a sequence has what is left.
-        normalize: divide rows by their norms; zeros stay.
+        normalize: divide rows by their norms; zeros stay, and what is not finite counts as zeros.
         last: of each sequence the run that its last row is of, or without rows the first; the
             others of `out` stay as they are.
         out: [B, H, K, D] float32 with K = ceil(C / run); without `last` allocated if None.
@@ -298,7 +298,8 @@ def reference_means(
             if normalize:
                 x = _near_1(x)[0]
                 norms = np.sqrt((x * x).sum(-1, keepdims=True))
-                x = np.divide(x, norms, where=norms != 0, out=np.zeros_like(x))
+                has_direction = (norms > 0) & (norms < np.inf)
+                x = np.divide(x, norms, where=has_direction, out=np.zeros_like(x))
             for i, first in enumerate(range(0, len(rows), run)):
                 means[b, :, begin + i] = x[first : first + run].mean(0)
 

@@ -72,6 +72,8 @@ class Mailbox:
     array([[1., 3., 5., 7.]], dtype=float32)
     """
 
+    __reduce_ex__ = cuda.refuse_copy
+
     def __init__(self, x: Any, *, silence: float = 1.0) -> None:
         _check(x)
         seconds = check_number(_OP, "silence", silence, positive=True)

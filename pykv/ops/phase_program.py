@@ -120,6 +120,8 @@ class PhaseProgram:
     (7.0, [0, 1])
     """
 
+    __reduce_ex__ = cuda.refuse_copy
+
     def __init__(self, phases: Sequence[Any], *, blocks: int | None = None) -> None:
         self._phases, blocks = checked(_OP, phases, blocks)
         self._launch: cuda.Launch | None = None

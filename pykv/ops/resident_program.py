@@ -84,6 +84,8 @@ class ResidentProgram:
     [4, 5, 6]
     """
 
+    __reduce_ex__ = cuda.refuse_copy
+
     def __init__(
         self,
         phases: Sequence[Any],

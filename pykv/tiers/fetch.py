@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections import deque
 from typing import TYPE_CHECKING
 
+from pykv import interrupts
 from pykv.tiers.moves import Moved
 
 if TYPE_CHECKING:
@@ -81,7 +82,8 @@ class Fetch:
             self.done = self._sent if wait else self._released
             if self.is_over or not wait:
                 return self.done
-            self._tiers.wait_for_one()
+            with interrupts.allowed():
+                self._tiers.wait_for_one()
 
     @property
     def is_moving(self) -> bool:

@@ -1,5 +1,8 @@
 """What a user says of a tier, as texts: "4GiB", "4GiB:int8", "DIR:50GiB", "DIR:50GiB:CODEC".
 
+Sizes are read as `docker run --memory` reads them: K, M, G and T are powers of 1024, with B, iB or
+nothing behind them, in either case. "64M", "64mb" and "64MiB" are one size, "512" are bytes.
+
 A codec is one of CODECS, or "FILE:RATIO" of an artefact of pykv.kvtc, such as "smollm2.kvtc:16".
 """
 
@@ -7,6 +10,7 @@ from __future__ import annotations
 
 import os
 import re
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,13 +19,17 @@ from pykv.number_texts import whole_of
 from pykv.options import check_whole
 
 CODECS = ("none", "int8", "int4")
-_UNITS = {"B": 1} | {
-    f"{letter}{i}B": base**power
-    for i, base in (("", 1000), ("i", 1024))
-    for power, letter in enumerate("KMGT", 1)
-}
-_SIZE = r"(?P<number>[0-9]{1,18}(?:\.[0-9]{1,9})?) ?(?P<unit>[KMGT]i?B|B)"
-_OPTION = re.compile(rf"(?:(?P<folder>.+):)?(?P<size>{_SIZE})(?::(?P<codec>.+))?", re.DOTALL)
+_POWERS = "BKMGT"  # of 1024
+_NUMBER = r"[0-9]{1,18}(?:\.[0-9]{1,9})?"
+_UNIT = r"(?:[KMGTkmgt](?:[iI]?[bB])?|[bB])"
+_SIZE = re.compile(rf"(?P<number>{_NUMBER})(?: ?(?P<unit>{_UNIT}))?")
+# A number alone is no size here, but the ratio of a codec "FILE:16".
+_OPTION = re.compile(
+    rf"(?:(?P<folder>.+):)?(?P<size>{_NUMBER} ?{_UNIT})(?::(?P<codec>.+))?", re.DOTALL
+)
+
+
+_EXPECTED = "expected a size such as '4GiB' or '64M'"
 
 
 class Limit(NamedTuple):
@@ -40,7 +48,7 @@ class Limit(NamedTuple):
 
 
 def parse_bytes(op: str, name: str, value: Any) -> int:
-    """A positive number of bytes, of an integer or a text such as "4GiB", "1.5 GB" or "512B".
+    """A positive number of bytes, of an integer or a text such as "4GiB", "64M", "1.5 gb" or "512".
 
     Args:
         op, name: for messages.
@@ -53,25 +61,26 @@ def parse_bytes(op: str, name: str, value: Any) -> int:
     if not isinstance(value, str):
         if isinstance(value, bool) or not hasattr(value, "__index__"):
             given = type(value).__name__
-            raise DtypeError(f"{op}: {name} is a {given}, expected a size such as '4GiB'")
+            raise DtypeError(f"{op}: {name} is a {given}, {_EXPECTED}")
         return check_whole(op, name, value, 1)
-    found = re.fullmatch(_SIZE, value)
+    found = _SIZE.fullmatch(value)
     if not found:
-        raise ParameterError(f"{op}: {name} is {value!r:.80}, expected a size such as '4GiB'")
-    nbytes = int(float(found["number"]) * _UNITS[found["unit"]])
+        raise ParameterError(f"{op}: {name} is {value!r:.80}, {_EXPECTED}")
+    power = _POWERS.index((found["unit"] or "B")[0].upper())
+    nbytes = int(Decimal(found["number"]) * 1024**power)
     return check_whole(op, name, nbytes, 1)
 
 
 def parse_host(op: str, name: str, value: Any) -> Limit:
-    """The limit of host memory: bytes, "4GiB" or "4GiB:int8".
+    """The limit of host memory: bytes, "4GiB", "64M" or "4GiB:int8".
 
     Raises: as `parse_bytes`; ParameterError also for an unknown codec.
     """
-    if not isinstance(value, str):
+    if not isinstance(value, str) or _SIZE.fullmatch(value):
         return Limit(parse_bytes(op, name, value), "none")
     found = _OPTION.fullmatch(value)
     if not found or found["folder"]:
-        expected = "expected SIZE or SIZE:CODEC, such as '4GiB'"
+        expected = "expected SIZE or SIZE:CODEC, such as '4GiB' or '64M'"
         raise ParameterError(f"{op}: {name} is {value!r:.80}, {expected}")
     return Limit(parse_bytes(op, name, found["size"]), _codec(op, name, found["codec"]))
 

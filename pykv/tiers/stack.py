@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from pykv import prefix_keys
+from pykv import interrupts, prefix_keys
 from pykv.arrays import load_cupy, on_gpu
 from pykv.errors import ParameterError
 from pykv.kvtc import Codec
@@ -246,6 +246,7 @@ class Tiers:
         self._fetches.append(fetch)
         return fetch
 
+    @interrupts.finished
     def fetch(self, tokens: Sequence[int]) -> None:
         """Bring back what the cache lacks of the full pages of tokens, and publish it, for
         BlockManager.reuse to find; as far as pages are free.

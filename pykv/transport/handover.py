@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from typing import Any
 
-from pykv import cuda, prefix_keys
+from pykv import cuda, interrupts, prefix_keys
 from pykv.arrays import load_cupy, on_gpu
 from pykv.errors import CapacityError, DtypeError, ParameterError, PykvError, TransportError
 from pykv.llm.generate import LLM
@@ -235,6 +235,7 @@ class Handover:
                 break  # the peer has the next no longer, or there is no free page
         return done * P
 
+    @interrupts.finished
     def _keep(self, ids: list[int], slots: list[int], start: int) -> int:
         """Write rows to the cache, which hold the pages of tokens from page `start` on. Returns how
         many the cache has then: others may have computed some meanwhile, or have made it forget."""

@@ -3,12 +3,19 @@ the two published models. How the numbers were made: tools/make_tiny_truth.py an
 tools/make_model_truth.py."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from pykv.errors import CapacityError, FormatError, ParameterError, UnsupportedError
+from pykv.errors import (
+    CapacityError,
+    DtypeError,
+    FormatError,
+    ParameterError,
+    UnsupportedError,
+)
 from pykv.llm import LLM, SamplingParams, gguf, sampling
 from pykv.llm.config import read_config
 from pykv.ops import sample
@@ -371,3 +378,14 @@ def test_metadata_is_checked(tmp_path):
         file.metadata[key] = value
         with pytest.raises(UnsupportedError, match=text):
             read_config(file)
+
+
+def test_a_path_of_any_sort_opens_a_model(tmp_path, monkeypatch):
+    tiny.write_case(tmp_path / "x.gguf", "llama")
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "x.gguf"
+    for given in (path, str(path), os.fsencode(path), "x.gguf", "./x.gguf", Path("x.gguf")):
+        assert repr(LLM(given, device="cpu")).startswith(f"LLM({os.fsdecode(given)!r}, ")
+    for given in (None, 3, [str(path)], bytearray(b"x.gguf")):
+        with pytest.raises(DtypeError, match=f"model is a {type(given).__name__}, expected a text"):
+            LLM(given, device="cpu")

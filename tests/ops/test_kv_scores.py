@@ -90,6 +90,8 @@ def test_by_hand(xp):
         np.testing.assert_allclose(got, [want, 0, np.nan, 0], rtol=1e-6)
     means = op.means(*where, 2, normalize=True)
     np.testing.assert_allclose(to_numpy(means)[0, 0, 0, :3], [0.3, -0.4, 0], rtol=1e-6)
+    assert (to_numpy(means)[0, 0, 1] == 0).all()  # of the row of NaN, which has no direction
+    assert np.isnan(to_numpy(op.means(*where, 2))[0, 0, 1]).all()
 
 
 @pytest.mark.parametrize("spec, D", [("fp32", 64), ("bf16", 512), ("int8:fp32", 40)])

@@ -5,10 +5,16 @@ import math
 import numpy as np
 import pytest
 
+import pykv
 from pykv.errors import DtypeError, ParameterError, ShapeError
 from pykv.ops import norm
 from tests.faults import fixed, scaled, with_option
 from tests.helpers import assert_close_to_oracle, assert_same_bits, dtype_of, to_numpy
+
+try:
+    import torch
+except ModuleNotFoundError:
+    torch = None
 
 BASE = dict(T=5, H=None, D=2048, eps=1e-6, offset=0.0, x="float32", w="float32")
 CHANGES = (
@@ -139,3 +145,32 @@ REFERENCE_FAULTS = [
     (norm, "reference", fixed(2, lambda eps: 0.0)),
     (norm, "reference", fixed(3, lambda offset: 0.0)),
 ]
+
+
+@pytest.mark.parametrize("D", [7, 16, 1024])
+@pytest.mark.parametrize("large", [2e19, 1e25, 3e38])
+def test_squares_beyond_float32(xp, D, large):
+    """Rows are 0 then, as of torch.nn.RMSNorm in float32, and not NaN: 1 / sqrt(inf) is 0."""
+    x = np.full((3, D), large, np.float32)
+    x[0, 1], x[1, 0], x[2, 0] = -large, np.inf, np.nan
+    want = np.zeros_like(x)
+    want[1, 0], want[2] = np.nan, np.nan  # inf * 0; and a NaN is in the sum of its row
+    weight = np.linspace(-2, 2, D, dtype=np.float32)
+    if torch is not None:
+        by_torch = torch.nn.functional.rms_norm(
+            torch.tensor(x), (D,), torch.tensor(weight), 1e-6
+        ).numpy()
+        np.testing.assert_array_equal(by_torch, want)
+    np.testing.assert_array_equal(to_numpy(norm.rms_norm(xp.asarray(x), xp.asarray(weight))), want)
+    fused = paged_qkv_heads(xp, x, weight) if D == 16 else want
+    np.testing.assert_array_equal(fused, want)
+
+
+def paged_qkv_heads(xp, x, weight):
+    """The same rows as heads of Q that are normalised on their way into a cache."""
+    cache = pykv.PagedKVCache(1, 1, 1, 16, page_size=16, spec="fp32", xp=xp)
+    qkv = np.zeros((len(x), 3 * 16), np.float32)
+    qkv[:, :16] = x
+    weights = dict(q_norm=xp.asarray(weight), k_norm=xp.asarray(weight))
+    slots = xp.asarray(np.arange(len(x), dtype=np.int32))
+    return to_numpy(cache.append_qkv(0, xp.asarray(qkv), slots, **weights))[:, 0]

@@ -12,10 +12,19 @@ from pykv.tiers.sizes import Limit, artefact_of, parse_bytes, parse_disk, parse_
     "value, nbytes",
     [
         ("4GiB", 4 << 30),
-        ("1.5 GB", 1_500_000_000),
+        ("1.5 GB", 3 << 29),
         ("512B", 512),
+        ("512", 512),
         ("3KiB", 3072),
-        ("2MB", 2_000_000),
+        ("2MB", 2 << 20),
+        ("9007199254740993", 2**53 + 1),
+        *[
+            (f"{n}{space}{unit}", int(float(n) * 1024**power))
+            for power, letter in enumerate("KMGT", 1)
+            for ending in ("", "B", "iB")
+            for unit in (letter + ending, (letter + ending).lower(), (letter + ending).upper())
+            for n, space in (("64", ""), ("0.5", " "))
+        ],
         ("1TiB", 1 << 40),
         (77, 77),
     ],
@@ -27,8 +36,10 @@ def test_bytes(value, nbytes):
 @pytest.mark.parametrize(
     "value, error, text",
     [
-        ("4", ParameterError, "op: name is '4', expected a size such as '4GiB'"),
-        ("4gb", ParameterError, "is '4gb', expected a size"),
+        ("4P", ParameterError, "op: name is '4P', expected a size such as '4GiB' or '64M'"),
+        ("4Gi", ParameterError, "is '4Gi', expected a size"),
+        ("4ib", ParameterError, "expected a size"),
+        (".5G", ParameterError, "expected a size"),
         ("-1GiB", ParameterError, "is '-1GiB', expected a size"),
         ("1e9B", ParameterError, "expected a size"),
         ("", ParameterError, "is '', expected a size"),
@@ -51,6 +62,13 @@ def test_no_bytes(value, error, text):
 def test_host():
     assert parse_host("op", "name", 5) == Limit(5, "none")
     assert parse_host("op", "name", "4GiB") == Limit(4 << 30, "none")
+    assert (
+        parse_host("op", "name", "64M")
+        == parse_host("op", "name", "64MB")
+        == Limit(64 << 20, "none")
+    )
+    assert parse_host("op", "name", "4096") == Limit(4096, "none")
+    assert parse_host("op", "name", "1k:int8") == Limit(1024, "int8")
     assert parse_host("op", "name", "1KiB:int8") == Limit(1024, "int8")
     assert parse_host("op", "name", "1KiB:/a b/c:d.kvtc:16") == Limit(1024, "/a b/c:d.kvtc:16")
     assert artefact_of("/a b/c:d.kvtc:16") == ("/a b/c:d.kvtc", 16) and artefact_of("int8") is None
@@ -76,10 +94,11 @@ def test_no_host(value, text):
 
 def test_disk(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert parse_disk("op", "name", f"{tmp_path}:1GB") == Limit(10**9, "none", tmp_path)
-    assert parse_disk("op", "name", "~/a b:1GB:int8") == Limit(10**9, "int8", tmp_path / "a b")
+    assert parse_disk("op", "name", f"{tmp_path}:1GB") == Limit(1 << 30, "none", tmp_path)
+    assert parse_disk("op", "name", "~/a b:1GB:int8") == Limit(1 << 30, "int8", tmp_path / "a b")
     given = parse_disk("op", "name", f"{tmp_path}:1GB:x/y.kvtc:32")
-    assert given == Limit(10**9, "x/y.kvtc:32", tmp_path)
+    assert given == Limit(1 << 30, "x/y.kvtc:32", tmp_path)
+    assert parse_disk("op", "name", f"{tmp_path}:64m").nbytes == 64 << 20
     # A folder's name may hold colons, even one that looks like a size.
     assert parse_disk("op", "name", f"{tmp_path}/c:1GB:2MB").folder == tmp_path / "c:1GB"
     assert parse_disk("op", "name", "d:1GB").folder == Path.cwd() / "d"
@@ -92,6 +111,7 @@ def test_disk(tmp_path, monkeypatch):
         ("/tmp", ParameterError, "is '/tmp', expected DIR:SIZE"),
         ("/tmp:", ParameterError, "expected DIR:SIZE"),
         ("/tmp:-1GiB", ParameterError, "expected DIR:SIZE"),
+        ("/tmp:1024", ParameterError, "expected DIR:SIZE"),
         ("/tmp:0B", ParameterError, "name is 0, expected at least 1"),
         ("/tmp:1GiB:zip", ParameterError, "name's codec is 'zip'"),
         ("a\0b:1GiB", ParameterError, "expected DIR:SIZE"),

@@ -357,7 +357,7 @@ def test_kvtc_keeps_what_its_artefact_keeps(tmp_path):
     tiers = World(head_dim=64, host=f"40KB:{KVTC}", disk=f"{tmp_path}:1MB").tiers
     whole, coded = tiers._rows
     assert (whole.form.nbytes, coded.form.nbytes) == (2 * 2 * P * 64 * 2, 2 * 2 * P * 64)
-    assert (len(whole.places), len(coded.places)) == (10_000 // 1024, 30_000 // 512)
+    assert (len(whole.places), len(coded.places)) == ((10 << 10) // 1024, (30 << 10) // 512)
     assert coded.file_form is coded.form  # without a codec files are as the rows are
 
 

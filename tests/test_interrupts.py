@@ -1,0 +1,360 @@
+"""Ctrl-C lands anywhere, and neither pages nor sequences are lost; nor are signals that wait."""
+
+import gc
+import signal
+import sys
+import threading
+from contextlib import contextmanager, nullcontext
+
+import pytest
+
+from pykv import interrupts
+from pykv.blocks import BlockManager
+from pykv.errors import CapacityError, UnsupportedError
+from pykv.llm import LLM, SamplingParams, model, shared_steps
+from pykv.llm.answer import Answer
+from pykv.llm.scheduler import Scheduler
+from pykv.llm.sequence import Sequence
+from tests.llm import tiny
+from tests.llm.test_scheduler import Fake, P, answer_alone
+
+
+@contextmanager
+def interrupted(at, modules="pykv", action=lambda: signal.raise_signal(signal.SIGINT)):
+    """Do an action before line `at` that Python runs of these modules in the block, from 0 on."""
+    left = [at]
+
+    def trace(frame, event, _):
+        if not frame.f_globals.get("__name__", "").startswith(modules):
+            return None
+        if event == "line":
+            left[0] -= 1
+            if left[0] == -1:
+                action()
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield left
+    finally:
+        sys.settrace(before)
+
+
+class Decoder:
+    """Text of tokens."""
+
+    def push(self, token):
+        return f"{token} "
+
+    def finish(self):
+        return "."
+
+
+def answer(prompt, limit, seed=0):
+    return Answer(Sequence(prompt, SamplingParams(seed=seed), limit), Decoder())
+
+
+def told(sequence):
+    alone = Sequence(sequence.prompt, sequence.params, sequence.limit)
+    return "".join(f"{token} " for token in answer_alone(alone)[0]) + "."
+
+
+def call(scheduler, *answers):
+    for _ in shared_steps.run(scheduler, nullcontext, list(answers)):
+        pass
+
+
+def ask(at, pages):
+    """A stream goes on beside a call that is interrupted. Returns whether it was."""
+    cache = Fake(pages, last=1)
+    scheduler = Scheduler(cache, cache, may_grow=False, prefix_cache=True)
+    beside = answer([5] * 9, 20)
+    scheduler.add(beside.sequence)
+    for _ in range(4):
+        scheduler.step()
+    one, two = answer([5] * 8 + [1] * 9, 24), answer([2] * 3, 16, seed=1)
+    with interrupted(at) as left:
+        try:
+            call(scheduler, one, two)
+        except KeyboardInterrupt:
+            pass
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    while scheduler.has_work:
+        scheduler.step()
+    assert cache.manager.num_free == pages
+    assert beside.completion().text == told(beside.sequence)
+    again = answer(one.sequence.prompt, 24)
+    call(scheduler, again)
+    assert again.completion().text == told(again.sequence) and cache.manager.num_free == pages
+    return left[0] < 0
+
+
+@pytest.mark.parametrize("pages", [40, 9], ids=["roomy", "tight"])
+def test_a_call_that_is_interrupted_anywhere_loses_nothing(pages):
+    start = 0
+    for at in range(0, 10**6, 13):
+        if not ask(at + start % 13, pages):
+            break
+        start += 5
+    assert at > 1000
+
+
+def test_a_model_that_is_interrupted_anywhere_goes_on_as_if_it_was_not(tmp_path):
+    """Penalties, log probabilities and texts of a stream beside the call that is interrupted."""
+    path = tmp_path / "tiny.gguf"
+    tiny.write_case(path, "llama")
+    options = dict(device="cpu", kv_dtype="fp32", weights="fp32", page_size=4)
+    rules = dict(ignore_eos=True, frequency_penalty=0.7, logprobs=1)
+    params = SamplingParams(max_tokens=6, temperature=0.9, **rules)
+    alone = LLM(path, **options, prefix_cache=False).generate([[5, 6, 7]], params)[0]
+    llm = LLM(path, **options, pool_tokens=64)
+    modules = ("pykv.llm", "pykv.blocks", "pykv.interrupts")
+    with interrupted(10**9, modules) as left:
+        llm.generate([[9] * 6], params)
+    lines = 10**9 - left[0]
+    for at in range(0, lines, lines // 80):
+        stream = llm.stream([5, 6, 7], params)
+        next(stream, "")
+        with interrupted(at, modules):
+            try:
+                llm.generate([[9] * 5 + [10 + at % 50]], params)
+            except KeyboardInterrupt:
+                pass
+        for _ in stream:
+            pass
+        found = stream.completion
+        assert (found.text, found.token_ids) == (alone.text, alone.token_ids)
+        assert [x.token_id for x in found.logprobs] == found.token_ids
+        assert llm.cache.manager.num_free == llm.cache.manager.num_pages
+
+
+def test_a_handler_that_asks_the_model_does_so_between_steps(tmp_path, monkeypatch):
+    """Refused in the midst of one, of which it would tear the pages; what was asked goes on."""
+    path = tmp_path / "tiny.gguf"
+    tiny.write_case(path, "llama")
+    llm = LLM(path, device="cpu", kv_dtype="fp32", weights="fp32")
+    params = SamplingParams(max_tokens=6, ignore_eos=True)
+    want, inner = (llm.generate([ids], params)[0].token_ids for ids in ([5, 6, 7], [9, 9]))
+    said, stream = [], llm.stream([4, 4], params)
+    next(stream)
+    asking = []
+
+    def ask(*_):
+        if asking:  # its own call draws, too
+            return
+        asking.append(True)
+        for call in (lambda: llm.generate([[9, 9]], params)[0].token_ids, stream.close):
+            try:
+                said.append(call())
+            except UnsupportedError as error:
+                said.append(str(error))
+        asking.clear()
+
+    def raising(work):
+        def run(*args, **options):
+            signal.raise_signal(signal.SIGALRM)
+            return work(*args, **options)
+
+        return run
+
+    before = signal.signal(signal.SIGALRM, ask)
+    try:
+        for of, name in ((model, "forward"), (llm.runner._sampler, "draw")):
+            said.clear()
+            with monkeypatch.context() as patch:
+                patch.setattr(of, name, raising(getattr(of, name)))
+                assert llm.generate([[5, 6, 7]], params)[0].token_ids == want
+            refused = "LLM: a signal handler calls it in the midst of a step, expected a call after"
+            asked, closed = said[::2], said[1::2]
+            if name == "forward":
+                assert len(asked) >= 6 and all(x.startswith(refused) for x in asked)
+            else:
+                assert asked and all(x == inner for x in asked)
+            assert not any(closed)  # the next step ends it
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert stream.completion.finish_reason == "abort"
+    assert llm.cache.manager.num_free == llm.cache.manager.num_pages
+
+
+def test_a_stream_that_is_collected_in_the_midst_of_a_step(tmp_path, monkeypatch):
+    path = tmp_path / "tiny.gguf"
+    tiny.write_case(path, "llama")
+    llm = LLM(path, device="cpu", kv_dtype="fp32", weights="fp32", pool_tokens=256)
+    params = SamplingParams(max_tokens=6, ignore_eos=True)
+    want, cycles, forward = llm.generate([[5, 6, 7]], params)[0].token_ids, [], model.forward
+
+    def collecting(*args, **options):
+        cycles.clear()
+        gc.collect()
+        return forward(*args, **options)
+
+    for first in range(20, 24):
+        stream = llm.stream([first] * 5, params)
+        next(stream)
+        cycle = [stream]
+        cycle.append(cycle)
+        cycles.append(cycle)
+        del stream, cycle
+        with monkeypatch.context() as patch:
+            patch.setattr(model, "forward", collecting)
+            assert llm.generate([[5, 6, 7]], params)[0].token_ids == want
+        assert llm.cache.manager.num_free == llm.cache.manager.num_pages
+
+
+def test_methods_of_a_manager_end_before_an_interrupt_comes():
+    def work(manager, held):
+        held["a"] = a = []
+        manager.extend(a, 0, 3 * P)
+        manager.publish(a, list(range(3 * P)))
+        held["b"] = b = []
+        manager.extend(b, 0, 2 * P)
+        c = manager.fork(a)
+        manager.extend(c, P + 1, 5 * P)
+        manager.evict([b], 1, [P - 1])
+        manager.grow(20)
+        with pytest.raises(CapacityError):
+            manager.allocate(100 * P)
+        manager.free(c)
+        manager.free(a)
+        manager.reuse(list(range(2 * P)))
+
+    at, done = 0, False
+    while not done:
+        manager, held = BlockManager(12, P), {}
+        with interrupted(at) as left:
+            try:
+                work(manager, held)
+            except KeyboardInterrupt:
+                pass
+        done, at = left[0] >= 0, at + 1
+        check_whole(manager)
+        for pages in held.values():
+            manager.free(pages)  # it is whole, or empty
+            assert not pages
+    assert at > 100
+
+
+def check_whole(manager):
+    """Each page is as often held as sequences have it, and free if none has."""
+    counts = [0] * manager.num_pages
+    for pages in manager._sequences.values():
+        for page in pages:
+            counts[page] += 1
+    assert counts == manager._counts
+    free = sorted([*manager._free, *manager._idle])
+    assert free == [page for page, count in enumerate(counts) if not count]
+    published = {page for page, key in enumerate(manager._keys) if key is not None}
+    assert set(manager._cached.values()) <= published and manager._idle.keys() <= published
+
+
+def extending(manager, first):
+    manager.extend(first, P + 1, 5 * P)
+    manager.publish(first, [*range(P + 1), *range(90, 89 + 2 * P)])
+    other = manager.allocate(P)
+    manager.evict([first], 1, [2 * P])
+    manager.extend(other, P, 2 * P)
+    manager.free(manager.fork(first))
+    manager.grow(20)
+
+
+def reusing(manager, first):
+    manager.free(first)
+    found = manager.reuse(list(range(3 * P)))
+    manager.extend(found, P, 4 * P)
+
+
+@pytest.mark.parametrize("work", [extending, reusing])
+def test_a_finalizer_may_free_a_sequence_at_any_point_of_a_method(work):
+    """As when garbage is collected there."""
+    at, done = 0, False
+    while not done:
+        manager = BlockManager(16, P)
+        first = manager.allocate(3 * P)
+        manager.publish(first, list(range(3 * P)))
+        forks = [manager.fork(first), manager.allocate(2 * P), manager.allocate(2 * P)]
+        manager.evict(forks[-1:], 1, [P + 1])
+
+        def collect(manager=manager, forks=forks):
+            for pages in forks:
+                manager.free(pages)
+
+        with interrupted(at, action=collect) as left:
+            work(manager, first)
+        done, at = left[0] >= 0, at + 1
+        check_whole(manager)
+        manager.allocate(manager.num_free * P)
+        check_whole(manager)
+    assert at > 50
+
+
+def test_signals_wait_and_are_not_lost():
+    calls = []
+    numbers = [signal.SIGALRM, signal.SIGUSR1]
+    before = [signal.signal(n, lambda number, _: calls.append(number)) for n in numbers]
+    try:
+        with interrupts.held():
+            with interrupts.held():
+                signal.raise_signal(signal.SIGUSR1)
+            signal.raise_signal(signal.SIGALRM)
+            assert calls == []
+            with interrupts.allowed():
+                assert calls == [signal.SIGUSR1, signal.SIGALRM]
+                signal.raise_signal(signal.SIGUSR1)
+                assert len(calls) == 3
+            signal.raise_signal(signal.SIGUSR1)
+            assert len(calls) == 3
+        assert len(calls) == 4
+    finally:
+        for n, handler in zip(numbers, before, strict=True):
+            signal.signal(n, handler)
+
+
+def test_a_handler_that_is_set_meanwhile_stays():
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        with interrupts.held():
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_all_that_wait_are_called_though_one_raises():
+    def fail(*_):
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, fail)
+    try:
+        with pytest.raises(KeyboardInterrupt) as raised, interrupts.held():
+            signal.raise_signal(signal.SIGALRM)
+            signal.raise_signal(signal.SIGINT)
+        assert isinstance(raised.value.__context__, TimeoutError)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_another_thread_holds_nothing():
+    def work():
+        with interrupts.held(), interrupts.allowed():
+            handlers.append(signal.getsignal(signal.SIGINT))
+
+    handlers = []
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert handlers == [signal.getsignal(signal.SIGINT)]
+
+
+def test_a_subinterpreter_gets_no_signals(monkeypatch):
+    """Its main thread must not set handlers."""
+
+    def refuse(*_):
+        raise ValueError("signal only works in main thread of the main interpreter")
+
+    monkeypatch.setattr(interrupts, "_set_handler", refuse)
+    before = signal.getsignal(signal.SIGINT)
+    manager = BlockManager(4, P)
+    assert manager.allocate(3 * P) == [0, 1, 2]
+    assert not interrupts._theirs and signal.getsignal(signal.SIGINT) is before

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 _T = TypeVar("_T")
 _works: weakref.WeakKeyDictionary[object, Callable[[object], None]] = weakref.WeakKeyDictionary()
-_locks: weakref.WeakSet[Any] = weakref.WeakSet()
+_locks: weakref.WeakKeyDictionary[Any, None] = weakref.WeakKeyDictionary()  # oldest first
 _taken: list[Any] = []  # by the fork under way
 
 
@@ -20,13 +20,15 @@ def in_child(thing: _T, work: Callable[[_T], None]) -> None:
 
 def waits_for(lock: _T) -> _T:
     """Have every fork wait until no other thread holds a lock, so that in the child nobody does,
-    and what it guards is whole. Returns the lock."""
-    _locks.add(lock)
+    and what it guards is whole. Returns the lock.
+
+    Who holds a lock may wait for an older one, as of a module, for which forks wait after it."""
+    _locks[lock] = None
     return lock
 
 
 def _take() -> None:
-    for lock in list(_locks):
+    for lock in reversed(list(_locks)):
         lock.acquire()
         _taken.append(lock)
 

@@ -2,10 +2,13 @@
 
 Python calls such handlers in the main thread, between any two steps of a function. What was half
 noted then would stay so: a page that nobody holds and that is not free either.
+
+Handlers that C code has set behind Python's back are not seen, and give way to Python's.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 
@@ -13,7 +16,8 @@ import threading
 from _signal import getsignal as _handler_of  # type: ignore[import-not-found]
 from _signal import signal as _set_handler
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
+from threading import get_ident as _this_thread
 from types import FrameType
 from typing import Any, ParamSpec, TypeVar
 
@@ -22,67 +26,9 @@ _T = TypeVar("_T")
 _NAMES = "SIGINT SIGTERM SIGBREAK SIGHUP SIGALRM SIGUSR1 SIGUSR2"
 _SIGNALS = [int(getattr(signal, name)) for name in _NAMES.split() if hasattr(signal, name)]
 
-_theirs: dict[int, Any] = {}  # handlers that `_note` stands for
-_waiting: list[tuple[int, FrameType | None]] = []
-_holder: int | None = None  # the thread whose signals wait; a forked child has another main thread
-
-
-class held:
-    """While the block runs, signals of this thread wait; their handlers are called at its end, and
-    may raise there. Blocks may be nested. Other threads than the main one get no signals."""
-
-    def __enter__(self) -> None:
-        global _holder
-        self._is_main = threading.current_thread() is threading.main_thread()
-        if not self._is_main:
-            return
-        self._before, self._is_first = _holder, not _theirs
-        try:
-            if self._is_first:
-                _take_over()
-            _holder = threading.get_ident()
-        except BaseException:  # one came before it had to wait
-            _holder = self._before
-            if self._is_first:
-                _give_back()
-            raise
-
-    def __exit__(self, *_: object) -> None:
-        global _holder
-        if not self._is_main:
-            return
-        try:
-            _holder = self._before
-            if self._is_first:
-                _give_back()
-        except BaseException:  # one came meanwhile
-            if self._is_first:
-                _give_back()
-            raise
-        if _waiting and self._before is None:
-            _call_waiting()
-
-
-class allowed:
-    """While the block runs, signals do not wait, although a `held` block is around it: for work
-    that takes long, and may be left at any point."""
-
-    def __enter__(self) -> None:
-        global _holder
-        self._before = _holder
-        self._is_main = threading.current_thread() is threading.main_thread()
-        if self._is_main:
-            _holder = None
-            try:
-                _call_waiting()
-            except BaseException:
-                _holder = self._before
-                raise
-
-    def __exit__(self, *_: object) -> None:
-        global _holder
-        if self._is_main:
-            _holder = self._before
+_main = threading.main_thread().ident  # the thread that gets signals; None: no thread gets any
+_is_held = False  # whether they wait
+_waiting: list[Callable[[], object]] = []  # calls of their handlers
 
 
 def finished(function: Callable[_P, _T]) -> Callable[_P, _T]:
@@ -90,53 +36,114 @@ def finished(function: Callable[_P, _T]) -> Callable[_P, _T]:
 
     @wraps(function)
     def run(*args: _P.args, **options: _P.kwargs) -> _T:
-        if _holder is not None:  # signals wait already, and only those of the main thread ever do
+        if _is_held or _this_thread() != _main:
             return function(*args, **options)
-        with held():
+        taken = _hold()
+        try:
             return function(*args, **options)
+        finally:
+            _let_go(taken)
 
     return run
 
 
-def _note(number: int, frame: FrameType | None) -> None:
-    """Stands for the handlers of others."""
-    if _holder == threading.get_ident():
-        _waiting.append((number, frame))
-    else:
-        _call(number, frame)
+class held:
+    """While the block runs, signals wait; their handlers are called at its end, and may raise
+    there. Blocks may be nested. Other threads than the main one get no signals."""
+
+    def __enter__(self) -> None:
+        self._taken = None if _is_held or _this_thread() != _main else _hold()
+
+    def __exit__(self, *_: object) -> None:
+        if self._taken is not None:
+            _let_go(self._taken)
 
 
-def _call(number: int, frame: FrameType | None) -> None:
-    handler = _handler_of(number)
-    handler = _theirs.get(number) if handler is _note else handler
-    if callable(handler):
-        handler(number, frame)
+def allowing(function: Callable[_P, _T], *args: _P.args, **options: _P.kwargs) -> _T:
+    """Call a function in which signals do not wait, although a `held` block is around it: one that
+    takes long, and may be left at any point."""
+    global _is_held
+    if not _is_held or _this_thread() != _main:
+        return function(*args, **options)
+    try:
+        _is_held = False
+        _call_waiting()
+        return function(*args, **options)
+    finally:
+        _is_held = True
+
+
+class _StandIn:
+    """A handler in place of another one, which it remembers: whoever finds it may keep it."""
+
+    __slots__ = ("handler", "number")
+
+    def __init__(self, number: int, handler: Callable[[int, FrameType | None], object]) -> None:
+        self.number, self.handler = number, handler
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        if _is_held:
+            _waiting.append(partial(self.handler, number, frame))
+        else:
+            self.handler(number, frame)
+
+
+def _hold() -> list[_StandIn]:
+    """Have signals wait. Returns what stands in for their handlers."""
+    global _is_held, _main
+    taken: list[_StandIn] = []
+    try:
+        for number in _SIGNALS:
+            handler: Any = _handler_of(number)
+            if callable(handler) and type(handler) is not _StandIn:
+                stand_in = _StandIn(number, handler)
+                taken.append(stand_in)
+                _set_handler(number, stand_in)
+        _is_held = True
+    except BaseException as error:  # of a handler, called before it had to wait
+        _let_go(taken)
+        if not (isinstance(error, ValueError) and "of the main interpreter" in str(error)):
+            raise
+        _main = None  # this is another interpreter, which gets no signals
+    return taken
+
+
+def _let_go(taken: list[_StandIn]) -> None:
+    """Let signals wait no longer, and call the handlers of those that did."""
+    global _is_held
+    try:
+        _is_held = False
+        _give_back(taken)
+    except BaseException:  # of a handler, called meanwhile
+        _give_back(taken)
+        raise
+    finally:
+        if _waiting:
+            _call_waiting()
+
+
+def _give_back(taken: list[_StandIn]) -> None:
+    """Set the handlers that were there, but where somebody has set another meanwhile."""
+    for stand_in in taken:
+        if _handler_of(stand_in.number) is stand_in:
+            _set_handler(stand_in.number, stand_in.handler)
 
 
 def _call_waiting() -> None:
     if _waiting:
-        number, frame = _waiting.pop(0)
         try:
-            _call(number, frame)
+            _waiting.pop(0)()
         finally:
             _call_waiting()
 
 
-def _take_over() -> None:
-    for number in _SIGNALS:
-        handler = _handler_of(number)
-        if callable(handler) and handler is not _note:
-            _theirs[number] = handler
-            try:
-                _set_handler(number, _note)
-            except ValueError:  # the main thread of a subinterpreter, which gets no signals, either
-                del _theirs[number]
+def _in_child() -> None:
+    """A thread that forks is the main one of the child, where nobody ends what another began."""
+    global _is_held, _main
+    if _main is not None and _this_thread() != _main:
+        _main, _is_held = _this_thread(), False
+        _waiting.clear()
 
 
-def _give_back() -> None:
-    """Set the handlers that were there, but where somebody has set another meanwhile."""
-    while _theirs:
-        number = next(iter(_theirs))
-        if _handler_of(number) is _note:
-            _set_handler(number, _theirs[number])
-        del _theirs[number]
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_child)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from pykv import forks
 from tests.llm import tiny
 
 # In a process of its own, as this one has threads, with which it must not fork.
@@ -41,6 +42,30 @@ for thread in threads:
     thread.join()
 sys.exit(f"children ended with {failed}" if failed else 0)
 """
+
+
+class Told:
+    """A lock that tells when it is taken."""
+
+    def __init__(self, taken):
+        self.taken = taken
+
+    def acquire(self):
+        self.taken.append(self)
+
+    def release(self):
+        self.taken.remove(self)
+
+
+def test_a_fork_takes_older_locks_last(monkeypatch):
+    """Whoever holds another may wait for one of these, as a model's step for that of all caches."""
+    monkeypatch.setattr(forks, "_locks", type(forks._locks)())
+    taken = []
+    locks = [forks.waits_for(Told(taken)) for _ in range(20)]
+    forks._take()
+    assert taken == locks[::-1]
+    forks._release()
+    assert not taken
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")

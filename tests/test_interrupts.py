@@ -1,7 +1,9 @@
 """Ctrl-C lands anywhere, and neither pages nor sequences are lost; nor are signals that wait."""
 
 import gc
+import os
 import signal
+import subprocess
 import sys
 import threading
 from contextlib import contextmanager, nullcontext
@@ -292,6 +294,12 @@ def test_a_finalizer_may_free_a_sequence_at_any_point_of_a_method(work):
 def test_signals_wait_and_are_not_lost():
     calls = []
     numbers = [signal.SIGALRM, signal.SIGUSR1]
+
+    def ask():
+        assert calls == [signal.SIGUSR1, signal.SIGALRM]
+        signal.raise_signal(signal.SIGUSR1)
+        assert len(calls) == 3
+
     before = [signal.signal(n, lambda number, _: calls.append(number)) for n in numbers]
     try:
         with interrupts.held():
@@ -299,10 +307,7 @@ def test_signals_wait_and_are_not_lost():
                 signal.raise_signal(signal.SIGUSR1)
             signal.raise_signal(signal.SIGALRM)
             assert calls == []
-            with interrupts.allowed():
-                assert calls == [signal.SIGUSR1, signal.SIGALRM]
-                signal.raise_signal(signal.SIGUSR1)
-                assert len(calls) == 3
+            interrupts.allowing(ask)
             signal.raise_signal(signal.SIGUSR1)
             assert len(calls) == 3
         assert len(calls) == 4
@@ -321,6 +326,92 @@ def test_a_handler_that_is_set_meanwhile_stays():
         signal.signal(signal.SIGINT, before)
 
 
+def test_a_handler_that_was_found_meanwhile_may_be_kept():
+    """As by a library that is imported there, and sets a handler that calls the one before it."""
+
+    def chained(*of):
+        calls.append(of[0])
+        found(*of)
+
+    calls, before = [], signal.signal(signal.SIGALRM, lambda *_: calls.append("first"))
+    try:
+        with interrupts.held():
+            found = signal.signal(signal.SIGALRM, chained)
+        signal.raise_signal(signal.SIGALRM)
+        assert calls == [signal.SIGALRM, "first"]
+        with interrupts.held():
+            signal.raise_signal(signal.SIGALRM)
+            assert len(calls) == 2
+        assert calls == [signal.SIGALRM, "first"] * 2
+        signal.signal(signal.SIGALRM, found)
+        with interrupts.held():
+            signal.raise_signal(signal.SIGALRM)
+            assert len(calls) == 4
+        assert calls[4:] == ["first"]
+    finally:
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_a_handler_that_raises_an_error_of_values_raises_it():
+    """Python calls it when handlers are set, which raises the like in other interpreters."""
+
+    def fail(*_):
+        raise ValueError("too late")
+
+    set_handler = interrupts._set_handler
+
+    def setting(*of):
+        if not isinstance(of[1], interrupts._StandIn):
+            return set_handler(*of)
+        signal.raise_signal(signal.SIGALRM)
+
+    before = signal.signal(signal.SIGALRM, fail)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(interrupts, "_set_handler", setting)
+            with pytest.raises(ValueError, match="too late"), interrupts.held():
+                raise AssertionError("the block does not run")
+        assert signal.getsignal(signal.SIGALRM) is fail
+    finally:
+        signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_child_of_another_thread_holds_signals_of_its_own():
+    """Though the block of its parent's main thread never ends there."""
+    script = """
+import os, signal, threading
+from pykv import interrupts
+
+calls = []
+signal.signal(signal.SIGALRM, lambda *_: calls.append(1))
+
+def work():
+    child = os.fork()
+    if child:
+        status.append(os.waitpid(child, 0)[1])
+        return
+    signal.raise_signal(signal.SIGALRM)
+    before = len(calls)
+    with interrupts.held():
+        signal.raise_signal(signal.SIGALRM)
+        meanwhile = len(calls)
+    os._exit(0 if (before, meanwhile, len(calls)) == (1, 1, 2) else 1)
+
+status = []
+with interrupts.held():
+    signal.raise_signal(signal.SIGALRM)
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+assert status == [0] and calls == [1], (status, calls)
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_all_that_wait_are_called_though_one_raises():
     def fail(*_):
         raise TimeoutError
@@ -337,8 +428,8 @@ def test_all_that_wait_are_called_though_one_raises():
 
 def test_another_thread_holds_nothing():
     def work():
-        with interrupts.held(), interrupts.allowed():
-            handlers.append(signal.getsignal(signal.SIGINT))
+        with interrupts.held():
+            handlers.append(interrupts.allowing(signal.getsignal, signal.SIGINT))
 
     handlers = []
     thread = threading.Thread(target=work)
@@ -354,7 +445,9 @@ def test_a_subinterpreter_gets_no_signals(monkeypatch):
         raise ValueError("signal only works in main thread of the main interpreter")
 
     monkeypatch.setattr(interrupts, "_set_handler", refuse)
+    monkeypatch.setattr(interrupts, "_main", interrupts._main)
     before = signal.getsignal(signal.SIGINT)
     manager = BlockManager(4, P)
     assert manager.allocate(3 * P) == [0, 1, 2]
-    assert not interrupts._theirs and signal.getsignal(signal.SIGINT) is before
+    assert interrupts._main is None and signal.getsignal(signal.SIGINT) is before
+    manager.free(manager.allocate(P))

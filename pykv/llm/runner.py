@@ -129,8 +129,7 @@ class ModelRunner:
         asks = evictor is not None and bool(evictor.sums or (done and evictor.asked))
         if self._prefill is not None:
             self._prefill.bring([s for s, _ in pieces])
-        with interrupts.allowed():
-            logits, queries = self._prompts.run(spans, done, asks)
+        logits, queries = interrupts.allowing(self._prompts.run, spans, done, asks)
         end = 0
         for i, (s, n) in enumerate(pieces):
             s.cached += n
@@ -161,8 +160,7 @@ class ModelRunner:
         tokens = None if self._residency is None else self._residency.take(sequences)
         if tokens is None:
             self._end_residency()
-            with interrupts.allowed():
-                decoder = self._decoder_for(sequences)
+            decoder = interrupts.allowing(self._decoder_for, sequences)
             if alone and self.ahead(sequences) > 1:
                 self._residency = decoder.stay(sequences, self._max_resident)
                 tokens = self._residency.take(sequences)
@@ -358,8 +356,7 @@ class _Decoder:
     def run(self, sequences: list[Sequence]) -> Any:
         """Logits after the last token of each sequence, [n, V]."""
         self._fill_inputs(sequences)
-        with interrupts.allowed():
-            return self._step()[: len(sequences)]
+        return interrupts.allowing(self._step)[: len(sequences)]
 
     def stay(self, sequences: list[Sequence], tokens: int) -> Residency:
         """Begin to draw from the last token of each sequence on."""

@@ -82,8 +82,7 @@ class Fetch:
             self.done = self._sent if wait else self._released
             if self.is_over or not wait:
                 return self.done
-            with interrupts.allowed():
-                self._tiers.wait_for_one()
+            interrupts.allowing(self._tiers.wait_for_one)
 
     @property
     def is_moving(self) -> bool:

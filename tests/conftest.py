@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from pykv import calibration, cuda
-from pykv.ops import block_linear
 
 # A shell that starts tests in the background has SIGINT ignored, by them and by what they start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -142,7 +141,7 @@ def array_module(request):
     monkeypatch.setattr(cuda.launch, "driver", machine)
     monkeypatch.setattr(cuda.devices, "_arch", lambda device: machine.ARCH)
     monkeypatch.setattr(calibration, "_identity", lambda device: ("SIMT", str(device), "0"))
-    monkeypatch.setattr(block_linear, "warm_up", lambda *kinds: None)  # NVRTC's work
+    monkeypatch.setattr("pykv.llm.weight_kernels.compile_all", lambda *kinds: None)  # NVRTC's work
     return cupy
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from pykv.llm import matrices, tensors
+from pykv.llm import matrices, tensors, weight_kernels
 from pykv.llm.config import Config, read_config
 from pykv.llm.gguf import ModelFile, TensorInfo
 from pykv.llm.matrices import Stored
@@ -105,7 +105,7 @@ def load(
         }
         gated = of_gates if dtype is None else kinds
         every = sorted(kinds | ({"F32"} if hadamard else set()))
-        block_linear.warm_up(every, sorted(gated), config.kind.activation)
+        weight_kernels.compile_all(every, sorted(gated), config.kind.activation)
     rounded = dict(attention_out=np.float16) if hadamard and dtype is None else {}
     E, D = config.embedding, config.head_dim
     frequencies = {id(f): xp.asarray(f) for f in config.inv_freq}

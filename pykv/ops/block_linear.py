@@ -7,9 +7,7 @@ Kernel: kernels_cu/block_linear.cu; pykv/planes.py describes the rows.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -19,14 +17,7 @@ from pykv import cuda, planes
 from pykv.arrays import FLOAT32, FLOATS, UINT8, VECTOR_BYTES, like, on_gpu, row_step
 from pykv.checker import Dims, checker, optional
 from pykv.errors import ParameterError, ShapeError, UnsupportedError
-from pykv.ops import (
-    activation,
-    block_rows,
-    linear_mma,
-    linear_split,
-    linear_tiles,
-    linear_wgmma,
-)
+from pykv.ops import activation, block_rows, linear_mma, linear_tiles, linear_wgmma
 from pykv.ops import norm as rms_norm
 from pykv.options import check_choice, check_flag, check_number
 from pykv.planes import FORMATS
@@ -69,11 +60,11 @@ def most_outs(kind: str, rows: int) -> int:
     return _outs(kind, rows)[0]
 
 
-def _sizes(kind: str, sm: int) -> list[dict[str, int]]:
-    """All ways in which `gemv` cuts products on an SM."""
+def all_defines(kind: str, sm: int) -> list[dict[str, Any]]:
+    """Of all ways in which `gemv` cuts products of float32 on an SM."""
     has_mma = linear_mma.has_kernel(kind, sm)
     return [
-        dict(ROWS=rows, OUTS=outs, BLOCK=block)
+        _defines(kind, FLOATS[0], FLOATS[0], ROWS=rows, OUTS=outs, BLOCK=block)
         for rows in _OUTS
         if rows <= _FEW or not has_mma
         for outs in _outs(kind, rows)
@@ -218,52 +209,6 @@ def multiply(
         work = partial(reference, x, w, kind, bias, out, norm, options)
         cuda.run_on_host(work, stream=stream)
     return out
-
-
-def warm_up(kinds: Sequence[str], gated: Sequence[str], gate: str) -> None:
-    """Compile the kernels of these kinds for the current GPU, on all cores, where the cache folder
-    lacks them; of activations in float32 that need not be exact on tensor cores. Products of the
-    kinds in `gated` end in this gate as well."""
-    arch, sm = cuda.current_arch(), cuda.current_sm()
-    floats = FLOATS[0], FLOATS[0]
-    jobs: list[tuple[str, dict[str, Any]]] = []
-    for kind in kinds:
-        jobs += [("block_linear", _defines(kind, *floats, **sizes)) for sizes in _sizes(kind, sm)]
-        if kind in FORMATS:
-            jobs.append(("block_rows", block_rows.defines(kind, FLOATS[0])))
-        gates = (None, gate) if kind in gated else (None,)
-        if linear_mma.has_kernel(kind, sm):
-            jobs += _tensor_core_jobs(kind, gates, sm)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for _ in pool.map(lambda job: cuda.compile(job[0], arch, **job[1]), jobs):
-            pass
-
-
-def _tensor_core_jobs(
-    kind: str, gates: tuple[str | None, ...], sm: int
-) -> list[tuple[str, dict[str, Any]]]:
-    floats = FLOATS[0], FLOATS[0]
-    tilings = linear_mma.tilings(kind, False, sm)
-    few = linear_tiles.most_of_registers(kind, sm)
-    jobs: list[tuple[str, dict[str, Any]]]
-    jobs = [("linear_split", one) for one in linear_split.all_defines(kind, FLOATS[0])]
-    if few is not None:
-        tilings = [one for one in tilings if one.TILE_T < 2 * few]
-        jobs += [
-            ("linear_tiles", linear_tiles.defines(kind, *floats, tiling, end))
-            for tiling in linear_tiles.tilings(sm)
-            for end in gates
-        ]
-    if linear_wgmma.multiplies(kind, False, 1, 1, None, sm):  # leaves more tokens of few elements
-        tilings = [one for one in tilings if 8 < one.TILE_T < 64]
-        every = {one for some in linear_wgmma.tilings(kind).values() for one in some}
-        jobs += [
-            ("linear_wgmma", linear_wgmma.defines(kind, *floats, tiling, end))
-            for tiling in sorted(every)
-            for end in gates
-        ]
-    jobs += [("linear_mma", linear_mma.defines(kind, *floats, False, one)) for one in tilings]
-    return jobs
 
 
 def checked(

@@ -58,8 +58,9 @@ class BlockManager:
 
     All methods raise DtypeError for arguments of another type. An error leaves everything as it
     was; Ctrl-C comes before or after what a method does, and a finalizer may `free` a sequence in
-    the midst of it. Not thread-safe. Sources: vLLM's paged
-    attention and automatic prefix caching.
+    the midst of it. A new sequence that Ctrl-C keeps from being returned stays held; to `extend` an
+    empty list loses none. Not thread-safe. Sources: vLLM's paged attention and automatic prefix
+    caching.
 
     >>> manager = pykv.blocks.BlockManager(num_pages=8, page_size=4)
     >>> first = manager.allocate(tokens=6)

@@ -19,10 +19,12 @@ from collections.abc import Callable
 from functools import partial, wraps
 from threading import get_ident as _this_thread
 from types import FrameType
-from typing import Any, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
+_Handler = Callable[[int, FrameType | None], object]
+_Taken = tuple[int, _Handler, _Handler]  # a signal, what stands in for its handler, the handler
 _NAMES = "SIGINT SIGTERM SIGBREAK SIGHUP SIGALRM SIGUSR1 SIGUSR2"
 _SIGNALS = [int(getattr(signal, name)) for name in _NAMES.split() if hasattr(signal, name)]
 
@@ -73,31 +75,16 @@ def allowing(function: Callable[_P, _T], *args: _P.args, **options: _P.kwargs) -
         _is_held = True
 
 
-class _StandIn:
-    """A handler in place of another one, which it remembers: whoever finds it may keep it."""
-
-    __slots__ = ("handler", "number")
-
-    def __init__(self, number: int, handler: Callable[[int, FrameType | None], object]) -> None:
-        self.number, self.handler = number, handler
-
-    def __call__(self, number: int, frame: FrameType | None) -> None:
-        if _is_held:
-            _waiting.append(partial(self.handler, number, frame))
-        else:
-            self.handler(number, frame)
-
-
-def _hold() -> list[_StandIn]:
-    """Have signals wait. Returns what stands in for their handlers."""
+def _hold() -> list[_Taken]:
+    """Have signals wait. Returns what stands in for their handlers, for `_let_go`."""
     global _is_held, _main
-    taken: list[_StandIn] = []
+    taken: list[_Taken] = []
     try:
         for number in _SIGNALS:
-            handler: Any = _handler_of(number)
-            if callable(handler) and type(handler) is not _StandIn:
-                stand_in = _StandIn(number, handler)
-                taken.append(stand_in)
+            handler = _handler_of(number)
+            if callable(handler):
+                stand_in = partial(_call_or_wait, handler)
+                taken.append((number, stand_in, handler))
                 _set_handler(number, stand_in)
         _is_held = True
     except BaseException as error:  # of a handler, called before it had to wait
@@ -108,7 +95,15 @@ def _hold() -> list[_StandIn]:
     return taken
 
 
-def _let_go(taken: list[_StandIn]) -> None:
+def _call_or_wait(handler: _Handler, number: int, frame: FrameType | None) -> None:
+    """What stands in for a handler: whoever finds it there may keep it, and call it at any time."""
+    if _is_held:
+        _waiting.append(partial(handler, number, frame))
+    else:
+        handler(number, frame)
+
+
+def _let_go(taken: list[_Taken]) -> None:
     """Let signals wait no longer, and call the handlers of those that did."""
     global _is_held
     try:
@@ -122,11 +117,11 @@ def _let_go(taken: list[_StandIn]) -> None:
             _call_waiting()
 
 
-def _give_back(taken: list[_StandIn]) -> None:
+def _give_back(taken: list[_Taken]) -> None:
     """Set the handlers that were there, but where somebody has set another meanwhile."""
-    for stand_in in taken:
-        if _handler_of(stand_in.number) is stand_in:
-            _set_handler(stand_in.number, stand_in.handler)
+    for number, stand_in, handler in taken:
+        if _handler_of(number) is stand_in:
+            _set_handler(number, handler)
 
 
 def _call_waiting() -> None:

@@ -361,7 +361,7 @@ def test_a_handler_that_raises_an_error_of_values_raises_it():
     set_handler = interrupts._set_handler
 
     def setting(*of):
-        if not isinstance(of[1], interrupts._StandIn):
+        if of[1] in (fail, signal.default_int_handler):
             return set_handler(*of)
         signal.raise_signal(signal.SIGALRM)
 

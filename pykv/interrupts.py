@@ -3,7 +3,8 @@
 Python calls such handlers in the main thread, between any two steps of a function. What was half
 noted then would stay so: a page that nobody holds and that is not free either.
 
-Handlers that C code has set behind Python's back are not seen, and give way to Python's.
+Handlers that C code has set behind Python's back are not seen, and give way to Python's; and what
+`signal.siginterrupt` said of one is forgotten, as with every `signal.signal`.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""The kernel of `pykv.ops.block_linear` on the tensor cores of sm_90, for 3 to some 100 tokens,
-where activations are 16-bit or may be rounded to that: its sizes and launches.
+"""The kernel of `pykv.ops.block_linear` for GGUF blocks and 3 to 128 tokens on the tensor cores of
+sm_90, where activations are 16-bit or may be rounded to that: its sizes and launches.
 
 Dimensions: T tokens, I features in, O features out, R rows of weights, W bytes of a row.
 Kernel: kernels_cu/linear_wgmma.cu.

@@ -13,8 +13,8 @@
 //                     by row
 // Defines:  X_T = float, f16 or bf16; HALF_T = f16 or bf16; PIECES; OWN = elements of x that a lane
 //           multiplies one after the other, 4, 8 or 32 (mma_weights.cuh), or 0: the order of x;
-//           EVEN_FIRST = 1 where pairs are of elements that another one stands between; TOTALS = 1 or
-//           0; BLOCK = threads. From sm_75 on; below it does nothing
+//           EVEN_FIRST = 1 where pairs are of elements 0 and 2, and 1 and 3, of each four, else 0;
+//           TOTALS = 1 or 0; BLOCK = threads. From sm_75 on; below it does nothing
 // Launch:   grid (T'), block (BLOCK); it may start early
 // Traffic:  T * I elements of x, twice, once from L1; PIECES * T' * I' * 2 bytes written
 // Order:    squares by threads, lanes and warps, the same in every run; a row does not depend on others

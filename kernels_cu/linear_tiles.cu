@@ -4,8 +4,8 @@
 // Arrays, row-major, last dimension contiguous (letters as in pykv/ops/linear_tiles.py):
 //   out               [T, O]  X_T at row stride out_stride; written, and where `accumulate` is 1
 //                     also read and added to
-//   pieces     const  [PIECES, T', I'] f16, or bf16 if KIND is; T' >= T, I' >= I; what `split` of
-//                     linear_mma.cu makes of x in the order of elements
+//   pieces     const  [PIECES, T', I'] f16, or bf16 if KIND is; T' >= T, I' >= I; what linear_split.cu
+//                     makes of x in the order of elements
 //   units      const  [T'] float  what sums of a token are multiplied by
 //   w          const  [O, W] u8  rows of planes of KIND (pykv/planes.py), or of floats, 16-byte
 //                     aligned; with a GATE [2 * O, W], gates, then what they open
@@ -14,8 +14,9 @@
 //   counters          [tiles] u32, zeros
 // Defines:  KIND = a kind of planes.cuh, f16 or bf16; X_T, B_T = float, f16 or bf16; PIECES of x;
 //           GATE = 0, or of gate.cuh 1 or 2; BLOCK = threads; TILE_T, TILE_O = tokens and rows of w
-//           of a block; WARPS_T = warps along the tokens; STAGES in shared memory; RESIDENT = blocks on an SM; GROUP_O = tiles of
-//           outputs whose blocks run together; SHARED_BYTES. From sm_80 on; below it does nothing
+//           of a block; WARPS_T = warps along the tokens; STAGES in shared memory; RESIDENT = blocks on
+//           an SM; GROUP_O = tiles of outputs whose blocks run together; SHARED_BYTES. From sm_80 on;
+//           below it does nothing
 // Launch:   grid (tiles, parts), tiles = ceil(T / TILE_T) * ceil(rows of w / TILE_O), block (BLOCK),
 //           SHARED_BYTES of dynamic shared memory. It may start early: before the kernel ahead has ended
 //           it reads w alone; what others write is not __restrict__, so that no load of it moves ahead

@@ -1,6 +1,6 @@
-// linear_wgmma.cu: out = x @ w.T + bias for 5 to some 100 tokens, or gated pairs of these, on the tensor
-// cores of sm_90: codes of weights and tokens come through shared memory, weights are operands in
-// registers.
+// linear_wgmma.cu: out = x @ w.T + bias for 3 to some 100 tokens, or gated pairs of these, on the tensor
+// cores of sm_90: tokens and the codes of weights come by way of shared memory, and weights are made
+// of codes in registers, which are operands of wgmma.
 //
 // Arrays, row-major, last dimension contiguous (letters as in pykv/ops/linear_wgmma.py):
 //   out               [T, O]  X_T at row stride out_stride; written, and where `accumulate` is 1
@@ -17,7 +17,8 @@
 //           BLOCK = threads, a multiple of 128, two for each row of w of a block, TILE_O; TILE_T = tokens
 //           of a block, 8, 16, 32, or a multiple of 64; STAGES in shared memory; RESIDENT = blocks on an
 //           SM; GROUP_O = tiles of outputs whose blocks run together; SHARED_BYTES. In cubins of sm_90
-//           alone; elsewhere it does nothing
+//           alone; elsewhere, in PTX for sm_90 as well, it does nothing
+// Limits:   the rows of w of a block, and with a GATE all of w, within 2^32 bytes
 // Launch:   grid (tiles, parts), tiles = ceil(rows of w / TILE_O) * T' / TILE_T, block (BLOCK),
 //           SHARED_BYTES of dynamic shared memory. It may start early: before the kernel ahead has ended
 //           it reads w alone; what others write is not __restrict__, so that no load of it moves ahead
@@ -56,7 +57,7 @@ static_assert(TILE_T % N == 0 && BLOCK % 128 == 0, "whole tiles of wgmma");
 static_assert(SHARED_BYTES == STAGES * STAGE_BYTES && STAGES >= 3, "all stages");
 
 using Sums = float[TILE_T / 8][4];
-using Operands = u32[1][2][4];  // indexed by step of 16 elements
+using Operands = u32[2][4];  // of two steps of 16 elements
 
 // Chunks of 16 bytes of a plane, CHUNKS of a row in a stage, whose places are permuted by the row, so
 // that what a warp reads together, 32 codes for each of 8 rows and 4 lanes, lies in different banks.
@@ -76,7 +77,7 @@ struct Rows {
 
     const u8* w;         // row o0, or its gate
     u32 stride, opened;  // bytes from a row to the next, and from a gate to what it opens
-    int last, G;         // the last row behind o0; groups of a row
+    int last, G;         // how many rows follow the first; groups of a row
     u32 words[SHARE], scales;  // where a thread's chunks begin, and the row of its scales
     u32 first[LOADED], second;
 
@@ -122,7 +123,8 @@ struct Rows {
         copy_plane<ONES>(to, plane, stage);
     }
 
-    // Scales are aligned to two bytes: threads load them, half a row each, and store them later.
+    // Scales begin at multiples of two or four bytes, where cp.async cannot copy 16: threads load them,
+    // two threads a row, and store them later. Past the end of a row they are the last word again.
     __device__ __forceinline__ void load_scales(int stage) {
         const int half = threadIdx.x % 2;
         const u32 from = scales + G * CodesOf::BYTES;
@@ -200,7 +202,7 @@ __device__ __forceinline__ void multiply_group(Sums& sums, const Operands& w, Wg
 #pragma unroll
         for (int n = 0; n < TILE_T / N; n++) {
             const int at = sub / 2 * X_PART + (sub % 2 * 2 + step) * 32 + n * N * 128;
-            wgmma_m64k16<false>(reinterpret_cast<float (&)[N / 2]>(sums[n * N / 8]), w[0][step],
+            wgmma_m64k16(reinterpret_cast<float (&)[N / 2]>(sums[n * N / 8]), w[step],
                                 wgmma_matrix(x, at));
         }
     }
@@ -229,8 +231,8 @@ __device__ __forceinline__ void multiply_stage(Sums& sums, const u8* stage, int 
                 own[half].pairs(pairs, sub);
 #pragma unroll
                 for (int step = 0; step < 2; step++) {
-                    now[0][step][half] = pairs[step][0];
-                    now[0][step][2 + half] = pairs[step][1];
+                    now[step][half] = pairs[step][0];
+                    now[step][2 + half] = pairs[step][1];
                 }
             }
             multiply_group(sums, now, x, u * 4 + sub);

@@ -15,11 +15,13 @@ template <int ZERO> __device__ __forceinline__ void code_pairs(u32 (&to)[2], u32
     to[1] = sub_f16x2(__byte_perm(four, BASE, 0x5351), BASE + ZERO * 0x10001u);
 }
 
-// The lowest nibble of each half of a word, of whatever I, which keeps it in a register: as a constant
-// it would be made anew for each use, as instructions take but one.
+// The mask of the lowest nibble of each half of a word. I is never negative, but the compiler does not
+// know, and keeps the mask in a register: it would load a constant anew for each use, as instructions
+// take one constant only.
 __device__ __forceinline__ u32 nibbles_of(int I) { return I < 0 ? 0u : 0x000f000fu; }
 
-// The same of `quad`. Nibbles become f16 where they stand: those one nibble higher count 16-fold.
+// The codes that `quad` gives, as pairs likewise. Nibbles become f16 where they stand: the upper ones
+// count 16-fold.
 template <typename K>
 __device__ __forceinline__ void quad_pairs(u32 (&to)[2], u32 word, u32 pairs, u32 ones, int half,
                                            int s, u32 nibbles) {
@@ -42,7 +44,7 @@ __device__ __forceinline__ void quad_pairs(u32 (&to)[2], u32 word, u32 pairs, u3
 //   begin(unit, I, t)      before the first pairs of a unit
 //   pairs(to, sub)         two steps of mma, two pairs each: 32 elements from sub * 32 on
 //   scales(d, m, unit)     of a group, where SCALES of them and `addend` follow the product
-// Of codes a pair is of elements that another one stands between (IS_EVEN_FIRST), and x likewise.
+// With IS_EVEN_FIRST pairs are of elements 0 and 2, and 1 and 3, of each four, and those of x likewise.
 
 // Codes of GGUF blocks, which are exact in f16; their scales multiply the sums of a group.
 template <typename K, bool IS_EXACT> struct Weights {

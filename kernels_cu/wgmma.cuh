@@ -1,9 +1,9 @@
-// wgmma.cuh: wrappers of the PTX instructions of warpgroups, which cubins of sm_90 alone have; as in
-// ptx.cuh, with twins in tests/simt/ptx.hpp.
+// wgmma.cuh: wrappers of the PTX instructions of warpgroups (four warps), which cubins of sm_90 alone
+// have; as in ptx.cuh, with twins in tests/simt/ptx.hpp.
 #include "ptx.cuh"
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) && !defined(PYKV_SIMT)
-// [wgmma.fence, wgmma.commit_group, wgmma.wait_group] Before the first wgmma_m64n128k16 of a group,
+// [wgmma.fence, wgmma.commit_group, wgmma.wait_group] Before the first wgmma of a group,
 // behind the last, and until at most the N latest groups run.
 __device__ __forceinline__ void wgmma_fence() {
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
@@ -73,39 +73,30 @@ __device__ __forceinline__ void wgmma_m64n128k16(float (&d)[64], WgmmaMatrix a,
     }
 }
 
-// [wgmma.mma_async] The same with A in registers, 16 rows of each warp as in mma, which nobody writes
-// before the wait, and B 16 x 2 SUMS, SUMS = 4, 8, 16 or 32, of columns of B.
-#define PYKV_WGMMA_OF_REGISTERS(columns, sums, type, rest)                                         \
-    PYKV_WGMMA(columns, sums, type, rest, "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]))
-template <bool BF16, int SUMS>
+// [wgmma.mma_async] D += A B of f16, with A in registers, 16 rows of each warp as in mma, which nobody
+// writes before the wait, and B 16 x 2 SUMS, SUMS = 4, 8, 16 or 32, of columns of B.
+#define PYKV_WGMMA_OF_REGISTERS(columns, sums, rest)                                               \
+    PYKV_WGMMA(columns, sums, "f16", rest, "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]))
+template <int SUMS>
 __device__ __forceinline__ void wgmma_m64k16(float (&d)[SUMS], const u32 (&a)[4], WgmmaMatrix b) {
-    if constexpr (SUMS == 4 && BF16) {
-        PYKV_WGMMA_OF_REGISTERS("8", 4, "bf16", "{%4, %5, %6, %7}, %8, add, 1, 1, 0");
-    } else if constexpr (SUMS == 4 && !BF16) {
-        PYKV_WGMMA_OF_REGISTERS("8", 4, "f16", "{%4, %5, %6, %7}, %8, add, 1, 1, 0");
-    } else if constexpr (SUMS == 8 && BF16) {
-        PYKV_WGMMA_OF_REGISTERS("16", 8, "bf16", "{%8, %9, %10, %11}, %12, add, 1, 1, 0");
-    } else if constexpr (SUMS == 8 && !BF16) {
-        PYKV_WGMMA_OF_REGISTERS("16", 8, "f16", "{%8, %9, %10, %11}, %12, add, 1, 1, 0");
-    } else if constexpr (SUMS == 16 && BF16) {
-        PYKV_WGMMA_OF_REGISTERS("32", 16, "bf16", "{%16, %17, %18, %19}, %20, add, 1, 1, 0");
-    } else if constexpr (SUMS == 16 && !BF16) {
-        PYKV_WGMMA_OF_REGISTERS("32", 16, "f16", "{%16, %17, %18, %19}, %20, add, 1, 1, 0");
-    } else if constexpr (SUMS == 32 && BF16) {
-        PYKV_WGMMA_OF_REGISTERS("64", 32, "bf16", "{%32, %33, %34, %35}, %36, add, 1, 1, 0");
-    } else if constexpr (SUMS == 32 && !BF16) {
-        PYKV_WGMMA_OF_REGISTERS("64", 32, "f16", "{%32, %33, %34, %35}, %36, add, 1, 1, 0");
+    static_assert(SUMS == 4 || SUMS == 8 || SUMS == 16 || SUMS == 32, "columns of B");
+    if constexpr (SUMS == 4) {
+        PYKV_WGMMA_OF_REGISTERS("8", 4, "{%4, %5, %6, %7}, %8, add, 1, 1, 0");
+    } else if constexpr (SUMS == 8) {
+        PYKV_WGMMA_OF_REGISTERS("16", 8, "{%8, %9, %10, %11}, %12, add, 1, 1, 0");
+    } else if constexpr (SUMS == 16) {
+        PYKV_WGMMA_OF_REGISTERS("32", 16, "{%16, %17, %18, %19}, %20, add, 1, 1, 0");
     } else {
-        static_assert(SUMS < 0, "columns of B");
+        PYKV_WGMMA_OF_REGISTERS("64", 32, "{%32, %33, %34, %35}, %36, add, 1, 1, 0");
     }
 }
 #undef PYKV_WGMMA_OF_REGISTERS
 #undef PYKV_WGMMA
 
-// Operands in registers, used behind wgmma_wait alone.
-template <int N> __device__ __forceinline__ void wgmma_operands(u32 (&a)[N][2][4]) {
+// Operands of two wgmma, which stay in their registers up to here, behind wgmma_wait.
+__device__ __forceinline__ void wgmma_operands(u32 (&a)[2][4]) {
 #pragma unroll
-    for (int i = 0; i < N * 8; i++) asm volatile("" :: "r"(a[i / 8][i / 4 % 2][i % 4]) : "memory");
+    for (int i = 0; i < 8; i++) asm volatile("" :: "r"(a[i / 4][i % 4]) : "memory");
 }
 
 // What wgmma wrote, used behind wgmma_wait alone.

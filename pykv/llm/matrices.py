@@ -11,7 +11,7 @@ import numpy as np
 
 from pykv import planes
 from pykv.arrays import like, on_gpu
-from pykv.cuda import current_sm
+from pykv.cuda import current_arch, current_sm
 from pykv.errors import UnsupportedError
 from pykv.llm.gguf import ModelFile
 from pykv.ops import (
@@ -120,9 +120,8 @@ def gates_itself(x: Any, w: Any, gemm: str) -> bool:
     if len(parts) > 1 or not on_gpu(x):
         return False
     ((kind, rows),), (T, I) = parts, x.shape
-    if _is_fused(x) or linear_wgmma.multiplies(
-        kind, False, T, len(rows) * I, GATES[0], current_sm()
-    ):
+    wgmma = linear_wgmma.multiplies(kind, False, T, len(rows), I, GATES[0], current_arch())
+    if _is_fused(x) or wgmma:
         return True
     return T > linear_tiles.SHORT and not _by_linear(x, kind, gemm)
 

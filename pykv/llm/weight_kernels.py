@@ -35,13 +35,14 @@ def compile_all(kinds: Sequence[str], gated: Sequence[str], gate: str) -> None:
             jobs.append(("block_rows", block_rows.defines(kind, FLOATS[0])))
         gates = (None, gate) if kind in gated else (None,)
         if linear_mma.has_kernel(kind, sm):
-            jobs += _tensor_core_jobs(kind, gates, sm)
+            jobs += _tensor_core_jobs(kind, gates)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for _ in pool.map(lambda job: cuda.compile(job[0], arch, **job[1]), jobs):
             pass
 
 
-def _tensor_core_jobs(kind: str, gates: tuple[str | None, ...], sm: int) -> list[_Job]:
+def _tensor_core_jobs(kind: str, gates: tuple[str | None, ...]) -> list[_Job]:
+    arch, sm = cuda.current_arch(), cuda.current_sm()
     tilings = linear_mma.tilings(kind, False, sm)
     few = linear_tiles.most_of_registers(kind, sm)
     jobs = [("linear_split", one) for one in linear_split.all_defines(kind, FLOATS[0])]
@@ -52,7 +53,8 @@ def _tensor_core_jobs(kind: str, gates: tuple[str | None, ...], sm: int) -> list
             for tiling in linear_tiles.tilings(sm)
             for end in gates
         ]
-    if linear_wgmma.multiplies(kind, False, 1, 1, None, sm):  # leaves more tokens of few elements
+    if linear_wgmma.multiplies(kind, False, 1, 1, 1, None, arch):
+        # It leaves more tokens of matrices of few elements.
         tilings = [one for one in tilings if 8 < one.TILE_T < 64]
         every = {one for some in linear_wgmma.tilings(kind).values() for one in some}
         jobs += [

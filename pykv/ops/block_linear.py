@@ -37,8 +37,8 @@ _FEW_OUTS = 2  # of floats, of which a lane holds 32 elements of each row, and o
 _SLICE = 1024  # elements of a row that a warp multiplies at a time
 _SLICE_BYTES = 4608
 _SLICES = 8  # of a round, of all tokens that share one reading of w
-# Tokens up to which `gemv` multiplies, where linear_mma has a kernel; of rounded x and matrices of
-# more elements than _SMALL only 2.
+# Tokens up to which `gemv` multiplies, where tensor cores have a kernel; of rounded x and matrices
+# of more elements than _SMALL only 2.
 _FEW = 4
 _SMALL = 16 << 20
 
@@ -176,8 +176,9 @@ def multiply(
     none below 2^-126. Those sums are exact; scales multiply them, and the rest is summed in
     float32: so a row whose weight of a large element is 0 loses bits of the others. From sm_75 on
     tensor cores multiply more than 4 tokens, or more than 2 by a large matrix where `x` is rounded,
-    in launches of their own: of `x` as they want it, the product, and the gate, with which a
-    product of many tokens ends itself. They take float32 as the sum of two float16, 22 bits of
+    in launches of their own: of `x` as they want it, the product, and the gate, unless the product
+    ends in the gate itself: on sm_90 of blocks and up to 128 tokens (of small matrices 32), and of
+    many tokens of any kind. They take float32 as the sum of two float16, 22 bits of
     every element down to 2^-28 of the token's largest, or for BF16 (from sm_80 on) of three
     bfloat16; for 16-bit `x` blocks are rounded to float16, whose largest is 65504, and for a gate
     of its own products to the dtype of `x`. The copies of `x` take up to 10 bytes an element from
@@ -310,7 +311,7 @@ def _by_gemv(x: Any, w: Any, kind: str, exact: bool) -> bool:
 def _launch(
     x: Any, w: Any, kind: str, bias: Any, norm: Any, out: Any, options: Options
 ) -> Callable[[dict[str, Any], Any], None]:
-    """The launch of `gemv`, or the launches around a product by linear_mma."""
+    """The launch of `gemv`, or the launches around a product on tensor cores."""
     if not _by_gemv(x, w, kind, options.exact and x.dtype in FLOAT32):
         return _launches(x, w, kind, bias, norm, out, options)
     cut = cut_of(x, w, kind)
@@ -394,15 +395,15 @@ def _launches(
     exact = options.exact and x.dtype in FLOAT32
     given, gate, accumulate = (x, w, kind, bias), options.gate, options.accumulate
     ways: dict[str, Any] = dict(eps=options.eps, early=options.early)
-    T, elements, sm = len(x), len(w) * x.shape[1], cuda.current_sm()
-    if linear_wgmma.multiplies(kind, exact, T, elements, gate, sm):
+    (T, I), R = x.shape, len(w)
+    if linear_wgmma.multiplies(kind, exact, T, R, I, gate, cuda.current_arch()):
         return linear_wgmma.product(*given, out, accumulate, gate=gate, **ways)
-    if linear_tiles.multiplies(kind, exact, T, sm):
+    if linear_tiles.multiplies(kind, exact, T, cuda.current_sm()):
         ways |= dict(early=options.early and T > linear_tiles.SHORT)
         return linear_tiles.product(*given, out, accumulate, gate=gate, **ways)
     if gate is None:
         return linear_mma.product(*given, out, accumulate, exact, **ways)
-    products = like(x, (len(x), len(w)), x.dtype)
+    products = like(x, (T, R), x.dtype)
     shape, finish = products.shape, activation.launch_gated(gate, products, out, accumulate)
     multiply_rows = linear_mma.product(*given, products, False, exact, **ways)
 

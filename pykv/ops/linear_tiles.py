@@ -39,8 +39,8 @@ def most_of_registers(kind: str, sm: int) -> int | None:
     return 64 if kind in FLOAT_KINDS and sm >= 80 else None
 
 
-# Tokens of a model's step up to which products neither start early nor end in a gate: with both a
-# prompt of 512 was slower, and longer ones faster (tools/results/h200/limits.md).
+# Tokens of a model's step up to which products by this kernel neither start early nor end in a
+# gate: with both a prompt of 512 was slower, longer ones faster (tools/results/h200/limits.md).
 SHORT = 512
 
 

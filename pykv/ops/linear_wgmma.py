@@ -1,5 +1,5 @@
-"""The kernel of `pykv.ops.block_linear` on the tensor cores of sm_90, for 3 to some 100 tokens,
-where activations are 16-bit or may be rounded to that: its sizes and launches.
+"""The kernel of `pykv.ops.block_linear` for GGUF blocks and 3 to 128 tokens on the tensor cores of
+sm_90, where activations are 16-bit or may be rounded to that: its sizes and launches.
 
 Dimensions: T tokens, I features in, O features out, R rows of weights, W bytes of a row.
 Kernel: kernels_cu/linear_wgmma.cu.
@@ -37,24 +37,31 @@ class Tiling(NamedTuple):
 # waits for less, with a gate in a launch of its own. From timings on an H200.
 _MOST = 128
 _FEW_ELEMENTS, _MOST_OF_FEW, _MOST_OF_FEW_GATES = 4 << 20, 16, 32
+# Bytes that a block reaches by offsets of 32 bits: of its rows of weights, which are so many at
+# most, and with a gate of all.
+_REACH, _MOST_ROWS = 1 << 32, 256
 
 
-def multiplies(kind: str, exact: bool, T: int, elements: int, gate: str | None, sm: int) -> bool:
-    """Whether T tokens and a matrix are for this kernel."""
-    if exact or sm != 90 or kind not in planes.FORMATS:
+def multiplies(kind: str, exact: bool, T: int, R: int, I: int, gate: str | None, arch: str) -> bool:
+    """Whether T tokens and a matrix are for this kernel. R and I are those of the weights; `arch`
+    is as of cuda.current_arch: cubins of sm_90 have wgmma, PTX of compute_90 has not."""
+    if exact or arch != "sm_90" or kind not in planes.FORMATS:
+        return False
+    if (R if gate else min(R, _MOST_ROWS)) * planes.row_bytes(kind, I) > _REACH:
         return False
     most_of_few = _MOST_OF_FEW_GATES if gate else _MOST_OF_FEW
-    return T <= (_MOST if elements > _FEW_ELEMENTS else most_of_few)
+    return T <= (_MOST if R * I > _FEW_ELEMENTS else most_of_few)
 
 
 _ROOM = 224 << 10  # bytes of shared memory of an SM, less what blocks take besides
 _MOST_STAGES = 6
 
 
-def _tiling(kind: str, tokens: int, block: int, resident: int) -> Tiling | None:
-    """With as many stages as there is room for, at least three."""
+def _tiling(kind: str, tokens: int, block: int, resident: int) -> Tiling:
+    """With as many stages as there is room for, at least three: where these are too large, of one
+    block of 256 threads, for which every kind has room."""
     stages = min(_ROOM // resident // _stage_bytes(kind, tokens, block), _MOST_STAGES)
-    return Tiling(tokens, block, stages, resident) if stages >= 3 else None
+    return Tiling(tokens, block, stages, resident) if stages >= 3 else _tiling(kind, tokens, 256, 1)
 
 
 def _stage_bytes(kind: str, tokens: int, block: int) -> int:
@@ -62,8 +69,9 @@ def _stage_bytes(kind: str, tokens: int, block: int) -> int:
 
 
 def tilings(kind: str) -> dict[int, list[Tiling]]:
-    """What blocks multiply, by their tokens: for few rows of weights, for more, for so many that
-    blocks wait for others to end. From timings of the shapes of models on an H200."""
+    """What blocks multiply, by their tokens: for matrices of few elements, for more, and for so
+    many tiles that some blocks wait for others to end. From timings of the shapes of models on an
+    H200."""
     sizes = {
         8: ((128, 3), (256, 2), (256, 2)),
         16: ((128, 3), (256, 2), (256, 2)),
@@ -71,16 +79,9 @@ def tilings(kind: str) -> dict[int, list[Tiling]]:
         64: ((256, 1), (256, 1), (512, 1)),
     }
     return {
-        tokens: [_tiling(kind, tokens, *one) or _one(kind, tokens) for one in of_tokens]
+        tokens: [_tiling(kind, tokens, *one) for one in of_tokens]
         for tokens, of_tokens in sizes.items()
     }
-
-
-def _one(kind: str, tokens: int) -> Tiling:
-    """What there is room for, of each kind."""
-    one = _tiling(kind, tokens, 256, 1)
-    assert one is not None
-    return one
 
 
 def choose(kind: str, T: int, R: int, I: int, num_sms: int) -> Tiling:

@@ -37,7 +37,7 @@ def test_a_model_that_is_loaded_finds_its_kernels_compiled(monkeypatch, kind, sm
     shapes = [(576, 576), (4096, 1024), (4096, 4096), (8192, 1024), (14336, 4096), (128256, 4096)]
     for T, (O, I), gate in product(range(5, 200), shapes, (None, "geglu")) if sm > 75 else ():
         shape = kind, False, T
-        if linear_wgmma.multiplies(*shape, O * I, gate, sm):
+        if linear_wgmma.multiplies(*shape, O, I, gate, f"sm_{sm}"):
             tiling = linear_wgmma.choose(kind, T, O, I, 132)
             ways.append(("linear_wgmma", linear_wgmma.defines(kind, *floats, tiling, gate)))
         elif linear_tiles.multiplies(*shape, sm):

@@ -143,14 +143,30 @@ def test_what_is_multiplied_and_how():
     assert sizes(8, 28672, 4096) == (8, 128, 2) and sizes(16, 960, 576) == (16, 64, 3)
     assert sizes(32, 6144, 4096) == (32, 128, 1) and sizes(32, 28672, 4096) == (32, 128, 2)
     assert sizes(64, 16384, 2048) == (64, 128, 1) and sizes(128, 28672, 4096) == (64, 256, 1)
-    large, small = 16 << 20, 1 << 20
+    large, small = (4096, 4096), (1024, 1024)
     for kind in (*planes.FORMATS, *FLOAT_KINDS):
-        assert op.multiplies(kind, False, 128, large, None, 90) == (kind in planes.FORMATS)
-    assert not op.multiplies("Q4_K", True, 8, large, None, 90)
-    assert not op.multiplies("Q4_K", False, 8, large, None, 100)
-    assert not op.multiplies("Q4_K", False, 129, large, None, 90)
-    assert not op.multiplies("Q4_K", False, 32, small, None, 90)
-    assert op.multiplies("Q4_K", False, 32, small, "swiglu", 90)
+        assert op.multiplies(kind, False, 128, *large, None, "sm_90") == (kind in planes.FORMATS)
+    assert not op.multiplies("Q4_K", True, 8, *large, None, "sm_90")
+    assert not op.multiplies("Q4_K", False, 129, *large, None, "sm_90")
+    assert not op.multiplies("Q4_K", False, 32, *small, None, "sm_90")
+    assert op.multiplies("Q4_K", False, 32, *small, "swiglu", "sm_90")
+
+
+def test_cubins_of_sm_90_alone_multiply():
+    """PTX of compute_90, as PYKV_ARCH may ask for, has no wgmma: the kernel would write nothing."""
+    for arch in ("sm_100", "compute_90", "compute_75"):
+        assert not op.multiplies("Q4_K", False, 8, 4096, 4096, None, arch)
+
+
+def test_offsets_of_a_block_have_32_bits():
+    """Rows of 2^20 elements have 9 << 16 bytes in Q4_K, so that 7281 lie below 2^32."""
+    assert op.multiplies("Q4_K", False, 8, 7280, 1 << 20, "swiglu", "sm_90")
+    assert not op.multiplies("Q4_K", False, 8, 7282, 1 << 20, "swiglu", "sm_90")
+    assert op.multiplies("Q4_K", False, 8, 1 << 20, 1 << 20, None, "sm_90")
+    assert not op.multiplies("Q4_K", False, 8, 256, 1 << 25, None, "sm_90")
+    for kind in planes.FORMATS:
+        every = (one for some in op.tilings(kind).values() for one in some)
+        assert max(one.rows for one in every) <= op._MOST_ROWS
 
 
 FAULTS = {"linear_wgmma: 1e-3 off": (block_linear, "multiply", scaled(1e-3), "linear_wgmma")}

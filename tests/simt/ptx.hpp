@@ -256,22 +256,21 @@ inline void wgmma_m64n128k16(float (&d)[64], WgmmaMatrix a, WgmmaMatrix b, SIMT_
     }
 }
 
-template <bool BF16, int SUMS>
+template <int SUMS>
 __attribute__((no_sanitize("thread"), no_sanitize("undefined")))
 inline void wgmma_m64k16(float (&d)[SUMS], const unsigned (&a)[4], WgmmaMatrix b, SIMT_SITE) {
-    const auto to_float = BF16 ? simt::bf16_bits_to_float : f16_bits_to_float;
     float rows[16][16], columns[16][16];
     float* const sums = simt::sums_later(d, SUMS, file, line);
     const auto lanes = simt::meet_lanes("a warp-wide instruction", ~0u, &a, sizeof a, file, line);
     for (int n = 0; n < simt::WARP; n++) {
         for (int i = 0; i < 8; i++) {  // registers of A: rows by 8, then columns by 8
             rows[n / 4 + i / 2 % 2 * 8][i / 4 * 8 + n % 4 * 2 + i % 2] =
-                to_float((unsigned short)(simt::word(lanes, n, i / 2) >> i % 2 * 16));
+                f16_bits_to_float((unsigned short)(simt::word(lanes, n, i / 2) >> i % 2 * 16));
         }
     }
     for (int n = 0; n < SUMS; n++) {
         if (n % 8 == 0) {
-            simt::load_rows<false>(columns, b, n * 2, to_float, file, line, SUMS == 4 ? 8 : 16);
+            simt::load_rows<false>(columns, b, n * 2, f16_bits_to_float, file, line, SUMS == 4 ? 8 : 16);
         }
         const int row = simt::lane() / 4 + n / 2 % 2 * 8;
         const int column = n / 4 % 2 * 8 + simt::lane() % 4 * 2 + n % 2;
@@ -281,7 +280,7 @@ inline void wgmma_m64k16(float (&d)[SUMS], const unsigned (&a)[4], WgmmaMatrix b
     }
 }
 
-template <int N> inline void wgmma_operands(unsigned (&a)[N][2][4]) {}
+inline void wgmma_operands(unsigned (&a)[2][4]) {}
 #endif
 
 // --- Pairs of f16 --------------------------------------------------------------------------------

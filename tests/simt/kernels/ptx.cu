@@ -312,7 +312,7 @@ extern "C" __global__ void wgmma_columns(float* d, const u16* a, const u16* b) {
 }
 
 // The same with rows of a in registers.
-template <bool BF16, int SUMS>
+template <int SUMS>
 __device__ __forceinline__ void multiply_registers(u16* tile, float* d, const u16* a, const u16* b) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     constexpr int COLUMNS = 2 * SUMS;
@@ -334,11 +334,12 @@ __device__ __forceinline__ void multiply_registers(u16* tile, float* d, const u1
     wgmma_fence();
 #pragma unroll
     for (int step = 0; step < 4; step++) {
-        wgmma_m64k16<BF16>(sums, words[step / 2][step % 2], wgmma_matrix(matrix, step * 32));
+        wgmma_m64k16(sums, words[step / 2][step % 2], wgmma_matrix(matrix, step * 32));
     }
     wgmma_commit();
     wgmma_wait<0>();
-    wgmma_operands(words);
+    wgmma_operands(words[0]);
+    wgmma_operands(words[1]);
     wgmma_results(sums);
 #pragma unroll
     for (int n = 0; n < SUMS; n++) {
@@ -349,42 +350,22 @@ __device__ __forceinline__ void multiply_registers(u16* tile, float* d, const u1
 
 extern "C" __global__ void wgmma_f16_8(float* d, const u16* a, const u16* b) {
     __shared__ __align__(1024) u16 tile[64 * 64];
-    multiply_registers<false, 4>(tile, d, a, b);
+    multiply_registers<4>(tile, d, a, b);
 }
 
 extern "C" __global__ void wgmma_f16_16(float* d, const u16* a, const u16* b) {
     __shared__ __align__(1024) u16 tile[64 * 64];
-    multiply_registers<false, 8>(tile, d, a, b);
+    multiply_registers<8>(tile, d, a, b);
 }
 
 extern "C" __global__ void wgmma_f16_32(float* d, const u16* a, const u16* b) {
     __shared__ __align__(1024) u16 tile[64 * 64];
-    multiply_registers<false, 16>(tile, d, a, b);
+    multiply_registers<16>(tile, d, a, b);
 }
 
 extern "C" __global__ void wgmma_f16_64(float* d, const u16* a, const u16* b) {
     __shared__ __align__(1024) u16 tile[64 * 64];
-    multiply_registers<false, 32>(tile, d, a, b);
-}
-
-extern "C" __global__ void wgmma_bf16_8(float* d, const u16* a, const u16* b) {
-    __shared__ __align__(1024) u16 tile[64 * 64];
-    multiply_registers<true, 4>(tile, d, a, b);
-}
-
-extern "C" __global__ void wgmma_bf16_16(float* d, const u16* a, const u16* b) {
-    __shared__ __align__(1024) u16 tile[64 * 64];
-    multiply_registers<true, 8>(tile, d, a, b);
-}
-
-extern "C" __global__ void wgmma_bf16_32(float* d, const u16* a, const u16* b) {
-    __shared__ __align__(1024) u16 tile[64 * 64];
-    multiply_registers<true, 16>(tile, d, a, b);
-}
-
-extern "C" __global__ void wgmma_bf16_64(float* d, const u16* a, const u16* b) {
-    __shared__ __align__(1024) u16 tile[64 * 64];
-    multiply_registers<true, 32>(tile, d, a, b);
+    multiply_registers<32>(tile, d, a, b);
 }
 
 // --- Powers --------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 // wgmma.cuh: wrappers of the PTX instructions of warpgroups (four warps), which cubins of sm_90 alone
 // have; as in ptx.cuh, with twins in tests/simt/ptx.hpp.
-#include "ptx.cuh"
+#include "types.cuh"
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) && !defined(PYKV_SIMT)
 // [wgmma.fence, wgmma.commit_group, wgmma.wait_group] Before the first wgmma of a group,

@@ -126,6 +126,12 @@ struct Operand {  // of a product, in shared memory
     u32 time;
 };
 
+struct Held {  // an operand in registers
+    const char* at;
+    std::vector<char> data;
+    int group;
+};
+
 enum State { READY, AT_BARRIER, AT_CLUSTER, AT_MEETING, AT_CONVERGENCE, POLLING, EXITED };
 
 // What a thread has been told: until when all is over that each thread did, each warp as a whole and
@@ -157,6 +163,7 @@ struct Thread {
     int groups;                 // of copies, committed so far
     std::vector<Product> products;  // not waited for, and what they read
     std::vector<Operand> operands;
+    std::vector<Held> held;
     int product_groups;         // committed so far
     bool products_fenced;       // since it has waited for some
     u32 proxy_fenced;           // until then, what it wrote is there for products
@@ -938,6 +945,7 @@ static void run_cluster(u32 cluster) {
         t.copies.clear();
         t.products.clear();
         t.operands.clear();
+        t.held.clear();
         t.groups = t.product_groups = 0;
         t.products_fenced = t.awaited = false;
         t.proxy_fenced = 0;
@@ -1260,6 +1268,11 @@ void read_later(const void* at, int bytes, const char* file, int line) {
     current->operands.push_back({(const char*)at, bytes, current->product_groups, now});
 }
 
+void hold_later(const void* registers, int bytes) {
+    const char* const at = (const char*)registers;
+    current->held.push_back({at, {at, at + bytes}, current->product_groups});
+}
+
 float* sums_later(float* sums, int count, const char* file, int line) {
     now++;  // what is written from here on is later than what earlier products have read
     for (Product& product : current->products) {
@@ -1294,6 +1307,11 @@ void wait_for_products(int groups) {
                                           name_of(*region).c_str(), who_text(cell.writer).c_str()));
         }
     }
+    for (const Held& held : current->held) {
+        if (held.group < left && memcmp(held.at, held.data.data(), held.data.size())) {
+            stop(*current, CALLER, "waits for a product whose registers were written meanwhile");
+        }
+    }
     for (const Product& product : current->products) {
         if (product.group >= left) continue;
         const size_t size = product.sums.size() * sizeof(float);
@@ -1308,6 +1326,7 @@ void wait_for_products(int groups) {
         all.erase(std::remove_if(all.begin(), all.end(), is_over), all.end());
     };
     drop(current->operands);
+    drop(current->held);
     drop(current->products);
     current->products_fenced = false;
 }

@@ -115,6 +115,7 @@ void fence_proxy();
 void fence_products();
 float* sums_later(float* sums, int count, const char* file, int line);
 void read_later(const void* at, int bytes, const char* file, int line);
+void hold_later(const void* registers, int bytes);  // operands that nobody writes until then, either
 void commit_products();
 void wait_for_products(int groups);
 

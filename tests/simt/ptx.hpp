@@ -261,6 +261,7 @@ __attribute__((no_sanitize("thread"), no_sanitize("undefined")))
 inline void wgmma_m64k16(float (&d)[SUMS], const unsigned (&a)[4], WgmmaMatrix b, SIMT_SITE) {
     float rows[16][16], columns[16][16];
     float* const sums = simt::sums_later(d, SUMS, file, line);
+    simt::hold_later(a, sizeof a);
     const auto lanes = simt::meet_lanes("a warp-wide instruction", ~0u, &a, sizeof a, file, line);
     for (int n = 0; n < simt::WARP; n++) {
         for (int i = 0; i < 8; i++) {  // registers of A: rows by 8, then columns by 8

@@ -85,3 +85,27 @@ def test_sums_are_there_behind_the_wait(kernel_folder):
     early = KERNEL.replace(WAIT, f"const float early = sums[5]; {WAIT} sums[6] = early;")
     got = run(kernel_folder, early).reshape(128, 64)
     assert np.isnan(got[:, 6]).all() and (got[:, 7] == 16).all()
+
+
+OF_REGISTERS = """
+extern "C" __global__ void faulty(float* out, const u16* in) {
+    __shared__ __align__(1024) u16 tile[8 * 64];
+    for (int i = threadIdx.x; i < 8 * 64; i += 128) tile[i] = in[i];
+    fence_async_proxy();
+    __syncthreads();
+    float sums[4] = {};
+    u32 a[4] = {0x3c003c00u, 0x3c003c00u, 0x3c003c00u, 0x3c003c00u};
+    wgmma_fence();
+    wgmma_m64k16(sums, a, wgmma_matrix(tile, 0));
+    wgmma_commit();
+    wgmma_wait<0>();
+    for (int n = 0; n < 4; n++) out[threadIdx.x * 4 + n] = sums[n];
+}
+"""
+
+
+def test_registers_of_products_are_nobody_s_before_the_wait(kernel_folder):
+    assert (run(kernel_folder, OF_REGISTERS)[: 128 * 4] == 16).all()
+    early = OF_REGISTERS.replace(WAIT, f"a[2] = 0; {WAIT}")
+    with pytest.raises(machine.SimtError, match="whose registers were written meanwhile"):
+        run(kernel_folder, early)

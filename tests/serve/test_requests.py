@@ -275,30 +275,33 @@ def test_whole_numbers_may_have_a_point(serve):
         assert client.refused(TEXT, prompt="Hi", max_tokens=value)[1]["param"] == "max_tokens"
 
 
-def test_unknown_fields_are_ignored_and_named_once(one, caplog, monkeypatch):
+def test_unknown_fields_are_ignored_and_named_once(serve, caplog, monkeypatch):
     monkeypatch.setattr(protocol, "_LOGGED", set())
+    client = serve()
     with caplog.at_level(logging.WARNING, "pykv.serve"):
         for _ in range(2):
-            one.ask(CHAT, messages=USER, guided_magic="secret", user="me", store=False)
+            client.ask(CHAT, messages=USER, guided_magic="secret", user="me", store=False)
     assert [record.getMessage() for record in caplog.records] == [
         "fields that are ignored: 'guided_magic'"
     ]
 
 
-def test_the_log_has_a_line_for_each_request_without_its_text(one, caplog):
+def test_the_log_has_a_line_for_each_request_without_its_text(serve, caplog):
+    client = serve("x")  # of its own: a line may follow its answer, into the next test
     with caplog.at_level(logging.INFO, "pykv.serve"):
-        one.ask(TEXT, prompt="a secret", max_tokens=4)
-        one.refused(TEXT, prompt="")
+        client.ask(TEXT, prompt="a secret", max_tokens=4)
+        client.refused(TEXT, prompt="")
         _wait(lambda: len(caplog.records) == 2)
-    first, second = (record.getMessage() for record in caplog.records)
-    tokens = len(one.server.llm.tokenize("a secret"))
+    first, second = sorted(record.getMessage() for record in caplog.records)  # 200, then 400
+    tokens = len(client.server.llm.tokenize("a secret"))
     assert f"127.0.0.1 POST '{TEXT}' 200 " in first and first.endswith(f" {tokens}+1 tokens")
     assert "POST" in second and " 400 " in second and "secret" not in first + second
 
 
-def test_a_client_that_leaves_within_its_body_is_no_fault(one, caplog):
+def test_a_client_that_leaves_within_its_body_is_no_fault(serve, caplog):
+    port = serve().port
     with caplog.at_level(logging.INFO, "pykv.serve"):
-        with socket.create_connection(("127.0.0.1", one.port), timeout=60) as connection:
+        with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
             lines = [f"POST {TEXT} HTTP/1.1", "Host: localhost", "Content-Length: 100", "", "{"]
             connection.sendall("\r\n".join(lines).encode())
             time.sleep(0.1)  # so that it is waited for
@@ -307,11 +310,12 @@ def test_a_client_that_leaves_within_its_body_is_no_fault(one, caplog):
     assert f"POST '{TEXT}' 499 " in record.getMessage() and record.exc_info is None
 
 
-def test_the_log_repeats_no_address_and_no_line_end_of_a_client(one, caplog, monkeypatch):
+def test_the_log_repeats_no_address_and_no_line_end_of_a_client(serve, caplog, monkeypatch):
+    client = serve()
     monkeypatch.setattr(front.App, "_check", None)  # a fault
     with caplog.at_level(logging.INFO, "pykv.serve"):
         headers = {"X-Forwarded-For": "6.6.6.6"}
-        assert one.request("GET", "/a%0aforged", headers=headers)[0] == 500
+        assert client.request("GET", "/a%0aforged", headers=headers)[0] == 500
         _wait(lambda: len(caplog.records) == 2)
     messages = [record.getMessage() for record in caplog.records]
     assert messages[0] == r"a fault at '/a\nforged'"

@@ -3,6 +3,7 @@ what its Python API says."""
 
 import socket
 import threading
+import time
 from importlib.util import find_spec
 from types import SimpleNamespace
 
@@ -171,6 +172,7 @@ def test_a_process_that_looks_for_no_messages_is_read(api, here, ports):
             region, row = wait_for(here, "other"), np.ones(N, np.uint8)
             assert region.exists(KEYS) == KEYS[:1]
             assert region.get(KEYS[:1], [row]) == 1 and not row.any()
+        time.sleep(0.05)  # it has polled
         ends(quiet)
         del quiet
         thread.join(5.0)

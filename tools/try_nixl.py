@@ -1,18 +1,22 @@
 """Pages between two processes by NIXL: text, speed, and a process that is killed.
 
     pip install --no-deps nixl-cu12   # 69 MB; with what its wheel asks for, gigabytes of torch
-    python tools/try_nixl.py [--model NAME|FILE] [--device cpu]
+    python tools/try_nixl.py [--model NAME|FILE] [--device cpu] [--json FILE]
 
 First one process computes a prompt and another goes on, as in pykv/transport/example.py. Then 64
-pages of 1 MiB: as NIXL moves them, in one request, and as pykv does, with a checksum on each. Then
-the other process is killed.
+pages of 1 MiB, in turns: as NIXL moves them, in one request, and as pykv does, with a checksum on
+each. Then the other process is killed. The record has seconds of each turn.
 """
 
 import argparse
+import json
 import os
+import platform
+import statistics
 import subprocess
 import sys
 import time
+from importlib.metadata import distributions
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -20,7 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np  # noqa: E402
 
-from pykv import LLM, SamplingParams  # noqa: E402
+from pykv import LLM, SamplingParams, cuda  # noqa: E402
+from pykv.bench import report  # noqa: E402
 from pykv.errors import TransportError  # noqa: E402
 from pykv.ranges import address_of  # noqa: E402
 from pykv.transport import Handover, Nixl, wait_for  # noqa: E402
@@ -85,9 +90,7 @@ def try_speed(args: argparse.Namespace, other: subprocess.Popen[bytes]) -> bool:
             assert region.exists(KEYS) == KEYS
             assert region.get(KEYS, list(own.rows)) == COUNT
             checked.append(time.perf_counter() - began)
-        size = COUNT * NBYTES / 1e9
-        both = [size / min(seconds) for seconds in (raw, checked)]
-        print(f"NIXL alone {both[0]:.2f} GB/s, pages with checksums {both[1]:.2f} GB/s")
+        note_speed(args, raw, checked)
         other.kill()
         other.wait()
         began = time.perf_counter()
@@ -98,6 +101,28 @@ def try_speed(args: argparse.Namespace, other: subprocess.Popen[bytes]) -> bool:
             return True
         print("killed: its pages came all the same")
         return False
+
+
+def note_speed(args: argparse.Namespace, raw: list[float], checked: list[float]) -> None:
+    """Print GB/s by medians, and write the record."""
+    size = COUNT * NBYTES / 1e9
+    alone, pages = (size / statistics.median(seconds) for seconds in (raw, checked))
+    print(f"NIXL alone {alone:.2f} GB/s, pages with checksums {pages:.2f} GB/s")
+    if args.json:
+        record = {
+            **report.environment(cuda.array_module(args.device)),
+            "python": platform.python_version(),
+            "cores": os.cpu_count(),
+            "load": os.getloadavg()[0],  # of one minute: other programs take their share
+            "nixl": {d.name: d.version for d in distributions() if d.name.startswith("nixl")},
+            "bytes": COUNT * NBYTES,
+            "nixl_alone_s": raw,
+            "pages_with_checksums_s": checked,
+            "nixl_alone_gbps": alone,
+            "pages_with_checksums_gbps": pages,
+            "share": pages / alone,
+        }
+        args.json.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def read_all(transport: Nixl, peer: str, address: int, rows: np.ndarray) -> None:
@@ -119,6 +144,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--port", type=int, default=5710, help="and the next three")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write a record of the rates")
     parser.add_argument("--mode", choices=("main", "model", "bytes"), default="main")
     args = parser.parse_args(argv)
     if args.mode != "main":

@@ -73,6 +73,11 @@ class Entry(NamedTuple):
     path: Path
 
 
+def size_of(nbytes: int, heads: int) -> int:
+    """Bytes of a file with a page of `nbytes`, at most."""
+    return nbytes + _HEADER + _SUM * heads
+
+
 _making_room = threading.Lock()  # one for all tiers, since several may share a folder
 
 
@@ -127,7 +132,11 @@ class DiskTier:
         if key in self._known:
             return True
         exists = os.path.exists  # False if the disk fails, too
-        return any(all(exists(self._path(key, x)) for x in cover) for cover in self._covers)
+        found = any(all(exists(self._path(key, x)) for x in cover) for cover in self._covers)
+        if found:  # another process wrote it: look once, since prompts ask for thousands
+            with self._lock:
+                self._known.add(key)
+        return found
 
     def read(self, key: bytes, page: np.ndarray, place: int = 0) -> bool:
         """Fill a page, the one at `place` of its sequence; False where there is no such file any
@@ -176,7 +185,7 @@ class DiskTier:
             OSError: the system refuses, or too little of the disk would stay free.
         """
         (part,), rows = self._covers[0], page.reshape(-1, page.shape[-1])
-        path, size = self._path(key, part), page.nbytes + _HEADER + _SUM * len(rows)
+        path, size = self._path(key, part), size_of(page.nbytes, len(rows))
         with self._room_for(size):
             if shutil.disk_usage(self.folder).free < FLOOR + size:
                 raise OSError(errno.ENOSPC, f"less than {FLOOR:,} bytes would stay free", str(path))

@@ -26,7 +26,7 @@ from pykv.kvtc import Codec
 from pykv.pool import PagedKVCache
 from pykv.tiers.coded import CodedForm, rising
 from pykv.tiers.counters import Counters, Flow
-from pykv.tiers.disk import DiskTier
+from pykv.tiers.disk import DiskTier, size_of
 from pykv.tiers.fetch import Fetch
 from pykv.tiers.forms import Form, form_of
 from pykv.tiers.moves import Moved
@@ -133,10 +133,10 @@ class Tiers:
         if limit is not None and limit.folder is not None:
             largest = max(of_files.nbytes, plain.nbytes if self._exact_pages else 0)
             part = heads_of(cache, heads, of_files)
-            check_fits("disk_cache", limit.nbytes, largest)
             source = own.codec if artefact_of(own.codec) is None else of_rows.name
             facts = (identity or {}) | dict(form=of_files.name, host=source)
-            _, size = of_files.heads_shape
+            number, size = of_files.heads_shape
+            check_fits("disk_cache", limit.nbytes, size_of(largest, number))
             nbytes = size * (1 if part is None else part.total)
             self._files = DiskTier(limit.folder, limit.nbytes, facts, nbytes, part)
         self._rows = [Rows(cache, of_rows, of_files, counts[-1], self._exact_pages)]

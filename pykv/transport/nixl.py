@@ -4,7 +4,9 @@ The extra `nixl`. Its wheels ask for torch, gigabytes of it, and do without: `pi
 nixl-cu12` is 69 MB, and enough for this. Source: https://github.com/ai-dynamo/nixl, its Python API.
 
 A process listens at a port, where NIXL's own thread hands out what peers need to reach its memory.
-A region's address is asked for by a message, and answered while the peer looks for messages.
+A region's address is asked for by a message, which a thread of ours answers whatever else the
+process does. That thread also has NIXL go on with what peers read, which by TCP, and at a first
+time, needs both sides: NIXL's own one does so without a pause, and takes a core of each process.
 
 Bytes come through memory that is nobody else's: a transfer that was given up may still write to it,
 and not to a page whose checksum held. NIXL lets a peer that was reached write to what is
@@ -16,7 +18,9 @@ from __future__ import annotations
 import secrets
 import threading
 import time
+import weakref
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -33,8 +37,8 @@ from pykv.transport.region import PeerRegion, Region, check_region, size_of
 
 _PACKAGES = ("nixl", "nixl_cu13", "nixl_cu12")  # the first one picks one of the others, by torch
 _SCRATCH = 1 << 20  # bytes of one transfer at most; caches hold them while they are copied on
-_AGAIN = 1.0  # seconds before a request to a peer is repeated
-_PAUSE = 2e-4  # seconds between polls of transfers and messages
+_AGAIN = 1.0  # seconds before a request to a peer is repeated, or an answer is given up
+_PAUSE = 1e-3  # seconds between polls of what peers do
 
 
 class Nixl:
@@ -70,13 +74,17 @@ class Nixl:
         self._peers = {check_name(op, "peers", peer): at for peer, at in (peers or {}).items()}
         self._timeout, api = check_seconds(op, timeout), _load()
         config = api.nixl_agent_config(
-            enable_listen_thread=True, listen_port=port, backends=[backend]
+            enable_prog_thread=False,
+            enable_listen_thread=True,
+            listen_port=port,
+            backends=[backend],
         )
         self._agent = _call("starts not", lambda: api.nixl_agent(name, config))
         if backend not in self._agent.backends:
             raise TransportError(f"{op}: NIXL has no backend {backend!r}")
         self._lock = threading.Lock()  # held during a transfer
         self._late: dict[str, tuple[Any, Any]] = {}  # by peer: unfinished transfer, memory
+        self._polls = threading.Lock()  # held while messages are taken and sorted
         self._inbox: list[Message] = []
         self._asked: dict[str, tuple[str, list[int]]] = {}  # by request: peer, its region
         self._spares: list[Any] = []  # buffers that later transfers reuse
@@ -84,6 +92,12 @@ class Nixl:
         self._memory: Any = None
         self._facts: dict[str, str] = {}
         self._nbytes = 0
+        stop = threading.Event()
+        thread = threading.Thread(
+            target=_attend, args=[weakref.ref(self), stop], name="pykv-nixl", daemon=True
+        )
+        self._stop = weakref.finalize(self, _end, stop, thread)
+        thread.start()
 
     def __enter__(self) -> Nixl:
         return self
@@ -101,11 +115,13 @@ class Nixl:
         count, nbytes = check_region(op, count, nbytes, facts)
         size = size_of(count, nbytes)
         try:
-            self._memory = self._register(size)
+            memory = self._register(size)
         except MemoryError as error:
             raise CapacityError(f"{op}: {size:,} bytes of host memory: {error}") from error
+        region = Region(memory, count, nbytes, facts)
         self._facts, self._nbytes = dict(facts), nbytes
-        return Region(self._memory, count, nbytes, facts)
+        self._memory = memory  # last: peers are told of it from now on
+        return region
 
     def connect(self, peer: str) -> PeerRegion:
         """See pykv.transport.Transport.connect."""
@@ -208,8 +224,11 @@ class Nixl:
 
     def notify(self, peer: str, facts: dict[str, Any]) -> None:
         """See pykv.transport.Transport.notify."""
+        self._tell(peer, facts, self._timeout)
+
+    def _tell(self, peer: str, facts: dict[str, Any], timeout: float) -> None:
         op = "Nixl.notify"
-        self._reach(op, peer, time.monotonic() + self._timeout)
+        self._reach(op, peer, time.monotonic() + timeout)
         data = messages.pack(Message(self.name, check_facts(op, facts)))
         _call(f"brings no message to {peer}", lambda: self._agent.send_notif(peer, data))
 
@@ -218,31 +237,33 @@ class Nixl:
         end = time.monotonic() + check_seconds("Nixl.messages", timeout)
         while True:
             self._poll()
-            if self._inbox or time.monotonic() >= end:
-                found, self._inbox = self._inbox, []
-                return found
+            with self._polls:
+                if self._inbox or time.monotonic() >= end:
+                    found, self._inbox = self._inbox, []
+                    return found
             time.sleep(_PAUSE)
 
     def _poll(self) -> None:
         """Take what has come; answer who asks for the region."""
-        found = _call("gives no messages", lambda: self._agent.get_new_notifs())
-        for sender, all_data in found.items():
-            for data in all_data:
-                try:
-                    message = messages.unpack(data)
-                except TransportError:
-                    continue
-                if message.sender == sender:
-                    self._sort(message)
+        asking: list[Message] = []
+        with self._polls:
+            found = _call("gives no messages", lambda: self._agent.get_new_notifs())
+            for sender, all_data in found.items():
+                for data in all_data:
+                    with suppress(TransportError):  # of another sender, or none
+                        message = messages.unpack(data)
+                        if message.sender == sender:
+                            self._sort(message, asking)
+        for message in asking:
+            own = address_of(self._memory), self._memory.nbytes
+            with suppress(TransportError):  # it has gone meanwhile
+                answer = {"region": message.facts["region?"], "at": own}
+                self._tell(message.sender, answer, _AGAIN)  # it has said how to reach it
 
-    def _sort(self, message: Message) -> None:
+    def _sort(self, message: Message, asking: list[Message]) -> None:
         asked, given = message.facts.get("region?"), message.facts.get("region")
         if isinstance(asked, str) and self._memory is not None:
-            own = address_of(self._memory), self._memory.nbytes
-            try:
-                self.notify(message.sender, {"region": asked, "at": own})
-            except TransportError:
-                pass  # it has gone meanwhile
+            asking.append(message)
         elif isinstance(given, str):
             at, (peer, where) = message.facts.get("at"), self._asked.get(given, ("", []))
             if peer == message.sender and isinstance(at, list):
@@ -258,6 +279,7 @@ class Nixl:
 
     def close(self) -> None:
         """See pykv.transport.Transport.close."""
+        self._stop()
         self._late = {}  # release handles before the agent, and the agent before its memory
         self._agent = None
         self._memory, self._spares, self._registered = None, [], []
@@ -298,6 +320,21 @@ class Nixl:
         _call("registers no memory", lambda: self._agent.register_memory(where, "DRAM"))
         self._registered.append(memory)
         return memory
+
+
+def _attend(engine: weakref.ref[Nixl], stop: threading.Event) -> None:
+    """Take messages and let peers read, also while the process does something else."""
+    while not stop.wait(_PAUSE) and (own := engine()) is not None:
+        with suppress(TransportError):  # who calls `messages` meets it
+            own._poll()
+        del own  # or it would never go
+
+
+def _end(stop: threading.Event, thread: threading.Thread) -> None:
+    """End the thread before its engine goes."""
+    stop.set()
+    if thread is not threading.current_thread():  # which let go of the engine last
+        thread.join()
 
 
 def _load() -> ModuleType:

@@ -368,6 +368,19 @@ def test_what_a_killed_process_left_is_removed(tmp_path):
     assert left.exists()
 
 
+def test_pages_of_others_are_looked_for_once(tmp_path, monkeypatch):
+    """Until one is gone, which its reader notices."""
+    mine, other = tier(tmp_path), tier(tmp_path)
+    assert KEYS[0] not in mine
+    other.write(KEYS[0], row(KEYS[0]))
+    assert KEYS[0] in mine
+    with monkeypatch.context() as patch:
+        patch.setattr(os.path, "exists", lambda path: pytest.fail(f"looks at {path}"))
+        assert KEYS[0] in mine
+    other.clear()
+    assert not mine.read(KEYS[0], np.empty(N, np.uint8)) and KEYS[0] not in mine
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 def test_processes_that_are_killed():
     """20 rounds, five of each codec; tools/nightly has 1,000."""

@@ -548,8 +548,8 @@ def test_an_interrupted_way_back_publishes_nothing(monkeypatch):
     [
         (dict(host=ROW - 1), "Tiers: host_cache is 255 bytes, expected at least the 256 of a page"),
         (
-            dict(host=ROW, disk="x:255B"),
-            "Tiers: disk_cache is 255 bytes, expected at least the 256",
+            dict(host=ROW, disk="x:1344B"),  # a page, and a file's header
+            "Tiers: disk_cache is 1,344 bytes, expected at least the 1,345",
         ),
         (dict(host=f"4095B:{KVTC}", head_dim=64), "4,095 bytes, expected at least 4,096, of which"),
         (

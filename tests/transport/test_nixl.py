@@ -3,6 +3,7 @@ what its Python API says."""
 
 import socket
 import threading
+import time
 from importlib.util import find_spec
 from types import SimpleNamespace
 
@@ -25,6 +26,7 @@ class Agent:
     failing = False
     slow = False  # transfers are not over, until they are written late
     released = 0
+    lock = threading.Lock()
 
     def __init__(self, name, config):
         self.name, self.backends = name, dict.fromkeys(config.backends)
@@ -75,10 +77,12 @@ class Agent:
         Agent.released += 1
 
     def send_notif(self, peer, data):
-        self.known[peer][0].notifs.setdefault(self.name, []).append(data)
+        with Agent.lock:
+            self.known[peer][0].notifs.setdefault(self.name, []).append(data)
 
     def get_new_notifs(self):
-        found, self.notifs = self.notifs, {}
+        with Agent.lock:
+            found, self.notifs = self.notifs, {}
         return found
 
 
@@ -86,8 +90,8 @@ def refuse(*args):
     raise RuntimeError("no")
 
 
-def config(*, enable_listen_thread, listen_port, backends):
-    assert enable_listen_thread
+def config(*, enable_prog_thread, enable_listen_thread, listen_port, backends):
+    assert enable_listen_thread and not enable_prog_thread
     return SimpleNamespace(listen_port=listen_port, backends=[x for x in backends if x == "UCX"])
 
 
@@ -153,6 +157,26 @@ def test_pages_and_messages_come(other, here):
     here.notify("other", dict(x=1))
     assert [message.facts for message in here.messages(5.0)] == [dict(said=dict(x=1))]
     assert here.messages(0.0) == []
+
+
+def test_a_process_that_looks_for_no_messages_is_read(api, here, ports):
+    """Its thread attends to that, and goes with its engine, however that goes."""
+    for name, ends in (("closed", Nixl.close), ("dropped", lambda _: None)):
+        before = set(threading.enumerate())
+        quiet = Nixl("other", ports[0])
+        (thread,) = set(threading.enumerate()) - before
+        own = quiet.register(1, N, FACTS)
+        own.put(KEYS[0], 0)
+        if name == "closed":
+            here.register(1, N, FACTS)
+            region, row = wait_for(here, "other"), np.ones(N, np.uint8)
+            assert region.exists(KEYS) == KEYS[:1]
+            assert region.get(KEYS[:1], [row]) == 1 and not row.any()
+        time.sleep(0.05)  # it has polled
+        ends(quiet)
+        del quiet
+        thread.join(5.0)
+        assert not thread.is_alive(), name
 
 
 def test_what_is_wrong_is_an_error(other, here, monkeypatch):

@@ -244,6 +244,22 @@ def test_a_stream_can_be_stopped(open_tiny):
     assert "".join(stream) == "" and llm.cache.manager.num_free == llm.cache.manager.num_pages
 
 
+def test_a_stream_is_collected_without_a_turn(open_tiny):
+    """As in the midst of another LLM's turn, for which who has this one's may be waiting."""
+    llm = open_tiny()
+    manager = llm.cache.manager
+    streams = [llm.stream([5, 6, 7], SamplingParams(max_tokens=50, ignore_eos=True))]
+    next(streams[0])
+    collecting = threading.Thread(target=streams.clear, daemon=True)
+    with llm.turn():
+        collecting.start()
+        collecting.join(60)
+        assert not collecting.is_alive()
+        assert manager.num_free < manager.num_pages
+    llm.logits([5])
+    assert llm.cache.manager.num_free == llm.cache.manager.num_pages
+
+
 def test_threads_share_a_stream(open_tiny):
     """They share its pieces; who closes it waits for the one that is being computed."""
     llm = open_tiny()

@@ -184,16 +184,24 @@ def test_without_the_extra(open_tiny, monkeypatch, package):
 
 def test_ctrl_c_while_weights_are_read(tmp_path, monkeypatch):
     """No other layer is begun."""
-    begun = []
+    begun, has_begun, may_end = [], threading.Event(), threading.Event()
+
+    class Pool(weights.ThreadPoolExecutor):
+        def shutdown(self, **options):
+            super().shutdown(wait=False, **options)
+            may_end.set()
+            super().shutdown()
 
     def layer(self, i, *_):
         begun.append(i)
-        time.sleep(0.1)
+        has_begun.set()
+        may_end.wait()
 
     def matrix(*_):
-        time.sleep(0.05)
+        has_begun.wait()
         raise KeyboardInterrupt
 
+    monkeypatch.setattr(weights, "ThreadPoolExecutor", Pool)
     monkeypatch.setattr(weights._Reader, "layer", layer)
     monkeypatch.setattr(weights._Reader, "matrix", matrix)
     monkeypatch.setattr(os, "cpu_count", lambda: 1)

@@ -120,7 +120,13 @@ def _borders(stop: str) -> list[int]:
 
 
 class Stream(Iterator[str]):
-    """An answer, piece by piece, as `LLM.stream` gives it. The pieces joined are its text."""
+    """An answer, piece by piece, as `LLM.stream` gives it. The pieces joined are its text.
+
+    Args:
+        answer: the text, as far as it is generated.
+        pieces: of the text, as steps give them.
+        end: ends the answer's sequence, and gives its pages back.
+    """
 
     def __init__(
         self, answer: Answer, pieces: Generator[str, None, None], end: Callable[[], None]

@@ -27,7 +27,7 @@
 //                   then times their scales in float. Of floats, fused, over 32 elements of a lane. The
 //                   order is fixed by the launch, so two runs agree in every bit
 //           norm    x times norm is multiplied; the sum times the factor of the row, whose squares
-//                   are summed in float
+//                   are summed in float; where they leave it, 0, whatever the sum is, as in norm.cu
 // Stack: 48 bytes, of blocks of 512 threads, which leave a thread 128 registers
 #if !defined(KIND) || !defined(X_T) || !defined(B_T) || !defined(BLOCK) || !defined(ROWS) || \
     !defined(OUTS)

@@ -8,7 +8,7 @@ template <typename K> struct RowQuad {
         using CodesOf = Codes<K::BITS>;
         const int G = I / GROUP, g = i / GROUP, half = i % GROUP / 16, s = i % 16 / 4;
         const u8* high = row + (i64)G * CodesOf::WORDS * 4;
-        const int place = (g * CodesOf::WORDS + (K::BITS == 8 ? 4 * half : 0) + s) * 4;
+        const i64 place = ((i64)g * CodesOf::WORDS + (K::BITS == 8 ? 4 * half : 0) + s) * 4;
         const u32 word = CodesOf::WORDS ? *reinterpret_cast<const u32*>(row + place) : 0u;
         CodesOf c{};  // stays empty for kinds without pairs
         c.load_high(high, g, G);

@@ -57,6 +57,7 @@ constexpr int TILE_O = OWN_O * WARPS;      // outputs of a block
 constexpr int N_TILES = TILE_T / 8;
 constexpr int N_OF_TURN = N_TILES % 2 ? 1 : 2;  // tiles of tokens whose mma alternate
 constexpr int ROWS = 2 * OWN_TILES;        // rows of weights that a lane has
+constexpr int ROW_ALIGNMENT = 16;          // bytes; in these, offsets of 32 bits reach 64 GiB
 constexpr int PITCH = DEPTH * 2;           // bytes of a token in a stage
 constexpr int CHUNKS = DEPTH / 8;          // chunks of 16 bytes of a token in a stage
 constexpr int UNITS = DEPTH / (32 * W::SUBS);  // units of weights in a stage
@@ -221,7 +222,7 @@ __device__ __forceinline__ void multiply_steps(Sums& sums, const Operands& w, co
 
 // Sums of a warp += the products of a unit of weights, whose registers take the one AHEAD.
 __device__ __forceinline__ void multiply_unit(Sums& sums, W (&own)[ROWS], const u8* w,
-                                              const int (&offsets)[ROWS], int unit, int I,
+                                              const u32 (&offsets)[ROWS], int unit, int I,
                                               const u8* stage, int sub0) {
     const int t = threadIdx.x % 4;
 #pragma unroll
@@ -238,7 +239,7 @@ __device__ __forceinline__ void multiply_unit(Sums& sums, W (&own)[ROWS], const 
         }
         if (sub == W::SUBS - 1) {
 #pragma unroll
-            for (int r = 0; r < ROWS; r++) own[r].load(w + offsets[r], unit + AHEAD, I, t);
+            for (int r = 0; r < ROWS; r++) own[r].load(w + (u64)offsets[r] * ROW_ALIGNMENT, unit + AHEAD, I, t);
         }
         if constexpr (W::SCALES == 0 && N_TILES % 2 == 0) {
             multiply_steps(sums, operands, stage, sub0 + sub);
@@ -278,15 +279,17 @@ gemm(X_T* out, float* partial, u32* counters, const M* pieces, const float* tota
     };
     // Past the last output that one again, whose sums are dropped.
     const u8* const own_w = w + min(o0, O - 1) * w_stride;
-    int offsets[ROWS];
+    u32 offsets[ROWS];
 #pragma unroll
-    for (int r = 0; r < ROWS; r++) offsets[r] = min(r * 8 + row, max(O - 1 - o0, 0)) * (int)w_stride;
+    for (int r = 0; r < ROWS; r++) {
+        offsets[r] = min(r * 8 + row, max(O - 1 - o0, 0)) * (u32)(w_stride / ROW_ALIGNMENT);
+    }
     W weights[AHEAD][ROWS];
 #pragma unroll
     for (int u = 0; u < AHEAD; u++) {
 #pragma unroll
         for (int r = 0; r < ROWS; r++) {
-            if (I > 0) weights[u][r].load(own_w + offsets[r], first * UNITS + u, I, t);
+            if (I > 0) weights[u][r].load(own_w + (u64)offsets[r] * ROW_ALIGNMENT, first * UNITS + u, I, t);
         }
     }
     await_previous();

@@ -63,12 +63,12 @@ template <typename K, bool IS_EXACT> struct Weights {
         const int G = I / 32, g = min(unit, G - 1);
         lane = t, nibbles = nibbles_of(I);
         if (CodesOf::WORDS) {
-            const u32* at = reinterpret_cast<const u32*>(row) + g * CodesOf::WORDS + t;
+            const u32* at = reinterpret_cast<const u32*>(row) + (i64)g * CodesOf::WORDS + t;
             words[0] = at[0];
             if (K::BITS == 8) words[K::BITS == 8] = at[4];
         }
-        high.load_high(row + G * CodesOf::WORDS * 4, g, G);
-        raw = K::load(row + G * CodesOf::BYTES, g, G);
+        high.load_high(row + (i64)G * CodesOf::WORDS * 4, g, G);
+        raw = K::load(row + (i64)G * CodesOf::BYTES, g, G);
     }
     __device__ __forceinline__ void begin(int, int, int) {}
     __device__ __forceinline__ void pairs(u32 (&to)[2][2], int) const {
@@ -101,7 +101,7 @@ template <typename K> struct Weights<K, false> {
     __device__ __forceinline__ void load(const u8* row, int unit, int I, int t) {
         const int G = I / 32, g = group(unit, I, t);
         codes.load(row, g, G);
-        raw = K::load(row + G * CodesOf::BYTES, g, G);
+        raw = K::load(row + (i64)G * CodesOf::BYTES, g, G);
     }
     __device__ __forceinline__ void begin(int unit, int I, int t) {
         nibbles = nibbles_of(I);

@@ -107,11 +107,11 @@ def _check_options(op: str, dims: Dims, has_tree: bool, options: tuple[Any, ...]
     check_head_dim(op, "q", D, MAX_HEAD_DIM)
     if dims["P"] == 0:
         raise ShapeError(f"{op}: k_pool has P=0, expected at least 1")
-    scale = 1.0 / math.sqrt(D) if scale is None else check_number(op, "scale", scale)
+    scale = 1.0 / math.sqrt(D) if scale is None else check_scale(op, scale)
     if window is not None:
         window = min(check_whole(op, "window", window, 1), ALL_KEYS)
     if logits_soft_cap is not None:
-        logits_soft_cap = check_number(op, "logits_soft_cap", logits_soft_cap, positive=True)
+        logits_soft_cap = check_cap(op, logits_soft_cap)
     causal = check_flag(op, "causal", causal)
     check_choice(op, "lse_base", lse_base, LSE_BASES)
     if has_tree and T > MAX_TREE:
@@ -119,6 +119,21 @@ def _check_options(op: str, dims: Dims, has_tree: bool, options: tuple[Any, ...]
     if has_tree and not causal:
         raise ParameterError(f"{op}: causal is False, expected True with a tree")
     return Scores(scale, window, logits_soft_cap, causal)
+
+
+# Kernels multiply queries by scale, or scale / cap, before they sum products with keys: within
+# these bounds that leaves float32 for no queries and keys below 1e8.
+_MOST, _LEAST_CAP = 1e15, 1e-5
+
+
+def check_scale(op: str, scale: float) -> float:
+    """Check a factor of q.k, and return it as a float."""
+    return check_number(op, "scale", scale, least=-_MOST, most=_MOST)
+
+
+def check_cap(op: str, logits_soft_cap: float) -> float:
+    """Check what scores are capped at, and return it as a float."""
+    return check_number(op, "logits_soft_cap", logits_soft_cap, least=_LEAST_CAP, most=_MOST)
 
 
 def check_split(op: str, fixed_split: int | None) -> int | None:

@@ -26,7 +26,7 @@ told before.
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import Any
@@ -84,6 +84,7 @@ class BlockManager:
         self._cached: dict[bytes, int] = {}  # the page of a key; of equal pages the first
         self._free: list[int] = []  # pages with no contents; a stack, page 0 goes out first
         self._idle: OrderedDict[int, None] = OrderedDict()  # cached, held by nobody; oldest first
+        self._left: deque[list[int]] = deque()  # sequences that finalizers gave up
         self.grow(num_pages)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -112,6 +113,7 @@ class BlockManager:
     @property
     def num_free(self) -> int:
         """Pages that no sequence holds; cached ones are among them."""
+        self._free_left()
         return len(self._free) + len(self._idle)
 
     @property
@@ -141,6 +143,7 @@ class BlockManager:
     def require(self, num_pages: int) -> None:
         """Raise a CapacityError unless `num_pages` pages are free."""
         num_pages = check_whole("BlockManager.require", "num_pages", num_pages, 0)
+        self._free_left()
         if num_pages > len(self._free) + len(self._idle):
             raise CapacityError(
                 f"pool exhausted: {counted(num_pages, 'page')} wanted, {self.num_free} free of "
@@ -334,6 +337,23 @@ class BlockManager:
         self._whole.pop(id(pages), None)
         self._give_up(pages)
         pages.clear()
+
+    def free_later(self, pages: list[int]) -> None:
+        """Have a sequence freed when free pages are counted or handed out next. For finalizers,
+        which run at any point, of any thread.
+
+        Raises: as `free`.
+        """
+        self._check_sequence("free_later", pages)
+        self._left.append(pages)
+
+    def _free_left(self) -> None:
+        """Free what `free_later` was given."""
+        while self._left:
+            try:
+                self.free(self._left[0])
+            finally:
+                self._left.popleft()
 
     # --- Prefixes ---
 

@@ -766,6 +766,7 @@ METHODS = {
     "blocks.BlockManager.extend": _of(_manager, "extend", pages=..., start=3, stop=5),
     "blocks.BlockManager.fork": _of(_manager, "fork", pages=...),
     "blocks.BlockManager.free": _of(_manager, "free", pages=...),
+    "blocks.BlockManager.free_later": _of(_manager, "free_later", pages=...),
     "blocks.BlockManager.publish": _of(_manager, "publish", pages=..., tokens=[5, 6, 7]),
     "blocks.BlockManager.reuse": _of(_manager, "reuse", tokens=[5, 6, 7]),
     "blocks.BlockManager.grow": _of(_manager, "grow", num_pages=9),

@@ -2,6 +2,7 @@
 found again are the right ones."""
 
 import struct
+from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from pykv import blocks
 from pykv.errors import CapacityError, ParameterError
+from pykv.integrations.batch import Batch
+from pykv.pool import PagedKVCache
 
 P = 3
 
@@ -295,6 +298,32 @@ def test_what_lies_behind_the_start_is_given_up_without_a_copy():
     second = pool.fork(first)
     assert pool.extend(second, 16, 17) is None and second == [0, 3, 4]
     assert pool.extend(second, 5, 6) == (0, 5) and second == [5, 3, 4]
+
+
+def test_a_sequence_that_a_finalizer_gave_up_is_freed_when_pages_are_asked_for():
+    pool = blocks.BlockManager(4, 16)
+    for ask in (lambda: pool.require(4), lambda: pool.allocate(64), lambda: pool.num_free):
+        pages = pool.allocate(pool.num_free * 16)
+        pool.free_later(pages)
+        pool.free_later([])
+        held = deepcopy(pool)
+        assert pages == [0, 1, 2, 3] and held.num_free == 4
+        taken = ask()
+        assert pages == []
+        if isinstance(taken, list):
+            pool.free(taken)
+    with pytest.raises(ParameterError, match="free_later: pages are \\[0\\], expected distinct"):
+        pool.free_later([0])
+
+
+def test_a_batch_that_is_collected_leaves_the_manager_to_its_thread():
+    cache = PagedKVCache(1, 4, 1, 16)
+    batch = Batch(cache, 2, grows=False)
+    batch.begin("test", 0, 20)
+    manager, counts = cache.manager, list(cache.manager._counts)
+    del batch
+    assert manager._counts == counts == [1, 1, 1, 1]
+    assert len(manager.allocate(4 * 16)) == 4
 
 
 def test_a_published_page_is_no_longer_offered_when_it_is_written_to():

@@ -69,7 +69,9 @@ HAS_NO_SHARES = True
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", help="as of pykv serve, for all cases", metavar="NAME|FILE")
+    parser.add_argument(
+        "--model", help="as of pykv serve, for all cases; with --url its name", metavar="NAME|FILE"
+    )
     parser.add_argument("--url", help="of a server that runs already, instead of one of our own")
     for name, text in (
         ("clients", "that ask at once"),
@@ -92,9 +94,11 @@ def select(args: argparse.Namespace) -> list[Case]:
     }
     cases = QUICK if args.quick else CASES
     cases = [{**cases[0], **own}] if own else cases
-    if args.model or args.url:  # a server has one model
-        where = dict(model=args.model or MODEL) | ({"url": args.url} if args.url else {})
-        cases = options.distinct({**case, **where} for case in cases)
+    if args.model or args.url:  # a server has one model, and that of --url may be any
+        where = dict(model=args.model, url=args.url)
+        cases = options.distinct(
+            {name: x for name, x in {**case, **where}.items() if x is not None} for case in cases
+        )
     return cases
 
 
@@ -244,7 +248,7 @@ def conclude(records: list[Record]) -> str:
     lines = []
     for record in records:
         case, facts = record["case"], record.get("facts", {})
-        name = f"{case['model']}, {counted(case['clients'], 'client')}"
+        name = f"{case.get('model', case.get('url'))}, {counted(case['clients'], 'client')}"
         if not record["ok"]:
             lines.append(f"{name}: {facts.get('failures', 'all')} failures")
             continue

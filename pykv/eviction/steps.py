@@ -13,13 +13,14 @@ import numpy as np
 
 from pykv import blocks, cuda
 from pykv.arrays import FLOAT32, FLOATS, INT32, is_array, module_of, not_an_array, on_gpu, to_host
+from pykv.attention import check_cap, check_scale
 from pykv.checker import checker
 from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError
 from pykv.eviction.parts import Rows, check_cache, of_heads, parts
 from pykv.eviction.policies import AdaKV, Policy, base_of, parse
 from pykv.eviction.rotary import Rotary, check_rotary
 from pykv.ops import kv_compact, kv_select
-from pykv.options import check_number, check_type, check_whole
+from pykv.options import check_type, check_whole
 from pykv.pool import PagedKVCache
 
 
@@ -113,9 +114,9 @@ def evict(
     check_cache(op, cache)
     policies = _policies(op, policy, len(cache.layers))
     if scale is not None:
-        scale = check_number(op, "scale", scale)
+        scale = check_scale(op, scale)
     if logits_soft_cap is not None:
-        logits_soft_cap = check_number(op, "logits_soft_cap", logits_soft_cap, positive=True)
+        logits_soft_cap = check_cap(op, logits_soft_cap)
     cuda.refuse_repeat(op, "pages go back to the manager", cache.k, stream)
     with cuda.on_stream(stream, cache.k):
         work = _Work(op, cache, sequences, lengths, policies)

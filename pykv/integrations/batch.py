@@ -11,6 +11,7 @@ heads, D head size, M pages a sequence can have.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,7 +61,7 @@ class Batch:
         seen: [B, columns] bool; which columns each sequence has.
         columns: of each layer, how many it was given.
 
-    Gives its pages back when nothing refers to it any more.
+    Gives its pages back when nothing refers to it any more, and somebody asks for free ones.
     """
 
     def __init__(self, pool: PagedKVCache, size: int, *, grows: bool):
@@ -69,7 +70,7 @@ class Batch:
         self.seen = np.zeros((size, 0), bool)
         self._pages: list[list[int]] = [[] for _ in range(size)]
         self._step: Step | None = None
-        weakref.finalize(self, _free, pool.manager, self._pages)
+        weakref.finalize(self, _free, pool.manager.free_later, self._pages)
 
     @property
     def size(self) -> int:
@@ -186,7 +187,7 @@ class Batch:
             )
         old = list(self._pages)
         self._pages[:] = [self._fork(old[i]) for i in indices]
-        _free(self.pool.manager, old)
+        _free(self.pool.manager.free, old)
         self.seen, self._step = self.seen[indices], None
 
     def fork(self) -> Batch:
@@ -211,10 +212,9 @@ def set_rows(x: Any, rows: Any, values: Any) -> None:
     x.view(bits)[rows] = values.view(bits)
 
 
-def _free(manager: Any, sequences: list[list[int]]) -> None:
+def _free(free: Callable[[list[int]], None], sequences: list[list[int]]) -> None:
     for pages in sequences:
-        if pages:
-            manager.free(pages)
+        free(pages)
 
 
 def _kept(pool: PagedKVCache, outs: tuple[Any, ...]) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -120,10 +120,18 @@ def _borders(stop: str) -> list[int]:
 
 
 class Stream(Iterator[str]):
-    """An answer, piece by piece, as `LLM.stream` gives it. The pieces joined are its text."""
+    """An answer, piece by piece, as `LLM.stream` gives it. The pieces joined are its text.
 
-    def __init__(self, answer: Answer, pieces: Generator[str, None, None]) -> None:
-        self._answer, self._pieces = answer, pieces
+    Args:
+        answer: the text, as far as it is generated.
+        pieces: of the text, as steps give them.
+        end: ends the answer's sequence, and gives its pages back.
+    """
+
+    def __init__(
+        self, answer: Answer, pieces: Generator[str, None, None], end: Callable[[], None]
+    ) -> None:
+        self._answer, self._pieces, self._end = answer, pieces, end
         self._lock = threading.RLock()  # generators raise if a second thread enters
 
     def __next__(self) -> str:
@@ -134,6 +142,7 @@ class Stream(Iterator[str]):
         """Free the sequence's pages, after the step that is being computed; no piece follows."""
         with self._lock:
             self._pieces.close()
+            self._end()
 
     def stop(self) -> None:
         """End the answer after the step that is being computed, if it is not over: no piece but the

@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -264,6 +265,8 @@ class LLM:
                     "that; Stream.stop may be called at any time"
                 )
             with cuda.use_device(self._device), cuda.behind(self._done):
+                if scheduler is not None and scheduler.abandoned:
+                    scheduler.abort_abandoned()
                 yield
 
     # --- Text ---
@@ -296,8 +299,7 @@ class LLM:
         """
         _refuse_prepare("LLM.generate")
         answers = answers_to(self, prompts, params, special)
-        for _ in shared_steps.run(self._scheduler, self.turn, answers):
-            pass
+        shared_steps.run(self._scheduler, self.turn, answers)
         return [answer.completion() for answer in answers]
 
     def stream(
@@ -317,7 +319,9 @@ class LLM:
         _refuse_prepare("LLM.stream")
         params = SamplingParams() if params is None else params
         answer = answer_to(self, prompt, params, special)
-        return Stream(answer, shared_steps.pieces(self._scheduler, self.turn, answer))
+        pieces = shared_steps.pieces(self._scheduler, self.turn, answer)
+        end = partial(shared_steps.abort, self._scheduler, self.turn, [answer])
+        return Stream(answer, pieces, end)
 
     def chat(
         self,

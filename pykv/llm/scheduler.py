@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import time
 from bisect import insort
+from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -110,6 +111,7 @@ class Scheduler:
         stats: what was done; may be replaced by new ones.
         failed: sequences of the model's call that raised, if it did in the last step.
         is_stepping: whether a step is being computed.
+        abandoned: sequences that finalizers gave up, of any thread, for `abort_abandoned`.
 
     Not thread-safe. A piece of a prompt ends where a page does, and the tokens behind the last full
     page are a step of their own, whether the pages are found or computed: what a step sums in which
@@ -135,6 +137,7 @@ class Scheduler:
         self.waiting: list[Sequence] = []
         self.failed: list[Sequence] = []
         self.is_stepping = False
+        self.abandoned: deque[Sequence] = deque()
         self.stats = Stats()
         self.pages = SequencePages(
             cache,
@@ -187,6 +190,12 @@ class Scheduler:
         """Give a sequence up, wherever it is; one that has ended stays as it is."""
         sequence.finish_reason = sequence.finish_reason or "abort"
         self._end(sequence)
+
+    @interrupts.finished
+    def abort_abandoned(self) -> None:
+        """Give up what finalizers could not."""
+        while self.abandoned:
+            self.abort(self.abandoned.popleft())
 
     @interrupts.finished
     def step(self) -> list[Sequence]:

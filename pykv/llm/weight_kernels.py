@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -23,25 +23,35 @@ _Job = tuple[str, dict[str, Any]]  # the stem of a kernel's file, and its define
 _FLOATS = FLOATS[0], FLOATS[0]  # of activations and biases
 
 
-def compile_all(kinds: Sequence[str], gated: Sequence[str], gate: str) -> None:
+def compile_all(
+    kinds: Mapping[str, Collection[int]], gated: Collection[str], gate: str, num_sms: int
+) -> None:
     """Compile the kernels of these kinds for the current GPU, on all cores, where the cache folder
-    lacks them; of activations in float32 that need not be exact on tensor cores. Products of the
-    kinds in `gated` end in this gate as well."""
+    lacks them; of activations in float32 that need not be exact on tensor cores.
+
+    Args:
+        kinds: of matrices, each with the elements that their rows have.
+        gated: the kinds of which products end in this gate as well.
+        gate: as of block_linear.multiply.
+        num_sms: of the GPU.
+    """
     arch, sm = cuda.current_arch(), cuda.current_sm()
     jobs: list[_Job] = []
-    for kind in kinds:
+    for kind, lengths in sorted(kinds.items()):
         jobs += [("block_linear", one) for one in block_linear.all_defines(kind, sm)]
         if kind in FORMATS:
             jobs.append(("block_rows", block_rows.defines(kind, FLOATS[0])))
         gates = (None, gate) if kind in gated else (None,)
         if linear_mma.has_kernel(kind, sm):
-            jobs += _tensor_core_jobs(kind, gates)
+            jobs += _tensor_core_jobs(kind, lengths, gates, num_sms)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for _ in pool.map(lambda job: cuda.compile(job[0], arch, **job[1]), jobs):
             pass
 
 
-def _tensor_core_jobs(kind: str, gates: tuple[str | None, ...]) -> list[_Job]:
+def _tensor_core_jobs(
+    kind: str, lengths: Collection[int], gates: tuple[str | None, ...], num_sms: int
+) -> list[_Job]:
     arch, sm = cuda.current_arch(), cuda.current_sm()
     tilings = linear_mma.tilings(kind, False, sm)
     few = linear_tiles.most_of_registers(kind, sm)
@@ -54,8 +64,11 @@ def _tensor_core_jobs(kind: str, gates: tuple[str | None, ...]) -> list[_Job]:
             for end in gates
         ]
     if linear_wgmma.multiplies(kind, False, 1, 1, 1, None, arch):
-        # It leaves more tokens of matrices of few elements.
-        tilings = [one for one in tilings if 8 < one.TILE_T < 64]
+        # It leaves more tokens of matrices of few elements; tiles are largest for most of both.
+        most, elements = linear_wgmma.MOST, linear_wgmma.FEW_ELEMENTS
+        shapes = [(most, elements // I, I) for I in lengths]
+        largest = max(linear_mma.choose(kind, False, x, sm, num_sms).TILE_T for x in shapes)
+        tilings = [one for one in tilings if 8 < one.TILE_T <= largest]
         every = {one for some in linear_wgmma.tilings(kind).values() for one in some}
         jobs += [
             ("linear_wgmma", linear_wgmma.defines(kind, *_FLOATS, tiling, end))

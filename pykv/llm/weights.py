@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from pykv import cuda
 from pykv.llm import matrices, tensors, weight_kernels
 from pykv.llm.config import Config, read_config
 from pykv.llm.gguf import ModelFile, TensorInfo
@@ -94,18 +95,10 @@ def load(
         CapacityError: see source.Source.
     """
     config = read_config(file)
-    kinds = {info.kind for info in file.tensors.values() if len(info.shape) == 2}
     if dtype is None:
         matrices.check_stored(file)
-    else:
-        kinds = {block_linear.KIND_OF[np.dtype(dtype)]}
     if xp is not np:
-        of_gates = {
-            info.kind for name, info in file.tensors.items() if tensors.is_role(name, "gate")
-        }
-        gated = of_gates if dtype is None else kinds
-        every = sorted(kinds | ({"F32"} if hadamard else set()))
-        weight_kernels.compile_all(every, sorted(gated), config.kind.activation)
+        _compile(file, config, xp, dtype, hadamard)
     rounded = dict(attention_out=np.float16) if hadamard and dtype is None else {}
     E, D = config.embedding, config.head_dim
     frequencies = {id(f): xp.asarray(f) for f in config.inv_freq}
@@ -138,6 +131,20 @@ def load(
     if xp is not np:
         xp.get_default_memory_pool().free_all_blocks()  # scratch of the pieces that were loaded
     return model
+
+
+def _compile(file: ModelFile, config: Config, xp: Any, dtype: Any, hadamard: bool) -> None:
+    """Compile what products with the matrices of a file take, as `load` has them."""
+    kinds: dict[str, set[int]] = {"F32": set()} if hadamard else {}
+    gated = set()
+    for name, info in file.tensors.items():
+        if len(info.shape) == 2:
+            kind = info.kind if dtype is None else block_linear.KIND_OF[np.dtype(dtype)]
+            kinds.setdefault(kind, set()).add(info.shape[-1])
+            if tensors.is_role(name, "gate"):
+                gated.add(kind)
+    num_sms = cuda.num_sms(xp.cuda.runtime.getDevice())
+    weight_kernels.compile_all(kinds, gated, config.kind.activation, num_sms)
 
 
 def load_with_bar(file: ModelFile, xp: Any, dtype: Any, hadamard: bool, progress: bool) -> Model:

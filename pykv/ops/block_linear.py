@@ -144,7 +144,8 @@ def multiply(
             gate [2O, ...]: the rows of gates, then of what they open.
         kind: a name of `planes.FORMATS`, or one of these three.
         bias: [O], with a gate [2O], float32 or the dtype of `x`.
-        norm: [I] float32; `x / sqrt(mean(x**2) + eps) * norm` is multiplied, see norm.rms_norm.
+        norm: [I] float32; `x / sqrt(mean(x**2) + eps) * norm` is multiplied, see norm.rms_norm,
+            which also says what becomes of rows whose squares float32 cannot hold.
         eps: added to the mean square.
         gate: "swiglu" or "geglu": each output is the activation of one product times another, see
             activation.swiglu and geglu. None: no gate.

@@ -35,8 +35,8 @@ class Tiling(NamedTuple):
 
 # Tokens that this kernel multiplies at most, and of matrices of few elements, where linear_mma.cu
 # waits for less, with a gate in a launch of its own. From timings on an H200.
-_MOST = 128
-_FEW_ELEMENTS, _MOST_OF_FEW, _MOST_OF_FEW_GATES = 4 << 20, 16, 32
+MOST = 128
+FEW_ELEMENTS, _MOST_OF_FEW, _MOST_OF_FEW_GATES = 4 << 20, 16, 32
 # Bytes that a block reaches by offsets of 32 bits: of its rows of weights, which are so many at
 # most, and with a gate of all.
 _REACH, _MOST_ROWS = 1 << 32, 256
@@ -50,7 +50,7 @@ def multiplies(kind: str, exact: bool, T: int, R: int, I: int, gate: str | None,
     if (R if gate else min(R, _MOST_ROWS)) * planes.row_bytes(kind, I) > _REACH:
         return False
     most_of_few = _MOST_OF_FEW_GATES if gate else _MOST_OF_FEW
-    return T <= (_MOST if R * I > _FEW_ELEMENTS else most_of_few)
+    return T <= (MOST if R * I > FEW_ELEMENTS else most_of_few)
 
 
 _ROOM = 224 << 10  # bytes of shared memory of an SM, less what blocks take besides
@@ -88,7 +88,7 @@ def choose(kind: str, T: int, R: int, I: int, num_sms: int) -> Tiling:
     """The tiling for so many tokens; R and I are those of the weights."""
     tokens = next((n for n in (8, 16, 32) if n >= T), 64)
     few, more, many = tilings(kind)[tokens]
-    if R * I <= _FEW_ELEMENTS:
+    if R * I <= FEW_ELEMENTS:
         return few
     return more if _num_tiles(more, T, R) <= num_sms else many
 

@@ -81,9 +81,9 @@ def prefill(
         q_starts: [B+1] int32; where each sequence's queries begin in `q`: 0, ..., T.
         k_scales, v_scales: of code kinds, as `spec` says; see pykv.kinds.
         spec: kinds and layout of the pools; where None, what dtypes tell, in NHD.
-        scale: factor of q.k; 1 / sqrt(D) if None.
+        scale: factor of q.k, from -1e15 to 1e15; 1 / sqrt(D) if None.
         window: number of last keys that a query sees; all if None. Causal attention only.
-        logits_soft_cap: c, for scores c * tanh(score / c); not capped if None.
+        logits_soft_cap: c, from 1e-5 to 1e15, for scores c * tanh(score / c); not capped if None.
         causal: whether later keys are hidden.
         return_lse: return `lse` as well.
         out: [T, HQ, D], dtype of `q`; allocated if None.
@@ -99,7 +99,7 @@ def prefill(
         DtypeError: an array has another dtype, or an option another type.
         UnsupportedError: D exceeds 512.
         ParameterError: `scale` is not finite, `window` is below 1 or given without `causal`,
-            `logits_soft_cap` is not positive, scales are missing or too many, or, on the host,
+            `logits_soft_cap` is out of its range, scales are missing or too many, or, on the host,
             `q_starts` does not rise from 0 to T or a page does not exist; the check found a wrong
             entry.
         CapacityError: on the host, a length exceeds M * P.

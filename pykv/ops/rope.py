@@ -39,7 +39,7 @@ def rotate(
         q: [T, HQ, D] float32, float16 or bfloat16; tokens at any stride.
         k: [T, H, D] dtype of `q`; tokens at any stride.
         positions: [T] int32.
-        inv_freq: [F] float32, radians per position, 2F <= D; see `frequencies`.
+        inv_freq: [F] float32, radians per position, 2F <= D; see `frequencies`. Angles up to 2^31.
         pairing: "half" pairs elements (j, j + F), "adjacent" pairs (2j, 2j + 1).
         stream: see pykv.cuda.on_stream.
 

@@ -89,9 +89,10 @@ class Protocol:
         tools = read_tools(fields, native=self._knows_tools)
         schema = read_format(fields)
         variables = fields.take("chat_template_kwargs", dict, default={})
+        own: dict[str, Any] = {}
         if tools is not None:
             messages = tools.instruct(messages)
-            variables = {"tools": tools.given, **variables} if tools.native else variables
+            own = {"tools": tools.given} if tools.native else own
         logprobs = fields.whole("top_logprobs", 0, 0, MAX_TOP_LOGPROBS)
         if not fields.flag("logprobs"):
             if logprobs:
@@ -101,7 +102,7 @@ class Protocol:
         most = fields.whole("max_completion_tokens", most, 1)
         rule = grammar(tools, schema)
         asked = self._asked(fields, most or self.llm.context, logprobs, rule, tools=tools)
-        ids = self._checked("messages", lambda: self._chat_ids(messages, variables))
+        ids = self._templated("messages", messages, own, variables)
         return asked([ids], param="messages")
 
     def completions(self, body: dict[str, Any]) -> Asked:
@@ -137,7 +138,7 @@ class Protocol:
         if style == "raw" or not self._template:
             return asked([prompt])
         messages = [{"role": "user", "content": prompt}]
-        return asked([self._checked("prompt", lambda: self._chat_ids(messages, {}))])
+        return asked([self._templated("prompt", messages, {}, {})])
 
     def tokenize(self, body: dict[str, Any]) -> list[int]:
         """A body of /tokenize: a prompt, or messages."""
@@ -145,7 +146,7 @@ class Protocol:
         param = "prompt" if fields.take("messages") is None else "messages"
         if param == "messages":
             messages = read_messages(fields, native=self._knows_tools)
-            ids = self._checked(param, lambda: self._chat_ids(messages, {}))
+            ids = self._templated(param, messages, {}, {})
         else:
             prompt = fields.take("prompt", str, required=True)
             bos = None if fields.flag("add_special_tokens", True) else False
@@ -276,8 +277,24 @@ class Protocol:
     def _text(self, prompt: str | list[int]) -> str:
         return prompt if isinstance(prompt, str) else self.llm.detokenize(prompt)
 
-    def _chat_ids(self, messages: list[dict[str, Any]], variables: dict[str, Any]) -> list[int]:
-        return self.llm.chat_ids(messages, template_variables=variables)
+    def _templated(
+        self, param: str, messages: list[Any], own: dict[str, Any], given: dict[str, Any]
+    ) -> list[int]:
+        """Token ids of messages, by a template that sees variables of ours and, before these, what
+        `chat_template_kwargs` gives, whose error it is that there is none without them."""
+
+        def ids(variables: dict[str, Any]) -> list[int]:
+            return self.llm.chat_ids(messages, template_variables=variables)
+
+        found: list[int]
+        try:
+            source = "chat_template_kwargs" if given else param
+            found = self._checked(source, lambda: ids(own | given))
+        except ApiError:
+            if given:
+                self._checked(param, lambda: ids(own))
+            raise
+        return found
 
     def _check_length(self, param: str, ids: list[Any]) -> None:
         """Refuse what is longer than the context before work is done for each id."""

@@ -184,16 +184,24 @@ def test_without_the_extra(open_tiny, monkeypatch, package):
 
 def test_ctrl_c_while_weights_are_read(tmp_path, monkeypatch):
     """No other layer is begun."""
-    begun = []
+    begun, has_begun, may_end = [], threading.Event(), threading.Event()
+
+    class Pool(weights.ThreadPoolExecutor):
+        def shutdown(self, **options):
+            super().shutdown(wait=False, **options)
+            may_end.set()
+            super().shutdown()
 
     def layer(self, i, *_):
         begun.append(i)
-        time.sleep(0.1)
+        has_begun.set()
+        may_end.wait()
 
     def matrix(*_):
-        time.sleep(0.05)
+        has_begun.wait()
         raise KeyboardInterrupt
 
+    monkeypatch.setattr(weights, "ThreadPoolExecutor", Pool)
     monkeypatch.setattr(weights._Reader, "layer", layer)
     monkeypatch.setattr(weights._Reader, "matrix", matrix)
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
@@ -242,6 +250,22 @@ def test_a_stream_can_be_stopped(open_tiny):
     stream = llm.stream([5, 6, 7], params)
     stream.stop()
     assert "".join(stream) == "" and llm.cache.manager.num_free == llm.cache.manager.num_pages
+
+
+def test_a_stream_is_collected_without_a_turn(open_tiny):
+    """As in the midst of another LLM's turn, for which who has this one's may be waiting."""
+    llm = open_tiny()
+    manager = llm.cache.manager
+    streams = [llm.stream([5, 6, 7], SamplingParams(max_tokens=50, ignore_eos=True))]
+    next(streams[0])
+    collecting = threading.Thread(target=streams.clear, daemon=True)
+    with llm.turn():
+        collecting.start()
+        collecting.join(60)
+        assert not collecting.is_alive()
+        assert manager.num_free < manager.num_pages
+    llm.logits([5])
+    assert llm.cache.manager.num_free == llm.cache.manager.num_pages
 
 
 def test_threads_share_a_stream(open_tiny):

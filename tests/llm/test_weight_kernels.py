@@ -12,13 +12,17 @@ from pykv.ops import block_rows, linear_mma, linear_split, linear_tiles, linear_
 
 
 @pytest.mark.parametrize("kind", ["Q4_K", "Q6_K", "F16", "BF16"])
-@pytest.mark.parametrize("sm", [52, 90])
-def test_a_model_that_is_loaded_finds_its_kernels_compiled(monkeypatch, kind, sm):
+@pytest.mark.parametrize(
+    "sm, num_sms, lengths",
+    [(52, 20, [576]), (90, 132, [576, 1024, 4096]), (90, 132, [256, 576]), (90, 16, [1024, 4096])],
+)
+def test_a_model_that_is_loaded_finds_its_kernels_compiled(monkeypatch, kind, sm, num_sms, lengths):
+    """Whatever its matrices, whole GPUs and parts of them; nothing else."""
     made = []
     monkeypatch.setattr(cuda, "current_arch", lambda: f"sm_{sm}")
     monkeypatch.setattr(cuda, "current_sm", lambda: sm)
     monkeypatch.setattr(cuda, "compile", lambda *stem, **defines: made.append((*stem, defines)))
-    weight_kernels.compile_all([kind], [kind], "geglu")
+    weight_kernels.compile_all({kind: lengths}, [kind], "geglu", num_sms)
     floats = np.dtype("f4"), np.dtype("f4")
     sizes = []
     for T in range(1, 5 if linear_mma.has_kernel(kind, sm) else 9):
@@ -34,17 +38,19 @@ def test_a_model_that_is_loaded_finds_its_kernels_compiled(monkeypatch, kind, sm
         ways.append(("block_rows", block_rows.defines(kind, floats[0])))
     if linear_mma.has_kernel(kind, sm):
         ways += [("linear_split", one) for one in linear_split.all_defines(kind, floats[0])]
-    shapes = [(576, 576), (4096, 1024), (4096, 4096), (8192, 1024), (14336, 4096), (128256, 4096)]
+    shapes = [
+        (O, I) for I in lengths for O in (576, 1536, (4 << 20) // I, 4096, 8192, 14336, 128256)
+    ]
     for T, (O, I), gate in product(range(5, 200), shapes, (None, "geglu")) if sm > 75 else ():
         shape = kind, False, T
         if linear_wgmma.multiplies(*shape, O, I, gate, f"sm_{sm}"):
-            tiling = linear_wgmma.choose(kind, T, O, I, 132)
+            tiling = linear_wgmma.choose(kind, T, O, I, num_sms)
             ways.append(("linear_wgmma", linear_wgmma.defines(kind, *floats, tiling, gate)))
         elif linear_tiles.multiplies(*shape, sm):
-            tiling = linear_tiles.choose(T, O, sm, 132)
+            tiling = linear_tiles.choose(T, O, sm, num_sms)
             ways.append(("linear_tiles", linear_tiles.defines(kind, *floats, tiling, gate)))
         else:
-            tiling = linear_mma.choose(kind, False, (T, O, I), sm, 132)
+            tiling = linear_mma.choose(kind, False, (T, O, I), sm, num_sms)
             ways.append(("linear_mma", linear_mma.defines(kind, *floats, False, tiling)))
     for stem, defines in ways:
         assert (stem, f"sm_{sm}", defines) in made

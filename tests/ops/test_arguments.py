@@ -141,14 +141,32 @@ def test_a_read_only_workspace_is_refused(xp, rng):
         paged_decode.decode(**filled(dict(OPS)[paged_decode.decode], rng, xp), workspace=kept)
 
 
+@pytest.mark.parametrize("op", [paged_decode.decode, prefill.prefill, attention_scores.score])
+def test_scores_at_the_limits_of_their_options(xp, op):
+    """A kernel gives what the reference does, which multiplies in another order."""
+    given, on_host = (filled(dict(OPS)[op], np.random.default_rng(5), x) for x in (xp, np))
+    for options in (
+        dict(logits_soft_cap=1e-5),
+        dict(scale=-1e15),
+        dict(scale=1e15, logits_soft_cap=1e15),
+        dict(scale=1e15, logits_soft_cap=1e-5),
+    ):
+        got, want = to_numpy(op(**given | options)), op(**on_host | options)
+        np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-3)
+    with pytest.raises(ParameterError, match=r"scale is 2e\+16, expected -1e\+15 to 1e\+15"):
+        op(**given, scale=2e16)
+
+
 NO_NUMBERS = ("1", [1], np.ones(2), 1j)
 WRONG_NUMBERS = (*NO_NUMBERS, True, np.nan, np.inf, 1e39, 10**400)
 WRONG_SIZES = (*NO_NUMBERS, True, 4.0, np.float32(4), np.nan, 0, -1)
 WRONG_FLAGS = (*NO_NUMBERS, None, "no", 2, 1.0)
 WRONG_WORDS = ("other", 1, None, True, ["half"], np.ones(2))
 WRONG = {
-    **dict.fromkeys(("scale", "offset"), WRONG_NUMBERS),
-    **dict.fromkeys(("logits_soft_cap", "eps"), (*WRONG_NUMBERS, 0, -1.0, 1e-60)),
+    "offset": WRONG_NUMBERS,
+    "scale": WRONG_NUMBERS,
+    "logits_soft_cap": (*WRONG_NUMBERS, 0, -1.0, 9e-6, 2e15),
+    "eps": (*WRONG_NUMBERS, 0, -1.0, 1e-60),
     **dict.fromkeys(("window", "width", "page_size"), WRONG_SIZES),
     "fixed_split": (*WRONG_SIZES, 33),
     **dict.fromkeys(("causal", "advance", "accumulate", "hadamard"), WRONG_FLAGS),

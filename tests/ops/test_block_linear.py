@@ -287,6 +287,21 @@ def test_infinite_activations(xp, rng, kind, T):
     assert np.isfinite(got[1:]).all()
 
 
+@pytest.mark.parametrize("T", [3, 9])
+@pytest.mark.parametrize("kind", ["Q4_K", "F16"])
+def test_a_norm_of_squares_beyond_float32_is_zero(xp, rng, kind, T):
+    """As norm.rms_norm says, whatever sums the products have on the way; of infinities NaN."""
+    blocks, x = random_blocks(rng, kind, 24, 256), rng.standard_normal((T, 256)).astype(np.float32)
+    x[0] = 3e38
+    x[1, 3] = np.inf
+    norm, bias = (xp.asarray(np.full(n, 7, np.float32)) for n in (256, 24))
+    w = xp.asarray(blocks) if kind in op.PLAIN else block_rows.pack(xp.asarray(blocks), kind)
+    with np.errstate(all="ignore"):
+        got = to_numpy(op.multiply(xp.asarray(x), w, kind, norm=norm, bias=bias))
+    np.testing.assert_array_equal(got[0], np.full(24, 7, np.float32))
+    assert np.isnan(got[1]).all() and np.isfinite(got[2:]).all()
+
+
 def test_a_nan_scale_stays_in_its_row(xp, rng):
     """Of weights; that of an activation in its token. Of 40 rows, so that all warps have some."""
     for kind, at in (("Q4_0", 0), ("Q5_K", 2), ("Q6_K", 208)):

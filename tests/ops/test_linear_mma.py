@@ -1,6 +1,7 @@
 """linear_mma: products on tensor cores, cut in every way."""
 
 import itertools
+import mmap
 
 import ml_dtypes
 import numpy as np
@@ -109,6 +110,23 @@ def test_the_largest_float32_stays_finite(device):
     w = device.asarray(np.eye(24, 64).astype(np.float16))
     got = to_numpy(linear.linear(device.asarray(x), w, gemm="own"))
     np.testing.assert_allclose(got, x @ np.eye(24, 64).T.astype(np.float32), rtol=1e-6)
+
+
+@pytest.mark.simt
+@pytest.mark.parametrize("device", ["simt"], indirect=True)
+def test_rows_may_lie_far_apart(device, rng):
+    """The 16 rows of a warp more than 2 GiB, in memory that nobody touches between them."""
+    pitch = 150 << 20
+    pages = mmap.mmap(-1, 16 * pitch, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    w = np.ndarray((16, 64), np.float16, pages, strides=(pitch, 2))
+    w[...] = rng.standard_normal(w.shape)
+    x, out = (rng.standard_normal((9, n)).astype(np.float16) for n in (64, 16))
+    oracle = x.astype(np.float64) @ w.T.astype(np.float64)
+    x, w, out = device.asarray(x), device.ndarray(w), device.asarray(out)
+    tiling = tilings_here("F16", False)[0]
+    run = op.product(x, w, "F16", None, out, False, False, tiling)
+    run(dict(out=out, x=x, w=w, bias=None, norm=None), None)
+    np.testing.assert_allclose(to_numpy(out), oracle, rtol=1e-3, atol=1e-2)
 
 
 def test_how_products_are_cut():

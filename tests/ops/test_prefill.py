@@ -414,7 +414,7 @@ def test_errors_name_the_argument(xp, rng):
         run(*args, window=-1)
     with pytest.raises(ParameterError, match="window is 5, expected None with causal=False"):
         run(*args, window=5, causal=False)
-    with pytest.raises(ParameterError, match="logits_soft_cap is 0, expected a positive fin"):
+    with pytest.raises(ParameterError, match="logits_soft_cap is 0, expected 1e-05 to 1e"):
         run(*args, logits_soft_cap=0)
 
 

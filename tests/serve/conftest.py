@@ -162,6 +162,13 @@ class Client:
         pairs = (line.rsplit(" ", 1) for line in lines)
         return {key.replace('{model_name="tiny"}', ""): float(value) for key, value in pairs}
 
+    def rests(self):
+        """Whether nobody is being answered. The engine notes so once a step has ended, which may be
+        behind what the scheduler says, and behind what clients that left have seen."""
+        counts = self.metrics()
+        requests = [counts[f"vllm:num_requests_{which}"] for which in ("running", "waiting")]
+        return not any([*requests, counts["pykv:kv_pages_held"]])
+
 
 @contextmanager
 def serving(llm, scheduler, *, limit=64, **options):

@@ -46,7 +46,7 @@ def connect(client, data, size=None):
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_who_leaves_is_aborted(serve, stream):
-    client = serve("x" * 900, seconds=0.005)
+    client = serve("x" * 900, seconds=0.02)
     with connect(client, request_bytes(stream=stream)) as connection:
         until(lambda: client.scheduler.running)
         assert not stream or connection.recv(4000)
@@ -104,17 +104,17 @@ def test_who_takes_nothing_is_let_go(serve, monkeypatch):
 @pytest.mark.parametrize("waits", [False, True])
 def test_a_whole_answer_that_is_taken_slowly(serve, monkeypatch, waits):
     """It goes on as long as some of it is taken in time."""
-    monkeypatch.setattr("pykv.serve.connection.SEND_SECONDS", 0.5)
+    monkeypatch.setattr("pykv.serve.connection.SEND_SECONDS", 1.0)
     client = serve("x" * 900, slots=100)
     body = request_bytes(n=5, logprobs=True, top_logprobs=2)
     with connect(client, body, size=1 << 14) as connection, HTTPResponse(connection) as response:
         response.begin()
         size, data, began = int(response.headers["Content-Length"]), b"", time.monotonic()
-        time.sleep(1.5 * waits)
+        time.sleep(2.5 * waits)
         with suppress(ConnectionResetError):
             while more := response.read(1 << 14):
                 data += more
-                time.sleep(0.03)
+                time.sleep(0.05)
     assert (len(data) == size) != waits and time.monotonic() - began > 1
 
 
@@ -174,9 +174,7 @@ def test_a_hundred_clients_of_which_half_leave(serve, seed):
             await asyncio.gather(*(talk(n) for n in range(100)))
 
     asyncio.run(all_of_them())
-    until(lambda: client.scheduler.is_idle)
-    counts = client.metrics()
-    assert counts["vllm:num_requests_running"] == counts["vllm:num_requests_waiting"] == 0
+    until(lambda: client.scheduler.is_idle and client.rests())
 
 
 def test_bytes_of_any_sort(serve):

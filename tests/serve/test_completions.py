@@ -13,6 +13,7 @@ from pykv.serve.metrics import Metrics
 from pykv.serve.protocol import Asked
 from pykv.serve.replies import Reply
 from pykv.tiers import Counters
+from tests.serve.test_clients import until
 
 USER = [{"role": "user", "content": "Hi"}]
 CHAT = "/v1/chat/completions"
@@ -317,6 +318,8 @@ def test_metrics_count(serve):
     assert before["vllm:num_requests_running"] == before["vllm:kv_cache_usage_perc"] == 0
     client.ask(CHAT, messages=USER, n=2)
     client.refused(CHAT, messages=[])
+    until(lambda: client.metrics().get('pykv:responses_total{status="400"}'))  # once it was sent
+    until(lambda: client.metrics()["vllm:e2e_request_latency_seconds_count"])
     after = client.metrics()
     prompt = len(client.server.llm.chat_ids(USER))
     assert after["vllm:prompt_tokens_total"] == 2 * prompt

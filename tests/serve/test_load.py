@@ -77,10 +77,11 @@ def test_cases_and_the_closing_line():
     assert bench.select(Namespace(**given))[-1]["model"] == bench.NOISE
     (case,) = bench.select(Namespace(**(given | {"clients": 5, "url": "http://x"})))
     assert case["clients"] == 5 and case["prompt"] == 512 and case["url"] == "http://x"
+    assert "model" not in case
     facts = load.Load(2.0, [0.1], [0.01], 10, 40, 5).facts()
     record = dict(bench="serve", ok=True, case=case, facts=facts)
     assert bench.conclude([record]) == (
-        "smollm2-135m, 5 clients: 20.0 tokens/s; ms at p50/p95/p99: first 100.0/100.0/100.0, "
+        "http://x, 5 clients: 20.0 tokens/s; ms at p50/p95/p99: first 100.0/100.0/100.0, "
         "between 10.0/10.0/10.0; 5 of 10 prompt tokens kept; 0 failures"
     )
     facts |= dict(ready_seconds=2.51, offline_tokens_per_second=25.0, offline_share=0.8)
@@ -90,7 +91,7 @@ def test_cases_and_the_closing_line():
     assert bench.conclude([record]).endswith(
         "7.0 ms alone and 14.0 behind all others, expected 15.0"
     )
-    failed = "smollm2-135m, 5 clients: 0 failures"
+    failed = "http://x, 5 clients: 0 failures"
     assert bench.conclude([record | {"ok": False}]) == failed
 
 

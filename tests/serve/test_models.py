@@ -42,9 +42,7 @@ def client(path):
     scheduler = Scheduler(llm.runner, llm.cache, may_grow=False, prefix_cache=True, slots=8)
     with serving(llm, scheduler, limit=200) as client:
         yield client
-        until(lambda: client.metrics()["pykv:kv_pages_held"] == 0)
-        counts = client.metrics()
-        assert counts["vllm:num_requests_running"] == counts["vllm:num_requests_waiting"] == 0
+        until(client.rests)
     manager = llm.cache.manager
     assert manager.num_free == manager.num_pages
 
@@ -128,7 +126,7 @@ def test_who_leaves_gives_the_pages_back(client):
     for connection in connections:
         time.sleep(draw.random() / 50)
         connection.close()
-    until(lambda: client.metrics()["vllm:num_requests_running"] == 0)
+    until(client.rests)
 
 
 # --- The command ---

@@ -10,6 +10,7 @@ import pytest
 
 from pykv.errors import CapacityError, NumberError
 from pykv.serve import connection, front, protocol
+from tests.serve.conftest import PLAIN
 
 USER = [{"role": "user", "content": "Hi"}]
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -39,6 +40,7 @@ VALUES = {  # wrong values of a chat's fields, one at a time
     "response_format": ["json"],
     "chat_template_kwargs": [[]],
 }
+KWARGS: list[dict] = [{"messages": []}, {"eos_token": "x"}]  # names of the template's own
 WRONG = [  # endpoint, the field that the error names, fields
     *((CHAT, name, {name: value}) for name, values in VALUES.items() for value in values),
     (CHAT, "messages", {}),
@@ -88,6 +90,7 @@ WRONG = [  # endpoint, the field that the error names, fields
     (CHAT, "logit_bias.5", {"logit_bias": {"5": "1"}}),
     (CHAT, "response_format.type", {"response_format": {"type": "yaml"}}),
     (CHAT, "response_format.json_schema.schema", {"response_format": {"type": "json_schema"}}),
+    *((CHAT, "chat_template_kwargs", {"chat_template_kwargs": one}) for one in KWARGS),
     (CHAT, "tools[0]", {"tools": ["f"]}),
     (CHAT, "tools[0].function.name", {"tools": [{"type": "function", "function": {}}]}),
     (CHAT, "tool_choice", {"tools": [TOOL], "tool_choice": "maybe"}),
@@ -159,6 +162,18 @@ def test_a_context_that_does_not_fit_says_both_numbers(one):
         assert "1000" in error["message"] and error["param"] == "messages"
     status, error = one.refused(TEXT, prompt=[5] * 1000)
     assert (status, error["param"]) == (400, "prompt") and "1,000 tokens" in error["message"]
+
+
+def test_a_template_that_fails_at_its_variables_says_so(serve):
+    """And at messages, that these are what it fails at, whatever variables they come with."""
+    client = serve(template="{% if system %}{{ 1 + system }}{% endif %}" + PLAIN)
+    for content, system, param in (
+        ("Hi", "x", "chat_template_kwargs"),
+        ("x" * 1100, 1, "messages"),
+    ):
+        messages = [{"role": "user", "content": content}]
+        body = {"messages": messages, "chat_template_kwargs": {"system": system}}
+        assert client.refused(CHAT, **body)[1]["param"] == param
 
 
 @pytest.mark.parametrize(

@@ -114,9 +114,8 @@ def test_nothing_stays_of_a_storm(tmp_path, caplog):
     with serving(llm, scheduler, limit=60) as client:
         served = asyncio.run(storm(client.port, 100, 300, 0, said))
         assert {"whole", "stream", "slow"} <= set(served)
-        until(lambda: client.metrics()["pykv:kv_pages_held"] == 0)
+        until(client.rests)
         counts = client.metrics()
-        assert counts["vllm:num_requests_running"] == counts["vllm:num_requests_waiting"] == 0
         assert counts["vllm:num_preemptions_total"] > 0
         statuses = {key.split('"')[1] for key in counts if key.startswith("pykv:responses")}
         assert "413" in statuses and statuses <= {"200", "400", "413", "499", "503"}

@@ -239,7 +239,9 @@ __device__ __forceinline__ void multiply_unit(Sums& sums, W (&own)[ROWS], const 
         }
         if (sub == W::SUBS - 1) {
 #pragma unroll
-            for (int r = 0; r < ROWS; r++) own[r].load(w + (u64)offsets[r] * ROW_ALIGNMENT, unit + AHEAD, I, t);
+            for (int r = 0; r < ROWS; r++) {
+                own[r].load(w + (u64)offsets[r] * ROW_ALIGNMENT, unit + AHEAD, I, t);
+            }
         }
         if constexpr (W::SCALES == 0 && N_TILES % 2 == 0) {
             multiply_steps(sums, operands, stage, sub0 + sub);
@@ -289,7 +291,8 @@ gemm(X_T* out, float* partial, u32* counters, const M* pieces, const float* tota
     for (int u = 0; u < AHEAD; u++) {
 #pragma unroll
         for (int r = 0; r < ROWS; r++) {
-            if (I > 0) weights[u][r].load(own_w + (u64)offsets[r] * ROW_ALIGNMENT, first * UNITS + u, I, t);
+            if (I == 0) continue;
+            weights[u][r].load(own_w + (u64)offsets[r] * ROW_ALIGNMENT, first * UNITS + u, I, t);
         }
     }
     await_previous();

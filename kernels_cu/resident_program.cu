@@ -65,18 +65,15 @@ __device__ __forceinline__ void start(Talk& talk, const Sequences& s, u32 payloa
     const int lane = threadIdx.x, row = word(1), token = word(2), at = word(3) - 1;
     const int pages = word(4), ends = word(5), limit = word(6), epoch = word(7);
     int* const table = s.page_table + row * s.M;
-    __syncwarp();  // other lanes have written its pages
     for (int i = pages + lane; i < s.M; i += WARP) table[i] = -1;  // the last one's, now of others
     for (int i = ends + lane; i < s.E; i += WARP) s.ends[row * s.E + i] = -1;
-    if (lane == row) {
-        s.ids[row] = token;
-        s.positions[row] = at;
-        s.slots[row] = table[at / s.P] * s.P + at % s.P;
-        s.lengths[row] = at + 1;
-        s.limits[row] = limit;
-        talk.epochs[row] = epoch;
-    }
-    __syncwarp();  // the next command may write another page there
+    if (lane != row) return;
+    s.ids[row] = token;
+    s.positions[row] = at;
+    s.slots[row] = table[at / s.P] * s.P + at % s.P;
+    s.lengths[row] = at + 1;
+    s.limits[row] = limit;
+    talk.epochs[row] = epoch;
 }
 
 // What the host says. While blocks compute a token, `is_between` false, this stops ahead of a command
@@ -104,6 +101,7 @@ __device__ __forceinline__ State listen(Talk& talk, const Sequences& s, u64 limi
             stopped &= ~(1u << row);  // that was meant for the row's last one
         }
         command++;
+        __syncwarp();  // the next one may read or write what other lanes have written
     }
     __syncwarp();
     if (threadIdx.x == 0) {

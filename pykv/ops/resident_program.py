@@ -336,10 +336,10 @@ class ResidentProgram:
         return True
 
     def _has_room(self, commands: int) -> bool:
-        """Whether so many commands can be posted, and one more."""
+        """Whether so many commands can be told at once."""
         if self._kernel is None:
             return True
-        return self._posted - self._kernel.rings.taken() + commands < SLOTS
+        return self._posted - self._kernel.rings.taken() + commands <= SLOTS
 
     def _tell(self, command: Command) -> bool:
         """Whether the launch could be told; waits until there is room."""
@@ -453,7 +453,7 @@ _OP = "resident_program.ResidentProgram"
 _ROWS = ("T", INT32)
 _check = checker(
     _OP,
-    ("ids", "positions", "slots", "lengths", "peaks"),
+    ("ids", "positions", "slots", "lengths", "page_table", "peaks", "params"),
     ids=_ROWS,
     positions=_ROWS,
     slots=_ROWS,

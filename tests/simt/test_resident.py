@@ -13,11 +13,10 @@ from pykv.host_rings import SLOTS, Rings
 from pykv.ops.phase_program import PhaseProgram
 from pykv.ops.resident_program import ResidentProgram
 from pykv.resident_commands import PAGES
-from tests.ops.test_resident_program import all_of, chain
+from tests.ops.test_resident_program import LENGTHS, all_of, chain, start_again
 from tests.simt import machine
 from tests.test_draw_phases import ROWS, draw_of
-from tests.test_resident_commands import ROWS as ROWS_OF_STARTS
-from tests.test_resident_commands import hold, lack_pages, start_again
+from tests.test_resident_commands import hold, lack_pages
 
 pytestmark = pytest.mark.simt
 
@@ -101,7 +100,7 @@ def test_planted_faults_of_starts_are_caught(device, kernel_folder, monkeypatch,
         monkeypatch.setattr(Rings, "post", post_slowly)
     with pytest.raises(SEEN):
         for _ in range(4):
-            start_again(chain(device, rng, ROWS_OF_STARTS))
+            start_again(chain(device, rng, LENGTHS))
 
 
 def tell_late(program, command, tell=ResidentProgram._tell):
@@ -129,11 +128,12 @@ def test_a_sequence_ahead_of_its_data_is_caught(device, monkeypatch, rng):
         lack_pages(made)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("device", ["simt"], indirect=True)
 def test_words_of_commands_that_come_one_by_one(device, monkeypatch, rng):
     monkeypatch.setattr(machine, "ARCH", "sm_90")
     monkeypatch.setattr(Rings, "post", post_slowly)
-    start_again(chain(device, rng, ROWS_OF_STARTS))
+    start_again(chain(device, rng, LENGTHS))
 
 
 @pytest.mark.sweep

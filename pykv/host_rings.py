@@ -11,8 +11,10 @@ Layout, in words of 8 bytes (kernels_cu/host_ring.cuh has the kernel's side):
 
 A word of a slot is payload in its low half and the number of the message in its high half: message
 n, from 1 on, lies in slot n % SLOTS, and is whole when all its words have its number. NCCL's
-protocol LL numbers its words likewise. Neither side has more than SLOTS messages out that the other
-may not have taken, so no slot is written again too soon.
+protocol LL numbers its words likewise. What does not fit into a slot is several messages, which are
+taken in order: the one that makes the others count comes last, and says how many words there are.
+What a message speaks of in other memory is written before it. Neither side has more than SLOTS
+messages out that the other may not have taken, so no slot is written again too soon.
 """
 
 from __future__ import annotations

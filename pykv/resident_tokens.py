@@ -1,7 +1,7 @@
 """What a launch of ops/resident_program.py does between two tokens: the inputs of phases, and what
 follows a token.
 
-Dimensions: T sequences; M pages of each at most.
+Dimensions: T rows, each of a sequence or of nobody; M pages of each at most; N words.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import enum
 from typing import Any, NamedTuple
 
 import numpy as np
+
+TOKEN_BITS, _WHY_BITS, _EPOCH_BITS = 24, 3, 5  # of a word that tells of a token, from the lowest on
 
 
 class Inputs(NamedTuple):
@@ -20,6 +22,8 @@ class Inputs(NamedTuple):
             a sequence of length 0 is none. Those of the next one are written here.
         page_table: [T, M], -1 where a sequence has no page.
         peaks: [T], the token that phases draw for each, -1 where none can be.
+        params: [N], words that phases read of how a sequence's tokens are drawn, which one that
+            starts in the midst of a launch may set; None: there are none.
     """
 
     ids: Any
@@ -28,6 +32,7 @@ class Inputs(NamedTuple):
     lengths: Any
     page_table: Any
     peaks: Any
+    params: Any = None
 
 
 class Why(enum.IntEnum):
@@ -46,14 +51,29 @@ class Drawn(NamedTuple):
     """A token of a sequence, of no meaning if `why` says that there is none.
 
     Attributes:
+        epoch: how many sequences were started in the row before in this launch, this one among
+            them: 0 of the one that it began with.
         logprob, top: if the phases have a Logprobs: the token's log probability, and those of the
             likeliest tokens, likeliest first.
     """
 
     token: int
     why: Why
+    epoch: int = 0
     logprob: Any = None  # a float
     top: Any = None  # a dict of floats by token
+
+
+def of_word(word: int, epoch: int) -> Drawn:
+    """What a word of a result tells of a row.
+
+    Args:
+        epoch: of the sequence that the host has started last in the row; the word may have been
+            written before the launch took it up, and then is the last one's.
+    """
+    token, why = word & (1 << TOKEN_BITS) - 1, word >> TOKEN_BITS & (1 << _WHY_BITS) - 1
+    is_of_it = word >> TOKEN_BITS + _WHY_BITS == epoch % (1 << _EPOCH_BITS)
+    return Drawn(token, Why(why), epoch if is_of_it else epoch - 1)
 
 
 def reference(inputs: Inputs, page_size: int, limits: Any, ends: Any, is_last: bool) -> list[Drawn]:

@@ -315,7 +315,8 @@ def _resident(xp):
     """A program whose tokens each follow from the one ahead; of the host, as `_program`."""
     x, logits = np.zeros((1, 8), "f4"), np.zeros((1, 8), "f4")
     ids, positions, slots, lengths, peaks = np.array([[3], [0], [-1], [1], [0]], "i4")
-    inputs = Inputs(ids, positions, slots, lengths, np.zeros((1, 4), "i4"), peaks)
+    table, params = np.zeros((1, 4), "i4"), np.zeros(2, "i4")
+    inputs = Inputs(ids, positions, slots, lengths, table, peaks, params)
     eye = np.eye(8, dtype="f2")
     phases = [Embed(ids, eye, "F16", x), Product(x, eye, "F16", logits), Argmax(logits, peaks)]
     return resident_program.ResidentProgram, dict(
@@ -331,6 +332,12 @@ def _made_resident(xp):
 def _launched(xp):
     (program,) = _made_resident(xp)
     program.launch(2, [9], [[5]])
+    return (program,)
+
+
+def _stopped(xp):
+    (program,) = _launched(xp)
+    program.stop(0)
     return (program,)
 
 
@@ -708,6 +715,17 @@ METHODS = {
     },
     "ops.resident_program.ResidentProgram.extend": _of(
         _launched, "extend", tokens=3, pages=[(0, 1, [2])]
+    ),
+    "ops.resident_program.ResidentProgram.start": _of(
+        _stopped,
+        "start",
+        row=0,
+        token=3,
+        length=20,
+        limit=30,
+        ends=[5],
+        pages=[1, 2],
+        params=[(0, [7])],
     ),
     "ops.resident_program.ResidentProgram.stop": _of(_launched, "stop", row=0),
     "llm.generate.LLM": lambda xp: (pykv.LLM, dict(model=_model(), device="cpu")),

@@ -1,7 +1,8 @@
 """Tokens of a few sequences, one after another in one launch, which the host reads meanwhile.
 
-Dimensions: T sequences; M pages of each at most; E tokens that end one.
-Kernel: kernels_cu/resident_program.cu; pykv/host_rings.py describes what host and kernel write.
+Dimensions: T rows, each of a sequence or of nobody; M pages of each at most; E tokens that end one.
+Kernel: kernels_cu/resident_program.cu; pykv/host_rings.py describes how host and kernel talk,
+pykv/resident_commands.py what the host says.
 """
 
 from __future__ import annotations
@@ -13,25 +14,23 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pykv import cuda
+from pykv import cuda, resident_commands
 from pykv.arrays import INT32, like, on_gpu
-from pykv.checker import checker
-from pykv.draw_phases import Logprobs
+from pykv.checker import checker, optional
+from pykv.draw_phases import Adjust, Logprobs
 from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError, UnsupportedError
 from pykv.host_rings import SLOTS, Pinned, RingKernel, State
 from pykv.ops import phase_program
 from pykv.options import check_number, check_whole
 from pykv.overlaps import place_of, share
 from pykv.phases import Argmax
-from pykv.resident_tokens import Drawn, Inputs, Why, clear, reference, with_logprobs
+from pykv.resident_commands import Command, listed
+from pykv.resident_tokens import TOKEN_BITS, Drawn, Inputs, Why, of_word, reference, with_logprobs
 
 MOST_TOKENS = SLOTS  # that are not taken: the ring holds all results, so a launch waits for nobody
-ENDS = 32  # tokens that may end a sequence, at most
+ENDS = resident_commands.MOST_ENDS
 _MOST_SECONDS = 3600.0
 _LOOKS = 64  # at the ring between two at the kernel's stream, which takes longer
-_STOP, _GRANT, _PAGES = 1, 2, 3  # kinds of commands
-_PAGES_OF_COMMAND = 4
-_TOKEN_BITS = 24  # of a word of a result; what follows is above
 
 # Of one program, which draws; its phases are those of phase_program, which has more.
 VARIANTS: list[dict[str, Any]] = [phase_program.VARIANTS[-2] | dict(RING_SLOTS=SLOTS, DRAWS=1)]
@@ -48,7 +47,8 @@ class Counts(NamedTuple):
 
 class ResidentProgram:
     """Phases of a token, done again and again by one launch, which draws the tokens of sequences,
-    ends these and makes the inputs of the next token without the host.
+    ends these and makes the inputs of the next token without the host. Others may start meanwhile
+    in rows of sequences that have ended.
 
     Args:
         phases: of one token, as of PhaseProgram; they read `inputs`, and an Argmax or a Draw leaves
@@ -113,6 +113,8 @@ class ResidentProgram:
         self._launches = self._tokens = 0
         self._ends: Counter[State] = Counter()
         self._number = self._command = 1  # numbers of the next result and command
+        self._epochs = [0] * self._T  # of the last sequences started in rows
+        self._busy = set(range(self._T))  # rows whose last sequences may go on
         self._kernel: RingKernel | None = None
         if on_gpu(inputs.ids):
             self._prepare(dims, blocks, seconds)
@@ -125,14 +127,16 @@ class ResidentProgram:
             raise DeviceError(f"{_OP}: phases and inputs are of host and device, expected one")
         written = [rows for p in self._phases for rows in p.touched().writes]
         for name, array in self._inputs._asdict().items():
+            if array is None:
+                continue
             is_written = any(share(place_of(array), rows) for rows in written)
             if is_written != (name == "peaks"):
                 expected = "a phase to write it" if name == "peaks" else "no phase to write it"
                 raise ParameterError(f"{_OP}: inputs has a {name}, expected {expected}")
         for p in self._phases:
-            if isinstance(p, Argmax) and p.logits.shape[1] > 1 << _TOKEN_BITS:
+            if isinstance(p, Argmax) and p.logits.shape[1] > 1 << TOKEN_BITS:
                 raise UnsupportedError(
-                    f"{_OP}: logits has V={p.logits.shape[1]}, expected up to {1 << _TOKEN_BITS}"
+                    f"{_OP}: logits has V={p.logits.shape[1]}, expected up to {1 << TOKEN_BITS}"
                 )
 
     def _prepare(self, dims: dict[str, int], blocks: int | None, seconds: float) -> None:
@@ -140,7 +144,8 @@ class ResidentProgram:
         T = self._T
         packed = phase_program.pack(_OP, self._phases)
         W = 0 if self._found is None else int(self._found.shape[1])
-        scalars = dict(T=T, M=dims["M"], P=self._page_size, E=ENDS, W=W, limit=int(seconds * 1e9))
+        scalars = dict(T=T, M=dims["M"], P=self._page_size, E=ENDS, W=W, N=dims.get("N", 0))
+        scalars |= dict(limit=int(seconds * 1e9))
         self._launch = packed.launch("resident_program", blocks, scalars, RING_SLOTS=SLOTS)
         self._words = like(self._inputs.ids, (T + T * ENDS + 4,), np.int32)  # of a launch
         self._scratch, self._device = packed.scratch, packed.device
@@ -172,28 +177,21 @@ class ResidentProgram:
         cuda.refuse_capture(_OP, "how many tokens are drawn depends on them")
         tokens = check_whole(_OP, "tokens", tokens, 1, MOST_TOKENS)
         for name, given in (("limits", limits), ("ends", ends)):
-            if not isinstance(given, (list, tuple)):
-                raise DtypeError(f"{_OP}: {name} is a {type(given).__name__}, expected a list")
-            if len(given) != self._T:
+            if len(listed(_OP, name, given)) != self._T:
                 raise ParameterError(
                     f"{_OP}: {name} has {len(given)} entries, expected {self._T} of the sequences"
                 )
         words = np.full(self._T * (1 + ENDS) + 4, -1, np.int32)
         for i, (limit, of_sequence) in enumerate(zip(limits, ends, strict=True)):
             words[i] = check_whole(_OP, "limits", limit, 0, 2**31 - 1)
-            if not isinstance(of_sequence, (list, tuple)):
-                raise DtypeError(f"{_OP}: ends has {of_sequence!r:.80}, expected lists")
-            if len(of_sequence) > ENDS:
-                raise ParameterError(
-                    f"{_OP}: ends has {len(of_sequence)} tokens, expected up to {ENDS}"
-                )
-            at = self._T + i * ENDS
-            tokens_of = [check_whole(_OP, "ends", t, 0, 2**31 - 1) for t in of_sequence]
+            tokens_of, at = resident_commands.of_ends(_OP, of_sequence), self._T + i * ENDS
             words[at : at + len(tokens_of)] = tokens_of
         if self._runs or self._results:
             raise DeviceError(f"{_OP}: a launch is not over, expected all of its results taken")
-        self._left, self._limits, self._ends_of = tokens, words[: self._T], words[self._T : -4]
+        self._left, self._limits = tokens, words[: self._T]
+        self._ends_of = words[self._T : -4].reshape(self._T, ENDS)
         self._due = tokens  # results that have not come
+        self._epochs, self._busy = [0] * self._T, set(range(self._T))
         self._posted = 0  # commands
         if self._kernel is not None:
             phase_program.check_device(_OP, self._device)
@@ -248,18 +246,66 @@ class ResidentProgram:
             CudaError: the kernel has failed.
         """
         check_whole(_OP, "row", row, 0, self._T - 1)
-        if not self._runs:
+        if not self._runs or row not in self._busy:
             return
+        self._tell([resident_commands.STOP, row])
         if self._kernel is None:
-            clear(self._inputs, row)
-            return
-        self._post([_STOP, row])
-        seen = 0
-        while self._runs:
-            if any(x[row].why != Why.NEXT for x in list(self._results)[seen:]):
-                return
-            seen = len(self._results)
+            self._busy.discard(row)
+        while self._runs and row in self._busy:
             self._advance()
+
+    def start(
+        self,
+        row: int,
+        token: int,
+        length: int,
+        limit: int,
+        *,
+        ends: Sequence[int] = (),
+        pages: Sequence[int],
+        params: Sequence[tuple[int, Sequence[int]]] = (),
+    ) -> int:
+        """Give a row to another sequence while the launch runs, which goes on as if it had begun
+        with it.
+
+        Args:
+            row: that a result of the launch says to be nobody's by now.
+            token: the last one of the sequence, which the cache does not hold yet.
+            length: tokens of it, this one among them.
+            limit: the sequence ends when it has so many tokens, its prompt among them.
+            ends: tokens that end it, up to 32.
+            pages: that it has, at least those of `length` tokens; they become its row of
+                `page_table`. The cache holds the tokens ahead.
+            params: (place, words) sets words of `params` from a place on, as int32.
+
+        Returns:
+            The `epoch` that its results have, from 1 on; 0 if the launch was not told, as it has
+            ended. One that ends before it takes the sequence up has no result of that epoch; the
+            row's pages and `params` may have been written all the same, the row's other inputs not.
+
+        Raises:
+            ParameterError: an argument is out of its range, or no result says that the row's
+                sequence has ended.
+            DtypeError: it is of another type.
+            UnsupportedError: phases have an Adjust, whose tallies and biases no command sets.
+            CudaError: the kernel has failed.
+
+        Waits, by tokens, only where the launch has no room for what it is told: of a sequence with
+        more than 200 pages, or behind many other commands.
+        """
+        given = self._page_size, self._epochs, row, token, length, limit, ends, pages, params
+        commands = resident_commands.of_start(_OP, self._inputs, *given)
+        if any(isinstance(p, Adjust) for p in self._phases):
+            raise UnsupportedError(f"{_OP}: phases have an Adjust, expected none to start a row")
+        if not self._runs:
+            return 0
+        if row in self._busy:
+            raise ParameterError(f"{_OP}: row is {row}, whose sequence goes on, expected another")
+        if not all(map(self._tell, commands)):
+            return 0
+        self._epochs[row] += 1
+        self._busy.add(row)
+        return self._epochs[row]
 
     def extend(self, tokens: int, pages: Sequence[tuple[int, int, Sequence[int]]] = ()) -> bool:
         """Let the launch draw more tokens, if it has not ended by then.
@@ -280,44 +326,36 @@ class ResidentProgram:
         """
         room = MOST_TOKENS - self._due - len(self._results) if self._runs else MOST_TOKENS
         tokens = check_whole(_OP, "tokens", tokens, 0, room)
-        commands = self._page_commands(pages)
-        if not self._runs:
+        commands = resident_commands.of_pages(_OP, pages, self._inputs.page_table.shape)
+        commands.append([resident_commands.GRANT, tokens])
+        if not self._runs or not self._has_room(len(commands)):
             return False
-        if self._kernel is None:
-            for _, row, place, count, *ids in commands:
-                self._inputs.page_table[row, place : place + count] = ids
-            self._left += tokens
-        else:
-            waiting = self._posted - self._kernel.rings.taken()
-            if waiting + len(commands) + 1 >= SLOTS:  # a slot is for a stop, which is waited for
-                return False
-            for command in [*commands, [_GRANT, tokens]]:
-                self._post(command)
+        for command in commands:
+            self._tell(command)
         self._due += tokens
         return True
 
-    def _page_commands(self, pages: Any) -> list[list[int]]:
-        """What tells a kernel of them."""
-        if not isinstance(pages, (list, tuple)):
-            raise DtypeError(f"{_OP}: pages is a {type(pages).__name__}, expected a list")
-        M, commands = self._inputs.page_table.shape[1], []
-        for given in pages:
-            is_three = isinstance(given, (list, tuple)) and len(given) == 3
-            if not is_three or not isinstance(given[2], (list, tuple)):
-                raise DtypeError(f"{_OP}: pages has {given!r:.80}, expected (row, place, pages)")
-            row = check_whole(_OP, "a row of pages", given[0], 0, self._T - 1)
-            ids = [check_whole(_OP, "pages", page, 0, 2**31 - 1) for page in given[2]]
-            place = check_whole(_OP, "a place of pages", given[1], 0, M - len(ids))
-            for at in range(0, len(ids), _PAGES_OF_COMMAND):
-                part = ids[at : at + _PAGES_OF_COMMAND]
-                commands.append([_PAGES, row, place + at, len(part), *part])
-        return commands
+    def _has_room(self, commands: int) -> bool:
+        """Whether so many commands can be told at once."""
+        if self._kernel is None:
+            return True
+        return self._posted - self._kernel.rings.taken() + commands <= SLOTS
 
-    def _post(self, command: list[int]) -> None:
-        assert self._kernel is not None
-        self._kernel.rings.post(self._command, command)
-        self._command += 1
-        self._posted += 1
+    def _tell(self, command: Command) -> bool:
+        """Whether the launch could be told; waits until there is room."""
+        while self._runs and not self._has_room(1):
+            self._advance()
+        if not self._runs:
+            return False
+        if self._kernel is None:
+            given = self._inputs, self._page_size, self._limits, self._ends_of
+            resident_commands.reference(command, *given)
+            self._left += command[1] if command[0] == resident_commands.GRANT else 0
+        else:
+            self._kernel.rings.post(self._command, [word & 0xFFFFFFFF for word in command])
+            self._command += 1
+            self._posted += 1
+        return True
 
     def end(self) -> None:
         """End the launch behind the token under way; results that were not taken stay.
@@ -373,32 +411,37 @@ class ResidentProgram:
         words = self._kernel.rings.result(self._number)
         if words is None:
             return False
-        mask = (1 << _TOKEN_BITS) - 1
-        drawn = [Drawn(x & mask, Why(x >> _TOKEN_BITS)) for x in words[: self._T]]
+        drawn = [of_word(word, epoch) for word, epoch in zip(words, self._epochs, strict=False)]
         if self._told is not None:
             words = self._told.host[self._number % SLOTS]
             drawn = with_logprobs(drawn, words.astype(np.uint32).view(np.int32))
-        self._results.append(drawn)
         self._number += 1
-        self._due -= 1
+        self._note(drawn)
         return True
+
+    def _note(self, drawn: list[Drawn]) -> None:
+        self._results.append(drawn)
+        self._due -= 1
+        for row, x in enumerate(drawn):
+            if x.why != Why.NEXT and x.epoch == self._epochs[row]:
+                self._busy.discard(row)
 
     def _advance_on_host(self) -> None:
         for phase in self._phases:
             phase_program.reference(phase)
         self._left -= 1
-        self._due -= 1
-        ends = self._ends_of.reshape(self._T, ENDS)
-        drawn = reference(self._inputs, self._page_size, self._limits, ends, self._left == 0)
+        is_last = self._left == 0
+        drawn = reference(self._inputs, self._page_size, self._limits, self._ends_of, is_last)
+        drawn = [x._replace(epoch=epoch) for x, epoch in zip(drawn, self._epochs, strict=True)]
         if self._found is not None:
             drawn = with_logprobs(drawn, self._found)
-        self._results.append(drawn)
+        self._note(drawn)
         whys = {x.why for x in drawn}
         if not whys & {Why.NEXT, Why.OUT_OF_PAGES}:
             self._close(State.OVER)
         elif Why.OUT_OF_PAGES in whys:
             self._close(State.NO_PAGES)
-        elif self._left == 0:
+        elif is_last:
             self._close(State.SPENT)
 
     def _close(self, state: State) -> None:
@@ -410,11 +453,12 @@ _OP = "resident_program.ResidentProgram"
 _ROWS = ("T", INT32)
 _check = checker(
     _OP,
-    ("ids", "positions", "slots", "lengths", "peaks"),
+    ("ids", "positions", "slots", "lengths", "page_table", "peaks", "params"),
     ids=_ROWS,
     positions=_ROWS,
     slots=_ROWS,
     lengths=_ROWS,
     page_table=("T M", INT32),
     peaks=_ROWS,
+    params=optional("N", INT32),
 )

@@ -23,32 +23,19 @@ def cases(rng: np.random.Generator, xp: Any) -> Cases:
     yield chain("limits and ends", [3, 11, 0], [14, 13, 40], 20, rng, xp)
     yield chain("a launch's tokens", [3, 7], [40, 40], 5, rng, xp)
     yield chain("no page", [3, 16], [40, 40], 20, rng, xp)
+    yield start("a start meanwhile", rng, xp)
 
 
 def chain(
     name: str, lengths: list[int], limits: list[int], tokens: int, rng: np.random.Generator, xp: Any
 ) -> Case:
     """A model in which a token decides the next one; two launches. Sequence 0 ends at a token."""
-    T, V, E = len(lengths), 50, 24
-    table, head = (rng.standard_normal((V, E)).astype(np.float16) for _ in range(2))
-    follows = (table.astype(float) @ head.astype(float).T).argmax(axis=1).tolist()
-    pages = rng.permutation(T * _M).astype(np.int32).reshape(T, _M)
-    rows = [rng.integers(0, V, T), np.maximum(np.array(lengths) - 1, 0), np.full(T, -1), lengths]
-    ids, positions, slots, held = (xp.asarray(np.array(x, np.int32)) for x in rows)
-    first = host(ids).tolist()
-    peaks = xp.asarray(np.full(T, -2, np.int32))
-    x, logits = (xp.asarray(np.full((T, n), np.nan, np.float32)) for n in (E, V))
-    phases = [
-        Embed(ids, xp.asarray(table), "F16", x),
-        Product(x, xp.asarray(head), "F16", logits),
-        Argmax(logits, peaks),
-    ]
-    inputs = Inputs(ids, positions, slots, held, xp.asarray(pages), peaks)
-    program = resident_program.ResidentProgram(phases, inputs, _P, silence=60.0)
+    program, inputs, follows, pages = _program(lengths, _P, rng, xp)
+    T, first = len(lengths), host(inputs.ids).tolist()
     end = first[0]
     for _ in range(4):
         end = follows[end]
-    ends = [[end], *([V - 1 + i] for i in range(1, T))]
+    ends = [[end], *([len(follows) - 1 + i] for i in range(1, T))]
     wrong, state = 0, (first, list(lengths), pages, limits, ends)
     for _ in range(2):
         got = []
@@ -65,6 +52,54 @@ def chain(
             slot = pages[i, n // _P] * _P + n % _P if n // _P < _M else -1
             wrong += [x[i] for x in left[:3]] != ([first[i], n, slot] if on else [0, 0, -1])
     return name, float(wrong), 0.0
+
+
+def start(name: str, rng: np.random.Generator, xp: Any) -> Case:
+    """Another sequence in a row that nobody has, beside one that goes on."""
+    program, inputs, follows, pages = _program([3, 0], 64, rng, xp)
+    token, length, limit = 7, 70, 75
+    last, own, drawn = int(host(inputs.ids)[0]), [], []
+    for _ in range(4):  # launches: one may end before it is told
+        program.launch(64, [1000, 0], [[], []])
+        results = [program.take()]
+        epoch = program.start(1, token, length, limit, pages=pages[1, :2].tolist())
+        while program.await_result():
+            results.append(program.take())
+        own += [x.token for x, _ in results]
+        drawn = [x for _, x in results if x.epoch == epoch > 0 and x.why != Why.NOBODY]
+        if drawn:
+            break
+    wrong = int(not drawn)
+    for other in own:
+        last = follows[last]
+        wrong += other != last
+    for n, x in enumerate(drawn):
+        token = follows[token]
+        why = Why.FULL if length + n + 1 == limit else Why.NEXT
+        wrong += x != Drawn(token, why, 1)
+    return name, float(wrong + (len(drawn) > limit - length)), 0.0
+
+
+def _program(
+    lengths: list[int], page_size: int, rng: np.random.Generator, xp: Any
+) -> tuple[resident_program.ResidentProgram, Inputs, list[int], Any]:
+    """Its inputs, which token follows another one, and the page table."""
+    T, V, E = len(lengths), 50, 24
+    table, head = (rng.standard_normal((V, E)).astype(np.float16) for _ in range(2))
+    follows = (table.astype(float) @ head.astype(float).T).argmax(axis=1).tolist()
+    pages = rng.permutation(T * _M).astype(np.int32).reshape(T, _M)
+    rows = [rng.integers(0, V, T), np.maximum(np.array(lengths) - 1, 0), np.full(T, -1), lengths]
+    ids, positions, slots, held = (xp.asarray(np.array(x, np.int32)) for x in rows)
+    peaks = xp.asarray(np.full(T, -2, np.int32))
+    x, logits = (xp.asarray(np.full((T, n), np.nan, np.float32)) for n in (E, V))
+    phases = [
+        Embed(ids, xp.asarray(table), "F16", x),
+        Product(x, xp.asarray(head), "F16", logits),
+        Argmax(logits, peaks),
+    ]
+    inputs = Inputs(ids, positions, slots, held, xp.asarray(pages), peaks)
+    program = resident_program.ResidentProgram(phases, inputs, page_size, silence=60.0)
+    return program, inputs, follows, pages
 
 
 def _drawn(

@@ -13,6 +13,7 @@ from pykv.ops import phase_program
 from pykv.ops import resident_program as op
 from pykv.ops.resident_program import ResidentProgram
 from pykv.phases import Argmax, Embed, Product
+from pykv.resident_commands import STOP
 from pykv.resident_tokens import Drawn, Inputs, Why
 from tests.helpers import to_numpy
 from tests.simt import cupy as simt
@@ -62,7 +63,12 @@ def chain(xp, rng, lengths, **options):
 
 def expected(made, row, count):
     """The first tokens of a row."""
-    tokens, token = [], int(made.ids[row])
+    return follow(made, made.ids[row], count)
+
+
+def follow(made, token, count):
+    """The tokens behind one."""
+    tokens = []
     for _ in range(count):
         token = int(made.follows[token])
         tokens.append(token)
@@ -206,6 +212,58 @@ def test_a_launch_is_extended(xp_of_programs, rng):
     assert xp_of_programs is not np or launches == 1
 
 
+def of_sequences(results):
+    """Tokens and whys by row and epoch; of the whys those that say that a sequence has ended."""
+    tokens, whys = {}, {}
+    for drawn in results:
+        for row, x in enumerate(drawn):
+            key = row, x.epoch
+            tokens.setdefault(key, [])
+            whys.setdefault(key, [])
+            if x.why < Why.TAKEN_BACK:
+                assert not whys[key], "a token behind the end"
+                tokens[key].append(x.token)
+            if x.why not in (Why.NEXT, Why.NOBODY):
+                whys[key].append(x.why)
+    return tokens, whys
+
+
+def start_again(made):
+    """Sequences in rows that nobody has, or whose last one was stopped or has ended."""
+    program = made.program
+    program.launch(40, [10**6, 0, 28], [[], follow(made, 7, 3), []])
+    program._epochs[1] = 30  # as if so many had been there, so that numbers wrap around
+    program._busy.discard(1)
+    results = [program.take()]
+    program.stop(0)
+    assert program.start(1, 7, 9, 12, pages=[5, 4, 3]) == 31
+    program._tell([STOP, 0])  # of the last sequence, which has ended
+    assert program.start(0, 8, 5, 9, pages=[7, 6, 8]) == 1
+    while (x := results[-1][1]).epoch != 31 or x.why == Why.NEXT:
+        results.append(program.take())
+    assert program.start(1, 3, 17, 20, ends=[V], pages=[9, 9, 9, 9, 9]) == 32
+    results += all_of(program)
+    tokens, whys = of_sequences(results)
+    assert tokens[0, 0] == follow(made, made.ids[0], len(tokens[0, 0]))
+    for key, token, count in (
+        ((2, 0), made.ids[2], 25),
+        ((1, 31), 7, 3),
+        ((0, 1), 8, 4),
+        ((1, 32), 3, 3),
+    ):
+        assert tokens.get(key) == follow(made, token, count), key
+        assert whys[key] == [Why.FULL]
+    assert program.state == State.OVER and to_numpy(made.inputs.lengths).tolist() == [0] * 3
+
+
+LENGTHS = [5, 0, 3]
+
+
+@pytest.mark.parametrize("xp", ["numpy", "simt"], indirect=True)
+def test_rows_start_again(xp_of_programs, rng):
+    start_again(chain(xp_of_programs, rng, LENGTHS))
+
+
 def test_commands_that_a_kernel_does_not_take_are_not_overwritten(device_of_programs, rng):
     made = chain(device_of_programs, rng, [1])
     program = made.program
@@ -268,10 +326,7 @@ def test_wrong_launches(rng, change, error, text):
 def test_wrong_programs(rng, monkeypatch):
     made = chain(np, rng, [1, 1])
     phases, inputs = made.phases, made.inputs
-    few = inputs._replace(
-        **{n: x[:1] for n, x in inputs._asdict().items() if n != "page_table"},
-        page_table=inputs.page_table[:1],
-    )
+    few = inputs._replace(**{n: x[:1] for n, x in inputs._asdict().items() if x is not None})
     half = inputs._replace(lengths=inputs.lengths.astype(np.int16))
     for given, change, error, text in (
         (phases[:2], inputs, ParameterError, "inputs has a peaks, expected a phase to write it"),
@@ -284,6 +339,8 @@ def test_wrong_programs(rng, monkeypatch):
         (phases, few, ShapeError, "ids has T=1, expected T=2 as the phases"),
         (phases, half, DtypeError, "lengths has dtype int16"),
         (phases, inputs._replace(ids=inputs.slots), ParameterError, "shares memory"),
+        (phases, inputs._replace(params=np.zeros(2)), DtypeError, "params has dtype float64"),
+        (phases, inputs._replace(params=inputs.slots), ParameterError, "shares memory"),
     ):
         with pytest.raises(error, match=text):
             ResidentProgram(given, change, P)
@@ -292,7 +349,7 @@ def test_wrong_programs(rng, monkeypatch):
             ResidentProgram(phases, inputs, P, silence=silence)
     with pytest.raises(ParameterError, match="page_size is 0"):
         ResidentProgram(phases, inputs, 0)
-    monkeypatch.setattr(op, "_TOKEN_BITS", 5)
+    monkeypatch.setattr(op, "TOKEN_BITS", 5)
     with pytest.raises(UnsupportedError, match="logits has V=40, expected up to 32"):
         ResidentProgram(phases, inputs, P)
 

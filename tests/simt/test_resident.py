@@ -1,16 +1,22 @@
 """Faults of a launch that goes on, and of phases that draw, which the machine must see."""
 
 import shutil
+import time
 
 import numpy as np
 import pytest
 
 from pykv import cuda
 from pykv.cuda import KERNELS
+from pykv.errors import DeviceError
+from pykv.host_rings import SLOTS, Rings
 from pykv.ops.phase_program import PhaseProgram
-from tests.ops.test_resident_program import all_of, chain
+from pykv.ops.resident_program import ResidentProgram
+from pykv.resident_commands import PAGES
+from tests.ops.test_resident_program import LENGTHS, all_of, chain, start_again
 from tests.simt import machine
 from tests.test_draw_phases import ROWS, draw_of
+from tests.test_resident_commands import hold, lack_pages
 
 pytestmark = pytest.mark.simt
 
@@ -55,6 +61,89 @@ def test_planted_faults_are_caught(device, kernel_folder, monkeypatch, rng, name
             monkeypatch.setenv("PYKV_SIMT_SEED", str(seed))
             made.program.launch(3, [10**6] * 2, [[], []])
             all_of(made.program)
+
+
+ALL = "__all_sync(FULL_MASK, !has_word || (u32)(word >> 32) == number)"
+ANY = "__any_sync(FULL_MASK, has_word && (u32)(word >> 32) == number)"
+# A file, what stands in it, and what stands there in a kernel with a fault.
+FAULTS_OF_STARTS = {
+    "an old result taken for the new sequence's": (
+        "resident_program.cu",
+        ("talk.epochs[row] = epoch;", ""),
+    ),
+    "a sequence that begins while blocks compute": (
+        "resident_program.cu",
+        ("if (kind >= PARAMS && !is_between) break;", ""),
+    ),
+    "a stop of the last sequence ends the new one": (
+        "resident_program.cu",
+        ("stopped &= ~(1u << row);", ""),
+    ),
+    "a command of which not all words have come": ("host_ring.cuh", (ALL, ANY)),
+}
+SEEN = AssertionError, DeviceError, machine.SimtError
+
+
+def post_slowly(rings, number, payload):
+    """A command of which the kernel sees parts first."""
+    for i, word in enumerate([*payload, *[0] * (8 - len(payload))]):
+        time.sleep(0.005)
+        rings._words[32 + number % SLOTS * 8 + i] = number << 32 | word
+
+
+@pytest.mark.parametrize("device", ["simt"], indirect=True)
+@pytest.mark.parametrize("name", FAULTS_OF_STARTS)
+def test_planted_faults_of_starts_are_caught(device, kernel_folder, monkeypatch, rng, name):
+    file, fault = FAULTS_OF_STARTS[name]
+    plant(kernel_folder, monkeypatch, file, [fault])
+    if file == "host_ring.cuh":
+        monkeypatch.setattr(Rings, "post", post_slowly)
+    with pytest.raises(SEEN):
+        for _ in range(4):
+            start_again(chain(device, rng, LENGTHS))
+
+
+def tell_late(program, command, tell=ResidentProgram._tell):
+    """A sequence first, and its pages some tokens later."""
+    if command[0] == PAGES:
+        program.late = command
+        return True
+    while program._receive():
+        pass
+    told, kernel = tell(program, command), program._kernel
+    while not kernel.has_ended() and kernel.rings.result(program._number + 2) is None:
+        time.sleep(0.01)
+    tell(program, program.late)
+    return told
+
+
+@pytest.mark.parametrize("device", ["simt"], indirect=True)
+def test_a_sequence_ahead_of_its_data_is_caught(device, monkeypatch, rng):
+    """The words that it starts with written after its number."""
+    monkeypatch.setattr(machine, "ARCH", "sm_90")
+    monkeypatch.setattr(ResidentProgram, "_tell", tell_late)
+    made = chain(device, rng, [5, 0])
+    made.inputs.page_table[1] = -1
+    with pytest.raises(AssertionError):
+        lack_pages(made)
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("device", ["simt"], indirect=True)
+def test_words_of_commands_that_come_one_by_one(device, monkeypatch, rng):
+    monkeypatch.setattr(machine, "ARCH", "sm_90")
+    monkeypatch.setattr(Rings, "post", post_slowly)
+    start_again(chain(device, rng, LENGTHS))
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("device", ["simt"], indirect=True)
+def test_params_that_blocks_read_meanwhile_are_caught(device, kernel_folder, monkeypatch):
+    fault = "if (kind >= PARAMS && !is_between)", "if (kind >= START && !is_between)"
+    plant(kernel_folder, monkeypatch, "resident_program.cu", [fault])
+    with pytest.raises(machine.SimtError, match=r"(reads|writes) byte \d+ of .*params"):
+        for seed in range(4):
+            hold(device, seed, 2, 7)
 
 
 LAST = "atomic_inc_acq_rel(counter, tiles - 1) == (u32)tiles - 1"

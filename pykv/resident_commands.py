@@ -1,0 +1,146 @@
+"""What the host tells a launch of ops/resident_program.py between two tokens.
+
+A command is up to 8 integers of 32 bits, a message of pykv/host_rings.py:
+
+    STOP    row                                 end its sequence
+    GRANT   tokens                              draw so many more
+    PAGES   row, place, count, words            write up to 4 entries of `page_table`,
+    ENDS    row, place, count, words            of `ends`,
+    PARAMS  0, place, count, words              or of `params`, from a place on
+    START   row, token, length, pages,          give a row that nobody has to a sequence
+            ends, limit, epoch
+
+What a sequence starts with may take many commands: its START is the last of them and counts what
+came ahead, and commands are taken in order; so no number of START is there before its data. PARAMS
+and START wait until all blocks have computed the token under way, as these read what they change.
+A START is taken up by a launch that goes on behind that token, or not at all.
+
+`epoch` says how many sequences the host has started in the row in this launch. Results repeat that
+of the sequence that has the row when they are made: the host can tell those that were on their way
+when it started another one.
+
+Dimensions: T rows; M pages of each at most; E tokens that end a sequence; N words of `params`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from pykv.errors import DtypeError, ParameterError
+from pykv.options import check_whole
+from pykv.resident_tokens import Inputs, clear
+
+STOP, GRANT, PAGES, ENDS, PARAMS, START = range(1, 7)
+MOST_ENDS = 32  # tokens that may end a sequence
+_WORDS_OF_COMMAND = 4
+_MOST = 2**31 - 1
+
+Command = list[int]
+
+
+def of_pages(op: str, pages: Any, table: tuple[int, ...]) -> list[Command]:
+    """Commands that write (row, place, pages), several such, into a table of [T, M]."""
+    (T, M), commands = table, []
+    for given in listed(op, "pages", pages):
+        is_three = isinstance(given, (list, tuple)) and len(given) == 3
+        if not is_three or not isinstance(given[2], (list, tuple)):
+            raise DtypeError(f"{op}: pages has {given!r:.80}, expected (row, place, pages)")
+        row = check_whole(op, "a row of pages", given[0], 0, T - 1)
+        ids = _wholes(op, "pages", given[2])
+        place = check_whole(op, "a place of pages", given[1], 0, M - len(ids))
+        commands += _writes(PAGES, row, place, ids)
+    return commands
+
+
+def of_start(
+    op: str,
+    inputs: Inputs,
+    page_size: int,
+    epochs: list[int],
+    row: int,
+    token: int,
+    length: int,
+    limit: int,
+    ends: Any,
+    pages: Any,
+    params: Any,
+) -> list[Command]:
+    """Commands that start a sequence, see ResidentProgram.start.
+
+    Args:
+        epochs: of the last sequences started in rows.
+    """
+    T, M = inputs.page_table.shape
+    row = check_whole(op, "row", row, 0, T - 1)
+    token = check_whole(op, "token", token, 0, _MOST)
+    limit = check_whole(op, "limit", limit, 0, _MOST)
+    length = check_whole(op, "length", length, 1, M * page_size)
+    tokens, ids = of_ends(op, ends), _wholes(op, "pages", listed(op, "pages", pages))
+    least = -(-length // page_size)
+    if not least <= len(ids) <= M:
+        raise ParameterError(f"{op}: pages has {len(ids)} pages, expected {least} to {M}")
+    if len(listed(op, "params", params)) > 0 and inputs.params is None:
+        raise ParameterError(f"{op}: inputs has no params, expected some where a start has them")
+    commands: list[Command] = []
+    for given in params:
+        is_two = isinstance(given, (list, tuple)) and len(given) == 2
+        if not is_two or not isinstance(given[1], (list, tuple)):
+            raise DtypeError(f"{op}: params has {given!r:.80}, expected (place, words)")
+        words = [check_whole(op, "params", word, -_MOST - 1, _MOST) for word in given[1]]
+        most = len(inputs.params) - len(words)
+        place = check_whole(op, "a place of params", given[0], 0, most)
+        commands += _writes(PARAMS, 0, place, words)
+    commands += _writes(PAGES, row, 0, ids) + _writes(ENDS, row, 0, tokens)
+    counts = len(ids), len(tokens)
+    return [*commands, [START, row, token, length, *counts, limit, epochs[row] + 1]]
+
+
+def of_ends(op: str, given: Any) -> list[int]:
+    """The tokens that end a sequence."""
+    if len(tokens := listed(op, "ends", given)) > MOST_ENDS:
+        raise ParameterError(f"{op}: ends has {len(tokens)} tokens, expected up to {MOST_ENDS}")
+    return _wholes(op, "ends", tokens)
+
+
+def listed(op: str, name: str, given: Any) -> Any:
+    """A list or tuple."""
+    if not isinstance(given, (list, tuple)):
+        raise DtypeError(f"{op}: {name} is a {type(given).__name__}, expected a list")
+    return given
+
+
+def _wholes(op: str, name: str, given: Any) -> list[int]:
+    return [check_whole(op, name, x, 0, _MOST) for x in given]
+
+
+def _writes(kind: int, row: int, place: int, words: list[int]) -> list[Command]:
+    parts = range(0, len(words), _WORDS_OF_COMMAND)
+    return [
+        [kind, row, place + at, len(part), *part]
+        for at in parts
+        if (part := words[at : at + _WORDS_OF_COMMAND])
+    ]
+
+
+def reference(command: Command, inputs: Inputs, page_size: int, limits: Any, ends: Any) -> None:
+    """What a launch does at a command, in NumPy; a GRANT changes none of these arrays.
+
+    Args:
+        limits, ends: [T] and [T, E] int32.
+    """
+    kind, row, *words = command
+    if kind == STOP:
+        clear(inputs, row)
+    elif kind == START:
+        token, length, pages, count, limits[row], _ = words
+        inputs.page_table[row, pages:], ends[row, count:] = -1, -1
+        page, at = divmod(length - 1, page_size)
+        slot = inputs.page_table[row, page] * page_size + at
+        for array, value in zip(inputs, (token, length - 1, slot, length), strict=False):
+            array[row] = value
+    elif kind != GRANT:
+        arrays = {PAGES: inputs.page_table, ENDS: ends, PARAMS: inputs.params}
+        place, count, *values = words
+        np.atleast_2d(arrays[kind])[row, place : place + count] = values

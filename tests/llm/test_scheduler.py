@@ -77,7 +77,7 @@ class Fake:
         tokens = s.tokens
         for position in range(s.cached, s.cached + count):
             page = s.pages[position // P]
-            assert self.manager._counts[page] == 1 and self.manager._keys[page] is None
+            assert self.manager._states.is_own(page)
             before = self.states[self.slot(s, position - 1)] if position else 0
             self.states[self.slot(s, position)] = chain(before, tokens[position])
         s.cached += count
@@ -115,7 +115,7 @@ class Fake:
         """Write what nobody has asked for, on pages that are nobody else's."""
         for position in range(s.cached, min(s.cached + self.most_ahead, len(s.pages) * P)):
             page = s.pages[position // P]
-            assert self.manager._counts[page] == 1 and self.manager._keys[page] is None
+            assert self.manager._states.is_own(page)
             self.states[self.slot(s, position)] = None
 
     def decode(self, sequences, alone):
@@ -173,7 +173,7 @@ class FakeFetch:
         assert not self.is_over
         while self.states and (wait or choice(3)):
             page, states = self.pages[self.done], self.states.pop(0)
-            assert manager._counts[page] == 1 and manager._keys[page] is None
+            assert manager._states.is_own(page)
             if not choice(12):
                 self.states = []  # it was damaged
                 break

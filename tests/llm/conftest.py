@@ -3,7 +3,7 @@
 import pytest
 
 from pykv import cuda
-from pykv.llm import LLM, memory, models, scheduler
+from pykv.llm import LLM, memory, models, steps
 from tests.llm import tiny
 
 
@@ -26,7 +26,7 @@ def shorten_steps(monkeypatch):
     """shorten_steps(n): steps have n tokens at most, with answers or without."""
 
     def shorten(tokens):
-        monkeypatch.setattr(scheduler, "PREFILL_TOKENS", tokens)
+        monkeypatch.setattr(steps, "PREFILL_TOKENS", tokens)
         monkeypatch.setattr(memory, "STEP_TOKENS", tokens)
 
     return shorten

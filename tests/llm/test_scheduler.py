@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 from pykv import prefix_keys
 from pykv.blocks import BlockManager
 from pykv.errors import CapacityError, NumberError
-from pykv.llm import LLM, SamplingParams, scheduler
+from pykv.llm import LLM, SamplingParams, steps
 from pykv.llm.scheduler import Scheduler
 from pykv.llm.sequence import Sequence
 from tests.llm import tiny
@@ -317,7 +317,7 @@ class World:
 
 @pytest.fixture(autouse=True)
 def small_steps(monkeypatch):
-    monkeypatch.setattr(scheduler, "PREFILL_TOKENS", BUDGET)
+    monkeypatch.setattr(steps, "PREFILL_TOKENS", BUDGET)
 
 
 def some_prompt(choice):
@@ -511,7 +511,7 @@ def test_the_youngest_gives_way_and_keeps_its_place():
 
 @pytest.mark.parametrize("budget", [1, 3, 7])
 def test_pages_that_are_more_than_a_step(monkeypatch, budget):
-    monkeypatch.setattr(scheduler, "PREFILL_TOKENS", budget)
+    monkeypatch.setattr(steps, "PREFILL_TOKENS", budget)
     world = World(40, last=2)
     for n in (30, 9, 1):
         world.add(world.make([n] * n, 5))

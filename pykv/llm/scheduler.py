@@ -94,10 +94,7 @@ class Scheduler:
         self.stats = Stats()
         self.pages = SequencePages(
             cache,
-            runner.room,
-            runner.last,
-            runner.join,
-            runner.grow,
+            runner,
             may_grow=may_grow,
             prefix_cache=prefix_cache,
             tiers=tiers,

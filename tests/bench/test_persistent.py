@@ -9,7 +9,7 @@ from tests.helpers import rebuilt
 from tests.simt import cupy as simt
 from tests.simt import machine
 
-# Draws of a launch by penalties are those of tests/llm/test_residency.py.
+# What a launch draws is judged in tests/llm/test_residency.py, penalties in test_draw_phases.py.
 OF_PENALTIES = [case for case in persistent.QUICK if case["parts"] == "answers"]
 
 

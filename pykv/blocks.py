@@ -26,9 +26,8 @@ told before.
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Sequence
-from itertools import islice
 from typing import Any
 
 from pykv import interrupts, prefix_keys
@@ -36,6 +35,7 @@ from pykv.errors import CapacityError, ParameterError, UnsupportedError
 from pykv.number_texts import counted
 from pykv.options import check_type, check_whole
 from pykv.page_lists import MAX_PAGE, page_table, slots
+from pykv.page_states import PageStates
 
 __all__ = ["BlockManager", "page_table", "slots"]
 
@@ -75,17 +75,11 @@ class BlockManager:
         num_pages = check_whole("BlockManager", "num_pages", num_pages, 0, MAX_PAGE)
         self.page_size = check_whole("BlockManager", "page_size", page_size, 1, MAX_PAGE)
         self.on_forget: Callable[[list[tuple[bytes, int]]], None] | None = None
+        self._states = PageStates(num_pages)
         self._sequences: dict[int, list[int]] = {}  # those that hold pages, by identity
-        self._counts: list[int] = []  # of each page: how many sequences hold it
-        self._keys: list[bytes | None] = []  # of each page; None where it is not published
-        self._places: list[int] = []  # of each page, in the sequence that published it last
         # For each sequence with evicted rows, by identity: how many pages come before them.
         self._whole: dict[int, int] = {}
-        self._cached: dict[bytes, int] = {}  # the page of a key; of equal pages the first
-        self._free: list[int] = []  # pages with no contents; a stack, page 0 goes out first
-        self._idle: OrderedDict[int, None] = OrderedDict()  # cached, held by nobody; oldest first
         self._left: deque[list[int]] = deque()  # sequences that finalizers gave up
-        self.grow(num_pages)
 
     def __getstate__(self) -> dict[str, Any]:
         """For copy.deepcopy and pickle: sequences, which are known by identity, as they are. Who
@@ -108,23 +102,23 @@ class BlockManager:
     @property
     def num_pages(self) -> int:
         """Pages in the pool."""
-        return len(self._counts)
+        return len(self._states.counts)
 
     @property
     def num_free(self) -> int:
         """Pages that no sequence holds; cached ones are among them."""
         self._free_left()
-        return len(self._free) + len(self._idle)
+        return self._states.num_free
 
     @property
     def num_cached(self) -> int:
         """Pages that `reuse` may find, held or not."""
-        return len(self._cached)
+        return len(self._states.cached)
 
     @property
     def published(self) -> list[tuple[bytes, int]]:
         """(key, page) of all that `reuse` may find."""
-        return list(self._cached.items())
+        return list(self._states.cached.items())
 
     def place_of(self, page: int) -> int:
         """How many pages come before a published one in its sequence.
@@ -132,9 +126,8 @@ class BlockManager:
         Raises:
             ParameterError: there is no such page.
         """
-        return self._places[
-            check_whole("BlockManager.place_of", "page", page, 0, len(self._places) - 1)
-        ]
+        page = check_whole("BlockManager.place_of", "page", page, 0, self.num_pages - 1)
+        return self._states.places[page]
 
     def pages_for(self, tokens: int) -> int:
         """Pages that hold so many `tokens`."""
@@ -143,8 +136,7 @@ class BlockManager:
     def require(self, num_pages: int) -> None:
         """Raise a CapacityError unless `num_pages` pages are free."""
         num_pages = check_whole("BlockManager.require", "num_pages", num_pages, 0)
-        self._free_left()
-        if num_pages > len(self._free) + len(self._idle):
+        if num_pages > self.num_free:
             raise CapacityError(
                 f"pool exhausted: {counted(num_pages, 'page')} wanted, {self.num_free} free of "
                 f"{self.num_pages} ({self.page_size} tokens a page)"
@@ -153,10 +145,8 @@ class BlockManager:
     def _reserve(self, num_pages: int) -> None:
         """Check that `num_pages` pages are free, and say which of them will lose what they hold."""
         self.require(num_pages)
-        count = num_pages - len(self._free)
-        if count > 0 and self.on_forget is not None:
-            going = list(islice(self._idle, count))
-            self.on_forget([(key, page) for page in going if (key := self._keys[page]) is not None])
+        if self.on_forget is not None and (going := self._states.going(num_pages)):
+            self.on_forget(going)
 
     # --- Sequences ---
 
@@ -170,7 +160,8 @@ class BlockManager:
         """
         count = -(-check_whole("BlockManager.allocate", "tokens", tokens, 0) // self.page_size)
         self._reserve(count)
-        pages = [self._take() for _ in range(count)]
+        take = self._states.take
+        pages = [take() for _ in range(count)]
         if pages:
             self._sequences[id(pages)] = pages
         return pages
@@ -195,14 +186,15 @@ class BlockManager:
             ParameterError: start is negative, behind stop, or past the end of the pages; or `pages`
                 is no sequence of this manager.
         """
-        P, counts = self.page_size, self._counts
+        P, states = self.page_size, self._states
         try:
             if self._sequences[id(pages)] is pages and type(start) is type(stop) is int:
                 end = len(pages) * P
                 if end - P <= start <= stop <= end:  # the usual case: a token in the last page
                     page = pages[-1]
                     has_evicted = id(pages) in self._whole
-                    if counts[page] == 1 and self._keys[page] is None and not has_evicted:
+                    is_own = states.counts[page] == 1 and states.keys[page] is None
+                    if is_own and not has_evicted:
                         return None
         except (LookupError, TypeError):  # an empty new sequence, or none: checked below
             pass
@@ -211,7 +203,7 @@ class BlockManager:
     @interrupts.finished
     def _extend(self, pages: list[int], start: int, stop: int) -> tuple[int, int] | None:
         """`extend`, if there is anything to do."""
-        P, counts = self.page_size, self._counts
+        P, states, counts = self.page_size, self._states, self._states.counts
         start = check_whole("BlockManager.extend", "start", start, 0)
         stop = check_whole("BlockManager.extend", "stop", stop, start)
         first = start // P
@@ -227,17 +219,17 @@ class BlockManager:
         self._reserve(len(shared) + num_new)
         for page in pages[first:]:
             if counts[page] == 1:
-                self._forget(page)
+                states.forget(page)
         if self._whole.get(id(pages), -1) * P >= start:
             del self._whole[id(pages)]  # the evicted rows are among what is given up
         copy = None
         for i in shared:
-            old, pages[i] = pages[i], self._take()
-            self._give_up([old])  # by now perhaps the last one that holds it
+            old, pages[i] = pages[i], states.take()
+            states.give_up([old])  # by now perhaps the last one that holds it
             if i == first and start % P:
                 copy = old, pages[i]
         for _ in range(num_new):
-            pages.append(self._take())
+            pages.append(states.take())
         if num_new:
             self._sequences[id(pages)] = pages
         return copy
@@ -292,7 +284,7 @@ class BlockManager:
         From `start` on the pages hold rows of other positions than their slots: `publish` refuses
         them from then on.
         """
-        op, P, counts, keys = "BlockManager.evict", self.page_size, self._counts, self._keys
+        op, P, states = "BlockManager.evict", self.page_size, self._states
         start = check_whole(op, "start", start, 0)
         self.check_sequences(op, sequences)
         check_type(op, "stops", stops, list | tuple, "a list")
@@ -306,15 +298,15 @@ class BlockManager:
             ends.append(-(-check_whole(op, f"stops[{i}]", stop, 0, len(pages) * P) // P))
         old = [list(pages) for pages in sequences]
         shared = [
-            [i for i in range(start // P, n) if counts[pages[i]] > 1 or keys[pages[i]] is not None]
+            [i for i in range(start // P, n) if not states.is_own(pages[i])]
             for pages, n in zip(sequences, ends, strict=True)
         ]
         self._reserve(sum(map(len, shared)))
         for pages, those in zip(sequences, shared, strict=True):
             for i in those:
-                pages[i] = self._take()
+                pages[i] = states.take()
         for pages, before, those, n in zip(sequences, old, shared, ends, strict=True):
-            self._give_up([before[i] for i in those] + before[n:])
+            states.give_up([before[i] for i in those] + before[n:])
             del pages[n:]
             if not pages:
                 self._sequences.pop(id(pages), None)
@@ -335,7 +327,7 @@ class BlockManager:
         self._check_sequence("free", pages)
         self._sequences.pop(id(pages), None)
         self._whole.pop(id(pages), None)
-        self._give_up(pages)
+        self._states.give_up(pages)
         pages.clear()
 
     def free_later(self, pages: list[int]) -> None:
@@ -376,7 +368,7 @@ class BlockManager:
                 from which nothing was evicted; a token is too large, the first page was published
                 with other tokens or another salt, or as `free`.
         """
-        op, P, keys = "BlockManager.publish", self.page_size, self._keys
+        op, P, states = "BlockManager.publish", self.page_size, self._states
         key = prefix_keys.root(op, salt)
         num_tokens = prefix_keys.count(op, tokens)
         self._check_sequence("publish", pages)
@@ -388,7 +380,7 @@ class BlockManager:
             )
         found = []
         for i in range(num_tokens // P):
-            known = keys[pages[i]]
+            known = states.keys[pages[i]]
             if known is None or i == 0:
                 key = prefix_keys.after(key, tokens[i * P : (i + 1) * P])
                 if known not in (None, key):
@@ -400,8 +392,7 @@ class BlockManager:
                 key = known
             found.append((pages[i], key))
         for place, (page, key) in enumerate(found):
-            keys[page], self._places[page] = key, place
-            self._cached.setdefault(key, page)
+            states.publish(page, key, place)
 
     @interrupts.finished
     def reuse(self, tokens: Sequence[int], *, salt: str | bytes = b"") -> list[int]:
@@ -419,14 +410,11 @@ class BlockManager:
         """
         pages = []
         for key in prefix_keys.of_pages("BlockManager.reuse", tokens, self.page_size, salt):
-            page = self._cached.get(key)
+            page = self._states.cached.get(key)
             if page is None:
                 break
             pages.append(page)
-        pages = self._hold(pages)  # first: a finalizer may free what holds one of them at any point
-        for page in pages:
-            self._idle.pop(page, None)
-        return pages
+        return self._hold(pages)
 
     @interrupts.finished
     def grow(self, num_pages: int) -> None:
@@ -436,53 +424,16 @@ class BlockManager:
             ParameterError: these are fewer than before.
         """
         old = self.num_pages
-        num_pages = check_whole("BlockManager.grow", "num_pages", num_pages, old, MAX_PAGE)
-        self._counts += [0] * (num_pages - old)
-        self._keys += [None] * (num_pages - old)
-        self._places += [0] * (num_pages - old)
-        self._free[:0] = range(num_pages - 1, old - 1, -1)
-
-    # --- Pages ---
-
-    def _give_up(self, pages: list[int]) -> None:
-        """One sequence less holds each of these pages; the last first."""
-        counts, keys = self._counts, self._keys
-        for page in reversed(pages):
-            counts[page] -= 1
-            if counts[page]:
-                continue
-            key = keys[page]
-            if key is not None and self._cached.setdefault(key, page) == page:
-                self._idle[page] = None
-            else:
-                keys[page] = None
-                self._free.append(page)
+        self._states.grow(check_whole("BlockManager.grow", "num_pages", num_pages, old, MAX_PAGE))
 
     def _hold(self, pages: list[int]) -> list[int]:
-        """Count a new sequence on pages that it shares."""
-        for page in pages:
-            self._counts[page] += 1
+        """Note a new sequence on pages that it shares."""
+        self._states.hold(pages)
         if pages:
             self._sequences[id(pages)] = pages
         return pages
 
-    def _take(self) -> int:
-        """A page for one sequence; there must be a free one."""
-        if self._free:
-            page = self._free.pop()
-        else:
-            page, _ = self._idle.popitem(last=False)
-            self._forget(page)
-        self._counts[page] = 1
-        return page
-
-    def _forget(self, page: int) -> None:
-        """No longer publish a page."""
-        key = self._keys[page]
-        if key is not None:
-            self._keys[page] = None
-            if self._cached.get(key) == page:
-                del self._cached[key]
+    # --- Checks ---
 
     def check_sequences(self, op: str, sequences: Sequence[list[int]]) -> None:
         """Check that lists are sequences of this manager, each there once; `op` is for messages."""
@@ -507,7 +458,7 @@ class BlockManager:
 
     def _check_held(self, op: str, pages: list[int], first: int = 0, name: str = "pages") -> None:
         """Check that pages from `first` on are distinct and in use."""
-        counts = self._counts
+        counts = self._states.counts
         check_type(f"BlockManager.{op}", name, pages, list, "a list of pages")
         some = pages[first:]
         for page in some:

@@ -94,7 +94,7 @@ def test_layers(call, spec):
 
 def manager_state(manager):
     counts = manager.num_pages, manager.num_free, manager.num_cached
-    return counts, list(manager._counts), list(manager._keys)
+    return counts, list(manager._states.counts), list(manager._states.keys)
 
 
 def test_arguments_of_a_manager():

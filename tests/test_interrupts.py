@@ -110,7 +110,7 @@ def test_a_model_that_is_interrupted_anywhere_goes_on_as_if_it_was_not(tmp_path)
     params = SamplingParams(max_tokens=6, temperature=0.9, **rules)
     alone = LLM(path, **options, prefix_cache=False).generate([[5, 6, 7]], params)[0]
     llm = LLM(path, **options, pool_tokens=64)
-    modules = ("pykv.llm", "pykv.blocks", "pykv.interrupts")
+    modules = ("pykv.llm", "pykv.blocks", "pykv.page_states", "pykv.interrupts")
     with interrupted(10**9, modules) as left:
         llm.generate([[9] * 6], params)
     lines = 10**9 - left[0]
@@ -191,6 +191,7 @@ def test_a_stream_that_is_collected_in_the_midst_of_a_step(tmp_path, monkeypatch
         gc.collect()
         return forward(*args, **options)
 
+    gc.freeze()  # else each collection walks all that other tests have left
     for first in range(20, 24):
         stream = llm.stream([first] * 5, params)
         next(stream)
@@ -243,11 +244,13 @@ def check_whole(manager):
     for pages in manager._sequences.values():
         for page in pages:
             counts[page] += 1
-    assert counts == manager._counts
-    free = sorted([*manager._free, *manager._idle])
-    assert free == [page for page, count in enumerate(counts) if not count]
-    published = {page for page, key in enumerate(manager._keys) if key is not None}
-    assert set(manager._cached.values()) <= published and manager._idle.keys() <= published
+    states = manager._states
+    assert counts == states.counts
+    assert sorted([*states.free, *states.idle]) == [
+        p for p, count in enumerate(counts) if not count
+    ]
+    published = {page for page, key in enumerate(states.keys) if key is not None}
+    assert set(states.cached.values()) <= published and states.idle.keys() <= published
 
 
 def extending(manager, first):

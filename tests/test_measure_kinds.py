@@ -64,7 +64,7 @@ def test_the_record(measured):
 )
 def test_perplexity_is_that_of_a_real_cache(measured, monkeypatch, spec, bound):
     folder, record = measured
-    monkeypatch.setattr("pykv.llm.scheduler.PREFILL_TOKENS", STEP)  # else some roundings differ
+    monkeypatch.setattr("pykv.llm.steps.PREFILL_TOKENS", STEP)  # else some roundings differ
     llm = pykv.LLM(folder / "tiny.gguf", device="cpu", kv_dtype=spec)
     text = "\n\n".join(topics.topics[name] for name in measure_kinds.TOPICS)
     want = llm.perplexity(llm.tokenize(text)[:TOKENS])

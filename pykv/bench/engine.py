@@ -22,8 +22,9 @@ from pykv.bench.options import Case
 from pykv.bench.report import Record
 from pykv.llm import SamplingParams, gguf, models
 from pykv.llm.answer import Answer
-from pykv.llm.scheduler import Piece, Scheduler
+from pykv.llm.scheduler import Scheduler
 from pykv.llm.sequence import Sequence
+from pykv.llm.steps import Piece
 from pykv.llm.tokenizer import Tokenizer
 from pykv.pool import PagedKVCache
 from pykv.serve.engine import Engine, make_work

@@ -148,7 +148,7 @@ def decode_blocks(
         return out
     if not q.flags.c_contiguous:
         q = module_of(q).ascontiguousarray(q)
-    arrays = q, table, lengths, means, out, like(q, (scratch.size,), np.uint8)
+    arrays = _Arrays(q, table, lengths, means, out, like(q, (scratch.size,), np.uint8))
     given, H = (scale, logits_soft_cap, fixed_split), dims["H"]
 
     def call() -> None:
@@ -157,9 +157,9 @@ def decode_blocks(
         for part in parts(cache, layer):
             attend = partial(_attend, selection, cache.page_size, scratch, options, part)
             if part.n == H:
-                attend(*arrays)
+                attend(arrays)
             else:
-                _attend_some(attend, part, *arrays)
+                _attend_some(attend, part, arrays)
 
     is_whole = H == 1 or not has_own_scales(cache.spec)
     if on_gpu(q) and is_whole and not paged_check.enabled(op, check):
@@ -167,6 +167,17 @@ def decode_blocks(
     else:
         call()
     return out
+
+
+class _Arrays(NamedTuple):
+    """Of a call; `memory` is for what lies between launches."""
+
+    q: Any
+    table: Any
+    lengths: Any
+    means: Any
+    out: Any
+    memory: Any
 
 
 class _Scratch(NamedTuple):
@@ -217,14 +228,10 @@ def _attend(
     scratch: _Scratch,
     options: dict[str, Any],
     part: Part,
-    q: Any,
-    table: Any,
-    lengths: Any,
-    means: Any,
-    out: Any,
-    memory: Any,
+    arrays: _Arrays,
 ) -> None:
     """`decode_blocks` for the heads of a part: q and out [B, n * G, D], means [B, n, K, D]."""
+    q, table, lengths, means, out, memory = arrays
     scores, pages, rows, workspace = (
         memory[at].view(dtype).reshape(shape) for at, shape, dtype in scratch.sections.values()
     )
@@ -247,23 +254,15 @@ def _attend(
     )
 
 
-def _attend_some(
-    attend: Callable[..., None],
-    part: Part,
-    q: Any,
-    table: Any,
-    lengths: Any,
-    means: Any,
-    out: Any,
-    memory: Any,
-) -> None:
+def _attend_some(attend: Callable[[_Arrays], None], part: Part, arrays: _Arrays) -> None:
     """`_attend` of a part that has some of the heads of q, means and out."""
+    q, means = arrays.q, arrays.means
     xp, G = module_of(q), q.shape[1] // means.shape[1]
     of_part = slice(part.first * G, (part.first + part.n) * G)
     some, of_heads = (xp.ascontiguousarray(x) for x in (q[:, of_part], means[:, part.heads]))
     found = like(q, some.shape, q.dtype)
-    attend(some, table, lengths, of_heads, found, memory)
-    out[:, of_part] = found
+    attend(arrays._replace(q=some, means=of_heads, out=found))
+    arrays.out[:, of_part] = found
 
 
 _means_check = checker(

@@ -15,26 +15,25 @@ from pykv import cuda, forks, install
 from pykv.errors import UnsupportedError
 from pykv.eviction import AdaKV, Policy
 from pykv.kvtc.codec import Codec
-from pykv.llm import gguf, matrices, models, scheduler, scoring, sessions, shared_steps
+from pykv.llm import gguf, matrices, models, scoring, sessions, shared_steps
 from pykv.llm.answer import Completion, Stream
 from pykv.llm.chat import chat_ids
 from pykv.llm.config import read_config
-from pykv.llm.evictor import as_policy, keeps_prefixes
 from pykv.llm.fingerprint import fingerprint
-from pykv.llm.opening import Wanted, open_runner
+from pykv.llm.opening import open_runner
 from pykv.llm.prefill_device import check_prefill_device
 from pykv.llm.prompts import answer_to, answers_to, known_ids
-from pykv.llm.runner import DECODES
 from pykv.llm.sampling import SamplingParams
 from pykv.llm.scheduler import Scheduler, Stats
 from pykv.llm.sequence_pages import SequencePages
 from pykv.llm.sessions import Session
-from pykv.llm.tiering import check_tiers, open_tiers
+from pykv.llm.tiering import open_tiers
 from pykv.llm.tokenizer import Tokenizer
+from pykv.llm.wanted import Wanted
 from pykv.llm.weights import Model
-from pykv.options import check_choice, check_flag, check_whole
+from pykv.options import check_flag, check_whole
 from pykv.pool import PagedKVCache
-from pykv.specs import KVSpec, as_spec
+from pykv.specs import KVSpec
 
 
 class LLM:
@@ -50,13 +49,9 @@ class LLM:
             folder. It has the weights and a cache of as many pages once more. Tokens are those of
             one GPU. Not with an `eviction`. None: `device` computes them.
         kv_dtype: what the cache stores: a KVSpec, or "fp16", "int8", "fp8", "k8v4", ... Each
-            token and head has a scale; where heads or tensors share one instead ("int8:head"), it
-            is found when the model is loaded, from a text of a few languages and notations, as
-            scales.MARGIN times what its largest magnitude needs, and stays; a call warns where it
-            clamps more than a thousandth of a layer's keys or values, and loading where its steps
-            are too coarse, as those of int4 are. Before they become integers,
-            heads are multiplied by a Hadamard matrix, which changes no product, but no element
-            stands out then: int8 disturbs logits by half to a third, and int4 becomes of use.
+            token and head has a scale; one that heads or tensors share ("int8:head") is found when
+            the model is loaded, and stays; a call warns where it clamps more than a thousandth of a
+            layer's keys or values, and loading where its steps are too coarse.
         weights: what the file's matrices are rounded to, "fp16", "bf16" or "fp32"; or "stored":
             they stay the blocks of the file, in as much memory, and products dequantise them on the
             way. Their numbers are those of "fp32". On the host that is many times slower than the
@@ -68,13 +63,9 @@ class LLM:
             ends with "length". None makes the cache as large as each call needs.
         page_size: tokens a page.
         prefix_cache: keep the pages of finished calls, as long as no call needs them, for prompts
-            that begin alike. A call that is repeated, with no other beside it, gets the same
-            logits, bit for bit and for any kv_dtype, as long as its pages are kept: the last 1 to
-            page_size tokens of a prompt are a step of their own, whether the pages before them are
-            found or computed. Pages that other prompts, other batches or answers left may differ in
-            their last bits from those that a call of an LLM without them computes, as sums depend
-            on the tokens of a step. None: yes, unless `eviction` is H2O, which must see all queries
-            of a prompt, and refuses one.
+            that begin alike; see README.md of this folder for what that does to the last bits of
+            logits. None: yes, unless `eviction` is H2O, which must see all queries of a prompt, and
+            refuses one.
         eviction: which rows the cache keeps of a prompt once it is read, and of a growing answer: a
             policy of pykv.eviction, or a text such as "snapkv:512". A `budget` holds from then on,
             give or take EVERY rows; a `ratio` is of the prompt alone. Policies that ask for queries
@@ -91,17 +82,12 @@ class LLM:
             processes with an equal model, weights, kv_dtype and page_size find as well:
             "DIR:50GiB", or with a codec likewise; see `flush` and pykv/tiers/README.md.
         decode: how a GPU computes the next token of each answer: as a CUDA "graph" of a step's
-            launches; "persistent", all of the step by one launch, whose blocks wait for each other
-            (up to 8 answers, from sm_70 on; of more it is "graph"); or as "steps", a launch after
-            the other. "auto" is a graph, or what pykv.llm.calibrate found to be faster here. Tokens
-            are the same up to sums in another order.
-        max_tokens_resident: with "persistent", tokens of each answer that one launch draws at most,
-            while no prompt is being read and no answer is held to a grammar or below its
-            min_tokens. The host reads tokens as they come, and gives answers further pages
-            meanwhile. Other work of the GPU waits for the end of a launch, prompts of this LLM only
-            for that of a token. 1: each token is a launch.
-        max_sms_resident: SMs that a launch of "persistent" takes at most, so that kernels of other
-            streams and processes find room beside it; None: all.
+            launches; "persistent", all of the step by one launch; or as "steps", a launch after the
+            other. "auto" is a graph, or what pykv.llm.calibrate found to be faster here. Tokens are
+            the same up to sums in another order. See README.md of this folder.
+        max_tokens_resident: tokens of each answer that a launch of "persistent" draws at most.
+            Other work of the GPU waits for its end, prompts of this LLM only for that of a token.
+        max_sms_resident: SMs that it takes at most; None: all.
         progress: show a bar on stderr while weights are read.
         require_sm: refuse a device that is no GPU of at least this SM, such as 80.
 
@@ -150,24 +136,19 @@ class LLM:
         progress: bool = False,
         require_sm: int = 0,
     ):
-        self.spec = as_spec("LLM", kv_dtype, "kv_dtype")
-        dtype = matrices.weights_dtype("weights", weights)
+        given: dict[str, Any] = dict(kv_dtype=kv_dtype, weights=weights, eviction=eviction)
+        given |= dict(context=context, pool_tokens=pool_tokens, page_size=page_size)
+        given |= dict(prefix_cache=prefix_cache, host_cache=host_cache, disk_cache=disk_cache)
+        given |= dict(max_tokens_resident=max_tokens_resident, max_sms_resident=max_sms_resident)
+        given |= dict(prefill_device=prefill_device, decode=decode, require_sm=require_sm)
+        wanted = Wanted(**given, progress=progress)
+        self.spec, dtype = wanted.spec, wanted.dtype
         self.weights_dtype: str = matrices.STORED if dtype is None else np.dtype(dtype).name
-        check_flag("LLM", "progress", progress)
-        check_choice("LLM", "decode", decode, DECODES)
-        resident = check_whole("LLM", "max_tokens_resident", max_tokens_resident, 1)
-        max_sms_resident = _count("max_sms_resident", max_sms_resident)
-        require_sm = check_whole("LLM", "require_sm", require_sm, 0)
-        page_size = check_whole("LLM", "page_size", page_size, 1)
-        policy = as_policy("LLM", eviction, scheduler.PREFILL_TOKENS, self.spec)
-        prefix_cache = keeps_prefixes("LLM", policy, prefix_cache)
-        check_tiers("LLM", host_cache, disk_cache, prefix_cache)
-        context, pool_tokens = _count("context", context), _count("pool_tokens", pool_tokens)
         install.require("llm", "gguf", "tokenizers")
         self.xp = cuda.array_module(device)
         picked = cuda.pick_device(device, self.xp, require_sm=require_sm)  # before a fetch
         if prefill_device is not None:
-            evicts = policy is not None
+            evicts = wanted.policy is not None
             check_prefill_device(picked, prefill_device, evicts=evicts, require_sm=require_sm)
         self._lock = forks.waits_for(threading.RLock())
         self.file = gguf.read_model(models.fetch(model))
@@ -175,22 +156,9 @@ class LLM:
         config = read_config(self.file)
         if dtype is None:
             matrices.check_stored(self.file)
-        self.context = check_whole("LLM", "context", context or config.context, 1, config.context)
+        context = wanted.context or config.context
+        self.context = check_whole("LLM", "context", context, 1, config.context)
         self.tokenizer = Tokenizer(self.file)
-        wanted = Wanted(
-            context=context,
-            pool_tokens=pool_tokens,
-            page_size=page_size,
-            dtype=dtype,
-            spec=self.spec,
-            policy=policy,
-            prefill_device=prefill_device,
-            decode=decode,
-            max_tokens_resident=resident,
-            max_sms_resident=max_sms_resident,
-            require_sm=require_sm,
-            progress=progress,
-        )
         opened = open_runner(self.file, config, self.tokenizer, device, self.xp, wanted)
         self._device, self.runner, most_of_pool = opened
         with cuda.use_device(self._device):
@@ -199,13 +167,13 @@ class LLM:
             self._done = None if self.xp is np else self.xp.cuda.Event(disable_timing=True)
             with cuda.behind(self._done):  # so that the first turn waits for all of this
                 self.tiers = open_tiers(self, host_cache, disk_cache)
-        self.prefix_cache = prefix_cache
+        self.prefix_cache = wanted.keeps_prefixes
         self.is_exact = self.tiers is None or self.tiers.is_exact
         self._scheduler = Scheduler(
             self.runner,
             self.cache,
             may_grow=pool_tokens is None,
-            prefix_cache=prefix_cache,
+            prefix_cache=self.prefix_cache,
             tiers=self.tiers,
             most_pages=most_of_pool,
         )
@@ -478,11 +446,6 @@ class LLM:
         """
         _refuse_prepare("LLM.perplexity")
         return scoring.perplexity(self, text_or_ids)
-
-
-def _count(name: str, value: int | None) -> int | None:
-    """An option that is a whole number above 0, or None."""
-    return None if value is None else check_whole("LLM", name, value, 1)
 
 
 def _refuse_prepare(method: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pykv.errors import CapacityError
-from pykv.llm import matrices, scheduler, tensors
+from pykv.llm import matrices, steps, tensors
 from pykv.llm.config import Config
 from pykv.llm.gguf import ModelFile
 from pykv.specs import KVSpec
@@ -64,7 +64,7 @@ def step_bytes(config: Config, tokens: int) -> int:
 
 def most_tokens(config: Config, xp: Any) -> int:
     """Limit of tokens of a step of prompts alone."""
-    few = scheduler.PREFILL_TOKENS
+    few = steps.PREFILL_TOKENS
     tokens = few if xp is np else STEP_TOKENS
     while tokens > few and step_bytes(config, tokens) > STEP_BYTES:
         tokens //= 2

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 from pykv import cuda
-from pykv.eviction import AdaKV, Policy
 from pykv.eviction.parts import check_size, most_pages
 from pykv.llm import memory, scales
 from pykv.llm.config import Config
@@ -14,27 +13,9 @@ from pykv.llm.gguf import ModelFile
 from pykv.llm.prefill_device import PrefillDevice, check_prefill_device
 from pykv.llm.runner import ModelRunner
 from pykv.llm.tokenizer import Tokenizer
+from pykv.llm.wanted import Wanted
 from pykv.llm.weights import load_with_bar
 from pykv.pool import PagedKVCache
-from pykv.specs import KVSpec
-
-
-class Wanted(NamedTuple):
-    """Options of LLM, checked; `dtype` is that of matrices, see memory.needed, and `policy` what
-    `eviction` says."""
-
-    context: int | None
-    pool_tokens: int | None
-    page_size: int
-    dtype: Any
-    spec: KVSpec
-    policy: Policy | AdaKV | None
-    prefill_device: str | None
-    decode: str
-    max_tokens_resident: int
-    max_sms_resident: int | None
-    require_sm: int
-    progress: bool
 
 
 def open_runner(

@@ -17,7 +17,7 @@ import numpy as np
 from pykv import cuda, interrupts
 from pykv.errors import UnsupportedError
 from pykv.eviction import AdaKV, Policy
-from pykv.llm import memory, scheduler, token_program
+from pykv.llm import memory, steps, token_program
 from pykv.llm.decode_ways import DecodeWays, Times
 from pykv.llm.drawing import asked_of
 from pykv.llm.evictor import Evictor
@@ -27,8 +27,8 @@ from pykv.llm.prefill_device import PrefillDevice
 from pykv.llm.prompt_steps import PromptSteps, Span, of_spans
 from pykv.llm.residency import Residency, can_stay
 from pykv.llm.sampler import Sampler
-from pykv.llm.scheduler import Piece
 from pykv.llm.sequence import Sequence
+from pykv.llm.steps import Piece
 from pykv.llm.weights import Model
 from pykv.ops import paged_check
 from pykv.ops.resident_program import MOST_TOKENS
@@ -42,7 +42,7 @@ TABLE_PAGES = 16  # least width of a decoder's table; 256 keys of 16 a page need
 
 
 class ModelRunner:
-    """Runs the steps of a Scheduler; see scheduler.Runner for its methods.
+    """Runs the steps of a Scheduler; see steps.Runner for its methods.
 
     Args:
         model: the weights.
@@ -110,7 +110,7 @@ class ModelRunner:
         """Tokens of a step without answers, at most; where eviction asks for their queries of all
         layers, which take more memory than activations, as many as beside answers."""
         if self._evictor is not None and (self._evictor.asked or self._evictor.sums):
-            return scheduler.PREFILL_TOKENS
+            return steps.PREFILL_TOKENS
         return memory.most_tokens(self.model.config, self.xp)
 
     def room(self, sequence: Sequence) -> int | None:
@@ -241,7 +241,7 @@ class ModelRunner:
     def logits(self, ids: list[int], pages: list[int]) -> Iterator[tuple[np.ndarray, int]]:
         """Logits of consecutive positions, [n, V] on the host, and the first position of each; on
         pages that nobody else holds."""
-        most = scheduler.PREFILL_TOKENS
+        most = steps.PREFILL_TOKENS
         if self._residency is not None:
             self._residency.stop()
         step = max(1, min(most, LOGIT_BYTES // (4 * self.model.config.vocab)))

@@ -19,17 +19,14 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, count
-from typing import Protocol
 
 from pykv import interrupts
 from pykv.errors import CapacityError
+from pykv.llm import steps
 from pykv.llm.sequence import Sequence
 from pykv.llm.sequence_pages import Cache, SequencePages, Tiers
+from pykv.llm.steps import Piece, Runner
 from pykv.number_texts import counted
-
-PREFILL_TOKENS = 512  # tokens at most of a step that has answers, who wait for it
-
-Piece = tuple[Sequence, int]  # a sequence, and how many of its due tokens a step computes
 
 
 @dataclass
@@ -48,47 +45,6 @@ class Stats:
     decode_seconds: float = 0.0
     cached_tokens: int = 0
     preemptions: int = 0
-
-
-class Runner(Protocol):
-    """What computes the steps, in a block of pykv.interrupts.held: it allows Ctrl-C where it can be
-    left at any point. Both calls move `cached` of their sequences on, and give tokens
-    that are drawn, -1 where logits are not finite.
-
-    Attributes:
-        last: tokens at the end of a prompt that are computed in one step.
-        most: tokens of a step without answers, at most.
-    """
-
-    last: int
-
-    @property
-    def most(self) -> int: ...
-
-    def room(self, sequence: Sequence) -> int | None:
-        """Rows to set aside for all that a sequence may hold; None where pages come one by one."""
-
-    def prompts(self, pieces: list[Piece]) -> list[int]:
-        """A token for each sequence of which all tokens are computed then, in order."""
-
-    def ahead(self, sequences: list[Sequence]) -> int:
-        """Tokens of each that `decode` may begin at once, on pages that they have."""
-
-    def decode(self, sequences: list[Sequence], alone: bool) -> list[int]:
-        """A token for each; the next ones may be begun, too, if they are `alone`: the step computes
-        nothing else."""
-
-    def leave(self, sequence: Sequence) -> None:
-        """Write no more to the pages of a sequence, which are given back."""
-
-    def end(self, sequence: Sequence) -> None:
-        """Look at what a sequence leaves in its pages."""
-
-    def join(self) -> None:
-        """Let work that is enqueued from now on wait for pages that another GPU sends."""
-
-    def grow(self, pages: int) -> None:
-        """Make room for so many pages, wherever they have a place, or raise a CapacityError."""
 
 
 class Scheduler:
@@ -141,10 +97,7 @@ class Scheduler:
         self.stats = Stats()
         self.pages = SequencePages(
             cache,
-            runner.room,
-            runner.last,
-            runner.join,
-            runner.grow,
+            runner,
             may_grow=may_grow,
             prefix_cache=prefix_cache,
             tiers=tiers,
@@ -241,7 +194,7 @@ class Scheduler:
             held_back = self._admit(changed)
             decoding = [s for s in self.running if s.decodes and not s.finish_reason]
             if len(decoding) < len(self.running):
-                most = PREFILL_TOKENS - len(decoding) if decoding else self._runner.most
+                most = steps.PREFILL_TOKENS - len(decoding) if decoding else self._runner.most
                 pieces = self._pieces(most, held_back)
             if not (decoding or pieces or self._see_fetches(wait=True)):
                 return
@@ -262,7 +215,7 @@ class Scheduler:
         """What a step computes of prompts, for which it has room for so many tokens; a page at
         least, and the tokens that belong together, however many answers it decodes."""
         P, last = self._manager.page_size, self._runner.last
-        room = max(room, last, min(P, PREFILL_TOKENS))
+        room = max(room, last, min(P, steps.PREFILL_TOKENS))
         running = [s for s in self.running if not s.finish_reason]
         fetching = {s.group for s in running if s.fetch is not None}
         running = [s for s in running if s.group not in fetching]

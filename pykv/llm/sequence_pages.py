@@ -6,7 +6,7 @@ pages of a cache between its steps.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -14,6 +14,7 @@ from pykv import interrupts
 from pykv.blocks import BlockManager
 from pykv.errors import CapacityError
 from pykv.llm.sequence import Fetch, Sequence, page_keys
+from pykv.llm.steps import Runner
 from pykv.number_texts import counted
 
 
@@ -40,10 +41,8 @@ class SequencePages:
 
     Args:
         cache: the pages.
-        room: rows to set aside for all that a sequence may hold; None where pages come one by one.
-        last: tokens at the end of a prompt that are computed whether their pages are found or not.
-        join: lets work that is enqueued from now on wait for pages that another GPU sends.
-        grow: makes room for so many pages in the cache, and where else they have a place.
+        runner: says how many rows a sequence takes, and how many tokens at the end of a prompt are
+            computed whether their pages are found or not; lets pages come, and the cache grow.
         may_grow: grow the cache where pages are missing.
         prefix_cache: keep pages of prompts and answers, as long as nobody needs them, for prompts
             that begin alike.
@@ -54,10 +53,7 @@ class SequencePages:
     def __init__(
         self,
         cache: Cache,
-        room: Callable[[Sequence], int | None],
-        last: int,
-        join: Callable[[], None],
-        grow: Callable[[int], None],
+        runner: Runner,
         *,
         may_grow: bool,
         prefix_cache: bool,
@@ -65,9 +61,7 @@ class SequencePages:
         most_pages: int | None = None,
     ) -> None:
         self.cache, self.may_grow, self.prefix_cache = cache, may_grow, prefix_cache
-        self._most_pages = most_pages
-        self._room, self._last, self._join, self._tiers = room, last, join, tiers
-        self._grow = grow
+        self._runner, self._tiers, self._most_pages = runner, tiers, most_pages
 
     # --- Beside sequences ---
 
@@ -75,7 +69,7 @@ class SequencePages:
     def known(self, tokens: list[int]) -> Iterator[list[int]]:
         """The pages of the longest prefix of tokens that is computed, which stay as they are while
         the block runs."""
-        self._join()
+        self._runner.join()
         if self._tiers is not None:
             self._tiers.fetch(tokens)
         pages: list[int] = []
@@ -110,7 +104,7 @@ class SequencePages:
     def rows(self, s: Sequence) -> int:
         """Rows that must be free before a sequence runs: its tokens and the next, which an answer
         that fills the pool does not get."""
-        rows, tokens = self._room(s), len(s.prompt) + len(s.generated)
+        rows, tokens = self._runner.room(s), len(s.prompt) + len(s.generated)
         if rows is None:
             fills = tokens == self.cache.manager.num_pages * self.cache.manager.page_size
             rows = tokens if fills and s.generated else tokens + 1
@@ -135,9 +129,9 @@ class SequencePages:
             for s in sequences:
                 pages = s.pages
                 if not pages and self.prefix_cache:
-                    pages = manager.reuse(s.tokens[: -self._last])
+                    pages = manager.reuse(s.tokens[: -self._runner.last])
                     found.append(pages)
-                rows = self._room(s)
+                rows = self._runner.room(s)
                 whole = manager.pages_for(s.limit if rows is None else rows)
                 wanted += max(whole - len(pages), 0)
             self.make_room(wanted)
@@ -158,8 +152,8 @@ class SequencePages:
                 )
             if self._tiers is not None:
                 self._tiers.join()
-            self._join()
-            self._grow(pages)
+            self._runner.join()
+            self._runner.grow(pages)
         manager.require(wanted)
 
     # --- Whose ---
@@ -169,7 +163,7 @@ class SequencePages:
         rows that it needs in all, and notes in `wanted` how many pages these lack."""
         manager = self.cache.manager
         if self.prefix_cache:
-            s.pages = manager.reuse(s.tokens[: -self._last])
+            s.pages = manager.reuse(s.tokens[: -self._runner.last])
             s.cached = len(s.pages) * manager.page_size
         rows = max(self.rows(s), s.cached)
         s.wanted = manager.pages_for(rows) - len(s.pages)
@@ -179,7 +173,7 @@ class SequencePages:
         """Begin to bring back from tiers what the pages of a sequence lack, which then are extended
         for its tokens."""
         if self._tiers is not None:
-            s.fetch = self._tiers.begin(s.tokens[: -self._last], s.pages)
+            s.fetch = self._tiers.begin(s.tokens[: -self._runner.last], s.pages)
 
     def see(self, s: Sequence, *, wait: bool = False) -> int:
         """Go on with what a sequence fetches; once that is over, others find it, too. Returns how
@@ -208,7 +202,7 @@ class SequencePages:
             if fetch is not None:
                 fetch.cancel()
             if s.is_sent:
-                self._join()
+                self._runner.join()
             if publish and self.prefix_cache and is_whole:
                 manager.publish(s.pages, s.tokens[: s.cached])
         finally:
@@ -220,5 +214,5 @@ class SequencePages:
         """Note the full pages that a sequence publishes before its last tokens."""
         P = self.cache.manager.page_size
         if self.prefix_cache:
-            s.keys = page_keys(s.tokens[: -self._last], P)
+            s.keys = page_keys(s.tokens[: -self._runner.last], P)
             s.prefix = len(s.keys) * P

@@ -37,7 +37,8 @@ class Source:
         progress: called with the bytes of each piece that has been read.
 
     Raises:
-        CapacityError: the host has no 32 MiB that can be pinned.
+        CapacityError: the host has no memory that can be pinned for so many pieces, of 32 MiB but
+            for small models.
     """
 
     def __init__(
@@ -46,7 +47,8 @@ class Source:
         self.xp, self._progress = xp, progress
         self._slots: deque[_Slot] = deque()
         if xp is not np:
-            nbytes = max([_PIECE, *(info.row_bytes for info in file.tensors.values())])
+            infos = file.tensors.values()
+            nbytes = max(min(info.nbytes, max(info.row_bytes, _PIECE)) for info in infos)
             rows = host.allocate("LLM", "reading the model", xp, _READERS + 1, nbytes)
             self._slots += [_Slot(row, xp.cuda.Event()) for row in rows]
             self._threads = ThreadPoolExecutor(_READERS)

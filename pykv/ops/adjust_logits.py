@@ -147,20 +147,12 @@ _check = checker(
 )
 
 
-def reference(
-    logits: Any,
-    *,
-    tallies: Any = None,
-    penalties: Any = None,
-    tally_rows: Any = None,
-    tokens: Any = None,
-    bias_indptr: Any = None,
-    bias_ids: Any = None,
-    bias_values: Any = None,
-    masks: Any = None,
-    mask_rows: Any = None,
-) -> Any:
-    """The definition of `adjust`, in NumPy; tests hold the kernel against it."""
+def reference(logits: Any, **given: Any) -> Any:
+    """The definition of `adjust`, in NumPy, of its other arrays by their names, which may be None;
+    tests hold the kernel against it."""
+    tallies, penalties, tally_rows, tokens = (given[name] for name in _PENALTIES)
+    bias_indptr, bias_ids, bias_values = (given[name] for name in _BIASES)
+    masks, mask_rows = (given[name] for name in _MASKS)
     out = logits.copy()
     V = logits.shape[1]
     with np.errstate(over="ignore", invalid="ignore"):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -26,6 +26,20 @@ _MOST = 2**31 - 1
 
 VARIANTS = [_SIZES]
 VARIANTS_SMS = range(0)  # none at import: few programs call it, and they compile what they need
+
+
+class Sizes(NamedTuple):
+    """As of `choose`."""
+
+    page_size: int
+    block: int
+    recent: int
+    blocks: int
+    unit: int
+
+    def old(self, length: int, K: int) -> int:
+        """Blocks of a sequence that can be chosen."""
+        return min(max(length - self.recent, 0) // self.block, K)
 
 
 def choose(
@@ -83,10 +97,9 @@ def choose(
     """
     op = "block_choice.choose"
     dims = _check(scores, page_table, lengths, table, rows)
-    sizes = dict(page_size=page_size, block=block, recent=recent, blocks=blocks, unit=unit)
-    for name, size in sizes.items():
-        sizes[name] = check_whole(op, name, size, int(name != "recent"), _MOST)
-    if sizes["block"] % sizes["page_size"]:
+    given = Sizes(page_size, block, recent, blocks, unit)._asdict().items()
+    sizes = Sizes(*(check_whole(op, name, x, int(name != "recent"), _MOST) for name, x in given))
+    if sizes.block % sizes.page_size:
         raise ParameterError(f"{op}: block is {block}, expected a multiple of {page_size=}")
     if width is not None:
         width = check_whole(op, "width", width, 1, _MOST)
@@ -103,11 +116,11 @@ def choose(
         return table, rows
     arrays = dict(table=table, rows=rows, page_table=page_table, lengths=lengths, scores=scores)
     if on_gpu(scores):
-        launch = dims.keep((M, *sizes.values()), lambda: _launch(dims, M, **sizes))
+        launch = dims.keep((M, sizes), lambda: _launch(dims, M, sizes))
         launch(arrays, stream)
     else:
-        cuda.look(partial(_check_on_host, op, M, page_table, lengths, scores, **sizes))
-        cuda.run_on_host(partial(reference, **arrays, **sizes), stream=stream)
+        cuda.look(partial(_check_on_host, op, M, page_table, lengths, scores, sizes))
+        cuda.run_on_host(partial(reference, **arrays, sizes=sizes), stream=stream)
     return table, rows
 
 
@@ -128,18 +141,15 @@ def reference(
     page_table: Any,
     lengths: Any,
     scores: Any,
-    page_size: int,
-    block: int,
-    recent: int,
-    blocks: int,
-    unit: int,
+    sizes: Sizes,
 ) -> None:
     """The definition, in NumPy, for what fits the table."""
     B, H, K = scores.shape
+    page_size, block, _, blocks, unit = sizes
     table[...] = -1
     for b, length in enumerate(lengths.tolist()):
         length = max(length, 0)
-        old = min(max(length - recent, 0) // block, K)
+        old = sizes.old(length, K)
         pages = page_table[b, : -(-length // page_size)] * unit
         of_block = np.arange(block // page_size)
         for h in range(H):
@@ -152,38 +162,28 @@ def reference(
 
 
 def _check_on_host(
-    op: str,
-    M: int,
-    page_table: Any,
-    lengths: Any,
-    scores: Any,
-    page_size: int,
-    block: int,
-    recent: int,
-    blocks: int,
-    unit: int,
+    op: str, M: int, page_table: Any, lengths: Any, scores: Any, sizes: Sizes
 ) -> None:
-    most, K = page_table.shape[1] * page_size, scores.shape[2]
+    P, block_pages = sizes.page_size, sizes.block // sizes.page_size
+    most, K = page_table.shape[1] * P, scores.shape[2]
     for b, length in enumerate(lengths.tolist()):
         if length > most:
             raise CapacityError(f"{op}: lengths[{b}] is {length}, expected at most N * P = {most}")
-        old = min(max(length - recent, 0) // block, K)
-        pages = -(-max(length, 0) // page_size) - (old - min(old, blocks)) * (block // page_size)
+        old = sizes.old(length, K)
+        pages = -(-max(length, 0) // P) - max(old - sizes.blocks, 0) * block_pages
         if pages > M:
             raise CapacityError(
                 f"{op}: width is {M}, but sequence {b} has {counted(pages, 'page')}"
             )
 
 
-def _launch(
-    dims: Dims, M: int, page_size: int, block: int, recent: int, blocks: int, unit: int
-) -> cuda.Launch:
+def _launch(dims: Dims, M: int, sizes: Sizes) -> cuda.Launch:
     """The launch for arrays that are checked."""
     kernel = cuda.kernel("block_choice", "block_choice", **_SIZES)
-    H, N = dims["H"], dims["N"]
-    scalars = dict(H=H, M=M, N=N, K=dims["K"], P=page_size, capacity=min(N * page_size, _MOST))
-    scalars |= dict(block=block, block_pages=block // page_size, recent=recent, blocks=blocks)
-    scalars |= dict(unit=unit)
+    H, N, P = dims["H"], dims["N"], sizes.page_size
+    scalars = dict(H=H, M=M, N=N, K=dims["K"], P=P, capacity=min(N * P, _MOST))
+    scalars |= dict(block=sizes.block, block_pages=sizes.block // P, recent=sizes.recent)
+    scalars |= dict(blocks=sizes.blocks, unit=sizes.unit)
     return cuda.Launch(kernel, dims["B"] * H, _SIZES["BLOCK"], scalars, early=True)
 
 

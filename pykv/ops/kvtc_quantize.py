@@ -20,7 +20,7 @@ Dynamo.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import ml_dtypes
@@ -361,10 +361,8 @@ def _quantize(
         launch(dict(codes=codes, min_vals=low, max_vals=high, x=x), stream)
         return
     columns = x[:, start : start + n]
-    if bits:
-        cuda.run_on_host(lambda: reference_intx(columns, low, high, bits), out, stream)
-    else:
-        cuda.run_on_host(lambda: reference_fp8(columns), out, stream)
+    of_bits = partial(reference_intx, columns, low, high, bits)
+    cuda.run_on_host(of_bits if bits else partial(reference_fp8, columns), out, stream)
 
 
 def _dequantize(
@@ -378,10 +376,8 @@ def _dequantize(
         launch(dict(out=out, codes=codes, min_vals=low, max_vals=high), stream)
         return
     columns = out[:, start : start + n]
-    if bits:
-        cuda.run_on_host(lambda: reference_values(codes, low, high, bits, n), columns, stream)
-    else:
-        cuda.run_on_host(lambda: reference_fp8_values(codes), columns, stream)
+    of_bits = partial(reference_values, codes, low, high, bits, n)
+    cuda.run_on_host(of_bits if bits else partial(reference_fp8_values, codes), columns, stream)
 
 
 def team(n: int) -> int:

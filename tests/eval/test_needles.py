@@ -172,6 +172,7 @@ def published():
 
 
 @pytest.mark.model
+@pytest.mark.sweep  # measures what the tests of tiny models do, with a model that answers
 def test_a_published_model_finds_a_fact_unless_it_is_evicted(published):
     stack = needles.haystack(published, tokens=80, seed=2)  # the fact is no last sentence
     made = {"dense": changes.identity, "last": changes.evict("streaming:20:sinks=2")}

@@ -8,6 +8,7 @@ import pytest
 from pykv import cuda
 from pykv.errors import CapacityError, DeviceError, UnsupportedError
 from pykv.llm import LLM
+from tests.llm.conftest import spare_simt
 from tests.llm.test_model import greedy
 
 
@@ -16,6 +17,7 @@ def gpus(device, monkeypatch):
     """(module, a GPU, another one). On the SIMT machine arrays are on its one GPU whatever is the
     current one, but no op takes them while another one is."""
     if device.__name__ == "tests.simt.cupy":
+        spare_simt(monkeypatch)
         monkeypatch.setattr(cuda, "array_module", lambda name: device)
         return device, device.DEVICE, device.DEVICE + 1
     if device.cuda.runtime.getDeviceCount() < 2:
@@ -27,14 +29,12 @@ def test_all_work_is_on_the_gpu_that_was_asked_for(gpus, tiny_paths, rng):
     cupy, here, other = gpus
     prompt = rng.integers(3, 250, 12).tolist()
     with cupy.cuda.Device(here):
-        plain = LLM(tiny_paths / "llama.gguf", device=f"cuda:{here}", weights="fp32")
+        plain = LLM(tiny_paths / "llama.gguf", device=f"cuda:{here}")
         (want,), logits = plain.generate([prompt], greedy(4)), plain.logits(prompt)
         perplexity = plain.perplexity(prompt)
 
     with cupy.cuda.Device(other):
-        llm = LLM(
-            tiny_paths / "llama.gguf", device=f"cuda:{here}", weights="fp32", prefix_cache=False
-        )
+        llm = LLM(tiny_paths / "llama.gguf", device=f"cuda:{here}", prefix_cache=False)
         assert cuda.current_device() == other
         for array in (llm.model.head, llm.model.layers[0].qkv, llm.cache.k, llm.cache.v):
             assert array.data.device_id == here

@@ -15,6 +15,7 @@ from pykv.llm.sequence import Sequence
 from tests import peers
 from tests.conftest import array_module
 from tests.helpers import assert_same_bits, swept, to_numpy
+from tests.llm.conftest import spare_simt
 from tests.llm.test_model import greedy
 from tests.llm.test_reuse import tokens_of
 
@@ -40,6 +41,7 @@ def gpus(request, monkeypatch, shorten_steps):
     shorten_steps(16)
     here, other, first = 0, 1, {}
     if request.param == "simt":
+        spare_simt(monkeypatch)
         here, other = xp.DEVICE, xp.OTHER
         _, streams = peers.second_gpu(monkeypatch)
         is_lazy = order == ORDERS[0]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from pykv import cuda
-from pykv.llm import LLM, memory, model, prompt_steps, scheduler
+from pykv.llm import LLM, memory, model, prompt_steps, steps
 from pykv.llm.prompt_steps import PromptSteps, Ragged, Sizes, Span, of_spans
 from pykv.ops import linear_tiles, paged_check
 from pykv.pool import PagedKVCache
@@ -54,7 +54,7 @@ def test_few_sizes_serve_all(xp):
 
 @pytest.mark.parametrize("eviction, asks", [("snapkv:16:window=4", True), ("keydiff:16", False)])
 def test_steps_whose_queries_are_kept_stay_short(open_llm, xp, eviction, asks):
-    few, runner = scheduler.PREFILL_TOKENS, open_llm(eviction=eviction).runner
+    few, runner = steps.PREFILL_TOKENS, open_llm(eviction=eviction).runner
     assert runner.most == (few if asks or xp is np else memory.STEP_TOKENS)
 
 
@@ -85,7 +85,7 @@ def test_activations_are_known_before(xp, rng, tiny_model, monkeypatch, is_long)
 
 def test_steps_of_prompts_alone(xp, tiny_model, monkeypatch):
     """As long as their activations are small enough; on the host no longer than beside answers."""
-    few, config = scheduler.PREFILL_TOKENS, tiny_model.config
+    few, config = steps.PREFILL_TOKENS, tiny_model.config
     longest = few if xp is np else memory.STEP_TOKENS
     assert memory.most_tokens(config, xp) == longest
     for bound, tokens in ((1024, 1024), (1023, few), (1, few)):

@@ -119,16 +119,16 @@ def test_the_pool_keeps_its_size_and_evicts(open_llm, rng):
 
 def test_a_pool_that_grows_keeps_its_contents(open_llm, rng):
     llm = open_llm()
-    prompt = tokens_of(rng, 20)
-    stream = llm.stream(prompt, greedy(14))
+    prompt = tokens_of(rng, 28)
+    stream = llm.stream(prompt, greedy(6))
     pieces = [next(stream) for _ in range(4)]  # the last steps replay a graph
-    longer = prompt + tokens_of(rng, 44)
+    longer = prompt + tokens_of(rng, 36)
     assert llm.generate([longer], greedy(4)) == open_llm().generate([longer], greedy(4))
     assert llm.cache.manager.num_pages == 3 + 4  # a page is shared with the stream
     pieces += stream
-    (whole,) = open_llm().generate([prompt], greedy(14))
+    (whole,) = open_llm().generate([prompt], greedy(6))
     assert "".join(pieces) == whole.text
-    more = prompt + whole.token_ids[:13]  # steps after the cache has grown are in the new one
+    more = prompt + whole.token_ids[:5]  # steps after the cache has grown are in the new one
     assert llm.generate([more], greedy(4)) == open_llm().generate([more], greedy(4))
     assert llm.stats.reused_tokens == 32
     llm.generate([longer[:50]], greedy(2))

@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 from pykv import prefix_keys
 from pykv.blocks import BlockManager
 from pykv.errors import CapacityError, NumberError
-from pykv.llm import LLM, SamplingParams, scheduler
+from pykv.llm import LLM, SamplingParams, steps
 from pykv.llm.scheduler import Scheduler
 from pykv.llm.sequence import Sequence
 from tests.llm import tiny
@@ -77,7 +77,7 @@ class Fake:
         tokens = s.tokens
         for position in range(s.cached, s.cached + count):
             page = s.pages[position // P]
-            assert self.manager._counts[page] == 1 and self.manager._keys[page] is None
+            assert self.manager._states.is_own(page)
             before = self.states[self.slot(s, position - 1)] if position else 0
             self.states[self.slot(s, position)] = chain(before, tokens[position])
         s.cached += count
@@ -115,7 +115,7 @@ class Fake:
         """Write what nobody has asked for, on pages that are nobody else's."""
         for position in range(s.cached, min(s.cached + self.most_ahead, len(s.pages) * P)):
             page = s.pages[position // P]
-            assert self.manager._counts[page] == 1 and self.manager._keys[page] is None
+            assert self.manager._states.is_own(page)
             self.states[self.slot(s, position)] = None
 
     def decode(self, sequences, alone):
@@ -173,7 +173,7 @@ class FakeFetch:
         assert not self.is_over
         while self.states and (wait or choice(3)):
             page, states = self.pages[self.done], self.states.pop(0)
-            assert manager._counts[page] == 1 and manager._keys[page] is None
+            assert manager._states.is_own(page)
             if not choice(12):
                 self.states = []  # it was damaged
                 break
@@ -317,7 +317,7 @@ class World:
 
 @pytest.fixture(autouse=True)
 def small_steps(monkeypatch):
-    monkeypatch.setattr(scheduler, "PREFILL_TOKENS", BUDGET)
+    monkeypatch.setattr(steps, "PREFILL_TOKENS", BUDGET)
 
 
 def some_prompt(choice):
@@ -511,7 +511,7 @@ def test_the_youngest_gives_way_and_keeps_its_place():
 
 @pytest.mark.parametrize("budget", [1, 3, 7])
 def test_pages_that_are_more_than_a_step(monkeypatch, budget):
-    monkeypatch.setattr(scheduler, "PREFILL_TOKENS", budget)
+    monkeypatch.setattr(steps, "PREFILL_TOKENS", budget)
     world = World(40, last=2)
     for n in (30, 9, 1):
         world.add(world.make([n] * n, 5))

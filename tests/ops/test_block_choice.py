@@ -68,7 +68,7 @@ def test_kernels_choose_what_the_definition_does(device, rng, K, blocks, ties):
     sizes = dict(page_size=3, block=6, recent=13, blocks=blocks, unit=5)
     got = choose(device, scores, page_table, lengths, width=2 * K, **sizes)
     want = np.full((2, 2 * K), 7, np.int32), np.full(2, 7, np.int32)
-    op.reference(*want, page_table, lengths, scores, **sizes)
+    op.reference(*want, page_table, lengths, scores, op.Sizes(**sizes))
     assert_same_bits(got[0], want[0])
     assert_same_bits(got[1], want[1])
 

@@ -14,7 +14,7 @@ from pykv.ops import phase_program as op
 from pykv.ops.phase_program import PhaseProgram
 from pykv.phases import AddNorm, Append, Argmax, Attend, Attention, Embed, Product
 from pykv.stages import Touched, check_stages, stages_of
-from tests.helpers import assert_close_to_oracle, assert_same_bits, to_numpy
+from tests.helpers import assert_close_to_oracle, assert_same_bits, swept, to_numpy
 from tests.simt import cupy as simt
 from tests.simt import machine
 
@@ -165,7 +165,7 @@ def test_attention_appends_and_attends(xp_of_programs, rng, spec, heads, D, leng
     np.testing.assert_allclose(got[2], want[2], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("arch", ["sm_75", "sm_89", "sm_90"])
+@pytest.mark.parametrize("arch", ["sm_75", *swept(["sm_89"]), "sm_90"])
 def test_a_program_of_much_shared_memory(xp_of_programs, rng, monkeypatch, arch):
     """Heads of 256 elements take 52 KB, weights on their way 64, slices of x 18 to 36."""
     xp = xp_of_programs

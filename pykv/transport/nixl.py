@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from pykv import install
+from pykv import forks, install
 from pykv.errors import CapacityError, InstallError, ParameterError, TransportError
 from pykv.options import check_whole
 from pykv.ranges import address_of
@@ -84,7 +84,7 @@ class Nixl:
             raise TransportError(f"{op}: NIXL has no backend {backend!r}")
         self._lock = threading.Lock()  # held during a transfer
         self._late: dict[str, tuple[Any, Any]] = {}  # by peer: unfinished transfer, memory
-        self._polls = threading.Lock()  # held while messages are taken and sorted
+        self._polls = forks.waits_for(threading.Lock())  # held while messages are taken and sorted
         self._inbox: list[Message] = []
         self._asked: dict[str, tuple[str, list[int]]] = {}  # by request: peer, its region
         self._spares: list[Any] = []  # buffers that later transfers reuse
@@ -96,8 +96,9 @@ class Nixl:
         thread = threading.Thread(
             target=_attend, args=[weakref.ref(self), stop], name="pykv-nixl", daemon=True
         )
-        self._stop = weakref.finalize(self, _end, stop, thread)
         thread.start()
+        self._stop = weakref.finalize(self, _end, stop, thread)
+        forks.in_child(self, _forget_thread)
 
     def __enter__(self) -> Nixl:
         return self
@@ -335,6 +336,11 @@ def _end(stop: threading.Event, thread: threading.Thread) -> None:
     stop.set()
     if thread is not threading.current_thread():  # which let go of the engine last
         thread.join()
+
+
+def _forget_thread(engine: Nixl) -> None:
+    """In a forked child, which has no such thread, but perhaps a lock of `stop` that it held."""
+    engine._stop.detach()
 
 
 def _load() -> ModuleType:

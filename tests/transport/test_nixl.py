@@ -1,7 +1,10 @@
 """The engine over NIXL: with NIXL where it is installed, and with agents of this process that do
 what its Python API says."""
 
+import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 from importlib.util import find_spec
@@ -177,6 +180,33 @@ def test_a_process_that_looks_for_no_messages_is_read(api, here, ports):
         del quiet
         thread.join(5.0)
         assert not thread.is_alive(), name
+
+
+# In a process of its own, as this one has threads, with which it must not fork.
+FORKED = """
+import os, signal
+from types import SimpleNamespace
+from pykv.transport import Nixl, nixl
+from tests.transport.test_nixl import Agent, config
+
+nixl._load = lambda: SimpleNamespace(nixl_agent=Agent, nixl_agent_config=config)
+engine = Nixl("here", 1)
+with engine._stop.peek()[2][0]._cond:  # as its thread does, for moments
+    child = os.fork()
+    if not child:
+        signal.alarm(20)
+        assert engine.messages(0.0) == []
+        engine.close()
+        os._exit(0)
+print(os.waitpid(child, 0)[1])
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_forked_child_waits_for_no_thread():
+    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", FORKED]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr, done.returncode) == ("0\n", "", 0)
 
 
 def test_what_is_wrong_is_an_error(other, here, monkeypatch):

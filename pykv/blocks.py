@@ -107,7 +107,8 @@ class BlockManager:
     @property
     def num_free(self) -> int:
         """Pages that no sequence holds; cached ones are among them."""
-        self._free_left()
+        if self._left:
+            self._free_left()
         return self._states.num_free
 
     @property
@@ -339,13 +340,11 @@ class BlockManager:
         self._check_sequence("free_later", pages)
         self._left.append(pages)
 
+    @interrupts.finished
     def _free_left(self) -> None:
         """Free what `free_later` was given."""
         while self._left:
-            try:
-                self.free(self._left[0])
-            finally:
-                self._left.popleft()
+            self.free(self._left.popleft())
 
     # --- Prefixes ---
 

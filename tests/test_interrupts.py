@@ -179,6 +179,25 @@ def test_a_handler_that_asks_the_model_does_so_between_steps(tmp_path, monkeypat
     assert llm.cache.manager.num_free == llm.cache.manager.num_pages
 
 
+def test_a_stream_whose_end_is_interrupted_anywhere(tmp_path):
+    path = tmp_path / "tiny.gguf"
+    tiny.write_case(path, "llama")
+    llm = LLM(path, device="cpu", kv_dtype="fp32", weights="fp32", pool_tokens=64)
+    manager, at, done = llm.cache.manager, 2, False  # from the first line on that closes anything
+    while not done:
+        stream = llm.stream([5, 6, 7], SamplingParams(max_tokens=9, ignore_eos=True))
+        next(stream)
+        with interrupted(at, ("pykv.llm.answer", "pykv.llm.shared_steps")) as left:
+            try:
+                stream.close()
+            except KeyboardInterrupt:
+                pass
+        done, at = left[0] >= 0, at + 1
+        with llm.turn():
+            assert manager.num_free == manager.num_pages
+    assert at > 10
+
+
 def test_a_stream_that_is_collected_in_the_midst_of_a_step(tmp_path, monkeypatch):
     path = tmp_path / "tiny.gguf"
     tiny.write_case(path, "llama")
@@ -191,6 +210,7 @@ def test_a_stream_that_is_collected_in_the_midst_of_a_step(tmp_path, monkeypatch
         gc.collect()
         return forward(*args, **options)
 
+    gc.collect()
     gc.freeze()  # else each collection walks all that other tests have left
     for first in range(20, 24):
         stream = llm.stream([first] * 5, params)
@@ -238,6 +258,21 @@ def test_methods_of_a_manager_end_before_an_interrupt_comes():
     assert at > 100
 
 
+def test_pages_that_a_finalizer_left_are_freed_whatever_is_interrupted():
+    at, done = 0, False
+    while not done:
+        manager = BlockManager(4, P)
+        manager.free_later(manager.allocate(4 * P))
+        with interrupted(at) as left:
+            try:
+                manager.require(4)
+            except KeyboardInterrupt:
+                pass
+        done, at = left[0] >= 0, at + 1
+        assert manager.num_free == 4
+    assert at > 20
+
+
 def check_whole(manager):
     """Each page is as often held as sequences have it, and free if none has."""
     counts = [0] * manager.num_pages
@@ -269,8 +304,9 @@ def reusing(manager, first):
     manager.extend(found, P, 4 * P)
 
 
+@pytest.mark.parametrize("free", [BlockManager.free, BlockManager.free_later])
 @pytest.mark.parametrize("work", [extending, reusing])
-def test_a_finalizer_may_free_a_sequence_at_any_point_of_a_method(work):
+def test_a_finalizer_may_free_a_sequence_at_any_point_of_a_method(work, free):
     """As when garbage is collected there."""
     at, done = 0, False
     while not done:
@@ -279,10 +315,11 @@ def test_a_finalizer_may_free_a_sequence_at_any_point_of_a_method(work):
         manager.publish(first, list(range(3 * P)))
         forks = [manager.fork(first), manager.allocate(2 * P), manager.allocate(2 * P)]
         manager.evict(forks[-1:], 1, [P + 1])
+        manager.free_later(manager.allocate(P))
 
         def collect(manager=manager, forks=forks):
             for pages in forks:
-                manager.free(pages)
+                free(manager, pages)
 
         with interrupted(at, action=collect) as left:
             work(manager, first)

@@ -141,8 +141,10 @@ class Stream(Iterator[str]):
     def close(self) -> None:
         """Free the sequence's pages, after the step that is being computed; no piece follows."""
         with self._lock:
-            self._pieces.close()
-            self._end()
+            try:
+                self._pieces.close()
+            finally:  # also if Ctrl-C comes
+                self._end()
 
     def stop(self) -> None:
         """End the answer after the step that is being computed, if it is not over: no piece but the

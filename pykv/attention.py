@@ -122,7 +122,7 @@ def _check_options(op: str, dims: Dims, has_tree: bool, options: tuple[Any, ...]
 
 
 # Kernels multiply queries by scale, or scale / cap, before they sum products with keys: within
-# these bounds that leaves float32 for no queries and keys below 1e8.
+# these bounds that leaves float32 for no queries and keys below 5e7.
 _MOST, _LEAST_CAP = 1e15, 1e-5
 
 

@@ -136,12 +136,23 @@ class LLM:
         progress: bool = False,
         require_sm: int = 0,
     ):
-        given: dict[str, Any] = dict(kv_dtype=kv_dtype, weights=weights, eviction=eviction)
-        given |= dict(context=context, pool_tokens=pool_tokens, page_size=page_size)
-        given |= dict(prefix_cache=prefix_cache, host_cache=host_cache, disk_cache=disk_cache)
-        given |= dict(max_tokens_resident=max_tokens_resident, max_sms_resident=max_sms_resident)
-        given |= dict(prefill_device=prefill_device, decode=decode, require_sm=require_sm)
-        wanted = Wanted(**given, progress=progress)
+        wanted = Wanted(
+            kv_dtype=kv_dtype,
+            weights=weights,
+            context=context,
+            pool_tokens=pool_tokens,
+            page_size=page_size,
+            prefix_cache=prefix_cache,
+            eviction=eviction,
+            host_cache=host_cache,
+            disk_cache=disk_cache,
+            prefill_device=prefill_device,
+            decode=decode,
+            max_tokens_resident=max_tokens_resident,
+            max_sms_resident=max_sms_resident,
+            progress=progress,
+            require_sm=require_sm,
+        )
         self.spec, dtype = wanted.spec, wanted.dtype
         self.weights_dtype: str = matrices.STORED if dtype is None else np.dtype(dtype).name
         install.require("llm", "gguf", "tokenizers")

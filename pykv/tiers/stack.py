@@ -131,13 +131,13 @@ class Tiers:
         counts = counts_of(own, plain, of_rows)
         self._files: DiskTier | None = None
         if limit is not None and limit.folder is not None:
-            largest = max(of_files.nbytes, plain.nbytes if self._exact_pages else 0)
+            forms = (of_files, plain) if self._exact_pages else (of_files,)
+            largest = max(size_of(x.nbytes, x.heads_shape[0]) for x in forms)
             part = heads_of(cache, heads, of_files)
             source = own.codec if artefact_of(own.codec) is None else of_rows.name
             facts = (identity or {}) | dict(form=of_files.name, host=source)
-            number, size = of_files.heads_shape
-            check_fits("disk_cache", limit.nbytes, size_of(largest, number))
-            nbytes = size * (1 if part is None else part.total)
+            check_fits("disk_cache", limit.nbytes, largest)
+            nbytes = of_files.heads_shape[1] * (1 if part is None else part.total)
             self._files = DiskTier(limit.folder, limit.nbytes, facts, nbytes, part)
         self._rows = [Rows(cache, of_rows, of_files, counts[-1], self._exact_pages)]
         if len(counts) > 1:

@@ -46,8 +46,8 @@ def contents(key, x):
 class World:
     """A cache with tiers, and what a runtime does with both."""
 
-    def __init__(self, pages=6, spec="fp16", xp=np, head_dim=8, **options):
-        sizes = 2, pages, 1, head_dim
+    def __init__(self, pages=6, spec="fp16", xp=np, num_heads=1, head_dim=8, **options):
+        sizes = 2, pages, num_heads, head_dim
         self.cache = PagedKVCache(*sizes, page_size=P, spec=spec, margin=1.5, xp=xp)
         if self.cache.spec.has_given_scales:
             self.cache.k_scales[...] = self.cache.v_scales[...] = 0.5

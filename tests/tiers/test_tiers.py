@@ -551,6 +551,10 @@ def test_an_interrupted_way_back_publishes_nothing(monkeypatch):
             dict(host=ROW, disk="x:1344B"),  # a page, and a file's header
             "Tiers: disk_cache is 1,344 bytes, expected at least the 1,345",
         ),
+        (
+            dict(host="1MB", disk=f"x:2177B:{KVTC}", num_heads=2, head_dim=32),  # of a first page
+            "Tiers: disk_cache is 2,177 bytes, expected at least the 2,178",
+        ),
         (dict(host=f"4095B:{KVTC}", head_dim=64), "4,095 bytes, expected at least 4,096, of which"),
         (
             dict(host=f"1MB:{KVTC}", spec="int8:head", head_dim=64),

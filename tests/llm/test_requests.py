@@ -195,10 +195,10 @@ def test_ctrl_c_while_weights_are_read(tmp_path, monkeypatch):
     def layer(self, i, *_):
         begun.append(i)
         has_begun.set()
-        may_end.wait()
+        may_end.wait(60)
 
     def matrix(*_):
-        has_begun.wait()
+        has_begun.wait(60)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(weights, "ThreadPoolExecutor", Pool)

@@ -290,7 +290,8 @@ class LLM:
     ) -> Stream:
         """Answer one prompt piece by piece; the pieces joined are `generate`'s text.
 
-        Args, Raises: as `generate`. Closing the iterator frees the sequence's pages.
+        Args, Raises: as `generate`. Closing the iterator frees the sequence's pages; if it is
+        dropped instead, the next call does.
 
         Returns:
             An iterator of pieces, which can also `stop` the answer and knows its `completion`.

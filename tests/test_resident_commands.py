@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from pykv import cuda
+from pykv import cuda, resident_commands
 from pykv.draw_phases import Adjust, Draw
 from pykv.errors import DtypeError, ParameterError, UnsupportedError
 from pykv.host_rings import State
@@ -324,6 +324,15 @@ def test_a_launch_that_ends_takes_nobody_up(device, rng, monkeypatch):
     assert results[0][1] == Drawn(0, Why.NOBODY)
     program.start(1, 7, 6, 9, pages=[9, 8, 7])
     assert of_sequences(results + all_of(program))[0][0, 0] == follow(made, made.ids[0], 3)[1:]
+
+
+def test_params_come_behind_what_blocks_do_not_read(rng):
+    """A launch takes pages and ends while blocks compute."""
+    inputs = chain(np, rng, [5, 0]).inputs._replace(params=np.zeros(4, np.int32))
+    given = 1, 7, 9, 12, [3], [0] * 5, [(2, [1, 2])]
+    commands = resident_commands.of_start("op", inputs, P, [0, 0], *given)
+    names = "PAGES", "PAGES", "ENDS", "PARAMS", "START"
+    assert [c[0] for c in commands] == [getattr(resident_commands, name) for name in names]
 
 
 def test_words_of_results():

@@ -201,7 +201,7 @@ __device__ __forceinline__ void stage(float* staged, float (&squares)[ROWS], con
             for (int j = 0; j < 4; j++) {
                 of_row[j] = i0 + at < I ? values[r][j] : 0.0f;
                 if (norm) {
-                    const float nothing = of_row[j] * 0.0f;  // or NaN: that infinities are noticed
+                    const float nothing = of_row[j] * 0.0f;  // NaN of infinities
                     squares[r] = fmaf(of_row[j], of_row[j], squares[r] + nothing);
                     of_row[j] *= factors[j];
                 }
@@ -398,7 +398,7 @@ gemv_tiles(float* staged, WarpSums& shared, X_T* out, const Source& x, const u8*
             }
             parity ^= 1;
         }
-        // Sums of a row whose squares left float may have left it, too.
+        // The factor is 0 if squares of the row left float; the sum may have left it, too.
         sum = (factor == 0.0f ? 0.0f : sum * factor) + addend;
         if (gate) sum = gated(gate, sum, __shfl_down_sync(FULL_MASK, sum, OUTS / 2));
         const int o = first_of(round.tile) + lane % OUTS;

@@ -32,7 +32,7 @@
 #include "host_ring.cuh"
 #include "phase_program.cuh"
 
-// From PARAMS on they change what blocks read of a token under way, rows of nobody included.
+// PARAMS and START change what blocks read for a token under way, even in rows that nobody has.
 enum Command { STOP = 1, GRANT, PAGES, ENDS, PARAMS, START };
 // Of a sequence behind a token: it goes on, or its row is nobody's from now on.
 enum Why { NEXT, ENDED, FULL, OUT_OF_PAGES, TAKEN_BACK, NOT_FINITE, NOBODY };

@@ -121,8 +121,8 @@ def _check_options(op: str, dims: Dims, has_tree: bool, options: tuple[Any, ...]
     return Scores(scale, window, logits_soft_cap, causal)
 
 
-# Kernels multiply queries by scale, or scale / cap, before they sum products with keys: within
-# these bounds that leaves float32 for no queries and keys below 5e7.
+# Kernels multiply queries by scale, or scale / cap, before they sum products with keys. Within
+# these bounds the sums stay in float32 as long as queries and keys are below 1e7.
 _MOST, _LEAST_CAP = 1e15, 1e-5
 
 

@@ -11,8 +11,9 @@ A command is up to 8 integers of 32 bits, a message of pykv/host_rings.py:
             ends, limit, epoch
 
 What a sequence starts with may take many commands: its START is the last of them and counts what
-came ahead, and commands are taken in order; so no number of START is there before its data. PARAMS
-and START wait until all blocks have computed the token under way, as these read what they change.
+came ahead, and commands are taken in order; so a launch that finds a START has all that it needs.
+PARAMS and START wait until all blocks have computed the token under way, as these read what they
+change.
 A START is taken up by a launch that goes on behind that token, or not at all.
 
 `epoch` says how many sequences the host has started in the row in this launch. Results repeat that
@@ -83,7 +84,8 @@ def of_start(
         raise ParameterError(f"{op}: pages has {len(ids)} pages, expected {least} to {M}")
     if len(listed(op, "params", params)) > 0 and inputs.params is None:
         raise ParameterError(f"{op}: inputs has no params, expected some where a start has them")
-    commands: list[Command] = []
+    # PARAMS come behind what a launch takes while blocks compute.
+    commands = _writes(PAGES, row, 0, ids) + _writes(ENDS, row, 0, tokens)
     for given in params:
         is_two = isinstance(given, (list, tuple)) and len(given) == 2
         if not is_two or not isinstance(given[1], (list, tuple)):
@@ -92,7 +94,6 @@ def of_start(
         most = len(inputs.params) - len(words)
         place = check_whole(op, "a place of params", given[0], 0, most)
         commands += _writes(PARAMS, 0, place, words)
-    commands += _writes(PAGES, row, 0, ids) + _writes(ENDS, row, 0, tokens)
     counts = len(ids), len(tokens)
     return [*commands, [START, row, token, length, *counts, limit, epochs[row] + 1]]
 

@@ -1,15 +1,17 @@
 """resident_commands: sequences that start while a launch runs, held to launches of their own."""
 
+import itertools
+from contextlib import suppress
 from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 
-from pykv import cuda
+from pykv import cuda, resident_commands
 from pykv.draw_phases import Adjust, Draw
 from pykv.errors import DtypeError, ParameterError, UnsupportedError
-from pykv.host_rings import State
+from pykv.host_rings import Rings, State
 from pykv.ops import phase_program, resident_program
 from pykv.ops.resident_program import MOST_TOKENS, ResidentProgram
 from pykv.phases import Embed, Product
@@ -19,6 +21,7 @@ from tests.ops.test_phase_program import attention_of
 from tests.ops.test_resident_program import SLOW, all_of, chain, follow, of_sequences
 from tests.simt import cupy as simt
 from tests.simt import machine
+from tests.test_interrupts import interrupted
 
 P, M, V, E, D, HEADS = 4, 12, 40, 16, 16, (2, 1)  # tokens a page, pages, vocabulary, widths, heads
 LIMITED = 30  # tokens of a sequence at most
@@ -324,6 +327,66 @@ def test_a_launch_that_ends_takes_nobody_up(device, rng, monkeypatch):
     assert results[0][1] == Drawn(0, Why.NOBODY)
     program.start(1, 7, 6, 9, pages=[9, 8, 7])
     assert of_sequences(results + all_of(program))[0][0, 0] == follow(made, made.ids[0], 3)[1:]
+
+
+def test_a_start_that_is_interrupted_can_be_stopped(rng):
+    """Wherever: nothing of it is written behind the stop."""
+    for at in itertools.count():
+        made = chain(np, rng, [5, 0])
+        made.program.launch(9, [10**6] * 2, [[], []])
+        made.program.take()
+        with suppress(KeyboardInterrupt), interrupted(at) as left:
+            made.program.start(1, 7, 6, 9, pages=[9, 8])
+        made.program.stop(1)
+        assert [int(x[1]) for x in made.inputs[:4]] == [0, 0, -1, 0], at
+        assert made.program.take()[0].why == Why.NEXT
+        if left[0] >= 0:
+            break
+    assert at > 50
+
+
+def test_a_grant_that_is_interrupted_is_not_given_twice(rng):
+    """Wherever: results that are not taken have room."""
+    for at in itertools.count():
+        program = chain(np, rng, [5]).program
+        program.launch(MOST_TOKENS - 20, [10**6], [[]])
+        with suppress(KeyboardInterrupt), interrupted(at) as left:
+            program.extend(20)
+        with suppress(ParameterError):
+            program.extend(20)
+        assert len(all_of(program)) <= MOST_TOKENS, at
+        if left[0] >= 0:
+            break
+    assert at > 20
+
+
+@pytest.mark.parametrize("device", ["simt"], indirect=True)
+def test_a_command_that_is_interrupted_is_none_of_the_next_launch(device, rng, monkeypatch):
+    monkeypatch.setattr(machine, "ARCH", "sm_90")
+    made = chain(device, rng, [5])
+    program = made.program
+    program.launch(64, [10**6], [[]])
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Rings, "post", interrupted_post)
+        program.stop(0)
+    program.drop()
+    made.inputs.lengths[0] = 5
+    program.launch(3, [10**6], [[]])
+    assert [x.why for (x,) in all_of(program)] == [Why.NEXT] * 3
+
+
+def interrupted_post(rings, number, payload, post=Rings.post):
+    post(rings, number, payload)
+    raise KeyboardInterrupt
+
+
+def test_params_come_behind_what_blocks_do_not_read(rng):
+    """A launch takes pages and ends while blocks compute."""
+    inputs = chain(np, rng, [5, 0]).inputs._replace(params=np.zeros(4, np.int32))
+    given = 1, 7, 9, 12, [3], [0] * 5, [(2, [1, 2])]
+    commands = resident_commands.of_start("op", inputs, P, [0, 0], *given)
+    names = "PAGES", "PAGES", "ENDS", "PARAMS", "START"
+    assert [c[0] for c in commands] == [getattr(resident_commands, name) for name in names]
 
 
 def test_words_of_results():

@@ -16,7 +16,7 @@ import pytest
 from pykv import cuda, ops, testing, verify
 from pykv.arrays import BFLOAT16
 from pykv.errors import ParameterError
-from pykv.ops import dequant, linear
+from pykv.ops import dequant, linear, resident_program
 from pykv.specs import KVSpec
 from tests import planted
 from tests.helpers import without_simt
@@ -206,6 +206,14 @@ def test_cublas_is_judged_where_it_is_found():
 
     has_rows = any("cublas" in row.case for row in judge("linear", cupy))
     assert has_rows == linear.has_cublas()
+
+
+def test_launches_may_end_before_they_are_told_of_a_start(monkeypatch):
+    """As often as a busy host takes."""
+    starts, start = iter([None] * 20), resident_program.ResidentProgram.start
+    late = lambda *args, **given: 0 if next(starts, "") is None else start(*args, **given)  # noqa: E731
+    monkeypatch.setattr(resident_program.ResidentProgram, "start", late)
+    assert all(row.ok for row in judge("resident_program", np)) and not list(starts)
 
 
 # --- Errors and bounds, worked by hand ---

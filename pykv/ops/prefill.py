@@ -98,10 +98,9 @@ def prefill(
         ShapeError: dimensions disagree, HQ is no multiple of H, or D none of 8.
         DtypeError: an array has another dtype, or an option another type.
         UnsupportedError: D exceeds 512.
-        ParameterError: `scale` is not finite, `window` is below 1 or given without `causal`,
-            `logits_soft_cap` is out of its range, scales are missing or too many, or, on the host,
-            `q_starts` does not rise from 0 to T or a page does not exist; the check found a wrong
-            entry.
+        ParameterError: `scale` or `logits_soft_cap` is out of its range, `window` is below 1 or
+            given without `causal`, scales are missing or too many, or, on the host, `q_starts` does
+            not rise from 0 to T or a page does not exist; the check found a wrong entry.
         CapacityError: on the host, a length exceeds M * P.
         DeviceError: host and device arrays are mixed.
 

@@ -301,11 +301,9 @@ class ResidentProgram:
             return 0
         if row in self._busy:
             raise ParameterError(f"{_OP}: row is {row}, whose sequence goes on, expected another")
-        if not all(map(self._tell, commands)):
-            return 0
-        self._epochs[row] += 1
+        self._epochs[row] += 1  # first: whatever interrupts the rest, `stop` ends what was told
         self._busy.add(row)
-        return self._epochs[row]
+        return self._epochs[row] if all(map(self._tell, commands)) else 0
 
     def extend(self, tokens: int, pages: Sequence[tuple[int, int, Sequence[int]]] = ()) -> bool:
         """Let the launch draw more tokens, if it has not ended by then.
@@ -330,9 +328,9 @@ class ResidentProgram:
         commands.append([resident_commands.GRANT, tokens])
         if not self._runs or not self._has_room(len(commands)):
             return False
+        self._due += tokens  # first: an interrupt must not have more granted than has room
         for command in commands:
             self._tell(command)
-        self._due += tokens
         return True
 
     def _has_room(self, commands: int) -> bool:
@@ -352,9 +350,9 @@ class ResidentProgram:
             resident_commands.reference(command, *given)
             self._left += command[1] if command[0] == resident_commands.GRANT else 0
         else:
-            self._kernel.rings.post(self._command, [word & 0xFFFFFFFF for word in command])
-            self._command += 1
-            self._posted += 1
+            number, self._command = self._command, self._command + 1
+            self._posted += 1  # first: an interrupt must not have the number used again
+            self._kernel.rings.post(number, [word & 0xFFFFFFFF for word in command])
         return True
 
     def end(self) -> None:

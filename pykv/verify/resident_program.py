@@ -60,6 +60,7 @@ def start(name: str, rng: np.random.Generator, xp: Any) -> Case:
     token, length, limit = 7, 70, 75
     last, own, drawn = int(host(inputs.ids)[0]), [], []
     for _ in range(100):  # launches: on a busy host one may end before it is told
+        inputs.lengths[0] = 3  # again, or a few launches would fill the pages
         program.launch(64, [1000, 0], [[], []])
         results = [program.take()]
         epoch = program.start(1, token, length, limit, pages=pages[1, :2].tolist())

@@ -241,11 +241,10 @@ def _unregister(address):
 
 # --- Kernels that run while the host goes on ------------------------------------------------------
 
-_beside = []  # threads that run kernels, each with what it raised
-
 
 def run_beside(work):
-    """Run a kernel in a thread; `Stream.synchronize` waits for it and raises what it raised."""
+    """Run a kernel in a thread; `synchronize` of the current stream waits for it and raises what it
+    raised, where there is none that of any."""
     errors = []
 
     def run():
@@ -255,16 +254,9 @@ def run_beside(work):
             errors.append(error)
 
     thread = threading.Thread(target=run, daemon=True)
-    _beside.append((thread, errors))
-    thread.start()
-
-
-def _wait_beside():
-    while _beside:
-        thread, errors = _beside.pop()
-        thread.join()
-        if errors:
-            raise errors[0]
+    thread.start()  # first: a finalizer may synchronise at any point
+    beside = Stream.within[-1].beside if Stream.within else Stream.of_none
+    beside.append((thread, errors))
 
 
 # --- Memory by its address, and cuBLAS ------------------------------------------------------------
@@ -341,15 +333,19 @@ class Stream:
     """As much of a stream as capturing into a graph needs."""
 
     captured = None  # the work recorded so far, while a stream is being captured
+    within = []  # streams of the `with` statements around
+    of_none = []  # as `beside`, of kernels that were launched outside of them
 
     def __init__(self, non_blocking=False):
         assert non_blocking  # since the legacy default stream cannot be captured
+        self.beside = []  # threads that run kernels, each with what it raised
 
     def __enter__(self):
+        Stream.within.append(self)
         return self
 
     def __exit__(self, *error):
-        pass
+        Stream.within.pop()
 
     def begin_capture(self):
         Stream.captured = []
@@ -362,11 +358,16 @@ class Stream:
         pass
 
     def synchronize(self):
-        _wait_beside()
+        for beside in (self.beside, Stream.of_none):
+            while beside:
+                thread, errors = beside.pop()
+                thread.join()
+                if errors:
+                    raise errors[0]
 
     @property
     def done(self):
-        return not any(thread.is_alive() for thread, _ in _beside)
+        return not any(thread.is_alive() for thread, _ in self.beside + Stream.of_none)
 
 
 class Event:

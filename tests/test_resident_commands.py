@@ -401,6 +401,7 @@ WRONG = [
     (dict(row=2), ParameterError, "row is 2, expected 0 to 1"),
     (dict(row=0), ParameterError, "row is 0, whose sequence goes on, expected another"),
     (dict(token=-1), ParameterError, "token is -1"),
+    (dict(token=V), ParameterError, f"token is {V}, expected 0 to {V - 1}"),
     (dict(token=0.5), DtypeError, "token is a float, expected a whole number"),
     (dict(length=0), ParameterError, "length is 0, expected 1 to 256"),
     (dict(length=257), ParameterError, "length is 257, expected 1 to 256"),

@@ -63,9 +63,9 @@ class LLM:
             ends with "length". None makes the cache as large as each call needs.
         page_size: tokens a page.
         prefix_cache: keep the pages of finished calls, as long as no call needs them, for prompts
-            that begin alike; see README.md of this folder for what that does to the last bits of
-            logits. None: yes, unless `eviction` is H2O, which must see all queries of a prompt, and
-            refuses one.
+            that begin alike; pykv/llm/README.md says what that does to the last bits of logits.
+            None: yes, unless `eviction` is H2O, which must see all queries of a prompt, and refuses
+            one.
         eviction: which rows the cache keeps of a prompt once it is read, and of a growing answer: a
             policy of pykv.eviction, or a text such as "snapkv:512". A `budget` holds from then on,
             give or take EVERY rows; a `ratio` is of the prompt alone. Policies that ask for queries
@@ -82,9 +82,10 @@ class LLM:
             processes with an equal model, weights, kv_dtype and page_size find as well:
             "DIR:50GiB", or with a codec likewise; see `flush` and pykv/tiers/README.md.
         decode: how a GPU computes the next token of each answer: as a CUDA "graph" of a step's
-            launches; "persistent", all of the step by one launch; or as "steps", a launch after the
-            other. "auto" is a graph, or what pykv.llm.calibrate found to be faster here. Tokens are
-            the same up to sums in another order. See README.md of this folder.
+            launches; "persistent", all of the step by one launch, of up to 8 answers, from sm_70
+            on, else "graph"; or as "steps", a launch after the other. "auto" is a graph, or what
+            pykv.llm.calibrate found to be faster here. Tokens are the same up to sums in another
+            order. See pykv/llm/README.md.
         max_tokens_resident: tokens of each answer that a launch of "persistent" draws at most.
             Other work of the GPU waits for its end, prompts of this LLM only for that of a token.
         max_sms_resident: SMs that it takes at most; None: all.

@@ -23,7 +23,7 @@ from pykv.host_rings import SLOTS, Pinned, RingKernel, State
 from pykv.ops import phase_program
 from pykv.options import check_number, check_whole
 from pykv.overlaps import place_of, share
-from pykv.phases import Argmax
+from pykv.phases import Argmax, Embed
 from pykv.resident_commands import Command, listed
 from pykv.resident_tokens import TOKEN_BITS, Drawn, Inputs, Why, of_word, reference, with_logprobs
 
@@ -270,7 +270,8 @@ class ResidentProgram:
 
         Args:
             row: that a result of the launch says to be nobody's by now.
-            token: the last one of the sequence, which the cache does not hold yet.
+            token: the last one of the sequence, which the cache does not hold yet; below the rows
+                of an Embed.
             length: tokens of it, this one among them.
             limit: the sequence ends when it has so many tokens, its prompt among them.
             ends: tokens that end it, up to 32.
@@ -293,6 +294,9 @@ class ResidentProgram:
         Waits, by tokens, only where the launch has no room for what it is told: of a sequence with
         more than 200 pages, or behind many other commands.
         """
+        for p in self._phases:
+            if isinstance(p, Embed):  # a kernel would read beyond its rows
+                token = check_whole(_OP, "token", token, 0, len(p.w) - 1)
         given = self._page_size, self._epochs, row, token, length, limit, ends, pages, params
         commands = resident_commands.of_start(_OP, self._inputs, *given)
         if any(isinstance(p, Adjust) for p in self._phases):

@@ -12,6 +12,7 @@
 //   widen_e4m3x2          pairs const [n] u16 -> halves [n, 2] u16
 //   narrow_pairs          floats const [n, 2] -> codes [n, 2] CODE
 //   copy                  from const [2, 128, 4] u32 -> to [2, 128, 4], the 128 in reverse order
+//   copy_to_mbarrier      from const [2, 128, 4] u32 -> to, likewise: half by threads, half in bulk
 //   load_matrices         rows const [32, 8] u16 -> plain, then transposed [2, 4, 32] u32
 //   mma_*                 a const [R, 32], b const [R / 2, 32] u32; d [4, 32] float, in place
 //   multiply              a, b const [16, 16] f16 bits -> d [16, 16] float
@@ -28,7 +29,7 @@
 // Defines:  SM it is compiled for; KIND = f16, bf16, e4m3 or e5m2; CODES = i8, i4, e4m3 or e5m2.
 //           widen_plain does nothing but for e4m3, narrow_plain and narrow_pairs nothing but for the
 //           fp8 kinds, and no kernel anything where the SM lacks its instruction
-// Launch:   grid (ceil(n / 128)), block (128); copy: (1), (128); from load_matrices to multiply:
+// Launch:   grid (ceil(n / 128)), block (128); copy, copy_to_mbarrier: (1), (128); from load_matrices to multiply:
 //           (1), (32); wgmma_*: (1), (128)
 // Order:    no atomics, bit-exact
 #include "mma.cuh"
@@ -181,6 +182,35 @@ extern "C" __global__ void copy(u32* to, const u32* from) {
     cp_async_wait<0>();
     __syncthreads();
     for (int j = 0; j < 4; j++) to[(128 + i) * 4 + j] = pieces[1][127 - i][j];
+}
+
+extern "C" __global__ void copy_to_mbarrier(u32* to, const u32* from) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    __shared__ __align__(16) u32 pieces[128][4];
+    __shared__ u64 filled, emptied;
+    const int i = threadIdx.x;
+    if (i == 0) {
+        mbarrier_init(&filled, 64 + 1);
+        mbarrier_init(&emptied, 4);
+        fence_async_proxy();
+    }
+    __syncthreads();
+    for (int half = 0; half < 2; half++) {
+        const u32* const piece = from + half * 512;
+        if (half == 1) mbarrier_wait(&emptied, 0);
+        if (i < 64) {
+            cp_async16(pieces[i], piece + i * 4);
+            mbarrier_arrive_behind_copies(&filled);
+        } else if (i == 64) {
+            mbarrier_arrive_expecting(&filled, 64 * 16);
+            copy_bulk(pieces[64], piece + 64 * 4, 64 * 16, &filled);
+        }
+        mbarrier_wait(&filled, half);
+        for (int j = 0; j < 4; j++) to[(half * 128 + i) * 4 + j] = pieces[127 - i][j];
+        __syncwarp();
+        mbarrier_arrive(&emptied, i % WARP == 0);
+    }
+#endif
 }
 
 extern "C" __global__ void load_matrices(u32* matrices, const u16* rows) {

@@ -273,7 +273,9 @@ __device__ __forceinline__ void multiply_stage(Sums& sums, Operands (&operands)[
 __device__ __forceinline__ void multiply_stages(Sums& sums, const Rings& rings, int first, int count,
                                                 int I) {
     const int lane = threadIdx.x % WARP, t = lane % 4;
-    const int r = opaque(threadIdx.x / WARP * 16 + lane / 4);  // places in stages are made once
+    const int row = threadIdx.x / WARP * 16 + lane / 4;
+    // Places in stages are made once, where registers are left for them.
+    const int r = CodesOf::HAS_PAIRS && CodesOf::HAS_ONES ? row : opaque(row);
     Operands operands[2] = {};
 #pragma unroll 1
     for (int n = 0; n < count; n++) {

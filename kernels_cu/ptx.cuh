@@ -66,6 +66,22 @@ __device__ __forceinline__ void e4m3x4_to_f16x4(u32 (&pairs)[2], u32 word) {
 }
 #endif
 
+// [mov] Either half of a word, twice. Unlike what __byte_perm makes, it takes no instruction where it
+// is an operand of f16x2.
+__device__ __forceinline__ u32 lower_twice(u32 x) {
+    u32 y;
+    asm("{\n\t.reg .b16 lower, upper;\n\tmov.b32 {lower, upper}, %1;\n\t"
+        "mov.b32 %0, {lower, lower};\n\t}" : "=r"(y) : "r"(x));
+    return y;
+}
+
+__device__ __forceinline__ u32 upper_twice(u32 x) {
+    u32 y;
+    asm("{\n\t.reg .b16 lower, upper;\n\tmov.b32 {lower, upper}, %1;\n\t"
+        "mov.b32 %0, {upper, upper};\n\t}" : "=r"(y) : "r"(x));
+    return y;
+}
+
 // [ld] Eager load of an element of 2, 4 or 8 bytes; see load16_eager.
 template <typename T> __device__ __forceinline__ T load_eager(const T* p) {
     static_assert(sizeof(T) == 2 || sizeof(T) == 4 || sizeof(T) == 8, "what the instruction loads");

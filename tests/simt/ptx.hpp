@@ -322,6 +322,9 @@ template <class F> unsigned of_halves(F f) { return f(0) | (unsigned)f(16) << 16
 inline double half_at(unsigned x, int shift) { return f16_bits_to_float((unsigned short)(x >> shift)); }
 }  // namespace simt
 
+inline unsigned lower_twice(unsigned x) { return (x & 0xffffu) * 0x10001u; }
+inline unsigned upper_twice(unsigned x) { return (x >> 16) * 0x10001u; }
+
 inline unsigned sub_f16x2(unsigned a, unsigned b) {
     return simt::of_halves([=](int i) {
         return simt::double_to_f16_bits(simt::half_at(a, i) - simt::half_at(b, i));

@@ -22,6 +22,7 @@
 //   power                 x const [n] float -> y [n] float
 //   dot                   a, b, c const [n] int32 -> d [n] int32
 //   subtract_halves       a, b const [n] u32, two f16 each -> y [n] u32
+//   double_halves         x const [n] u32, likewise -> y [n, 2] u32
 //   fuse_halves           a, b, c const [n] u32, likewise -> y [n] u32
 //   pair_words            words const [n] u32 of CODES -> pairs [n, elements / 2] u32 of one word
 //   pair_zipped           words const [n, 2] u32 of CODES -> pairs [n, elements] u32 of both
@@ -29,8 +30,8 @@
 // Defines:  SM it is compiled for; KIND = f16, bf16, e4m3 or e5m2; CODES = i8, i4, e4m3 or e5m2.
 //           widen_plain does nothing but for e4m3, narrow_plain and narrow_pairs nothing but for the
 //           fp8 kinds, and no kernel anything where the SM lacks its instruction
-// Launch:   grid (ceil(n / 128)), block (128); copy, copy_to_mbarrier: (1), (128); from load_matrices to multiply:
-//           (1), (32); wgmma_*: (1), (128)
+// Launch:   grid (ceil(n / 128)), block (128); copy, copy_to_mbarrier: (1), (128); from load_matrices
+//           to multiply: (1), (32); wgmma_*: (1), (128)
 // Order:    no atomics, bit-exact
 #include "mma.cuh"
 #include "quantize.cuh"
@@ -420,6 +421,10 @@ extern "C" __global__ void subtract_halves(u32* y, const u32* a, const u32* b, i
 #if __CUDA_ARCH__ >= 750
     if (item() < n) y[item()] = sub_f16x2(a[item()], b[item()]);
 #endif
+}
+
+extern "C" __global__ void double_halves(u32* y, const u32* x, int n) {
+    if (item() < n) y[2 * item()] = lower_twice(x[item()]), y[2 * item() + 1] = upper_twice(x[item()]);
 }
 
 extern "C" __global__ void fuse_halves(u32* y, const u32* a, const u32* b, const u32* c, int n) {

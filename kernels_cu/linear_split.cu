@@ -3,7 +3,10 @@
 //
 // Arrays, row-major, last dimension contiguous (letters as in pykv/ops/linear_split.py):
 //   pieces            [PIECES, T', I'] HALF_T, T' >= T, I' >= I a multiple of 16; x times a power of
-//                     two for each token, as the sum of its pieces; zeros outside
+//                     two for each token, as the sum of its pieces; zeros outside. With a `tile` of
+//                     tokens, a multiple of 8, whose T' and I' are multiples of tile and 64, they are
+//                     [PIECES, T' / tile, I' / 64, tile, 64], whose chunks of 8 elements are permuted
+//                     as wgmma reads them: chunk c of token t stands at c ^ t % 8
 //   totals            [T', I' / 16] float  sums of 16 elements of x times that power, in the order of
 //                     pieces; only with TOTALS
 //   units             [T'] float  one over that power
@@ -35,6 +38,12 @@ constexpr int SECOND = EVEN_FIRST ? 2 : 1, THIRD = 3 - SECOND;  // of four eleme
 __device__ __forceinline__ int element(int p, int lane) {
     constexpr int SPAN = OWN ? 4 * OWN : 16;  // elements of four lanes
     return OWN ? p / SPAN * SPAN + lane * OWN + p % SPAN / 4 : p + 4 * lane;
+}
+
+// Where element p of token t stands, p a multiple of 8.
+__device__ __forceinline__ i64 start_of(i64 t, int p, int padded_I, int tile) {
+    if (tile == 0) return t * padded_I + p;
+    return t / tile * tile * padded_I + ((i64)(p / 64) * tile + t % tile) * 64 + (p % 64 / 8 ^ t % 8) * 8;
 }
 
 // The largest finite magnitude of a row, and its sum of squares, as all threads have them.
@@ -71,7 +80,7 @@ __device__ __forceinline__ void reduce_row(float& largest, float& squares, const
 
 extern "C" __global__ void __launch_bounds__(BLOCK)
 split(HALF_T* pieces, float* totals, float* units, u32* counters, const X_T* x, const float* norm,
-      int T, int I, int padded_I, i64 x_stride, int num_counters, float eps) {
+      int T, int I, int padded_I, i64 x_stride, int num_counters, float eps, int tile) {
 #if __CUDA_ARCH__ >= 750
     let_next_start();
     await_previous();
@@ -119,9 +128,10 @@ split(HALF_T* pieces, float* totals, float* units, u32* counters, const X_T* x, 
         }
 #pragma unroll
         for (int n = 0; n < PIECES; n++) {
-            uint4* to = reinterpret_cast<uint4*>(pieces + n * piece + t * padded_I + p);
+            uint4* to = reinterpret_cast<uint4*>(pieces + n * piece + start_of(t, p, padded_I, tile));
+            const int second = tile && t % 2 ? -1 : 1;  // places from the first chunk on
             to[0] = uint4{words[n][0], words[n][1], words[n][2], words[n][3]};
-            to[1] = uint4{words[n][4], words[n][5], words[n][6], words[n][7]};
+            to[second] = uint4{words[n][4], words[n][5], words[n][6], words[n][7]};
         }
         if (TOTALS) totals[(t * padded_I + p) / 16] = total;
     }

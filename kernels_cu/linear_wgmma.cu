@@ -1,12 +1,13 @@
 // linear_wgmma.cu: out = x @ w.T + bias for 3 to some 100 tokens, or gated pairs of these, on the tensor
-// cores of sm_90: tokens and the codes of weights come by way of shared memory, and weights are made
-// of codes in registers, which are operands of wgmma.
+// cores of sm_90. Two warps of a block copy: tokens and the codes and scales of weights go to rings of
+// stages in shared memory. The others multiply, each group of four warps at its own pace: they make
+// weights of codes in registers, which are operands of wgmma.
 //
 // Arrays, row-major, last dimension contiguous (letters as in pykv/ops/linear_wgmma.py):
 //   out               [T, O]  X_T at row stride out_stride; written, and where `accumulate` is 1
 //                     also read and added to
 //   pieces     const  [T', I'] f16; T' is T up to whole tiles, I' is I up to whole stages; what
-//                     linear_split.cu makes of x
+//                     linear_split.cu makes of x, in tiles of TILE_T tokens
 //   units      const  [T'] float  what sums of a token are multiplied by
 //   w          const  [O, W] u8  rows of planes of KIND (pykv/planes.py), 16-byte aligned; with a GATE
 //                     [2 * O, W], gates, then what they open
@@ -14,12 +15,13 @@
 //   partial           [parts, tiles, TILE_T * TILE_O] float, where parts > 1
 //   counters          [tiles] u32, zeros
 // Defines:  KIND = a kind of planes.cuh; X_T, B_T = float, f16 or bf16; GATE = 0, or of gate.cuh 1 or 2;
-//           BLOCK = threads, a multiple of 128, two for each row of w of a block, TILE_O; TILE_T = tokens
-//           of a block, 8, 16, 32, or a multiple of 64; STAGES in shared memory; RESIDENT = blocks on an
-//           SM; GROUP_O = tiles of outputs whose blocks run together; SHARED_BYTES. In cubins of sm_90
-//           alone; elsewhere, in PTX for sm_90 as well, it does nothing
+//           BLOCK = threads that multiply, a multiple of 128, two for each row of w of a block, TILE_O;
+//           TILE_T = tokens of a block, 8, 16, 32, or a multiple of 64; STAGES of weights in shared
+//           memory, and of tokens X_STAGES, no more of them; RESIDENT = blocks on an SM; GROUP_O = tiles
+//           of outputs whose blocks run together; SHARED_BYTES. In cubins of sm_90 alone; elsewhere, in
+//           PTX for sm_90 as well, it does nothing
 // Limits:   the rows of w of a block, and with a GATE all of w, within 2^32 bytes
-// Launch:   grid (tiles, parts), tiles = ceil(rows of w / TILE_O) * T' / TILE_T, block (BLOCK),
+// Launch:   grid (tiles, parts), tiles = ceil(rows of w / TILE_O) * T' / TILE_T, block (BLOCK + 64),
 //           SHARED_BYTES of dynamic shared memory. It may start early: before the kernel ahead has ended
 //           it reads w alone; what others write is not __restrict__, so that no load of it moves ahead
 //           of the wait
@@ -37,9 +39,12 @@
     !defined(TILE_T)
 #error "linear_wgmma.cu needs KIND, X_T, B_T, GATE, BLOCK and TILE_T"
 #endif
-#if !defined(STAGES) || !defined(RESIDENT) || !defined(GROUP_O) || !defined(SHARED_BYTES)
-#error "linear_wgmma.cu needs STAGES, RESIDENT, GROUP_O and SHARED_BYTES"
+#if !defined(STAGES) || !defined(X_STAGES) || !defined(RESIDENT) || !defined(GROUP_O) || \
+    !defined(SHARED_BYTES)
+#error "linear_wgmma.cu needs STAGES, X_STAGES, RESIDENT, GROUP_O and SHARED_BYTES"
 #endif
+
+constexpr int COPIERS = 64;  // threads
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 using W = Weights<KIND, false>;
@@ -52,9 +57,10 @@ constexpr int X_PART = TILE_T * 128;                // bytes: 64 elements of all
 constexpr int X_BYTES = DEPTH / 64 * X_PART;
 constexpr int SCALES = (KIND::FIRST + KIND::SECOND + 15) / 16 * 16;  // bytes of a row
 constexpr int CODE_BYTES = TILE_O * CodesOf::BYTES * GROUPS;
-constexpr int STAGE_BYTES = X_BYTES + CODE_BYTES + TILE_O * SCALES;
+constexpr int W_BYTES = CODE_BYTES + TILE_O * SCALES;
 static_assert(TILE_T % N == 0 && BLOCK % 128 == 0, "whole tiles of wgmma");
-static_assert(SHARED_BYTES == STAGES * STAGE_BYTES && STAGES >= 3, "all stages");
+static_assert(SHARED_BYTES == STAGES * W_BYTES + X_STAGES * X_BYTES, "all stages");
+static_assert(X_STAGES <= STAGES, "a stage's signals are those of its weights");
 
 using Sums = float[TILE_T / 8][4];
 using Operands = u32[2][4];  // of two steps of 16 elements
@@ -71,26 +77,18 @@ template <int CHUNKS> __device__ __forceinline__ int place_of(int row, int chunk
 struct Rows {
     static constexpr int WORDS = CodesOf::WORDS / 4 * GROUPS, PAIRS = CodesOf::HAS_PAIRS * GROUPS / 2;
     static constexpr int ONES = CodesOf::HAS_ONES * GROUPS / 4;  // chunks of a row
-    static constexpr int LOADED = (KIND::FIRST + 7) / 8;         // words of scales of a thread
-
-    static constexpr int SHARE = WORDS ? TILE_O * WORDS / BLOCK : 1;  // chunks of words of a thread
+    // Bytes of a copy of scales, which begin behind codes of any number of groups.
+    static constexpr int ALL = CodesOf::BYTES | KIND::FIRST | 16, AT_ONCE = ALL & -ALL;
+    static_assert(AT_ONCE >= 4 && KIND::SECOND <= 4, "what cp.async copies");
 
     const u8* w;         // row o0, or its gate
     u32 stride, opened;  // bytes from a row to the next, and from a gate to what it opens
     int last, G;         // how many rows follow the first; groups of a row
-    u32 words[SHARE], scales;  // where a thread's chunks begin, and the row of its scales
-    u32 first[LOADED], second;
+    int thread;          // of those that copy
 
     __device__ __forceinline__ Rows(const u8* w, i64 w_stride, int o0, int O, int G)
-        : w(opaque_pointer(w + min(o0, O - 1) * w_stride)), stride((u32)w_stride),
-          opened(O * (u32)w_stride), last(max(O - 1 - o0, 0)), G(G) {
-        scales = row(threadIdx.x / 2);
-#pragma unroll
-        for (int i = 0; i < SHARE; i++) {
-            constexpr int CHUNKS = WORDS ? WORDS : 1;
-            words[i] = row((i * BLOCK + threadIdx.x) / CHUNKS) + threadIdx.x % CHUNKS * 16;
-        }
-    }
+        : w(w + min(o0, O - 1) * w_stride), stride((u32)w_stride), opened(O * (u32)w_stride),
+          last(max(O - 1 - o0, 0)), G(G), thread(threadIdx.x - BLOCK) {}
 
     // Where row r of the block begins: with a GATE 8 gates are followed by what they open. Past the last
     // output that one again, whose sums are dropped.
@@ -100,59 +98,49 @@ struct Rows {
     }
 
     template <int CHUNKS> __device__ __forceinline__ void copy_plane(u8*& to, u32& plane,
-                                                                       int stage) const {
+                                                                     int stage) const {
         if constexpr (CHUNKS > 0) {
-            const int chunk = threadIdx.x % CHUNKS;
+            const int chunk = thread % CHUNKS;
             const int end = (G * CHUNKS + GROUPS - 1) / GROUPS - 1;  // past the end that one again
-            const u32 from = plane + (min(stage * CHUNKS + chunk, end) - chunk) * 16;
-#pragma unroll
-            for (int i = 0; i * BLOCK < TILE_O * CHUNKS; i++) {
-                const int r = (i * BLOCK + threadIdx.x) / CHUNKS;
-                if (TILE_O * CHUNKS % BLOCK == 0 || r < TILE_O) {
-                    const u32 start = CHUNKS == WORDS ? words[i] : row(r) + chunk * 16;
-                    cp_async16(to + place_of<CHUNKS>(r, chunk), w + (from + start));
-                }
+            const u8* const from = w + (plane + min(stage * CHUNKS + chunk, end) * 16);
+#pragma unroll 8
+            for (int r = thread / CHUNKS; r < TILE_O; r += COPIERS / CHUNKS) {
+                cp_async16(to + place_of<CHUNKS>(r, chunk), from + row(r));
             }
             to += TILE_O * CHUNKS * 16, plane += G * CHUNKS * 16 / GROUPS;
         }
     }
-    __device__ __forceinline__ void copy_codes(u8* to, int stage) const {
+
+    // Past the end of a row its last scales again, and zeros behind these. Scales of two bytes are
+    // copied with those of the next stage, or of the one before.
+    __device__ __forceinline__ void copy_scales(u8* to, u32 plane, int stage) const {
+        constexpr int OF_ROW = KIND::FIRST / AT_ONCE;  // copies
+        const int bytes = G * KIND::FIRST / GROUPS, end = (bytes - 1) / AT_ONCE * AT_ONCE;
+#pragma unroll 4
+        for (int i = thread; i < TILE_O * OF_ROW; i += COPIERS) {
+            const int r = i / OF_ROW, at = i % OF_ROW * AT_ONCE;
+            const u8* const from = w + (row(r) + plane + min(stage * KIND::FIRST + at, end));
+            cp_async<AT_ONCE>(to + r * SCALES + at, from);
+        }
+        if constexpr (KIND::SECOND > 0) {
+#pragma unroll 4
+            for (int r = thread; r < TILE_O; r += COPIERS) {
+                const u8* const from = w + (row(r) + plane + bytes + stage * KIND::SECOND / 4 * 4);
+                cp_async<4>(to + r * SCALES + KIND::FIRST, from);
+            }
+        }
+    }
+
+    __device__ __forceinline__ void copy(u8* to, int stage) const {
         u32 plane = 0;
         copy_plane<WORDS>(to, plane, stage);
         copy_plane<PAIRS>(to, plane, stage);
         copy_plane<ONES>(to, plane, stage);
+        copy_scales(to, plane, stage);
     }
 
-    // Scales begin at multiples of two or four bytes, where cp.async cannot copy 16: threads load them,
-    // two threads a row, and store them later. Past the end of a row they are the last word again.
-    __device__ __forceinline__ void load_scales(int stage) {
-        const int half = threadIdx.x % 2;
-        const u32 from = scales + G * CodesOf::BYTES;
-        const int end = G * KIND::FIRST / GROUPS;
-#pragma unroll
-        for (int i = 0; i < LOADED; i++) {
-            const u32 at = min(stage * KIND::FIRST + (half * LOADED + i) * 4, (end - 1) / 4 * 4);
-            first[i] = load_eager(reinterpret_cast<const u32*>(w + (from + at)));
-        }
-        if (KIND::SECOND > 0 && half == 0) {
-            const u16* const other = reinterpret_cast<const u16*>(w + (from + end + stage * KIND::SECOND));
-            second = load_eager(other);
-            if (KIND::SECOND == 4) second |= load_eager(other + 1) << 16;
-        }
-    }
-    __device__ __forceinline__ void store_scales(u8* to) const {
-        const int half = threadIdx.x % 2;
-        to += threadIdx.x / 2 * SCALES;
-#pragma unroll
-        for (int i = 0; i < LOADED; i++) {
-            const int word = half * LOADED + i;
-            if (word * 4 < KIND::FIRST) reinterpret_cast<u32*>(to)[word] = first[i];
-        }
-        if (KIND::SECOND > 0 && half == 0) *reinterpret_cast<u32*>(to + KIND::FIRST) = second;
-    }
-
-    // Codes and scales of group g of a stage, of row r.
-    static __device__ __forceinline__ void read(W& to, const u8* codes, int r, int g) {
+    // Codes and scales of group g of a stage that is odd or not, of row r.
+    static __device__ __forceinline__ void read(W& to, const u8* codes, int r, int g, int is_odd) {
         if constexpr (WORDS > 0) {
             constexpr int OF_GROUP = CodesOf::WORDS / 4;
 #pragma unroll
@@ -174,24 +162,59 @@ struct Rows {
             to.codes.ones = *reinterpret_cast<const u32*>(codes + place_of<ONES>(r, g / 4) + g % 4 * 4);
         }
         codes += TILE_O * ONES * 16;
-        to.raw = KIND::load(codes + r * SCALES, g, GROUPS);
+        to.raw = raw_of<KIND>(codes + r * SCALES, g, is_odd);
+    }
+    template <typename K>
+    static __device__ __forceinline__ typename K::Raw raw_of(const u8* scales, int g, int is_odd) {
+        typename K::Raw raw = K::load(scales, g, GROUPS);
+        if constexpr (K::SECOND == 2) raw.d = two_bytes(scales + K::FIRST + is_odd * 2);
+        return raw;
     }
 };
 
-// A stage of x in the order that wgmma reads: rows of 128 bytes, whose chunks of 16 are permuted by
-// the lowest bits of the row.
-__device__ __forceinline__ void copy_tokens(u8* to, const f16* pieces, int t0, int padded_I, int stage) {
-    constexpr int CHUNKS = DEPTH / 8, STEP = BLOCK / CHUNKS;  // tokens that all threads copy at once
-    const int chunk = threadIdx.x % CHUNKS, token = threadIdx.x / CHUNKS;
-    const f16* from = pieces + (i64)(t0 + token) * padded_I + stage * DEPTH + chunk * 8;
-    to += chunk / 8 * X_PART;
-#pragma unroll
-    for (int n = 0; n < TILE_T; n += STEP) {
-        if (TILE_T % STEP == 0 || token + n < TILE_T) {
-            const int place = (token + n) * 128 + (chunk % 8 ^ (token + n) % 8) * 16;
-            cp_async16(to + place, from + (i64)n * padded_I);
-        }
+// Rings of stages in shared memory. Stage n, from 0 on, is filled when all threads that copy have
+// arrived with what they copy, and emptied when all warps that multiply have arrived.
+struct Rings {
+    u8* shared;
+    u64 *filled, *emptied;  // STAGES each
+
+    // Tokens come first: wgmma reads them at multiples of 1024.
+    __device__ __forceinline__ u8* tokens(int n) const { return shared + n % X_STAGES * X_BYTES; }
+    __device__ __forceinline__ u8* weights(int n) const {
+        return shared + X_STAGES * X_BYTES + n % STAGES * W_BYTES;
     }
+    __device__ __forceinline__ void copy_tokens(const u8* from, int n) const {
+        mbarrier_arrive_expecting(filled + n % STAGES, X_BYTES);
+        copy_bulk(tokens(n), from + (i64)n * X_BYTES, X_BYTES, filled + n % STAGES);
+    }
+    __device__ __forceinline__ void copy_weights(const Rows& rows, int first, int n) const {
+        rows.copy(weights(n), first + n);
+        mbarrier_arrive_behind_copies(filled + n % STAGES);
+    }
+    __device__ __forceinline__ static void await(u64* signals, int n) {
+        mbarrier_wait(signals + n % STAGES, n / STAGES % 2);
+    }
+};
+
+// What threads do that copy: `count` stages from `first` on. They ask for weights before the kernel
+// ahead has ended.
+__device__ __forceinline__ void copy_stages(const Rings& rings, const Rows& rows, const f16* pieces,
+                                            int t0, int padded_I, int first, int count) {
+    const u8* const tile = reinterpret_cast<const u8*>(pieces + (i64)t0 * padded_I);
+    const u8* const x = tile + (i64)first * X_BYTES;
+#pragma unroll 1
+    for (int n = 0; n < min(STAGES, count); n++) rings.copy_weights(rows, first, n);
+    await_previous();
+    if (rows.thread == 0) {
+        for (int n = 0; n < min(X_STAGES, count); n++) rings.copy_tokens(x, n);
+    }
+#pragma unroll 1
+    for (int n = 0; n < count - X_STAGES; n++) {
+        Rings::await(rings.emptied, n);
+        if (rows.thread == 0) rings.copy_tokens(x, n + X_STAGES);
+        if (n + STAGES < count) rings.copy_weights(rows, first, n + STAGES);
+    }
+    cp_async_wait<0>();  // no thread ends ahead of its copies
 }
 
 // Sums += products of 32 elements, which begin at `sub` * 32 of a stage of x.
@@ -203,23 +226,23 @@ __device__ __forceinline__ void multiply_group(Sums& sums, const Operands& w, Wg
         for (int n = 0; n < TILE_T / N; n++) {
             const int at = sub / 2 * X_PART + (sub % 2 * 2 + step) * 32 + n * N * 128;
             wgmma_m64k16(reinterpret_cast<float (&)[N / 2]>(sums[n * N / 8]), w[step],
-                                wgmma_matrix(x, at));
+                         wgmma_matrix(x, at));
         }
     }
     wgmma_commit();
 }
 
-// Sums += the products of a stage.
-__device__ __forceinline__ void multiply_stage(Sums& sums, const u8* stage, int I) {
-    const int lane = threadIdx.x % WARP, t = lane % 4, r = threadIdx.x / WARP * 16 + lane / 4;
-    const WgmmaMatrix x = wgmma_matrix(stage, 0);
-    Operands operands[2];
+// Sums += the products of stage n, of which those of the last 32 elements may yet go on. A lane has
+// rows r and r + 8, and groups t and t + 4.
+__device__ __forceinline__ void multiply_stage(Sums& sums, Operands (&operands)[2], const Rings& rings,
+                                               int n, int is_odd, int r, int t, int I) {
+    const WgmmaMatrix x = wgmma_matrix(rings.tokens(n), 0);
 #pragma unroll
     for (int u = 0; u < 2; u++) {
         W own[2];
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            Rows::read(own[half], stage + X_BYTES, r + half * 8, u * 4 + t);
+            Rows::read(own[half], rings.weights(n), r + half * 8, u * 4 + t, is_odd);
             own[half].begin(u, I, t);
         }
 #pragma unroll
@@ -238,19 +261,40 @@ __device__ __forceinline__ void multiply_stage(Sums& sums, const u8* stage, int 
             multiply_group(sums, now, x, u * 4 + sub);
             wgmma_wait<1>();
             wgmma_operands(operands[(sub + 1) % 2]);
+            if (u + sub == 0) {  // the stage before is over
+                __syncwarp();
+                mbarrier_arrive(rings.emptied + (n + STAGES - 1) % STAGES, n > 0 && r % 8 + t == 0);
+            }
         }
+    }
+}
+
+// Sums += the products of `count` stages from `first` on.
+__device__ __forceinline__ void multiply_stages(Sums& sums, const Rings& rings, int first, int count,
+                                                int I) {
+    const int lane = threadIdx.x % WARP, t = lane % 4;
+    const int row = threadIdx.x / WARP * 16 + lane / 4;
+    // Places in stages are made once, where registers are left for them.
+    const int r = CodesOf::HAS_PAIRS && CodesOf::HAS_ONES ? row : opaque(row);
+    Operands operands[2] = {};
+#pragma unroll 1
+    for (int n = 0; n < count; n++) {
+        Rings::await(rings.filled, n);
+        multiply_stage(sums, operands, rings, n, (first + n) % 2, r, t, I);
     }
     wgmma_wait<0>();
     wgmma_operands(operands[1]);
+    wgmma_results(reinterpret_cast<float (&)[sizeof(Sums) / sizeof(float)]>(sums));
 }
 #endif
 
-extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT)
+extern "C" __global__ void __launch_bounds__(BLOCK + COPIERS, RESIDENT)
 linear_wgmma(X_T* out, float* partial, u32* counters, const f16* pieces, const float* units,
              const u8* __restrict__ w, const B_T* __restrict__ bias, int T, int O, int I,
              int padded_I, int tiles_t, i64 w_stride, i64 out_stride, int accumulate) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     extern __shared__ __align__(1024) u8 shared[];
+    __shared__ u64 filled[STAGES], emptied[STAGES];
     __shared__ int is_last;
     let_next_start();
     // Blocks that run together share weights and tokens: GROUP_O tiles of outputs, all of tokens.
@@ -261,45 +305,22 @@ linear_wgmma(X_T* out, float* partial, u32* counters, const f16* pieces, const f
     const int stages = padded_I / DEPTH;
     const int first = (int)((i64)stages * blockIdx.y / gridDim.y);
     const int last = (int)((i64)stages * (blockIdx.y + 1) / gridDim.y);
-    const auto slot = [&](int n) { return shared + n * STAGE_BYTES; };
-
-    constexpr int AHEAD = STAGES - 1;
-    Rows rows(w, w_stride, o0, O, I / GROUP);
-#pragma unroll 1
-    for (int n = 0; n < min(AHEAD, last - first); n++) {
-        rows.copy_codes(slot(n) + X_BYTES, first + n);
-        rows.load_scales(first + n);
-        rows.store_scales(slot(n) + X_BYTES + CODE_BYTES);
+    if (threadIdx.x < STAGES) {
+        mbarrier_init(filled + threadIdx.x, COPIERS + 1);
+        mbarrier_init(emptied + threadIdx.x, BLOCK / WARP);
+        fence_async_proxy();  // bulk copies find what they arrive at
+    }
+    __syncthreads();
+    const Rings rings = {shared, filled, emptied};
+    if (threadIdx.x >= BLOCK) {
+        const Rows rows(w, w_stride, o0, O, I / GROUP);
+        copy_stages(rings, rows, pieces, t0, padded_I, first, last - first);
+        return;
     }
     await_previous();
-#pragma unroll 1
-    for (int n = 0; n < AHEAD; n++) {
-        if (first + n < last) copy_tokens(slot(n), pieces, t0, padded_I, first + n);
-        cp_async_commit();
-    }
-
     Sums sums = {};
-    bool is_held = false;
-    int now = 0, replaced = AHEAD, held = AHEAD - 1;  // slots: of this stage, the one before, scales
-#pragma unroll 1
-    for (int stage = first; stage < last; stage++) {
-        cp_async_wait<AHEAD - 1>();
-        fence_async_proxy();
-        __syncthreads();  // the stage is there, and all have read the one before, which is replaced
-        if (is_held) rows.store_scales(slot(held) + X_BYTES + CODE_BYTES);
-        const int next = stage + AHEAD;
-        is_held = next < last;
-        if (is_held) {
-            copy_tokens(slot(replaced), pieces, t0, padded_I, next);
-            rows.copy_codes(slot(replaced) + X_BYTES, next);
-            rows.load_scales(next);
-        }
-        cp_async_commit();
-        multiply_stage(sums, slot(now), I);
-        held = replaced, replaced = now, now = now + 1 < STAGES ? now + 1 : 0;
-    }
+    multiply_stages(sums, rings, first, last - first, I);
     constexpr int OF_LANE = sizeof(Sums) / sizeof(float);
-    wgmma_results(reinterpret_cast<float (&)[OF_LANE]>(sums));
     if (gridDim.y > 1 && !add_parts(reinterpret_cast<float (&)[OF_LANE]>(sums), partial, counters,
                                     is_last)) {
         return;

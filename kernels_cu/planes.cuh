@@ -128,7 +128,7 @@ template <int BITS_, int ZERO_> struct OneHalf {
         d[0] = half_of(raw);
     }
     static __device__ __forceinline__ void decode_halves(u32 (&d)[1], u32 (&)[1], Raw raw, int) {
-        d[0] = __byte_perm(raw, 0, 0x1010);
+        d[0] = lower_twice(raw);
     }
 };
 
@@ -146,8 +146,8 @@ template <int BITS_> struct TwoHalves {
         m[0] = half_of(raw >> 16);
     }
     static __device__ __forceinline__ void decode_halves(u32 (&d)[1], u32 (&m)[1], Raw raw, int) {
-        d[0] = __byte_perm(raw, 0, 0x1010);
-        m[0] = __byte_perm(raw, 0, 0x3232);
+        d[0] = lower_twice(raw);
+        m[0] = upper_twice(raw);
     }
 };
 
@@ -219,8 +219,8 @@ template <int BITS_> struct Groups {
         const u32 codes = g % 8 < 4 ? both & 0x003f003fu : low | (both >> 2 & 0x00300030u);
         const u32 numbers = sub_f16x2(codes | ONE_K, ONE_K);
         const u32 scales = fma_f16x2(numbers, raw.x ^ 0x80000000u, MINUS_ZERO);
-        d[0] = __byte_perm(scales, 0, 0x1010);
-        m[0] = __byte_perm(scales, 0, 0x3232);
+        d[0] = lower_twice(scales);
+        m[0] = upper_twice(scales);
     }
 #endif
 };

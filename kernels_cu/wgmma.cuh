@@ -32,8 +32,7 @@ __device__ __forceinline__ WgmmaMatrix wgmma_matrix(const void* shared, u32 lead
 
 // The same so many bytes on.
 __device__ __forceinline__ WgmmaMatrix wgmma_matrix(WgmmaMatrix from, u32 bytes) {
-    const u32 low = (u32)from.descriptor + (bytes >> 4);  // the start has the lowest 14 bits
-    return {from.descriptor >> 32 << 32 | low};
+    return {from.descriptor + (bytes >> 4)};  // the start has the lowest 14 bits
 }
 
 // Registers of D in the text of an instruction, and as its operands.

@@ -1,5 +1,5 @@
 """Delete each barrier of each device file, one at a time, and see the tests of its kernels fail;
-likewise what orders wgmma, and the waits of kernels that start early.
+likewise what orders wgmma, what is done with mbarriers, and the waits of kernels that start early.
 
     python tools/mutate_barriers.py [NAME ...]
 
@@ -25,6 +25,7 @@ ROOT = Path(__file__).parent.parent
 BARRIER = re.compile(
     r"__sync(?:threads|warp)\(\);|cluster_arrive(?:_relaxed)?\(\);[^\n]*\n\s*cluster_wait\(\);"
     r"|fence_async_proxy\(\);|wgmma_(?:fence|commit|wait<\d>)\(\);|await_previous\(\);"
+    r"|mbarrier_(?:wait|arrive\w*)\([^;]*\);"
 )
 
 

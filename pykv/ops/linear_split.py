@@ -64,6 +64,7 @@ def then(
     partial: tuple[int, int],
     eps: float,
     in_order: bool = False,
+    tile: int = 0,
 ) -> Callable[[dict[str, Any], Any], None]:
     """The function of arrays by name (out, x, w, bias, norm) and a stream that launches `split`,
     then `multiply`, with memory for what they hand on.
@@ -73,10 +74,12 @@ def then(
         partial: floats that blocks add up, and counters for those that do.
         eps: of the norm.
         in_order: see `defines`.
+        tile: tokens whose pieces lie together, in wgmma's order; 0: rows of pieces.
     """
     (T, I), (rows, columns), (floats, counters) = x.shape, padded, partial
     every = defines(kind, x.dtype, exact, I, in_order)
-    scalars = dict(T=T, I=I, padded_I=columns, x_stride=row_step(x), num_counters=counters, eps=eps)
+    scalars = dict(T=T, I=I, padded_I=columns, x_stride=row_step(x), num_counters=counters)
+    scalars |= dict(eps=eps, tile=tile)
     kernel = cuda.kernel("linear_split", "split", **every)
     split = cuda.Launch(kernel, rows, every["BLOCK"], scalars, early=True)
     totals = rows * columns // 16 if every["TOTALS"] else 0

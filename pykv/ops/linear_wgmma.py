@@ -24,6 +24,7 @@ class Tiling(NamedTuple):
     TILE_T: int
     BLOCK: int
     STAGES: int
+    X_STAGES: int
     RESIDENT: int
     GROUP_O: int = 8
 
@@ -53,19 +54,29 @@ def multiplies(kind: str, exact: bool, T: int, R: int, I: int, gate: str | None,
     return T <= (MOST if R * I > FEW_ELEMENTS else most_of_few)
 
 
+_COPIERS = 64  # threads of a block that copy, besides its BLOCK
 _ROOM = 224 << 10  # bytes of shared memory of an SM, less what blocks take besides
 _MOST_STAGES = 6
 
 
 def _tiling(kind: str, tokens: int, block: int, resident: int) -> Tiling:
-    """With as many stages as there is room for, at least three: where these are too large, of one
-    block of 256 threads, for which every kind has room."""
-    stages = min(_ROOM // resident // _stage_bytes(kind, tokens, block), _MOST_STAGES)
-    return Tiling(tokens, block, stages, resident) if stages >= 3 else _tiling(kind, tokens, 256, 1)
+    """With as many stages of weights as there is room for beside those of tokens, at least three:
+    where these are too large, of one block of 256 threads, for which every kind has room."""
+    of_tokens = 3 if tokens < 32 else 2
+    room = _ROOM // resident - of_tokens * _token_bytes(tokens)
+    stages = min(room // _weight_bytes(kind, block), _MOST_STAGES)
+    if stages < 3:
+        return _tiling(kind, tokens, 256, 1)
+    return Tiling(tokens, block, stages, of_tokens, resident)
 
 
-def _stage_bytes(kind: str, tokens: int, block: int) -> int:
-    return tokens * DEPTH * 2 + block // 2 * planes.row_bytes(kind, DEPTH)
+def _token_bytes(tokens: int) -> int:
+    """Of a stage, as of weights."""
+    return tokens * DEPTH * 2
+
+
+def _weight_bytes(kind: str, block: int) -> int:
+    return block // 2 * planes.row_bytes(kind, DEPTH)
 
 
 def tilings(kind: str) -> dict[int, list[Tiling]]:
@@ -104,7 +115,8 @@ def defines(
     kind: str, x: Any, bias: Any, tiling: Tiling, gate: str | None = None
 ) -> dict[str, Any]:
     """All of the kernel's defines; x and bias are dtypes."""
-    shared = tiling.STAGES * _stage_bytes(kind, tiling.TILE_T, tiling.BLOCK)
+    shared = tiling.STAGES * _weight_bytes(kind, tiling.BLOCK)
+    shared += tiling.X_STAGES * _token_bytes(tiling.TILE_T)
     sizes = dict(tiling._asdict(), SHARED_BYTES=shared)
     return dict(KIND=kind, X_T=x, B_T=bias, GATE=GATES.index(gate), **sizes)
 
@@ -141,7 +153,7 @@ def product(
     multiply = cuda.Launch(
         cuda.kernel("linear_wgmma", "linear_wgmma", **every),
         (tiles, parts),
-        tiling.BLOCK,
+        tiling.BLOCK + _COPIERS,
         dict(T=T, O=out.shape[1], I=I, padded_I=padded, tiles_t=tiles_t, w_stride=w.strides[0])
         | dict(out_stride=row_step(out), accumulate=accumulate),
         shared_bytes=every["SHARED_BYTES"],
@@ -150,7 +162,9 @@ def product(
     counters = tiles if parts > 1 else 0
     partial = counters * parts * tiling.TILE_T * tiling.rows, counters
     padded_sizes = tiles_t * tiling.TILE_T, padded
-    return linear_split.then(multiply, x, kind, False, padded_sizes, partial, eps)
+    return linear_split.then(
+        multiply, x, kind, False, padded_sizes, partial, eps, tile=tiling.TILE_T
+    )
 
 
 def _variant(kind: str, tokens: int, number: int, gate: str | None = None) -> dict[str, Any]:

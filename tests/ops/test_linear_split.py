@@ -13,19 +13,20 @@ from tests.helpers import assert_same_bits, swept, to_numpy
 T, ROWS = 3, 5
 
 
-def split(xp, x, kind, exact, in_order, columns, norm=None):
-    """Pieces, totals and units, of ROWS rows and so many columns."""
+def split(xp, x, kind, exact, in_order, columns, norm=None, tile=0):
+    """Pieces, totals and units, of ROWS rows, or two tiles, and so many columns."""
     sm = cuda.current_sm()
     if sm < (80 if kind == "BF16" else 75):
         pytest.skip(f"sm_{sm} has no such kernel")
     every = op.defines(kind, x.dtype, exact, x.shape[1], in_order)
-    pieces = xp.full((every["PIECES"], ROWS, columns), np.nan, every["HALF_T"])
-    totals = xp.full((ROWS, columns // 16), np.nan, np.float32) if every["TOTALS"] else None
-    units, counters = xp.full(ROWS, np.nan, np.float32), xp.full(7, 9, np.uint32)
+    rows = 2 * tile or ROWS
+    pieces = xp.full((every["PIECES"], rows, columns), np.nan, every["HALF_T"])
+    totals = xp.full((rows, columns // 16), np.nan, np.float32) if every["TOTALS"] else None
+    units, counters = xp.full(rows, np.nan, np.float32), xp.full(7, 9, np.uint32)
     x, norm = xp.asarray(x), None if norm is None else xp.asarray(norm)
-    scalars = dict(T=T, I=x.shape[1], padded_I=columns, x_stride=row_step(x), num_counters=7)
+    scalars = dict(T=len(x), I=x.shape[1], padded_I=columns, x_stride=row_step(x), num_counters=7)
     kernel = cuda.kernel("linear_split", "split", **every)
-    launch = cuda.Launch(kernel, ROWS, every["BLOCK"], scalars | dict(eps=1e-6))
+    launch = cuda.Launch(kernel, rows, every["BLOCK"], scalars | dict(eps=1e-6, tile=tile))
     arrays = dict(pieces=pieces, totals=totals, units=units, counters=counters, x=x, norm=norm)
     launch(arrays, None)
     assert not to_numpy(counters).any()
@@ -91,6 +92,20 @@ def test_many_threads_make_what_few_make(device, rng, monkeypatch):
     many = split(device, x, "Q8_0", False, False, 1536)
     assert_same_bits(few[0], many[0])
     assert_same_bits(few[2], many[2])
+
+
+def test_tiles_lie_as_products_read_them(device, rng):
+    """64 elements of all tokens of a tile together; chunk c of token t stands at c ^ t % 8."""
+    x = rng.standard_normal((27, 320)).astype("f4")
+    tiled, _, units = split(device, x, "Q4_K", False, False, 512, tile=16)
+    chunks = tiled[0].reshape(2, 8, 16, 8, 8)  # tiles, blocks of 64, tokens, places
+    token, chunk = np.indices((16, 8))
+    rows = chunks[:, :, token, chunk ^ token % 8].swapaxes(1, 2).reshape(32, 512)
+    for first in range(0, 27, T):
+        want, _, of_rows = split(device, x[first : first + T], "Q4_K", False, False, 512)
+        assert_same_bits(rows[first : first + T], want[0, :T])
+        assert_same_bits(units[first : first + T], of_rows[:T])
+    assert not rows[27:].any()
 
 
 def test_what_is_not_finite_stays_in_its_row(device, rng):

@@ -14,6 +14,8 @@
 //     exited, and nothing else that other threads have told it since;
 //   - which shared bytes a block has written: the others must not be read;
 //   - what products of a warpgroup still read and sum up, until their threads have waited for them;
+//   - that a phase of an mbarrier tells those who wait what each thread knew that arrived, and when its
+//     copies arrive, which is any time;
 //   - that threads of a kernel which starts early wait for the one ahead, and touch nothing that the
 //     launch writes before that;
 //   - which blocks of the cluster may have exited: their shared memory must not be read.
@@ -46,6 +48,7 @@
 using u16 = uint16_t;
 using u32 = uint32_t;
 using u64 = uint64_t;
+using i64 = int64_t;
 using ull = unsigned long long;  // for printf
 
 constexpr int WARP = 32;
@@ -107,11 +110,21 @@ struct Region {
     Cell* cells;    // one a byte, or one for each block that runs together; null where nothing writes
     int rank = -1;  // of the block whose image it is
     int of = -1;    // which region it is an image of
+    u32* reads = nullptr;      // of shared memory where mbarriers are: when each warp read each byte last
+    char* by_proxy = nullptr;  // likewise: whether a bulk copy wrote it
 };
 
 struct Copy {
     char *to, data[16];
     int bytes, group;
+};
+
+// Copies on their way to where a phase of an mbarrier waits for them.
+struct Flight {
+    std::vector<Copy> copies;
+    u32 bytes;        // that the phase counts, of a bulk copy
+    bool is_arrival;  // of the thread that copies
+    std::shared_ptr<const struct News> known;  // what their thread knew
 };
 
 struct Product {
@@ -132,7 +145,9 @@ struct Held {  // an operand in registers
     int group;
 };
 
-enum State { READY, AT_BARRIER, AT_CLUSTER, AT_MEETING, AT_CONVERGENCE, POLLING, EXITED };
+enum State {
+    READY, AT_BARRIER, AT_CLUSTER, AT_MEETING, AT_CONVERGENCE, AT_MBARRIER, POLLING, EXITED
+};
 
 // What a thread has been told: until when all is over that each thread did, each warp as a whole and
 // each block as a whole. A barrier of a cluster, whose warps arrive together, tells this too.
@@ -142,6 +157,14 @@ struct News {
     u32 time;
 };
 using Known = std::shared_ptr<const News>;  // null: nothing
+
+struct Mbarrier {
+    u32 arrivals, missing;  // of each phase, and of this one
+    i64 bytes;              // that this one waits for
+    u32 phases;             // that are over
+    Known gathered, told;   // by arrivals at this phase; by the last one
+    std::vector<Flight> flights;
+};
 
 struct Thread {
     uint3 index;
@@ -166,9 +189,11 @@ struct Thread {
     std::vector<Held> held;
     int product_groups;         // committed so far
     bool products_fenced;       // since it has waited for some
-    u32 proxy_fenced;           // until then, what it wrote is there for products
+    u32 proxy_fenced;           // until then, what it wrote is there for products and bulk copies
     bool awaited;               // the kernel ahead
-    Known known, met;    // of a cooperative launch: of what it was told; by the lanes it met last
+    const Mbarrier* awaits;     // the phase of it with this parity
+    u32 parity;
+    Known known, met;    // of a cooperative launch or by mbarriers: what it was told; by the lanes it met last
     Known fenced;        // what it knew at its last fence
     Known seen;          // what a fence would tell it of words that it has loaded
     u32 changes;         // there were so many when it began to poll
@@ -213,6 +238,7 @@ static std::vector<News> all_told;     // to threads that then did an atomic
 static bool together;                  // the blocks of a cooperative launch, which are all
 static std::unordered_map<u64, Known> words;  // what a word tells whoever acquires it
 static u32 in_a_row;                   // accesses since a thread has waited
+static std::unordered_map<u64, Mbarrier> mbarriers;  // of the block that runs, by address
 static u32 changes;                    // of words by strong stores and atomics
 static bool is_timed;                  // somebody has looked at a clock, or at the host's memory
 static u64 random_state;
@@ -424,6 +450,7 @@ RARE static bool is_told(u16 who, u32 time) {
     if (together) return current->known && is_told(*current->known, who, time);
     const bool of_others = time < cluster_start || block_of(who) != running;
     if (of_others && blocks[running].acquired && is_released(who, time)) return true;
+    if (time >= cluster_start && current->known && is_told(*current->known, who, time)) return true;
     // Cells of shared memory know no other cluster.
     return time >= cluster_start && current->told && is_told(news[current->told % 2], who, time);
 }
@@ -436,7 +463,7 @@ static bool is_ordered(u16 who, u32 time) {
         const int me = index_of(*current);
         if (who == me + 1 || time <= current->block_time) return true;
         if (warp_of(who) == me / WARP && time <= current->warp_time) return true;
-        if (!together && !current->told) return false;
+        if (!together && !current->told && !current->known) return false;
     }
     return is_told(who, time);
 }
@@ -491,14 +518,26 @@ static u16 joined(u16 who, u32 time) {
     return MANY_WARPS | (running + MAX_BLOCKS * arrivals);
 }
 
+// Whether all reads of a byte are known to be over, of several warps each by itself where the region
+// counts them: an mbarrier tells of some.
+COMMON static bool are_reads_ordered(const Region& region, const Cell& cell, u64 i) {
+    if (is_ordered(cell.reader, cell.read_time)) return true;
+    if (!region.reads || !(cell.reader & MANY_WARPS)) return false;
+    const u32* const times = region.reads + i * (stride / WARP);
+    for (int warp = 0; warp < stride / WARP; warp++) {
+        if (times[warp] < std::max(cell.write_time, cluster_start)) continue;
+        if (!is_ordered(MANY_LANES | warp, times[warp])) return false;
+    }
+    return true;
+}
+
 // Stop where an access races with the last ones to a byte.
 COMMON static void check_order(const Region& region, const Cell& cell, u64 i, const Access& by) {
     const bool both_atomic = by.atomic && cell.writer & ATOMIC;
     if (!both_atomic && !is_ordered(cell.writer, cell.write_time)) {
         race(region, i, by, cell.writer, cell.write_time, "writes");
     }
-    if (by.writes && !(by.atomic && cell.reader & ATOMIC) &&
-        !is_ordered(cell.reader, cell.read_time)) {
+    if (by.writes && !(by.atomic && cell.reader & ATOMIC) && !are_reads_ordered(region, cell, i)) {
         race(region, i, by, cell.reader, cell.read_time, "reads");
     }
 }
@@ -554,11 +593,23 @@ RARE static void touch_together(Region& region, u64 begin, u64 bytes, const Acce
 COMMON static void touch_all(Region& region, u64 begin, u64 bytes, const Access& by) {
     if (together && !region.array.shared) return touch_together(region, begin, bytes, by);
     Cell* const cells = region.cells + begin;
+    const int warps = stride / WARP;
+    const auto same_reads = [&](u64 i, u64 j) {
+        const u32* const reads = region.reads + begin * warps;
+        return !region.reads || !memcmp(reads + i * warps, reads + j * warps, warps * sizeof *reads);
+    };
     for (u64 i = 0; i < bytes; i++) {
         const Cell before = cells[i];
         touch(region, cells[i], begin + i, by);
         const Cell after = cells[i];
-        for (; i + 1 < bytes && same(cells[i + 1], before); i++) cells[i + 1] = after;
+        for (; i + 1 < bytes && same(cells[i + 1], before) && same_reads(i, i + 1); i++) {
+            cells[i + 1] = after;
+        }
+    }
+    if (!region.reads) return;
+    if (by.writes) memset(region.by_proxy + begin, 0, bytes);
+    for (u64 i = begin; i < begin + bytes && !by.writes; i++) {
+        region.reads[i * warps + index_of(*current) / WARP] = now;
     }
 }
 
@@ -633,13 +684,16 @@ static void sum_up(News& news) {
 
 static Known joined(const Known& a, const Known& b) {
     if (!a || !b || a == b) return a ? a : b;
-    const auto both = std::make_shared<News>(*a);
-    bool a_knows_all = true;
+    bool a_knows_all = true, b_knows_all = true;
     for (int i = 0; i < num_blocks * stride; i++) {
         a_knows_all = a_knows_all && b->thread[i] <= a->thread[i];
+        b_knows_all = b_knows_all && a->thread[i] <= b->thread[i];
+    }
+    if (a_knows_all || b_knows_all) return a_knows_all ? a : b;
+    const auto both = std::make_shared<News>(*a);
+    for (int i = 0; i < num_blocks * stride; i++) {
         both->thread[i] = std::max(a->thread[i], b->thread[i]);
     }
-    if (a_knows_all) return a;
     sum_up(*both);
     return both;
 }
@@ -687,7 +741,8 @@ static bool release_lanes(Thread* lanes, int count) {
             if (mask >> j & 1) complete = same_site(lanes[i], lanes[j]);
         }
         if (!complete) continue;
-        const Known known = together ? joined_of(lanes, count, mask) : nullptr;
+        const bool any_told = together || !mbarriers.empty();
+        const Known known = any_told ? joined_of(lanes, count, mask) : nullptr;
         for (int to = 0; to < count; to++) {
             if (!(mask >> to & 1)) continue;
             lanes[to].state = READY;
@@ -715,7 +770,8 @@ static bool release_lanes(Thread* lanes, int count) {
 }
 
 static bool any_polls(const Thread* first, int count) {
-    return std::any_of(first, first + count, [](const Thread& t) { return t.state == POLLING; });
+    const auto polls = [](const Thread& t) { return t.state == POLLING || t.state == AT_MBARRIER; };
+    return std::any_of(first, first + count, polls);
 }
 
 // Run the lanes of a warp until each has exited, waits at a barrier or polls.
@@ -754,6 +810,9 @@ static bool release_block() {
     for (int i = 0; i < num_threads; i++) {
         const Thread& t = block[i];
         if (t.state == EXITED) continue;
+        if (t.state == AT_MBARRIER) {
+            stop(t, nullptr, waiting(t) + " for a phase that nobody is left to end");
+        }
         if (!first) first = &t;
         if (!same_site(*first, t)) {
             stop(t, nullptr, waiting(t) + ", but " + thread_name(index_of(*first)) + " " +
@@ -774,6 +833,64 @@ static bool release_block() {
     now++;
     blocks[running].exited = !first;
     return first != nullptr;
+}
+
+static void set_copying(const Copy& copy, bool copying) {
+    Region* const region = find((u64)copy.to, copy.bytes);
+    if (!region->cells) return;
+    for (int i = 0; i < copy.bytes; i++) {
+        u16& writer = region->cells[copy.to - region->array.begin + i].writer;
+        writer = copying ? writer | COPYING : writer & ~COPYING;
+    }
+}
+
+static void end_phase(Mbarrier& barrier) {
+    if (barrier.missing || barrier.bytes) return;
+    barrier.phases++;
+    barrier.missing = barrier.arrivals;
+    barrier.told = barrier.gathered;
+    barrier.gathered = nullptr;
+}
+
+static void land(Mbarrier& barrier, const Flight& flight) {
+    for (const Copy& copy : flight.copies) {
+        set_copying(copy, false);
+        memcpy(copy.to, copy.data, copy.bytes);
+        const Region& region = *find((u64)copy.to, copy.bytes);
+        if (flight.bytes) memset(region.by_proxy + (copy.to - region.array.begin), 1, copy.bytes);
+    }
+    barrier.gathered = joined(barrier.gathered, flight.known);
+    barrier.bytes -= flight.bytes;
+    barrier.missing -= flight.is_arrival;
+    end_phase(barrier);
+}
+
+static bool is_over(const Mbarrier& barrier, u32 parity) { return barrier.phases % 2 != parity; }
+
+// Let copies land, in any order, until threads that wait for phases can go on; return whether some can.
+static bool release_mbarriers() {
+    Thread* const block = threads + running * stride;
+    for (bool any_left = true; any_left;) {
+        any_left = false;
+        for (auto& [address, barrier] : mbarriers) {
+            std::vector<Flight> flights, left;
+            flights.swap(barrier.flights);
+            for (Flight& flight : flights) {
+                if (random_below(2)) land(barrier, flight);
+                else left.push_back(std::move(flight));
+            }
+            any_left = any_left || !left.empty();
+            barrier.flights.swap(left);
+        }
+        bool any_woke = false;
+        for (Thread* t = block; t < block + num_threads; t++) {
+            if (t->state != AT_MBARRIER || !is_over(*t->awaits, t->parity)) continue;
+            t->state = READY;
+            any_woke = true;
+        }
+        if (any_woke) return true;
+    }
+    return false;
 }
 
 // Put the shared memory of the running block away, and that of another in its place.
@@ -811,7 +928,7 @@ static void run_block() {
             run_warp(threads + running * stride + warp * WARP,
                      std::min<int>(WARP, num_threads - warp * WARP));
         }
-    } while (release_block());
+    } while (release_mbarriers() || release_block());
     if (blocks[running].exited) check_last_read();
 }
 
@@ -952,6 +1069,7 @@ static void run_cluster(u32 cluster) {
         t.known = t.met = t.fenced = t.seen = nullptr;
         t.polled.clear();
     }
+    mbarriers.clear();
     if (together) return run_together();
     do {
         shuffle(block_order);
@@ -1121,7 +1239,7 @@ const void* map_shared_rank(const void* shared, u32 rank, const char* name, cons
 
 void order_memory() {
     current->warp_time = current->met_at;
-    if (together) current->known = joined(current->known, current->met);
+    current->known = joined(current->known, current->met);
 }
 
 static void yield(const char* name, const char* file, int line) {
@@ -1200,23 +1318,18 @@ void atomic_access(const void* address, int bytes, int order, const void* caller
     strong_access(address, bytes, LOADS | STORES, order, caller);
 }
 
-static void set_copying(const Copy& copy, bool copying) {
-    Region* const region = find((u64)copy.to, copy.bytes);
-    if (!region->cells) return;
-    for (int i = 0; i < copy.bytes; i++) {
-        u16& writer = region->cells[copy.to - region->array.begin + i].writer;
-        writer = copying ? writer | COPYING : writer & ~COPYING;
-    }
-}
-
-void copy_later(void* to, const void* from, int bytes) {
+static Copy begin_copy(void* to, const void* from, int bytes, const void* caller) {
     Copy copy{(char*)to, {}, bytes, current->groups};
-    access((u64)from, bytes, {false, false, CALLER});
-    access((u64)to, bytes, {true, false, CALLER});
+    access((u64)from, bytes, {false, false, caller});
+    access((u64)to, bytes, {true, false, caller});
     memcpy(copy.data, from, bytes);
     memset(to, 0xff, bytes);
     set_copying(copy, true);
-    current->copies.push_back(copy);
+    return copy;
+}
+
+void copy_later(void* to, const void* from, int bytes) {
+    current->copies.push_back(begin_copy(to, from, bytes, CALLER));
 }
 
 void commit_copies() { current->groups++; }
@@ -1235,13 +1348,7 @@ void wait_for_copies(int groups) {
     current->copies.swap(left);
 }
 
-void await_previous() { current->awaited = true; }
-
-void fence_proxy() { current->proxy_fenced = now++; }
-
-void fence_products() { current->products_fenced = true; }
-
-// Whether what `who` wrote at `time` is there for products.
+// Whether what `who` wrote at `time` is there for products and bulk copies.
 static bool is_fenced(u16 who, u32 time) {
     who &= ~ATOMIC;
     const int warp = warp_of(who), me = (who & NUMBER) - 1;
@@ -1250,6 +1357,80 @@ static bool is_fenced(u16 who, u32 time) {
     return std::all_of(threads + first, threads + first + count,
                        [&](const Thread& t) { return time <= t.proxy_fenced; });
 }
+
+constexpr int MBARRIER_BYTES = 8;
+
+// Of a block that is alone: what an mbarrier tells goes by times of its threads.
+void make_mbarrier(const void* at, u32 arrivals, const char* file, int line) {
+    const Region* const of = find((u64)at, MBARRIER_BYTES);
+    if (num_blocks > 1 || !of || !of->array.shared || (u64)at % MBARRIER_BYTES) {
+        stop(*current, nullptr, call("mbarrier_init", file, line) +
+             " for what is not 8 aligned bytes of shared memory of a block without a cluster");
+    }
+    for (Region& region : regions) {
+        if (!region.array.shared || region.reads || !region.array.bytes) continue;
+        region.reads = (u32*)reserve_for_launch(region.array.bytes * (stride / WARP) * sizeof(u32));
+        region.by_proxy = reserve_for_launch(region.array.bytes);
+        if (!region.reads || !region.by_proxy) stop(*current, nullptr, "finds no memory");
+    }
+    access((u64)at, MBARRIER_BYTES, {true, false, CALLER});
+    mbarriers[(u64)at] = {arrivals, arrivals, 0, 0, nullptr, nullptr, {}};
+}
+
+static Mbarrier& mbarrier_at(const void* at, const void* caller) {
+    access((u64)at, MBARRIER_BYTES, {false, false, caller});
+    const auto found = mbarriers.find((u64)at);
+    if (found == mbarriers.end()) stop(*current, caller, "uses an mbarrier that nobody has made");
+    return found->second;
+}
+
+void arrive_at_mbarrier(const void* at, u32 bytes) {
+    Mbarrier& barrier = mbarrier_at(at, CALLER);
+    if (!barrier.missing) stop(*current, CALLER, "arrives at an mbarrier whose phase has all arrivals");
+    barrier.bytes += bytes;
+    barrier.missing--;
+    barrier.gathered = joined(barrier.gathered, knowledge());
+    end_phase(barrier);
+}
+
+void arrive_behind_copies(const void* at) {
+    Mbarrier& barrier = mbarrier_at(at, CALLER);
+    barrier.flights.push_back({{}, 0, true, knowledge()});
+    barrier.flights.back().copies.swap(current->copies);
+}
+
+// The last phase also tells what this thread knows when it asks for the copy.
+void copy_in_bulk(void* to, const void* from, u32 bytes, const void* at) {
+    Mbarrier& barrier = mbarrier_at(at, CALLER);
+    if (((u64)to | (u64)from | bytes) % 16) stop(*current, CALLER, "copies no whole aligned 16 bytes");
+    const Region& of = *find((u64)at, MBARRIER_BYTES);
+    const Cell& made = of.cells[(const char*)at - of.array.begin];
+    if (!is_fenced(made.writer, made.write_time)) {
+        stop(*current, CALLER, "copies in bulk, to an mbarrier made without fence_async_proxy behind");
+    }
+    Flight flight{{}, bytes, false, nullptr};
+    for (u32 i = 0; i < bytes; i += 16) {
+        flight.copies.push_back(begin_copy((char*)to + i, (const char*)from + i, 16, CALLER));
+    }
+    flight.known = knowledge();
+    barrier.flights.push_back(std::move(flight));
+}
+
+void wait_for_mbarrier(const void* at, u32 parity, const char* file, int line) {
+    const Mbarrier& barrier = mbarrier_at(at, CALLER);
+    if (!is_over(barrier, parity)) {
+        current->awaits = &barrier;
+        current->parity = parity;
+        wait(AT_MBARRIER, "mbarrier_wait", 0, file, line);
+    }
+    current->known = joined(current->known, barrier.told);
+}
+
+void await_previous() { current->awaited = true; }
+
+void fence_proxy() { current->proxy_fenced = now++; }
+
+void fence_products() { current->products_fenced = true; }
 
 void read_later(const void* at, int bytes, const char* file, int line) {
     Region* const region = find((u64)at, bytes);
@@ -1260,6 +1441,7 @@ void read_later(const void* at, int bytes, const char* file, int line) {
     for (u64 i = begin; i < begin + bytes; i++) {
         const Cell& cell = region->cells[i];
         if (!cell.writer || cell.writer & COPYING) continue;  // the read itself says so
+        if (region->by_proxy && region->by_proxy[i]) continue;
         if (is_fenced(cell.writer, cell.write_time)) continue;
         stop(*current, nullptr, call("wgmma", file, line) +
              format(" to read byte %llu of %s, which %s wrote without fence_async_proxy behind",

@@ -105,6 +105,13 @@ void copy_later(void* to, const void* from, int bytes);
 void commit_copies();
 void wait_for_copies(int groups);
 
+// Barriers in shared memory whose phases count arrivals and bytes of copies; `parity` is that of a phase.
+void make_mbarrier(const void* at, unsigned arrivals, const char* file, int line);
+void arrive_at_mbarrier(const void* at, unsigned bytes);
+void arrive_behind_copies(const void* at);
+void copy_in_bulk(void* to, const void* from, unsigned bytes, const void* at);
+void wait_for_mbarrier(const void* at, unsigned parity, const char* file, int line);
+
 void await_previous();  // what a kernel that starts early does ahead of all that the launch writes
 
 // Products of a warpgroup (wgmma), which go on beside this thread. They read shared memory that

@@ -127,6 +127,27 @@ inline void cp_async_commit() { simt::commit_copies(); }
 
 template <int N> inline void cp_async_wait() { simt::wait_for_copies(N); }
 
+inline void mbarrier_init(unsigned long long* barrier, unsigned arrivals, SIMT_SITE) {
+    simt::make_mbarrier(barrier, arrivals, file, line);
+}
+__attribute__((always_inline)) inline void mbarrier_arrive(unsigned long long* barrier, bool arrives) {
+    if (arrives) simt::arrive_at_mbarrier(barrier, 0);
+}
+__attribute__((always_inline)) inline void mbarrier_arrive_expecting(unsigned long long* barrier,
+                                                                     unsigned bytes) {
+    simt::arrive_at_mbarrier(barrier, bytes);
+}
+__attribute__((always_inline)) inline void mbarrier_arrive_behind_copies(unsigned long long* barrier) {
+    simt::arrive_behind_copies(barrier);
+}
+inline void mbarrier_wait(unsigned long long* barrier, unsigned parity, SIMT_SITE) {
+    simt::wait_for_mbarrier(barrier, parity, file, line);
+}
+__attribute__((always_inline)) inline void copy_bulk(void* shared, const void* global, unsigned bytes,
+                                                     unsigned long long* barrier) {
+    simt::copy_in_bulk(shared, global, bytes, barrier);
+}
+
 namespace simt {
 using Rows = const char (*)[VALUE_BYTES];  // what the 32 lanes of an ldmatrix point at
 
@@ -300,6 +321,9 @@ inline unsigned short double_to_f16_bits(double x) {
 template <class F> unsigned of_halves(F f) { return f(0) | (unsigned)f(16) << 16; }
 inline double half_at(unsigned x, int shift) { return f16_bits_to_float((unsigned short)(x >> shift)); }
 }  // namespace simt
+
+inline unsigned lower_twice(unsigned x) { return (x & 0xffffu) * 0x10001u; }
+inline unsigned upper_twice(unsigned x) { return (x >> 16) * 0x10001u; }
 
 inline unsigned sub_f16x2(unsigned a, unsigned b) {
     return simt::of_halves([=](int i) {

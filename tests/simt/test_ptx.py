@@ -228,6 +228,13 @@ def test_async_copies_arrive(probe, rng):
     assert_same_bits(probe.run("copy", np.zeros_like(x), x), x[:, ::-1])
 
 
+def test_copies_arrive_at_mbarriers(probe, rng):
+    if cuda.current_arch() != "sm_90":
+        pytest.skip("sm_90 alone has fence_async_proxy here, in cubins")
+    x = rng.integers(0, 2**32, (2, 128, 4), np.uint32)
+    assert_same_bits(probe.run("copy_to_mbarrier", np.zeros_like(x), x), x[:, ::-1])
+
+
 def test_matrices_load(probe):
     probe.needs(75)
     x = np.arange(256).astype(np.uint16).reshape(4, 8, 8)
@@ -366,6 +373,12 @@ def test_halves_subtract(probe, rng):
     )
 
 
+def test_halves_stand_twice(probe, rng):
+    x = random_halves(rng, 500)
+    got = probe.run("double_halves", np.zeros(1000, np.uint32), x.view(np.uint32)[:, 0], n=500)
+    assert_same_bits(got, x.repeat(2).view(np.uint32))
+
+
 def test_halves_multiply_and_add(probe, rng):
     probe.needs(75)
     a, b, c = (random_halves(rng, 1500) for _ in range(3))
@@ -484,5 +497,5 @@ def test_inline_ptx_stands_in_two_headers_and_has_twins():
         assert section.endswith("#endif  // PYKV_SIMT\n") and not signatures(before)
 
     wrappers, twins = signatures("".join(own.values())), signatures((HERE / "ptx.hpp").read_text())
-    assert len(wrappers) == 55
+    assert len(wrappers) == 63
     assert wrappers == {name: twins.get(name) for name in wrappers}

@@ -12,6 +12,7 @@
 //   widen_e4m3x2          pairs const [n] u16 -> halves [n, 2] u16
 //   narrow_pairs          floats const [n, 2] -> codes [n, 2] CODE
 //   copy                  from const [2, 128, 4] u32 -> to [2, 128, 4], the 128 in reverse order
+//   copy_to_mbarrier      from const [2, 128, 4] u32 -> to, likewise: half by threads, half in bulk
 //   load_matrices         rows const [32, 8] u16 -> plain, then transposed [2, 4, 32] u32
 //   mma_*                 a const [R, 32], b const [R / 2, 32] u32; d [4, 32] float, in place
 //   multiply              a, b const [16, 16] f16 bits -> d [16, 16] float
@@ -21,6 +22,7 @@
 //   power                 x const [n] float -> y [n] float
 //   dot                   a, b, c const [n] int32 -> d [n] int32
 //   subtract_halves       a, b const [n] u32, two f16 each -> y [n] u32
+//   double_halves         x const [n] u32, likewise -> y [n, 2] u32
 //   fuse_halves           a, b, c const [n] u32, likewise -> y [n] u32
 //   pair_words            words const [n] u32 of CODES -> pairs [n, elements / 2] u32 of one word
 //   pair_zipped           words const [n, 2] u32 of CODES -> pairs [n, elements] u32 of both
@@ -28,8 +30,8 @@
 // Defines:  SM it is compiled for; KIND = f16, bf16, e4m3 or e5m2; CODES = i8, i4, e4m3 or e5m2.
 //           widen_plain does nothing but for e4m3, narrow_plain and narrow_pairs nothing but for the
 //           fp8 kinds, and no kernel anything where the SM lacks its instruction
-// Launch:   grid (ceil(n / 128)), block (128); copy: (1), (128); from load_matrices to multiply:
-//           (1), (32); wgmma_*: (1), (128)
+// Launch:   grid (ceil(n / 128)), block (128); copy, copy_to_mbarrier: (1), (128); from load_matrices
+//           to multiply: (1), (32); wgmma_*: (1), (128)
 // Order:    no atomics, bit-exact
 #include "mma.cuh"
 #include "quantize.cuh"
@@ -181,6 +183,35 @@ extern "C" __global__ void copy(u32* to, const u32* from) {
     cp_async_wait<0>();
     __syncthreads();
     for (int j = 0; j < 4; j++) to[(128 + i) * 4 + j] = pieces[1][127 - i][j];
+}
+
+extern "C" __global__ void copy_to_mbarrier(u32* to, const u32* from) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    __shared__ __align__(16) u32 pieces[128][4];
+    __shared__ u64 filled, emptied;
+    const int i = threadIdx.x;
+    if (i == 0) {
+        mbarrier_init(&filled, 64 + 1);
+        mbarrier_init(&emptied, 4);
+        fence_async_proxy();
+    }
+    __syncthreads();
+    for (int half = 0; half < 2; half++) {
+        const u32* const piece = from + half * 512;
+        if (half == 1) mbarrier_wait(&emptied, 0);
+        if (i < 64) {
+            cp_async16(pieces[i], piece + i * 4);
+            mbarrier_arrive_behind_copies(&filled);
+        } else if (i == 64) {
+            mbarrier_arrive_expecting(&filled, 64 * 16);
+            copy_bulk(pieces[64], piece + 64 * 4, 64 * 16, &filled);
+        }
+        mbarrier_wait(&filled, half);
+        for (int j = 0; j < 4; j++) to[(half * 128 + i) * 4 + j] = pieces[127 - i][j];
+        __syncwarp();
+        mbarrier_arrive(&emptied, i % WARP == 0);
+    }
+#endif
 }
 
 extern "C" __global__ void load_matrices(u32* matrices, const u16* rows) {
@@ -390,6 +421,10 @@ extern "C" __global__ void subtract_halves(u32* y, const u32* a, const u32* b, i
 #if __CUDA_ARCH__ >= 750
     if (item() < n) y[item()] = sub_f16x2(a[item()], b[item()]);
 #endif
+}
+
+extern "C" __global__ void double_halves(u32* y, const u32* x, int n) {
+    if (item() < n) y[2 * item()] = lower_twice(x[item()]), y[2 * item() + 1] = upper_twice(x[item()]);
 }
 
 extern "C" __global__ void fuse_halves(u32* y, const u32* a, const u32* b, const u32* c, int n) {

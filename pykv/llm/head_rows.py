@@ -92,7 +92,7 @@ class HeadRows:
         """As PagedKVCache.decode_qkv; `slots`, `table` and `lengths` are not looked at."""
         names = ("scale", "window", "logits_soft_cap", "out", "workspace")
         of_decode = {name: options.pop(name) for name in names if name in options}
-        q = self.append_qkv(layer, qkv, slots, **options)
+        q = self.append_qkv(layer, qkv, slots, q_out=options.pop("q_scratch"), **options)
         return self.decode(layer, q, table, lengths, **of_decode)
 
     def _fill(self, array: Any, values: Any) -> None:

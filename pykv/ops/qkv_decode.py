@@ -45,7 +45,7 @@ def decode(  # many parameters: those of an append and of attention in one call
     scale: float | None = None,
     window: int | None = None,
     logits_soft_cap: float | None = None,
-    q_out: Any = None,
+    q_scratch: Any = None,
     out: Any = None,
     workspace: Any = None,
     check: bool | None = None,
@@ -60,7 +60,7 @@ def decode(  # many parameters: those of an append and of attention in one call
         slots: [B] int32 or int64; that of a sequence's last key, as `page_table` and `lengths` say,
             in a page that no other sequence reads; or negative, to write neither K nor V.
         page_table, lengths, scale, window, logits_soft_cap, workspace: as of paged_decode.decode.
-        q_out: [B, HQ, D], dtype of `qkv`; scratch memory for queries where two launches do this,
+        q_scratch: [B, HQ, D], dtype of `qkv`; memory for queries where two launches do this,
             allocated if None and needed. What it holds after the call is not defined.
         out: [B, HQ, D], dtype of `qkv`; allocated if None.
         check: look for wrong entries first, see pykv.ops.paged_check.
@@ -87,23 +87,23 @@ def decode(  # many parameters: those of an append and of attention in one call
     op = "qkv_decode.decode"
     check = paged_check.enabled(op, check)
     spec = spec_of(op, spec, k_pool, v_pool, k_scales, v_scales)
-    arrays = dict(out=out, k_pool=k_pool, v_pool=v_pool, k_scales=k_scales, v_scales=v_scales)
-    arrays |= dict(workspace=workspace, qkv=qkv, slots=slots, positions=positions)
-    arrays |= dict(inv_freq=inv_freq, q_norm=q_norm, k_norm=k_norm)
-    arrays |= dict(page_table=page_table, lengths=lengths)
-    dims = _checker(spec)(*arrays.values(), q_out)
-    HQ = paged_qkv.query_heads(op, dims, "q_out" if out is None else "out")
+    arrays = dict(qkv=qkv, k_pool=k_pool, v_pool=v_pool, k_scales=k_scales, v_scales=v_scales)
+    arrays |= dict(slots=slots, page_table=page_table, lengths=lengths, positions=positions)
+    arrays |= dict(inv_freq=inv_freq, q_norm=q_norm, k_norm=k_norm, out=out, workspace=workspace)
+    dims = _checker(spec)(*arrays.values(), q_scratch)
+    HQ = paged_qkv.query_heads(op, dims, "q_scratch" if out is None else "out")
     if out is None:
         arrays["out"] = out = like(qkv, (dims["B"], HQ, dims["D"]), qkv.dtype)
-        dims = _checker(spec)(*arrays.values(), q_out)
+        dims = _checker(spec)(*arrays.values(), q_scratch)
     of_append = paged_qkv.options_of(op, arrays, dims, spec, pairing, eps, hadamard)
     scores = attention.check_options(op, dims, scale, window, logits_soft_cap, True)
+    pool, seen = (dims["N"], dims["P"]), scores.seen(dims)
     if check:
-        pool = dims["N"], dims["P"]
         with cuda.on_stream(stream, qkv):
             paged_check.check_slots(slots, pool[0] * pool[1], op=op)
-            seen = scores.seen(dims)
             paged_check.check_page_table(page_table, lengths, *pool, seen=seen, op=op)
+    elif not on_gpu(qkv):
+        cuda.look(lambda: attention.check_pages(op, page_table, lengths, pool, seen))
     if out.size and on_gpu(qkv):
         chosen = of_append, scores
         launch, size = dims.keep(chosen, lambda: _launch(arrays, dims, *chosen))
@@ -111,8 +111,8 @@ def decode(  # many parameters: those of an append and of attention in one call
             arrays["workspace"] = paged_decode.workspace_for(op, qkv, workspace, size, stream)
             launch(arrays, stream)
             return out
-    rows = dict(positions=positions, inv_freq=inv_freq, q_norm=q_norm, k_norm=k_norm, q_out=q_out)
-    rows |= of_append._asdict() | dict(check=False, stream=stream)
+    rows = dict(positions=positions, inv_freq=inv_freq, q_norm=q_norm, k_norm=k_norm)
+    rows |= dict(q_out=q_scratch) | of_append._asdict() | dict(check=False, stream=stream)
     pools = dict(k_pool=k_pool, v_pool=v_pool, k_scales=k_scales, v_scales=v_scales)
     q = paged_qkv.append(qkv, slots=slots, **pools, **rows)
     where = dict(page_table=page_table, lengths=lengths, workspace=workspace, out=out)
@@ -125,19 +125,19 @@ def decode(  # many parameters: those of an append and of attention in one call
 def _checker(spec: KVSpec) -> Callable[..., Dims]:
     return checker(
         "qkv_decode.decode",
-        (*spec.written(), "out", "workspace", "q_out"),
-        out=optional("B HQ D", "qkv"),
-        **spec.rules(),
-        workspace=optional("E", FLOAT32, VECTOR_BYTES),
+        (*spec.written(), "out", "workspace", "q_scratch"),
         qkv=("B | R", FLOATS),
+        **spec.rules(),
         slots=("B", SLOTS),
+        page_table=("B M", INT32),
+        lengths=("B", INT32),
         positions=optional("B", INT32),
         inv_freq=optional("F", FLOAT32),
         q_norm=optional("D", FLOATS, VECTOR_BYTES),
         k_norm=optional("D", "q_norm", VECTOR_BYTES),
-        page_table=("B M", INT32),
-        lengths=("B", INT32),
-        q_out=optional("B HQ | D", "qkv"),
+        out=optional("B HQ D", "qkv"),
+        workspace=optional("E", FLOAT32, VECTOR_BYTES),
+        q_scratch=optional("B HQ | D", "qkv"),
     )
 
 

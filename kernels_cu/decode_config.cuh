@@ -12,8 +12,8 @@ static_assert(KEYS == 16 || (KEYS == 32 && D <= 128), "whole steps of mma; more 
 static_assert(MIN_KEYS % KEYS == 0, "ranges are whole tiles");
 
 // One of N lanes' fragment of a row: COUNT pieces, piece i of lane l at byte (i * N + l) * BYTES.
-template <typename T, int N> struct Fragment {
-    static constexpr int LANES = N;
+template <typename T, int N> struct RowFragment {
+    static constexpr int SHARERS = N;
     static constexpr int ROW_BYTES = D / PACKED<T> * (int)sizeof(T) / N;
     static constexpr int BYTES = ROW_BYTES % 16 == 0 ? 16 : ROW_BYTES % 8 == 0 ? 8 : 4;
     static constexpr int COUNT = ROW_BYTES / BYTES;
@@ -21,8 +21,8 @@ template <typename T, int N> struct Fragment {
     static constexpr int ELEMENTS = WORDS * PER_WORD<T>;
     static_assert(ROW_BYTES % 4 == 0 && ELEMENTS * COUNT * N == D, "whole words");
 };
-using KFragment = Fragment<K_T, 4>;  // each lane / 4 has one key
-using VFragment = Fragment<V_T, 8>;  // each lane % 4 has four keys
+using KFragment = RowFragment<K_T, 4>;  // each lane / 4 has one key
+using VFragment = RowFragment<V_T, 8>;  // each lane % 4 has four keys
 
 // Pitch of rows in shared memory, in bytes. No row of up to 128 bytes crosses a line of 128 bytes
 // there: a copy of one global line into parts of two shared lines would be two requests.

@@ -53,19 +53,19 @@ __device__ __forceinline__ void load_query(Query& q, const Q_T* row, bool is_row
         u32 pairs[TERMS][2];
 #pragma unroll
         for (int j = 0; j < 2; j++) {
-            constexpr int PAIRS = PER_WORD<K_T> / 2;
-            const int p = 2 * i + j, word = p / PAIRS * PER_WORD<K_T>;
+            constexpr int WORD_PAIRS = PER_WORD<K_T> / 2;
+            const int p = 2 * i + j, word = p / WORD_PAIRS * PER_WORD<K_T>;
             float two[2];
 #pragma unroll
             for (int k = 0; k < 2; k++) {
-                two[k] = x[word + element_of_pair<KE>(p % PAIRS, k)] * factor;
-                two[k] *= 1.0f / subnormal_factor<KE>(p % PAIRS);
-                q.sum += two[k] * subnormal_factor<KE>(p % PAIRS);
+                two[k] = x[word + element_of_pair<KE>(p % WORD_PAIRS, k)] * factor;
+                two[k] *= 1.0f / subnormal_factor<KE>(p % WORD_PAIRS);
+                q.sum += two[k] * subnormal_factor<KE>(p % WORD_PAIRS);
             }
 #pragma unroll
             for (int term = 0; term < TERMS; term++) pairs[term][j] = split_halves<KM>(two);
             // The remainder of rounding is no part of the products.
-            q.sum -= (two[0] + two[1]) * subnormal_factor<KE>(p % PAIRS);
+            q.sum -= (two[0] + two[1]) * subnormal_factor<KE>(p % WORD_PAIRS);
         }
 #pragma unroll
         for (int term = 0; term < TERMS; term++) {
@@ -84,14 +84,14 @@ __device__ __forceinline__ void load_query(Query& q, const Q_T* row, bool is_row
 __device__ __forceinline__ void multiply_keys(float (&scores)[KEYS / 4], const Query& q,
                                               const Keys& keys) {
     using S = KFragment;
-    constexpr int PAIRS = PER_WORD<K_T> / 2;
-    constexpr int FIT = 32 / (KEYS / 8 * PAIRS);  // words whose pairs occupy 32 registers
+    constexpr int WORD_PAIRS = PER_WORD<K_T> / 2;
+    constexpr int FIT = 32 / (KEYS / 8 * WORD_PAIRS);  // words whose pairs occupy 32 registers
     constexpr int AT_ONCE = S::WORDS < FIT ? S::WORDS : FIT;
-    static_assert(AT_ONCE * PAIRS > 1 && S::WORDS % AT_ONCE == 0, "a step of mma takes two pairs");
+    static_assert(AT_ONCE * WORD_PAIRS > 1 && S::WORDS % AT_ONCE == 0, "a step of mma takes two pairs");
     float d[KEYS / 8][4] = {}, odd[KEYS / 8][4] = {};
 #pragma unroll
     for (int word = 0; word < S::COUNT * S::WORDS; word += AT_ONCE) {
-        u32 pairs[KEYS / 8][AT_ONCE][PAIRS];
+        u32 pairs[KEYS / 8][AT_ONCE][WORD_PAIRS];
 #pragma unroll
         for (int n = 0; n < KEYS / 8; n++) {
 #pragma unroll
@@ -101,18 +101,18 @@ __device__ __forceinline__ void multiply_keys(float (&scores)[KEYS / 4], const Q
             }
         }
 #pragma unroll
-        for (int p = 0; p < AT_ONCE * PAIRS; p += 2) {
+        for (int p = 0; p < AT_ONCE * WORD_PAIRS; p += 2) {
             // A single term leaves rows 8 to 15 of A free. They hold the next step, so that two
             // steps share the registers of one; each uses its own half of the sums.
-            const int step = (word * PAIRS + p) / 2;
+            const int step = (word * WORD_PAIRS + p) / 2;
             const int even = TERMS == 1 ? step / 2 * 2 : step;
             const int next = TERMS == 1 ? min(even + 1, D / 16 - 1) : step;
             const uint2 upper = q.step(0, even), lower = q.step(TERMS > 1 ? 1 : 0, next);
             const uint2 rest = Q_HAS_REST ? q.step(TERMS - 1, step) : make_uint2(0, 0);
 #pragma unroll
             for (int n = 0; n < KEYS / 8; n++) {
-                const u32 b0 = pairs[n][p / PAIRS][p % PAIRS];
-                const u32 b1 = pairs[n][(p + 1) / PAIRS][(p + 1) % PAIRS];
+                const u32 b0 = pairs[n][p / WORD_PAIRS][p % WORD_PAIRS];
+                const u32 b1 = pairs[n][(p + 1) / WORD_PAIRS][(p + 1) % WORD_PAIRS];
                 mma_16x16<KM>(step == even ? d[n] : odd[n], upper.x, lower.x, upper.y, lower.y, b0,
                              b1);
                 if constexpr (Q_HAS_REST) mma_16x16<KM>(d[n], rest.x, 0, rest.y, 0, b0, b1);
@@ -137,7 +137,7 @@ struct Sums { float x[D / 8][Q_IS_16BIT ? 4 : 2], weights[4]; };
 __device__ __forceinline__ void add_values(Sums& sums, const float (&weights)[KEYS / 4],
                                            const Values& values) {
     using S = VFragment;
-    constexpr int PAIRS = PER_WORD<V_T> / 2;
+    constexpr int WORD_PAIRS = PER_WORD<V_T> / 2;
     u32 high[KEYS / 8], low[KEYS / 8], rest[KEYS / 8];
 #pragma unroll
     for (int n = 0; n < KEYS / 8; n++) {
@@ -157,7 +157,7 @@ __device__ __forceinline__ void add_values(Sums& sums, const float (&weights)[KE
     for (int i = 0; i < S::COUNT; i++) {
 #pragma unroll
         for (int w = 0; w < 2 * S::WORDS; w++) {  // half words
-            u32 b[KEYS / 8][PAIRS];
+            u32 b[KEYS / 8][WORD_PAIRS];
 #pragma unroll
             for (int n = 0; n < KEYS / 8; n++) {
                 const u32 two = zip<VE>(values.words[2 * n][i][w / 2],
@@ -165,9 +165,9 @@ __device__ __forceinline__ void add_values(Sums& sums, const float (&weights)[KE
                 to_pairs(b[n], two, VE{});
             }
 #pragma unroll
-            for (int p = 0; p < PAIRS; p++) {
+            for (int p = 0; p < WORD_PAIRS; p++) {
                 float of_tile[4] = {};  // for 32-bit queries: float additions do not truncate
-                float (&x)[Q_IS_16BIT ? 4 : 2] = sums.x[i * S::ELEMENTS + w * PAIRS + p];
+                float (&x)[Q_IS_16BIT ? 4 : 2] = sums.x[i * S::ELEMENTS + w * WORD_PAIRS + p];
                 float (&d)[4] = pick(x, of_tile);
 #pragma unroll
                 for (int n = 0; n < KEYS / 8; n += 2) {

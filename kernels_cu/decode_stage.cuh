@@ -46,13 +46,13 @@ template <typename T> struct Rows {
 // requests are whole lines: L2 serves half lines at half the rate. A swizzle permutes the 16-byte
 // chunks of a row, so that lanes that read several rows at once use all banks.
 template <typename S> struct StageLayout {
-    static constexpr int ROW = S::ROW_BYTES * S::LANES;
+    static constexpr int ROW = S::ROW_BYTES * S::SHARERS;
     static constexpr int PITCH = PITCH_OF<ROW>;
     static constexpr int CHUNK = 16;
     static constexpr int CHUNKS = ROW / CHUNK;
     static constexpr int OF_LANE = KEYS * CHUNKS / WARP;  // chunks that a lane copies of a tile
     static constexpr bool HAS_SWIZZLE = PITCH >= 128 && (PITCH & (PITCH - 1)) == 0;
-    static constexpr bool IS_KEYS = S::LANES == 4;
+    static constexpr bool IS_KEYS = S::SHARERS == 4;
     static_assert(ROW % CHUNK == 0 && KEYS * CHUNKS % WARP == 0, "all lanes copy whole chunks");
 
     // Row and chunk of this lane's i-th copy.
@@ -77,7 +77,7 @@ template <typename S> struct StageLayout {
     }
     // Piece i of lane `part`.
     static __device__ __forceinline__ int place_of(int row, int i, int part) {
-        const int byte = (i * S::LANES + part) * S::BYTES;
+        const int byte = (i * S::SHARERS + part) * S::BYTES;
         return place(row, byte / CHUNK) + byte % CHUNK;
     }
 };

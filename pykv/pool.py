@@ -16,7 +16,7 @@ from pykv.blocks import BlockManager
 from pykv.errors import CapacityError, ParameterError, UnsupportedError
 from pykv.kinds import SCALE_DTYPES
 from pykv.number_texts import counted
-from pykv.ops import paged_append, paged_decode, paged_qkv, prefill
+from pykv.ops import paged_append, paged_decode, paged_qkv, prefill, qkv_decode
 from pykv.options import check_number, check_whole, page_ids
 from pykv.specs import KVSpec, as_spec
 
@@ -277,6 +277,22 @@ class PagedKVCache:
         pools = self._pools("decode", layer)
         options = self._with_spec("decode", layer, options)
         return paged_decode.decode(q, *pools, page_table, lengths, **options)
+
+    def decode_qkv(
+        self, layer: int, qkv: Any, slots: Any, page_table: Any, lengths: Any, **options: Any
+    ) -> Any:
+        """`append_qkv` of the last token of each sequence, and `decode` of its queries; see
+        qkv_decode.decode, whose options these are. Raises what both do."""
+        pools = self._pools("decode_qkv", layer)
+        if layer in self._unset:
+            names = ("scale", "window", "logits_soft_cap", "out", "workspace")
+            of_decode = {name: options.pop(name) for name in names if name in options}
+            options["q_out"] = options.pop("q_scratch", None)
+            q = self.append_qkv(layer, qkv, slots, **options)
+            both = {name: options[name] for name in ("check", "stream") if name in options}
+            return self.decode(layer, q, page_table, lengths, **of_decode, **both)
+        options = self._with_spec("decode_qkv", layer, options)
+        return qkv_decode.decode(qkv, *pools[:2], slots, page_table, lengths, **options)
 
     def prefill(
         self, layer: int, q: Any, page_table: Any, lengths: Any, q_starts: Any, **options: Any

@@ -813,6 +813,9 @@ METHODS = {
     "pool.PagedKVCache.append_qkv": _of(
         _cache, "append_qkv", layer=1, qkv=zeros("f4", 2, 128), slots=ints(3, 1)
     ),
+    "pool.PagedKVCache.decode_qkv": _of(
+        *(_cache, "decode_qkv"), layer=1, qkv=zeros("f4", 2, 128), slots=ints(3, 1), **_ATTENDED
+    ),
     "pool.PagedKVCache.decode": _of(_cache, "decode", layer=1, q=_QUERIES, **_ATTENDED),
     "pool.PagedKVCache.prefill": _of(
         _cache, "prefill", layer=1, q=_QUERIES, **_ATTENDED, q_starts=ints(0, 1, 2)
@@ -879,6 +882,7 @@ OPTIONS = {  # function: the one to which it passes its options
     **{name: permute.permute for name in FUNCTIONS if name.startswith("ops.permute.")},
     "pool.PagedKVCache.append": pykv.ops.paged_append.append,
     "pool.PagedKVCache.append_qkv": pykv.ops.paged_qkv.append,
+    "pool.PagedKVCache.decode_qkv": pykv.ops.qkv_decode.decode,
     "pool.PagedKVCache.decode": pykv.ops.paged_decode.decode,
     "pool.PagedKVCache.prefill": pykv.ops.prefill.prefill,
     "eviction.heads.decode": pykv.ops.paged_decode.decode,

@@ -86,6 +86,15 @@ class HeadRows:
         paged_decode.decode(q, **self._parts[layer].pools, **where, **options)
         return out
 
+    def decode_qkv(
+        self, layer: int, qkv: Any, slots: Any, table: Any, lengths: Any, **options: Any
+    ) -> Any:
+        """As PagedKVCache.decode_qkv; `slots`, `table` and `lengths` are not looked at."""
+        names = ("scale", "window", "logits_soft_cap", "out", "workspace")
+        of_decode = {name: options.pop(name) for name in names if name in options}
+        q = self.append_qkv(layer, qkv, slots, q_out=options.pop("q_scratch"), **options)
+        return self.decode(layer, q, table, lengths, **of_decode)
+
     def _fill(self, array: Any, values: Any) -> None:
         if self._xp is np:
             array[...] = values

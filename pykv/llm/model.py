@@ -109,15 +109,21 @@ def forward(
     for i, layer in enumerate(model.layers):
         multiply(x, layer.qkv, norm=layer.attention_norm, bias=layer.qkv_bias, out=qkv)
         q = q if queries is None else queries[i]
-        of_layer = dict(inv_freq=layer.inv_freq, q_norm=layer.q_norm, k_norm=layer.k_norm, q_out=q)
-        cache.append_qkv(i, qkv, batch.slots, **of_layer, **of_all)
+        of_layer = dict(inv_freq=layer.inv_freq, q_norm=layer.q_norm, k_norm=layer.k_norm)
         options = dict(scale=config.attention_scale, window=config.windows[i], out=attended)
         options |= dict(logits_soft_cap=config.attention_cap)
+        where = (batch.page_table, batch.lengths)
         if batch.q_starts is None:
-            where = (batch.page_table, batch.lengths)
-            cache.decode(i, q, *where, workspace=workspace, **options)
+            options |= dict(workspace=workspace)
+        if batch.q_starts is None and queries is None:
+            options |= dict(q_scratch=q)
+            cache.decode_qkv(i, qkv, batch.slots, *where, **of_layer, **of_all, **options)
         else:
-            cache.prefill(i, q, batch.page_table, batch.lengths, batch.q_starts, **options)
+            cache.append_qkv(i, qkv, batch.slots, q_out=q, **of_layer, **of_all)
+            if batch.q_starts is None:
+                cache.decode(i, q, *where, **options)
+            else:
+                cache.prefill(i, q, *where, batch.q_starts, **options)
         post_norm = layer.post_attention_norm
         add_product(attended_rows, layer.attention_out, layer.attention_out_bias, post_norm)
         if squares is not None:

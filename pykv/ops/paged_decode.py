@@ -165,11 +165,7 @@ def decode(
     elif on_gpu(q):
         chosen = (spec, scores, fixed_split, lse_base)
         attend, merge, size = dims.keep(chosen, lambda: _launches(arrays, dims, *chosen))
-        if workspace is None and size:
-            workspace = _new_workspace(q, size, stream)
-        elif workspace is not None and workspace.size < size:
-            raise CapacityError(f"{op}: workspace has {workspace.size} elements, expected {size}")
-        arrays["workspace"] = workspace
+        arrays["workspace"] = workspace = workspace_for(op, q, workspace, size, stream)
         if "key_positions" not in attend.kernel.arrays:
             del arrays["key_positions"]
         attend(arrays, stream)
@@ -325,10 +321,19 @@ def reference(
 # --- Launch ---------------------------------------------------------------------------------------
 
 
-def _new_workspace(q: Any, size: int, stream: Any) -> Any:
-    with cuda.on_stream(stream):
-        workspace = like(q, (size,), np.float32)
-        workspace[:COUNTERS] = 0
+def workspace_for(op: str, q: Any, workspace: Any, size: int, stream: Any) -> Any:
+    """A workspace of so many elements: the given one, a new one on the device of `q`, or None where
+    none is needed.
+
+    Raises:
+        CapacityError: the given one is smaller.
+    """
+    if workspace is None and size:
+        with cuda.on_stream(stream):
+            workspace = like(q, (size,), np.float32)
+            workspace[:COUNTERS] = 0
+    elif workspace is not None and workspace.size < size:
+        raise CapacityError(f"{op}: workspace has {workspace.size} elements, expected {size}")
     return workspace
 
 
@@ -346,9 +351,7 @@ def _launches(
     T = dims.get("T", 1)
     sizes = mma.Sizes(dims["B"], T, *(dims[letter] for letter in ("HQ", "H", "D", "P", "M")))
     defines, scalars = kernel_arguments(arrays, dims, spec, scores, lse_base)
-    # The tensor-core kernel counts elements from a page or token to the next in 32 bits.
-    suits = all(0 <= n < 2**30 for name, n in scalars.items() if name.endswith(("page", "token")))
-    suits &= attention.whole_vectors(k_pool, v_pool) and arrays["key_positions"] is None
+    suits = mma.takes_strides(scalars, k_pool, v_pool) and arrays["key_positions"] is None
     if suits and mma.fits(cuda.current_sm(), spec, q.dtype, sizes):
         launch, size = mma.launch(spec, q.dtype, sizes, defines, scalars, fixed_split)
         return launch, None, size

@@ -10,7 +10,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Any, NamedTuple
 
-from pykv import cuda
+from pykv import attention, cuda
 from pykv.arrays import BFLOAT16, FLOATS
 from pykv.specs import KVSpec
 
@@ -97,12 +97,28 @@ def shared_bytes(sm: int, spec: KVSpec, q_dtype: Any, sizes: Sizes) -> int:
     return WARPS * (block["STAGE_BYTES"] + block["Q_BYTES"] + states)
 
 
-def fits(sm: int, spec: KVSpec, q_dtype: Any, sizes: Sizes) -> bool:
-    """Whether the kernel takes such pools, and a block may have the shared memory that it needs."""
+def fits(sm: int, spec: KVSpec, q_dtype: Any, sizes: Sizes, more_bytes: int = 0) -> bool:
+    """Whether the kernel takes such pools, and a block may have the shared memory that it needs.
+
+    Args:
+        more_bytes: of shared memory that qkv_decode needs beside.
+    """
     if not covers(sm, spec, sizes.D):
         return False
     limit = 64 << 10 if sm == 75 else _shared_of_sm(sm) - 1024
-    return shared_bytes(sm, spec, q_dtype, sizes) + 128 <= limit  # and its static variables
+    # And static variables.
+    return shared_bytes(sm, spec, q_dtype, sizes) + more_bytes + 128 <= limit
+
+
+def takes_strides(scalars: dict[str, Any], k_pool: Any, v_pool: Any) -> bool:
+    """Whether the kernel takes pools on a GPU that lie like this; it counts elements from a page or
+    token to the next in 32 bits.
+
+    Args:
+        scalars: of a kernel, with strides of the pools.
+    """
+    steps = [n for name, n in scalars.items() if name.endswith(("page", "token"))]
+    return all(0 <= n < 2**30 for n in steps) and attention.whole_vectors(k_pool, v_pool)
 
 
 def _shared_of_sm(sm: int) -> int:
@@ -145,7 +161,11 @@ def launch(
     sizes: Sizes,
     defines: dict[str, Any],
     scalars: dict[str, Any],
-    fixed_split: int | None,
+    fixed_split: int | None = None,
+    *,
+    stem: str = STEM,
+    more_bytes: int = 0,
+    early: bool = False,
 ) -> tuple[cuda.Launch, int]:
     """The launch on the current GPU, and the elements of workspace that it needs.
 
@@ -155,10 +175,13 @@ def launch(
 
     Args:
         defines, scalars: those that the plain kernel has as well.
+        stem: of this kernel, or of qkv_decode, which does more.
+        more_bytes: as of `fits`.
+        early: see cuda.Launch.
     """
     sm, num_sms = cuda.current_sm(), cuda.num_sms(cuda.current_device())
     block, shared = block_sizes(sm, spec, q_dtype, sizes.D), shared_bytes(sm, spec, q_dtype, sizes)
-    in_sm = _shared_of_sm(sm) // (shared + 1024)  # blocks, with the system's own 1 KiB each
+    in_sm = _shared_of_sm(sm) // (shared + more_bytes + 1024)  # blocks; 1 KiB is the system's
     blocks = num_sms * max(1, min(block["BLOCKS"], in_sm))
     ranges, cluster = num_ranges(sizes, blocks, fixed_split), None
     slots = num_slots(sizes, ranges, fixed_split)
@@ -168,19 +191,20 @@ def launch(
     if sizes.B == 1 and not fixed_split:
         defines["ALONE"] = 1
         if sm >= 90 and 1 < ranges and sizes.capacity <= CLUSTER_KEYS:
-            joined = cuda.kernel(STEM, STEM, **defines, CLUSTER=CLUSTER)
+            joined = cuda.kernel(stem, stem, **defines, CLUSTER=CLUSTER)
             shape = (1, 1, CLUSTER)
             if sizes.tiles <= cuda.active_clusters(joined, BLOCK, shape, shared):
                 defines["CLUSTER"], ranges, cluster, slots = CLUSTER, CLUSTER, shape, 0
-    scalars = scalars | dict(B=sizes.B, G=sizes.HQ // sizes.H, slots=slots)
+    scalars = scalars | dict(B=sizes.B, G=sizes.HQ // sizes.H, num_slots=slots)
     scalars |= dict(piece_tiles=(fixed_split or 0) // block["KEYS"])
     made = cuda.Launch(
-        cuda.kernel(STEM, STEM, **defines),
+        cuda.kernel(stem, stem, **defines),
         grid=(sizes.tiles // sizes.H, sizes.H, ranges),
         block=BLOCK,
         scalars=scalars,
         shared_bytes=shared,
         cluster=cluster,
+        early=early,
     )
     return made, workspace_size(sizes, slots)
 

@@ -155,15 +155,21 @@ def checked(
     names = ("positions", "inv_freq", "q_norm", "k_norm")
     given = arrays["qkv"], *pools, arrays["slots"], *(arrays[name] for name in names)
     dims = _checker(spec)(*given, arrays["q_out"])
-    HQ = _query_heads(op, dims)
-    for pair in (names[:2], names[2:]):
+    return dims, query_heads(op, dims), options_of(op, arrays, dims, spec, pairing, eps, hadamard)
+
+
+def options_of(
+    op: str, arrays: dict[str, Any], dims: Dims, spec: KVSpec, pairing: Any, eps: Any, hadamard: Any
+) -> Options:
+    """The options of `append`, checked against sizes of its arrays."""
+    for pair in (("positions", "inv_freq"), ("q_norm", "k_norm")):
         if sum(arrays[name] is None for name in pair) == 1:
             raise ParameterError(
                 f"{op}: one of {' and '.join(pair)} is None, expected both or neither"
             )
     rope.check_pairs(op, pairing, dims.get("F", 0), dims["D"])
     eps = check_number(op, "eps", eps, positive=True)
-    return dims, HQ, Options(spec, pairing, eps, check_flag(op, "hadamard", hadamard))
+    return Options(spec, pairing, eps, check_flag(op, "hadamard", hadamard))
 
 
 @cache
@@ -225,7 +231,9 @@ def hadamard_transform(x: Any) -> Any:
     return x * x.dtype.type(1 / math.sqrt(S))
 
 
-def _query_heads(op: str, dims: dict[str, int]) -> int:
+def query_heads(op: str, dims: dict[str, int], name: str = "q_out") -> int:
+    """HQ of a projection of R elements; it raises what `append` says of R, and of the array `name`,
+    which has HQ heads where it is given."""
     R, H, D = dims["R"], dims["H"], dims["D"]
     check_head_dim(op, "k_pool", D, MAX_HEAD_DIM)
     HQ = R // D - 2 * H
@@ -234,7 +242,7 @@ def _query_heads(op: str, dims: dict[str, int]) -> int:
             f"{op}: qkv has R={R}, expected (HQ + 2H) * D with H={H}, D={D} and HQ of at least 1"
         )
     if dims.get("HQ", HQ) != HQ:
-        raise ShapeError(f"{op}: q_out has HQ={dims['HQ']}, expected {HQ} as in qkv")
+        raise ShapeError(f"{op}: {name} has HQ={dims['HQ']}, expected {HQ} as in qkv")
     return HQ
 
 

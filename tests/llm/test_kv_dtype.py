@@ -45,7 +45,14 @@ def patch_appends(monkeypatch, cache):
             rows[slots] = self._xp.asarray(stored(layer, i, to_numpy(rows[slots])))
         return q
 
+    def decode_stored(self, layer, qkv, slots, table, lengths, **options):
+        names = ("scale", "window", "logits_soft_cap", "out", "workspace")
+        of_decode = {name: options.pop(name) for name in names if name in options}
+        q = append_stored(self, layer, qkv, slots, q_out=options.pop("q_scratch"), **options)
+        return self.decode(layer, q, table, lengths, **of_decode)
+
     monkeypatch.setattr(pool.PagedKVCache, "append_qkv", append_stored)
+    monkeypatch.setattr(pool.PagedKVCache, "decode_qkv", decode_stored)
 
 
 @without_simt

@@ -33,6 +33,7 @@ from pykv.ops import (
     paged_decode,
     paged_qkv,
     prefill,
+    qkv_decode,
     rope,
     sample,
 )
@@ -156,6 +157,7 @@ OPS = [
     call(paged_convert.convert, POOLS, OUTS, spec=SPEC, out_spec=SPEC),
     call(paged_decode.decode, "q f4 2 2 16", POOLS, TABLE),
     call(paged_qkv.append, "qkv f4 2 96, slots i4 2", POOLS),
+    call(qkv_decode.decode, "qkv f4 2 96, slots i4 2", POOLS, TABLE),
     call(prefill.prefill, "q f4 2 2 16, q_starts i4 3", POOLS, TABLE),
     call(
         prefill.prefill_contiguous,

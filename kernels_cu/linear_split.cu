@@ -21,8 +21,8 @@
 // Launch:   grid (T'), block (BLOCK); it may start early
 // Traffic:  T * I elements of x, twice, once from L1; PIECES * T' * I' * 2 bytes written
 // Order:    squares by threads, lanes and warps, the same in every run; a row does not depend on others
-#include "mma.cuh"
 #include "reduce.cuh"
+#include "split.cuh"
 #include "vector.cuh"
 
 #if !defined(X_T) || !defined(HALF_T) || !defined(PIECES) || !defined(OWN) || !defined(EVEN_FIRST) || \
@@ -31,7 +31,6 @@
 #endif
 
 constexpr int WARPS = BLOCK / WARP;
-constexpr int SECOND = EVEN_FIRST ? 2 : 1, THIRD = 3 - SECOND;  // of four elements, as pairs have them
 
 // The first of four elements of x that stand at lane `lane` of the 16 places from p on: slots 2t,
 // 2t + 1, then 2t + 8, 2t + 9 of an mma are four elements that follow each other.
@@ -93,11 +92,8 @@ split(HALF_T* pieces, float* totals, float* units, u32* counters, const X_T* x, 
     reduce_row(largest, squares, row, norm, t < T ? I : 0);
     const float factor = norm ? 1.0f / sqrtf(squares / (float)I + eps) : 1.0f;
     largest *= factor;
-    // Brings the largest to 2^14 .. 2^15; both the power and one over it are normal numbers.
-    const int exponent = (int)(__float_as_uint(largest) >> 23) - 127;
-    const int power_of = min(max(14 - exponent, -113), 126);
-    const float power = __uint_as_float((u32)(127 + power_of) << 23);
-    if (threadIdx.x == 0) units[t] = __uint_as_float((u32)(127 - power_of) << 23);
+    const PowerOfTwo power(largest);
+    if (threadIdx.x == 0) units[t] = power.inverse;
 
     const i64 piece = (i64)gridDim.x * padded_I;  // elements
     for (int p = threadIdx.x * 16; p < padded_I; p += BLOCK * 16) {
@@ -112,18 +108,13 @@ split(HALF_T* pieces, float* totals, float* units, u32* counters, const X_T* x, 
                 if (norm) load4(w, norm + i);
             }
 #pragma unroll
-            for (int j = 0; j < 4; j++) v[j] = v[j] * (factor * w[j]) * power;
+            for (int j = 0; j < 4; j++) v[j] = v[j] * (factor * w[j]) * power.value;
             total += (v[0] + v[1]) + (v[2] + v[3]);
 #pragma unroll
             for (int n = 0; n < PIECES; n++) {
-                float lower[2] = {v[0], v[SECOND]}, upper[2] = {v[THIRD], v[3]};
-                words[n][OWN ? lane : 2 * lane] = split_halves<HALF_T>(lower);
-                words[n][OWN ? lane + 4 : 2 * lane + 1] = split_halves<HALF_T>(upper);
-                // What an infinity leaves is a NaN: the first piece says it all.
-                v[0] = is_finite(lower[0]) ? lower[0] : 0.0f;
-                v[SECOND] = is_finite(lower[1]) ? lower[1] : 0.0f;
-                v[THIRD] = is_finite(upper[0]) ? upper[0] : 0.0f;
-                v[3] = is_finite(upper[1]) ? upper[1] : 0.0f;
+                const uint2 pairs = split_four<HALF_T, EVEN_FIRST ? 2 : 1>(v);
+                words[n][OWN ? lane : 2 * lane] = pairs.x;
+                words[n][OWN ? lane + 4 : 2 * lane + 1] = pairs.y;
             }
         }
 #pragma unroll

@@ -11,7 +11,7 @@ import numpy as np
 
 from pykv import planes
 from pykv.arrays import like, on_gpu
-from pykv.cuda import current_arch, current_sm
+from pykv.cuda import current_arch, current_sm, num_sms
 from pykv.errors import UnsupportedError
 from pykv.llm.gguf import ModelFile
 from pykv.ops import (
@@ -20,6 +20,7 @@ from pykv.ops import (
     block_rows,
     linear,
     linear_mma,
+    linear_small,
     linear_tiles,
     linear_wgmma,
 )
@@ -120,10 +121,13 @@ def gates_itself(x: Any, w: Any, gemm: str) -> bool:
     if len(parts) > 1 or not on_gpu(x):
         return False
     ((kind, rows),), (T, I) = parts, x.shape
-    wgmma = linear_wgmma.multiplies(kind, False, T, len(rows), I, GATES[0], current_arch())
-    if _is_fused(x) or wgmma:
+    if _is_fused(x) or _by_linear(x, kind, gemm):
+        return _is_fused(x)
+    shape, sms = (T, len(rows), I), num_sms(x.data.device_id)
+    if linear_small.multiplies(kind, False, shape, current_sm(), sms):
         return True
-    return T > linear_tiles.SHORT and not _by_linear(x, kind, gemm)
+    wgmma = linear_wgmma.multiplies(kind, False, T, len(rows), I, GATES[0], current_arch())
+    return wgmma or T > linear_tiles.SHORT
 
 
 def gated(

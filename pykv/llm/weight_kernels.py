@@ -13,6 +13,7 @@ from pykv.ops import (
     block_linear,
     block_rows,
     linear_mma,
+    linear_small,
     linear_split,
     linear_tiles,
     linear_wgmma,
@@ -56,6 +57,8 @@ def _tensor_core_jobs(
     tilings = linear_mma.tilings(kind, False, sm)
     few = linear_tiles.most_of_registers(kind, sm)
     jobs = [("linear_split", one) for one in linear_split.all_defines(kind, FLOATS[0])]
+    if linear_small.multiplies(kind, False, (1, 1, 1), sm, 1):
+        jobs.append(("linear_small", linear_small.defines(kind, *_FLOATS)))
     if few is not None:
         tilings = [one for one in tilings if one.TILE_T < 2 * few]
         jobs += [

@@ -17,7 +17,14 @@ from pykv import cuda, planes
 from pykv.arrays import FLOAT32, FLOATS, UINT8, VECTOR_BYTES, like, on_gpu, row_step
 from pykv.checker import Dims, checker, optional
 from pykv.errors import ParameterError, ShapeError, UnsupportedError
-from pykv.ops import activation, block_rows, linear_mma, linear_tiles, linear_wgmma
+from pykv.ops import (
+    activation,
+    block_rows,
+    linear_mma,
+    linear_small,
+    linear_tiles,
+    linear_wgmma,
+)
 from pykv.ops import norm as rms_norm
 from pykv.options import check_choice, check_flag, check_number
 from pykv.planes import FORMATS
@@ -176,10 +183,11 @@ def multiply(
     `x` as integers: of each 32 elements the largest has 23 bits, and what is smaller so many fewer,
     none below 2^-126. Those sums are exact; scales multiply them, and the rest is summed in
     float32: so a row whose weight of a large element is 0 loses bits of the others. From sm_75 on
-    tensor cores multiply more than 4 tokens, or more than 2 by a large matrix where `x` is rounded,
-    in launches of their own: of `x` as they want it, the product, and the gate, unless the product
-    ends in the gate itself: on sm_90 of blocks and up to 128 tokens (of small matrices 32), and of
-    many tokens of any kind. They take float32 as the sum of two float16, 22 bits of
+    tensor cores multiply more than 4 tokens, or more than 2 by a large matrix where `x` is rounded:
+    up to 64 rounded tokens in one launch if the matrix is so small that SMs hold all its warps at
+    once; else in launches of their own: of `x` as they want it, the product, and the gate, unless
+    the product ends in the gate itself: on sm_90 of blocks and up to 128 tokens (of small matrices
+    32), and of many tokens of any kind. They take float32 as the sum of two float16, 22 bits of
     every element down to 2^-28 of the token's largest, or for BF16 (from sm_80 on) of three
     bfloat16; for 16-bit `x` blocks are rounded to float16, whose largest is 65504, and for a gate
     of its own products to the dtype of `x`. The copies of `x` take up to 10 bytes an element from
@@ -391,15 +399,18 @@ def scalars_of(x: Any, w: Any, out: Any, asked: Options, cut: Cut) -> dict[str, 
 def _launches(
     x: Any, w: Any, kind: str, bias: Any, norm: Any, out: Any, options: Options
 ) -> Callable[[dict[str, Any], Any], None]:
-    """The function of arrays by name and a stream that enqueues a product by linear_wgmma,
-    linear_tiles, or linear_mma and a gate behind it, and has memory for what they hand on."""
+    """The function of arrays by name and a stream that enqueues a product by linear_small,
+    linear_wgmma, linear_tiles, or linear_mma and a gate behind it, and has memory for what they
+    hand on."""
     exact = options.exact and x.dtype in FLOAT32
     given, gate, accumulate = (x, w, kind, bias), options.gate, options.accumulate
     ways: dict[str, Any] = dict(eps=options.eps, early=options.early)
-    (T, I), R = x.shape, len(w)
+    (T, I), R, sm = x.shape, len(w), cuda.current_sm()
+    if linear_small.multiplies(kind, exact, (T, R, I), sm, cuda.num_sms(x.data.device_id)):
+        return linear_small.product(*given, out, accumulate, gate=gate, **ways)
     if linear_wgmma.multiplies(kind, exact, T, R, I, gate, cuda.current_arch()):
         return linear_wgmma.product(*given, out, accumulate, gate=gate, **ways)
-    if linear_tiles.multiplies(kind, exact, T, cuda.current_sm()):
+    if linear_tiles.multiplies(kind, exact, T, sm):
         ways |= dict(early=options.early and T > linear_tiles.SHORT)
         return linear_tiles.product(*given, out, accumulate, gate=gate, **ways)
     if gate is None:

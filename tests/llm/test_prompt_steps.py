@@ -66,8 +66,8 @@ def tiny_model(open_llm):
 @pytest.mark.parametrize("is_long", [False, True])
 def test_activations_are_known_before(xp, rng, tiny_model, monkeypatch, is_long):
     """What is reckoned is what a step allocates, one operand of a product, and products of gates
-    also where long steps on a GPU have none."""
-    config, arrays, like = tiny_model.config, [], model.like
+    also where long steps on a GPU have none, as short ones by small matrices."""
+    T, config, arrays, like = 80, tiny_model.config, [], model.like
 
     def noted(*args):
         arrays.append(like(*args))
@@ -75,12 +75,12 @@ def test_activations_are_known_before(xp, rng, tiny_model, monkeypatch, is_long)
 
     monkeypatch.setattr(model, "like", noted)
     monkeypatch.setattr(linear_tiles, "SHORT", 0 if is_long else 512)
-    cache, batch = cache_of(tiny_model, xp, 12), of_spans(spans_of(rng, [20], [0]), P, xp)
+    cache, batch = cache_of(tiny_model, xp, 21), of_spans(spans_of(rng, [T], [0]), P, xp)
     model.forward(tiny_model, batch, cache)
     widest = max(config.embedding, config.heads * config.head_dim, config.feed_forward)
-    taken = sum(x.nbytes for x in arrays) + 4 * 20 * (config.embedding + widest)
+    taken = sum(x.nbytes for x in arrays) + 4 * T * (config.embedding + widest)
     gate_up = 2 * config.feed_forward if is_long and xp is not np else 0
-    assert memory.step_bytes(config, 20) == taken + 4 * 20 * gate_up
+    assert memory.step_bytes(config, T) == taken + 4 * T * gate_up
 
 
 def test_steps_of_prompts_alone(xp, tiny_model, monkeypatch):

@@ -8,7 +8,14 @@ import pytest
 from pykv import cuda
 from pykv.llm import weight_kernels
 from pykv.ops import block_linear as op
-from pykv.ops import block_rows, linear_mma, linear_split, linear_tiles, linear_wgmma
+from pykv.ops import (
+    block_rows,
+    linear_mma,
+    linear_small,
+    linear_split,
+    linear_tiles,
+    linear_wgmma,
+)
 
 
 @pytest.mark.parametrize("kind", ["Q4_K", "Q6_K", "F16", "BF16"])
@@ -43,7 +50,9 @@ def test_a_model_that_is_loaded_finds_its_kernels_compiled(monkeypatch, kind, sm
     ]
     for T, (O, I), gate in product(range(5, 200), shapes, (None, "geglu")) if sm > 75 else ():
         shape = kind, False, T
-        if linear_wgmma.multiplies(*shape, O, I, gate, f"sm_{sm}"):
+        if linear_small.multiplies(kind, False, (T, O, I), sm, num_sms):
+            ways.append(("linear_small", linear_small.defines(kind, *floats)))
+        elif linear_wgmma.multiplies(*shape, O, I, gate, f"sm_{sm}"):
             tiling = linear_wgmma.choose(kind, T, O, I, num_sms)
             ways.append(("linear_wgmma", linear_wgmma.defines(kind, *floats, tiling, gate)))
         elif linear_tiles.multiplies(*shape, sm):

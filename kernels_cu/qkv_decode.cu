@@ -37,6 +37,14 @@ struct QueriesShared {
     __align__(16) Q_T rows[ROWS][D];
 };
 
+// Stores a query in shared memory.
+__device__ __forceinline__ void share(Q_T* to, const HeadRow& made) {
+#pragma unroll
+    for (int i = 0; i < PIECES; i++) {
+        if (column(i) < D) *(Eight<Q_T>*)(to + column(i)) = convert8<Q_T>(made.pieces[i]);
+    }
+}
+
 // Makes the queries of a piece, and its last key and value. All threads of a block call it.
 struct MadeQueries {
     static constexpr bool ARE_MADE = true;
@@ -58,7 +66,7 @@ struct MadeQueries {
             make_head(shared.append, append, b, known,
                       [&](const HeadRow& made, const HeadValue& value, u32 largest) {
                 if (!is_own) return;
-                if (row < G) store_fragment(shared.rows[row], made);
+                if (row < G) share(shared.rows[row], made);
                 else store_head(append, place, known, made, value, largest);
             });
             __syncthreads();

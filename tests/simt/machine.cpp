@@ -1328,6 +1328,14 @@ static Copy begin_copy(void* to, const void* from, int bytes, const void* caller
     return copy;
 }
 
+void require_space(const void* at, bool is_shared) {
+    if (!launch) return;
+    const Region* const region = find((u64)at, 1);
+    if (!region || region->array.shared == is_shared) return;  // accesses say what is out of bounds
+    stop(*current, CALLER, format("takes %s for %s memory", name_of(*region).c_str(),
+                                  is_shared ? "shared" : "global"));
+}
+
 void copy_later(void* to, const void* from, int bytes) {
     current->copies.push_back(begin_copy(to, from, bytes, CALLER));
 }

@@ -99,6 +99,9 @@ void wait_for_cluster(const char* name, const char* file, int line);
 const void* map_shared_rank(const void* shared, unsigned rank, const char* name, const char* file,
                      int line);
 
+// For instructions of one state space: stops where `at` lies in the other.
+void require_space(const void* at, bool is_shared);
+
 // Asynchronous copies of this thread. The target is poison, and nobody's to touch, until the thread
 // has waited until at most `groups` of its committed groups are left.
 void copy_later(void* to, const void* from, int bytes);

@@ -98,29 +98,41 @@ inline void e4m3x4_to_f16x4(unsigned (&pairs)[2], unsigned word) {
 
 // --- Copies and fragments ------------------------------------------------------------------------
 
-template <typename T> inline T load_eager(const T* p) { return *p; }
+namespace simt {
+// The address of an instruction that takes one state space alone.
+template <typename T> __attribute__((always_inline)) inline T* in_global(T* at) {
+    require_space(at, false);
+    return at;
+}
+template <typename T> __attribute__((always_inline)) inline T* in_shared(T* at) {
+    require_space(at, true);
+    return at;
+}
+}  // namespace simt
 
-inline uint4 load16_eager(const void* p) { return *reinterpret_cast<const uint4*>(p); }
+template <typename T> inline T load_eager(const T* p) { return *simt::in_global(p); }
 
-inline void store16(void* p, const uint4& x) { *reinterpret_cast<uint4*>(p) = x; }
-inline void store16_shared(void* p, const uint4& x) { *reinterpret_cast<uint4*>(p) = x; }
+inline uint4 load16_eager(const void* p) { return *(const uint4*)simt::in_global(p); }
 
-inline void cp_async16(void* shared, const void* global) {
-    simt::copy_later(shared, global, 16);
+inline void store16(void* p, const uint4& x) { *(uint4*)simt::in_global(p) = x; }
+inline void store16_shared(void* p, const uint4& x) { *(uint4*)simt::in_shared(p) = x; }
+
+inline void cp_async16(void* to, const void* from) {
+    simt::copy_later(simt::in_shared(to), simt::in_global(from), 16);
 }
 
-inline void cp_async16_or_zero(void* shared, const void* global, bool exists) {
+inline void cp_async16_or_zero(void* to, const void* from, bool exists) {
     static const uint4 zero = {0, 0, 0, 0};
     if (exists) {
-        cp_async16(shared, global);
+        cp_async16(to, from);
     } else {
-        *reinterpret_cast<uint4*>(shared) = zero;
+        *(uint4*)simt::in_shared(to) = zero;
     }
 }
 
-template <int BYTES> inline void cp_async(void* shared, const void* global) {
+template <int BYTES> inline void cp_async(void* to, const void* from) {
     static_assert(BYTES == 4 || BYTES == 8 || BYTES == 16, "what the instruction copies");
-    simt::copy_later(shared, global, BYTES);
+    simt::copy_later(simt::in_shared(to), simt::in_global(from), BYTES);
 }
 
 inline void cp_async_commit() { simt::commit_copies(); }
@@ -145,14 +157,14 @@ inline void mbarrier_wait(unsigned long long* barrier, unsigned parity, SIMT_SIT
 }
 __attribute__((always_inline)) inline void copy_bulk(void* shared, const void* global, unsigned bytes,
                                                      unsigned long long* barrier) {
-    simt::copy_in_bulk(shared, global, bytes, barrier);
+    simt::copy_in_bulk(simt::in_shared(shared), simt::in_global(global), bytes, barrier);
 }
 
 namespace simt {
 using Rows = const char (*)[VALUE_BYTES];  // what the 32 lanes of an ldmatrix point at
 
 inline Rows rows_of_lanes(const void* row, const char* file, int line) {
-    const uint4 mine = *reinterpret_cast<const uint4*>(row);
+    const uint4 mine = *(const uint4*)in_shared(row);
     return meet_lanes("a warp-wide instruction", ~0u, &mine, sizeof mine, file, line);
 }
 
@@ -253,7 +265,7 @@ template <bool COLUMNS> void load_rows(float (&to)[16][16], const WgmmaMatrix& f
 }  // namespace simt
 
 inline WgmmaMatrix wgmma_matrix(const void* shared, unsigned leading) {
-    return {(const char*)shared, leading};
+    return {(const char*)simt::in_shared(shared), leading};
 }
 
 inline WgmmaMatrix wgmma_matrix(WgmmaMatrix from, unsigned bytes) {
@@ -355,32 +367,36 @@ template <typename T> inline T opaque_pointer(T x) { return x; }
 // Always inlined, because the machine takes the caller for the place.
 __attribute__((always_inline)) inline unsigned atomic_inc_acq_rel(unsigned* at, unsigned most) {
     return simt::atomic(
-        at, [most](unsigned old) { return old >= most ? 0 : old + 1; },
+        simt::in_global(at), [most](unsigned old) { return old >= most ? 0 : old + 1; },
         simt::ACQUIRE | simt::RELEASE);
 }
 
 __attribute__((always_inline)) inline void add_release(unsigned* at, unsigned x) {
-    simt::atomic(at, [x](unsigned old) { return old + x; }, simt::RELEASE);
+    simt::atomic(simt::in_global(at), [x](unsigned old) { return old + x; }, simt::RELEASE);
 }
 
 __attribute__((always_inline)) inline unsigned load_acquire(const unsigned* at, SIMT_SITE) {
-    simt::poll(at, "load_acquire", file, line);
+    simt::poll(simt::in_global(at), "load_acquire", file, line);
     return simt::strong_load(at, simt::ACQUIRE);
 }
 
 __attribute__((always_inline)) inline unsigned long long load_host(const unsigned long long* at, SIMT_SITE) {
-    simt::poll(at, "load_host", file, line);
+    simt::poll(simt::in_global(at), "load_host", file, line);
     return simt::strong_load(at, 0);
 }
 
 __attribute__((always_inline)) inline void store_host(unsigned long long* at, unsigned long long x) {
-    simt::strong_store(at, x, 0);
+    simt::strong_store(simt::in_global(at), x, 0);
 }
 
 inline unsigned long long global_timer() { return simt::global_timer(); }
 
-inline unsigned long long load_relaxed(unsigned long long* at) { return atomicOr(at, 0ull); }
-inline void store_relaxed(unsigned long long* at, unsigned long long x) { atomicExch(at, x); }
+inline unsigned long long load_relaxed(unsigned long long* at) {
+    return atomicOr(simt::in_global(at), 0ull);
+}
+inline void store_relaxed(unsigned long long* at, unsigned long long x) {
+    atomicExch(simt::in_global(at), x);
+}
 
 // --- Clusters ------------------------------------------------------------------------------------
 

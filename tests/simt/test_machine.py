@@ -94,6 +94,17 @@ FAULTS = {
         [128] * 128,
         shared="__shared__ int s[1];",
     ),
+    "shared memory by an instruction for global memory": fault(
+        "if (t == 0) s[0] = 5; __syncthreads(); out[t] = «load_eager(s)|s[0]»;",
+        "takes s for global memory",
+        [5] * 128,
+        shared="__shared__ int s[1];",
+    ),
+    "global memory by an instruction for shared memory": fault(
+        "«cp_async<4>(out + t, in + t)|cp_async<4>(s + t, in + t)»; cp_async_commit();"
+        " cp_async_wait<0>(); out[t] = s[t];",
+        "takes out for shared memory",
+    ),
     "race between blocks": fault(
         "out[«|blockIdx.x * 128 +» t] = blockIdx.x;",
         r"writes byte \d+ of out, which another block (reads|writes)",

@@ -1,29 +1,29 @@
-// qkv_decode.cu: paged_qkv and paged_decode_mma in one launch, for the next token of each sequence: heads
-// of Q, K and V, normalised, rotated and mixed; K and V into their pages; attention of Q.
+// qkv_decode.cu: paged_qkv and paged_decode_mma in one launch, for the next token of one sequence: heads of
+// Q, K and V, normalised, rotated and mixed; K and V into their pages; attention of Q.
 //
 // Arrays (letters as in pykv/ops/qkv_decode.py):
-//   out                        [B, HQ, D] Q_T, row-major
+//   out                        [1, HQ, D] Q_T, row-major
 //   k_pool, v_pool             [N, P, H, D] in any order, as of paged_decode_mma.cu: K_T, V_T; rows
 //                              at `slots` are written, others read
 //   k_scales, v_scales         [N, P, H], likewise: SCALE_T, dynamic (written) or static, by SCALES
 //   workspace                  as of paged_decode_mma.cu
-//   qkv                 const  [B, HQ + 2H, D] NEW_T: stride of B; heads of Q, then K, then V
-//   slots               const  [B] ROW_T  page * PAGE + offset of a sequence's last key, that is key
-//                              lengths[b] - 1; negative: K and V are not written
-//   positions           const  [B] int; null where PAIRS is 0
+//   qkv                 const  [HQ + 2H, D] NEW_T: heads of Q, then K, then V
+//   slots               const  [1] ROW_T  page * PAGE + offset of the last key, that is key lengths[0]
+//                              - 1; negative: K and V are not written
+//   positions           const  [1] int; null where PAIRS is 0
 //   inv_freq            const  [PAIRS] float  radians per position; null where PAIRS is 0
 //   q_norm, k_norm      const  [D] W_T, 16-byte aligned; null where NORM is 0
 //   page_table, lengths const  as of paged_decode_mma.cu
 // Scalars:  those of paged_decode_mma.cu and paged_qkv.cu, by the same names; piece_tiles = 0
-// Defines:  those of both; G = HQ / H is at most ROWS, and Q_T = NEW_T
-// Launch:   as of paged_decode_mma.cu, with B = its B, T = 1. It may start early, hence no pointer is
+// Defines:  those of both; G = HQ / H is at most ROWS, Q_T = NEW_T, ALONE = 1
+// Launch:   as of paged_decode_mma.cu, with B = T = 1. It may start early, hence no pointer is
 //           __restrict__: no load moves ahead of the wait
 // Traffic:  K and V once, scales and page table; a KV head's rows of qkv once for each piece of it
 // Order:    as of paged_decode_mma.cu; K and V bit for bit as of paged_qkv.cu
 //
-// Each block makes the queries of the KV head that it reads, anew for each sequence. The one whose
-// range ends with the last key of a sequence makes that key and its value, too, and reads the tile
-// behind that: no other block does, as one tile has all rows of a KV head.
+// Each block makes the queries of the KV head that it reads. The one whose range ends with the last
+// key makes that key and its value, too, and reads the tile behind that: no other block does, as one
+// tile has all rows of a KV head.
 #include "decode_range.cuh"
 #include "paged_qkv.cuh"
 #include "ptx.cuh"
@@ -31,7 +31,7 @@
 #if __CUDA_ARCH__ >= 750  // older SMs get an empty kernel, which the host never launches
 static_assert(HQ / H <= ROWS, "a block has all query rows of a KV head");
 
-// What threads of a block tell each other of a sequence.
+// What threads of a block tell each other.
 struct QueriesShared {
     AppendShared append;
     __align__(16) Q_T rows[ROWS][D];
@@ -45,7 +45,7 @@ __device__ __forceinline__ void share(Q_T* to, const HeadRow& made) {
     }
 }
 
-// Makes the queries of a piece, and its last key and value. All threads of a block call it.
+// Makes the queries of a block, and the last key and value. All its threads call it, once.
 struct MadeQueries {
     static constexpr bool ARE_MADE = true;
     static constexpr int G = HQ / H;
@@ -54,16 +54,14 @@ struct MadeQueries {
 
     // Row g of the queries of a KV head.
     __device__ __forceinline__ const Q_T* make(const Piece& piece, int kv_head, int g) const {
-        const u32 b = piece.b;
         const bool has_last = piece.tile < piece.tile_end && piece.tile_end == piece.visible.tile_end;
         const u32 count = has_last ? G + 2 : G, group = threadIdx.x / LANES;
-        if (PAIRS == 0) __syncthreads();  // all have read the queries before; else make_head waits
-        const Place place = place_of_slot(has_last ? append.slots[b] : (ROW_T)-1);
+        const Place place = place_of_slot(has_last ? append.slots[0] : (ROW_T)-1);
         for (u32 first = 0; first < count; first += GROUPS) {
             const u32 row = min(first + group, count - 1);  // idle lanes do the last one
             const u32 known = row < G ? kv_head * G + row : HQ + (row - G) * H + kv_head;
             const bool is_own = first + group < count;
-            make_head(shared.append, append, b, known,
+            make_head(shared.append, append, 0, known,
                       [&](const HeadRow& made, const HeadValue& value, u32 largest) {
                 if (!is_own) return;
                 if (row < G) share(shared.rows[row], made);
@@ -83,8 +81,8 @@ qkv_decode(Q_T* out, K_T* k_pool, V_T* v_pool, SCALE_T* k_scales, SCALE_T* v_sca
            const int* lengths, i64 k_pool_page, i64 k_pool_token, i64 k_pool_head, i64 v_pool_page,
            i64 v_pool_token, i64 v_pool_head, i64 k_scales_page, i64 k_scales_token,
            i64 k_scales_head, i64 v_scales_page, i64 v_scales_token, i64 v_scales_head,
-           i64 qkv_token, int B, int G, int M, int capacity, int window, int piece_tiles,
-           int num_slots, float score_scale, float cap, float eps) {
+           int B, int G, int M, int capacity, int window, int piece_tiles, int num_slots,
+           float score_scale, float cap, float eps) {
 #if __CUDA_ARCH__ >= 750
     __shared__ QueriesShared made;
     __shared__ int is_last;
@@ -92,7 +90,7 @@ qkv_decode(Q_T* out, K_T* k_pool, V_T* v_pool, SCALE_T* k_scales, SCALE_T* v_sca
     const Append append{nullptr, k_pool, v_pool, k_scales, v_scales, qkv, slots, positions, inv_freq,
                         q_norm, k_norm, k_pool_page, k_pool_token, k_pool_head, v_pool_page,
                         v_pool_token, v_pool_head, k_scales_page, k_scales_token, k_scales_head,
-                        v_scales_page, v_scales_token, v_scales_head, 0, 0, qkv_token, eps};
+                        v_scales_page, v_scales_token, v_scales_head, 0, 0, 0, eps};
     decode_range(Decode{out, nullptr, workspace, nullptr, k_pool, v_pool, k_scales, v_scales,
                         page_table, lengths, nullptr, nullptr, nullptr, 0, 0, k_pool_head,
                         v_pool_head, k_scales_head, v_scales_head, (int)k_pool_page,

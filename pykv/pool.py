@@ -288,6 +288,7 @@ class PagedKVCache:
             names = ("scale", "window", "logits_soft_cap", "out", "workspace")
             of_decode = {name: options.pop(name) for name in names if name in options}
             options["q_out"] = options.pop("q_scratch", None)
+            options.pop("early", None)  # of the one launch
             q = self.append_qkv(layer, qkv, slots, **options)
             both = {name: options[name] for name in ("check", "stream") if name in options}
             return self.decode(layer, q, page_table, lengths, **of_decode, **both)

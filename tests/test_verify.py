@@ -182,7 +182,7 @@ def test_the_ops_of_one_cache(text):
     rows = list(verify.run(spec=spec))
     assert [row.as_text() for row in rows if not row.ok] == []
     ops = "attention_scores kv_compact kv_scores kvtc_rows paged_append paged_convert "
-    ops += "paged_decode paged_qkv prefill"
+    ops += "paged_decode paged_qkv prefill qkv_decode"
     assert list(dict.fromkeys(row.op for row in rows)) == ops.split()
     for row in rows:
         assert str(spec) in row.case

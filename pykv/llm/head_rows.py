@@ -92,6 +92,7 @@ class HeadRows:
         """As PagedKVCache.decode_qkv; `slots`, `table` and `lengths` are not looked at."""
         names = ("scale", "window", "logits_soft_cap", "out", "workspace")
         of_decode = {name: options.pop(name) for name in names if name in options}
+        options.pop("early", None)  # of the one launch
         q = self.append_qkv(layer, qkv, slots, q_out=options.pop("q_scratch"), **options)
         return self.decode(layer, q, table, lengths, **of_decode)
 

@@ -115,6 +115,12 @@ def multiply(
     return out
 
 
+def leaves_room(x: Any, w: Any) -> bool:
+    """Whether blocks of `multiply` by few tokens leave room on each multiprocessor, so that those
+    of a kernel which starts early spread over all."""
+    return all(len(rows) * x.shape[1] <= block_linear.LARGE for _, rows in parts_of(w))
+
+
 def gates_itself(x: Any, w: Any, gemm: str) -> bool:
     """Whether the product with w, which has gates and what they open, applies the gate itself."""
     parts = parts_of(w)

@@ -116,7 +116,7 @@ def forward(
         if batch.q_starts is None:
             options |= dict(workspace=workspace)
         if batch.q_starts is None and queries is None:
-            options |= dict(q_scratch=q)
+            options |= dict(q_scratch=q, early=matrices.leaves_room(x, layer.qkv))
             cache.decode_qkv(i, qkv, batch.slots, *where, **of_layer, **of_all, **options)
         else:
             cache.append_qkv(i, qkv, batch.slots, q_out=q, **of_layer, **of_all)

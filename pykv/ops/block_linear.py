@@ -37,7 +37,7 @@ GATES = linear_tiles.GATES[1:]
 
 # How `gemv` cuts products, as was measured on an H200.
 _BLOCK, _LARGE_BLOCK = 256, 512  # threads; of small matrices, and of those that fill all SMs
-_LARGE = 2 << 20  # elements
+LARGE = 2 << 20  # elements
 _THREADS = 512  # of an SM, as registers allow
 _OUTS = {1: 4, 2: 4, 4: 2, 8: 2}  # rows of w of a warp, by the tokens that share one reading of w
 _FEW_OUTS = 2  # of floats, of which a lane holds 32 elements of each row, and of small matrices
@@ -370,7 +370,7 @@ def cut_of(
     is_alone = block is None
     rows = rows or next(rows for rows in _OUTS if rows >= T or rows == max(_OUTS))
     choice = (outs,) if outs else _outs(kind, rows)
-    block = block or (max if R * I > _LARGE else min)(_blocks(kind, rows, sm))
+    block = block or (max if R * I > LARGE else min)(_blocks(kind, rows, sm))
     num_sms = cuda.num_sms(x.data.device_id)
     outs, parts = _warps(R, I, _ways(kind, choice, rows, block, sm), block, num_sms)
     tiles, rounds = -(-R // (outs * (block // 32 // parts))), -(-I // (parts * _SLICE))

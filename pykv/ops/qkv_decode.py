@@ -1,5 +1,5 @@
-"""The next token of each sequence, from the fused projection of a layer to its attention, in one
-launch: what `paged_qkv.append` and then `paged_decode.decode` do.
+"""The next token of each sequence, from the fused projection of a layer to its attention: what
+`paged_qkv.append` and then `paged_decode.decode` do, for one sequence in one launch.
 
 Dimensions: B sequences, HQ query heads, H KV heads, D head size, R = (HQ + 2H) * D, F rotated pairs
 of a head, N pages in the pool, P tokens a page, M pages a sequence can have, W elements of a pool
@@ -19,6 +19,7 @@ from pykv.checker import Dims, checker, optional
 from pykv.ops import paged_check, paged_decode, paged_qkv
 from pykv.ops import paged_decode_mma as mma
 from pykv.ops.paged_append import SLOTS
+from pykv.options import check_flag
 from pykv.specs import KVSpec, spec_of
 
 STEM = "qkv_decode"
@@ -48,6 +49,7 @@ def decode(  # many parameters: those of an append and of attention in one call
     q_scratch: Any = None,
     out: Any = None,
     workspace: Any = None,
+    early: bool = False,
     check: bool | None = None,
     stream: Any = None,
 ) -> Any:
@@ -63,6 +65,9 @@ def decode(  # many parameters: those of an append and of attention in one call
         q_scratch: [B, HQ, D], dtype of `qkv`; memory for queries where two launches do this,
             allocated if None and needed. What it holds after the call is not defined.
         out: [B, HQ, D], dtype of `qkv`; allocated if None.
+        early: the kernel ahead in the stream leaves room on all multiprocessors. From sm_90 on
+            blocks of the one launch may then be there before that has ended, and wait. Where it
+            leaves room on some alone, they would crowd these and take longer.
         check: look for wrong entries first, see pykv.ops.paged_check.
         stream: see pykv.cuda.on_stream.
 
@@ -72,10 +77,11 @@ def decode(  # many parameters: those of an append and of attention in one call
     Raises:
         As paged_qkv.append and paged_decode.decode.
 
-    Runs where the arrays are. On a GPU it only enqueues: one launch where `paged_decode.kernel_for`
-    names paged_decode_mma and HQ / H is at most 8, else those of both ops. K, V and their scales
-    are bit for bit what paged_qkv.append writes; results are as precise as those of
-    paged_decode.decode. Idea of one kernel for both: ferrum.
+    Runs where the arrays are. On a GPU it only enqueues: one launch for one sequence, where
+    `paged_decode.kernel_for` names paged_decode_mma and HQ / H is at most 8, else those of both
+    ops, which take no longer for more. K, V and their scales are bit for bit what paged_qkv.append
+    writes; results are as precise as those of paged_decode.decode. Idea of one kernel for both:
+    ferrum.
 
     >>> k_pool, v_pool = (np.zeros((1, 4, 1, 8), np.float16) for _ in range(2))
     >>> qkv = np.arange(32, dtype=np.float32).reshape(1, 32)  # two heads of Q, one of K, one of V
@@ -95,6 +101,7 @@ def decode(  # many parameters: those of an append and of attention in one call
     if out is None:
         arrays["out"] = out = like(qkv, (dims["B"], HQ, dims["D"]), qkv.dtype)
         dims = _checker(spec)(*arrays.values(), q_scratch)
+    early = check_flag(op, "early", early)
     of_append = paged_qkv.options_of(op, arrays, dims, spec, pairing, eps, hadamard)
     scores = attention.check_options(op, dims, scale, window, logits_soft_cap, True)
     pool, seen = (dims["N"], dims["P"]), scores.seen(dims)
@@ -105,7 +112,7 @@ def decode(  # many parameters: those of an append and of attention in one call
     elif not on_gpu(qkv):
         cuda.look(lambda: attention.check_pages(op, page_table, lengths, pool, seen))
     if out.size and on_gpu(qkv):
-        chosen = of_append, scores
+        chosen = of_append, scores, early
         launch, size = dims.keep(chosen, lambda: _launch(arrays, dims, *chosen))
         if launch is not None:
             arrays["workspace"] = paged_decode.workspace_for(op, qkv, workspace, size, stream)
@@ -142,13 +149,20 @@ def _checker(spec: KVSpec) -> Callable[..., Dims]:
 
 
 def _launch(
-    arrays: dict[str, Any], dims: Dims, of_append: paged_qkv.Options, scores: attention.Scores
+    arrays: dict[str, Any],
+    dims: Dims,
+    of_append: paged_qkv.Options,
+    scores: attention.Scores,
+    early: bool,
 ) -> tuple[cuda.Launch | None, int]:
     """The launch for arrays that are checked, and the workspace that it needs; no launch where
-    paged_decode_mma does not take the pools, or a tile has no room for all rows of a KV head."""
+    there are more sequences, paged_decode_mma does not take the pools, or a tile has no room for
+    all rows of a KV head."""
+    if dims["B"] > 1:
+        return None, 0
     spec, out = of_append.spec, arrays["out"]
-    sizes = mma.Sizes(dims["B"], 1, *(dims[letter] for letter in ("HQ", "H", "D", "P", "M")))
-    defines, of_rows = paged_qkv.kernel_arguments(dims, arrays | dict(q_out=out), of_append)
+    sizes = mma.Sizes(1, 1, *(dims[letter] for letter in ("HQ", "H", "D", "P", "M")))
+    defines, _ = paged_qkv.kernel_arguments(dims, arrays | dict(q_out=out), of_append)
     defines |= attention.kernel_defines(spec, scores, dict(q=out))
     scalars = attention.kernel_scalars(spec, scores, dims, arrays)
     more = _more_bytes(defines, out.itemsize)
@@ -159,9 +173,9 @@ def _launch(
         and mma.fits(cuda.current_sm(), spec, out.dtype, sizes, more)
     ):
         return None, 0
-    scalars |= dict(qkv_token=of_rows["qkv_token"], eps=of_append.eps)
+    scalars |= dict(eps=of_append.eps)
     return mma.launch(
-        *(spec, out.dtype, sizes, defines, scalars), stem=STEM, more_bytes=more, early=True
+        *(spec, out.dtype, sizes, defines, scalars), stem=STEM, more_bytes=more, early=early
     )
 
 
@@ -171,11 +185,16 @@ def _more_bytes(defines: dict[str, Any], item_bytes: int) -> int:
     return 8 * int(defines["PAIRS"]) + 4 * groups * D + mma.ROWS * D * item_bytes + 64
 
 
+def _block_sizes(sm: int, D: int) -> dict[str, Any]:
+    sizes = mma.block_sizes(sm, KVSpec(), FLOATS[0], D)
+    return sizes | dict(CLUSTER=mma.CLUSTER if sm >= 90 else 1)
+
+
 # SmolLM2 and a Llama of 32 and 8 heads.
 VARIANTS: list[dict[str, Any]] = [
     paged_qkv.defines_of(FLOATS[0], KVSpec(), HQ, H, D, 16, D // 2, PAIRING="ADJACENT")
-    | dict(Q_T=FLOATS[0])
-    | cuda.by_sm(mma.block_sizes, KVSpec(), FLOATS[0], D)
+    | dict(Q_T=FLOATS[0], ALONE=1)
+    | cuda.by_sm(_block_sizes, D)
     for HQ, H, D in ((9, 3, 64), (32, 8, 128))
 ]
-VARIANTS_SMS = mma.VARIANTS_SMS
+VARIANTS_SMS = range(0)  # none at import: compiled when one sequence is first decoded

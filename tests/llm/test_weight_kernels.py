@@ -36,7 +36,7 @@ def test_a_model_that_is_loaded_finds_its_kernels_compiled(monkeypatch, kind, sm
         rows = min(8, 1 << (T - 1).bit_length())
         outs = op._outs(kind, rows)
         for R, I in ((576, 576), (4096, 576), (49152, 576), (49152, 32)):
-            block = op._blocks(kind, rows, sm)[-1 if R * I > op._LARGE else 0]
+            block = op._blocks(kind, rows, sm)[-1 if R * I > op.LARGE else 0]
             chosen = op._warps(R, I, op._ways(kind, outs, rows, block, sm), block, 132)[:1]
             taken = outs if rows == 2 else chosen
             sizes += [dict(ROWS=rows, OUTS=n, BLOCK=block) for n in taken]
@@ -46,7 +46,7 @@ def test_a_model_that_is_loaded_finds_its_kernels_compiled(monkeypatch, kind, sm
     if linear_mma.has_kernel(kind, sm):
         ways += [("linear_split", one) for one in linear_split.all_defines(kind, floats[0])]
     shapes = [
-        (O, I) for I in lengths for O in (576, 1536, (4 << 20) // I, 4096, 8192, 14336, 128256)
+        (O, I) for I in lengths for O in (64, 576, 1536, (4 << 20) // I, 4096, 8192, 14336, 128256)
     ]
     for T, (O, I), gate in product(range(5, 200), shapes, (None, "geglu")) if sm > 75 else ():
         shape = kind, False, T

@@ -162,7 +162,7 @@ def test_values_of_many_widths(xp, rng, bits, at):
     op.dequantize_intx(given, *map(xp.asarray, (low, high)), bits, out, at, n)
     want = np.full((B, n + 4), 7, F32)
     want[:, at : at + n] = op.reference_values(codes, low, high, bits, n)
-    assert_same_bits(out, want)
+    assert np.array_equal(to_numpy(out), want, equal_nan=True)  # bits of NaN are each machine's
 
 
 @pytest.mark.parametrize("part", [17, *swept([*range(17), *range(18, 64)])])

@@ -157,11 +157,13 @@ def test_the_host_stops_a_sequence(xp_of_programs, rng):
     program.launch(20, [10**6] * 2, [[], []])
     results = [program.take() for _ in range(2)]
     program.stop(0)
-    assert to_numpy(made.inputs.lengths)[0] == 0
+    at = to_numpy(made.inputs.lengths)[0]
     program.stop(0)
     results += all_of(program)
     tokens, _ = of_row(results, 0)
-    assert 2 <= len(tokens) < 20 and tokens == expected(made, 0, len(tokens))
+    is_in_time = len(tokens) < 20  # a GPU may have drawn all before
+    assert (at == 0) == is_in_time and (is_in_time or xp_of_programs is not np)
+    assert len(tokens) >= 2 and tokens == expected(made, 0, len(tokens))
     assert of_row(results, 1) == (expected(made, 1, 20), [])
 
 

@@ -117,22 +117,22 @@ inline uint4 load16_eager(const void* p) { return *(const uint4*)simt::in_global
 inline void store16(void* p, const uint4& x) { *(uint4*)simt::in_global(p) = x; }
 inline void store16_shared(void* p, const uint4& x) { *(uint4*)simt::in_shared(p) = x; }
 
-inline void cp_async16(void* to, const void* from) {
-    simt::copy_later(simt::in_shared(to), simt::in_global(from), 16);
+inline void cp_async16(void* shared, const void* global) {
+    simt::copy_later(simt::in_shared(shared), simt::in_global(global), 16);
 }
 
-inline void cp_async16_or_zero(void* to, const void* from, bool exists) {
+inline void cp_async16_or_zero(void* shared, const void* global, bool exists) {
     static const uint4 zero = {0, 0, 0, 0};
     if (exists) {
-        cp_async16(to, from);
+        cp_async16(shared, global);
     } else {
-        *(uint4*)simt::in_shared(to) = zero;
+        *(uint4*)simt::in_shared(shared) = zero;
     }
 }
 
-template <int BYTES> inline void cp_async(void* to, const void* from) {
+template <int BYTES> inline void cp_async(void* shared, const void* global) {
     static_assert(BYTES == 4 || BYTES == 8 || BYTES == 16, "what the instruction copies");
-    simt::copy_later(simt::in_shared(to), simt::in_global(from), BYTES);
+    simt::copy_later(simt::in_shared(shared), simt::in_global(global), BYTES);
 }
 
 inline void cp_async_commit() { simt::commit_copies(); }

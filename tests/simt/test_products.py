@@ -36,7 +36,8 @@ FAULTS = {  # what stands in the place of a line or two
     "no fence of registers": (FENCE, "", r"wgmma at faulty.cu:\d+ without wgmma_fence before"),
     "sums that are used, and no fence": (
         WAIT,
-        f"{WAIT} wgmma_m64n128k16<false, false>(sums, wgmma_matrix(tile, 0), wgmma_matrix(in, 0));",
+        f"{WAIT} const WgmmaMatrix a = wgmma_matrix(tile, 0);"
+        " wgmma_m64n128k16<false, false>(sums, a, a);",
         "without wgmma_fence before",
     ),
     "products of no group": (COMMIT, "", NOT_WAITED),

@@ -16,6 +16,7 @@ from pykv.llm import LLM, SamplingParams, steps
 from pykv.llm.scheduler import Scheduler
 from pykv.llm.sequence import Sequence
 from tests.llm import tiny
+from tests.llm.test_model import greedy
 
 P, VOCAB = 4, 11
 BUDGET, LONG = 10, 27  # tokens of a step with answers, and without
@@ -660,10 +661,6 @@ def test_what_waits_or_has_ended_can_be_aborted():
 
 
 # --- With a model ---
-
-
-def greedy(tokens, **options):
-    return SamplingParams(max_tokens=tokens, ignore_eos=True, **options)
 
 
 @pytest.fixture

@@ -19,15 +19,6 @@ from tests.simt import cupy as simt
 from tests.simt import machine
 
 
-@pytest.fixture
-def xp_of_programs(xp, monkeypatch):
-    if xp is simt:
-        monkeypatch.setattr(machine, "ARCH", "sm_90")
-    elif xp is not np and cuda.current_sm() < op.OLDEST_SM:
-        pytest.skip("sm_70 is the first with programs")
-    return xp
-
-
 def layers(rng, T, E, F, count):
     """Inputs of residual layers x += down @ (act @ x), as NumPy arrays."""
     x = rng.standard_normal((T, E)).astype(np.float32)

@@ -31,15 +31,21 @@ Ctrl-C        stops an answer"""
 def open_model(args: argparse.Namespace, *, chat: bool) -> tuple[Any, Any]:
     """The model and the sampling parameters. The latter are checked first, which is quick, and for
     a chat whether the model has a template."""
-    from pykv.llm import SamplingParams, gguf, models
-    from pykv.llm.chat import check_template
+    from pykv.llm import SamplingParams
 
     names = "temperature top_k top_p min_p seed max_tokens stop repetition_penalty "
     names += "presence_penalty frequency_penalty"
     params = SamplingParams(**{name: getattr(args, name) for name in names.split()})
     if chat:
-        check_template(gguf.read_model(models.fetch(args.model)))
+        _check_template(args.model)
     return open_llm(args), params
+
+
+def _check_template(model: str) -> None:
+    from pykv.llm import gguf, models
+    from pykv.llm.chat import check_template
+
+    check_template(gguf.read_model(models.fetch(model)))
 
 
 # --- Sessions ---

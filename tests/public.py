@@ -120,6 +120,7 @@ UNCHECKED = """
     kvtc.artefact.Plan kvtc.artefact.Side kvtc.artefact.Group kvtc.artefact.Artefact
     kvtc.artefact.Artefact.check_ratio kvtc.artefact.problems
     kvtc.coder.check_widths kvtc.coder.bits_of kvtc.coder.row_bytes
+    kvtc.coder.pack_fields kvtc.coder.unpack_fields
     layout.Layout layout.BlockShape plan.base.Preference pages.Pages
     layout.check_layout layout.check_pair layout.check_shape ops.block_linear.product
     ops.activation.launch_gated ops.kvtc_blocks.Blocks.check_apart

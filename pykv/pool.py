@@ -18,6 +18,7 @@ from pykv.kinds import SCALE_DTYPES
 from pykv.number_texts import counted
 from pykv.ops import paged_append, paged_decode, paged_qkv, prefill
 from pykv.options import check_number, check_whole, page_ids
+from pykv.page_arrays import moving_arrays
 from pykv.specs import POOLS, KVSpec, as_spec
 
 # One for all caches: first appends are rare.
@@ -162,7 +163,7 @@ class PagedKVCache:
             source, destination = copy
 
             def copy_page() -> None:
-                for array in self._paged():
+                for array in moving_arrays(self).values():
                     array[:, destination] = array[:, source]
 
             do_in(self._xp, copy_page, stream)
@@ -391,11 +392,6 @@ class PagedKVCache:
                 "cache's own"
             )
         return options | own
-
-    def _paged(self) -> list[Any]:
-        """The arrays [L, N, ...]."""
-        scales = (self.k_scales, self.v_scales) if self.spec.has_dynamic_scales else ()
-        return [array for array in (self.k, self.v, *scales) if array is not None]
 
     def _set_arrays(self, arrays: list[Any]) -> None:
         self.k, self.v, self.k_scales, self.v_scales = arrays

@@ -22,7 +22,7 @@ from pykv.bench import Work, memory
 from pykv.bench.options import DTYPES, Case
 from pykv.eviction.parts import of_heads, parts
 from pykv.ops import kv_compact, kv_scores, kv_select, paged_decode
-from pykv.page_arrays import ARRAYS
+from pykv.page_arrays import ARRAYS, moving_arrays
 from pykv.specs import KVSpec
 from pykv.testing import caches, host, is_by_definition
 
@@ -131,7 +131,7 @@ def _evict(case: Case, xp: Any, rng: np.random.Generator, cache: Any, table: Any
             best = found[h, dropped].max(initial=0)
             if len(slots) != stays or found[h, slots].min() < best:
                 return False
-            for sides in zip(*((x.k, x.v, *_scales(x)) for x in (old, new)), strict=True):
+            for sides in zip(*(moving_arrays(x).values() for x in (old, new)), strict=True):
                 a, b = (spec.as_nhd(x[0])[:, :, h].reshape(C, -1) for x in sides)
                 if compact in timed and b[:stays].tobytes() != a[slots].tobytes():
                     return False
@@ -141,10 +141,6 @@ def _evict(case: Case, xp: Any, rng: np.random.Generator, cache: Any, table: Any
     size["compact"] = 2 * B * stays * spec.bytes_per_token(H, D)
     size["evict"] = size["score"] + size["compact"]
     return Work(run, check, size[job], ceiling="copy", graph=(run,))
-
-
-def _scales(cache: PagedKVCache) -> list[Any]:
-    return [cache.k_scales, cache.v_scales] if cache.spec.has_dynamic_scales else []
 
 
 def _attend(case: Case, xp: Any, rng: np.random.Generator, cache: Any, table: Any) -> Work:

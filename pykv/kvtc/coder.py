@@ -120,7 +120,7 @@ def unpack(packed: Any, widths: Sequence[int]) -> Any:
 
 
 def pack_fields(fields: Any, bits: int) -> Any:
-    """Rows of bytes of fields uint8 [n, size], each of so many bits, from the lowest bit on."""
+    """Rows of bytes of `fields` uint8 [n, size], each of so many `bits`, from the lowest bit on."""
     planes = np.unpackbits(fields[..., None], axis=2, count=bits, bitorder="little")
     return np.packbits(
         planes.reshape(len(fields), fields.shape[1] * bits), axis=1, bitorder="little"
@@ -128,7 +128,7 @@ def pack_fields(fields: Any, bits: int) -> Any:
 
 
 def unpack_fields(packed: Any, bits: int, size: int) -> Any:
-    """The fields uint8 [n, size] of rows of bytes."""
+    """The fields uint8 [n, `size`] of `packed` rows, each of so many `bits`."""
     planes = np.unpackbits(packed, axis=1, count=size * bits, bitorder="little")
     fields = np.packbits(planes.reshape(len(packed), size, bits), axis=2, bitorder="little")
     return np.ascontiguousarray(fields[..., 0])

@@ -121,6 +121,14 @@ def like(array: Any, shape: tuple[int, ...], dtype: Any) -> Any:
     return module_of(array).empty(shape, dtype)
 
 
+def copy_into(array: Any, values: np.ndarray) -> None:
+    """Write values of the host into all of an array; to a GPU without pinning memory first."""
+    if on_gpu(array):
+        array.set(values)
+    else:
+        array[...] = values
+
+
 def row_step(array: Any) -> int:
     """Elements from a row, the first dimension, to the next."""
     return int(array.strides[0]) // int(array.itemsize)

@@ -192,10 +192,8 @@ class BlockManager:
             if self._sequences[id(pages)] is pages and type(start) is type(stop) is int:
                 end = len(pages) * P
                 if end - P <= start <= stop <= end:  # the usual case: a token in the last page
-                    page = pages[-1]
-                    has_evicted = id(pages) in self._whole
-                    is_own = states.counts[page] == 1 and states.keys[page] is None
-                    if is_own and not has_evicted:
+                    page, is_whole = pages[-1], id(pages) not in self._whole
+                    if is_whole and states.counts[page] == 1 and states.keys[page] is None:
                         return None
         except (LookupError, TypeError):  # an empty new sequence, or none: checked below
             pass

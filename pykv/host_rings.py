@@ -145,7 +145,7 @@ class RingKernel:
         Args:
             kept: what else must outlive it, such as arrays that `arrays` have the addresses of.
         """
-        load_cupy().cuda.get_current_stream().synchronize()
+        cuda.synchronize()
         self._kept[:] = arrays, kept
         self.rings.begin()
         with self._stream:

@@ -44,7 +44,7 @@ class Pair(NamedTuple):
 
 
 def pairs_of(arrays: Sequence[Any], written: Mapping[int, Mapping[int, bool]]) -> list[Pair]:
-    """What `share_in` compares for arrays of these layouts.
+    """What `find_shared` compares for arrays of these layouts.
 
     Args:
         arrays: None for one that is not given.

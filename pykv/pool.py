@@ -18,7 +18,8 @@ from pykv.kinds import SCALE_DTYPES
 from pykv.number_texts import counted
 from pykv.ops import paged_append, paged_decode, paged_qkv, prefill, qkv_decode
 from pykv.options import check_number, check_whole, page_ids
-from pykv.specs import KVSpec, as_spec
+from pykv.page_arrays import moving_arrays
+from pykv.specs import POOLS, KVSpec, as_spec
 
 # One for all caches: first appends are rare.
 _first_append = forks.waits_for(threading.Lock())
@@ -132,6 +133,14 @@ class PagedKVCache:
         arrays = (self.k, self.v, self.k_scales, self.v_scales)
         return sum(int(array.nbytes) for array in arrays if array is not None)
 
+    def pools(self, layer: int) -> dict[str, Any]:
+        """A layer's k_pool, v_pool, k_scales and v_scales, and `spec`, as ops take them by name.
+
+        Raises:
+            ParameterError: there is no such layer.
+        """
+        return self._of_layer("pools", layer, {})
+
     @interrupts.finished
     def extend(self, pages: list[int], start: int, stop: int, *, stream: Any = None) -> None:
         """Make positions start ... stop - 1 of a sequence ready to be written, and copy the page
@@ -154,7 +163,7 @@ class PagedKVCache:
             source, destination = copy
 
             def copy_page() -> None:
-                for array in self._paged():
+                for array in moving_arrays(self).values():
                     array[:, destination] = array[:, source]
 
             do_in(self._xp, copy_page, stream)
@@ -247,13 +256,12 @@ class PagedKVCache:
             UnsupportedError: the call is being prepared or captured while scales are unset.
             As paged_append.append else. Scales that were unset stay unset then.
         """
-        arguments = (k, v, *self._pools("append", layer), slots)
-        options = self._with_spec("append", layer, options)
+        options = self._of_layer("append", layer, options)
         if layer in self._unset:
-            append = partial(paged_append.append, *arguments, **options)
+            append = partial(paged_append.append, k, v, slots=slots, **options)
             self._append_first("append", layer, slots, append, lambda: (k, v), stream)
         else:
-            paged_append.append(*arguments, stream=stream, **options)
+            paged_append.append(k, v, slots=slots, stream=stream, **options)
 
     def append_qkv(
         self, layer: int, qkv: Any, slots: Any, *, stream: Any = None, **options: Any
@@ -263,20 +271,18 @@ class PagedKVCache:
 
         On a GPU only enqueues, but waits where `append` does. Raises what `append` does.
         """
-        arguments = (qkv, *self._pools("append_qkv", layer), slots)
-        full = self._with_spec("append_qkv", layer, options)
+        full = self._of_layer("append_qkv", layer, options)
         if layer in self._unset:
-            append = partial(paged_qkv.append, *arguments, **full)
+            append = partial(paged_qkv.append, qkv, slots=slots, **full)
             rows_of = partial(self._rows_of, qkv, options)
             return self._append_first("append_qkv", layer, slots, append, rows_of, stream)
-        return paged_qkv.append(*arguments, stream=stream, **full)
+        return paged_qkv.append(qkv, slots=slots, stream=stream, **full)
 
     def decode(self, layer: int, q: Any, page_table: Any, lengths: Any, **options: Any) -> Any:
         """Attention of the last queries [B, HQ, D] or [B, T, HQ, D] over one layer; see
         paged_decode.decode, whose options these are."""
-        pools = self._pools("decode", layer)
-        options = self._with_spec("decode", layer, options)
-        return paged_decode.decode(q, *pools, page_table, lengths, **options)
+        options = self._of_layer("decode", layer, options)
+        return paged_decode.decode(q, page_table=page_table, lengths=lengths, **options)
 
     def decode_qkv(
         self, layer: int, qkv: Any, slots: Any, page_table: Any, lengths: Any, **options: Any
@@ -300,9 +306,8 @@ class PagedKVCache:
     ) -> Any:
         """Attention of several tokens a sequence over one layer; see prefill.prefill, whose options
         these are."""
-        pools = self._pools("prefill", layer)
-        options = self._with_spec("prefill", layer, options)
-        return prefill.prefill(q, *pools, page_table, lengths, q_starts, **options)
+        where = dict(page_table=page_table, lengths=lengths, q_starts=q_starts)
+        return prefill.prefill(q, **where, **self._of_layer("prefill", layer, options))
 
     def _rows_of(self, qkv: Any, options: dict[str, Any]) -> tuple[Any, Any]:
         """K and V [T, H, D] float32 that paged_qkv.append would encode, from pages of a token."""
@@ -393,27 +398,17 @@ class PagedKVCache:
             is_new = ~(known > 0) & (peaks > 0)
             scales[...] = self._xp.asarray(np.where(is_new, found, known))
 
-    def _pools(self, op: str, layer: int) -> tuple[Any, Any]:
-        """K and V of a layer."""
+    def _of_layer(self, op: str, layer: int, options: dict[str, Any]) -> dict[str, Any]:
+        """Options of an op with the pools of a layer."""
         check_whole(f"PagedKVCache.{op}", "layer", layer, 0, len(self.layers) - 1)
-        pools: tuple[Any, Any] = self.layers[layer]
-        return pools
-
-    def _with_spec(self, op: str, layer: int, options: dict[str, Any]) -> dict[str, Any]:
-        """Options of an op with what it must be told of a layer's pools."""
-        k_scales, v_scales = self.scales[layer]
-        own = dict(k_scales=k_scales, v_scales=v_scales, spec=self.spec)
+        arrays = (*self.layers[layer], *self.scales[layer])
+        own = dict(zip(POOLS, arrays, strict=True), spec=self.spec)
         if given := own.keys() & options.keys():
             raise ParameterError(
                 f"PagedKVCache.{op}: {', '.join(sorted(given))} given, expected none: they are the "
                 "cache's own"
             )
         return options | own
-
-    def _paged(self) -> list[Any]:
-        """The arrays [L, N, ...]."""
-        scales = (self.k_scales, self.v_scales) if self.spec.has_dynamic_scales else ()
-        return [array for array in (self.k, self.v, *scales) if array is not None]
 
     def _set_arrays(self, arrays: list[Any]) -> None:
         self.k, self.v, self.k_scales, self.v_scales = arrays

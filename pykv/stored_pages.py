@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from pykv import cuda
 from pykv.arrays import load_cupy, on_gpu, to_host
 from pykv.errors import FormatError
 from pykv.page_arrays import given_scales, moving_arrays, same_values
@@ -89,4 +90,4 @@ def put(cache: Any, ids: Any, stored: Stored) -> None:
 def wait(cache: Any) -> None:
     """Wait for a cache's GPU, if it is on one: for CuPy's current stream."""
     if on_gpu(cache.k):
-        load_cupy().cuda.get_current_stream().synchronize()
+        cuda.synchronize()

@@ -52,8 +52,8 @@ def replace(
             os.close(folder)
 
 
-def try_out(path: Path, nbytes: int = 1 << 20) -> None:
-    """Write so many bytes beside a file, and remove them: who computes long before `replace` learns
+def try_out(path: Path) -> None:
+    """Write a MiB beside a file, and remove it: who computes long before `replace` learns
     at once that the folder is closed or its disk full.
 
     Raises:
@@ -62,7 +62,7 @@ def try_out(path: Path, nbytes: int = 1 << 20) -> None:
     file = _scratch(path, 0o600, clears=False)
     try:
         with file:
-            file.write(bytes(nbytes))
+            file.write(bytes(1 << 20))
             file.flush()
             os.fsync(file.fileno())  # some file systems allocate only now
     finally:

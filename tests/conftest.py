@@ -145,6 +145,29 @@ def array_module(request):
     return cupy
 
 
+@pytest.fixture
+def xp_of_programs(xp, monkeypatch):
+    """As `xp`, where programs of phases run."""
+    return with_programs(xp, monkeypatch)
+
+
+@pytest.fixture
+def device_of_programs(device, monkeypatch):
+    """As `xp_of_programs`, where only kernels are of interest."""
+    return with_programs(device, monkeypatch)
+
+
+def with_programs(xp, monkeypatch):
+    from pykv.ops.phase_program import OLDEST_SM
+    from tests.simt import cupy, machine
+
+    if xp is cupy:
+        monkeypatch.setattr(machine, "ARCH", "sm_90")
+    elif xp is not np and cuda.current_sm() < OLDEST_SM:
+        pytest.skip("sm_70 is the first with programs")
+    return xp
+
+
 @pytest.fixture(scope="session", autouse=True)
 def exact_allocations():
     """With PYKV_NO_POOL=1 every GPU array is an allocation of its own, so that compute-sanitizer

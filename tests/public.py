@@ -120,6 +120,7 @@ UNCHECKED = """
     kvtc.artefact.Plan kvtc.artefact.Side kvtc.artefact.Group kvtc.artefact.Artefact
     kvtc.artefact.Artefact.check_ratio kvtc.artefact.problems
     kvtc.coder.check_widths kvtc.coder.bits_of kvtc.coder.row_bytes
+    kvtc.coder.pack_fields kvtc.coder.unpack_fields
     layout.Layout layout.BlockShape plan.base.Preference pages.Pages
     layout.check_layout layout.check_pair layout.check_shape ops.block_linear.product
     ops.activation.launch_gated ops.kvtc_blocks.Blocks.check_apart
@@ -806,6 +807,7 @@ METHODS = {
     "specs.KVSpec.pool_shapes": _of(_spec, "pool_shapes", N=1, P=2, H=3, D=8),
     "specs.KVSpec.scale_shape": _of(_spec, "scale_shape", N=1, P=2, H=3),
     "specs.KVSpec.bytes_per_token": _of(_spec, "bytes_per_token", heads=2, head_dim=8),
+    "pool.PagedKVCache.pools": _of(_cache, "pools", layer=1),
     "pool.PagedKVCache.extend": _of(_cache, "extend", pages=..., start=3, stop=5),
     "pool.PagedKVCache.clamped": _of(_cache, "clamped", pages=[1, 2]),
     "pool.PagedKVCache.grow": _of(_cache, "grow", pages=5),

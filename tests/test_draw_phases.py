@@ -3,25 +3,13 @@
 import numpy as np
 import pytest
 
-from pykv import cuda
 from pykv.draw_phases import Adjust, Draw, Logprobs
 from pykv.errors import ParameterError, ShapeError
-from pykv.ops import adjust_logits, logprobs, phase_program, sample
+from pykv.ops import adjust_logits, logprobs, sample
 from pykv.ops.phase_program import PhaseProgram
 from pykv.phases import Argmax
 from tests.helpers import assert_same_bits, swept, to_numpy
 from tests.simt import cupy as simt
-from tests.simt import machine
-
-
-@pytest.fixture
-def xp_of_programs(xp, monkeypatch):
-    if xp is simt:
-        monkeypatch.setattr(machine, "ARCH", "sm_90")
-    elif xp is not np and cuda.current_sm() < phase_program.OLDEST_SM:
-        pytest.skip("sm_70 is the first with programs")
-    return xp
-
 
 # temperature, top_k, top_p, min_p of rows.
 ROWS = [

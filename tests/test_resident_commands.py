@@ -8,11 +8,11 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from pykv import cuda, resident_commands
+from pykv import resident_commands
 from pykv.draw_phases import Adjust, Draw
 from pykv.errors import DtypeError, ParameterError, UnsupportedError
 from pykv.host_rings import Rings, State
-from pykv.ops import phase_program, resident_program
+from pykv.ops import resident_program
 from pykv.ops.resident_program import MOST_TOKENS, ResidentProgram
 from pykv.phases import Embed, Product
 from pykv.resident_tokens import Drawn, Inputs, Why, of_word
@@ -25,15 +25,6 @@ from tests.test_interrupts import interrupted
 
 P, M, V, E, D, HEADS = 4, 12, 40, 16, 16, (2, 1)  # tokens a page, pages, vocabulary, widths, heads
 LIMITED = 30  # tokens of a sequence at most
-
-
-@pytest.fixture
-def xp_of_programs(xp, monkeypatch):
-    if xp is simt:
-        monkeypatch.setattr(machine, "ARCH", "sm_90")
-    elif xp is not np and cuda.current_sm() < phase_program.OLDEST_SM:
-        pytest.skip("sm_70 is the first with programs")
-    return xp
 
 
 class Wanted(NamedTuple):

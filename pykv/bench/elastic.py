@@ -114,13 +114,6 @@ class Store:
         self.cache = PagedKVCache(1, B * pages, H, D, page_size=_PAGE, spec=spec, xp=xp)
         self._table = xp.arange(B * pages, dtype=np.int32).reshape(B, pages)
 
-    @property
-    def arrays(self) -> dict[str, Any]:
-        """Pools and scales by the names of ops."""
-        names = ("k_pool", "v_pool", "k_scales", "v_scales")
-        found = (*self.cache.layers[0], *self.cache.scales[0])
-        return dict(zip(names, found, strict=True))
-
     def slots(self, start: int, count: int) -> Any:
         """[B * count] int32: of positions start .. start + count - 1 of each sequence."""
         at = np.arange(self._B)[:, None] * self.room + np.arange(start, start + count)
@@ -166,7 +159,7 @@ class Layer:
         workspace = memory.workspace(xp, B, self.HQ, H, D, self.all.room)
 
         def step(query: Any, store: Store, length: int) -> Callable[[], Any]:
-            told = store.arrays | store.at(length) | dict(out=out, workspace=workspace)
+            told = caches.layer(store.cache) | store.at(length) | dict(out=out, workspace=workspace)
             return partial(paged_decode.decode, query, **told)
 
         self.attend = step(self.last, self.some, self.kept)  # over the kept keys alone
@@ -189,7 +182,7 @@ class Layer:
     def masses(self, q: Any) -> Any:
         """[B, H, room] float32: the attention that queries behind the last key give each key, over
         the query heads of a KV head."""
-        told, arrays = self.all.at(self.L) | dict(causal=False), self.all.arrays
+        told, arrays = self.all.at(self.L) | dict(causal=False), caches.layer(self.all.cache)
         _, lse = paged_decode.decode(q, **arrays, **told, return_lse=True)
         keys = {name: arrays[name] for name in ("k_pool", "k_scales")}
         return attention_scores.score(q, **keys, **told, lse=lse)
@@ -227,7 +220,7 @@ class Layer:
 
     def is_attention(self, b: int, q: Any, length: int) -> bool:
         """Whether `out` is what queries [B, HQ, D] find of sequence b, by the definition."""
-        where = caches.of_sequence(self.some.arrays, self.some.pages_of(b))
+        where = caches.of_sequence(caches.layer(self.some.cache), self.some.pages_of(b))
         where |= dict(lengths=np.array([length]), spec=self.all.cache.spec)
         scale = q.shape[-1] ** -0.5
         return is_by_definition(
@@ -241,7 +234,7 @@ class Layer:
         """The arrays of a store as pages of one token."""
         return {
             name: x if x is None else x.reshape(-1, 1, *x.shape[2:])
-            for name, x in store.arrays.items()
+            for name, x in caches.layer(store.cache).items()
         }
 
     def cycle(self) -> None:

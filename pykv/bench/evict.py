@@ -22,7 +22,7 @@ from pykv.bench import Work, memory
 from pykv.bench.options import DTYPES, Case
 from pykv.eviction.parts import of_heads, parts
 from pykv.ops import kv_compact, kv_scores, kv_select, paged_decode
-from pykv.page_arrays import ARRAYS
+from pykv.page_arrays import ARRAYS, moving_arrays
 from pykv.specs import KVSpec
 from pykv.testing import caches, host, is_by_definition
 
@@ -89,13 +89,13 @@ def _sequence(cache: PagedKVCache, pages: Any) -> PagedKVCache:
 def _evict(case: Case, xp: Any, rng: np.random.Generator, cache: Any, table: Any) -> Work:
     spec, (B, L, H, D), job = cache.spec, (case[name] for name in "BLHD"), case["job"]
     C, stays, pages = table.shape[1] * cache.page_size, int(case["keep"] * L), xp.asarray(table)
-    (k_pool, v_pool), (k_scales, v_scales) = cache.layers[0], cache.scales[0]
+    pools = cache.pools(0)
     scores = xp.zeros((B, H, C), np.float32)
     kept, counts = xp.zeros((B, H, C), np.int32), xp.zeros((B, H), np.int32)
     score = partial(
         kv_scores.score,
-        *(k_pool, pages, xp.full(B, L, np.int32), "norm"),
-        **dict(scales=k_scales, spec=spec, out=scores),
+        *(pools["k_pool"], pages, xp.full(B, L, np.int32), "norm"),
+        **dict(scales=pools["k_scales"], spec=spec, out=scores),
     )
     select = partial(
         kv_select.select,
@@ -103,11 +103,8 @@ def _evict(case: Case, xp: Any, rng: np.random.Generator, cache: Any, table: Any
         *(xp.full(B * H, stays, np.int32),),
         **dict(kept=kept.reshape(B * H, 1, C), counts=counts.reshape(B * H, 1)),
     )
-    compact = partial(
-        kv_compact.compact,
-        *(k_pool, v_pool, pages, kept, counts),
-        **dict(k_scales=k_scales, v_scales=v_scales, spec=spec),
-    )
+    where = dict(page_table=pages, kept=kept, counts=counts)
+    compact = partial(kv_compact.compact, **pools, **where)
     first = 0 if job == "evict" else STEPS.index(job)
     steps: list[Any] = [score, select, compact]
     for step in steps[:first]:
@@ -134,7 +131,7 @@ def _evict(case: Case, xp: Any, rng: np.random.Generator, cache: Any, table: Any
             best = found[h, dropped].max(initial=0)
             if len(slots) != stays or found[h, slots].min() < best:
                 return False
-            for sides in zip(*((x.k, x.v, *_scales(x)) for x in (old, new)), strict=True):
+            for sides in zip(*(moving_arrays(x).values() for x in (old, new)), strict=True):
                 a, b = (spec.as_nhd(x[0])[:, :, h].reshape(C, -1) for x in sides)
                 if compact in timed and b[:stays].tobytes() != a[slots].tobytes():
                     return False
@@ -146,17 +143,12 @@ def _evict(case: Case, xp: Any, rng: np.random.Generator, cache: Any, table: Any
     return Work(run, check, size[job], ceiling="copy", graph=(run,))
 
 
-def _scales(cache: PagedKVCache) -> list[Any]:
-    return [cache.k_scales, cache.v_scales] if cache.spec.has_dynamic_scales else []
-
-
 def _attend(case: Case, xp: Any, rng: np.random.Generator, cache: Any, table: Any) -> Work:
     (B, L, HQ, H, D), dtype = (case[n] for n in ("B", "L", "HQ", "H", "D")), DTYPES[case["dtype"]]
     lengths = np.full((B, H), int(case["keep"] * L), np.int32)
     q, _ = caches.values(xp, rng, (B, HQ, D), dtype)
     out = xp.full((B, HQ, D), np.nan, dtype)
-    arrays = dict(zip(("k_pool", "v_pool"), cache.layers[0], strict=True), spec=cache.spec)
-    arrays |= dict(zip(("k_scales", "v_scales"), cache.scales[0], strict=True), q=q, out=out)
+    arrays = cache.pools(0) | dict(q=q, out=out)
     arrays |= dict(page_table=xp.asarray(table), lengths=xp.full(B, lengths[0, 0], np.int32))
     if case["job"] == "ragged":  # every second head keeps a third of what the others keep
         lengths[:, ::2] //= 2

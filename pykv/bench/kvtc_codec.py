@@ -18,7 +18,7 @@ The basis is random, as is the cache: time does not depend on what they hold.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -113,27 +113,31 @@ def _world(
     P, p = 16, L * H * D
     pages = -(-T // P)
     cache = caches.cache(xp, rng, spec, L, pages, P, H, D)
-    model = Fingerprint(
-        "bench", L, H, D, "half", np.stack([rope.frequencies(D, 1e4)] * L), "0" * 64
-    )
-    widths, sides = _widths(r, p), []
-    steps = (np.float32(4) * np.float32(2) ** -coder.bits_of(widths).astype(np.float32)).clip(
-        1 / 16
-    )
-    bases = caches.values(np, rng, (p, r), np.dtype(np.float16))
-    weights = np.tile(np.eye(D, dtype=np.float16), (L * H, 1, 1))
-    for basis in bases:
+    sides = []
+    for basis in caches.values(np, rng, (p, r), np.dtype(np.float16)):
         basis *= np.float16(np.sqrt(3 / p))  # columns of length 1
-        mean = (rng.standard_normal(p) / 8).astype(np.float16)
-        sides.append(Side(mean, weights, basis, {RATIO: Plan(widths, steps, 0.0)}))
-    artefact = Artefact(model, (Group(tuple(range(L)), *sides),), (), 0, 0)
-    loaded = load(xp, artefact.groups[0], model.inv_freq, RATIO, 0)
+        sides.append(((rng.standard_normal(p) / 8).astype(np.float16), basis))
+    artefact = artefact_of(L, H, D, sides)
+    loaded = load(xp, artefact.groups[0], artefact.model.inv_freq, RATIO, 0)
     rows = xp.asarray(caches.values(np, rng, (2, T, p), np.dtype(np.float16))[0])
     coefficients = caches.values(xp, rng, (T, r), np.dtype(np.float32))
     coded = xp.zeros((T, loaded.end), np.uint8)
     table = xp.asarray(rng.permutation(pages).astype(np.int32))
     positions = xp.arange(T, dtype=np.int32)
     return _World(cache, table, positions, artefact, loaded, rows, tuple(coefficients), coded)
+
+
+def artefact_of(L: int, H: int, D: int, sides: Sequence[tuple[Any, Any]]) -> Artefact:
+    """An artefact of no sinks and no window, of the means [p] and bases [p, r] of K and of V."""
+    p, r = sides[0][1].shape
+    widths = _widths(r, p)
+    bits = coder.bits_of(widths).astype(np.float32)
+    plans = {RATIO: Plan(widths, (np.float32(4) * np.float32(2) ** -bits).clip(1 / 16), 0.0)}
+    weights = np.tile(np.eye(D, dtype=np.float16), (L * H, 1, 1))
+    made = [Side(mean, weights, basis, plans) for mean, basis in sides]
+    inv_freq = np.stack([rope.frequencies(D, 1e4)] * L)
+    model = Fingerprint("bench", L, H, D, "half", inv_freq, "0" * 64)
+    return Artefact(model, (Group(tuple(range(L)), *made),), (), 0, 0)
 
 
 def _widths(r: int, bits: int) -> tuple[int, ...]:
@@ -154,8 +158,7 @@ Call = tuple[Callable[[], object], Callable[[], bool]]
 
 
 def _pools(world: _World) -> dict[str, Any]:
-    cache, loaded = world.cache, world.loaded
-    frame = dict(places=loaded.places, mean=loaded.mean, inv_freq=loaded.inv_freq)
+    cache, frame = world.cache, world.loaded.frame
     where = dict(table=world.table, positions=world.positions)
     scales = dict(k_scales=cache.k_scales, v_scales=cache.v_scales)
     return dict(k_pools=cache.k, v_pools=cache.v, spec=cache.spec, **scales, **frame, **where)
@@ -191,14 +194,9 @@ def _scatter(xp: Any, world: _World, case: Case) -> Call:
     return call, check
 
 
-def _codes(world: _World) -> dict[str, Any]:
-    steps, widths = world.loaded.steps, world.loaded.widths
-    return dict(k_steps=steps[0], v_steps=steps[1], k_widths=widths[0], v_widths=widths[1])
-
-
 def _encode(xp: Any, world: _World, case: Case) -> Call:
     k, v = world.coefficients
-    call = partial(kvtc_code.encode, k, v, **_codes(world), out=world.coded)
+    call = partial(kvtc_code.encode, k, v, **world.loaded.coder, out=world.coded)
     return call, partial(_codes_are_those_of, world, (k, v))
 
 
@@ -214,9 +212,11 @@ def _codes_are_those_of(world: _World, coefficients: tuple[Any, Any]) -> bool:
 
 
 def _decode(xp: Any, world: _World, case: Case) -> Call:
-    kvtc_code.encode(*world.coefficients, **_codes(world), out=world.coded)
+    kvtc_code.encode(*world.coefficients, **world.loaded.coder, out=world.coded)
     outs = [xp.full(x.shape, np.nan, np.float16) for x in world.coefficients]
-    call = partial(kvtc_code.decode, world.coded, **_codes(world), k_out=outs[0], v_out=outs[1])
+    call = partial(
+        kvtc_code.decode, world.coded, **world.loaded.coder, k_out=outs[0], v_out=outs[1]
+    )
 
     def check() -> bool:
         """Within half a step of what was coded, or clipped to the ends."""

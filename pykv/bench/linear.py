@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 
 from pykv import planes
-from pykv.bench import Work, memory, synthetic
+from pykv.bench import Work, memory
 from pykv.ops import block_linear, block_rows, linear
-from pykv.testing import caches, is_close
-from pykv.testing.compare import host
+from pykv.testing import caches, host, is_close
+from pykv.testing.blocks import random_blocks
 
 KINDS = ("Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q6_K", "F16")
 SHAPES = ((8192, 2048), (14336, 4096))
@@ -55,7 +55,7 @@ def make(case: dict[str, Any], xp: Any, rng: np.random.Generator) -> Work | None
         return None
     x, out = caches.values(xp, rng, (T, I), np.dtype(np.float32))[0], xp.zeros((T, O), np.float32)
     if kind in planes.FORMATS:
-        blocks = synthetic.blocks(kind, O, I, rng)
+        blocks = random_blocks(kind, O, I, rng)
         w = block_rows.pack(xp.asarray(blocks), kind)
     else:  # float16 below 2
         blocks = rng.integers(0, 1 << 16, (O, I), np.uint16) & 0xBFFF

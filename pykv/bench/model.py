@@ -35,6 +35,7 @@ from pykv.llm.model import Batch, forward, step_of
 from pykv.llm.prompt_steps import PromptSteps, Span
 from pykv.llm.weights import Model, load
 from pykv.ops import sample
+from pykv.page_arrays import ARRAYS
 from pykv.pages import copy_pages
 from pykv.pool import PagedKVCache
 from pykv.specs import KVSpec
@@ -122,7 +123,7 @@ def make(case: dict[str, Any], xp: Any, rng: np.random.Generator) -> Work | None
     M = -(-(L + 1) // PAGE_SIZE)
     sizes = (config.num_layers, B * M, config.kv_heads, config.head_dim)
     options = dict(page_size=PAGE_SIZE, spec=case["kv"])
-    of_token = PagedKVCache(*sizes[:1], 1, *sizes[2:], **options).bytes_per_token
+    of_token = config.num_layers * spec.bytes_per_token(config.kv_heads, config.head_dim)
     if not memory.fits(xp, B * M * PAGE_SIZE * of_token):
         return None
     cache = PagedKVCache(*sizes, **options, xp=xp)
@@ -157,7 +158,7 @@ def make(case: dict[str, Any], xp: Any, rng: np.random.Generator) -> Work | None
             return right
         alone = _AsWritten(sizes[0], M, *sizes[2:], **options)
         pages = table[b] if xp is np else xp.asarray(table[b])
-        for name in ("k", "v", "k_scales", "v_scales"):
+        for name in ARRAYS:
             pool = getattr(cache, name)
             if pool is not None:
                 getattr(alone, name)[...] = host(pool[:, pages])

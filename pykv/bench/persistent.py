@@ -34,6 +34,7 @@ from pykv.ops.resident_program import ResidentProgram
 from pykv.phases import Argmax, Attention, Embed
 from pykv.pool import PagedKVCache
 from pykv.resident_tokens import Inputs
+from pykv.specs import KVSpec
 from pykv.testing import caches
 from pykv.testing.compare import host
 
@@ -89,7 +90,8 @@ def make(case: dict[str, Any], xp: Any, rng: np.random.Generator) -> Work | None
     M = -(-(L + TOKENS) // PAGE_SIZE)
     sizes = (config.num_layers, B * M, config.kv_heads, config.head_dim)
     options = dict(page_size=PAGE_SIZE, spec=case["kv"])
-    of_token = PagedKVCache(sizes[0], 1, *sizes[2:], **options).bytes_per_token
+    of_heads = KVSpec.parse(case["kv"]).bytes_per_token(config.kv_heads, config.head_dim)
+    of_token = config.num_layers * of_heads
     if not memory.fits(xp, 2 * B * M * PAGE_SIZE * of_token):
         return None
     cache = PagedKVCache(*sizes, **options, margin=1.5, xp=xp)

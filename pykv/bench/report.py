@@ -273,6 +273,11 @@ def row(one: Record) -> dict[str, Any]:
     }
 
 
+def row_with_facts(one: Record) -> dict[str, Any]:
+    """The columns of `row`, then the record's facts."""
+    return {**row(one), **one.get("facts", {})}
+
+
 def to_csv(records: list[Record], make_row: Callable[[Record], dict[str, Any]] = row) -> str:
     """CSV of records; a column that only some have is empty in the others."""
     rows = [make_row(one) for one in records]

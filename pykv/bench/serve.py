@@ -66,6 +66,7 @@ READY_SECONDS = 300.0
 TRIES = 5  # of a request that comes behind others
 LONG = 16  # times as many tokens as `answer` has an answer that others come behind
 HAS_NO_SHARES = True
+row = report.row_with_facts
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -237,10 +238,6 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
-
-
-def row(record: Record) -> dict[str, Any]:
-    return {**report.row(record), **record.get("facts", {})}
 
 
 def conclude(records: list[Record]) -> str:

@@ -18,6 +18,7 @@ from pykv.llm.config import Config
 from pykv.llm.matrices import Stored
 from pykv.llm.weights import Layer, Model
 from pykv.ops import block_rows, rope
+from pykv.testing.blocks import random_blocks
 
 
 def _shape(L: int, E: int, HQ: int, H: int, D: int, F: int, V: int) -> dict[str, Any]:
@@ -36,7 +37,6 @@ TIED = ("tiny", "135m", "1b")  # models whose output matrix is the embedding
 TYPES = (*planes.FORMATS, "F16")
 CONTEXT, EPS, ROPE_BASE = 131_072, 1e-5, 500_000.0
 _SMALL = 0x1B  # mask for the upper byte of a float16: keeps it below 0.004
-_FINITE = 0x3B  # likewise: below 1
 
 
 def name(shape: str, kind: str) -> str:
@@ -176,7 +176,7 @@ def _rows(text: str) -> tuple[str, dict[str, Any], dict[str, Any]]:
 
     def matrix(O: int, I: int) -> Any:
         if kind in planes.FORMATS:
-            return blocks(kind, O, I, rng, _SMALL)
+            return random_blocks(kind, O, I, rng, _SMALL)
         return (rng.standard_normal((O, I), np.float32) * I**-0.5).astype(np.float16)
 
     rows = dict(
@@ -187,15 +187,3 @@ def _rows(text: str) -> tuple[str, dict[str, Any], dict[str, Any]]:
         embedding=matrix(sizes["vocab"], E),
     )
     return kind, sizes, rows
-
-
-def blocks(kind: str, O: int, I: int, rng: np.random.Generator, high: int = _FINITE) -> Any:
-    """Random blocks of a GGUF type, uint8 [O, bytes of a row]. Scales, which lie at either end of a
-    block, have bits of `high` alone in the upper byte of their float16."""
-    form = planes.FORMATS[kind]
-    found = rng.integers(0, 256, (O, I // form.elements * form.nbytes), np.uint8)
-    for end in (1, 3, form.nbytes - 3, form.nbytes - 1):
-        found[:, end :: form.nbytes] &= high
-    if kind == "MXFP4":  # an exponent, of which 127 stands for 1
-        found[:, :: form.nbytes] &= 0x7F
-    return found

@@ -31,15 +31,15 @@ import numpy as np
 
 from pykv import prefix_keys
 from pykv.bench import Work, memory, model, options, report, synthetic
-from pykv.bench.kvtc_codec import RATIO, _widths
+from pykv.bench.kvtc_codec import RATIO, artefact_of
 from pykv.bench.options import Case
 from pykv.bench.report import Record
 from pykv.bench.tiers import drop_cached, speeds
-from pykv.kvtc import Artefact, Codec, Fingerprint, Group, Plan, Side, coder
+from pykv.kvtc import Codec
 from pykv.llm.matrices import STORED
-from pykv.ops import rope
 from pykv.page_arrays import moving_arrays
 from pykv.pool import PagedKVCache
+from pykv.specs import KVSpec
 from pykv.testing import host
 from pykv.tiers import Tiers, disk
 from pykv.tiers.threads import THREADS
@@ -70,6 +70,7 @@ CASES = [
     *(dict(shape="smollm2", tokens=8192, op="host", codec=codec) for codec in ("none", "kvtc")),
 ]
 QUICK = _cases("tiny", 80, 50, (2,), "")
+row = report.row_with_facts
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -93,8 +94,7 @@ def make(case: Case, xp: Any, rng: np.random.Generator) -> Work | None:
     sizes = SHAPES[case["shape"]]
     L, H, D, r = (sizes[name] for name in "LHDr")
     tokens = case.get("tokens", 4 * P * case.get("pages", 0))
-    of_token = PagedKVCache(L, 1, H, D, page_size=P).bytes_per_token
-    nbytes = tokens * of_token
+    nbytes = tokens * L * KVSpec("fp16", "fp16").bytes_per_token(H, D)
     if not memory.fits(xp, 3 * nbytes + 16 * L * H * D * r):
         return None
     cache = PagedKVCache(L, -(-tokens // P), H, D, page_size=P, xp=xp)
@@ -118,16 +118,9 @@ def _open_codec(sizes: dict[str, int], name: str, text: str, xp: Any, tokens: in
     L, H, D, r = (sizes[name] for name in "LHDr")
     p = L * H * D
     noise = (np.random.default_rng(0).random(1 << 16) - 0.5).astype(np.float16)
-    basis = np.resize(noise * np.float16((12 / p) ** 0.5), (p, r))
-    widths = _widths(r, p)
-    steps = np.float32(4) * np.float32(2) ** -coder.bits_of(widths).astype(np.float32)
-    plan = {RATIO: Plan(widths, steps.clip(1 / 16), 0.0)}
-    weights = np.tile(np.eye(D, dtype=np.float16), (L * H, 1, 1))
-    side = Side(np.zeros(p, np.float16), weights, basis, plan)
-    inv_freq = np.stack([rope.frequencies(D, 1e4)] * L)
-    group = Group(tuple(range(L)), side, side)
-    model_of = Fingerprint("bench", L, H, D, "half", inv_freq, "0" * 64)
-    return Codec(Artefact(model_of, (group,), (), 0, 0), RATIO, xp, tokens=tokens)
+    basis, mean = np.resize(noise * np.float16((12 / p) ** 0.5), (p, r)), np.zeros(p, np.float16)
+    artefact = artefact_of(L, H, D, [(mean, basis)] * 2)
+    return Codec(artefact, RATIO, xp, tokens=tokens)
 
 
 def _wait(xp: Any) -> None:
@@ -277,10 +270,6 @@ def _step_of(case: Case, xp: Any, rng: Any) -> Callable[[], object] | None:
         dict(model=case["model"], weights=STORED, kv="fp16", B=16, Q=1, L=512), xp, rng
     )
     return None if work is None else work.run
-
-
-def row(record: Record) -> dict[str, Any]:
-    return {**report.row(record), **record.get("facts", {})}
 
 
 def conclude(records: list[Record]) -> str:

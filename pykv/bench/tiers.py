@@ -39,6 +39,7 @@ DEVICE = "auto"
 MODEL = "smollm2-135m"
 TOKENS = 8000
 SAMPLES = 5  # of each case: a call may take seconds
+row = report.row_with_facts
 _PLACES = (
     *(("compute", "none"), ("cache", "none"), ("process", "none")),
     *((place, codec) for codec in ("none", "int8", "int4") for place in ("host", "disk")),
@@ -189,10 +190,6 @@ def speeds(tiers: Tiers) -> dict[str, float]:
     return {
         f"{way}_gbps": flow.bytes / flow.seconds / 1e9 for way, flow in flows.items() if flow.pages
     }
-
-
-def row(record: Record) -> dict[str, Any]:
-    return {**report.row(record), **record.get("facts", {})}
 
 
 def conclude(records: list[Record]) -> str:

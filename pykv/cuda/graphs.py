@@ -110,7 +110,8 @@ class Graph:
                     f"GPU {self._device}, on which the function ran first"
                 )
             if self._graph is None:
-                self._capture()
+                self._memory = self._memory or GraphMemory()
+                self._graph, self._result, self._held = self._memory.capture(self._function)
             state.used_gpu = True
             self._graph.launch()
             return self._result
@@ -125,10 +126,6 @@ class Graph:
             self._device = current_device()
         self._is_warm = True
         return result
-
-    def _capture(self) -> None:
-        self._memory = self._memory or GraphMemory()
-        self._graph, self._result, self._held = self._memory.capture(self._function)
 
 
 def graph(function: Callable[[], Any], memory: GraphMemory | None = None) -> Graph:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pykv import attention, cuda
-from pykv.arrays import FLOAT32, FLOATS, INT32, like, module_of, on_gpu
+from pykv.arrays import FLOAT32, FLOATS, INT32, check_shape, like, module_of, on_gpu
 from pykv.checker import Dims, checker, optional
 from pykv.errors import ParameterError, ShapeError
 from pykv.eviction.parts import Part, check_cache, has_own_scales, parts
@@ -312,6 +312,5 @@ def _check_means(
     op: str, means: Any, cache: PagedKVCache, M: int, selection: BlockSelection
 ) -> None:
     _, H, D = cache.sizes
-    wanted = (means.shape[0], H, -(-M * cache.page_size // selection.block), D)
-    if means.shape != wanted:
-        raise ShapeError(f"{op}: means has shape {means.shape}, expected {wanted}")
+    blocks = -(-M * cache.page_size // selection.block)
+    check_shape(op, "means", means, (len(means), H, blocks, D))

@@ -57,17 +57,13 @@ class Part(NamedTuple):
 def parts(cache: PagedKVCache, layer: int, together: bool = True) -> list[Part]:
     """All heads of a layer in one part, unless each has a scale of its own or they shall not be
     `together`: then a part for each."""
-    spec, pools = cache.spec, cache.layers[layer]
-    scales = cache.scales[layer]
-    P, (N, *_) = cache.page_size, pools[0].shape
-    H = spec.as_nhd(pools[0]).shape[2]
+    spec, pools = cache.spec, cache.pools(layer)
+    arrays = {name: pools[name] for name in POOLS}
+    P, (N, *_) = cache.page_size, cache.layers[layer][0].shape
+    H = spec.as_nhd(pools["k_pool"]).shape[2]
     if not together or _are_apart(spec, H):
-        made = []
-        for h in range(H):
-            arrays = dict(zip(POOLS, (*pools, *scales), strict=True))
-            of_head = {name: _head(spec, x, h) for name, x in arrays.items()}
-            made.append(Part(h, 1, of_head | dict(spec=spec), 1))
-        return made
+        heads = ({name: _head(spec, x, h) for name, x in arrays.items()} for h in range(H))
+        return [Part(h, 1, pools | of_head, 1) for h, of_head in enumerate(heads)]
     check_size("eviction", N, spec, P, H)
     unit = _unit(spec, P, H)
     num_pages = (N - 1) * unit + H
@@ -79,8 +75,7 @@ def parts(cache: PagedKVCache, layer: int, together: bool = True) -> list[Part]:
         shape = num_pages, *spec.page_order(P, 1), *x.shape[3:]
         return strided(x, shape, (head, *spec.page_order(token, head), *row))
 
-    arrays = dict(zip(POOLS, map(view, (*pools, *scales)), strict=True))
-    return [Part(0, H, arrays | dict(spec=spec), unit)]
+    return [Part(0, H, pools | {name: view(x) for name, x in arrays.items()}, unit)]
 
 
 def most_pages(spec: KVSpec, page_size: int, heads: int) -> int | None:

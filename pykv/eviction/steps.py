@@ -12,7 +12,17 @@ from typing import Any
 import numpy as np
 
 from pykv import blocks, cuda
-from pykv.arrays import FLOAT32, FLOATS, INT32, is_array, module_of, not_an_array, on_gpu, to_host
+from pykv.arrays import (
+    FLOAT32,
+    FLOATS,
+    INT32,
+    check_shape,
+    is_array,
+    module_of,
+    not_an_array,
+    on_gpu,
+    to_host,
+)
 from pykv.attention import check_cap, check_scale
 from pykv.checker import checker
 from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError
@@ -182,7 +192,7 @@ class _Work:
             sizes = checker(op, **{name: rules[needs]})(x)
             _check_place(op, name, x, self.cache.k)
             if needs == "scores":
-                _check_sizes(op, name, x, self.shape)
+                check_shape(op, name, x, self.shape)
             elif sizes["B"] != B or not sizes["T"] or sizes["HQ"] % H or not sizes["HQ"]:
                 raise ShapeError(
                     f"{op}: {name} has shape {x.shape}, expected [B, T, HQ, D] with B={B}, some "
@@ -215,7 +225,7 @@ class _Work:
             _check_place(self.op, f"positions[{layer}]", x, self.cache.k)
             if x.shape[2] > self.shape[2]:  # made before an eviction, for more pages
                 found[layer] = x = self.xp.ascontiguousarray(x[..., : self.shape[2]])
-            _check_sizes(self.op, f"positions[{layer}]", x, self.shape)
+            check_shape(self.op, f"positions[{layer}]", x, self.shape)
         return found
 
     def select(
@@ -314,21 +324,17 @@ class _Work:
         table = blocks.page_table(self.sequences, self.table.shape[1])
         tables = dict(page_table=xp.asarray(self.table), out_table=xp.asarray(table))
         is_copied = ((table != self.table) & (table >= 0)).any()
-        for layer, (k, v) in enumerate(cache.layers):
+        for layer in range(len(cache.layers)):
             of_layer = kept[layer]
             if not shrinking or (of_layer is None and not is_copied):
                 continue
             if of_layer is None:  # rows stay in their slots, some in other pages
                 of_layer = xp.asarray(_all_rows(self.lengths[layer], self.shape[2]))
-            k_scales, v_scales = cache.scales[layer]
             kv_compact.compact(
-                *(k, v),
+                **cache.pools(layer),
                 **tables,
                 kept=of_layer,
                 counts=xp.asarray(np.ascontiguousarray(counts[layer])),
-                k_scales=k_scales,
-                v_scales=v_scales,
-                spec=cache.spec,
             )
         size = freed * cache.page_size * cache.bytes_per_token
         made = Evicted(counts, kept, kept, freed, size)
@@ -359,11 +365,6 @@ def _check_place(op: str, name: str, x: Any, beside: Any) -> None:
     if on_gpu(x) != on_gpu(beside):
         is_on, expected = ("a GPU", "the host")[:: 1 if on_gpu(x) else -1]
         raise DeviceError(f"{op}: {name} is on {is_on}, expected {expected} like the cache")
-
-
-def _check_sizes(op: str, name: str, x: Any, shape: tuple[int, ...]) -> None:
-    if x.shape != shape:
-        raise ShapeError(f"{op}: {name} has shape {x.shape}, expected {shape}")
 
 
 def _check_lengths(op: str, lengths: Any, shape: tuple[int, int, int]) -> Any:

@@ -162,15 +162,7 @@ class Batch:
                 bits = f"u{out.itemsize}"
                 array.view(bits).take(pages, 0, out.view(bits), "clip")  # twice as fast as gather
             return
-        k_scales, v_scales = pool.scales[layer]
-        paged_convert.gather(
-            *(*pool.layers[layer], pages),
-            k_scales=k_scales,
-            v_scales=v_scales,
-            spec=pool.spec,
-            k_out=outs[0],
-            v_out=outs[1],
-        )
+        paged_convert.gather(**pool.pools(layer), pages=pages, k_out=outs[0], v_out=outs[1])
 
     # --- Sequences that come and go ---
 

@@ -8,23 +8,23 @@ Letters and all else: pykv.ops.paged_append, paged_decode and prefill, which che
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from pykv.foreign import named_array
 from pykv.integrations.tensors import codes_of, place_of  # first: names the extra that is missing
 from pykv.ops import paged_append, paged_decode
 from pykv.ops import prefill as paged_prefill
-from pykv.specs import KVSpec
+from pykv.specs import POOLS, KVSpec
 
 import torch  # isort: skip
 from torch import Tensor  # isort: skip
 
-WRITTEN = ("k_pool", "v_pool", "k_scales", "v_scales")
 FP8 = {torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}
 FLOATS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int8: "int8"}
 
 
-@torch.library.custom_op("pykv::append", mutates_args=WRITTEN)  # type: ignore[untyped-decorator]
+@torch.library.custom_op("pykv::append", mutates_args=POOLS)  # type: ignore[untyped-decorator]
 def append(
     k: Tensor,
     v: Tensor,
@@ -85,17 +85,8 @@ def decode(
     paged_decode.decode. Raises as `append`."""
     op = "pykv.decode"
     given = dict(q=q, k_pool=k_pool, v_pool=v_pool, page_table=page_table, lengths=lengths)
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    with place_of(op, **given, k_scales=k_scales, v_scales=v_scales):
-        paged_decode.decode(
-            *(codes_of(op, name, x) for name, x in given.items()),
-            **_cache(op, k_pool, v_pool, k_scales, v_scales, spec),
-            scale=scale,
-            window=window,
-            logits_soft_cap=logits_soft_cap,
-            out=named_array(op, "out", out),
-        )
-    return out
+    how = dict(scale=scale, window=window, logits_soft_cap=logits_soft_cap)
+    return _attend(op, paged_decode.decode, given, k_scales, v_scales, spec, how)
 
 
 @torch.library.custom_op("pykv::prefill", mutates_args=())  # type: ignore[untyped-decorator]
@@ -119,18 +110,8 @@ def prefill(
     op = "pykv.prefill"
     given = dict(q=q, k_pool=k_pool, v_pool=v_pool, page_table=page_table, lengths=lengths)
     given["q_starts"] = q_starts
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    with place_of(op, **given, k_scales=k_scales, v_scales=v_scales):
-        paged_prefill.prefill(
-            *(codes_of(op, name, x) for name, x in given.items()),
-            **_cache(op, k_pool, v_pool, k_scales, v_scales, spec),
-            scale=scale,
-            window=window,
-            logits_soft_cap=logits_soft_cap,
-            causal=causal,
-            out=named_array(op, "out", out),
-        )
-    return out
+    how = dict(scale=scale, window=window, logits_soft_cap=logits_soft_cap, causal=causal)
+    return _attend(op, paged_prefill.prefill, given, k_scales, v_scales, spec, how)
 
 
 def _like_queries(q: Tensor, *_: Any, **__: Any) -> Tensor:
@@ -139,6 +120,27 @@ def _like_queries(q: Tensor, *_: Any, **__: Any) -> Tensor:
 
 decode.register_fake(_like_queries)
 prefill.register_fake(_like_queries)
+
+
+def _attend(
+    op: str,
+    attend: Callable[..., Any],
+    given: dict[str, Tensor],
+    k_scales: Tensor | None,
+    v_scales: Tensor | None,
+    spec: str | None,
+    how: dict[str, Any],
+) -> Tensor:
+    """What an op of attention makes of tensors by its names, and of options `how`."""
+    out = _like_queries(given["q"])
+    with place_of(op, **given, k_scales=k_scales, v_scales=v_scales):
+        attend(
+            *(codes_of(op, name, x) for name, x in given.items()),
+            **_cache(op, given["k_pool"], given["v_pool"], k_scales, v_scales, spec),
+            **how,
+            out=named_array(op, "out", out),
+        )
+    return out
 
 
 def _cache(

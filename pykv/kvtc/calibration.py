@@ -6,7 +6,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, nullcontext
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -109,9 +109,7 @@ def calibrate(
             plans.budget(width * len(of_group), ratio)
 
     ids, named = _tokens(_OP, llm, texts, tokens)
-    bos = llm.tokenizer.bos_id if llm.tokenizer.add_bos else None
-    windows = rows_of.windows_of(ids, window, bos)
-    counts = [max(0, len(w.ids) - SINKS) for w in windows]
+    windows, counts = _windows(llm, ids, window)
     if sum(counts) < _ROWS_PER_FEATURE * widest:
         raise ParameterError(
             f"{_OP}: texts has {sum(map(len, ids)):,} tokens, expected at least "
@@ -234,9 +232,7 @@ def _centred(
     if difference := artefact.model.difference(facts):
         raise ParameterError(f"{op}: artefact has {difference}")
     ids, _ = _tokens(op, model, _checked_texts(op, texts), tokens)
-    bos = model.tokenizer.bos_id if model.tokenizer.add_bos else None
-    windows = rows_of.windows_of(ids, min(_WINDOW, model.model.config.context), bos)
-    counts = [max(0, len(w.ids) - SINKS) for w in windows]
+    windows, counts = _windows(model, ids, min(_WINDOW, model.model.config.context))
     if not sum(counts):
         raise ParameterError(f"{op}: texts has {sum(map(len, ids))} tokens, expected more")
     width = facts.kv_heads * facts.head_dim
@@ -326,6 +322,13 @@ def _tokens(
         if of_text
     )
     return [of_text for of_text in ids if of_text], named
+
+
+def _windows(llm: LLM, ids: list[list[int]], tokens: int) -> tuple[list[rows_of.Window], list[int]]:
+    """The windows of texts, and how many rows each gives."""
+    bos = llm.tokenizer.bos_id if llm.tokenizer.add_bos else None
+    windows = rows_of.windows_of(ids, tokens, bos)
+    return windows, [max(0, len(w.ids) - SINKS) for w in windows]
 
 
 def _require(
@@ -428,14 +431,8 @@ def _columns(layers: tuple[int, ...], width: int) -> Any:
 
 
 def _bar(progress: bool, total: int, what: str, unit: str) -> Any:
-    """A bar on stderr where that is a terminal, or what takes its place."""
-    if not progress:
-        return nullcontext(_Silent())
+    """A bar on stderr where that is a terminal, and `progress` asks for one."""
     from tqdm import tqdm
 
-    return tqdm(total=total, desc=what, unit=unit, leave=False, disable=None)
-
-
-class _Silent:
-    def update(self, n: int) -> None:
-        pass
+    shown = dict(desc=what, unit=unit, leave=False, disable=None if progress else True)
+    return tqdm(total=total, **shown)

@@ -219,11 +219,11 @@ class Codec:
         for group in self._groups:
             coded_rows = there["rows"][:, group.begin : group.end]
             for piece, rows, exempt in sequences.pieces(coded, self._tokens):
-                made = self._workspace(self._rows, len(rows), 2, group.mean.shape[1])
+                made = self._rows_of(group, len(rows))
                 kvtc_rows.gather(
                     table=table,
                     positions=positions[piece],
-                    **self._frame(group),
+                    **group.frame,
                     rows=made,
                     kept_positions=there["positions"][piece],
                     **exempt,
@@ -235,11 +235,7 @@ class Codec:
                 kvtc_project.project(
                     made[0], made[1], *group.bases, k_out=k, v_out=v, gemm=self._gemm
                 )
-                k_widths, v_widths = group.widths
-                widths = dict(k_widths=k_widths, v_widths=v_widths)
-                kvtc_code.encode(
-                    k, v, *group.steps, **widths, out=coded_rows[rows.start : rows.stop]
-                )
+                kvtc_code.encode(k, v, **group.coder, out=coded_rows[rows.start : rows.stop])
 
     def decompress(  # likewise
         self,
@@ -317,20 +313,18 @@ class Codec:
                 continue
             coded_rows = there["rows"][:, group.begin : group.end]
             for piece, rows, exempt in sequences.pieces(coded, self._tokens):
-                made = self._workspace(self._rows, len(rows), 2, part.mean.shape[1])
+                made = self._rows_of(part, len(rows))
                 if len(rows):
                     k, v = self._coefficients_of(group, len(rows), np.float16)
-                    k_widths, v_widths = group.widths
-                    widths = dict(k_widths=k_widths, v_widths=v_widths)
                     some = coded_rows[rows.start : rows.stop]
-                    kvtc_code.decode(some, *group.steps, **widths, k_out=k, v_out=v)
+                    kvtc_code.decode(some, **group.coder, k_out=k, v_out=v)
                     kvtc_project.restore(
                         k, v, *part.back, k_out=made[0], v_out=made[1], gemm=self._gemm
                     )
                 kvtc_rows.scatter(
                     table=table,
                     positions=there["positions"][piece],
-                    **self._frame(part),
+                    **part.frame,
                     rows=made,
                     **exempt,
                     **how(),
@@ -417,13 +411,10 @@ class Codec:
         arrays = zip(("k_pools", "v_pools", "k_scales", "v_scales"), _arrays_of(cache), strict=True)
         return dict(arrays, spec=spec, pairing=self._pairing, hadamard=hadamard, check=check)
 
-    @staticmethod
-    def _frame(group: Loaded) -> dict[str, Any]:
-        return dict(places=group.places, mean=group.mean, inv_freq=group.inv_freq)
-
-    @staticmethod
-    def _workspace(flat: Any, n: int, sides: int, F: int) -> Any:
-        return flat[: sides * n * F].reshape(sides, n, F)
+    def _rows_of(self, group: Loaded, n: int) -> Any:
+        """A workspace [2, n, F] for rows of K and V."""
+        F = group.mean.shape[1]
+        return self._rows[: 2 * n * F].reshape(2, n, F)
 
     def _coefficients_of(self, group: Loaded, n: int, dtype: Any) -> tuple[Any, Any]:
         """Workspaces [n, C] for those of K and V."""

@@ -102,12 +102,9 @@ def pack(codes: Any, widths: Sequence[int]) -> Any:
     widths = _check("pack", widths, codes=codes)
     n = len(codes)
     packed = np.empty((n, row_bytes(widths)), np.uint8)
-    for bits, count, of_codes, of_bytes in _sections(widths):
+    for bits, _, of_codes, of_bytes in _sections(widths):
         fields = (codes[:, of_codes] + np.int16(1 << bits >> 1)).astype(np.uint8)
-        planes = np.unpackbits(fields[..., None], axis=2, count=bits, bitorder="little")
-        packed[:, of_bytes] = np.packbits(
-            planes.reshape(n, count * bits), axis=1, bitorder="little"
-        )
+        packed[:, of_bytes] = pack_fields(fields, bits)
     return packed
 
 
@@ -117,10 +114,24 @@ def unpack(packed: Any, widths: Sequence[int]) -> Any:
     n = len(packed)
     codes = np.empty((n, sum(widths)), np.int8)
     for bits, count, of_codes, of_bytes in _sections(widths):
-        planes = np.unpackbits(packed[:, of_bytes], axis=1, bitorder="little")
-        fields = np.packbits(planes.reshape(n, count, bits), axis=2, bitorder="little")[..., 0]
+        fields = unpack_fields(packed[:, of_bytes], bits, count)
         codes[:, of_codes] = fields.astype(np.int16) - (1 << bits >> 1)
     return codes
+
+
+def pack_fields(fields: Any, bits: int) -> Any:
+    """Rows of bytes of `fields` uint8 [n, size], each of so many `bits`, from the lowest bit on."""
+    planes = np.unpackbits(fields[..., None], axis=2, count=bits, bitorder="little")
+    return np.packbits(
+        planes.reshape(len(fields), fields.shape[1] * bits), axis=1, bitorder="little"
+    )
+
+
+def unpack_fields(packed: Any, bits: int, size: int) -> Any:
+    """The fields uint8 [n, `size`] of `packed` rows, each of so many `bits`."""
+    planes = np.unpackbits(packed, axis=1, count=size * bits, bitorder="little")
+    fields = np.packbits(planes.reshape(len(packed), size, bits), axis=2, bitorder="little")
+    return np.ascontiguousarray(fields[..., 0])
 
 
 def _lowest(widths: Sequence[int]) -> Any:

@@ -19,7 +19,7 @@ import numpy as np
 
 from pykv.errors import FormatError, ParameterError
 from pykv.kvtc import plans, stream_v0
-from pykv.kvtc.coder import bits_of, row_bytes
+from pykv.kvtc.coder import bits_of, pack_fields, row_bytes, unpack_fields
 from pykv.kvtc.v0 import KvtcConfig
 
 SIZES = (1, 16, 64, 256, 1024)
@@ -144,7 +144,7 @@ def encode(kept: Any, ranges: Sequence[Range]) -> bytes:
     parts = []
     for first, size, kind in ranges:
         codes, shift, scale = quantise(kept[:, first : first + size], kind)
-        parts += [shift.tobytes(), scale.tobytes(), _packed(codes, BITS[kind]).tobytes()]
+        parts += [shift.tobytes(), scale.tobytes(), pack_fields(codes, BITS[kind]).tobytes()]
     return b"".join(parts)
 
 
@@ -168,7 +168,7 @@ def decode(data: bytes, ranges: Sequence[Range], n: int, C: int) -> Any:
     for first, size, kind in ranges:
         shift, scale = take(np.float16, 1), take(np.float16, 1)
         packed = take(np.uint8, -(-size * BITS[kind] // 8))
-        codes = _unpacked(packed, BITS[kind], size)
+        codes = unpack_fields(packed, BITS[kind], size)
         kept[:, first : first + size] = dequantise(codes, shift, scale, kind)
     return kept
 
@@ -241,15 +241,3 @@ def _float16(x: Any) -> Any:
 def _nonzero(scale: Any) -> Any:
     """Divisors: a group whose scale is zero is its shift."""
     return np.where(scale == 0, np.float16(1), scale).astype(np.float32)
-
-
-def _packed(codes: Any, bits: int) -> Any:
-    """Codes [n, size] of a width, the lowest bits of a byte first."""
-    planes = np.unpackbits(codes[..., None], axis=2, count=bits, bitorder="little")
-    return np.packbits(planes.reshape(len(codes), codes.shape[1] * bits), axis=1, bitorder="little")
-
-
-def _unpacked(packed: Any, bits: int, size: int) -> Any:
-    planes = np.unpackbits(packed, axis=1, count=size * bits, bitorder="little")
-    fields = np.packbits(planes.reshape(len(packed), size, bits), axis=2, bitorder="little")
-    return np.ascontiguousarray(fields[..., 0])

@@ -37,6 +37,17 @@ class Loaded(NamedTuple):
     begin: int
     end: int
 
+    @property
+    def frame(self) -> dict[str, Any]:
+        """As ops of rows take it."""
+        return dict(places=self.places, mean=self.mean, inv_freq=self.inv_freq)
+
+    @property
+    def coder(self) -> dict[str, Any]:
+        """As kvtc_code takes it."""
+        (k_steps, v_steps), (k_widths, v_widths) = self.steps, self.widths
+        return dict(k_steps=k_steps, v_steps=v_steps, k_widths=k_widths, v_widths=v_widths)
+
     def part(self, layers: range, features: int) -> Loaded:
         """The same for some layers of the model, of so many features each."""
         a, b = (sum(i < edge for i in self.layers) for edge in (layers.start, layers.stop))

@@ -149,9 +149,8 @@ class DecodeWays:
         config = model.config
         listed = [config.heads, config.kv_heads, config.head_dim, config.windows, str(cache.spec)]
         listed += [cache.page_size, rows, self._tokens, self._sms]
-        for w in (*(x for layer in model.layers for x in vars(layer).values()), model.head):
-            if isinstance(w, matrices.Stored) or getattr(w, "ndim", 0) == 2:
-                listed += [(kind, tuple(part.shape)) for kind, part in matrices.parts_of(w)]
+        for w in model.matrices():
+            listed += [(kind, tuple(part.shape)) for kind, part in matrices.parts_of(w)]
         text = repr(listed) + cuda.source("resident_program") + cuda.source("block_linear")
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 

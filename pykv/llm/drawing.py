@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pykv.arrays import like, on_gpu
+from pykv.arrays import copy_into, like
 from pykv.draw_phases import FILTERS, Adjust, Draw, Logprobs
 from pykv.llm.model import Batch
 from pykv.llm.sampler import Drawing, tally_of
@@ -115,7 +115,7 @@ class DrawPhases:
                 rows[name][i] = getattr(p, name)
             rows["seeds"][i], rows["origins"][i], penalties[i] = p.seed, len(s.prompt), p.penalties
             rows["wanted"][i] = -1 if p.logprobs is None else p.logprobs
-        _put(self._words, np.concatenate([x.view(np.int32) for x in rows.values()]))
+        copy_into(self._words, np.concatenate([x.view(np.int32) for x in rows.values()]))
         if self._tallies is not None:
             self._fill_adjustments(sequences)
 
@@ -124,16 +124,9 @@ class DrawPhases:
         V = self._biases.shape[1]
         for i, s in enumerate(sequences):
             if s.params.penalties != NO_PENALTIES:  # the first step counts the last token
-                _put(self._tallies[i], tally_of(s.prompt, s.generated[:-1], V))
+                copy_into(self._tallies[i], tally_of(s.prompt, s.generated[:-1], V))
             if s.params.logit_bias:
                 ids, values = s.params.biases
                 row = np.zeros(V, np.float32)
                 row[ids] = values
-                _put(self._biases[i], row)
-
-
-def _put(array: Any, values: np.ndarray) -> None:
-    if on_gpu(array):
-        array.set(values)
-    else:
-        array[...] = values
+                copy_into(self._biases[i], row)

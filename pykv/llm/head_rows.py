@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from pykv.arrays import copy_into
 from pykv.eviction.parts import parts
 from pykv.llm.sequence import Sequence
 from pykv.ops import paged_append, paged_decode, paged_qkv
@@ -33,7 +34,7 @@ class HeadRows:
 
     def __init__(self, cache: PagedKVCache, heads: int, rows: int, width: int, xp: Any) -> None:
         L, H, D = cache.sizes
-        self.page_size, self._xp = cache.page_size, xp
+        self.page_size = cache.page_size
         self._parts = [parts(cache, layer)[0] for layer in range(L)]
         self._size, self._heads = (L, rows, H), heads
         self._table = xp.full((rows * H, width), -1, np.int32)
@@ -62,10 +63,9 @@ class HeadRows:
             held = rows_of(s, L, H)
             page = pages[i][held // P] * unit + np.arange(H, dtype=np.int32)
             places[:, :, i] = page * P + held % P, held + 1
-        self._fill(self._places, places.reshape(self._places.shape))
+        copy_into(self._places, places.reshape(self._places.shape))
         if is_new:
-            of_heads = self._parts[0].table(pages)
-            self._fill(self._table, of_heads)
+            copy_into(self._table, self._parts[0].table(pages))
 
     def append_qkv(self, layer: int, qkv: Any, slots: Any, **options: Any) -> Any:
         """As PagedKVCache.append_qkv; `slots` are not looked at."""
@@ -95,9 +95,3 @@ class HeadRows:
         options.pop("early", None)  # of the one launch
         q = self.append_qkv(layer, qkv, slots, q_out=options.pop("q_scratch"), **options)
         return self.decode(layer, q, table, lengths, **of_decode)
-
-    def _fill(self, array: Any, values: Any) -> None:
-        if self._xp is np:
-            array[...] = values
-        else:
-            array.set(values)

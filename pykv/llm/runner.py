@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from pykv import cuda, interrupts
+from pykv.arrays import copy_into
 from pykv.errors import UnsupportedError
 from pykv.eviction import AdaKV, Policy
 from pykv.llm import memory, steps, token_program
@@ -335,7 +336,7 @@ class _Decoder:
         rows, _ = size
         name, sms = way
         self.queries, self._heads = queries, heads
-        self._page_size, self._on_host = cache.page_size, xp is np
+        self._page_size = cache.page_size
         self._inputs = xp.empty((4, rows), np.int32)  # one transfer for all four
         self._table = xp.full(size, -1, np.int32)
         self._packed = np.empty((4, rows), np.int32)
@@ -372,10 +373,10 @@ class _Decoder:
         for i, s in enumerate(sequences):
             slot = s.pages[s.held // P] * P + s.held % P
             packed[:, i] = s.generated[-1], s.cached, slot, s.held + 1
-        self._fill(self._inputs, packed)
+        copy_into(self._inputs, packed)
         is_new = self._show(sequences)
         if is_new:
-            self._fill(self._table, self._pages)
+            copy_into(self._table, self._pages)
         if self._heads is not None:
             self._heads.show(sequences, self._pages, is_new)
 
@@ -393,9 +394,3 @@ class _Decoder:
                 self._shown[i] = s.pages, len(s.pages), s.dropped, s.behind
                 is_new = True
         return is_new
-
-    def _fill(self, array: Any, values: np.ndarray) -> None:
-        if self._on_host:
-            array[...] = values
-        else:
-            array.set(values)

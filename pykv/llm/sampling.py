@@ -165,37 +165,18 @@ class TokenLogprobs:
     top: dict[int, float]
 
 
-def draw(logits: Any, params: list[SamplingParams], steps: list[int], xp: Any) -> list[int]:
-    """One token for each row of `logits` [B, V] float32, as Python integers; -1 where the largest
-    logit is not finite.
-
-    Args:
-        logits: on any device.
-        params: one for each row, of which none asks for penalties, biases, `logprobs` or
-            `min_tokens`: those need a pykv.llm.sampler.Sampler.
-        steps: index of the token that each row draws; with the seed it decides the draw.
-        xp: the array module of `logits`.
-
-    Raises:
-        ParameterError: params ask for more.
-
-    Synchronises: the ids come to the host.
-    """
-    for i, p in enumerate(params):
-        if p.penalties != NO_PENALTIES or p.logit_bias or p.min_tokens or p.logprobs is not None:
-            raise ParameterError(
-                f"draw: params[{i}] is {p}, expected no penalties, logit_bias, logprobs or "
-                "min_tokens, which need a Sampler"
-            )
-    return [int(i) for i in choose(logits, params, steps, xp).tolist()]
-
-
 def choose(
     logits: Any, params: list[SamplingParams], steps: list[int], xp: Any, out: Any = None
 ) -> Any:
-    """The tokens of `draw`, [B] int32 on the device, by temperature, filters and seed alone.
+    """One token for each row of `logits` [B, V] float32, [B] int32 on their device, by temperature,
+    filters and seed alone; -1 where the largest logit is not finite.
 
-    Args: as of `draw`; `out` receives the tokens, if it is given.
+    Args:
+        logits: on any device.
+        params: one for each row.
+        steps: index of the token that each row draws; with the seed it decides the draw.
+        xp: the array module of `logits`.
+        out: receives the tokens, if it is given.
     """
     if all(p.temperature == 0 for p in params):
         return sample.argmax(logits, out=out)

@@ -57,7 +57,6 @@ class Scheduler:
         prefix_cache: keep pages of prompts and answers, as long as nobody needs them, for prompts
             that begin alike. A prompt that begins as one that is being computed waits for it.
         slots: sequences that run at once, at most; None: as many as have pages.
-        max_waiting: sequences that wait, at most.
         tiers: where pages that the cache forgot come back from; None: nowhere.
         most_pages: that the cache may grow to; None: as memory allows.
 
@@ -85,7 +84,6 @@ class Scheduler:
         may_grow: bool,
         prefix_cache: bool,
         slots: int | None = None,
-        max_waiting: int | None = None,
         tiers: Tiers | None = None,
         most_pages: int | None = None,
     ) -> None:
@@ -104,7 +102,7 @@ class Scheduler:
             most_pages=most_pages,
         )
         self._runner, self._cache, self._manager = runner, cache, cache.manager
-        self._slots, self._max_waiting = slots, max_waiting
+        self._slots = slots
         self._counter = count()
 
     @property
@@ -119,14 +117,9 @@ class Scheduler:
         """Let sequences wait for their turn: all of them, or none where an error is raised.
 
         Raises:
-            CapacityError: a prompt and a token can never fit into the pool, it cannot grow as far
-                as the sequences may, or too many wait.
+            CapacityError: a prompt and a token can never fit into the pool, or it cannot grow as
+                far as the sequences may.
         """
-        most, waiting = self._max_waiting, len(self.waiting) + len(sequences)
-        if most is not None and waiting > most:
-            raise CapacityError(
-                f"Scheduler.add: {waiting} sequences would wait, expected at most {most}"
-            )
         if self.pages.may_grow:
             self.pages.grow_for((*self.running, *self.waiting, *sequences))
         for s in sequences:

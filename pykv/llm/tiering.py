@@ -34,9 +34,10 @@ def check_tiers(op: str, host: Any, disk: Any, prefix_cache: bool) -> None:
     given = [name for name, x in (("host_cache", host), ("disk_cache", disk)) if x is not None]
     if given and not prefix_cache:
         raise ParameterError(f"{op}: {given[0]} is given, expected none without a prefix_cache")
-    _check_free(op, host)
     if host is not None:
-        _check_artefact(op, "host_cache", parse_host(op, "host_cache", host))
+        limit = parse_host(op, "host_cache", host)
+        _check_free(op, limit)
+        _check_artefact(op, "host_cache", limit)
     if disk is not None:
         _check_artefact(op, "disk_cache", parse_disk(op, "disk_cache", disk))
 
@@ -47,20 +48,20 @@ def _check_artefact(op: str, name: str, limit: Limit) -> None:
         raise ParameterError(f"{op}: {name}'s artefact is {found[0]:.80}, expected a file")
 
 
-def _check_free(op: str, host: Any) -> None:
-    if host is not None:
-        nbytes, free = parse_host(op, "host_cache", host).nbytes, memory.free(np)
-        if free is not None and nbytes > free:
-            raise CapacityError(
-                f"{op}: host_cache asks for {nbytes:,} bytes, but the host has {free:,} free"
-            )
+def _check_free(op: str, limit: Limit) -> None:
+    free = memory.free(np)
+    if free is not None and limit.nbytes > free:
+        raise CapacityError(
+            f"{op}: host_cache asks for {limit.nbytes:,} bytes, but the host has {free:,} free"
+        )
 
 
 def open_tiers(llm: LLM, host: Any, disk: Any) -> Tiers | None:
     """The tiers of a model's cache; None where it has none."""
     if host is None and disk is None:
         return None
-    _check_free("LLM", host)  # again, now that the weights are loaded
+    if host is not None:  # again, now that the weights are loaded
+        _check_free("LLM", parse_host("LLM", "host_cache", host))
 
     def opened(name: str, codec: str, xp: Any, tokens: int) -> Codec:
         made = open_codec("LLM", codec, llm, name=f"{name}'s codec", xp=xp, tokens=tokens)

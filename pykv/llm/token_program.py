@@ -117,9 +117,7 @@ def _attention(
 ) -> Attention:
     """Queries and new rows of a layer, and attention over its pages."""
     config, (qkv, q, attended) = model.config, arrays
-    (k_pool, v_pool), (k_scales, v_scales) = cache.layers[i], cache.scales[i]
-    pools: dict[str, Any] = dict(k_pool=k_pool, v_pool=v_pool, k_scales=k_scales, v_scales=v_scales)
-    pools |= dict(spec=cache.spec)
+    pools = cache.pools(i)
     append = Append(
         qkv=qkv,
         slots=batch.slots,

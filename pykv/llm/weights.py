@@ -61,9 +61,10 @@ class Model:
     @property
     def matrix_bytes(self) -> int:
         """Of all matrices that a step multiplies with."""
-        return sum(int(x.nbytes) for x in self._matrices())
+        return sum(int(x.nbytes) for x in self.matrices())
 
-    def _matrices(self) -> list[Any]:
+    def matrices(self) -> list[Any]:
+        """Those of all layers, and the head."""
         weights = [x for layer in self.layers for x in vars(layer).values()]
         return [
             x for x in (*weights, self.head) if isinstance(x, Stored) or getattr(x, "ndim", 0) == 2
@@ -149,12 +150,11 @@ def _compile(file: ModelFile, config: Config, xp: Any, dtype: Any, hadamard: boo
 
 def load_with_bar(file: ModelFile, xp: Any, dtype: Any, hadamard: bool, progress: bool) -> Model:
     """`load`, with a bar on stderr if `progress`."""
-    if not progress:
-        return load(file, xp, dtype=dtype, hadamard=hadamard)
     from tqdm import tqdm
 
     total = sum(info.nbytes for info in file.tensors.values())
-    with tqdm(total=total, unit="B", unit_scale=True, desc="weights", leave=False) as bar:
+    shown = dict(unit="B", unit_scale=True, desc="weights", leave=False, disable=not progress)
+    with tqdm(total=total, **shown) as bar:
         return load(file, xp, dtype=dtype, hadamard=hadamard, progress=bar.update)
 
 

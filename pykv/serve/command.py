@@ -55,6 +55,8 @@ def add_serve(serve: argparse.ArgumentParser) -> None:
 
 def _serve(args: argparse.Namespace) -> None:
     install.require("serve", "starlette", "uvicorn", "llguidance")
+    from pykv.serve.front import LOOPBACK
+
     if args.api_key == "":  # an unset shell variable expands to this
         raise ParameterError("serve: --api-key is empty, expected a key")
     key = args.api_key or os.environ.get("PYKV_API_KEY") or None
@@ -66,7 +68,7 @@ def _serve(args: argparse.Namespace) -> None:
         if not name or not name.isprintable():  # bytes that are no UTF-8 are not printable either
             raise ParameterError(f"serve: --served-model-name is {name!r}, expected letters")
     slots = None if args.slots is None else check_whole("serve", "--slots", args.slots, 1, 4096)
-    loopback = _is_loopback(args.host)
+    loopback = args.host in LOOPBACK
     if key is None and not loopback:
         raise ParameterError(
             f"serve: --host is {args.host}, which others can reach, expected an --api-key as well"
@@ -200,12 +202,6 @@ def http_config(app: Any) -> Any:
         timeout_graceful_shutdown=STOP_SECONDS,
         h11_max_incomplete_event_size=HEADER_BYTES,
     )
-
-
-def _is_loopback(host: str) -> bool:
-    from pykv.serve.front import LOOPBACK
-
-    return host in LOOPBACK
 
 
 def _listen(host: str, port: int) -> socket.socket:

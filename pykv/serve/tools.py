@@ -135,11 +135,6 @@ class Tools:
     native: bool
     parallel: bool = True
 
-    @property
-    def opening(self) -> str:
-        """What a call begins with."""
-        return OPENING if self.native else "{"
-
     def instruct(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Messages that tell a model of the tools which its template does not know."""
         if self.native:

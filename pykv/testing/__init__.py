@@ -4,6 +4,7 @@
     codes      how rows are encoded and decoded, from hand-worked tables of codes
     paged      caches of every kind for small cases, with poison where nothing may be read
     caches     caches of every kind for benchmarks, filled on the device
+    blocks     blocks of GGUF types
     kvtc       streams of KVTC, code by code
     attention  float64 oracles of attention
     oracles    float64 oracles of all other ops

@@ -14,7 +14,7 @@ from pykv.arrays import load_cupy, on_gpu
 from pykv.kinds import SCALE_DTYPES
 from pykv.page_arrays import ARRAYS
 from pykv.pages import Pages
-from pykv.specs import KVSpec
+from pykv.specs import POOLS, KVSpec
 from pykv.testing import codes
 from pykv.testing.compare import host
 
@@ -46,11 +46,10 @@ def empty(xp: Any, like: Pages) -> Pages:
     return Pages(**arrays | zeros, spec=like.spec)
 
 
-def layer(pages: Pages) -> dict[str, Any]:
-    """The arrays of the first layer, as ops take them."""
-    names = ("k_pool", "v_pool", "k_scales", "v_scales")
+def layer(pages: Any) -> dict[str, Any]:
+    """The arrays of the first layer of a cache, as ops take them."""
     arrays = (getattr(pages, name) for name in ARRAYS)
-    return {name: x if x is None else x[0] for name, x in zip(names, arrays, strict=True)}
+    return {name: x if x is None else x[0] for name, x in zip(POOLS, arrays, strict=True)}
 
 
 def sequences(

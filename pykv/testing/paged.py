@@ -93,7 +93,6 @@ def filled(
     D: int,
     *,
     unseen: Sequence[int] | None = None,
-    reach: float = 4.0,
 ) -> dict[str, Any]:
     """A cache of random keys and values, with `page_table` [B, M] and `lengths` [B].
 
@@ -112,7 +111,7 @@ def filled(
                 table[b, position // P] = next(order)
             pages.append(table[b, position // P])
             offsets.append(position % P)
-    cache = blank(spec, N, P, H, D, reach=reach)
+    cache = blank(spec, N, P, H, D, reach=4.0)
     k, v = rng.standard_normal((2, len(pages), H, D)).astype(np.float32)
     where = np.array(pages, np.int32), np.array(offsets, np.int32)
     write(spec, cache, *where, k, v)

@@ -26,7 +26,7 @@ import numpy as np
 from pykv.arrays import load_cupy
 from pykv.errors import ParameterError
 from pykv.kinds import SCALE_DTYPES
-from pykv.page_arrays import ARRAYS
+from pykv.page_arrays import ARRAYS, given_scales
 from pykv.pages import Pages, convert_pages, copy_pages
 from pykv.pool import PagedKVCache
 from pykv.specs import KVSpec
@@ -90,9 +90,7 @@ class Form:
     def view(self, rows: np.ndarray, cache: Any) -> Pages:
         """Rows [N, nbytes] uint8 of the host as pages, without a copy; scales that heads or tensors
         share are the cache's own."""
-        made = dict.fromkeys(ARRAYS)
-        if self.spec.has_given_scales:
-            made |= dict(k_scales=cache.k_scales, v_scales=cache.v_scales)
+        made = dict.fromkeys(ARRAYS) | given_scales(cache)
         for name, offset, (L, *page), dtype in self.parts:
             steps = [dtype.itemsize * prod(page[i:]) for i in range(1, len(page) + 1)]
             strides = (dtype.itemsize * prod(page), self.nbytes, *steps)
@@ -102,13 +100,7 @@ class Form:
 
     def staging(self, cache: Any, count: int) -> Pages:
         """Memory of the device for so many pages."""
-        xp, scales = load_cupy(), self.spec.has_given_scales
-        made: dict[str, Any] = dict(
-            k=None,
-            v=None,
-            k_scales=cache.k_scales if scales else None,
-            v_scales=cache.v_scales if scales else None,
-        )
+        made, xp = dict.fromkeys(ARRAYS) | given_scales(cache), load_cupy()
         for name, _, (L, *page), dtype in self.parts:
             made[name] = xp.empty((L, count, *page), dtype)
         return Pages(**made, spec=self.spec)

@@ -10,6 +10,7 @@ import numpy as np
 from pykv import planes
 from pykv.ops import block_linear, block_rows
 from pykv.testing import judged, oracles
+from pykv.testing.blocks import random_blocks
 from pykv.verify import Case, Cases
 
 
@@ -32,12 +33,7 @@ def blocks_of(kind: str, O: int, I: int, rng: np.random.Generator) -> tuple[Any,
         return floats, floats.astype(np.float32)
     from gguf import GGMLQuantizationType, quants
 
-    form = planes.FORMATS[kind]
-    packed = rng.integers(0, 256, (O, I // form.elements * form.nbytes), np.uint8)
-    for end in (1, 3, form.nbytes - 3, form.nbytes - 1):  # scales lie at either end of a block
-        packed[:, end :: form.nbytes] &= 0x3B
-    if kind == "MXFP4":  # an exponent
-        packed[:, :: form.nbytes] &= 0x7F
+    packed = random_blocks(kind, O, I, rng)
     return packed, quants.dequantize(packed, GGMLQuantizationType[kind])
 
 

@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from pykv import planes
 from pykv.ops import dequant
 from pykv.testing import wrong_values
+from pykv.testing.blocks import random_blocks
 from pykv.verify import Cases
 
 
@@ -18,12 +20,10 @@ def cases(rng: np.random.Generator, xp: Any) -> Cases:
     from gguf import GGMLQuantizationType, quants
 
     for kind, (elements, nbytes) in dequant.KINDS.items():
-        packed = rng.integers(0, 256, (6, 4 * nbytes), np.uint8)
-        if nbytes == 2 * elements or nbytes == 4 * elements:
-            packed &= 0x3F  # finite numbers
-        else:  # scales lie at either end of a block; keep their exponents finite
-            for end in (1, 3, nbytes - 1):
-                packed[:, end::nbytes] &= 0x3B
+        if kind in planes.FORMATS:
+            packed = random_blocks(kind, 6, 4 * elements, rng)
+        else:
+            packed = rng.integers(0, 64, (6, 4 * nbytes), np.uint8)  # finite floats
         want = quants.dequantize(packed, GGMLQuantizationType[kind])
         got = dequant.dequantize(xp.asarray(packed), kind)
         with np.errstate(over="ignore"):  # to infinity, as floats round

@@ -7,11 +7,9 @@ from typing import Any
 import numpy as np
 
 from pykv.ops import kv_compact
-from pykv.specs import KVSpec
+from pykv.specs import POOLS, KVSpec
 from pykv.testing import paged, wrong_values
 from pykv.verify import Cases
-
-_POOLS = ("k_pool", "v_pool", "k_scales", "v_scales")
 
 
 def cases(rng: np.random.Generator, xp: Any) -> Cases:
@@ -36,7 +34,7 @@ def _cases(spec: KVSpec, D: int, rng: np.random.Generator, xp: Any) -> Cases:
         if moves:  # one sequence gets another first page, an empty one
             free = set(range(len(cache["k_pool"]))) - set(to.ravel().tolist())
             to[3, 0] = free.pop()
-        want = {name: cache[name].copy() for name in _POOLS if cache[name] is not None}
+        want = {name: cache[name].copy() for name in POOLS if cache[name] is not None}
         for b, head in np.ndindex(4, H):
             slots = kept[b, head % A, : counts[b, head % A]].tolist()
             for j, slot in enumerate(slots):

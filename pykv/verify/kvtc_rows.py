@@ -7,14 +7,13 @@ from typing import Any
 import numpy as np
 
 from pykv.ops import kvtc_rows
-from pykv.specs import KVSpec
+from pykv.specs import POOLS, KVSpec
 from pykv.testing import codes, error_and_bound, host, oracles, paged, wrong_values
 from pykv.verify import Cases
 
 L, H, P, T, S, X = 3, 2, 4, 11, 2, 3  # layers, heads, tokens of a page, tokens, sinks, window
 _LAYERS = ((2, 1), (0, 0))  # of a row, and their row of frequencies
-_OF_LAYER = ("k_pool", "v_pool", "k_scales", "v_scales")
-_NAMES = ("k_pools", "v_pools", *_OF_LAYER[2:])  # of all layers
+_NAMES = ("k_pools", "v_pools", *POOLS[2:])  # of all layers
 
 
 def cases(rng: np.random.Generator, xp: Any) -> Cases:
@@ -74,7 +73,7 @@ def _case(
     blank = [paged.blank(spec, len(table) + 2, P, H, D, reach=4.0) for _ in range(L)]
     empty = paged.send(xp, _stacked(blank))
     kvtc_rows.scatter(**there | empty, rows=rows, **how)
-    whole = {old: empty[name] for old, name in zip(_OF_LAYER, _NAMES, strict=True)}
+    whole = {old: empty[name] for old, name in zip(POOLS, _NAMES, strict=True)}
     whole = {name: x if x is None else host(x) for name, x in whole.items()}
     stored = [{n: x if x is None else x[i] for n, x in whole.items()} for i in range(L)]
     for side in "kv":
@@ -88,7 +87,7 @@ def _case(
 def _stacked(layers: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         name: None if layers[0][old] is None else np.stack([layer[old] for layer in layers])
-        for name, old in zip(_NAMES, _OF_LAYER, strict=True)
+        for name, old in zip(_NAMES, POOLS, strict=True)
     }
 
 

@@ -5,6 +5,7 @@ import pytest
 from pykv import checker, cuda
 from pykv.llm import LLM, memory, models, scales, steps
 from pykv.ops import block_linear
+from tests.kvtc.made import artefact_of
 from tests.llm import tiny
 from tests.simt import cupy as simt
 
@@ -21,6 +22,12 @@ def tiny_paths(tmp_path_factory):
     for name in ("llama", "gemma3"):
         tiny.write_case(folder / f"{name}.gguf", name)
     return folder
+
+
+@pytest.fixture(scope="module")
+def artefact(tiny_paths):
+    """Of the tiny llama."""
+    return artefact_of(LLM(tiny_paths / "llama.gguf", device="cpu"))
 
 
 @pytest.fixture

@@ -9,21 +9,15 @@ import pykv
 from pykv import cuda, eviction
 from pykv.errors import CapacityError, DtypeError, ParameterError, UnsupportedError
 from pykv.eviction import H2O, AdaKV, KeyNorm, SnapKV, Streaming, parts
-from pykv.llm import LLM, SamplingParams, evictor, runner
+from pykv.llm import LLM, evictor, runner
 from tests.helpers import to_numpy, without_simt
 from tests.llm import plain_forward
 from tests.llm.test_keys import LLAMA, gemma3
+from tests.llm.test_model import greedy
+from tests.llm.test_reuse import tokens_of
 
 EXACT = dict(weights="fp32", kv_dtype="fp32")
 P = 16
-
-
-def greedy(tokens):
-    return SamplingParams(max_tokens=tokens, ignore_eos=True)
-
-
-def tokens_of(rng, count):
-    return rng.integers(3, 250, count).tolist()
 
 
 def held_by_hand(prompt, total, budget, sinks, windows):

@@ -15,14 +15,11 @@ from pykv.specs import KVSpec
 from tests.helpers import assert_same_bits, swept, to_numpy, without_simt
 from tests.llm import tiny
 from tests.llm.test_model import DEVICES, MODELS, assert_same_tokens, greedy, truth_of
+from tests.llm.test_reuse import tokens_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*rounding moves:UserWarning")
 SPECS = ("int8", "fp8", "int4", "k8v4", "fp16+e5m2", "int8:HND:fp32", "fp16:HND")
 SHARED = ("int8:head", "e4m3:tensor:fp32", "k8v4:head:HND")
-
-
-def tokens_of(rng, count):
-    return rng.integers(3, 250, count).tolist()
 
 
 def patch_appends(monkeypatch, cache):

@@ -10,7 +10,7 @@ import pytest
 
 from pykv import cuda
 from pykv.errors import FormatError, UnsupportedError
-from pykv.llm import LLM, SamplingParams, gguf, matrices, memory, tensors
+from pykv.llm import LLM, gguf, matrices, memory, tensors
 from pykv.llm.config import read_config
 from pykv.llm.source import Source
 from pykv.llm.weights import load
@@ -18,6 +18,7 @@ from pykv.ops import block_linear, linear_mma
 from pykv.specs import KVSpec
 from tests.helpers import assert_close_to_oracle, assert_same_bits, make_every_launch, to_numpy
 from tests.llm import tiny
+from tests.llm.test_model import greedy
 
 TINY = json.loads((Path(__file__).parent / "data" / "tiny.json").read_text())
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -25,10 +26,6 @@ CASES = ["llama-Q4_1", "llama-Q3_K", "llama-mixed", "llama-bias", "llama-BF16", 
 # Of logits: as in test_model.py; a GPU rounds activations of more than a few tokens to float16.
 BOUNDS = dict(cpu=1e-3, cuda=0.1)
 TIE = 2e-2  # two best logits closer than this may change places
-
-
-def greedy(tokens):
-    return SamplingParams(max_tokens=tokens, ignore_eos=True)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -249,7 +249,7 @@ def test_every_parameter_reaches_the_draw(xp, rng):
         SamplingParams(temperature=t, top_k=k, top_p=p, min_p=m, seed=s)
         for t, k, p, m, s in zip(temperature, top_k, top_p, min_p, seeds, strict=True)
     ]
-    assert sampling.draw(logits, params, steps, xp) == want.tolist()
+    assert sampling.choose(logits, params, steps, xp).tolist() == want.tolist()
 
 
 def test_stop_strings_end_the_text_and_are_held_back(llm):

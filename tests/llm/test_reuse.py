@@ -5,16 +5,13 @@ import pytest
 
 from pykv import cuda
 from pykv.errors import CapacityError, NumberError
-from pykv.llm import LLM, SamplingParams, model
+from pykv.llm import LLM, model
 from pykv.llm.prompt_steps import PromptSteps
 from pykv.ops import paged_check
 from tests.helpers import assert_same_bits, to_numpy, without_simt
+from tests.llm.test_model import greedy
 
 P = 16
-
-
-def greedy(tokens):
-    return SamplingParams(max_tokens=tokens, ignore_eos=True)
 
 
 def tokens_of(rng, count):

@@ -148,8 +148,8 @@ def test_a_draw_does_not_depend_on_the_batch(xp, rng, options):
     for b in range(5):
         alone, one = Sampler(xp).draw(xp.asarray(logits[b : b + 1]), rows()[b : b + 1])
         assert alone == together[b : b + 1] and one == found[b : b + 1]
-    unasked = sampling.draw(xp.asarray(logits[:1]), [rows()[0].params], [6], xp)
-    assert unasked == together[:1]
+    unasked = sampling.choose(xp.asarray(logits[:1]), [rows()[0].params], [6], xp)
+    assert unasked.tolist() == together[:1]
 
 
 def test_nothing_is_launched_unasked(xp, monkeypatch):
@@ -226,13 +226,6 @@ def test_nothing_left_to_draw(xp):
     """A mask that allows what has no probability gives -1."""
     logits = xp.asarray(np.array([[-INF] * 10 + [1] * (V - 10)], F32))
     assert Sampler(xp).draw(logits, [sequence([1])], [bits_of(2)])[0] == [-1]
-
-
-@pytest.mark.parametrize("ask", [PENALISED, BIASED, dict(logprobs=0), dict(min_tokens=1)], ids=str)
-def test_draw_alone_refuses_what_it_cannot_do(ask):
-    with pytest.raises(ParameterError, match=r"draw: params\[1\] is .*, which need a Sampler"):
-        params = [SamplingParams(), SamplingParams(**ask)]
-        sampling.draw(np.zeros((2, V), F32), params, [0, 0], np)
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,9 @@ import pytest
 from pykv import prepare, tensor_files, whole_files
 from pykv.errors import CapacityError, DtypeError, FormatError, ParameterError, UnsupportedError
 from pykv.kvtc import Codec, Coded, parse
-from pykv.llm import LLM, runner
+from pykv.llm import runner
 from pykv.llm.prompt_steps import PromptSteps
 from tests.helpers import assert_same_bits, to_numpy, without_simt
-from tests.kvtc.made import artefact_of
 from tests.llm import tiny
 from tests.llm.test_reuse import P, greedy, tokens_of
 
@@ -84,11 +83,6 @@ def check_that_it_goes_on(open_llm, rng, tmp_path, computed, name="llama", **opt
 
 
 # --- Coded ---
-
-
-@pytest.fixture(scope="module")
-def artefact(tiny_paths):
-    return artefact_of(LLM(tiny_paths / "llama.gguf", device="cpu"))
 
 
 def noted_logits(monkeypatch):

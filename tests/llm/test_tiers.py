@@ -14,7 +14,6 @@ from pykv.llm import LLM, SamplingParams
 from pykv.llm.prompts import answer_to
 from pykv.tiers import disk
 from tests.helpers import without_simt
-from tests.kvtc.made import artefact_of
 from tests.llm.test_reuse import P, greedy, noted_logits, tokens_of
 from tests.tiers.conftest import no_floor  # noqa: F401
 
@@ -188,11 +187,6 @@ def test_with_eviction(open_llm, rng):
     for prompt in asked:
         assert llm.generate([prompt], greedy(6)) == plain.generate([prompt], greedy(6))
     assert llm.tiers.counters.host_hits
-
-
-@pytest.fixture(scope="module")
-def artefact(tiny_paths):
-    return artefact_of(LLM(tiny_paths / "llama.gguf", device="cpu"))
 
 
 @pytest.fixture(scope="module")

@@ -7,25 +7,16 @@ import numpy as np
 import pytest
 
 from pykv import PagedKVCache, cuda
-from pykv.bench import synthetic
 from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError, UnsupportedError
 from pykv.ops import block_linear, block_rows
 from pykv.ops import phase_program as op
 from pykv.ops.phase_program import PhaseProgram
 from pykv.phases import AddNorm, Append, Argmax, Attend, Attention, Embed, Product
 from pykv.stages import Touched, check_stages, stages_of
+from pykv.testing.blocks import random_blocks
 from tests.helpers import assert_close_to_oracle, assert_same_bits, swept, to_numpy
 from tests.simt import cupy as simt
 from tests.simt import machine
-
-
-@pytest.fixture
-def xp_of_programs(xp, monkeypatch):
-    if xp is simt:
-        monkeypatch.setattr(machine, "ARCH", "sm_90")
-    elif xp is not np and cuda.current_sm() < op.OLDEST_SM:
-        pytest.skip("sm_70 is the first with programs")
-    return xp
 
 
 def layers(rng, T, E, F, count):
@@ -94,9 +85,7 @@ def test_prepared_calls_hold_what_the_program_points_at(xp_of_programs, rng):
 def test_stored_weights_with_a_gate(xp_of_programs, rng):
     xp = xp_of_programs
     x = rng.standard_normal((1, 256)).astype(np.float32)
-    packed = rng.integers(0, 256, (64, 144), np.uint8)
-    packed[:, [1, 3]] &= 0x3B  # finite scales
-    w = block_rows.pack(xp.asarray(packed), "Q4_K")
+    w = block_rows.pack(xp.asarray(random_blocks("Q4_K", 64, 256, rng)), "Q4_K")
     out, want = (xp.asarray(np.full((1, 32), np.nan, np.float32)) for _ in range(2))
     PhaseProgram([Product(xp.asarray(x), w, "Q4_K", out, gate="geglu")])()
     block_linear.multiply(xp.asarray(x), w, "Q4_K", gate="geglu", out=want)
@@ -119,8 +108,7 @@ def attention_of(xp, rng, spec, heads, D, lengths):
     last = np.array(lengths, np.int32) - 1
     qkv = rng.standard_normal((B, (HQ + 2 * H) * D)).astype(np.float32)
     q, out = (xp.asarray(np.full((B, HQ, D), np.nan, np.float32)) for _ in range(2))
-    pools = dict(zip(("k_pool", "v_pool"), cache.layers[0], strict=True))
-    pools |= dict(zip(("k_scales", "v_scales"), cache.scales[0], strict=True), spec=cache.spec)
+    pools = cache.pools(0)
     asarray = xp.asarray
     append = Append(
         qkv=asarray(qkv),
@@ -250,7 +238,7 @@ def test_embedding_rows(xp_of_programs, rng, kind):
     if kind == "F16":
         w = xp.asarray(rng.standard_normal((O, I)).astype(np.float16))
     else:
-        w = block_rows.pack(xp.asarray(synthetic.blocks(kind, O, I, rng)), kind)
+        w = block_rows.pack(xp.asarray(random_blocks(kind, O, I, rng)), kind)
     ids = xp.asarray(np.array([6, 0, 3 if xp is np else 7], np.int32))
     out, want = (xp.asarray(np.full((3, I), np.nan, np.float32)) for _ in range(2))
     phase = Embed(ids, w, kind, out, 0.3)
@@ -281,7 +269,7 @@ def test_a_model_of_two_types(xp_of_programs, rng):
     x = xp.asarray(rng.standard_normal((2, 256)).astype(np.float32))
     out, want = (xp.asarray(np.full((2, 60), np.nan, np.float32)) for _ in range(2))
     packed = {
-        kind: block_rows.pack(xp.asarray(synthetic.blocks(kind, rows, 256, rng)), kind)
+        kind: block_rows.pack(xp.asarray(random_blocks(kind, rows, 256, rng)), kind)
         for kind, rows in (("Q4_K", 40), ("Q6_K", 20))
     }
 

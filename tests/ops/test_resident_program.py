@@ -6,7 +6,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from pykv import cuda
 from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError, UnsupportedError
 from pykv.host_rings import State
 from pykv.ops import phase_program
@@ -16,29 +15,9 @@ from pykv.phases import Argmax, Embed, Product
 from pykv.resident_commands import STOP
 from pykv.resident_tokens import Drawn, Inputs, Why
 from tests.helpers import to_numpy
-from tests.simt import cupy as simt
-from tests.simt import machine
 
 SLOW = dict(silence=30.0)  # for machines that run many tests at once
 P, M, V, E = 4, 64, 40, 16
-
-
-@pytest.fixture
-def xp_of_programs(xp, monkeypatch):
-    return _able(xp, monkeypatch)
-
-
-@pytest.fixture
-def device_of_programs(device, monkeypatch):
-    return _able(device, monkeypatch)
-
-
-def _able(xp, monkeypatch):
-    if xp is simt:
-        monkeypatch.setattr(machine, "ARCH", "sm_90")
-    elif xp is not np and cuda.current_sm() < phase_program.OLDEST_SM:
-        pytest.skip("sm_70 is the first with programs")
-    return xp
 
 
 def chain(xp, rng, lengths, **options):

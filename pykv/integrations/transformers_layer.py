@@ -55,7 +55,7 @@ class Store:
     @property
     def attends(self) -> bool:
         """Whether the model's attention takes pages."""
-        return bool(self.config._attn_implementation == "pykv")
+        return self.config is None or self.config._attn_implementation == "pykv"
 
     def fork(self) -> Store:
         other = copy(self)
@@ -79,7 +79,8 @@ class Store:
                 "like the first keys, or a Cache with a spec"
             )
         if self.pool is None:
-            num_pages = B * -(-(n + 1) // self.page_size) if self.pages is None else self.pages
+            ahead = n if k.device.type == "cpu" else 1  # unwritten zeros of a host take no memory
+            num_pages = B * -(-(n + ahead) // self.page_size) if self.pages is None else self.pages
             self.device, self.pool = (
                 k.device,
                 PagedKVCache(
@@ -93,13 +94,21 @@ class Store:
         if k.device != self.device:
             raise DeviceError(f"{op}: key_states are on {k.device}, expected {self.device}")
         if self.batch is None:
-            self.batch = Batch(self.pool, B, grows=self.pages is None)
+            grows = self.pages is None
+            in_runs = grows and self.keeps(k, v) and not self.attends
+            self.batch = Batch(self.pool, B, grows=grows, in_runs=in_runs)
         expected = (self.batch.size, *self.pool.sizes[1:])
         if (B, H, D) != expected:
             raise ShapeError(
                 f"{op}: key_states have B, H, D = {B, H, D}, expected {expected} as the cache has"
             )
         return self.batch
+
+    def keeps(self, k: Any, v: Any) -> bool:
+        """Whether pages hold keys and values as they are, where torch can read them."""
+        assert self.pool is not None  # the first keys made it
+        spec, kinds = self.pool.spec, (FLOATS[k.dtype], FLOATS.get(v.dtype))
+        return k.device.type == "cpu" and spec.layout == "NHD" and (spec.k, spec.v) == kinds
 
 
 class Layer(CacheLayerMixin):  # type: ignore[misc]
@@ -120,7 +129,8 @@ class Layer(CacheLayerMixin):  # type: ignore[misc]
 
     def update(self, key_states: Any, value_states: Any, *_: Any, **__: Any) -> tuple[Any, Any]:
         """Append [B, H, n, D], and give what the model's attention takes: all keys and values, or
-        for "pykv" tensors without memory that lead to this layer."""
+        for "pykv" tensors without memory that lead to this layer. Where pages lie as torch reads
+        them, keys and values are their memory, which later calls write to."""
         k, v, store = key_states, value_states, self.store
         with place_of("Cache.update", key_states=k, value_states=v):
             batch = store.batch_for(k, v)
@@ -136,6 +146,13 @@ class Layer(CacheLayerMixin):  # type: ignore[misc]
                     "Cache.update: the cache holds no rows of padding, expected "
                     "attn_implementation='pykv' as before"
                 )
+            needs_gradient = k.requires_grad or v.requires_grad  # refused below
+            if step.run is not None and store.keeps(k, v) and not needs_gradient:
+                step.tensors = step.tensors or _lying(step, batch.pool, k.dtype, v.dtype)
+                keys, values = step.tensors[self.index]
+                keys[:, :, step.start :], values[:, :, step.start :] = k, v
+                batch.columns[self.index] = step.stop
+                return keys, values
             batch.append(self.index, *_rows(k, v, None), step)
             P = batch.pool.page_size
             out = [k.new_empty((B, -(-step.stop // P), P, H, D)) for _ in range(2)]
@@ -180,6 +197,20 @@ class Layer(CacheLayerMixin):  # type: ignore[misc]
         return -1
 
     get_max_cache_shape = get_max_length  # called so before 5.0
+
+
+def _lying(step: Step, pool: PagedKVCache, *dtypes: Any) -> list[tuple[Any, Any]]:
+    """Of each layer, the keys and values [B, H, S, D] that the pages of a step's run hold: tensors
+    of that memory."""
+    assert step.run is not None
+    (first, gap), sides = step.run, []
+    for array, dtype in zip((pool.k, pool.v), dtypes, strict=True):
+        L, _, P, H, D = array.shape
+        x = torch.from_numpy(array.view(f"i{array.itemsize}")).view(dtype)  # NumPy has no bfloat16
+        strides = x.stride(0), gap * P * H * D, D, H * D, 1
+        x = x.as_strided((L, len(step.seen), H, step.stop, D), strides, first * P * H * D)
+        sides.append(x.unbind(0))
+    return list(zip(*sides, strict=True))
 
 
 def _rows(k: Any, v: Any, rows: Any) -> tuple[Any, Any]:

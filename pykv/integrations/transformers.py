@@ -43,7 +43,7 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
             case the model says the same as with a DynamicCache.
         page_size: P, tokens a page.
         pages: of each layer; None: as many as it takes, doubled when they are used up. On a CPU
-            they are twice what the first tokens take; memory that was never written is not used.
+            they are twice what the first tokens take, of which the system backs what is written.
         margin: for scales that heads or tensors share, see PagedKVCache.
 
     Attributes:

@@ -79,7 +79,9 @@ class Store:
                 "like the first keys, or a Cache with a spec"
             )
         if self.pool is None:
-            ahead = n if k.device.type == "cpu" else 1  # unwritten zeros of a host take no memory
+            ahead = (
+                n if k.device.type == "cpu" else 1
+            )  # a host's unwritten zeros take hardly any memory
             num_pages = B * -(-(n + ahead) // self.page_size) if self.pages is None else self.pages
             self.device, self.pool = (
                 k.device,
@@ -129,8 +131,8 @@ class Layer(CacheLayerMixin):  # type: ignore[misc]
 
     def update(self, key_states: Any, value_states: Any, *_: Any, **__: Any) -> tuple[Any, Any]:
         """Append [B, H, n, D], and give what the model's attention takes: all keys and values, or
-        for "pykv" tensors without memory that lead to this layer. Where pages lie as torch reads
-        them, keys and values are their memory, which later calls write to."""
+        for "pykv" tensors without memory that lead to this layer. Keys and values may be the
+        memory of pages, which later calls write to."""
         k, v, store = key_states, value_states, self.store
         with place_of("Cache.update", key_states=k, value_states=v):
             batch = store.batch_for(k, v)
@@ -147,10 +149,8 @@ class Layer(CacheLayerMixin):  # type: ignore[misc]
                     "attn_implementation='pykv' as before"
                 )
             needs_gradient = k.requires_grad or v.requires_grad  # refused below
-            if step.run is not None and store.keeps(k, v) and not needs_gradient:
-                step.tensors = step.tensors or _lying(step, batch.pool, k.dtype, v.dtype)
-                keys, values = step.tensors[self.index]
-                keys[:, :, step.start :], values[:, :, step.start :] = k, v
+            if store.keeps(k, v) and not needs_gradient:
+                keys, values = _append_kept(step, batch.pool, self.index, k, v)
                 batch.columns[self.index] = step.stop
                 return keys, values
             batch.append(self.index, *_rows(k, v, None), step)
@@ -199,18 +199,36 @@ class Layer(CacheLayerMixin):  # type: ignore[misc]
     get_max_cache_shape = get_max_length  # called so before 5.0
 
 
-def _lying(step: Step, pool: PagedKVCache, *dtypes: Any) -> list[tuple[Any, Any]]:
-    """Of each layer, the keys and values [B, H, S, D] that the pages of a step's run hold: tensors
-    of that memory."""
-    assert step.run is not None
-    (first, gap), sides = step.run, []
-    for array, dtype in zip((pool.k, pool.v), dtypes, strict=True):
-        L, _, P, H, D = array.shape
-        x = torch.from_numpy(array.view(f"i{array.itemsize}")).view(dtype)  # NumPy has no bfloat16
+def _append_kept(step: Step, pool: PagedKVCache, layer: int, *new: Any) -> list[Any]:
+    """Append keys and values [B, H, n, D] that a pool on the host keeps as they are, and give all
+    [B, H, S, D]: the pages' memory if these follow each other, else a copy."""
+    step.tensors = step.tensors or [
+        _layers(step, *x) for x in zip((pool.k, pool.v), new, strict=True)
+    ]
+    out = []
+    for layers, x in zip(step.tensors, new, strict=True):
+        B, H, _, D = x.shape
+        held = layers[layer]
+        if step.run is not None:
+            held[:, :, step.start :] = x
+        else:
+            held.view(-1, H, D)[torch.from_numpy(step.slots)] = x.transpose(1, 2).flatten(0, 1)
+            held = held.index_select(0, torch.from_numpy(step.pages)).view(B, -1, H, D)
+            held = held[:, : step.stop].transpose(1, 2)
+        out.append(held)
+    return out
+
+
+def _layers(step: Step, array: Any, new: Any) -> Any:
+    """Of each layer of a pool's array, a tensor of its memory and of the dtype of `new`:
+    [B, H, S, D] of a step whose pages follow each other, else [N, P, H, D]."""
+    L, _, P, H, D = array.shape
+    x = torch.from_numpy(array.view(f"i{array.itemsize}")).view(new.dtype)  # NumPy has no bfloat16
+    if step.run is not None:
+        first, gap = step.run
         strides = x.stride(0), gap * P * H * D, D, H * D, 1
         x = x.as_strided((L, len(step.seen), H, step.stop, D), strides, first * P * H * D)
-        sides.append(x.unbind(0))
-    return list(zip(*sides, strict=True))
+    return x.unbind(0)
 
 
 def _rows(k: Any, v: Any, rows: Any) -> tuple[Any, Any]:

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
+from pykv import interrupts
 from pykv.arrays import module_of
 from pykv.blocks import page_table, slots
 from pykv.errors import CapacityError, ParameterError, ShapeError, UnsupportedError
@@ -24,29 +25,79 @@ from pykv.ops import paged_convert
 from pykv.pool import PagedKVCache
 
 
-@dataclass
 class Step:
-    """Columns that all layers get one after the other, as arrays where the cache is.
+    """Columns that all layers get one after the other; arrays are where the cache is, and are made
+    when they are asked for.
+
+    Args:
+        pool: the cache.
+        pages: of each sequence, with room for these columns.
+        start: the first of the new columns.
+        seen: [B, stop] bool, on the host; which columns up to `stop` each sequence has.
 
     Attributes:
-        start, stop: the columns.
-        seen: [B, stop] bool, on the host; which columns up to `stop` each sequence has.
-        is_whole: whether they have all.
-        rows: [T] which rows of [B * n] are stored; None: all.
-        slots: [T] int32; where they are stored.
-        table, lengths: [B, M] and [B] int32, of the sequences with these columns.
-        starts: [B + 1] int32; where each sequence's rows begin among T.
+        start, stop, seen: as given.
+        is_whole: whether sequences have all columns.
+        tensors: what a caller made of it.
     """
 
-    start: int
-    stop: int
-    seen: Any
-    is_whole: bool
-    rows: Any
-    slots: Any
-    table: Any
-    lengths: Any
-    starts: Any
+    def __init__(self, pool: PagedKVCache, pages: list[list[int]], start: int, seen: Any):
+        self._pool, self._pages, self._xp = pool, list(map(list, pages)), module_of(pool.k)
+        self.start, self.seen, self.stop = start, seen, seen.shape[1]
+        self.is_whole = bool(seen.all())
+        self.tensors: Any = None
+
+    @cached_property
+    def run(self) -> tuple[int, int] | None:
+        """The first page and a step from sequence to sequence, if all pages that a sequence needs
+        follow each other, and sequences are equally far apart; else None."""
+        num_pages = self._pool.manager.pages_for(self.stop)
+        first = [pages[0] for pages in self._pages if pages]
+        step = first[1] - first[0] if len(first) > 1 else 0
+        if not self.is_whole or not first or step < 0:
+            return None
+        for b, pages in enumerate(self._pages):
+            begin = first[0] + b * step
+            if pages[:num_pages] != list(range(begin, begin + num_pages)):
+                return None
+        return first[0], step
+
+    @cached_property
+    def rows(self) -> Any:
+        """[T] which rows of [B * n] are stored; None: all."""
+        new = self.seen[:, self.start :]
+        return None if new.all() else self._xp.asarray(np.flatnonzero(new))
+
+    @cached_property
+    def slots(self) -> Any:
+        """[T] int32; where they are stored."""
+        starts, stops = (tokens_of(self.seen, n) for n in (self.start, self.stop))
+        sequences = zip(self._pages, starts, stops, strict=True)
+        flat = [slots(*x, self._pool.page_size) for x in sequences]
+        return self._xp.asarray(np.concatenate(flat))
+
+    @cached_property
+    def table(self) -> Any:
+        """[B, M] int32, the pages of sequences with these columns."""
+        return self._xp.asarray(page_table(self._pages, max(map(len, self._pages))))
+
+    @cached_property
+    def pages(self) -> Any:
+        """[B * m] int32, of a step that is whole; the pages with these columns, one sequence's
+        behind the other's."""
+        num_pages = self._pool.manager.pages_for(self.stop)
+        return self._xp.ascontiguousarray(self.table[:, :num_pages]).reshape(-1)
+
+    @cached_property
+    def lengths(self) -> Any:
+        """[B] int32, their tokens."""
+        return self._xp.asarray(self.seen.sum(1, dtype=np.int32))
+
+    @cached_property
+    def starts(self) -> Any:
+        """[B + 1] int32; where each sequence's rows begin among T."""
+        counts = self.seen[:, self.start :].sum(1)
+        return self._xp.asarray(np.append(0, np.cumsum(counts)).astype(np.int32))
 
 
 class Batch:
@@ -56,6 +107,8 @@ class Batch:
         pool: the cache; may be that of other batches.
         size: B.
         grows: whether the cache may take more memory when its pages are used up.
+        in_runs: whether it shares all pages out among its sequences, so that those of each follow
+            each other as far as they can: until two of them share a page, or there is a fork.
 
     Attributes:
         seen: [B, columns] bool; which columns each sequence has.
@@ -64,13 +117,14 @@ class Batch:
     Gives its pages back when nothing refers to it any more, and somebody asks for free ones.
     """
 
-    def __init__(self, pool: PagedKVCache, size: int, *, grows: bool):
-        self.pool, self._grows = pool, grows
+    def __init__(self, pool: PagedKVCache, size: int, *, grows: bool, in_runs: bool = False):
+        self.pool, self._grows, self._in_runs = pool, grows, in_runs
         self.columns = [0] * pool.sizes[0]
         self.seen = np.zeros((size, 0), bool)
         self._pages: list[list[int]] = [[] for _ in range(size)]
         self._step: Step | None = None
         weakref.finalize(self, _free, pool.manager.free_later, self._pages)
+        self._share_out()
 
     @property
     def size(self) -> int:
@@ -111,30 +165,12 @@ class Batch:
                 f"{op}: layer {layer} has {start} tokens and is given {n}, expected as others, "
                 f"which have {max(self.columns)}; after a failed call crop or reset the cache"
             )
-        self._step = self._new_step(start, seen)
-        self.seen = seen
-        return self._step
-
-    def _new_step(self, start: int, seen: Any) -> Step:
-        counts = seen.sum(1).tolist()
-        before = seen[:, :start].sum(1).tolist()
-        new = seen[:, start:]
-        for pages, first, last in zip(self._pages, before, counts, strict=True):
+        self._step = None  # gives up the tensors that were made of it, before memory is wanted
+        starts, stops = tokens_of(self.seen, start), tokens_of(seen, seen.shape[1])
+        for pages, first, last in zip(self._pages, starts, stops, strict=True):
             self._extend(pages, first, last)
-        P, xp = self.pool.page_size, module_of(self.pool.k)
-        flat = [slots(*x, P) for x in zip(self._pages, before, counts, strict=True)]
-        width = max(map(len, self._pages))
-        return Step(
-            start=start,
-            stop=seen.shape[1],
-            seen=seen,
-            is_whole=bool(seen.all()),
-            rows=None if new.all() else xp.asarray(np.flatnonzero(new)),
-            slots=xp.asarray(np.concatenate(flat)),
-            table=xp.asarray(page_table(self._pages, width)),
-            lengths=xp.asarray(np.array(counts, np.int32)),
-            starts=xp.asarray(np.append(0, np.cumsum(new.sum(1))).astype(np.int32)),
-        )
+        self._step, self.seen = Step(self.pool, self._pages, start, seen), seen
+        return self._step
 
     def _extend(self, pages: list[int], start: int, stop: int) -> None:
         try:
@@ -143,8 +179,29 @@ class Batch:
             if not self._grows:
                 raise
             manager = self.pool.manager
-            self.pool.grow(2 * manager.num_pages + manager.pages_for(stop))
+            wanted = self.size * manager.pages_for(stop)
+            self.pool.grow(manager.num_pages + max(manager.num_pages, wanted))
+            self._share_out()
             self.pool.extend(pages, start, stop)
+
+    @interrupts.finished
+    def _share_out(self) -> None:
+        """Give each sequence its part of all pages, in order, if no other batch has any."""
+        pool, manager, old = self.pool, self.pool.manager, sum(self._pages, [])
+        if not self._in_runs or manager.num_free + len(old) < manager.num_pages:
+            return
+        counts, new = list(map(len, self._pages)), []
+        _free(manager.free, self._pages)
+        part = manager.num_pages // self.size
+        parts = [range(i * part, (i + 1) * part) for i in range(self.size)]
+        parts[-1] = range(parts[-1].start, manager.num_pages)
+        for pages, numbers in zip(self._pages, parts, strict=True):
+            manager.extend(pages, 0, len(numbers) * pool.page_size)
+        for pages, numbers, n in zip(self._pages, parts, counts, strict=True):
+            pages[:] = numbers  # which it was given makes no difference, as together they have all
+            new += pages[:n]
+        for array in (*pool.k, *pool.v):  # one layer's at a time, which the right side copies
+            array[new] = array[old]
 
     def append(self, layer: int, k: Any, v: Any, step: Step) -> None:
         """Store rows [T, H, D] of a layer."""
@@ -154,15 +211,9 @@ class Batch:
     def gather(self, layer: int, k_out: Any, v_out: Any, step: Step) -> None:
         """Read a layer's first pages of each sequence, of a step that is whole, into
         [B, M, P, H, D] of floats."""
-        pool, xp, outs = self.pool, module_of(step.table), (k_out, v_out)
-        pages = xp.ascontiguousarray(step.table[:, : k_out.shape[1]]).reshape(-1)
-        outs = tuple(x.reshape(-1, *x.shape[2:]) for x in outs)
-        if xp is np and pool.spec.layout == "NHD" and _kept(pool, outs):
-            for array, out in zip(pool.layers[layer], outs, strict=True):
-                bits = f"u{out.itemsize}"
-                array.view(bits).take(pages, 0, out.view(bits), "clip")  # twice as fast as gather
-            return
-        paged_convert.gather(**pool.pools(layer), pages=pages, k_out=outs[0], v_out=outs[1])
+        k_out, v_out = (x.reshape(-1, *x.shape[2:]) for x in (k_out, v_out))
+        pools = self.pool.pools(layer)
+        paged_convert.gather(**pools, pages=step.pages, k_out=k_out, v_out=v_out)
 
     # --- Sequences that come and go ---
 
@@ -177,20 +228,24 @@ class Batch:
             raise ShapeError(
                 f"Batch.select: indices are {indices}, expected sequences below {self.size}"
             )
-        old = list(self._pages)
-        self._pages[:] = [self._fork(old[i]) for i in indices]
+        old, self._in_runs = list(self._pages), False
+        self._pages[:] = self._forks(indices)
         _free(self.pool.manager.free, old)
         self.seen, self._step = self.seen[indices], None
 
     def fork(self) -> Batch:
         """A second batch of the same tokens, in the same pages until either writes to them."""
         other = Batch(self.pool, 0, grows=self._grows)
-        other._pages += map(self._fork, self._pages)
+        other._pages += self._forks(range(self.size))
         other.seen, other.columns = self.seen.copy(), list(self.columns)
+        self._in_runs = False
         return other
 
-    def _fork(self, pages: list[int]) -> list[int]:
-        return self.pool.manager.fork(pages) if pages else []
+    def _forks(self, indices: Any) -> list[list[int]]:
+        """Second sequences on pages that hold tokens."""
+        manager, tokens = self.pool.manager, tokens_of(self.seen, self.seen.shape[1])
+        used = [self._pages[i][: manager.pages_for(tokens[i])] for i in indices]
+        return [manager.fork(pages) if pages else [] for pages in used]
 
 
 def rows_of(x: Any, rows: Any) -> Any:
@@ -204,14 +259,12 @@ def set_rows(x: Any, rows: Any, values: Any) -> None:
     x.view(bits)[rows] = values.view(bits)
 
 
+def tokens_of(seen: Any, columns: int) -> list[int]:
+    """How many tokens each sequence has in so many columns, of `seen` [B, ...]."""
+    counts: list[int] = seen[:, :columns].sum(1).tolist()
+    return counts
+
+
 def _free(free: Callable[[list[int]], None], sequences: list[list[int]]) -> None:
     for pages in sequences:
         free(pages)
-
-
-def _kept(pool: PagedKVCache, outs: tuple[Any, ...]) -> bool:
-    """Whether arrays are of the very elements that a pool holds."""
-    kinds = pool.spec.kinds
-    return all(
-        not kind.largest and kind.dtype == x.dtype for kind, x in zip(kinds, outs, strict=True)
-    )

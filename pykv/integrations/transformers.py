@@ -1,8 +1,10 @@
 """transformers over paged caches: `Cache` holds keys and values in pages of any kind, and
 attn_implementation="pykv" attends to them where they lie.
 
-With another implementation ("sdpa", "eager") each layer reads all of its keys and values back as
-floats, in each step. Importing this module registers "pykv" with transformers.
+With another implementation ("sdpa", "eager") a model is given the memory of the pages where that is
+the keys and values as they are: floats of its own dtype, on a CPU, each sequence's pages one behind
+the other. Else each layer reads all of its keys and values back as floats, in each step. Importing
+this module registers "pykv" with transformers.
 
 Dimensions: B sequences, n new tokens of each, S all of them, H KV heads, HQ query heads, D head
 size.
@@ -40,7 +42,8 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
         spec: a KVSpec or its text, "int8", "k8v4", ...; None: as the model's keys are, in which
             case the model says the same as with a DynamicCache.
         page_size: P, tokens a page.
-        pages: of each layer; None: as many as it takes, doubled when they are used up.
+        pages: of each layer; None: as many as it takes, doubled when they are used up. On a CPU
+            they are twice what the first tokens take, of which the system backs what is written.
         margin: for scales that heads or tensors share, see PagedKVCache.
 
     Attributes:

@@ -55,7 +55,7 @@ class Store:
     @property
     def attends(self) -> bool:
         """Whether the model's attention takes pages."""
-        return bool(self.config._attn_implementation == "pykv")
+        return self.config is None or self.config._attn_implementation == "pykv"
 
     def fork(self) -> Store:
         other = copy(self)
@@ -79,7 +79,10 @@ class Store:
                 "like the first keys, or a Cache with a spec"
             )
         if self.pool is None:
-            num_pages = B * -(-(n + 1) // self.page_size) if self.pages is None else self.pages
+            ahead = (
+                n if k.device.type == "cpu" else 1
+            )  # a host's unwritten zeros take hardly any memory
+            num_pages = B * -(-(n + ahead) // self.page_size) if self.pages is None else self.pages
             self.device, self.pool = (
                 k.device,
                 PagedKVCache(
@@ -93,13 +96,21 @@ class Store:
         if k.device != self.device:
             raise DeviceError(f"{op}: key_states are on {k.device}, expected {self.device}")
         if self.batch is None:
-            self.batch = Batch(self.pool, B, grows=self.pages is None)
+            grows = self.pages is None
+            in_runs = grows and self.keeps(k, v) and not self.attends
+            self.batch = Batch(self.pool, B, grows=grows, in_runs=in_runs)
         expected = (self.batch.size, *self.pool.sizes[1:])
         if (B, H, D) != expected:
             raise ShapeError(
                 f"{op}: key_states have B, H, D = {B, H, D}, expected {expected} as the cache has"
             )
         return self.batch
+
+    def keeps(self, k: Any, v: Any) -> bool:
+        """Whether pages hold keys and values as they are, where torch can read them."""
+        assert self.pool is not None  # the first keys made it
+        spec, kinds = self.pool.spec, (FLOATS[k.dtype], FLOATS.get(v.dtype))
+        return k.device.type == "cpu" and spec.layout == "NHD" and (spec.k, spec.v) == kinds
 
 
 class Layer(CacheLayerMixin):  # type: ignore[misc]
@@ -120,7 +131,8 @@ class Layer(CacheLayerMixin):  # type: ignore[misc]
 
     def update(self, key_states: Any, value_states: Any, *_: Any, **__: Any) -> tuple[Any, Any]:
         """Append [B, H, n, D], and give what the model's attention takes: all keys and values, or
-        for "pykv" tensors without memory that lead to this layer."""
+        for "pykv" tensors without memory that lead to this layer. Keys and values may be the
+        memory of pages, which later calls write to."""
         k, v, store = key_states, value_states, self.store
         with place_of("Cache.update", key_states=k, value_states=v):
             batch = store.batch_for(k, v)
@@ -136,6 +148,11 @@ class Layer(CacheLayerMixin):  # type: ignore[misc]
                     "Cache.update: the cache holds no rows of padding, expected "
                     "attn_implementation='pykv' as before"
                 )
+            needs_gradient = k.requires_grad or v.requires_grad  # refused below
+            if store.keeps(k, v) and not needs_gradient:
+                keys, values = _append_kept(step, batch.pool, self.index, k, v)
+                batch.columns[self.index] = step.stop
+                return keys, values
             batch.append(self.index, *_rows(k, v, None), step)
             P = batch.pool.page_size
             out = [k.new_empty((B, -(-step.stop // P), P, H, D)) for _ in range(2)]
@@ -180,6 +197,38 @@ class Layer(CacheLayerMixin):  # type: ignore[misc]
         return -1
 
     get_max_cache_shape = get_max_length  # called so before 5.0
+
+
+def _append_kept(step: Step, pool: PagedKVCache, layer: int, *new: Any) -> list[Any]:
+    """Append keys and values [B, H, n, D] that a pool on the host keeps as they are, and give all
+    [B, H, S, D]: the pages' memory if these follow each other, else a copy."""
+    step.tensors = step.tensors or [
+        _layers(step, *x) for x in zip((pool.k, pool.v), new, strict=True)
+    ]
+    out = []
+    for layers, x in zip(step.tensors, new, strict=True):
+        B, H, _, D = x.shape
+        held = layers[layer]
+        if step.run is not None:
+            held[:, :, step.start :] = x
+        else:
+            held.view(-1, H, D)[torch.from_numpy(step.slots)] = x.transpose(1, 2).flatten(0, 1)
+            held = held.index_select(0, torch.from_numpy(step.pages)).view(B, -1, H, D)
+            held = held[:, : step.stop].transpose(1, 2)
+        out.append(held)
+    return out
+
+
+def _layers(step: Step, array: Any, new: Any) -> Any:
+    """Of each layer of a pool's array, a tensor of its memory and of the dtype of `new`:
+    [B, H, S, D] of a step whose pages follow each other, else [N, P, H, D]."""
+    L, _, P, H, D = array.shape
+    x = torch.from_numpy(array.view(f"i{array.itemsize}")).view(new.dtype)  # NumPy has no bfloat16
+    if step.run is not None:
+        first, gap = step.run
+        strides = x.stride(0), gap * P * H * D, D, H * D, 1
+        x = x.as_strided((L, len(step.seen), H, step.stop, D), strides, first * P * H * D)
+    return x.unbind(0)
 
 
 def _rows(k: Any, v: Any, rows: Any) -> tuple[Any, Any]:

@@ -159,11 +159,11 @@ def test_prefix_of_several_prompts(implementation):
     own, dynamic, model, cache = both(implementation)
     ids = torch.randint(0, 99, (1, 37))
     logits(own, dynamic, ids), logits(model, cache, ids)
-    free = cache.pool.manager.num_free
+    (pages,) = cache._store.batch._pages
     for _ in range(3):
         end = torch.randint(0, 99, (1, 5))
         want, got = copy.deepcopy(dynamic), copy.deepcopy(cache)
-        assert cache.pool.manager.num_free >= free  # not one page was copied
+        assert got._store.batch._pages == [pages[:3]]  # not one page was copied
         assert torch.allclose(logits(model, got, end), logits(own, want, end), atol=1e-6)
         del got
     end = torch.randint(0, 99, (1, 5))
@@ -193,6 +193,93 @@ def test_crop_repeat_select_and_reset(implementation):
     assert cache.get_seq_length() == 0 and cache.pool.manager.num_free == cache.pool.k.shape[1]
     dynamic = transformers.DynamicCache()
     same(ids[:1, :4])
+
+
+def lies_in_pages(cache, keys, values):
+    return all(
+        pool.ctypes.data <= x.data_ptr() < pool.ctypes.data + pool.nbytes
+        for x, pool in ((keys, cache.pool.k), (values, cache.pool.v))
+    )
+
+
+def sdpa_caches(spec=None, **options):
+    config = transformers.LlamaConfig(num_hidden_layers=2)
+    config._attn_implementation = "sdpa"
+    return transformers.DynamicCache(), Cache(config, spec, **options)
+
+
+def update(caches, B, n, dtype=torch.float32):
+    """What caches give for the same new rows in each of two layers, the last first."""
+    for layer in range(2):
+        k, v = torch.randn(2, B, n, 3, 16).to(dtype).transpose(2, 3)
+        given = [each.update(k, v, layer) for each in caches]
+    return given[::-1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("seed", range(3))
+def test_random_calls(dtype, seed):
+    """Of a batch, what a DynamicCache gives, bit by bit: whether pages lie in order, are shared or
+    were moved when the cache grew."""
+    random, (dynamic, cache), B = np.random.default_rng(seed), sdpa_caches(), 2
+    update((dynamic, cache), B, 9, dtype)
+    lie = []
+    for _ in range(80):
+        call, n = random.integers(24), int(random.integers(1, 30))
+        chosen = torch.from_numpy(random.integers(0, B, int(random.integers(1, 5))))
+        if call == 0:
+            B = len(chosen)
+            dynamic.batch_select_indices(chosen), cache.batch_select_indices(chosen)
+        elif call == 1:
+            dynamic, cache = copy.deepcopy(dynamic), copy.deepcopy(cache)
+        elif call == 2 and n < cache.get_seq_length():
+            dynamic.crop(-n), cache.crop(-n)
+        elif call == 3:
+            cache.reset()
+            dynamic, B = transformers.DynamicCache(), len(chosen)
+            assert cache.pool.manager.num_free == cache.pool.k.shape[1]
+        else:
+            given, want = update((dynamic, cache), B, n if call == 4 else 1, dtype)
+            assert all(map(torch.equal, given, want))
+            lie.append(lies_in_pages(cache, *given))
+    assert any(lie) and not all(lie)
+
+
+def test_pages_are_given_as_they_lie():
+    """The model's own floats, through growth; after a reset, though sequences were shared before;
+    and of a fixed number of pages where one sequence has all."""
+    caches = dynamic, cache = sdpa_caches()
+    for n in (20, *(1,) * 40, 300, 1):
+        given, want = update(caches, 3, n)
+        assert all(map(torch.equal, given, want)) and lies_in_pages(cache, *given)
+    cache.reorder_cache(torch.tensor([1, 1, 0]))
+    assert not lies_in_pages(cache, *update((cache,), 3, 1)[0])
+    cache.reset()
+    assert lies_in_pages(cache, *update((cache,), 3, 1)[0])
+    _, cache = sdpa_caches(pages=4)
+    assert lies_in_pages(cache, *update((cache,), 1, 40)[0])
+    for spec in ("int8", "fp16", "fp32:HND"):
+        _, cache = sdpa_caches(spec)
+        assert not lies_in_pages(cache, *update((cache,), 1, 4)[0])
+    k = torch.ones(1, 3, 4, 16, requires_grad=True)
+    with pytest.raises(UnsupportedError, match="Cache.update: key_states requires a gradient"):
+        sdpa_caches()[1].update(k, k.detach(), 0)
+
+
+@pytest.mark.parametrize("rows", [16, 40])
+def test_shared_pages_stay_shared_when_the_cache_grows(rows):
+    _, cache = sdpa_caches(page_size=8)
+    update((cache,), 1, rows)
+    other = copy.deepcopy(cache)
+    update((cache,), 1, 300)
+    (pages,), (others,) = cache._store.batch._pages, other._store.batch._pages
+    assert pages[: rows // 8] == others and len(pages) == (rows + 300 + 7) // 8
+    _, cache = sdpa_caches(page_size=8)
+    update((cache,), 1, rows)
+    cache.batch_repeat_interleave(2)
+    update((cache,), 2, 300)
+    pages, others = cache._store.batch._pages
+    assert pages[: rows // 8] == others[: rows // 8]
 
 
 def test_no_cache_and_transformers_own():

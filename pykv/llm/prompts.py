@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Set
+from dataclasses import replace
 from operator import index
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,8 @@ def answer_to(llm: LLM, prompt: Any, params: SamplingParams, special: bool = Fal
     if not isinstance(params, SamplingParams):
         raise ParameterError(f"params has {params!r}, expected SamplingParams")
     check_vocabulary("params", params, llm.model.config.vocab)
+    if banned := dict.fromkeys(llm.tokenizer.suppressed_ids, -100.0):
+        params = replace(params, logit_bias=dict(params.logit_bias) | banned)
     ids = read_ids(llm, "prompt", prompt, special)
     if len(ids) == llm.context:
         raise CapacityError(

@@ -64,6 +64,21 @@ def open_tiny(path):
     return lambda **options: LLM(path, device="cpu", **options)
 
 
+def test_what_a_file_suppresses_is_never_said(tmp_path):
+    """As llama.cpp does it: tokens of tokenizer.ggml.suppress_tokens get a bias, whoever draws."""
+    free, said = tmp_path / "free.gguf", tmp_path / "said.gguf"
+    options = dict(max_tokens=8, ignore_eos=True)
+    tiny.write(free, "llama")
+    (answer,) = LLM(free, device="cpu").generate([[5, 6, 7]], SamplingParams(**options))
+    tiny.write(said, "llama", keys={"tokenizer.ggml.suppress_tokens": answer.token_ids})
+    for params in (
+        SamplingParams(**options),
+        SamplingParams(**options, temperature=2.0, logit_bias={answer.token_ids[0]: 100}),
+    ):
+        (other,) = LLM(said, device="cpu").generate([[5, 6, 7]], params)
+        assert len(other.token_ids) == 8 and {*other.token_ids}.isdisjoint(answer.token_ids)
+
+
 @pytest.mark.parametrize(
     "prompts",
     [

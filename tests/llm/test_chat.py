@@ -100,7 +100,10 @@ def test_variables_of_the_caller():
     tools = [{"type": "function", "function": {"name": "add"}}]
     assert prompt("{% for t in tools %}{{ t.function.name }}{% endfor %}", tools=tools) == "add"
     assert prompt("{{ add_generation_prompt }}", add_generation_prompt=False) == "False"
-    for wrong in ({"messages": []}, {1: 2}, "x", {"tools": {len}}, {"x": float}):
+    hidden = ({"x": [{1: "a"}]}, {"x": {None: 1}}, {"x": ({"y": {True: 1}},)})  # keys of JSON
+    beyond = ({"x": float("nan")}, {"x": [float("inf")]})
+    wrongs = ({"messages": []}, {1: 2}, "x", {"tools": {len}}, {"x": float}, *hidden, *beyond)
+    for wrong in wrongs:
         with pytest.raises(ParameterError, match="template_variables"):
             chat_prompt("x", USER, template_variables=wrong)
 

@@ -253,7 +253,7 @@ def grammar(tools: Tools | None, schema: dict[str, Any] | None) -> Rule | None:
     elif tools.native:  # any text, and calls wherever one is begun
         start, trigger = f'start: /\\s*/ call /\\s*/ "{CLOSING}"', OPENING
     else:
-        start, trigger = "start: TEXT | call\nTEXT: /[^{](.|\\n)*/", ""
+        start, trigger = "start: TEXT | /\\s*/ call\nTEXT: /\\s*([^{\\s](.|\\n)*)?/", ""
     return Rule("\n".join([start, *rules]), trigger, once=not tools.parallel)
 
 

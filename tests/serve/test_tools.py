@@ -222,6 +222,17 @@ def test_a_call_of_nothing_has_no_bits(serve, template, said, what):
     assert status == 500  # the scripted model refuses to say it
 
 
+def test_blanks_before_a_call_free_it_of_nothing(serve):
+    fields = dict(messages=USER, tools=[WEATHER])
+    (choice,) = serve(f" \n{CALL}").ask(CHAT, **fields)["choices"]
+    assert choice["message"]["tool_calls"][0]["function"]["arguments"] == ARGUMENTS
+    for wrong in (CALL.replace("Paris", "Oslo"), CALL.replace("weather", "wether"), "{"):
+        assert serve(f"\n{wrong}").refused(CHAT, **fields)[0] == 500
+    for text in ("", " ", "\n\nNo {call}.\n{"):
+        (choice,) = serve(text).ask(CHAT, **fields)["choices"]
+        assert choice["message"]["content"] == text and choice["finish_reason"] == "stop"
+
+
 @pytest.mark.parametrize("parameters", [{}, {"parameters": None}, {"parameters": {}}])
 def test_a_function_without_parameters_gets_none(serve, parameters):
     """As OpenAI says of parameters that are left out."""

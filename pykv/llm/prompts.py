@@ -48,7 +48,8 @@ def answer_to(llm: LLM, prompt: Any, params: SamplingParams, special: bool = Fal
         )
     limit = min(llm.context, len(ids) + params.max_tokens)
     ends = frozenset() if params.ignore_eos else llm.tokenizer.stop_ids
-    ends |= frozenset(params.stop_token_ids)
+    known = llm.tokenizer.control.ids  # no text holds them, so no stop string would be found there
+    ends |= {*params.stop_token_ids, *(known[text] for text in params.stop if text in known)}
     return Answer(Sequence(ids, params, limit, ends), llm.tokenizer.stream_decoder())
 
 

@@ -64,6 +64,19 @@ def open_tiny(path):
     return lambda **options: LLM(path, device="cpu", **options)
 
 
+def test_a_stop_string_may_be_a_control_token(tmp_path):
+    """Clients send <|eot_id|> and the like, which are no part of any text."""
+    tiny.write(tmp_path / "m.gguf", "llama")
+    llm = LLM(tmp_path / "m.gguf", device="cpu")
+    bos = llm.tokenizer.bos_id
+    options = dict(max_tokens=4, ignore_eos=True, logit_bias={bos: 100})
+    for stop in ("<|bos|>", ["x", "<|bos|>"]):
+        (answer,) = llm.generate([[5]], SamplingParams(**options, stop=stop))
+        assert (answer.token_ids, answer.finish_reason) == ([], "stop")
+    (answer,) = llm.generate([[5]], SamplingParams(**options, stop="<|bos"))
+    assert (answer.token_ids, answer.finish_reason) == ([bos] * 4, "length")
+
+
 def test_what_a_file_suppresses_is_never_said(tmp_path):
     """As llama.cpp does it: tokens of tokenizer.ggml.suppress_tokens get a bias, whoever draws."""
     free, said = tmp_path / "free.gguf", tmp_path / "said.gguf"

@@ -133,6 +133,11 @@ class _Worker:
 
 def _start() -> subprocess.Popen[bytes]:
     folders = {Path(place).parent for place in install.require("llm", "jinja2", "markupsafe")}
+    if not sys.executable or getattr(sys, "frozen", False):  # a program that holds a Python
+        raise UnsupportedError(
+            f"{OP}: sys.executable is {sys.executable!r}, expected a Python that can be started "
+            "for the chat template"
+        )
     command = [sys.executable, "-I", "-S", str(Path(__file__).with_name("template_worker.py"))]
     try:
         return subprocess.Popen(

@@ -350,6 +350,16 @@ def test_without_a_process(monkeypatch):
         chat_prompt("x", USER)
 
 
+@pytest.mark.parametrize("executable, frozen", [(None, False), ("", False), (sys.executable, True)])
+def test_a_program_that_holds_a_python_is_not_started(monkeypatch, executable, frozen):
+    """It would run itself, which runs itself."""
+    templates._worker.stop()
+    monkeypatch.setattr(sys, "executable", executable)
+    monkeypatch.setattr(sys, "frozen", frozen, raising=False)
+    with pytest.raises(UnsupportedError, match="sys.executable is .*, expected a Python"):
+        chat_prompt("x", USER)
+
+
 # ---- what messages say is text
 
 BYTES = [c for c, _ in sorted(bpe.alphabet().items(), key=lambda item: item[1])]

@@ -191,6 +191,11 @@ class LLM:
             most_pages=most_of_pool,
         )
 
+    def __reduce__(self) -> Any:
+        raise UnsupportedError(
+            f"{self} is neither copied nor pickled, expected one in each process"
+        )
+
     def __repr__(self) -> str:
         model, weights = self._given
         return (

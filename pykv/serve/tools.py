@@ -46,6 +46,7 @@ def read_messages(fields: Fields, *, native: bool) -> list[dict[str, Any]]:
     """
     messages: list[dict[str, Any]] = []
     names: dict[str, str] = {}  # by id of a call: the function's name
+    behind_result = False
     for message in fields.each("messages"):
         role = message.choice("role", None, *_ROLES)
         calls = _read_calls(message) if role == "assistant" else []
@@ -62,7 +63,12 @@ def read_messages(fields: Fields, *, native: bool) -> list[dict[str, Any]]:
             made.setdefault("name", names.get(call_id, "the tool"))
         if calls:
             made["tool_calls"] = calls
-        messages.append(made if native else _as_text(made))
+        made = made if native else _as_text(made)
+        if behind_result and role == "tool" and not native:  # many templates want roles in turns
+            messages[-1]["content"] += f"\n{made['content']}"
+        else:
+            messages.append(made)
+        behind_result = role == "tool"
     return messages
 
 

@@ -1,7 +1,9 @@
 """What an LLM is asked: prompts, parameters and options of every wrong sort, threads, and streams
 that are stopped."""
 
+import copy
 import os
+import pickle
 import re
 import sys
 import threading
@@ -11,7 +13,14 @@ import numpy as np
 import pytest
 
 from pykv import KVSpec
-from pykv.errors import CapacityError, DtypeError, InstallError, ParameterError, PykvError
+from pykv.errors import (
+    CapacityError,
+    DtypeError,
+    InstallError,
+    ParameterError,
+    PykvError,
+    UnsupportedError,
+)
 from pykv.llm import LLM, SamplingParams, gguf, weights
 from tests.llm import tiny
 
@@ -62,6 +71,14 @@ def path(tmp_path_factory):
 @pytest.fixture
 def open_tiny(path):
     return lambda **options: LLM(path, device="cpu", **options)
+
+
+def test_an_llm_stays_in_its_process(tmp_path):
+    tiny.write(tmp_path / "m.gguf", "llama")
+    llm = LLM(tmp_path / "m.gguf", device="cpu")
+    for move in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(UnsupportedError, match=r"LLM\(.* is neither copied nor pickled"):
+            move(llm)
 
 
 def test_a_stop_string_may_be_a_control_token(tmp_path):

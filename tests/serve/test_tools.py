@@ -377,6 +377,21 @@ def test_results_of_calls():
     assert plain[2] == {"role": "user", "content": "Result of weather: sunny"}
 
 
+def test_results_of_several_calls_are_one_turn():
+    """Of a template that knows no tools; such as Gemma's refuse two turns of a user."""
+    calls = [{**TALK[1]["tool_calls"][0], "id": f"call_{n}"} for n in range(2)]
+    results = [{"role": "tool", "tool_call_id": f"call_{n}", "content": f"{n}"} for n in range(2)]
+    talk = [USER[0], {"role": "assistant", "tool_calls": calls}, *results, USER[0], *results]
+    plain = read_messages(Fields({"messages": talk}), native=False)
+    assert [m["role"] for m in plain] == ["user", "assistant", "user", "user", "user"]
+    assert (
+        plain[2]["content"] == "Result of weather: 0\nResult of weather: 1" == plain[4]["content"]
+    )
+    assert read_messages(Fields({"messages": talk}), native=True)[2:4] == [
+        {**result, "name": "weather"} for result in results
+    ]
+
+
 @pytest.mark.parametrize("native", [False, True])
 @pytest.mark.parametrize("size", [1, 2, 7, 1000])
 def test_pieces_of_any_size_make_the_same(native, size):

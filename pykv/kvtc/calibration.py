@@ -117,7 +117,12 @@ def calibrate(
             f"features, and {SINKS} for each window"
         )
     model_facts = llm.fingerprint
-    facts = dict(model=model_facts.sha256, weights=llm.weights_dtype, window=window, sinks=SINKS)
+    facts = dict(
+        model=[model_facts.sha256, llm.contents],
+        weights=llm.weights_dtype,
+        window=window,
+        sinks=SINKS,
+    )
     facts |= dict(texts=[list(t) for t in named])
     _require(path, sum(counts), width * config.num_layers, widest, most, llm.xp, progress)
     kept = None if path is None else whole_files.regular_path(_OP, f"{path}.rows")

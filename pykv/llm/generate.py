@@ -19,7 +19,7 @@ from pykv.llm import gguf, matrices, models, scoring, sessions, shared_steps
 from pykv.llm.answer import Completion, Stream
 from pykv.llm.chat import chat_ids
 from pykv.llm.config import read_config
-from pykv.llm.fingerprint import fingerprint
+from pykv.llm.fingerprint import contents, fingerprint
 from pykv.llm.opening import open_runner
 from pykv.llm.prefill_device import check_prefill_device
 from pykv.llm.prompts import answer_to, answers_to, known_ids
@@ -176,6 +176,7 @@ class LLM:
         with cuda.use_device(self._device):
             # Taken now: the file may change or go before a session is saved.
             self.fingerprint = fingerprint(self.file, self.model)
+            self.contents = contents(self.file)
             self._done = None if self.xp is np else self.xp.cuda.Event(disable_timing=True)
             with cuda.behind(self._done):  # so that the first turn waits for all of this
                 self.tiers = open_tiers(self, host_cache, disk_cache)
@@ -188,6 +189,11 @@ class LLM:
             prefix_cache=self.prefix_cache,
             tiers=self.tiers,
             most_pages=most_of_pool,
+        )
+
+    def __reduce__(self) -> Any:
+        raise UnsupportedError(
+            f"{self} is neither copied nor pickled, expected one in each process"
         )
 
     def __repr__(self) -> str:

@@ -28,6 +28,13 @@ from pykv.terminal import visible
 VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
 MAX_RANK = 4
+# First bytes of other files that people take for models.
+OTHERS = {
+    b"vers": "a pointer of Git LFS: `git lfs pull` fetches the file itself",
+    b"GGJT": "a format before GGUF, of 2023",
+    b"PK\x03\x04": "a zip, as PyTorch's models are",
+    **dict.fromkeys((b"<!DO", b"<!do", b"<htm"), "a page, not what it links to"),
+}
 
 
 class TensorType(NamedTuple):
@@ -144,7 +151,8 @@ def read(path: str | os.PathLike[str]) -> ModelFile:
     path = Path(path)
     cursor = Cursor.open(path)
     if (magic := cursor.take(4, "the magic")) != b"GGUF":
-        raise FormatError(f"{path}: has magic {magic!r}, expected b'GGUF'")
+        what = f" ({OTHERS[magic]})" if magic in OTHERS else ""
+        raise FormatError(f"{path}: has magic {magic!r}{what}, expected b'GGUF'")
     version = cursor.number("I", "the version")
     if version not in VERSIONS:
         swapped = int.from_bytes(version.to_bytes(4, "little"), "big")

@@ -3,6 +3,8 @@ free."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import suppress
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +21,17 @@ from pykv.specs import KVSpec
 # beside answers: products of more tokens are faster, and a prompt needs fewer launches.
 STEP_TOKENS = 2048
 STEP_BYTES = 384 << 20
+_ROOT = Path("/")
+# Control groups of versions 2 and 1, by their controllers in /proc/self/cgroup: their folder, files
+# of the limit and of what is used, and what memory.stat calls cached pages of files, which are part
+# of that and make room when memory is needed.
+_GROUPS = {
+    "": ("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+    "memory": (
+        *("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+        "total_inactive_file",
+    ),
+}
 
 
 class Needed(NamedTuple):
@@ -88,24 +101,37 @@ def weight_bytes(file: ModelFile, dtype: Any, spec: KVSpec, on_host: bool) -> in
 
 def free(xp: Any) -> int | None:
     """Bytes that this process may still take of CuPy's current GPU, or of the host: on Linux what
-    the kernel says is available, within the limit of the control group; None elsewhere."""
+    the kernel says is available, within the limits of control groups; None elsewhere."""
     if xp is not np:
         pool = xp.get_default_memory_pool()
         return int(xp.cuda.runtime.memGetInfo()[0]) + int(pool.free_bytes())
+    lines = [line.split() for line in _lines("proc/meminfo")]
+    available = [int(line[1]) * 1024 for line in lines if line[0] == "MemAvailable:"]
+    groups = [line.split(":", 2) for line in _lines("proc/self/cgroup")]
+    left = [each for _, controllers, path in groups for each in _left(controllers, path)]
+    return min([*available, *left], default=None)
+
+
+def _lines(path: str) -> list[str]:
+    """Lines of a file of the kernel's; none where there is no such file."""
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        found = next(line for line in lines if line.startswith("MemAvailable:"))
-        available = int(found.split()[1]) * 1024
-    except (OSError, StopIteration):
-        return None
-    try:
-        group = Path("/sys/fs/cgroup")
-        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
-        # The group's use includes cached pages of files, which make room when memory is needed.
-        cached = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        return min(available, limit - used + int(cached["inactive_file"]))
-    except (OSError, ValueError, KeyError):  # no control group, or "max"
-        return available
+        return (_ROOT / path).read_text().splitlines()
+    except OSError:
+        return []
+
+
+def _left(controllers: str, path: str) -> Iterator[int]:
+    """Bytes left of the limits of a control group and of those that hold it."""
+    if controllers not in _GROUPS:
+        return
+    top, limit, used, cached = _GROUPS[controllers]
+    parts = [part for part in path.split("/") if part]
+    for n in range(len(parts) + 1):
+        group = "/".join([top, *parts[:n]])
+        facts = [_lines(f"{group}/{name}") for name in (limit, used)]
+        stat = dict(line.split() for line in _lines(f"{group}/memory.stat"))
+        with suppress(IndexError, ValueError, KeyError):  # no limit ("max"), or one we cannot see
+            yield int(facts[0][0]) - int(facts[1][0]) + int(stat[cached])
 
 
 def require(need: Needed, xp: Any, dtype: Any = None) -> None:

@@ -144,12 +144,14 @@ def _local(model: str) -> Path:
     try:
         if path.is_file():
             return path
-        siblings = [str(x) for x in path.parent.glob("*.gguf")] if path.parent.is_dir() else []
+        place = path if path.is_dir() else path.parent
+        siblings = sorted(str(x) for x in place.glob("*.gguf") if x != path)
         found = "that is no file" if path.exists() else "no such file exists"
     except OSError as error:  # an impossible name, or a folder that may not be read
         raise FetchError(f"model is {model!r:.300}, expected a file: {error.strerror}") from error
     known = {name.lower(): name for name in (*siblings, *MODELS)}
     near = [known[name] for name in get_close_matches(model.lower(), known, cutoff=0.5)]
+    near = siblings[:3] if place == path else near
     raise FetchError(
         f"model is {model!r}, expected a GGUF file or one of {', '.join(MODELS)}, or an address as "
         f"hf:owner/repo/file.gguf or https://...; {found}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Set
+from dataclasses import replace
 from operator import index
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,8 @@ def answer_to(llm: LLM, prompt: Any, params: SamplingParams, special: bool = Fal
     if not isinstance(params, SamplingParams):
         raise ParameterError(f"params has {params!r}, expected SamplingParams")
     check_vocabulary("params", params, llm.model.config.vocab)
+    if banned := dict.fromkeys(llm.tokenizer.suppressed_ids, -100.0):
+        params = replace(params, logit_bias=dict(params.logit_bias) | banned)
     ids = read_ids(llm, "prompt", prompt, special)
     if len(ids) == llm.context:
         raise CapacityError(
@@ -45,7 +48,8 @@ def answer_to(llm: LLM, prompt: Any, params: SamplingParams, special: bool = Fal
         )
     limit = min(llm.context, len(ids) + params.max_tokens)
     ends = frozenset() if params.ignore_eos else llm.tokenizer.stop_ids
-    ends |= frozenset(params.stop_token_ids)
+    known = llm.tokenizer.control.ids  # no text holds them, so no stop string would be found there
+    ends |= {*params.stop_token_ids, *(known[text] for text in params.stop if text in known)}
     return Answer(Sequence(ids, params, limit, ends), llm.tokenizer.stream_decoder())
 
 

@@ -31,7 +31,7 @@ class SamplingParams:
         seed: the same seed, prompt and parameters give the same draw in any batch.
         max_tokens: tokens to generate at most; the model's context ends a completion as well.
         stop: a string or strings that end the completion; the text ends before the one that is
-            complete first.
+            complete first. One that is a control token, such as <|im_end|>, stands for the token.
         ignore_eos: go on after the model's own end tokens.
         repetition_penalty: divides the logits of tokens that prompt or answer have, where they are
             positive, and multiplies the others; 0.01 to 100, 1 is none.

@@ -227,7 +227,7 @@ def facts(llm: LLM, count: int) -> dict[str, str]:
     """What a file with so many pages says of itself."""
     config = llm.model.config
     keys = {k: v for k, v in llm.file.metadata.items() if k.startswith(f"{config.architecture}.")}
-    model = [llm.fingerprint.sha256, keys]
+    model = [llm.fingerprint.sha256, llm.contents, keys]
     found = {name: str(fact) for name, fact in facts_of("LLM", "cache", llm.cache).items()}
     return found | dict(
         format=FORMAT,

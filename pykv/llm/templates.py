@@ -55,7 +55,9 @@ def render(name: str, source: str, variables: dict[str, Any], raw: str = "") -> 
         UnsupportedError: no process can be started here.
     """
     try:
-        request = json.dumps(dict(source=source, variables=variables, raw=raw)).encode()
+        _check_keys(variables)
+        facts = dict(source=source, variables=variables, raw=raw)
+        request = json.dumps(facts, allow_nan=False).encode()
     except (TypeError, ValueError, RecursionError) as error:
         raise ParameterError(
             f"{OP}: messages and template_variables hold what JSON cannot ({error})"
@@ -75,6 +77,16 @@ def render(name: str, source: str, variables: dict[str, Any], raw: str = "") -> 
         raise ParameterError(f"{OP}: the chat template refuses the messages ({reply['text']})")
     verb = "leaves the sandbox" if reply["kind"] == "leaves" else "fails"
     raise FormatError(f"{OP}: {name} {verb} ({reply['text']})")
+
+
+def _check_keys(value: Any) -> None:
+    """TypeError for keys that are no strings, of which JSON would make some."""
+    inner = value.values() if isinstance(value, dict) else value
+    for key in value if isinstance(value, dict) else ():
+        if not isinstance(key, str):
+            raise TypeError(f"the key {key!r:.40} is no string")
+    for item in inner if isinstance(value, dict | list | tuple) else ():
+        _check_keys(item)
 
 
 class _Worker:
@@ -121,6 +133,11 @@ class _Worker:
 
 def _start() -> subprocess.Popen[bytes]:
     folders = {Path(place).parent for place in install.require("llm", "jinja2", "markupsafe")}
+    if not sys.executable or getattr(sys, "frozen", False):  # a program that holds a Python
+        raise UnsupportedError(
+            f"{OP}: sys.executable is {sys.executable!r}, expected a Python that can be started "
+            "for the chat template"
+        )
     command = [sys.executable, "-I", "-S", str(Path(__file__).with_name("template_worker.py"))]
     try:
         return subprocess.Popen(

@@ -24,6 +24,9 @@ from pykv.llm.token_types import (
 from pykv.options import check_flag, check_whole
 
 _ADD_EOS, _EOS_IDS = "tokenizer.ggml.add_eos_token", "tokenizer.ggml.eos_token_ids"
+_SUPPRESSED = "tokenizer.ggml.suppress_tokens"
+# Texts would have to be changed so before they are encoded; BERT's files have these keys.
+_NORMALIZERS = ("tokenizer.ggml.normalizer.lowercase", "tokenizer.ggml.normalizer.strip_accents")
 # by tokenizer.ggml.model
 ENCODERS: dict[str, type[bpe.Encoder] | type[spm.Encoder]] = {
     "gpt2": bpe.Encoder,
@@ -63,6 +66,7 @@ class Tokenizer:
         vocab_size: number of tokens.
         control: finds control tokens, and the unknown one, in a text.
         hidden_ids: tokens that are no part of a text: control tokens and the unknown one.
+        suppressed_ids: tokens that the file wants in no answer.
     """
 
     def __init__(self, file: ModelFile) -> None:
@@ -72,6 +76,9 @@ class Tokenizer:
                 f"{file.path}: tokenizer.ggml.model has {name!r}, "
                 f"expected one of {', '.join(ENCODERS)}"
             )
+        for key in _NORMALIZERS:
+            if file.get(key, False, bool):
+                raise UnsupportedError(f"{file.path}: {key} is true, which does not run here")
         self._tokens = file.require("tokenizer.ggml.tokens", list)
         if not self._tokens or not isinstance(self._tokens[0], str):
             raise FormatError(f"{file.path}: key tokenizer.ggml.tokens holds no strings")
@@ -96,7 +103,10 @@ class Tokenizer:
             types[i] = CONTROL
         roles = ("eot", "eom", "fim_pad", "fim_rep", "fim_sep")
         named = (self.eos_id, *(self._id(file, role) for role in roles))
-        self.stop_ids = frozenset([*ends, *(i for i in named if i is not None), *self._ends(file)])
+        self.stop_ids = frozenset(
+            [*ends, *(i for i in named if i is not None), *self._ids(file, _EOS_IDS)]
+        )
+        self.suppressed_ids = self._ids(file, _SUPPRESSED)
         self.hidden_ids = {i for i, kind in enumerate(types) if kind in (CONTROL, UNKNOWN)}
         control = {self._tokens[i]: i for i in sorted(self.hidden_ids)}
         user_defined = {self._tokens[i]: i for i, kind in enumerate(types) if kind == USER_DEFINED}
@@ -117,12 +127,13 @@ class Tokenizer:
     def _id(self, file: ModelFile, role: str) -> int | None:
         return special_id(file, role, self.vocab_size)
 
-    def _ends(self, file: ModelFile) -> list[int]:
-        """Ids of the list of ends that Ollama writes beside the one that llama.cpp knows."""
-        ids: list[int] = file.get(_EOS_IDS, [], list)
+    def _ids(self, file: ModelFile, key: str) -> list[int]:
+        """The ids of a list, such as the ends that Ollama writes beside the one that llama.cpp
+        knows."""
+        ids: list[int] = file.get(key, [], list)
         if wrong := [i for i in ids if type(i) is not int or not 0 <= i < self.vocab_size]:
             raise FormatError(
-                f"{file.path}: key {_EOS_IDS} holds {brief(wrong)}, expected ids from 0 to "
+                f"{file.path}: key {key} holds {brief(wrong)}, expected ids from 0 to "
                 f"{self.vocab_size - 1}"
             )
         return ids

@@ -95,7 +95,7 @@ class _Vocabulary:
 
 def _reason(matcher: Any) -> str:
     """Why a matcher gave up, on one line, without the place in the grammar around a schema."""
-    said = re.split(r"\n +\d+ \| ", matcher.get_error().strip())[0]
+    said = re.split(r"\n +\d+ \| |\s<state>", matcher.get_error().strip())[0]
     return " ".join(re.sub(r"^at \d+\(\d+\): ", "", said).split())
 
 

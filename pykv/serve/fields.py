@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -51,14 +52,25 @@ def wrong(param: str, has: object, expected: str) -> ApiError:
     return ApiError(400, f"{param} is {has}, expected {expected}", param=param)
 
 
-def parse(data: bytes) -> dict[str, Any]:
-    """The JSON object of a body."""
+def loads(text: str | bytes) -> Any:
+    """A value of JSON. ValueError for what is none, and for numbers beyond float64, which would
+    come out of it as an infinity."""
 
     def refuse(word: str) -> None:
-        raise ValueError(f"{word} is no number of JSON")
+        raise ValueError(f"{word:.40} is no number of JSON")
 
+    def number(word: str) -> float:
+        if math.isinf(value := float(word)):
+            raise ValueError(f"{word:.40} is too large a number")
+        return value
+
+    return json.loads(text, parse_constant=refuse, parse_float=number)
+
+
+def parse(data: bytes) -> dict[str, Any]:
+    """The JSON object of a body."""
     try:
-        body = json.loads(data, parse_constant=refuse)
+        body = loads(data)
     except (ValueError, RecursionError) as error:
         raise ApiError(400, f"the body is no JSON: {error}", code="invalid_json") from None
     if not isinstance(body, dict):
@@ -84,8 +96,13 @@ class Fields:
 
     @property
     def unknown(self) -> set[str]:
-        """Fields that nobody has taken."""
-        return self.body.keys() - self._asked
+        """Fields that nobody has taken, those of objects within as "messages.x"."""
+        names = {name for name in self.body.keys() - self._asked if self.body[name] is not None}
+        for name, asked in self._asked.items():
+            parts = [asked] if isinstance(asked, Fields) else asked
+            for part in parts if isinstance(parts, list) else []:
+                names |= {f"{name}.{inner}" for inner in part.unknown}
+        return names
 
     def schema(self) -> dict[str, Any]:
         """The fields that were asked for, as a JSON schema."""
@@ -206,7 +223,7 @@ class Fields:
             self._required.append(name)
             self._asked[name] = {"type": types, **facts}
             return
-        noted: dict[str, Any] = {"type": [*types, "null"], **facts} if kinds else {}
+        noted: dict[str, Any] = {"type": [*types, "null"], **facts} if kinds else {**facts}
         if default is not None:
             noted["default"] = default
         self._asked[name] = noted

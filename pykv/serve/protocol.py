@@ -32,10 +32,43 @@ MAX_TOP_LOGPROBS = 20
 MAX_STOPS = 16  # stop strings, of MAX_STOP characters each
 MAX_STOP = 256
 MAX_IDS = 1024  # of logit_bias, and of stop_token_ids: each step looks at all of them
+_FORMAT = "response_format"
 # Fields that OpenAI's clients may send and that have no effect here.
 _IGNORED = """
     user store metadata service_tier safety_identifier prompt_cache_key reasoning_effort verbosity
 """.split()
+# Fields that ask for an answer of another sort than is given here: the value of each that asks for
+# nothing, and the field that does what it asks for. An answer without that would not look wrong.
+_UNMET: dict[str, tuple[Any, str]] = {
+    # OpenAI's
+    "functions": ([], "tools"),
+    "function_call": (None, "tool_choice"),
+    "web_search_options": (None, ""),
+    # vLLM's and SGLang's
+    **dict.fromkeys(("guided_json", "structured_outputs", "json_schema"), (None, _FORMAT)),
+    **dict.fromkeys("guided_choice guided_regex guided_grammar".split(), (None, _FORMAT)),
+    **dict.fromkeys("structural_tag regex ebnf".split(), (None, _FORMAT)),
+    "bad_words": ([], "logit_bias"),
+    "allowed_token_ids": (None, "logit_bias"),
+    "use_beam_search": (False, ""),
+    "length_penalty": (1, ""),
+    "include_stop_str_in_output": (False, ""),
+    "skip_special_tokens": (True, ""),
+    "prompt_logprobs": (None, ""),
+    "truncate_prompt_tokens": (None, ""),
+    "add_generation_prompt": (True, "chat_template_kwargs"),
+    "continue_final_message": (False, ""),
+    "chat_template": (None, ""),
+    "documents": (None, "chat_template_kwargs"),
+    "cache_salt": (None, ""),
+    # llama.cpp's
+    "grammar": (None, _FORMAT),
+    "n_predict": (None, "max_tokens"),
+    "repeat_penalty": (1, "repetition_penalty"),
+    **dict.fromkeys("mirostat dry_multiplier xtc_probability dynatemp_range".split(), (0, "")),
+    "typical_p": (1, ""),
+    "top_n_sigma": (-1, ""),
+}
 # Schemas, for the description of bodies, of fields that functions below check.
 _STOP: dict[str, Any] = dict(minLength=1, maxLength=MAX_STOP)
 _STOPS = _STOP | dict(maxItems=MAX_STOPS, items={"type": "string", **_STOP})
@@ -85,14 +118,8 @@ class Protocol:
     def chat(self, body: dict[str, Any]) -> Asked:
         """A body of /v1/chat/completions."""
         fields = self._begin(body)
-        messages = read_messages(fields, native=self._knows_tools)
-        tools = read_tools(fields, native=self._knows_tools)
+        tools, templated = self._conversation(fields)
         schema = read_format(fields)
-        variables = fields.take("chat_template_kwargs", dict, default={})
-        own: dict[str, Any] = {}
-        if tools is not None:
-            messages = tools.instruct(messages)
-            own = {"tools": tools.given} if tools.native else own
         logprobs = fields.whole("top_logprobs", 0, 0, MAX_TOP_LOGPROBS)
         if not fields.flag("logprobs"):
             if logprobs:
@@ -102,8 +129,7 @@ class Protocol:
         most = fields.whole("max_completion_tokens", most, 1)
         rule = grammar(tools, schema)
         asked = self._asked(fields, most or self.llm.context, logprobs, rule, tools=tools)
-        ids = self._templated("messages", messages, own, variables)
-        return asked([ids], param="messages")
+        return asked([templated()], param="messages")
 
     def completions(self, body: dict[str, Any]) -> Asked:
         """A body of /v1/completions."""
@@ -144,9 +170,9 @@ class Protocol:
         """A body of /tokenize: a prompt, or messages."""
         fields = self._begin(body)
         param = "prompt" if fields.take("messages") is None else "messages"
+        self._refuse_unmet(fields)
         if param == "messages":
-            messages = read_messages(fields, native=self._knows_tools)
-            ids = self._templated(param, messages, {}, {})
+            ids = self._conversation(fields)[1]()
         else:
             prompt = fields.take("prompt", str, required=True)
             bos = None if fields.flag("add_special_tokens", True) else False
@@ -169,6 +195,17 @@ class Protocol:
         return text
 
     # --- What bodies have in common ---
+
+    def _conversation(self, fields: Fields) -> tuple[Tools | None, Callable[[], list[int]]]:
+        """The tools of a body, and a function that gives the token ids of its messages."""
+        messages = read_messages(fields, native=self._knows_tools)
+        tools = read_tools(fields, native=self._knows_tools)
+        given = fields.take("chat_template_kwargs", dict, default={})
+        own: dict[str, Any] = {}
+        if tools is not None:
+            messages = tools.instruct(messages)
+            own = {"tools": tools.given} if tools.native else own
+        return tools, partial(self._templated, "messages", messages, own, given)
 
     def _begin(self, body: dict[str, Any]) -> Fields:
         fields = Fields(body)
@@ -209,6 +246,7 @@ class Protocol:
             raise wrong("ignore_eos", True, "false beside tools or a response_format")
         if rule is not None and params.min_tokens:  # a grammar may allow nothing but the end
             raise wrong("min_tokens", params.min_tokens, "0 beside tools or a response_format")
+        self._refuse_unmet(fields)
         self._note_unknown(fields)
         constraint = self._constraint(rule)
 
@@ -310,6 +348,14 @@ class Protocol:
         except PykvError as error:
             code = codes.get(type(error))
             raise ApiError(400, str(error), param=param, code=code) from None
+
+    def _refuse_unmet(self, fields: Fields) -> None:
+        for name, (nothing, instead) in _UNMET.items():
+            value = fields.take(name, enum=[nothing, None])
+            if value is not None and value != nothing:
+                expected = "none" if nothing is None else f"{nothing!r}, or none"
+                why = f"{instead} does what runs here" if instead else "it does not run here"
+                raise wrong(name, value, f"{expected}: {why}")
 
     def _note_unknown(self, fields: Fields) -> None:
         new = {name[:40] for name in fields.unknown} - _LOGGED

@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from pykv.serve.fields import Fields, wrong
+from pykv.serve.fields import Fields, loads, wrong
 
 OPENING, CLOSING = "<tool_call>", "</tool_call>"
 _ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -46,6 +46,7 @@ def read_messages(fields: Fields, *, native: bool) -> list[dict[str, Any]]:
     """
     messages: list[dict[str, Any]] = []
     names: dict[str, str] = {}  # by id of a call: the function's name
+    behind_result = False
     for message in fields.each("messages"):
         role = message.choice("role", None, *_ROLES)
         calls = _read_calls(message) if role == "assistant" else []
@@ -53,6 +54,8 @@ def read_messages(fields: Fields, *, native: bool) -> list[dict[str, Any]]:
         made = {"role": "system" if role == "developer" else role, "content": content or ""}
         if name := message.take("name", str):
             made["name"] = name
+        if role == "assistant" and (thoughts := _thoughts(message)):
+            made["reasoning_content"] = thoughts
         names |= {call["id"]: call["function"]["name"] for call in calls}
         if role == "tool":
             call_id = message.take("tool_call_id", str, default="")
@@ -60,7 +63,12 @@ def read_messages(fields: Fields, *, native: bool) -> list[dict[str, Any]]:
             made.setdefault("name", names.get(call_id, "the tool"))
         if calls:
             made["tool_calls"] = calls
-        messages.append(made if native else _as_text(made))
+        made = made if native else _as_text(made)
+        if behind_result and role == "tool" and not native:  # many templates want roles in turns
+            messages[-1]["content"] += f"\n{made['content']}"
+        else:
+            messages.append(made)
+        behind_result = role == "tool"
     return messages
 
 
@@ -79,9 +87,19 @@ def _content(message: Fields, *, required: bool) -> str | None:
     return "".join(texts)
 
 
+def _thoughts(message: Fields) -> str | None:
+    """What an assistant thought before it answered, which some templates repeat; vLLM's clients
+    call it `reasoning`, others `reasoning_content`."""
+    thoughts: str | None = message.take("reasoning", str)
+    thoughts = message.take("reasoning_content", str, default=thoughts)
+    return thoughts
+
+
 def _read_calls(message: Fields) -> list[dict[str, Any]]:
     """The calls of an assistant's message, with arguments as objects: templates write them so."""
     made = []
+    if (legacy := message.take("function_call", enum=[None])) is not None:
+        raise wrong(f"{message.where}function_call", legacy, "tool_calls, which took its place")
     for n, call in enumerate(message.take("tool_calls", list, default=[])):
         where = f"{message.where}tool_calls[{n}]"
         function = call.get("function") if isinstance(call, dict) else None
@@ -91,7 +109,7 @@ def _read_calls(message: Fields) -> list[dict[str, Any]]:
         arguments = function.get("arguments") or {}
         if isinstance(arguments, str):
             try:
-                arguments = json.loads(arguments)
+                arguments = loads(arguments)
             except (ValueError, RecursionError):
                 raise wrong(f"{where}.function.arguments", arguments, "JSON") from None
         if not isinstance(arguments, dict):  # templates go through its items
@@ -108,10 +126,16 @@ def _as_text(message: dict[str, Any]) -> dict[str, Any]:
     """A message for a template that knows no tools."""
     if message["role"] == "tool":
         return {"role": "user", "content": f"Result of {message['name']}: {message['content']}"}
-    calls = [json.dumps(call["function"]) for call in message.pop("tool_calls", [])]
+    message.pop("reasoning_content", None)
+    calls = [_prompt_json(call["function"]) for call in message.pop("tool_calls", [])]
     if calls:
         message["content"] = "\n".join([message["content"], *calls]).strip()
     return message
+
+
+def _prompt_json(value: dict[str, Any]) -> str:
+    """JSON for a model to read, with letters of any script as they are."""
+    return json.dumps(value, ensure_ascii=False)
 
 
 # --- Tools ---
@@ -139,7 +163,7 @@ class Tools:
         """Messages that tell a model of the tools which its template does not know."""
         if self.native:
             return messages
-        described = "\n".join(json.dumps(tool["function"]) for tool in self.given)
+        described = "\n".join(_prompt_json(tool["function"]) for tool in self.given)
         text = (
             f"You can call these functions:\n{described}\n"
             'To call one, answer with nothing but {"name": ..., "arguments": {...}} in JSON.'
@@ -164,6 +188,8 @@ def read_tools(fields: Fields, *, native: bool) -> Tools | None:
         name = function.get("name")
         if not isinstance(name, str) or not _NAME.fullmatch(name):
             raise wrong(f"{where}.function.name", name, "1 to 64 letters, digits, _ and -")
+        if name in functions:
+            raise wrong(f"{where}.function.name", name, "a name that no function before it has")
         schema = function.get("parameters")
         if schema is not None and not isinstance(schema, dict):
             raise wrong(f"{where}.function.parameters", schema, "a JSON schema")
@@ -200,8 +226,8 @@ def read_format(fields: Fields) -> dict[str, Any] | None:
     kind = asked.choice("type", "text", "text", "json_object", "json_schema")
     if kind == "text":
         return None
-    if kind == "json_object":
-        return {"type": "object"}
+    if kind == "json_object":  # with the schema in it, as llama.cpp's clients send it
+        return asked.take("schema", dict) or {"type": "object"}
     part = asked.part("json_schema")
     part.ignore("name", "description", "strict")
     schema: dict[str, Any] | None = part.take("schema", dict)
@@ -228,7 +254,7 @@ def grammar(tools: Tools | None, schema: dict[str, Any] | None) -> Rule | None:
     elif tools.native:  # any text, and calls wherever one is begun
         start, trigger = f'start: /\\s*/ call /\\s*/ "{CLOSING}"', OPENING
     else:
-        start, trigger = "start: TEXT | call\nTEXT: /[^{](.|\\n)*/", ""
+        start, trigger = "start: TEXT | /\\s*/ call\nTEXT: /\\s*([^{\\s](.|\\n)*)?/", ""
     return Rule("\n".join([start, *rules]), trigger, once=not tools.parallel)
 
 
@@ -238,6 +264,15 @@ def _json(schema: dict[str, Any]) -> str:
 
 
 # --- Calls in answers ---
+
+
+def _refuse(word: str) -> None:
+    raise ValueError(f"{word} is no number of JSON")
+
+
+_AS_WRITTEN = json.JSONDecoder(parse_int=str, parse_float=str, parse_constant=_refuse)
+_ARGUMENTS = re.compile(r'"arguments"\s*:\s*')
+_STRING_OR_CLOSING = re.compile(rf'"(?:[^"\\]|\\.)*+(?:"|\Z)|{CLOSING}', re.DOTALL)
 
 
 class CallReader:
@@ -272,7 +307,7 @@ class CallReader:
         """Calls stand between marks; blanks around them are no part of the text."""
         said, calls = "", []
         while (start := self._held.find(OPENING)) >= 0:
-            stop = self._held.find(CLOSING, start)
+            stop = self._closing(start, ended)
             if stop < 0 and not ended:
                 break
             stop = stop if stop >= 0 else len(self._held)
@@ -294,6 +329,14 @@ class CallReader:
         text, self._held = self._held[:at], self._held[at:]
         return said + self._unless_blank(text), calls
 
+    def _closing(self, start: int, ended: bool) -> int:
+        """Where the mark is that ends the call, which strings of its arguments may hold as well;
+        below 0: not there yet."""
+        for found in _STRING_OR_CLOSING.finditer(self._held, start):
+            if found[0] == CLOSING:
+                return found.start()
+        return self._held.find(CLOSING, start) if ended else -1
+
     def _unless_blank(self, text: str) -> str:
         """A text, without its first blanks where it stands behind a call."""
         text = text.lstrip() if self._is_behind_call else text
@@ -301,16 +344,20 @@ class CallReader:
         return text
 
     def _call(self, text: str) -> Call | None:
-        """A call, if a text is one of a function that may be called."""
+        """A call, if a text is one of a function that may be called. Its arguments stay as they
+        are written: float64 has fewer digits than numbers of JSON may have."""
         try:
-            found = json.loads(text)
+            found = _AS_WRITTEN.decode(text)
             name, arguments = found["name"], found["arguments"]
+            behind = _ARGUMENTS.search(text)
+            start = behind.end() if behind else 0
+            given, stop = _AS_WRITTEN.raw_decode(text, start)
         except (ValueError, LookupError, TypeError, RecursionError):
             return None
         known = isinstance(name, str) and name in self._tools.functions
-        if not known or not isinstance(arguments, dict):
+        if not known or not isinstance(arguments, dict) or given != arguments:
             return None
-        return Call(name, json.dumps(arguments, ensure_ascii=False))
+        return Call(name, text[start:stop])
 
 
 def _overlap(text: str, mark: str) -> int:

@@ -321,7 +321,7 @@ def test_a_file_that_is_not_ours_stays(llm, tmp_path):
         assert kept.read_bytes() == contents and os.listdir(tmp_path) == ["a.rows"]
 
 
-@pytest.mark.parametrize("other", ["window", "texts", "bytes"])
+@pytest.mark.parametrize("other", ["window", "texts", "bytes", "model"])
 def test_rows_of_something_else_are_not_used(llm, monkeypatch, tmp_path, other):
     out, kept = tmp_path / "a", tmp_path / "a.rows"
     want = calibrate(llm, TEXTS, **OPTIONS)
@@ -331,13 +331,20 @@ def test_rows_of_something_else_are_not_used(llm, monkeypatch, tmp_path, other):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(calibration, "_find", fail)
-    texts, options = dict(TEXTS), dict(OPTIONS)
+    texts, options, before = dict(TEXTS), dict(OPTIONS), llm
+    if other == "model":  # with the same first bytes of each tensor
+
+        def edit(name, x):
+            return np.concatenate([x[:-40], -x[-40:]]) if name == "token_embd.weight" else x
+
+        tiny.write(model := tmp_path / "m.gguf", **tiny.CASES["llama"], edit=edit)
+        before = LLM(model, device="cpu")
     if other == "window":
         options["window"] = 32
     if other == "texts":
         texts["text 0"] = texts["text 0"].replace("the", "tea")
     with pytest.raises(KeyboardInterrupt):
-        calibrate(llm, texts, out=out, **options)
+        calibrate(before, texts, out=out, **options)
     data = bytearray(kept.read_bytes())
     if other == "bytes":
         data[len(data) // 2] ^= 1

@@ -100,7 +100,10 @@ def test_variables_of_the_caller():
     tools = [{"type": "function", "function": {"name": "add"}}]
     assert prompt("{% for t in tools %}{{ t.function.name }}{% endfor %}", tools=tools) == "add"
     assert prompt("{{ add_generation_prompt }}", add_generation_prompt=False) == "False"
-    for wrong in ({"messages": []}, {1: 2}, "x", {"tools": {len}}, {"x": float}):
+    hidden = ({"x": [{1: "a"}]}, {"x": {None: 1}}, {"x": ({"y": {True: 1}},)})  # keys of JSON
+    beyond = ({"x": float("nan")}, {"x": [float("inf")]})
+    wrongs = ({"messages": []}, {1: 2}, "x", {"tools": {len}}, {"x": float}, *hidden, *beyond)
+    for wrong in wrongs:
         with pytest.raises(ParameterError, match="template_variables"):
             chat_prompt("x", USER, template_variables=wrong)
 
@@ -344,6 +347,16 @@ def test_without_a_process(monkeypatch):
     templates._worker.stop()
     monkeypatch.setattr(sys, "executable", "/no/python")
     with pytest.raises(UnsupportedError, match="cannot start '/no/python' for the chat template"):
+        chat_prompt("x", USER)
+
+
+@pytest.mark.parametrize("executable, frozen", [(None, False), ("", False), (sys.executable, True)])
+def test_a_program_that_holds_a_python_is_not_started(monkeypatch, executable, frozen):
+    """It would run itself, which runs itself."""
+    templates._worker.stop()
+    monkeypatch.setattr(sys, "executable", executable)
+    monkeypatch.setattr(sys, "frozen", frozen, raising=False)
+    with pytest.raises(UnsupportedError, match="sys.executable is .*, expected a Python"):
         chat_prompt("x", USER)
 
 

@@ -191,6 +191,12 @@ def header(kvs=(), tensors=(), data=0, version=3, magic=b"GGUF"):
 
 BROKEN = {
     "magic": (header(magic=b"GGML"), "has magic b'GGML', expected b'GGUF'"),
+    "pointer": (
+        b"version https://git-lfs.github.com/spec/v1\n",
+        r"b'vers' \(a pointer of Git LFS: ",
+    ),
+    "zip": (b"PK\x03\x04", r"\(a zip, as PyTorch's models are\), expected b'GGUF'"),
+    "page": (b"<!DOCTYPE html>", r"\(a page, not what it links to\)"),
     "short": (b"GG", "the magic needs 4 bytes at offset 0, the file has 2 there"),
     "version 1": (header(version=1), "has GGUF version 1, expected 2 or 3"),
     "big-endian": (header(version=3 << 24), r"\(version 3 in big-endian order\)"),

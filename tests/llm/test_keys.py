@@ -527,6 +527,36 @@ def test_free_memory_of_the_host():
     assert found is None or 2**20 < found < 2**50
 
 
+def test_limits_of_control_groups(tmp_path, monkeypatch):
+    """Of a container and of the groups around it, of both versions; pages of files make room."""
+    monkeypatch.setattr(memory, "_ROOT", tmp_path)
+
+    def write(name, text):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+
+    def limit(group, names, values):
+        for name, value in zip((*names, "memory.stat"), values, strict=True):
+            write(f"sys/fs/cgroup/{group}/{name}", value)
+
+    assert memory.free(np) is None
+    write("proc/meminfo", "MemTotal: 200 kB\nMemAvailable: 100 kB\n")
+    assert memory.free(np) == 102400
+    write("proc/self/cgroup", "0::/user.slice/a b:c\n")
+    two, one = ("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")
+    limit("user.slice/a b:c", two, ("max\n", "9\n", "anon 1\ninactive_file 2\n"))
+    assert memory.free(np) == 102400
+    limit("user.slice", two, ("5000\n", "3000\n", "anon 1\ninactive_file 1000\n"))
+    assert memory.free(np) == 3000
+    limit("", two, ("2500\n", "0\n", "inactive_file 0\n"))  # of a container, whose top is its own
+    assert memory.free(np) == 2500
+    write("proc/self/cgroup", "5:cpu,cpuacct:/\n4:memory:/docker/x\n0::/\n1:name=systemd:/\n")
+    limit("memory", one, (f"{2**63 - 4096}", "7", "total_inactive_file 0\n"))
+    assert memory.free(np) == 2500
+    limit("memory", one, ("900", "400", "inactive_file 9\ntotal_inactive_file 300\n"))
+    assert memory.free(np) == 800
+
+
 def test_values_are_rounded_to_float16():
     """As NumPy does: every exponent, every tie between two float16 and its neighbours."""
     halves = np.arange(1 << 15, dtype=np.uint16).view(np.float16).astype(F4)

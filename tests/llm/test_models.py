@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -606,6 +607,24 @@ def test_near_names_are_suggested(name, meant, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FetchError, match=rf"did you mean {meant}\?"):
         models.fetch(name)
+
+
+def test_files_of_a_folder_are_suggested(tmp_path, monkeypatch):
+    """And never the name itself, where a link leads nowhere."""
+    folder = tmp_path / "models"
+    folder.mkdir()
+    (folder / "b.gguf").touch()
+    (folder / "a.gguf").symlink_to(tmp_path / "gone")
+    (tmp_path / "near.gguf").touch()
+    meant = f"{folder / 'a.gguf'} or {folder / 'b.gguf'}"
+    with pytest.raises(FetchError, match=rf"that is no file; did you mean {re.escape(meant)}\?"):
+        models.fetch(folder)
+    with pytest.raises(FetchError, match="no such file exists") as caught:
+        models.fetch(folder / "a.gguf")
+    assert str(caught.value).count("a.gguf") == 1
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FetchError, match=r"did you mean near.gguf\?"):
+        models.fetch("")
 
 
 def test_listing(server, folder, tiny):

@@ -1,7 +1,9 @@
 """What an LLM is asked: prompts, parameters and options of every wrong sort, threads, and streams
 that are stopped."""
 
+import copy
 import os
+import pickle
 import re
 import sys
 import threading
@@ -11,7 +13,14 @@ import numpy as np
 import pytest
 
 from pykv import KVSpec
-from pykv.errors import CapacityError, DtypeError, InstallError, ParameterError, PykvError
+from pykv.errors import (
+    CapacityError,
+    DtypeError,
+    InstallError,
+    ParameterError,
+    PykvError,
+    UnsupportedError,
+)
 from pykv.llm import LLM, SamplingParams, gguf, weights
 from tests.llm import tiny
 
@@ -62,6 +71,42 @@ def path(tmp_path_factory):
 @pytest.fixture
 def open_tiny(path):
     return lambda **options: LLM(path, device="cpu", **options)
+
+
+def test_an_llm_stays_in_its_process(tmp_path):
+    tiny.write(tmp_path / "m.gguf", "llama")
+    llm = LLM(tmp_path / "m.gguf", device="cpu")
+    for move in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(UnsupportedError, match=r"LLM\(.* is neither copied nor pickled"):
+            move(llm)
+
+
+def test_a_stop_string_may_be_a_control_token(tmp_path):
+    """Clients send <|eot_id|> and the like, which are no part of any text."""
+    tiny.write(tmp_path / "m.gguf", "llama")
+    llm = LLM(tmp_path / "m.gguf", device="cpu")
+    bos = llm.tokenizer.bos_id
+    options = dict(max_tokens=4, ignore_eos=True, logit_bias={bos: 100})
+    for stop in ("<|bos|>", ["x", "<|bos|>"]):
+        (answer,) = llm.generate([[5]], SamplingParams(**options, stop=stop))
+        assert (answer.token_ids, answer.finish_reason) == ([], "stop")
+    (answer,) = llm.generate([[5]], SamplingParams(**options, stop="<|bos"))
+    assert (answer.token_ids, answer.finish_reason) == ([bos] * 4, "length")
+
+
+def test_what_a_file_suppresses_is_never_said(tmp_path):
+    """As llama.cpp does it: tokens of tokenizer.ggml.suppress_tokens get a bias, whoever draws."""
+    free, said = tmp_path / "free.gguf", tmp_path / "said.gguf"
+    options = dict(max_tokens=8, ignore_eos=True)
+    tiny.write(free, "llama")
+    (answer,) = LLM(free, device="cpu").generate([[5, 6, 7]], SamplingParams(**options))
+    tiny.write(said, "llama", keys={"tokenizer.ggml.suppress_tokens": answer.token_ids})
+    for params in (
+        SamplingParams(**options),
+        SamplingParams(**options, temperature=2.0, logit_bias={answer.token_ids[0]: 100}),
+    ):
+        (other,) = LLM(said, device="cpu").generate([[5, 6, 7]], params)
+        assert len(other.token_ids) == 8 and {*other.token_ids}.isdisjoint(answer.token_ids)
 
 
 @pytest.mark.parametrize(

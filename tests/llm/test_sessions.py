@@ -264,6 +264,32 @@ def test_a_file_of_another_llm(open_llm, tiny_paths, rng, tmp_path, name, option
     assert other.cache.manager.num_cached == 0
 
 
+@without_simt
+@pytest.mark.parametrize("kind", ["F32", "Q8_0"])
+@pytest.mark.parametrize(
+    "tensor, row", [("token_embd", 100), ("token_embd", 217), ("blk.1.attn_k", -1), ("output", 131)]
+)
+def test_a_model_that_differs_in_one_row(open_llm, tiny_paths, tmp_path, kind, tensor, row):
+    """Far from the first bytes of a tensor, as the embeddings of tokens that were trained later."""
+
+    def edit(name, x):
+        x = x.copy()
+        if name == f"{tensor}.weight":
+            x[row].reshape(-1).view(np.uint8)[-2] ^= 64
+        return x
+
+    prompt = [*range(20)]
+    names = [f"{kind}-{tensor}-{row}-{n}" for n in range(2)]
+    for name, change in zip(names, ({}, dict(edit=edit)), strict=True):
+        tiny.write(tiny_paths / f"{name}.gguf", "llama", kind=kind, **change)
+    llm, other = map(open_llm, names)
+    assert llm.fingerprint.sha256 == other.fingerprint.sha256 or kind != "F32"
+    llm.generate([prompt], greedy(1))
+    llm.save(tmp_path / "x", prompt)
+    with pytest.raises(FormatError, match="has model="):
+        other.load(tmp_path / "x")
+
+
 def saved(llm, path, rng):
     prompt = tokens_of(rng, 2)
     llm.generate([prompt], greedy(1))

@@ -251,6 +251,18 @@ def test_stop_ids(path, tmp_path):
             byte_level(tmp_path / f"d{n}", eos_token_ids=ids)
 
 
+def test_keys_of_tokens_that_change_answers(path, tmp_path):
+    """Tokens that must not be said are known, texts that must be changed first are refused."""
+    assert byte_level(path).suppressed_ids == []
+    assert byte_level(tmp_path / "a", suppress_tokens=[3, 7]).suppressed_ids == [3, 7]
+    with pytest.raises(FormatError, match="suppress_tokens holds .*expected ids from 0 to 268"):
+        byte_level(tmp_path / "b", suppress_tokens=[269])
+    for key in ("normalizer.lowercase", "normalizer.strip_accents"):
+        byte_level(tmp_path / f"{key}0", **{key: False})
+        with pytest.raises(UnsupportedError, match=f"{key} is true"):
+            byte_level(tmp_path / f"{key}1", **{key: True})
+
+
 def test_an_end_behind_prompts_is_warned_of(path, tmp_path):
     """Mistral's and others' converters may ask for it; an answer would begin a new text."""
     with pytest.warns(UserWarning, match="add_eos_token is true, expected false"):

@@ -75,10 +75,17 @@ WRONG = [  # endpoint, the field that the error names, fields
         for field, call in (
             ("function.arguments", {"function": {"name": "f", "arguments": "[1]"}}),
             ("function.arguments", {"function": {"name": "f", "arguments": 5}}),
+            ("function.arguments", {"function": {"name": "f", "arguments": '{"x": NaN}'}}),
+            ("function.arguments", {"function": {"name": "f", "arguments": '{"x": 1e400}'}}),
             ("id", {"id": 5, "function": {"name": "f", "arguments": {}}}),
         )
     ),
     (CHAT, "messages[0].tool_calls[0]", {"messages": [{"role": "assistant", "tool_calls": [5]}]}),
+    (
+        CHAT,
+        "messages[0].function_call",
+        {"messages": [{"role": "assistant", "content": "", "function_call": {"name": "f"}}]},
+    ),
     (CHAT, "stream_options.include_usage", {"stream_options": {"include_usage": 1}}),
     (CHAT, "top_logprobs", {"logprobs": True, "top_logprobs": 21}),
     (CHAT, "min_tokens", {"min_tokens": 1, "response_format": {"type": "json_object"}}),
@@ -95,6 +102,7 @@ WRONG = [  # endpoint, the field that the error names, fields
     (CHAT, "tools[0].function.name", {"tools": [{"type": "function", "function": {}}]}),
     (CHAT, "tool_choice", {"tools": [TOOL], "tool_choice": "maybe"}),
     (CHAT, "tool_choice", {"tools": [TOOL], "tool_choice": {"function": {"name": "g"}}}),
+    (CHAT, "tools[1].function.name", {"tools": [TOOL, TOOL]}),
     (CHAT, "tools", {"tool_choice": "required"}),
     (TEXT, "prompt", {"prompt": None}),
     (TEXT, "prompt", {"prompt": ""}),
@@ -133,6 +141,18 @@ def test_wrong_values_are_refused_by_name(one, path, param, fields):
     status, error = one.refused(path, **body)
     assert status == 400 and error["type"] == "invalid_request_error"
     assert error["param"] == param and error["message"]
+
+
+@pytest.mark.parametrize("name", protocol._UNMET)
+def test_what_does_not_run_is_refused(one, name):
+    """A client that asks for a grammar, for one, would take any text for what follows it."""
+    nothing, instead = protocol._UNMET[name]
+    for path, given in ((CHAT, {"messages": USER}), (TEXT, {"prompt": "x"})):
+        status, error = one.refused(path, **given, **{name: {"a": 1}})
+        assert status == 400 and error["param"] == name
+        assert (instead or "it does not run here") in error["message"]
+        for value in (nothing, None):
+            assert one.ask(path, **given, **{name: value})["choices"]
 
 
 def test_errors_say_what_to_do(one):
@@ -179,7 +199,7 @@ def test_a_template_that_fails_at_its_variables_says_so(serve):
 @pytest.mark.parametrize(
     "data",
     [b"", b"{", b"[]", b"5", b"null", b"\xff\xfe", b'{"prompt": NaN}', b"[" * 100_000,
-     b'{"n": ' + b"9" * 5000 + b"}", b'{"a": "\\ud800"}'],
+     b'{"n": ' + b"9" * 5000 + b"}", b'{"a": "\\ud800"}', b'{"prompt": "x", "user": 1e400}'],
     ids=lambda x: str(x[:12]),
 )  # fmt: skip
 def test_malformed_bodies(one, data):
@@ -295,9 +315,11 @@ def test_unknown_fields_are_ignored_and_named_once(serve, caplog, monkeypatch):
     client = serve()
     with caplog.at_level(logging.WARNING, "pykv.serve"):
         for _ in range(2):
-            client.ask(CHAT, messages=USER, guided_magic="secret", user="me", store=False)
+            messages = [{**USER[0], "mood": "secret", "refusal": None}]
+            options = dict(stream_options={"pace": 1}, nothing=None)
+            client.ask(CHAT, messages=messages, guided_magic="secret", user="me", **options)
     assert [record.getMessage() for record in caplog.records] == [
-        "fields that are ignored: 'guided_magic'"
+        "fields that are ignored: 'guided_magic', 'messages.mood', 'stream_options.pace'"
     ]
 
 

@@ -50,6 +50,17 @@ def test_an_answer_that_follows_a_schema(serve, form, text, stream):
         assert answer["choices"][0]["text"] == text
 
 
+@pytest.mark.parametrize("text", ['{"city": "Paris", "days": 3}', "{}"])
+def test_an_object_by_the_schema_beside_its_type(serve, text):
+    """llama.cpp's clients put the schema there."""
+    client = serve(text)
+    form = {"type": "json_object", "schema": SCHEMA}
+    if text == "{}":  # which the scripted model refuses to say against the mask
+        assert client.refused(CHAT, messages=USER, response_format=form)[0] == 500
+    else:
+        assert client.ask(CHAT, messages=USER, response_format=form)["choices"]
+
+
 @pytest.mark.parametrize("text", ['{"city": "Oslo"', "Hello", '{"city": "Paris"}', " {", "[1]"])
 def test_a_token_against_the_schema_has_no_bit(serve, text):
     """The scripted model refuses to say what the mask forbids."""
@@ -137,6 +148,14 @@ def test_what_triggers_a_grammar_may_end_within_a_token(tmp_path, said, once):
     assert (made.mask() is None) is not once
 
 
+def test_what_a_parser_says_of_itself_is_left_out(serve):
+    """A schema that is itself and nothing else: llguidance prints its state, pages of it."""
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"$ref": "#"}}}
+    status, error = serve(lambda s: []).refused(CHAT, messages=USER, response_format=form)
+    assert status == 400 and error["message"].startswith("the schema cannot be followed")
+    assert "<state>" not in error["message"] and "\n" not in error["message"]
+
+
 # --- Calls ---
 
 
@@ -203,6 +222,17 @@ def test_a_call_of_nothing_has_no_bits(serve, template, said, what):
     assert status == 500  # the scripted model refuses to say it
 
 
+def test_blanks_before_a_call_free_it_of_nothing(serve):
+    fields = dict(messages=USER, tools=[WEATHER])
+    (choice,) = serve(f" \n{CALL}").ask(CHAT, **fields)["choices"]
+    assert choice["message"]["tool_calls"][0]["function"]["arguments"] == ARGUMENTS
+    for wrong in (CALL.replace("Paris", "Oslo"), CALL.replace("weather", "wether"), "{"):
+        assert serve(f"\n{wrong}").refused(CHAT, **fields)[0] == 500
+    for text in ("", " ", "\n\nNo {call}.\n{"):
+        (choice,) = serve(text).ask(CHAT, **fields)["choices"]
+        assert choice["message"]["content"] == text and choice["finish_reason"] == "stop"
+
+
 @pytest.mark.parametrize("parameters", [{}, {"parameters": None}, {"parameters": {}}])
 def test_a_function_without_parameters_gets_none(serve, parameters):
     """As OpenAI says of parameters that are left out."""
@@ -213,6 +243,38 @@ def test_a_function_without_parameters_gets_none(serve, parameters):
     assert call["function"] == {"name": "now", "arguments": "{}"}
     client = serve('{"name": "now", "arguments": {"zone": 1}}')
     assert client.refused(CHAT, **options)[0] == 500, "the mask forbids it"
+
+
+@pytest.mark.parametrize("native", [False, True])
+@pytest.mark.parametrize(
+    "arguments",
+    ['{"x": 12345678901234567890.123456789}', '{"x": 1E5, "y": -0, "z": 1e400}',
+     '{"x": 1, "x": 2}', '{"x": "\\"\\\\", "y": "\\u00e9"}',
+     '{"x": "a </tool_call> b", "arguments": {"y": "<tool_call>"}}'],
+)  # fmt: skip
+def test_arguments_stay_as_they_are_written(native, arguments):
+    """A detour by float64 would change them, and the first mark of an end would cut them."""
+    said = f'{{"name": "any", "arguments": {arguments}}}'
+    reader = CallReader(Tools({"any": {}}, [], False, native))
+    marked = f"<tool_call>\n{said}\n</tool_call>"
+    (call,) = reader.push(marked if native else said, True)[1]
+    assert call == ("any", arguments)
+
+
+@pytest.mark.parametrize(
+    "said",
+    ['{"name": "any", "arguments": {"x": NaN}}', '{"name": "any", "argu\\u006dents": {}}',
+     '{"arguments": {"x": 1}, "name": "any", "arguments": {}}', '{"name": "any"}', "5"],
+)  # fmt: skip
+def test_what_is_no_plain_call_is_text(said):
+    reader = CallReader(Tools({"any": {}}, [], False, False))
+    assert reader.push(said, True) == (said, [])
+
+
+def test_a_mark_in_a_string_that_does_not_end_ends_the_call_at_last():
+    reader = CallReader(Tools({"any": {}}, [], False, True))
+    said = 'a <tool_call>{"x</tool_call> b'
+    assert reader.push(said, False)[0] == "a" and reader.push("", True) == (said[1:], [])
 
 
 def test_no_tool_may_be_called(serve):
@@ -251,6 +313,37 @@ def test_another_template_is_told_in_the_system_message(serve):
         assert text.endswith("[user:Hi][assistant:")
 
 
+def test_letters_of_any_script_stay_as_they_are(serve):
+    """Of functions and of earlier calls; \\u escapes would be read, and repeated, as they are."""
+    seen = []
+    client = serve(lambda s: seen.append(client.server.llm.detokenize(s.prompt)) or "x")
+    tool = {"type": "function", "function": {"name": "f", "description": "\u5929\u6c14"}}
+    call = {"id": "a", "function": {"name": "f", "arguments": '{"city": "\u5317\u4eac"}'}}
+    client.ask(CHAT, messages=[*USER, {"role": "assistant", "tool_calls": [call]}], tools=[tool])
+    assert "\u5929\u6c14" in seen[0] and "\u5317\u4eac" in seen[0] and "\\u" not in seen[0]
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning"])
+def test_templates_see_what_was_thought(serve, name):
+    seen = []
+    template = "{% for m in messages %}({{ m.reasoning_content }}){{ m.content }}{% endfor %}"
+    template += "{% if tools %}<tool_call>{% endif %}"
+    client = serve(
+        lambda s: seen.append(client.server.llm.detokenize(s.prompt)) or "x", template=template
+    )
+    messages = [{"role": "assistant", "content": "Yes.", name: "Hm."}, {**USER[0], name: "no"}]
+    client.ask(CHAT, messages=messages)
+    assert seen == ["(Hm.)Yes.()Hi"]
+
+
+def test_a_conversation_is_counted_as_it_is_answered(serve):
+    """With its tools and the template's variables, as vLLM's /tokenize has it."""
+    client = serve("x", template="{{ flavour }}" + TOOLS)
+    fields = dict(messages=USER, tools=[WEATHER], chat_template_kwargs={"flavour": "mild"})
+    count = client.ask("/tokenize", **fields)["count"]
+    assert count == client.ask(CHAT, **fields)["usage"]["prompt_tokens"]
+
+
 TALK = [
     *USER,
     {
@@ -282,6 +375,21 @@ def test_results_of_calls():
     plain = read_messages(Fields({"messages": TALK}), native=False)
     assert plain[1] == {"role": "assistant", "content": CALL}
     assert plain[2] == {"role": "user", "content": "Result of weather: sunny"}
+
+
+def test_results_of_several_calls_are_one_turn():
+    """Of a template that knows no tools; such as Gemma's refuse two turns of a user."""
+    calls = [{**TALK[1]["tool_calls"][0], "id": f"call_{n}"} for n in range(2)]
+    results = [{"role": "tool", "tool_call_id": f"call_{n}", "content": f"{n}"} for n in range(2)]
+    talk = [USER[0], {"role": "assistant", "tool_calls": calls}, *results, USER[0], *results]
+    plain = read_messages(Fields({"messages": talk}), native=False)
+    assert [m["role"] for m in plain] == ["user", "assistant", "user", "user", "user"]
+    assert (
+        plain[2]["content"] == "Result of weather: 0\nResult of weather: 1" == plain[4]["content"]
+    )
+    assert read_messages(Fields({"messages": talk}), native=True)[2:4] == [
+        {**result, "name": "weather"} for result in results
+    ]
 
 
 @pytest.mark.parametrize("native", [False, True])

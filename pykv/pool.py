@@ -289,17 +289,17 @@ class PagedKVCache:
     ) -> Any:
         """`append_qkv` of the last token of each sequence, and `decode` of its queries; see
         qkv_decode.decode, whose options these are. Raises what both do."""
-        pools = self._pools("decode_qkv", layer)
-        if layer in self._unset:
-            names = ("scale", "window", "logits_soft_cap", "out", "workspace")
-            of_decode = {name: options.pop(name) for name in names if name in options}
-            options["q_out"] = options.pop("q_scratch", None)
-            options.pop("early", None)  # of the one launch
-            q = self.append_qkv(layer, qkv, slots, **options)
-            both = {name: options[name] for name in ("check", "stream") if name in options}
-            return self.decode(layer, q, page_table, lengths, **of_decode, **both)
-        options = self._with_spec("decode_qkv", layer, options)
-        return qkv_decode.decode(qkv, *pools[:2], slots, page_table, lengths, **options)
+        of_layer = self._of_layer("decode_qkv", layer, options)
+        where = dict(page_table=page_table, lengths=lengths)
+        if layer not in self._unset:
+            return qkv_decode.decode(qkv, slots=slots, **where, **of_layer)
+        names = ("scale", "window", "logits_soft_cap", "out", "workspace")
+        of_decode = {name: options.pop(name) for name in names if name in options}
+        options["q_out"] = options.pop("q_scratch", None)
+        options.pop("early", None)  # of the one launch
+        q = self.append_qkv(layer, qkv, slots, **options)
+        both = {name: options[name] for name in ("check", "stream") if name in options}
+        return self.decode(layer, q, **where, **of_decode, **both)
 
     def prefill(
         self, layer: int, q: Any, page_table: Any, lengths: Any, q_starts: Any, **options: Any

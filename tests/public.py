@@ -151,7 +151,7 @@ UNCHECKED = """
 """.split()
 UNCHECKED += [f"eviction.policies.{policy.__name__}.score" for policy in eviction.POLICIES.values()]
 UNCHECKED += ["eviction.policies.Policy.score"]
-ENGINE = ("register", "connect", "notify", "messages", "is_alive", "close")
+ENGINE = ("register", "connect", "landing", "notify", "messages", "is_alive", "close")
 UNCHECKED += [
     "transport.interface.Transport",
     *(f"transport.interface.Transport.{x}" for x in ENGINE),
@@ -633,6 +633,7 @@ _TRANSPORT = {
         _engine, "register", count=2, nbytes=64, facts=dict(model="a")
     ),
     "transport.local.Local.connect": _of(_registered, "connect", peer="here"),
+    "transport.local.Local.landing": _of(_engine, "landing"),
     "transport.local.Local.notify": _of(_registered, "notify", peer="here", facts=dict(a=[1])),
     "transport.local.Local.messages": _of(_engine, "messages", timeout=0.0),
     "transport.local.Local.is_alive": _of(_engine, "is_alive", peer="here"),

@@ -1,17 +1,20 @@
-"""Pages between two processes by NIXL: text, speed, and a process that is killed.
+"""Pages between two processes by NIXL: text, speed, and a process that is killed or stands still.
 
     pip install --no-deps nixl-cu12   # 69 MB; with what its wheel asks for, gigabytes of torch
     python tools/try_nixl.py [--model NAME|FILE] [--device cpu] [--json FILE]
 
 First one process computes a prompt and another goes on, as in pykv/transport/example.py. Then 64
-pages of 1 MiB, in turns: as NIXL moves them, in one request, and as pykv does, with a checksum on
-each. Then the other process is killed. The record has seconds of each turn.
+pages of 1 MiB, in turns: as NIXL moves them, in one request; row by row; and as pykv does, with a
+checksum on each. Then the other process is killed. The record has seconds of each turn. At last one
+that gives pages by TCP is stopped, and goes on when its reader has given up: what it writes then is
+known.
 """
 
 import argparse
 import json
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -28,10 +31,10 @@ from pykv import LLM, SamplingParams, cuda  # noqa: E402
 from pykv.bench import report  # noqa: E402
 from pykv.errors import TransportError  # noqa: E402
 from pykv.ranges import address_of  # noqa: E402
-from pykv.transport import Handover, Nixl, wait_for  # noqa: E402
+from pykv.transport import Handover, Nixl, PeerRegion, Region, wait_for  # noqa: E402
 from pykv.transport.example import PROMPT  # noqa: E402
 
-COUNT, NBYTES, SAMPLES = 64, 1 << 20, 15
+COUNT, NBYTES, SAMPLES = 64, 1 << 20, 101
 FACTS = {"what": "bytes"}
 KEYS = [bytes([i + 1]) * 16 for i in range(COUNT)]
 
@@ -77,20 +80,21 @@ def try_speed(args: argparse.Namespace, other: subprocess.Popen[bytes]) -> bool:
     """Print GB/s, and whether a process that is killed is an error in time."""
     peers = {"bytes": ("127.0.0.1", args.port + 2)}
     with Nixl("reader", args.port + 3, peers, timeout=5.0) as transport:
-        own = transport.register(COUNT, NBYTES, FACTS)
-        region = wait_for(transport, "bytes")
-        transport.notify("bytes", {})
-        (message,) = transport.messages(10.0)
-        raw, checked = [], []
+        own, region, address = connect(transport)
+        there = [(address + i * NBYTES, row) for i, row in enumerate(own.rows)]
+        raw, rows, checked = [], [], []
         for _ in range(SAMPLES):
             began = time.perf_counter()
-            read_all(transport, "bytes", message.facts["at"], own.rows)
+            read_all(transport, "bytes", address, own.rows)
             raw.append(time.perf_counter() - began)
+            began = time.perf_counter()
+            assert sum(1 for _ in transport._read("bytes", there)) == COUNT
+            rows.append(time.perf_counter() - began)
             began = time.perf_counter()
             assert region.exists(KEYS) == KEYS
             assert region.get(KEYS, list(own.rows)) == COUNT
             checked.append(time.perf_counter() - began)
-        note_speed(args, raw, checked)
+        note_speed(args, raw, rows, checked)
         other.kill()
         other.wait()
         began = time.perf_counter()
@@ -103,11 +107,50 @@ def try_speed(args: argparse.Namespace, other: subprocess.Popen[bytes]) -> bool:
         return False
 
 
-def note_speed(args: argparse.Namespace, raw: list[float], checked: list[float]) -> None:
+def connect(transport: Nixl) -> tuple[Region, PeerRegion, int]:
+    """Rows of this process, and those of the other once it offers all, and where they are."""
+    own = transport.register(COUNT, NBYTES, FACTS)
+    region = wait_for(transport, "bytes")
+    transport.notify("bytes", {})
+    (message,) = transport.messages(10.0)
+    return own, region, message.facts["at"]
+
+
+def try_late(args: argparse.Namespace) -> bool:
+    """Whether what a transfer that was given up may still write to is known until it is over."""
+    other, peers = start("bytes", args), {"bytes": ("127.0.0.1", args.port + 2)}
+    try:
+        with Nixl("late", args.port + 3, peers, timeout=1.0) as transport:
+            own, region, _ = connect(transport)
+            assert region.exists(KEYS) == KEYS
+            os.kill(other.pid, signal.SIGSTOP)
+            try:
+                region.get(KEYS, list(own.rows))
+            except TransportError as error:
+                print(f"stopped: {error}")
+            late = transport.landing()
+            own.rows[...] = 0
+            os.kill(other.pid, signal.SIGCONT)
+            end = time.monotonic() + 10.0
+            while transport.landing() and time.monotonic() < end:
+                time.sleep(0.01)
+            wrote = [int(np.count_nonzero(memory)) for memory in late]
+            rest = int(np.count_nonzero(own.rows)) - sum(wrote)
+            came = region.get(KEYS, list(own.rows))
+            print(f"it went on: {wrote} bytes came late where they may, {rest} elsewhere")
+            return len(late) == 1 and rest == 0 and came == COUNT
+    finally:
+        other.kill()
+        other.wait()
+
+
+def note_speed(
+    args: argparse.Namespace, raw: list[float], rows: list[float], checked: list[float]
+) -> None:
     """Print GB/s by medians, and write the record."""
     size = COUNT * NBYTES / 1e9
-    alone, pages = (size / statistics.median(seconds) for seconds in (raw, checked))
-    print(f"NIXL alone {alone:.2f} GB/s, pages with checksums {pages:.2f} GB/s")
+    alone, one, pages = (size / statistics.median(seconds) for seconds in (raw, rows, checked))
+    print(f"GB/s: NIXL alone {alone:.2f}, by rows {one:.2f}, pages with checksums {pages:.2f}")
     if args.json:
         record = {
             **report.environment(cuda.array_module(args.device)),
@@ -117,8 +160,10 @@ def note_speed(args: argparse.Namespace, raw: list[float], checked: list[float])
             "nixl": {d.name: d.version for d in distributions() if d.name.startswith("nixl")},
             "bytes": COUNT * NBYTES,
             "nixl_alone_s": raw,
+            "rows_without_checksums_s": rows,
             "pages_with_checksums_s": checked,
             "nixl_alone_gbps": alone,
+            "rows_without_checksums_gbps": one,
             "pages_with_checksums_gbps": pages,
             "share": pages / alone,
         }
@@ -143,16 +188,22 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--port", type=int, default=5710, help="and the next three")
+    parser.add_argument("--port", type=int, default=5710, help="and the next seven")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write a record of the rates")
-    parser.add_argument("--mode", choices=("main", "model", "bytes"), default="main")
+    parser.add_argument("--mode", choices=("main", "model", "bytes", "late"), default="main")
     args = parser.parse_args(argv)
+    if args.mode == "late":
+        return 0 if try_late(args) else 1
     if args.mode != "main":
         (serve_model if args.mode == "model" else serve_bytes)(args)
         return 0
     others = [start(mode, args) for mode in ("model", "bytes")]
     try:
-        return 0 if try_text(args) and try_speed(args, others[1]) else 1
+        if not (try_text(args) and try_speed(args, others[1])):
+            return 1
+        args.port += 4
+        os.environ["UCX_TLS"] = "tcp"  # by shared memory a process that stands still is read
+        return start("late", args).wait()
     finally:
         for other in others:
             other.kill()

@@ -17,6 +17,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from typing import Any
 
+import numpy as np
+
 from pykv import cuda, interrupts, prefix_keys
 from pykv.arrays import load_cupy, on_gpu
 from pykv.errors import CapacityError, DtypeError, ParameterError, PykvError, TransportError
@@ -86,6 +88,7 @@ class Handover:
         self._region = transport.register(nbytes // form.nbytes, form.nbytes, facts)
         rows = self._region.rows
         self._host = HostTier(rows)
+        self._kept: list[int] = []  # rows that a read which was given up may still write to
         with llm.turn():
             self._moves = Moves(cache, form, rows)
             if on_gpu(cache.k):  # pinned, so that a GPU can copy to and from it
@@ -116,8 +119,9 @@ class Handover:
             )
         ids, P = read_ids(llm, "tokens", tokens), llm.cache.page_size
         with llm.turn(), llm.pages.known(ids) as pages:
-            keys = list(prefix_keys.of_pages("Handover.offer", ids, P))[: len(pages)]
-            keys = keys[: len(region.rows)]
+            self._release([])
+            room = min(len(pages), len(region.rows) - len(self._kept))
+            keys = list(prefix_keys.of_pages("Handover.offer", ids, P))[:room]
             missing = [i for i, key in enumerate(keys) if key not in self._host]
             self._host.touch(keys)
             for start in range(0, len(missing), self._moves.most):
@@ -288,19 +292,20 @@ class Handover:
                 wait(reads)  # before their rows are given back
             came = [read.result() for read in reads if not read.cancelled()]
         except BaseException:
-            self._host.release(slots)
+            self._release(slots)
             raise
         count = 0
         for part, n in zip(parts, came, strict=True):
             count += n
             if count < min(part.stop, len(slots)):
                 break
-        self._host.release(slots[count:])
+        self._release(slots[count:])
         return slots[:count]
 
     def _claim(self, count: int, busy: Any) -> list[int]:
         """Rows that nobody is offered any more."""
         self._moves.wait()
+        self._release([])
         slots = self._host.claim(count, busy.__contains__)
         try:
             for slot in slots:
@@ -309,6 +314,15 @@ class Handover:
             self._host.release(slots)
             raise
         return slots
+
+    @interrupts.finished
+    def _release(self, slots: list[int]) -> None:
+        """Give claimed rows back; those that a read which was given up may still write to stay
+        claimed until it is over."""
+        slots, landing = self._kept + slots, self._transport.landing()
+        rows = self._region.rows
+        self._kept = [i for i in slots if any(np.may_share_memory(rows[i], x) for x in landing)]
+        self._host.release(i for i in slots if i not in self._kept)
 
 
 def _pin(what: str, rows: Any) -> None:

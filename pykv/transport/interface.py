@@ -34,12 +34,17 @@ class Transport(Protocol):
         """
 
     def connect(self, peer: str) -> PeerRegion:
-        """The region of a peer as it is now, for `exists` and `get`.
+        """The region of a peer as it is now, for `exists` and `get`; after an error `landing` says
+        what may still be written to.
 
         Raises:
             TransportError: there is no such process, it has died, or its region is none, of another
                 version, or of other pages than those that are registered here.
         """
+
+    def landing(self) -> list[Any]:
+        """Memory that a `get` which was given up, or is not over, may still write to: for nobody
+        else until it is not among this any more. A closed engine writes to nothing."""
 
     def notify(self, peer: str, facts: dict[str, Any]) -> None:
         """Send `peer` a message: `facts` that JSON can hold, by name.

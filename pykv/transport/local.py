@@ -21,6 +21,7 @@ import stat
 import tempfile
 import time
 import weakref
+from collections.abc import Generator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -150,6 +151,10 @@ class Local:
         except OSError as error:
             raise TransportError(f"{op}: {peer} has no region: {error}") from error
         return PeerRegion(peer, file.read, file.size, self._facts, self._nbytes)
+
+    def landing(self) -> list[Any]:
+        """See pykv.transport.Transport.landing: none, for reads are over when they return."""
+        return []
 
     # --- Messages ---
 
@@ -295,14 +300,15 @@ class _File:
         self._peer, self._fd = peer, os.open(path, os.O_RDONLY)
         self.size = os.fstat(self._fd).st_size
 
-    def read(self, parts: list[tuple[int, Any]]) -> None:
+    def read(self, parts: list[tuple[int, Any]]) -> Generator[Any, None, None]:
         for offset, out in parts:
-            view = memoryview(out.reshape(-1).view(np.uint8))
+            view = memoryview(out)
             while len(view):
                 n = os.preadv(self._fd, [view], offset)
                 if n <= 0:
                     raise TransportError(f"transport: {self._peer} has a region that was cut short")
                 view, offset = view[n:], offset + n
+            yield out
 
     def __del__(self) -> None:
         with suppress(OSError, AttributeError):

@@ -8,9 +8,9 @@ A region's address is asked for by a message, which a thread of ours answers wha
 process does. That thread also has NIXL go on with what peers read, which by TCP, and at a first
 time, needs both sides: NIXL's own one does so without a pause, and takes a core of each process.
 
-Bytes come through memory that is nobody else's: a transfer that was given up may still write to it,
-and not to a page whose checksum held. NIXL lets a peer that was reached write to what is
-registered, too.
+Pages land in rows of the region, and NIXL cannot take a transfer back. So `landing` says what one
+that was given up may still write to, and no other one of that peer begins, until NIXL says that it
+is over. NIXL lets a peer that was reached write to what is registered, too.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ import secrets
 import threading
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import suppress
 from importlib import import_module
+from itertools import count
 from types import ModuleType
 from typing import Any
 
@@ -36,9 +37,10 @@ from pykv.transport.messages import Message, check_facts, check_name, check_seco
 from pykv.transport.region import PeerRegion, Region, check_region, size_of
 
 _PACKAGES = ("nixl", "nixl_cu13", "nixl_cu12")  # the first one picks one of the others, by torch
-_SCRATCH = 1 << 20  # bytes of one transfer at most; caches hold them while they are copied on
+_SCRATCH = 1 << 20  # bytes of what is no page that are read at a time
 _AGAIN = 1.0  # seconds before a request to a peer is repeated, or an answer is given up
 _PAUSE = 1e-3  # seconds between polls of what peers do
+_SELDOM = 20e-3  # the same while this process reads, which waits for Python's lock meanwhile
 
 
 class Nixl:
@@ -49,7 +51,7 @@ class Nixl:
         port: where it listens, for peers; on all addresses of the host.
         peers: host and port of each process that this one asks. One that only answers needs none.
         backend: of NIXL.
-        timeout: seconds that a peer may take to be reached, or to give what one call reads.
+        timeout: seconds that a peer may take to be reached, or to give a page.
 
     Raises:
         ParameterError: a name or port is none.
@@ -83,13 +85,14 @@ class Nixl:
         if backend not in self._agent.backends:
             raise TransportError(f"{op}: NIXL has no backend {backend!r}")
         self._lock = threading.Lock()  # held during a transfer
-        self._late: dict[str, tuple[Any, Any]] = {}  # by peer: unfinished transfer, memory
+        self._landing: dict[str, tuple[Any, Any]] = {}  # by peer: a transfer, where it writes
+        self._read_at = 0.0  # when a transfer last began
         self._polls = forks.waits_for(threading.Lock())  # held while messages are taken and sorted
         self._inbox: list[Message] = []
         self._asked: dict[str, tuple[str, list[int]]] = {}  # by request: peer, its region
-        self._spares: list[Any] = []  # buffers that later transfers reuse
+        self._scratch: dict[str, Any] = {}  # by peer: where what is no page lands
         self._registered: list[Any] = []
-        self._memory: Any = None
+        self._own = range(0)  # addresses of the region
         self._facts: dict[str, str] = {}
         self._nbytes = 0
         stop = threading.Event()
@@ -111,7 +114,7 @@ class Nixl:
     def register(self, count: int, nbytes: int, facts: dict[str, str]) -> Region:
         """See pykv.transport.Transport.register."""
         op = "Nixl.register"
-        if self._memory is not None:
+        if self._own:
             raise ParameterError(f"{op}: there is a region, expected one alone")
         count, nbytes = check_region(op, count, nbytes, facts)
         size = size_of(count, nbytes)
@@ -121,13 +124,14 @@ class Nixl:
             raise CapacityError(f"{op}: {size:,} bytes of host memory: {error}") from error
         region = Region(memory, count, nbytes, facts)
         self._facts, self._nbytes = dict(facts), nbytes
-        self._memory = memory  # last: peers are told of it from now on
+        begin = address_of(memory)
+        self._own = range(begin, begin + size)  # last: peers are told of it from now on
         return region
 
     def connect(self, peer: str) -> PeerRegion:
         """See pykv.transport.Transport.connect."""
         op = "Nixl.connect"
-        if self._memory is None:
+        if not self._own:
             raise ParameterError(f"{op}: nothing is registered, expected a region of this process")
         end = time.monotonic() + self._timeout
         self._reach(op, peer, end)
@@ -144,82 +148,94 @@ class Nixl:
         finally:
             del self._asked[request]  # a late answer is ignored
         address, size = where
-        descs = _call("takes no address", lambda: self._descs([(address, size)]))
+        what = [(address, size, 0)]
+        descs = _call("takes no address", lambda: self._agent.get_xfer_descs(what, "DRAM"))
         self._reach(op, peer, end, descs)
 
-        def read(parts: list[tuple[int, Any]]) -> None:
-            self._read(peer, [(address + at, out.reshape(-1).view(np.uint8)) for at, out in parts])
+        def read(parts: list[tuple[int, Any]]) -> Generator[Any, None, None]:
+            return self._read(peer, [(address + at, out) for at, out in parts])
 
         return PeerRegion(peer, read, size, self._facts, self._nbytes)
 
-    def _read(self, peer: str, parts: list[tuple[int, Any]]) -> None:
-        """Fill arrays from a peer's addresses."""
-        end = time.monotonic() + self._timeout
-        for address, out in parts:
-            for at in range(0, out.nbytes, _SCRATCH):
-                self._transfer(peer, address + at, out[at : at + _SCRATCH], end)
-
-    def _transfer(self, peer: str, address: int, out: Any, end: float) -> None:
+    def landing(self) -> list[Any]:
+        """See pykv.transport.Transport.landing."""
         with self._lock:
-            self._check_over(peer, end)
-            scratch = self._fetch(peer, address, out.nbytes, end)
-        try:  # others may transfer meanwhile
-            out[...] = scratch[: out.nbytes]
-        finally:
-            self._spares.append(scratch)
+            for peer in list(self._landing):
+                with suppress(TransportError):  # it stays
+                    self._is_over(peer)
+            return [land for _, land in self._landing.values()]
 
-    def _fetch(self, peer: str, address: int, nbytes: int, end: float) -> Any:
-        """Memory of our own with bytes of a peer; whoever asked for it gives it back."""
-        agent = self._agent
-        scratch = self._spares.pop() if self._spares else self._register(_SCRATCH)
-
-        def run() -> str:
-            local = self._descs([(address_of(scratch), nbytes)])
-            remote = self._descs([(address, nbytes)])
-            handle = agent.initialize_xfer("READ", local, remote, peer)
-            state = "ERR"
-            try:
-                state = str(agent.transfer(handle))
-                while state == "PROC" and time.monotonic() < end:
-                    state = "ERR"  # stays so if the next line raises
-                    state = str(agent.check_xfer_state(handle))
-            finally:
-                if state == "PROC":
-                    self._late[peer] = handle, scratch
-                else:
-                    agent.release_xfer_handle(handle)
-            return state
-
-        state = "ERR"
+    def _read(self, peer: str, parts: list[tuple[int, Any]]) -> Generator[Any, None, None]:
+        """Fill arrays from a peer's addresses, and yield each in turn."""
+        ways, here, there = [self._way(peer, out) for _, out in parts], [], []
+        for (address, _), way in zip(parts, ways, strict=True):
+            for i, (at, _, piece) in enumerate(way):
+                here.append((at, len(piece), 0))
+                there.append((address + i * _SCRATCH, len(piece), 0))
+        lists, index = [self._prepare("", here), self._prepare(peer, there)], count()
         try:
-            state = _call(f"reads nothing of {peer}", run)
+            for (_, out), way in zip(parts, ways, strict=True):
+                for _, land, piece in way:
+                    with self._lock:
+                        self._transfer(peer, lists, next(index), land)
+                        if land is not piece:
+                            piece[...] = land
+                yield out
         finally:
-            if state != "DONE" and peer not in self._late:
-                self._spares.append(scratch)
+            for each in lists:
+                each.release()
+
+    def _way(self, peer: str, out: Any) -> list[tuple[int, Any, Any]]:
+        """By way of what an array is filled: addresses, memory there, pieces of the array. A row of
+        the region is written to itself; else what is registered for all that is no page."""
+        at = address_of(out)
+        if at in self._own:
+            return [(at, out, out)]
+        if peer not in self._scratch:
+            self._scratch[peer] = self._register(_SCRATCH)
+        scratch, pieces = self._scratch[peer], range(0, len(out), _SCRATCH)
+        ways = [(scratch[: len(out) - i], out[i : i + _SCRATCH]) for i in pieces]
+        return [(address_of(land), land, piece) for land, piece in ways]
+
+    def _transfer(self, peer: str, lists: list[Any], i: int, land: Any) -> None:
+        """Have NIXL write to `land` what item `i` of lists of memory, here and there, names."""
+        agent, what = self._agent, f"reads nothing of {peer}"
+        if peer in self._landing and not self._is_over(peer):
+            raise TransportError(f"transport: {peer} gave no bytes in time, and may still do so")
+
+        def begin() -> str:
+            handle = agent.make_prepped_xfer("READ", lists[0], [i], lists[1], [i])
+            self._landing[peer] = handle, land  # until NIXL says that it is over
+            return str(agent.transfer(handle))
+
+        self._read_at = time.monotonic()
+        state = _call(what, begin)
+        handle, _ = self._landing[peer]
+        while state == "PROC" and time.monotonic() < self._read_at + self._timeout:
+            state = _call(what, lambda: agent.check_xfer_state(handle))
         if state != "DONE":
             raise TransportError(f"transport: {peer} gave no bytes: NIXL says {state}")
-        return scratch
+        self._let_go(peer)
 
-    def _check_over(self, peer: str, end: float) -> None:
-        """Let go of a transfer that was given up, if it is over; else no other one begins."""
-        if peer in self._late:
-            handle, scratch = self._late[peer]
-            try:
-                state = _call("has no state", lambda: self._agent.check_xfer_state(handle))
-            except TransportError:
-                state = "ERR"
-            if state == "PROC":
-                raise TransportError(
-                    f"transport: {peer} gave no bytes in time, and may still do so"
-                )
-            del self._late[peer]
-            self._spares.append(scratch)
-            _call("ends no transfer", lambda: self._agent.release_xfer_handle(handle))
-        if time.monotonic() > end:
-            raise TransportError(f"transport: {peer} gave no bytes in time")
+    def _is_over(self, peer: str) -> bool:
+        """Whether the last transfer of a peer is over, which is let go of then."""
+        handle, _ = self._landing[peer]
+        try:
+            state = _call("has no state", lambda: self._agent.check_xfer_state(handle))
+        except TransportError:
+            state = "ERR"
+        if state != "PROC":
+            self._let_go(peer)
+        return bool(state != "PROC")
 
-    def _descs(self, ranges: list[tuple[int, int]]) -> Any:
-        return self._agent.get_xfer_descs([(*x, 0) for x in ranges], "DRAM")
+    def _let_go(self, peer: str) -> None:
+        handle, _ = self._landing[peer]
+        _call("ends no transfer", lambda: self._agent.release_xfer_handle(handle))
+        del self._landing[peer]
+
+    def _prepare(self, peer: str, ranges: list[tuple[int, int, int]]) -> Any:
+        """A list of memory, of a peer or ("") of this process, of which transfers name items."""
+        return _call("takes no list", lambda: self._agent.prep_xfer_dlist(peer, ranges, "DRAM"))
 
     # --- Messages ---
 
@@ -256,14 +272,14 @@ class Nixl:
                         if message.sender == sender:
                             self._sort(message, asking)
         for message in asking:
-            own = address_of(self._memory), self._memory.nbytes
+            own = self._own.start, len(self._own)
             with suppress(TransportError):  # it has gone meanwhile
                 answer = {"region": message.facts["region?"], "at": own}
                 self._tell(message.sender, answer, _AGAIN)  # it has said how to reach it
 
     def _sort(self, message: Message, asking: list[Message]) -> None:
         asked, given = message.facts.get("region?"), message.facts.get("region")
-        if isinstance(asked, str) and self._memory is not None:
+        if isinstance(asked, str) and self._own:
             asking.append(message)
         elif isinstance(given, str):
             at, (peer, where) = message.facts.get("at"), self._asked.get(given, ("", []))
@@ -281,9 +297,11 @@ class Nixl:
     def close(self) -> None:
         """See pykv.transport.Transport.close."""
         self._stop()
-        self._late = {}  # release handles before the agent, and the agent before its memory
-        self._agent = None
-        self._memory, self._spares, self._registered = None, [], []
+        for peer in list(self._landing):  # before the agent goes, and that before its memory
+            with suppress(TransportError):
+                self._let_go(peer)
+        self._landing, self._agent = {}, None
+        self._own, self._scratch, self._registered = range(0), {}, []
 
     def _is_known(self, peer: str, where: Any = None) -> bool:
         what = f"knows nothing of {peer}"
@@ -325,9 +343,11 @@ class Nixl:
 
 def _attend(engine: weakref.ref[Nixl], stop: threading.Event) -> None:
     """Take messages and let peers read, also while the process does something else."""
-    while not stop.wait(_PAUSE) and (own := engine()) is not None:
+    pause = _PAUSE
+    while not stop.wait(pause) and (own := engine()) is not None:
         with suppress(TransportError):  # who calls `messages` meets it
             own._poll()
+        pause = _SELDOM if time.monotonic() - own._read_at < _SELDOM else _PAUSE
         del own  # or it would never go
 
 

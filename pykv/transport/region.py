@@ -3,7 +3,7 @@
     header   128 bytes, little-endian
              offset  type     field
                   0  8s       magic, b"\\x89PYKVTR\\n"
-                  8  u32      version, 1
+                  8  u32      version, 2
                  12  u32      CRC-32 of the header, computed with zeros here
                  16  u64 x2   rows, and bytes of each, a multiple of 8
                  32  32s      SHA-256 of the facts that contents depend on
@@ -11,10 +11,12 @@
     rows     from a multiple of 4,096 bytes on, one behind the other
 
 A row's generation counts how often it was filled. Its checksum is the sum of its u64 words, each
-times an odd constant, and of the CRC-32 of key and generation, modulo 2^64: whatever happens to one
-word shows, and of other damage all but one in 2^63 by chance; three times as fast as a CRC-32.
-(Multilinear hashing: Carter and Wegman 1979; Lemire and Kaser 2014.) Nobody locks: a reader that
-was late sees another key or generation, or bytes that do not fit.
+times one of 1,021 odd constants, in turn, and of the CRC-32 of key and generation, modulo 2^64:
+whatever happens to one word shows, and of other damage all but one in 2^63 by chance. The number of
+constants is a prime, so that words which change places show, too, unless they are a multiple of
+8,168 bytes apart, as no blocks of pages are. (Multilinear hashing: Carter and Wegman 1979; Lemire
+and Kaser 2014.) Nobody locks: a reader that was late sees another key or generation, or bytes that
+do not fit.
 """
 
 from __future__ import annotations
@@ -23,8 +25,8 @@ import hashlib
 import json
 import struct
 import zlib
-from collections.abc import Callable
-from functools import lru_cache
+from collections.abc import Callable, Generator
+from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -37,14 +39,16 @@ from pykv.ranges import check_overlaps
 from pykv.transport.messages import check_facts
 
 MAGIC = b"\x89PYKVTR\n"
-VERSION = 1
+VERSION = 2
 HEADER_BYTES = 128
 _HEADER = struct.Struct("<8s2I2Q32s")
 _ENTRY = np.dtype([("key", "V16"), ("generation", "<u8"), ("checksum", "<u8"), ("zeros", "V32")])
 _NO_KEY = bytes(16)
 MOST_ROWS = 1 << 22  # bounds the table that a reader allocates to 256 MiB
+# The same in all processes: NumPy keeps the streams of its bit generators.
+_CONSTANTS = np.random.PCG64(2024).random_raw(1021) | np.uint64(1)
 
-Read = Callable[[list[tuple[int, Any]]], None]
+Read = Callable[[list[tuple[int, Any]]], Generator[Any, None, None]]
 
 
 def size_of(count: int, nbytes: int) -> int:
@@ -130,7 +134,7 @@ class PeerRegion:
 
     Args:
         peer: its name, for messages.
-        read: fills arrays, each from an offset of the region on.
+        read: fills arrays, each from an offset of the region on, and yields each once it is full.
         size: bytes of the region.
         facts, nbytes: of this process's own pages.
 
@@ -145,7 +149,7 @@ class PeerRegion:
         if size < HEADER_BYTES:
             raise TransportError(f"transport: {peer} has {size} bytes, expected a region of pages")
         header = np.empty(HEADER_BYTES, np.uint8)
-        read([(0, header)])
+        self._fill(0, header)
         self._count = _check_header(peer, header.tobytes(), size, digest(facts), nbytes)
         self._slots: dict[bytes, tuple[int, int, int]] = {}
 
@@ -162,13 +166,11 @@ class PeerRegion:
             table = np.empty(self._count, _ENTRY)
         except MemoryError as error:
             raise CapacityError(f"PeerRegion.exists: a table of {self._count} rows") from error
-        self._read([(HEADER_BYTES, table.view(np.uint8))])
+        self._fill(HEADER_BYTES, table.view(np.uint8))
         words = np.ascontiguousarray(table["key"]).view("<u8")[::2]  # half a key: faster
         found = np.flatnonzero(np.isin(words, np.frombuffer(b"".join(keys), "<u8")[::2]))
-        self._slots = {
-            entry["key"].tobytes(): (i, int(entry["generation"]), int(entry["checksum"]))
-            for i, entry in zip(found.tolist(), table[found], strict=True)
-        }
+        entries = zip(found.tolist(), table[found].tolist(), strict=True)
+        self._slots = {entry[0]: (i, entry[1], entry[2]) for i, entry in entries}
         self._slots.pop(_NO_KEY, None)
         there = [key in self._slots for key in keys]
         return keys[: there.index(False)] if False in there else keys
@@ -189,21 +191,29 @@ class PeerRegion:
             ShapeError, DtypeError: there are not as many rows as keys, or one is no such array.
         """
         self._check(keys, rows)
+        if not keys:
+            return 0
         begin, known = _begin(self._count), [self._slots[key] for key in keys]
-        for i, (key, row) in enumerate(zip(keys, rows, strict=True)):
-            slot, generation, checksum = known[i]
-            self._read([(begin + slot * self._nbytes, row)])  # stays in CPU caches
-            if _checksum(key, generation, row) == checksum:
-                continue
-            entry = np.empty(1, _ENTRY)
-            self._read([(HEADER_BYTES + slot * _ENTRY.itemsize, entry.view(np.uint8))])
-            if entry["key"][0].tobytes() != key or int(entry["generation"][0]) != generation:
-                return i  # the slot holds another page by now
-            raise TransportError(
-                f"transport: {self._peer} has a page {key.hex()} that is damaged: its checksum "
-                "does not hold"
-            )
+        starts = [begin + slot * self._nbytes for slot, _, _ in known]
+        with closing(self._read(list(zip(starts, rows, strict=True)))) as coming:
+            for i, row in enumerate(coming):  # while caches hold some of it
+                key, (slot, generation, checksum) = keys[i], known[i]
+                if _checksum(key, generation, row) == checksum:
+                    continue
+                entry = np.empty(1, _ENTRY)
+                self._fill(HEADER_BYTES + slot * _ENTRY.itemsize, entry.view(np.uint8))
+                if entry["key"][0].tobytes() != key or int(entry["generation"][0]) != generation:
+                    return i  # the slot holds another page by now
+                raise TransportError(
+                    f"transport: {self._peer} has a page {key.hex()} that is damaged: its checksum "
+                    "does not hold"
+                )
         return len(keys)
+
+    def _fill(self, at: int, out: Any) -> None:
+        """Fill an array from an offset of the region on."""
+        for _ in self._read([(at, out)]):
+            pass
 
     def _check(self, keys: Any, rows: Any) -> None:
         """Check the arguments of `get`."""
@@ -271,15 +281,12 @@ def _header_crc(header: bytes) -> int:
 
 
 def _checksum(key: bytes, generation: int, row: Any) -> int:
-    words = np.ascontiguousarray(row).view("<u8")
+    words, count = row.view("<u8"), len(_CONSTANTS)
+    whole = len(words) // count * count
+    sums = words[:whole].reshape(-1, count).sum(axis=0)  # first: sums are faster than products
+    sums[: len(words) - whole] += words[whole:]
     first = zlib.crc32(key + generation.to_bytes(8, "little"))
-    return (int(np.dot(words, _constants(len(words)))) + first) % 2**64
-
-
-@lru_cache(maxsize=4)
-def _constants(count: int) -> Any:
-    """Odd numbers, the same in all processes: NumPy keeps streams of its bit generators."""
-    return np.random.PCG64(2024).random_raw(count) | np.uint64(1)
+    return (int(np.dot(sums, _CONSTANTS)) + first) % 2**64
 
 
 def _begin(count: int) -> int:

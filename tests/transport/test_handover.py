@@ -144,10 +144,10 @@ def test_another_model_is_refused(open_side, serve, rng, other):
 
 def test_another_version_is_refused(open_side, rng, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(region, "VERSION", 2)
+        patch.setattr(region, "VERSION", 3)
         open_side("prefill")
     _, taken = open_side("decode")
-    with pytest.raises(TransportError, match="prefill has version 2, expected 1"):
+    with pytest.raises(TransportError, match="prefill has version 3, expected 2"):
         taken.ask("prefill", tokens_of(rng, 40))
 
 

@@ -15,7 +15,9 @@ import pytest
 
 from pykv import ranges
 from pykv.errors import InstallError, ParameterError, TransportError
-from pykv.transport import Message, Nixl, messages, nixl, wait_for
+from pykv.llm import LLM, SamplingParams
+from pykv.transport import Handover, Message, Nixl, messages, nixl, wait_for
+from tests.llm import tiny
 
 FACTS = dict(model="a")
 KEYS = [bytes([i + 1]) * 16 for i in range(3)]
@@ -27,7 +29,7 @@ class Agent:
 
     ports = {}
     failing = False
-    slow = False  # transfers are not over, until they are written late
+    slow = 0  # transfers of so many bytes are not over, and write late
     released = 0
     lock = threading.Lock()
 
@@ -57,11 +59,16 @@ class Agent:
     def get_xfer_descs(self, descs, kind):
         return descs
 
-    def initialize_xfer(self, operation, local, remote, peer):
-        assert operation == "READ" and self.check_remote_metadata(peer, remote)
-        for address, size, _ in local:
-            assert any(a <= address and address + size <= a + n for a, n in self.registered)
-        return SimpleNamespace(local=local, remote=remote, looks=0)
+    def prep_xfer_dlist(self, peer, ranges, kind):
+        known = self.known[peer][1] if peer else self.registered
+        for address, size, _ in ranges:
+            assert any(a <= address and address + size <= a + n for a, n in known)
+        items = list(ranges)
+        return SimpleNamespace(peer=peer, items=items, release=items.clear)
+
+    def make_prepped_xfer(self, operation, local, i, remote, j):
+        assert operation == "READ" and not local.peer and remote.peer
+        return SimpleNamespace(local=local.items[i[0]], remote=remote.items[j[0]])
 
     def transfer(self, handle):
         return "PROC"
@@ -69,11 +76,11 @@ class Agent:
     def check_xfer_state(self, handle):
         if Agent.failing:
             return "ERR"
-        if Agent.slow:
+        (to, n, _), (source, m, _) = handle.local, handle.remote
+        assert n == m
+        if n == Agent.slow:
             return "PROC"
-        for (to, n, _), (source, m, _) in zip(handle.local, handle.remote, strict=True):
-            assert n == m
-            ranges.bytes_at(to, n)[...] = ranges.bytes_at(source, n)
+        ranges.bytes_at(to, n)[...] = ranges.bytes_at(source, n)
         return "DONE"
 
     def release_xfer_handle(self, handle):
@@ -153,7 +160,7 @@ def test_pages_and_messages_come(other, here):
     """Into rows that are registered, and into others by way of some that are."""
     own = here.register(3, N, FACTS)
     region = wait_for(here, "other")
-    assert region.exists([*KEYS, b"z" * 16]) == KEYS
+    assert region.exists([*KEYS, b"z" * 16]) == KEYS and region.get([], []) == 0
     for rows in (list(own.rows), [np.zeros(N, np.uint8) for _ in KEYS]):
         assert region.get(KEYS, rows) == 3
         assert [set(row.tolist()) for row in rows] == [{5}, {6}, {7}]
@@ -241,28 +248,80 @@ def made(api, request):
         pytest.skip("NIXL cannot be told what to do")
 
 
-def test_a_transfer_that_is_late_writes_to_nothing_of_ours(made, other, here, monkeypatch):
-    """Its memory is not used again while it may write; then the peer can be read again."""
-    own = here.register(3, N, FACTS)
+def test_a_transfer_that_is_late_may_still_write(made, other, here, monkeypatch):
+    """To what `landing` says, until it is over; then the peer can be read again."""
+    own = here.register(4, N, FACTS)
     region = here.connect("other")
     assert region.exists(KEYS) == KEYS
     own.rows[...] = 9
-    with monkeypatch.context() as patch:
-        patch.setattr(here, "_timeout", 0.3)
-        patch.setattr(Agent, "slow", True)
-        patch.setattr(Agent, "released", 0)
-        with pytest.raises(TransportError, match="other gave no bytes: NIXL says PROC"):
-            region.get(KEYS, list(own.rows))
+    monkeypatch.setattr(here, "_timeout", 0.3)
+    monkeypatch.setattr(Agent, "slow", N)
+    monkeypatch.setattr(Agent, "released", 0)
+    with pytest.raises(TransportError, match="other gave no bytes: NIXL says PROC"):
+        region.get(KEYS, list(own.rows[:3]))
+    for call in (lambda: region.get(KEYS, list(own.rows[1:])), lambda: region.exists(KEYS)):
         with pytest.raises(TransportError, match="other gave no bytes in time, and may still"):
-            region.get(KEYS, list(own.rows))
-        assert Agent.released == 0
-        ((handle, scratch),) = here._late.values()
-    here._agent.check_xfer_state(handle)  # it writes, late
-    assert scratch[0] == 5 and (own.rows == 9).all()
-    assert all(scratch is not spare for spare in here._spares)
-    assert region.get(KEYS, list(own.rows)) == 3 and not here._late
-    assert [set(row.tolist()) for row in own.rows] == [{5}, {6}, {7}]
-    assert len(here._registered) == 2 and here._spares == [scratch]  # the region, and this
+            call()
+    (land,) = here.landing()
+    assert np.may_share_memory(land, own.rows[0]) and len(land) == N
+    assert not np.may_share_memory(land, own.rows[1:]) and Agent.released == 0
+    monkeypatch.setattr(Agent, "slow", 0)
+    assert here.landing() == [] and Agent.released == 1  # it has written, late
+    assert [set(row.tolist()) for row in own.rows] == [{5}, {9}, {9}, {9}]
+    assert region.get(KEYS, list(own.rows[1:])) == 3 and here.landing() == []
+    assert [set(row.tolist()) for row in own.rows[1:]] == [{5}, {6}, {7}]
+    assert len(here._registered) == 2  # the region, and where tables land
+
+
+def test_what_closes_writes_to_nothing(made, other, here, monkeypatch):
+    """A late transfer is let go before the engine of NIXL goes, and that before its memory."""
+    own, seen = here.register(3, N, FACTS), []
+    region = here.connect("other")
+    assert region.exists(KEYS) == KEYS
+    monkeypatch.setattr(here, "_timeout", 0.1)
+    monkeypatch.setattr(Agent, "slow", N)
+    with pytest.raises(TransportError, match="other gave no bytes: NIXL says PROC"):
+        region.get(KEYS, list(own.rows))
+    handle, _ = here._landing["other"]
+
+    def note(agent, released):
+        seen.append((agent is here._agent, bool(here._registered), released is handle))
+
+    monkeypatch.setattr(Agent, "release_xfer_handle", note)
+    here.close()
+    assert seen == [(True, True, True)] and here.landing() == []
+
+
+def test_rows_that_may_still_be_written_to_are_nobody_elses(
+    made, here, ports, tmp_path, rng, monkeypatch
+):
+    """Neither pages that are offered nor those that come take them, until they are written to."""
+    tiny.write_case(tmp_path / "llama.gguf", "llama")
+    prefill, decode = (LLM(tmp_path / "llama.gguf", device="cpu") for _ in range(2))
+    prompt, another = (rng.integers(3, 250, 65).tolist() for _ in range(2))  # of four pages
+    one = SamplingParams(max_tokens=1, ignore_eos=True)
+    with Nixl("other", ports[0]) as there:
+        given, taken = Handover(prefill, there), Handover(decode, here, size="16KiB")
+        rows, free = taken._region.rows, taken._host._free
+        assert len(rows) == 4
+        prefill.generate([prompt], one)
+        assert given.offer(prompt) == 4
+        monkeypatch.setattr(here, "_timeout", 0.1)
+        monkeypatch.setattr(Agent, "slow", rows.shape[1])
+        with pytest.raises(TransportError, match="other gave no bytes"):
+            taken.take("other", prompt)
+        (kept,) = taken._kept
+        assert len(free) == 3 and kept not in free
+        decode.generate([another], one)
+        assert taken.offer(another) == 3 and kept not in dict(taken._host.items()).values()
+        before = rows.copy()
+        monkeypatch.setattr(Agent, "slow", 0)
+        assert here.landing() == []
+        changed = np.flatnonzero((rows != before).any(axis=1))
+        assert changed.tolist() == [kept]
+        assert taken.take("other", prompt) == 64 and taken._kept == []
+        assert decode.generate([prompt], one) == prefill.generate([prompt], one)
+        assert len(free) + len(taken._host) == 4
 
 
 def test_a_handle_is_let_go_whatever_happens(made, other, here, monkeypatch):
@@ -274,7 +333,21 @@ def test_a_handle_is_let_go_whatever_happens(made, other, here, monkeypatch):
             patch.setattr(Agent, name, refuse)
             with pytest.raises(TransportError, match="NIXL reads nothing of other: RuntimeError"):
                 region.exists(KEYS)
-    assert Agent.released == 2 and region.exists(KEYS) == KEYS
+    assert here.landing() == [] and Agent.released == 2 and region.exists(KEYS) == KEYS
+
+
+def test_a_handle_that_nixl_keeps_is_kept(made, other, here, monkeypatch):
+    """For nobody knows what it does."""
+    own = here.register(3, N, FACTS)
+    region = here.connect("other")
+    assert region.exists(KEYS) == KEYS
+    with monkeypatch.context() as patch:
+        patch.setattr(Agent, "release_xfer_handle", refuse)
+        for _ in range(2):
+            with pytest.raises(TransportError, match="NIXL ends no transfer: RuntimeError"):
+                region.get(KEYS, list(own.rows))
+        assert len(here.landing()) == 1
+    assert here.landing() == [] and region.get(KEYS, list(own.rows)) == 3
 
 
 @pytest.mark.parametrize(

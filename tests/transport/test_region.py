@@ -13,6 +13,7 @@ from pykv.transport.region import PeerRegion, Region, size_of
 FACTS = dict(model="a", spec="fp16")
 N = 200  # bytes of a page
 FIRST_CONSTANT = 12466887728733407977  # the first constant of the checksums
+COUNT = 1021  # of them
 KEYS = [bytes([i + 1]) * 16 for i in range(3)]
 
 
@@ -36,7 +37,9 @@ def peer_of(memory, size=None, facts=FACTS, nbytes=N):
     def read(parts):
         for offset, out in parts:
             assert 0 <= offset and offset + out.nbytes <= size, "beyond the region"
-            out.reshape(-1).view(np.uint8)[...] = memory[offset : offset + out.nbytes]
+            assert out.dtype == np.uint8
+            out[...] = memory[offset : offset + out.nbytes]
+            yield out
 
     return PeerRegion("peer", read, size, facts, nbytes)
 
@@ -160,23 +163,38 @@ def test_a_table_that_is_too_large_is_refused(monkeypatch):
 
 def test_another_version_is_refused(monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(region, "VERSION", 2)
+        patch.setattr(region, "VERSION", 3)
         memory, _ = filled()
-    with pytest.raises(TransportError, match="peer has version 2, expected 1"):
+    with pytest.raises(TransportError, match="peer has version 3, expected 2"):
         peer_of(memory)
 
 
 def test_checksums_are_those_of_other_processes():
     """Worked out with Python's integers; NumPy must not change the constants."""
-    words = np.arange(1, 4, dtype="<u8")
-    constants = [int(x) for x in region._constants(3)]
-    assert [x % 2 for x in constants] == [1, 1, 1]
+    constants = [x | 1 for x in np.random.PCG64(2024).random_raw(COUNT).tolist()]
     assert constants[0] == FIRST_CONSTANT
-    want = sum(int(w) * c for w, c in zip(words, constants, strict=True))
-    want += zlib.crc32(b"k" * 16 + (7).to_bytes(8, "little"))
-    assert region._checksum(b"k" * 16, 7, words.view(np.uint8)) == want % 2**64
+    for count in (3, COUNT, COUNT + 1, 4 * COUNT + 5):
+        words = np.random.default_rng(count).integers(0, 2**64, count, np.uint64)
+        want = sum(w * constants[i % COUNT] for i, w in enumerate(words.tolist()))
+        want += zlib.crc32(b"k" * 16 + (7).to_bytes(8, "little"))
+        assert region._checksum(b"k" * 16, 7, words.view(np.uint8)) == want % 2**64
     with pytest.raises(ParameterError, match="Region: nbytes is 12, expected a multiple of 8"):
         Region(np.zeros(5000, np.uint8), 1, 12, FACTS)
+
+
+def test_blocks_that_change_places_are_seen(rng):
+    """Of a page that is longer than the constants are many."""
+    nbytes = 1 << 16
+    memory = np.zeros(size_of(1, nbytes), np.uint8)
+    own = Region(memory, 1, nbytes, FACTS)
+    own.rows[0] = right = rng.integers(0, 256, nbytes).astype(np.uint8)
+    own.put(KEYS[0], 0)
+    peer, got = peer_of(memory, nbytes=nbytes), np.zeros(nbytes, np.uint8)
+    assert peer.exists(KEYS) == KEYS[:1] and peer.get(KEYS[:1], [got]) == 1
+    for size in 1 << np.arange(3, 16):
+        own.rows[0] = np.r_[right[size : 2 * size], right[:size], right[2 * size :]]
+        with pytest.raises(TransportError, match="peer has a page 0101.* that is damaged"):
+            peer.get(KEYS[:1], [got])
 
 
 # --- Messages ---

@@ -293,13 +293,7 @@ class PagedKVCache:
         where = dict(page_table=page_table, lengths=lengths)
         if layer not in self._unset:
             return qkv_decode.decode(qkv, slots=slots, **where, **of_layer)
-        names = ("scale", "window", "logits_soft_cap", "out", "workspace")
-        of_decode = {name: options.pop(name) for name in names if name in options}
-        options["q_out"] = options.pop("q_scratch", None)
-        options.pop("early", None)  # of the one launch
-        q = self.append_qkv(layer, qkv, slots, **options)
-        both = {name: options[name] for name in ("check", "stream") if name in options}
-        return self.decode(layer, q, **where, **of_decode, **both)
+        return append_and_decode(self, layer, qkv, slots, page_table, lengths, **options)
 
     def prefill(
         self, layer: int, q: Any, page_table: Any, lengths: Any, q_starts: Any, **options: Any
@@ -458,3 +452,16 @@ def float_kind(argument: str, name: str, *others: str) -> np.dtype[Any]:
             f"{argument} is {name!r}, expected one of {', '.join((*floats, *others))}"
         )
     return floats[name]
+
+
+def append_and_decode(
+    cache: Any, layer: int, qkv: Any, slots: Any, page_table: Any, lengths: Any, **options: Any
+) -> Any:
+    """`decode_qkv` by the cache's own `append_qkv` and `decode`, one after the other."""
+    names = ("scale", "window", "logits_soft_cap", "out", "workspace")
+    of_decode = {name: options.pop(name) for name in names if name in options}
+    of_decode |= {name: options[name] for name in ("check", "stream") if name in options}
+    options["q_out"] = options.pop("q_scratch", None)
+    options.pop("early", None)  # of the one launch
+    q = cache.append_qkv(layer, qkv, slots, **options)
+    return cache.decode(layer, q, page_table, lengths, **of_decode)

@@ -37,7 +37,7 @@ from pykv.llm.weights import Model, load
 from pykv.ops import sample
 from pykv.page_arrays import ARRAYS
 from pykv.pages import copy_pages
-from pykv.pool import PagedKVCache
+from pykv.pool import PagedKVCache, append_and_decode
 from pykv.specs import KVSpec
 from pykv.testing import host
 
@@ -229,6 +229,9 @@ class _AsWritten(PagedKVCache):
         for array, kept in zip(arrays, written, strict=True):
             array[...] = kept
         return q
+
+    def decode_qkv(self, layer: int, qkv: Any, slots: Any, *where: Any, **options: Any) -> Any:
+        return append_and_decode(self, layer, qkv, slots, *where, **options)
 
     def _rows(self, layer: int, slots: Any) -> list[Any]:
         """Keys and values [T, H, D] in slots, as float32; scales are those of rows."""

@@ -13,7 +13,7 @@ from pykv.arrays import copy_into
 from pykv.eviction.parts import parts
 from pykv.llm.sequence import Sequence
 from pykv.ops import paged_append, paged_decode, paged_qkv
-from pykv.pool import PagedKVCache
+from pykv.pool import PagedKVCache, append_and_decode
 
 
 def rows_of(s: Sequence, layers: int, heads: int) -> Any:
@@ -90,8 +90,4 @@ class HeadRows:
         self, layer: int, qkv: Any, slots: Any, table: Any, lengths: Any, **options: Any
     ) -> Any:
         """As PagedKVCache.decode_qkv; `slots`, `table` and `lengths` are not looked at."""
-        names = ("scale", "window", "logits_soft_cap", "out", "workspace")
-        of_decode = {name: options.pop(name) for name in names if name in options}
-        options.pop("early", None)  # of the one launch
-        q = self.append_qkv(layer, qkv, slots, q_out=options.pop("q_scratch"), **options)
-        return self.decode(layer, q, table, lengths, **of_decode)
+        return append_and_decode(self, layer, qkv, slots, table, lengths, **options)

@@ -10,6 +10,7 @@ from pykv.errors import ParameterError
 from pykv.llm import LLM
 from pykv.llm.model import forward
 from pykv.llm.prompt_steps import Span, of_spans
+from pykv.page_arrays import moving_arrays
 from pykv.pool import PagedKVCache
 from tests.helpers import assert_same_bits, run_and_check, to_numpy, without_simt
 from tests.llm import tiny
@@ -155,11 +156,17 @@ def test_a_step_on_the_host_keeps_the_rows_that_are_there(rng, kv):
     heads = rng.standard_normal((1, 4 + 2 * 2, 16)).astype(np.float32)
     slots = np.array([17], np.int32)
     super(model._AsWritten, cache).append_qkv(0, heads.reshape(1, -1), slots)
-    kept = [x.copy() for x in cache._paged()]
+    arrays = list(moving_arrays(cache).values())
+    kept = [x.copy() for x in arrays]
     for factor, least, most in ((1 + 2**-10, 0, model.ROW_TOLERANCE), (-1, 1.5, 2.5)):
         given = heads * np.float32(factor)
         q = cache.append_qkv(0, given.reshape(1, -1), slots)
         assert_same_bits(q, given[:, :4])
         assert least <= cache.off <= most
-        for x, y in zip(cache._paged(), kept, strict=True):
+        for x, y in zip(arrays, kept, strict=True):
             assert_same_bits(x, y)
+        cache.off = 0.0
+        where = np.array([[0, 1]], np.int32), np.array([18], np.int32)
+        out = cache.decode_qkv(0, given.reshape(1, -1), slots, *where)
+        assert_same_bits(out, cache.decode(0, q, *where))
+        assert least <= cache.off <= most

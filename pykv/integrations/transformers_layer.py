@@ -79,9 +79,8 @@ class Store:
                 "like the first keys, or a Cache with a spec"
             )
         if self.pool is None:
-            ahead = (
-                n if k.device.type == "cpu" else 1
-            )  # a host's unwritten zeros take hardly any memory
+            # A host's zeros that nobody has written take hardly any memory.
+            ahead = n if k.device.type == "cpu" else 1
             num_pages = B * -(-(n + ahead) // self.page_size) if self.pages is None else self.pages
             self.device, self.pool = (
                 k.device,

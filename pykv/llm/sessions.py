@@ -38,7 +38,7 @@ from pykv.tiers.sizes import artefact_of
 if TYPE_CHECKING:
     from pykv.llm.generate import LLM
 
-FORMAT = "pykv.session.1"
+FORMAT = "pykv.session.2"
 
 
 class Session(NamedTuple):

@@ -180,7 +180,7 @@ def _launch(
 
 
 def _more_bytes(defines: dict[str, Any], item_bytes: int) -> int:
-    """Shared memory for rotations, elements that lanes exchange, and queries."""
+    """Shared memory for rotations, elements that lanes exchange, and queries, each on 16 bytes."""
     D, groups = int(defines["HEAD_DIM"]), mma.BLOCK // int(defines["LANES"])
     return 8 * int(defines["PAIRS"]) + 4 * groups * D + mma.ROWS * D * item_bytes + 64
 

@@ -323,7 +323,7 @@ def test_every_damaged_byte_is_found(open_llm, rng, tmp_path):
 @pytest.mark.parametrize(
     "change, text",
     [
-        (lambda facts, x: facts.update(format="pykv.session.2"), "has format 'pykv.session.2', "),
+        (lambda facts, x: facts.update(format="pykv.session.1"), "has format 'pykv.session.1', "),
         (lambda facts, x: facts.update(format="pykv.pages.1"), "has format 'pykv.pages.1', "),
         (lambda facts, x: facts.update(pages="9" * 9), "has 999,999,999 pages of 2 tokens"),
         (lambda facts, x: facts.update(pages="-1"), "has pages=-1, expected a whole number"),

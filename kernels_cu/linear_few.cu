@@ -20,9 +20,10 @@
 //           BLOCK = threads. From sm_80 on; below it does nothing
 // Launch:   grid (up to ceil(tiles / (WARPS / parts))), tiles = ceil(R / 16), parts a power of two up to
 //           WARPS and to ceil(I / 256); block (BLOCK). Dynamic shared memory: WARPS * STAGES steps of 16
-//           rows' codes, and 80 bytes for each group of a token, ceil(I / 256) * 8 groups of each. It
+//           rows' codes, 32 bytes, and 80 for each group of a token, ceil(I / 256) * 8 groups of each. It
 //           may start early: before the kernel ahead has ended it reads w, bias and norm alone. Nothing
 //           is __restrict__, so that every load stays on its side of the wait
+// Limits:   w within 2^32 bytes
 // Traffic:  R * W bytes of w once; x for each block, from L2
 // Order:    x as integers of 16 bits, by a power of two for each 32 elements: sums of groups are exact,
 //           then multiplied by their scales in float and added by lanes, warps and parts in an order that
@@ -47,6 +48,7 @@ constexpr int STEP = GROUPS * GROUP;  // elements
 constexpr int STAGES = 3;             // of a warp
 constexpr int QUADS = 8;              // of four elements, in a group
 constexpr int STEP_BYTES = TILE * GROUPS * CodesOf::BYTES;
+constexpr int ZEROS_AT = WARPS * STAGES * STEP_BYTES, TOKENS_AT = ZEROS_AT + 32;  // in shared memory
 static_assert(TOKENS <= 4, "a lane of each four has a token's outputs");
 
 // A group of a token in shared memory: of four elements a word of each digit; then the power of two of
@@ -65,71 +67,116 @@ template <int CHUNKS> __device__ __forceinline__ int place_of(int row, int chunk
     return (row * CHUNKS + (chunk ^ (row & ROW ? BIT : 0))) * 16;
 }
 
-// A warp's rows of w.
+// The rows of w of a tile, as bytes from w on.
 struct Rows {
-    static constexpr int WORDS = CodesOf::WORDS / 4 * GROUPS, PAIRS = CodesOf::HAS_PAIRS * GROUPS / 2;
-    static constexpr int ONES = CodesOf::HAS_ONES * GROUPS / 4;  // chunks of a row
-
-    const u8* first;
-    i64 stride, opened;  // bytes from a row to the next, and from a gate to what it opens, or 0
-    int last, G;         // how many outputs follow the first; groups of a row
+    u32 stride;
+    int o0, O;
+    bool has_gate;
 
     // Row r of 16: with a gate 8 gates, then what they open. Past the last output that one again, whose
     // sums are dropped.
-    __device__ __forceinline__ const u8* row(int r) const {
-        if (opened) return first + min(r % 8, last) * stride + (r < 8 ? 0 : opened);
-        return first + min(r, last) * stride;
+    __device__ __forceinline__ u32 operator()(int r) const {
+        const int row = has_gate ? min(o0 + r % 8, O - 1) + (r < 8 ? 0 : O) : min(o0 + r, O - 1);
+        return row * stride;
     }
+};
 
-    template <int CHUNKS> __device__ __forceinline__ void copy_plane(u8*& to, int& plane, int step,
-                                                                     int lane) const {
-        if constexpr (CHUNKS > 0) {
-            const int chunk = lane % CHUNKS;
-            const int end = (G * CHUNKS + GROUPS - 1) / GROUPS - 1;  // past the end that one again
-            const int from = plane + min(step * CHUNKS + chunk, end) * 16;
+constexpr int WORDS = CodesOf::WORDS / 4 * GROUPS, PAIRS = CodesOf::HAS_PAIRS * GROUPS / 2;
+constexpr int ONES = CodesOf::HAS_ONES * GROUPS / 4;  // chunks of a row, in a step
+
+// Chunks of one plane that a lane copies: a row's in a step lie side by side.
+template <int CHUNKS> struct Plane {
+    static constexpr int ROWS = TILE * CHUNKS / WARP;  // of a lane
+    static constexpr int APART = WARP / CHUNKS;            // whose places differ by 512 bytes
+    u32 rows[ROWS];          // where the lane's chunks begin
+    int begin, last, place;  // of the plane in a row; the last chunk less the lane's; in shared memory
+
+    // `plane` is where the plane begins in a row, of G groups, and becomes where the next does.
+    __device__ __forceinline__ Plane(int& plane, int G, int lane)
+        : begin(plane + lane % CHUNKS * 16),
+          last((G * CHUNKS + GROUPS - 1) / GROUPS - 1 - lane % CHUNKS),
+          place(opaque(place_of<CHUNKS>(lane / CHUNKS, lane % CHUNKS))) {
+        plane += G * CHUNKS * 16 / GROUPS;
+    }
+    __device__ __forceinline__ void find(const Rows& rows_of, int lane) {
 #pragma unroll
-            for (int r = lane / CHUNKS; r < TILE; r += WARP / CHUNKS) {
-                cp_async16(to + place_of<CHUNKS>(r, chunk), row(r) + from);
+        for (int i = 0; i < ROWS; i++) rows[i] = rows_of(lane / CHUNKS + i * APART) + begin;
+    }
+    // Past the end of a row its last chunk again.
+    __device__ __forceinline__ void copy(u8*& to, const u8* w, int step) const {
+        const u32 from = min(step * CHUNKS, last) * 16;
+#pragma unroll
+        for (int i = 0; i < ROWS; i++) cp_async16(to + (place + i * 512), w + (rows[i] + from));
+        to += TILE * CHUNKS * 16;
+    }
+};
+template <> struct Plane<0> {
+    __device__ __forceinline__ Plane(int&, int, int) {}
+    __device__ __forceinline__ void find(const Rows&, int) {}
+    __device__ __forceinline__ void copy(u8*&, const u8*, int) const {}
+};
+
+// What a lane copies of a tile's codes.
+struct Planes {
+    Plane<WORDS> words;
+    Plane<PAIRS> pairs;
+    Plane<ONES> ones;
+
+    __device__ __forceinline__ Planes(int G, int lane, int plane = 0)
+        : words(plane, G, lane), pairs(plane, G, lane), ones(plane, G, lane) {}
+    __device__ __forceinline__ void find(const Rows& rows, int lane) {
+        words.find(rows, lane), pairs.find(rows, lane), ones.find(rows, lane);
+    }
+    __device__ __forceinline__ void copy(u8* to, const u8* w, int step) const {
+        words.copy(to, w, step), pairs.copy(to, w, step), ones.copy(to, w, step);
+    }
+};
+
+// Where the codes of group t and row r lie in a step, in bytes of each plane. Those of group t + 4 differ
+// by one bit, and those of row r + 8 are half a plane further.
+struct Places {
+    int words, pairs, ones;
+
+    __device__ __forceinline__ Places(int r, int t)
+        : words(opaque(place_of<WORDS>(r, t * WORDS / GROUPS))),
+          pairs(opaque(place_of<PAIRS>(r, t / 2) + t % 2 * 8)),
+          ones(opaque(place_of<ONES>(r, 0) + t * 4)) {}
+
+    // The codes of group t + 4 * i and row r + 8 * h.
+    __device__ __forceinline__ void read(CodesOf& to, const u8* codes, int i, int h) const {
+        if constexpr (WORDS > 0) {
+#pragma unroll
+            for (int n = 0; n < CodesOf::WORDS; n += 4) {
+                const u8* const from = codes + ((words ^ i * WORDS * 8 ^ n * 4) + h * WORDS * 128);
+                const uint4 four = *reinterpret_cast<const uint4*>(from);
+                to.words[n] = four.x, to.words[n + 1] = four.y;
+                to.words[n + 2] = four.z, to.words[n + 3] = four.w;
             }
-            to += TILE * CHUNKS * 16, plane += G * CHUNKS * 16 / GROUPS;
-        }
-    }
-    __device__ __forceinline__ void copy(u8* to, int step, int lane) const {
-        int plane = 0;
-        copy_plane<WORDS>(to, plane, step, lane);
-        copy_plane<PAIRS>(to, plane, step, lane);
-        copy_plane<ONES>(to, plane, step, lane);
-    }
-    // The codes of group g of a step, of row r.
-    static __device__ __forceinline__ void read(CodesOf& to, const u8* codes, int r, int g) {
-#pragma unroll
-        for (int i = 0; i < CodesOf::WORDS; i += 4) {
-            const u8* const at = codes + place_of<WORDS>(r, (g * CodesOf::WORDS + i) / 4);
-            const uint4 four = *reinterpret_cast<const uint4*>(at);
-            to.words[i] = four.x, to.words[i + 1] = four.y;
-            to.words[i + 2] = four.z, to.words[i + 3] = four.w;
         }
         codes += TILE * WORDS * 16;
         if constexpr (PAIRS > 0) {
-            const u8* const at = codes + place_of<PAIRS>(r, g / 2) + g % 2 * 8;
-            const uint2 two = *reinterpret_cast<const uint2*>(at);
+            const u8* const from = codes + ((pairs ^ i * PAIRS * 8) + h * PAIRS * 128);
+            const uint2 two = *reinterpret_cast<const uint2*>(from);
             to.pairs[0] = two.x, to.pairs[1] = two.y;
         }
         codes += TILE * PAIRS * 16;
         if constexpr (ONES > 0) {
-            to.ones = *reinterpret_cast<const u32*>(codes + place_of<ONES>(r, g / 4) + g % 4 * 4);
+            to.ones = *reinterpret_cast<const u32*>(codes + ((ones ^ i * ONES * 8) + h * ONES * 128));
         }
     }
-    // The scales of a lane's groups of a step, of rows r and r + 8; past the edge those of the last group.
-    __device__ __forceinline__ void load(typename K::Raw (&raws)[GROUPS / 4][2], int step, int r,
-                                         int t) const {
+};
+
+// The scales of a lane's groups of a step, of rows r and r + 8; past the edge those of the last group.
+struct Scales {
+    static constexpr int RAWS = K::SPAN == GROUPS ? 1 : GROUPS / 4;
+    typename K::Raw raws[RAWS][2];
+
+    __device__ __forceinline__ void load(const u8* const (&scales)[2], int step, int t, int G) {
 #pragma unroll
-        for (int h = 0; h < 2; h++) {
-            const u8* const scales = row(r + h * 8) + (i64)G * CodesOf::BYTES;
+        for (int i = 0; i < RAWS; i++) {
+            const int g = RAWS == 1 ? step * GROUPS : min(step * GROUPS + i * 4 + t, G - 1);
 #pragma unroll
-            for (int i = 0; i < GROUPS / 4; i++) {
-                raws[i][h] = K::load(scales, min(step * GROUPS + i * 4 + t, G - 1), G);
-            }
+            for (int h = 0; h < 2; h++) raws[i][h] = K::load(scales[h], g, G);
         }
     }
 };
@@ -207,27 +254,26 @@ __device__ __forceinline__ void stage(XGroup* to, float (&squares)[TOKENS], cons
     }
 }
 
-// What a lane reads of tokens: of B the digits of its column where it has the group's elements.
+// What a lane reads of tokens, in bytes of shared memory: of B the digits of its column where that has
+// group t, and zeros elsewhere.
 struct Columns {
-    const XGroup* own;  // those of group t
-    const u32* digits;  // of the column, or zeros
-    int stride;         // words from a group's digits to the next group's, or 0
-    int groups;         // of a token
+    int own;     // group t
+    int digits;  // of the column, or 32 bytes of zeros
+    int stride;  // from a group's digits to the next group's, or 0
 
-    __device__ __forceinline__ void read(u32 (&to)[QUADS], int group, int token) const {
-        const u32* const from = digits + (token * groups + group) * stride;
+    static __device__ __forceinline__ void load(u32 (&to)[QUADS], const u8* from) {
 #pragma unroll
         for (int i = 0; i < QUADS; i += 4) {
-            const uint4 four = *reinterpret_cast<const uint4*>(from + (stride ? i : 0));
+            const uint4 four = reinterpret_cast<const uint4*>(from)[i / 4];
             to[i] = four.x, to[i + 1] = four.y, to[i + 2] = four.z, to[i + 3] = four.w;
         }
     }
 };
 
 // sums[k][h] += the products of a lane's groups of a step, of token k and row r + 8 * h.
-__device__ __forceinline__ void multiply(float (&sums)[TOKENS][2], const u8* codes,
-                                         const typename K::Raw (&raws)[GROUPS / 4][2],
-                                         const Columns& columns, int step, int r, int t) {
+__device__ __forceinline__ void multiply(float (&sums)[TOKENS][2], const u8* shared, int codes,
+                                         const Places& places, const Scales& scales,
+                                         const Columns& columns, int groups, int step, int t) {
     constexpr int RUN = QUADS / K::HALVES;
 #pragma unroll
     for (int i = 0; i < GROUPS / 4; i++) {
@@ -236,19 +282,20 @@ __device__ __forceinline__ void multiply(float (&sums)[TOKENS][2], const u8* cod
 #pragma unroll
         for (int h = 0; h < 2; h++) {
             CodesOf own;
-            Rows::read(own, codes, r + h * 8, i * 4 + t);
+            places.read(own, shared + codes, i, h);
 #pragma unroll
             for (int k = 0; k < QUADS; k++) {
                 quads[k][h] = quad<K>(own.word(k / 4, k % 4), own.pairs[k / 4], own.ones, k / 4, k % 4);
             }
-            K::decode(d[h], m[h], raws[i][h], i * 4 + t);
+            K::decode(d[h], m[h], scales.raws[i % Scales::RAWS][h], i * 4 + t);
         }
 #pragma unroll
         for (int token = 0; token < TOKENS; token++) {
-            const int group = step * GROUPS + i * 4;
+            const int group = token * groups + step * GROUPS + i * 4;
             u32 digits[QUADS];
-            columns.read(digits, group, token);
-            const uint4 end = columns.own[token * columns.groups + group].end;
+            Columns::load(digits, shared + (columns.digits + group * columns.stride));
+            const u8* const own = shared + (columns.own + group * (int)sizeof(XGroup));
+            const uint4 end = reinterpret_cast<const XGroup*>(own)->end;
             const float unit = __uint_as_float(end.x);
 #pragma unroll
             for (int half = 0; half < K::HALVES; half++) {
@@ -293,44 +340,54 @@ linear_few(X_T* out, const X_T* x, const u8* w, const B_T* bias, const float* no
 #if __CUDA_ARCH__ >= 800
     extern __shared__ __align__(128) u8 shared[];
     __shared__ Told told;
-    __shared__ uint4 nothing;
     let_next_start();
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, r = lane / 4, t = lane % 4;
     const int part = warp % parts, outputs = gate ? TILE / 2 : TILE, steps = (I + STEP - 1) / STEP;
     const int tiles = WARPS / parts;  // of a block at a time
     const int end = ((O + outputs - 1) / outputs + tiles - 1) / tiles * tiles;
-    u8* const ring = shared + warp * (STAGES * STEP_BYTES);
-    XGroup* const tokens = reinterpret_cast<XGroup*>(shared + WARPS * STAGES * STEP_BYTES);
+    const int first_codes = opaque(warp * STAGES * STEP_BYTES);  // the warp's ring, in shared memory
+    const int last_codes = first_codes + (STAGES - 1) * STEP_BYTES;
+    XGroup* const tokens = reinterpret_cast<XGroup*>(shared + TOKENS_AT);
     const auto rows_of = [&](int tile) {
-        const int o0 = min(tile * outputs, O - 1);
-        return Rows{w + o0 * w_stride, w_stride, gate ? O * w_stride : 0, O - 1 - o0, I / GROUP};
+        return Rows{(u32)w_stride, min(tile * outputs, O - 1), O, gate != 0};
     };
+    const int G = I / GROUP;
     Place now{(int)blockIdx.x * tiles + warp / parts, part}, ahead = now;
-    int slot = 0;  // of the ring, of the place ahead
+    int slot = first_codes;  // of the ring, of the place ahead
+    Planes planes(G, lane);
     const auto copy_next = [&] {
         if (ahead.tile < end) {
-            rows_of(ahead.tile).copy(ring + slot * STEP_BYTES, ahead.step, lane);
+            if (ahead.step == part) planes.find(rows_of(ahead.tile), lane);
+            planes.copy(shared + slot, w, ahead.step);
             ahead.advance(part, parts, steps, gridDim.x * tiles);
         }
-        if (++slot == STAGES) slot = 0;
+        slot = slot == last_codes ? first_codes : slot + STEP_BYTES;
         cp_async_commit();
+    };
+    const u8* scales_of[2];  // of rows r and r + 8
+    const auto find_scales = [&](int tile) {
+        const Rows rows = rows_of(tile);
+#pragma unroll
+        for (int h = 0; h < 2; h++) scales_of[h] = w + rows(r + h * 8) + (i64)G * CodesOf::BYTES;
     };
 
     if (norm && threadIdx.x * 32 < I) prefetch_l2(norm + threadIdx.x * 32);
 #pragma unroll
     for (int i = 0; i < STAGES - 1; i++) copy_next();
-    typename K::Raw next[GROUPS / 4][2];
-    rows_of(now.tile).load(next, now.step, r, t);
-    if (threadIdx.x == 0) nothing = uint4{};
+    Scales next;
+    find_scales(now.tile);
+    next.load(scales_of, now.step, t, G);
+    if (threadIdx.x < 2) reinterpret_cast<uint4*>(shared + ZEROS_AT)[threadIdx.x] = uint4{};
     await_previous();
     float squares[TOKENS] = {}, sums[TOKENS][2] = {}, addends[2] = {}, there[2] = {}, factor = 1.0f;
     stage(tokens, squares, x, x_stride, norm, T, I, steps);
     __syncthreads();
 
-    // Column lane / 4 of B is of group r / 2 and digit r % 2.
-    const u32* const digits = r / 2 == t ? tokens[t].digits[r % 2] : reinterpret_cast<u32*>(&nothing);
-    const Columns columns = {tokens + t, digits, r / 2 == t ? (int)sizeof(XGroup) / 4 : 0,
-                             steps * GROUPS};
+    // Column r of B is of group r / 2 and digit r % 2.
+    const bool has_column = r / 2 == t;
+    const int own = TOKENS_AT + t * (int)sizeof(XGroup);
+    const Columns columns = {opaque(own), opaque(has_column ? own + r % 2 * QUADS * 4 : ZEROS_AT),
+                             opaque(has_column ? (int)sizeof(XGroup) : 0)};
     // A lane's outputs are o and o + 8 of token t, with a gate o alone.
     const bool has_token = part == 0 && t < TOKENS && t < T;
     const auto begin = [&] {
@@ -395,22 +452,25 @@ linear_few(X_T* out, const X_T* x, const u8* w, const B_T* bias, const float* no
     };
 
     bool is_first = true;
-    int read = 0;  // slot of the ring
+    const Places places(r, t);
+    int codes = first_codes;
 #pragma unroll 1
     while (now.tile < end) {
         if (now.step == part) begin();
         cp_async_wait<STAGES - 2>();
         __syncwarp();  // copies of all lanes are there, and all have read what the next ones replace
         copy_next();
-        typename K::Raw raws[GROUPS / 4][2];
-#pragma unroll
-        for (int i = 0; i < GROUPS / 4; i++) raws[i][0] = next[i][0], raws[i][1] = next[i][1];
+        const Scales scales = next;
         Place after = now;
         after.advance(part, parts, steps, gridDim.x * tiles);
-        if (after.tile < end) rows_of(after.tile).load(next, after.step, r, t);
-        multiply(sums, ring + read * STEP_BYTES, raws, columns, now.step, r, t);
-        if (++read == STAGES) read = 0;
-        if (after.tile != now.tile) finish(is_first), is_first = false;
+        const bool is_last = after.tile != now.tile;
+        if (after.tile < end) {
+            if (is_last) find_scales(after.tile);
+            next.load(scales_of, after.step, t, G);
+        }
+        multiply(sums, shared, codes, places, scales, columns, steps * GROUPS, now.step, t);
+        codes = codes == last_codes ? first_codes : codes + STEP_BYTES;
+        if (is_last) finish(is_first), is_first = false;
         now = after;
     }
 #endif

@@ -7,6 +7,7 @@
 //   HAS_ADDEND    elements are d * code + m; else d * code
 //   Raw           what a lane loads for the scales of a group: load(scales, g, G), decode(d, m, raw,
 //                 g), where `scales` is where they begin in a row, g the group, G the groups of a row
+//   SPAN          groups that have one Raw, 1 or 8
 //   FIRST, SECOND bytes of the one and the other range of scales, of eight groups
 //   AS_HALVES     whether decode_halves(d, m, raw, g) gives them as pairs of equal f16, too, rounded
 #include "vector.cuh"
@@ -116,7 +117,7 @@ __device__ __forceinline__ u32 two_bytes(const u8* p) { return *reinterpret_cast
 // --- Kinds of 32 elements ------------------------------------------------------------------------
 
 template <int BITS_, int ZERO_> struct OneHalf {
-    static constexpr int BITS = BITS_, ZERO = ZERO_, HALVES = 1;
+    static constexpr int BITS = BITS_, ZERO = ZERO_, HALVES = 1, SPAN = 1;
     static constexpr bool TABLE = false, HAS_ADDEND = false, AS_HALVES = true;
     static constexpr int FIRST = 16, SECOND = 0;
     using Raw = u32;
@@ -133,7 +134,7 @@ template <int BITS_, int ZERO_> struct OneHalf {
 };
 
 template <int BITS_> struct TwoHalves {
-    static constexpr int BITS = BITS_, ZERO = 0, HALVES = 1;
+    static constexpr int BITS = BITS_, ZERO = 0, HALVES = 1, SPAN = 1;
     static constexpr bool TABLE = false, HAS_ADDEND = true, AS_HALVES = true;
     static constexpr int FIRST = 32, SECOND = 0;
     using Raw = u32;
@@ -171,7 +172,7 @@ struct IQ4_NL : OneHalf<4, 128> {
 };
 
 struct MXFP4 {
-    static constexpr int BITS = 4, ZERO = 128, HALVES = 1;
+    static constexpr int BITS = 4, ZERO = 128, HALVES = 1, SPAN = 1;
     static constexpr bool TABLE = true, HAS_ADDEND = false, AS_HALVES = false;
     static constexpr int FIRST = 8, SECOND = 0;
     using Raw = u32;
@@ -188,7 +189,7 @@ struct MXFP4 {
 // Eight scales and minima of six bits: the last four have their low bits in the third word, and
 // their high ones above the first four.
 template <int BITS_> struct Groups {
-    static constexpr int BITS = BITS_, ZERO = 0, HALVES = 1;
+    static constexpr int BITS = BITS_, ZERO = 0, HALVES = 1, SPAN = 8;
     static constexpr bool TABLE = false, HAS_ADDEND = true, AS_HALVES = true;
     static constexpr int FIRST = 16, SECOND = 0;
     using Raw = uint4;  // two halves and twelve bytes
@@ -231,7 +232,7 @@ using Q5_K = Groups<5>;
 struct TwoWords { u32 scales, d; };
 
 struct Q6_K {
-    static constexpr int BITS = 6, ZERO = 32, HALVES = 2;
+    static constexpr int BITS = 6, ZERO = 32, HALVES = 2, SPAN = 1;
     static constexpr bool TABLE = false, HAS_ADDEND = false, AS_HALVES = false;
     static constexpr int FIRST = 16, SECOND = 2;
     using Raw = TwoWords;
@@ -250,7 +251,7 @@ struct Q6_K {
 };
 
 struct Q2_K {
-    static constexpr int BITS = 2, ZERO = 0, HALVES = 2;
+    static constexpr int BITS = 2, ZERO = 0, HALVES = 2, SPAN = 1;
     static constexpr bool TABLE = false, HAS_ADDEND = true, AS_HALVES = false;
     static constexpr int FIRST = 16, SECOND = 4;
     using Raw = TwoWords;
@@ -272,7 +273,7 @@ struct Q2_K {
 
 // Sixteen scales of six bits: low nibbles in eight bytes, high pairs in four.
 struct Q3_K {
-    static constexpr int BITS = 3, ZERO = 4, HALVES = 2;
+    static constexpr int BITS = 3, ZERO = 4, HALVES = 2, SPAN = 1;
     static constexpr bool TABLE = false, HAS_ADDEND = false, AS_HALVES = false;
     static constexpr int FIRST = 12, SECOND = 2;
     using Raw = TwoWords;
@@ -294,7 +295,7 @@ struct Q3_K {
 };
 
 struct IQ4_XS {
-    static constexpr int BITS = 4, ZERO = 128, HALVES = 1;
+    static constexpr int BITS = 4, ZERO = 128, HALVES = 1, SPAN = 8;
     static constexpr bool TABLE = true, HAS_ADDEND = false, AS_HALVES = false;
     static constexpr int FIRST = 8, SECOND = 0;
     using Raw = uint2;  // a half, the scales' upper bits in pairs, their nibbles

@@ -41,7 +41,7 @@ def _tokens(T: int) -> int:
 
 def _shared_bytes(kind: str, T: int, I: int) -> int:
     weights = _WARPS * _STAGES * _TILE * _STEP * planes.FORMATS[kind].bits // 8
-    return weights + _tokens(T) * -(-I // _STEP) * _STEP // 32 * _GROUP_BYTES
+    return weights + 32 + _tokens(T) * -(-I // _STEP) * _STEP // 32 * _GROUP_BYTES
 
 
 def _parts(tiles: int, steps: int, num_sms: int) -> int:

@@ -20,6 +20,7 @@ from pykv.errors import ParameterError, ShapeError, UnsupportedError
 from pykv.ops import (
     activation,
     block_rows,
+    linear_few,
     linear_mma,
     linear_small,
     linear_tiles,
@@ -163,7 +164,9 @@ def multiply(
             ended (programmatic dependent launch).
         exact: whether float32 `x` keeps its bits on tensor cores. If not, it is rounded to float16
             there as weights are, which half of the products do then; an error of about 5e-4 of the
-            largest output. Of no meaning for 16-bit `x` and wherever else products are made.
+            largest output. Up to 4 tokens, by large matrices of blocks, are integers there, of 15
+            bits and a sign; an error of about 2e-5. Of no meaning for 16-bit `x` and wherever else
+            products are made.
         stream: see pykv.cuda.on_stream.
 
     Returns:
@@ -321,6 +324,10 @@ def _launch(
     x: Any, w: Any, kind: str, bias: Any, norm: Any, out: Any, options: Options
 ) -> Callable[[dict[str, Any], Any], None]:
     """The launch of `gemv`, or the launches around a product on tensor cores."""
+    (T, I), R, exact = x.shape, len(w), options.exact or x.dtype not in FLOAT32
+    if linear_few.multiplies(kind, exact, T, R, I, cuda.current_sm()):
+        ways: dict[str, Any] = dict(gate=options.gate, eps=options.eps, early=options.early)
+        return linear_few.product(x, w, kind, bias, out, options.accumulate, **ways)
     if not _by_gemv(x, w, kind, options.exact and x.dtype in FLOAT32):
         return _launches(x, w, kind, bias, norm, out, options)
     cut = cut_of(x, w, kind)

@@ -1,5 +1,5 @@
-"""The kernel of `pykv.ops.block_linear` for 1 to 4 tokens and large matrices of blocks, where float32
-activations may be rounded: integers on tensor cores, in one launch.
+"""The kernel of `pykv.ops.block_linear` for 1 to 4 tokens and large matrices of blocks, where
+activations in float32 may be rounded: integers on tensor cores, in one launch.
 
 Dimensions: T tokens, I features in, O features out, R rows of weights.
 Kernel: kernels_cu/linear_few.cu.
@@ -14,25 +14,26 @@ from pykv.arrays import FLOATS, row_step
 from pykv.ops.linear_tiles import GATES
 
 MOST = 4  # tokens
+_SMALL = 2 << 20  # elements of a matrix
 _BLOCK, _RESIDENT = 256, 2  # threads; blocks that share an SM
 _WARPS = _BLOCK // 32
-_TILE, _STEP, _STAGES = 16, 256, 3  # rows of w of a warp; elements of each in a step; steps on their way
+_TILE, _STEP = 16, 256  # rows of w of a warp, and elements of each, in a step
+_STAGES = 3  # steps that a warp has room for
 _GROUP_BYTES = 80  # of shared memory, for 32 elements of a token
 
 
 def multiplies(kind: str, exact: bool, T: int, R: int, I: int, sm: int) -> bool:
-    """Whether T tokens, R rows and I are for this kernel: an SM must have room for the tokens."""
-    if exact or sm < 80 or kind not in planes.FORMATS or not 0 < T <= MOST or not I:
+    """Whether T tokens and a matrix of [R, I] are for this kernel: an SM must have room for the
+    tokens; of a small matrix not every SM gets some rows."""
+    if exact or sm < 80 or kind not in planes.FORMATS or not 0 < T <= MOST or R * I <= _SMALL:
         return False
-    return R * I > _FEW_ELEMENTS and _shared_bytes(kind, T, I) <= _room(sm)
-
-
-_FEW_ELEMENTS = 2 << 20  # of a matrix, up to which rows are too few for all SMs
+    is_near = R * planes.row_bytes(kind, I) < 1 << 32  # rows are found by 32 bits
+    return is_near and _shared_bytes(kind, T, I) <= _room(sm)
 
 
 def _room(sm: int) -> int:
-    """Bytes of shared memory that a block may have."""
-    return (226 if sm in (90, 100, 103) else 162 if sm == 80 else 98) << 10
+    """Bytes of shared memory for a block, beside 6 KiB of what its warps tell each other."""
+    return (220 if sm in (90, 100, 103) else 156 if sm == 80 else 92) << 10
 
 
 def _tokens(T: int) -> int:
@@ -92,6 +93,13 @@ def product(
         shared_bytes=shared,
         early=early,
     )
+
+
+def all_defines(kind: str, sm: int) -> list[dict[str, Any]]:
+    """Of all numbers of tokens, in float32, where an SM has the kernel."""
+    if sm < 80 or kind not in planes.FORMATS:
+        return []
+    return [defines(kind, FLOATS[0], FLOATS[0], T) for T in (1, 2, MOST)]
 
 
 VARIANTS = [

@@ -10,6 +10,7 @@ from pykv.llm import weight_kernels
 from pykv.ops import block_linear as op
 from pykv.ops import (
     block_rows,
+    linear_few,
     linear_mma,
     linear_small,
     linear_split,
@@ -41,6 +42,8 @@ def test_a_model_that_is_loaded_finds_its_kernels_compiled(monkeypatch, kind, sm
             taken = outs if rows == 2 else chosen
             sizes += [dict(ROWS=rows, OUTS=n, BLOCK=block) for n in taken]
     ways = [("block_linear", op._defines(kind, *floats, **size)) for size in sizes]
+    if kind not in op.PLAIN and sm >= 80:
+        ways += [("linear_few", linear_few.defines(kind, *floats, T)) for T in (1, 2, 3)]
     if kind not in op.PLAIN:
         ways.append(("block_rows", block_rows.defines(kind, floats[0])))
     if linear_mma.has_kernel(kind, sm):

@@ -30,6 +30,7 @@
 //           the launch fixes: two runs agree in every bit. A token's results do not depend on others
 //           norm    x times norm is multiplied; the sum times the factor of the row, whose squares are
 //                   summed in float; where they leave it, 0, whatever the sum is, as in norm.cu
+// Stack: 32 bytes, of 4 tokens by Q6_K, whose halves have sums of their own
 #include "gate.cuh"
 #include "planes.cuh"
 #include "ptx.cuh"

@@ -233,7 +233,7 @@ template <int N, typename T> __device__ __forceinline__ void load(T (&r)[N], con
     for (int i = 0; i < N; i++) r[i] = registers[i * WARP + threadIdx.x];
 }
 
-__device__ __forceinline__ void store(float* registers, const float (&r)[4]) {
+template <typename T> __device__ __forceinline__ void store(T* registers, const T (&r)[4]) {
 #pragma unroll
     for (int i = 0; i < 4; i++) registers[i * WARP + threadIdx.x] = r[i];
 }
@@ -264,6 +264,16 @@ extern "C" __global__ void mma_k16_bf16(float* d, const u32* a, const u32* b) {
     float rd[4];
     load(ra, a), load(rb, b), load(rd, d);
     mma_m16n8k16_bf16(rd, ra, rb);
+    store(d, rd);
+#endif
+}
+
+extern "C" __global__ void mma_k32_u8_s8(int* d, const u32* a, const u32* b) {
+#if __CUDA_ARCH__ >= 800
+    u32 ra[4], rb[2];
+    int rd[4];
+    load(ra, a), load(rb, b), load(rd, d);
+    mma_m16n8k32_u8_s8(rd, ra, rb);
     store(d, rd);
 #endif
 }

@@ -187,26 +187,37 @@ struct StoredRows {
 template <typename K, typename Source>
 __device__ __forceinline__ void stage(float* staged, float (&squares)[ROWS], const Source& x,
                                       const float* norm, int t0, int T, int i0, int I, int parts) {
-    for (int at = threadIdx.x * 4; at < parts * SLICE; at += BLOCK * 4) {
-        const int i = min(i0 + at, I - 4);
-        float values[ROWS][4], factors[4];
-        if (norm) load4(factors, norm + i);
+    constexpr int STEP = BLOCK * 4, MOST = BLOCK / 128 / ROWS;
+    constexpr int AT_ONCE = MOST > 1 ? MOST : 1;  // steps that a thread loads together
+#pragma unroll 1
+    for (int first = threadIdx.x * 4; first < parts * SLICE; first += AT_ONCE * STEP) {
+        float values[AT_ONCE][ROWS][4], factors[AT_ONCE][4];
 #pragma unroll
-        for (int r = 0; r < ROWS; r++) x.load(values[r], min(t0 + r, T - 1), i);
-        float* slice = staged + at / SLICE * (ROWS * SLICE_WORDS);
+        for (int n = 0; n < AT_ONCE; n++) {
+            const int i = min(i0 + first + n * STEP, I - 4);
+            if (norm) load4(factors[n], norm + i);
 #pragma unroll
-        for (int r = 0; r < ROWS; r++) {
-            float of_row[4];
+            for (int r = 0; r < ROWS; r++) x.load(values[n][r], min(t0 + r, T - 1), i);
+        }
 #pragma unroll
-            for (int j = 0; j < 4; j++) {
-                of_row[j] = i0 + at < I ? values[r][j] : 0.0f;
-                if (norm) {
-                    const float nothing = of_row[j] * 0.0f;  // NaN of infinities
-                    squares[r] = fmaf(of_row[j], of_row[j], squares[r] + nothing);
-                    of_row[j] *= factors[j];
+        for (int n = 0; n < AT_ONCE; n++) {
+            const int at = first + n * STEP;
+            if (at >= parts * SLICE) break;
+            float* slice = staged + at / SLICE * (ROWS * SLICE_WORDS);
+#pragma unroll
+            for (int r = 0; r < ROWS; r++) {
+                float of_row[4];
+#pragma unroll
+                for (int j = 0; j < 4; j++) {
+                    of_row[j] = i0 + at < I ? values[n][r][j] : 0.0f;
+                    if (norm) {
+                        const float nothing = of_row[j] * 0.0f;  // NaN of infinities
+                        squares[r] = fmaf(of_row[j], of_row[j], squares[r] + nothing);
+                        of_row[j] *= factors[n][j];
+                    }
                 }
+                Digits<K>::put(slice + r * SLICE_WORDS, at % SLICE, of_row);
             }
-            Digits<K>::put(slice + r * SLICE_WORDS, at % SLICE, of_row);
         }
     }
 }
@@ -392,9 +403,11 @@ gemv_tiles(float* staged, WarpSums& shared, X_T* out, const Source& x, const u8*
         }
         if (parts > 1) {
             sum = 0.0f;
+            const auto& partial = shared.partial[parity];
 #pragma unroll 1
-            for (int p = 0; p < parts; p++) {
-                sum += shared.partial[parity][warp - part + p][lane % SUMS];
+            for (int p = warp - part; p < warp - part + parts; p += 2) {  // of a power of two
+                const float two[2] = {partial[p][lane % SUMS], partial[p + 1][lane % SUMS]};
+                sum += two[0], sum += two[1];
             }
             parity ^= 1;
         }

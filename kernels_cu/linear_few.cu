@@ -434,9 +434,11 @@ linear_few(X_T* out, const X_T* x, const u8* w, const B_T* bias, const float* no
             for (int k = 1; k < TOKENS; k++) two[h] = t == k ? sums[k][h] : two[h];
             if (parts > 1) {
                 two[h] = 0.0f;
+                const auto* const of_part = told.sums[parity] + (warp - part);
 #pragma unroll 1
-                for (int p = 0; p < parts; p++) {
-                    two[h] += told.sums[parity][warp - part + p][t % TOKENS][r + h * 8];
+                for (int p = 0; p < parts; p += 2) {  // of a power of two
+                    const float next = of_part[p + 1][t % TOKENS][r + h * 8];
+                    two[h] += of_part[p][t % TOKENS][r + h * 8], two[h] += next;
                 }
             }
             // The factor is 0 if squares of the token left float; the sum may have left it, too.

@@ -1,7 +1,7 @@
 """Products with a model's matrices: GGUF blocks as they are stored, and float16, by own kernels and
 by cuBLAS.
 
-Activations are float32, "rounded" to float16 where tensor cores multiply, as a model has it. Bytes
+Activations are float32, "rounded" to 16 bits where tensor cores multiply, as a model has it. Bytes
 are the least that there is: the matrix as it is stored and the activations read once, the products
 written once; reading is the ceiling. Of many tokens the operations say more: two for each product.
 Needs the package gguf, which says what blocks mean.
@@ -28,7 +28,14 @@ _SAMPLE = 32  # outputs that each check compares
 
 def _cases() -> list[dict[str, Any]]:
     large = dict(zip("OI", SHAPES[-1], strict=True))
-    listed = [dict(kind=k, T=1, O=O, I=I, by="own") for O, I in SHAPES for k in KINDS]
+    listed = [
+        dict(kind=k, T=1, O=O, I=I, by=by)
+        for O, I in SHAPES
+        for k in KINDS
+        for by in ("own", "rounded")
+        if by == "own" or k in planes.FORMATS
+    ]
+    listed += [dict(kind="Q4_K", T=4, **large, by="rounded")]
     listed += [
         dict(kind=k, T=T, **large, by=by)
         for T in (8, 32, 512, 4096)

@@ -225,7 +225,7 @@ FUNCTIONS = {
     "transfer.memcpy_batch": dict(src_ptrs=_FROM, dst_ptrs=_TO, size=16, device="cpu"),
     "transfer.start": dict(sources=[zeros("f4", 4)], destinations=[zeros("f4", 4)]),
     "elastic.compaction.compress": taking(
-        "kv f4 2 4, indices i4 8, out f4 8", threshold=0.5, repetitions=1
+        "kv f4 2 4, indices i4 8, out f4 8, count i8 1", threshold=0.5, repetitions=1
     ),
     "elastic.rates.mem_bandwidth": taking("input f4 8, output f4 8", iterations=1),
     "elastic.rates.mem_bandwidth_batched": taking(

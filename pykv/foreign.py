@@ -118,10 +118,10 @@ def from_pointer(
     device: int | None = None,
     owner: Any = None,
 ) -> Any:
-    """A CuPy array over device memory that somebody else allocated.
+    """A CuPy array over memory that somebody else allocated, of a GPU or pinned on the host.
 
     Args:
-        address: device address of the first element, in bytes; aligned to the element.
+        address: of the first element, in bytes; aligned to the element.
         shape: sizes, row-major and contiguous.
         dtype: NumPy or ml_dtypes element type.
         device: ordinal of the GPU that holds the memory, the current one if None.
@@ -131,7 +131,8 @@ def from_pointer(
         ParameterError: the address is null, misaligned or beyond 63 bits, a size or `device` is
             negative, or all of it takes more bytes than 63 bits count.
         DtypeError: `dtype` is no element type of numbers, or another argument no integer.
-        DeviceError: CuPy or a driver is missing, or no GPU is usable.
+        DeviceError: the memory is pageable, which no kernel may touch; or CuPy or a driver is
+            missing, or no GPU is usable.
     """
     op = "from_pointer"
     try:
@@ -156,5 +157,16 @@ def from_pointer(
     else:
         device = current_device()
     cupy = load_cupy()
+    if nbytes and is_pageable(address):
+        raise DeviceError(
+            f"{op}: address is {address:#x} in pageable host memory, expected that of a GPU, or "
+            "pinned memory"
+        )
     memory = cupy.cuda.UnownedMemory(address, nbytes, owner, device)
     return cupy.ndarray(shape, dtype, cupy.cuda.MemoryPointer(memory, 0))
+
+
+def is_pageable(address: int) -> bool:
+    """Whether an address is in host memory that no GPU reaches."""
+    runtime = load_cupy().cuda.runtime
+    return bool(runtime.pointerGetAttributes(address).type == runtime.memoryTypeUnregistered)

@@ -1,4 +1,5 @@
-"""Whole pages of a cache: zero, copy, convert, swap to the host. Scales go with the data.
+"""Whole pages of a cache: zero, copy, convert, swap to the host. Scales go with the data. Files of
+pages are those of pykv.page_files.
 
 Dimensions: L layers, N pages, P tokens a page, H KV heads, D head size, W elements that D codes
 take.

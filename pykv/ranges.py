@@ -14,7 +14,7 @@ import numpy as np
 from pykv import cuda
 from pykv.arrays import check_writeable, like, on_gpu
 from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError
-from pykv.foreign import from_pointer, named_array
+from pykv.foreign import from_pointer, is_pageable, named_array
 from pykv.options import check_type
 
 Ranges = tuple[str, Any, Any]  # name, [C] uint64 addresses, and bytes: an integer or [C] int64
@@ -198,12 +198,6 @@ def reach(op: str, name: str, data: Any, beside: Any) -> Any:
         return like(beside, data.shape, data.dtype)
     check_pinned(op, name, data)
     return from_pointer(address_of(data), data.shape, data.dtype, owner=data)
-
-
-def is_pageable(address: int) -> bool:
-    """Whether an address is in host memory that no GPU reaches."""
-    runtime = cuda.array_module("cuda").cuda.runtime
-    return bool(runtime.pointerGetAttributes(address).type == runtime.memoryTypeUnregistered)
 
 
 def kinds_of(addresses: Any) -> set[str | int]:

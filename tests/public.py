@@ -225,7 +225,7 @@ FUNCTIONS = {
     "transfer.memcpy_batch": dict(src_ptrs=_FROM, dst_ptrs=_TO, size=16, device="cpu"),
     "transfer.start": dict(sources=[zeros("f4", 4)], destinations=[zeros("f4", 4)]),
     "elastic.compaction.compress": taking(
-        "kv f4 2 4, indices i4 8, out f4 8", threshold=0.5, repetitions=1
+        "kv f4 2 4, indices i4 8, out f4 8, count i8 1", threshold=0.5, repetitions=1
     ),
     "elastic.rates.mem_bandwidth": taking("input f4 8, output f4 8", iterations=1),
     "elastic.rates.mem_bandwidth_batched": taking(
@@ -237,7 +237,7 @@ FUNCTIONS = {
     ),
     "elastic.rates.gpu_info": {},
     "foreign.asarray": taking("x f4 2"),
-    "foreign.from_pointer": dict(address=256, shape=(2, 3), dtype=np.float32),
+    "foreign.from_pointer": dict(address=256, shape=(0, 3), dtype=np.float32),
     "cuda.graphs.graph": dict(function=lambda: None),
     "eval.changes.evict": dict(policy="snapkv:40"),
     "eval.changes.requantise": dict(spec="int8"),

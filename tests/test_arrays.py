@@ -239,6 +239,13 @@ def test_from_pointer_refuses_bad_addresses(address):
         from_pointer(address, (1,), np.float32)
 
 
+def test_from_pointer_refuses_memory_that_no_kernel_may_touch(device):
+    host = np.zeros(16, np.float32)
+    with pytest.raises(DeviceError, match="address is 0x.* in pageable host memory, expected"):
+        from_pointer(host.ctypes.data, (4,), np.float32)
+    assert from_pointer(host.ctypes.data, (0, 4), np.float32).size == 0
+
+
 def test_from_pointer_refuses_bad_shapes():
     with pytest.raises(ParameterError, match=r"shape\[1\] is -1, expected at least 0"):
         from_pointer(16, (2, -1), np.float32)

@@ -5,6 +5,7 @@ import statistics
 import numpy as np
 import pytest
 
+import pykv
 from pykv import elastic
 from pykv.bench import elastic as bench
 from pykv.errors import CapacityError, DtypeError, ParameterError, ShapeError
@@ -27,6 +28,25 @@ def test_compress_is_that_of_ops_and_timed_on_request(xp, rng):
     assert plain.samples_ms == () and all(getattr(plain, name) is None for name in figures)
     assert len(timed.samples_ms) == 7 and timed.bytes == kv.nbytes + 8 * want.size
     assert elastic.compress(xp.asarray(kv), 0.5, indices=False, repetitions=1).std_ms is None
+
+
+def test_compress_fills_what_is_given_and_expand_puts_it_back(xp, rng):
+    """Also as a graph, which repeats it with what the arrays then hold."""
+    kv = xp.asarray(rng.standard_normal((50, 40)).astype(np.float32))
+    arrays = dict(out=xp.zeros(2000, np.float32), indices=xp.zeros(2000, np.int32))
+    arrays["count"] = xp.zeros(1, np.int64)
+    if xp is not np:
+        size = pykv.ops.compaction.workspace_size(2000, 4)
+        arrays["workspace"] = xp.zeros(size, np.uint64)
+    step = pykv.graph(lambda: elastic.compress(kv, 0.5, **arrays))
+    for _ in range(3):
+        kv[...] = xp.asarray(rng.standard_normal((50, 40)).astype(np.float32))
+        step()
+        back = elastic.expand(arrays["out"], arrays["indices"], 2000, count=arrays["count"])
+        plain = to_numpy(kv).reshape(-1)
+        assert_same_bits(back, np.where(np.abs(plain) > np.float32(0.5), plain, np.float32(0)))
+    got = elastic.compress(kv, 0.5, **arrays)
+    assert got.values is arrays["out"] and got.count is arrays["count"]
 
 
 def test_figures_are_those_of_the_samples(rng):

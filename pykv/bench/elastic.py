@@ -11,6 +11,7 @@ score is the attention mass that the last queries before the step gave it (H2O, 
 the heads. Errors are those of this data; `facts` of a record has them:
 
     relative_l2    of the step's output against that over all keys
+    cosine         of both, as vectors of all heads of all sequences
     retained_mass  of its softmax, mean and least over KV heads; the error may not exceed
                    2 (1 - mass) max |v|, or the case is wrong
     kv_bytes       of keys, values and scales that a step reads
@@ -255,9 +256,12 @@ class Layer:
         error = np.sqrt((lost**2).sum(-1)).sum(-1)  # summed over the heads of a group
         bound = 2 * np.maximum(G - kept, 0) * host(self.v_max)
         slack = 1e-2 * G * host(self.v_max)  # allows for rounding and quantisation
-        of_all = np.sqrt((host(exact).astype(np.float64) ** 2).sum())
+        of_all = host(exact).astype(np.float64).reshape(lost.shape)
+        of_kept = of_all + lost
+        sizes = [float(np.sqrt((x**2).sum())) for x in (lost, of_all, of_kept)]
         return dict(
-            relative_l2=float(np.sqrt((lost**2).sum()) / (of_all or 1.0)),
+            relative_l2=sizes[0] / (sizes[1] or 1.0),
+            cosine=float((of_all * of_kept).sum()) / (sizes[1] * sizes[2] or 1.0),
             retained_mass=[float((kept / G).mean()), float((kept / G).min())],
             within_bound=bool((error <= bound + slack).all()),
         )

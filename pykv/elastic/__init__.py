@@ -15,6 +15,8 @@ themselves and figures made of these; nothing is timed at `repetitions=0`. Where
 >>> kept = pykv.elastic.compress(kv, 1)
 >>> kept.values[: kept.kept()], kept.indices[: kept.kept()], kept.avg_ms
 (array([ 3., -2.], dtype=float32), array([0, 2], dtype=int32), None)
+>>> pykv.elastic.expand(kept.values, kept.indices, kv.size, count=kept.count)
+array([ 3.,  0., -2.,  0.], dtype=float32)
 """
 
 from pykv.elastic.compaction import CompressResult, compress
@@ -27,6 +29,7 @@ from pykv.elastic.rates import (
     mem_bandwidth_batched,
 )
 from pykv.elastic.timed import Timed
+from pykv.ops.compaction import expand
 
 __all__ = [
     "CompressResult",
@@ -35,6 +38,7 @@ __all__ = [
     "Timed",
     "compress",
     "compute_throughput",
+    "expand",
     "gpu_info",
     "inference_cycle",
     "mem_bandwidth",

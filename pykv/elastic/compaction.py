@@ -42,6 +42,8 @@ def compress(
     out: Any = None,
     indices: Any = True,
     mode: str = "gt",
+    count: Any = None,
+    workspace: Any = None,
     repetitions: int = 0,
     warmup: int = 0,
     stream: Any = None,
@@ -50,7 +52,8 @@ def compress(
 
     Args:
         kv: contiguous, float32, float16 or bfloat16; indices count its elements row by row.
-        threshold, out, indices, mode, stream: as of `ops.compaction.compress`.
+        threshold, out, indices, mode, count, workspace, stream: as of `ops.compaction.compress`,
+            which allocates nothing where all of them are given.
         repetitions: timed calls behind the first; these wait for the GPU.
         warmup: untimed calls before them.
 
@@ -60,20 +63,19 @@ def compress(
     op = "elastic.compress"
     given = counts(op, repetitions=repetitions, warmup=warmup)
     x = _flat(op, "kv", kv)
-    got = compaction.compress(x, threshold, out=out, indices=indices, mode=mode, stream=stream)
+    run = partial(compaction.compress, x, threshold, mode=mode)
+    got = run(out=out, indices=indices, count=count, workspace=workspace, stream=stream)
     samples: tuple[float, ...] = ()
     moved = 0
     if repetitions:
         with cuda.on_stream(stream, x):
             kept = got.kept()
-        arrays: dict[str, Any] = dict(out=got.values, count=got.count)
-        arrays["indices"] = False if got.indices is None else got.indices
-        if on_gpu(x):
+        if workspace is None and on_gpu(x):
             size = compaction.workspace_size(x.size, x.itemsize)
-            arrays["workspace"] = like(x, (size,), np.uint64)
-        samples = time_calls(
-            x, partial(compaction.compress, x, threshold, mode=mode, **arrays), *given
-        )
+            workspace = like(x, (size,), np.uint64)
+        arrays = dict(out=got.values, count=got.count, workspace=workspace)
+        arrays["indices"] = False if got.indices is None else got.indices
+        samples = time_calls(x, partial(run, **arrays), *given)
         index = 0 if got.indices is None else got.indices.itemsize
         moved = x.nbytes + kept * (x.itemsize + index)
     return CompressResult(samples, moved, *got)

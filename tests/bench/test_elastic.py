@@ -77,6 +77,8 @@ def test_retained_mass_and_error_are_those_of_a_plain_loop(rng):
     some = softmax(queries[-1] @ keys[kept].T / np.sqrt(D)) @ values[kept]
     error = np.linalg.norm(some - exact) / np.linalg.norm(exact)
     assert found["relative_l2"] == pytest.approx(error, abs=2e-3) and found["within_bound"]
+    cosine = np.vdot(some, exact) / np.linalg.norm(some) / np.linalg.norm(exact)
+    assert found["cosine"] == pytest.approx(cosine, abs=1e-3)
 
 
 def test_wrong_results_are_found(rng, monkeypatch):

@@ -1,6 +1,7 @@
 """Answers that follow a schema, calls of tools, and what templates see of both."""
 
 import json
+import time
 
 import numpy as np
 import pytest
@@ -275,6 +276,29 @@ def test_a_mark_in_a_string_that_does_not_end_ends_the_call_at_last():
     reader = CallReader(Tools({"any": {}}, [], False, True))
     said = 'a <tool_call>{"x</tool_call> b'
     assert reader.push(said, False)[0] == "a" and reader.push("", True) == (said[1:], [])
+
+
+@pytest.mark.parametrize("piece", ['"a", ', "some words "])
+def test_a_long_call_takes_a_time_that_grows_as_it_does(piece):
+    reader = CallReader(Tools({"any": {}}, [], False, True))
+    begun, end = '<tool_call>\n{"name": "any", "arguments": ', "}\n</tool_call>"
+    opening, closing = ('{"x": [', '"a"]}') if "," in piece else ('{"x": "', '"}')
+    started = time.process_time()
+    assert reader.push(begun + opening, False) == ("", [])
+    for _ in range(8000):
+        assert reader.push(piece, False) == ("", [])
+    assert reader.push(closing + end, False) == ("", [("any", opening + piece * 8000 + closing)])
+    assert time.process_time() - started < 3
+
+
+def test_pieces_of_an_escape_and_of_a_mark():
+    said = r'<tool_call>{"name": "any", "arguments": {"x": "a\\\"</tool_call>\\"}}</tool_call>.'
+    reader = CallReader(Tools({"any": {}}, [], False, True))
+    found = [reader.push(character, False) for character in said]
+    assert [call for _, calls in found for call in calls] == [
+        ("any", r'{"x": "a\\\"</tool_call>\\"}')
+    ]
+    assert "".join(text for text, _ in found) == "."
 
 
 def test_no_tool_may_be_called(serve):

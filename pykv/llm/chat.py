@@ -20,6 +20,8 @@ from pykv.llm.templates import OP, Rendered, render
 from pykv.llm.token_types import known_id
 from pykv.llm.tokenizer import Tokenizer
 
+_DEFAULTS: dict[str, Any] = {"add_generation_prompt": True, "tools": None, "documents": None}
+
 
 def chat_prompt(
     model: ModelFile | str,
@@ -45,7 +47,8 @@ def chat_prompt(
         InstallError: jinja2 is not installed.
     """
     name, source, tokens = _template(model, template_variables)
-    return _rendered(name, source, _variables(messages, template_variables, tokens)).text
+    variables = _variables(messages, template_variables, tokens)
+    return _rendered(name, source, _as_wanted(name, source, variables)).text
 
 
 def chat_ids(
@@ -62,6 +65,7 @@ def chat_ids(
     """
     name, source, tokens = _template(model, template_variables)
     variables = _variables(messages, template_variables, tokens)
+    variables = _as_wanted(name, source, variables)
     plain = _rendered(name, source, variables)
     given = {key: value for key, value in variables.items() if key not in tokens}
     said = list(_strings(list(given.values())))
@@ -81,6 +85,45 @@ def chat_ids(
         return tokenizer.encode(plain.text, special=True, limit=limit)
     back = str.maketrans({stand_in: sign for sign, stand_in in stand_ins.items()})
     return tokenizer.encode(safe, special=True, stand_ins=back, limit=limit)
+
+
+def _as_wanted(name: str, source: str, variables: dict[str, Any]) -> dict[str, Any]:
+    """The variables, with contents as parts where the template knows no others: it would leave out
+    the strings without a word."""
+    try:
+        if not _wants_parts(name, source):
+            return variables
+    except (FormatError, ParameterError):  # it has more to say of the messages themselves
+        return variables
+    messages = [
+        {**message, "content": _parts(message["content"])} if "content" in message else message
+        for message in variables["messages"]
+    ]
+    return variables | {"messages": messages}
+
+
+def _parts(content: Any) -> Any:
+    """A content as a list of parts."""
+    if content is None:
+        return []
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+@lru_cache(8)
+def _wants_parts(name: str, source: str) -> bool:
+    """Whether a template writes a content that is parts, but the same or nothing for any string."""
+
+    def prompt(content: Any) -> str:
+        messages = [{"role": "user", "content": content}]
+        return render(name, source, _DEFAULTS | {"messages": messages}).text
+
+    word = "pykv0said"
+    try:
+        if prompt(word) != prompt(f"{word} more"):
+            return False
+    except FormatError:
+        pass
+    return word in prompt(_parts(word))
 
 
 def _rendered(name: str, source: str, variables: dict[str, Any]) -> Rendered:
@@ -216,8 +259,7 @@ def _variables(
             raise ParameterError(
                 f"{OP}: template_variables has {name!r}, expected names other than {', '.join(own)}"
             )
-    defaults = {"add_generation_prompt": True, "tools": None, "documents": None}
-    return defaults | dict(given or {}) | own
+    return _DEFAULTS | dict(given or {}) | own
 
 
 def check_messages(messages: Any) -> None:

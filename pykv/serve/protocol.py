@@ -275,6 +275,7 @@ class Protocol:
     ) -> SamplingParams:
         """How tokens are drawn; fields that are absent keep what SamplingParams has."""
         seed = fields.whole("seed", None, -(2**63), 2**64 - 1)
+        is_random = seed in (None, -1)  # as llama.cpp and vLLM have -1
         vocab = self.llm.model.config.vocab
         min_tokens = fields.whole("min_tokens", 0, 0)
         if min_tokens > most:
@@ -285,7 +286,7 @@ class Protocol:
             top_p=max(fields.number("top_p", 1.0, least=0, most=1), 1e-9),
             top_k=max(fields.whole("top_k", 0, -1, 2**31 - 1), 0),  # vLLM's -1 keeps all
             min_p=fields.number("min_p", 0.0, least=0, most=1),
-            seed=secrets.randbits(63) if seed is None else seed % 2**64,
+            seed=secrets.randbits(63) if is_random else seed % 2**64,
             max_tokens=most,
             stop=_stops(fields.take("stop", str, list, default=[], **_STOPS)),
             ignore_eos=fields.flag("ignore_eos"),

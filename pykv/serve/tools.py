@@ -106,14 +106,15 @@ def _read_calls(message: Fields) -> list[dict[str, Any]]:
         name = function.get("name") if isinstance(function, dict) else None
         if not isinstance(function, dict) or not isinstance(name, str):
             raise wrong(where, call, 'an object with {"function": {"name": ...}}')
-        arguments = function.get("arguments") or {}
-        if isinstance(arguments, str):
+        given = arguments = function.get("arguments")
+        if isinstance(given, str):
             try:
-                arguments = loads(arguments)
+                arguments = loads(given if given.strip() else "null")
             except (ValueError, RecursionError):
-                raise wrong(f"{where}.function.arguments", arguments, "JSON") from None
+                raise wrong(f"{where}.function.arguments", given, "JSON") from None
+        arguments = {} if arguments in (None, []) else arguments  # PHP writes {} as []
         if not isinstance(arguments, dict):  # templates go through its items
-            raise wrong(f"{where}.function.arguments", arguments, "an object of JSON")
+            raise wrong(f"{where}.function.arguments", given, "an object of JSON")
         call_id = call.get("id")
         if not isinstance(call_id, str | None):
             raise wrong(f"{where}.id", call_id, "a string")

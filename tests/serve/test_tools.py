@@ -385,6 +385,14 @@ TALK = [
 ]
 
 
+@pytest.mark.parametrize("given", [None, "", " \n", "null", "{}", "[]", [], {}])
+def test_calls_of_functions_that_take_nothing(given):
+    call = {"id": "1", "function": {"name": "now", "arguments": given}}
+    messages = [*USER, {"role": "assistant", "tool_calls": [call]}]
+    made = read_messages(Fields({"messages": messages}), native=True)[1]
+    assert made["tool_calls"][0]["function"] == {"name": "now", "arguments": {}}
+
+
 def test_results_of_calls():
     native = read_messages(Fields({"messages": TALK}), native=True)
     function = native[1]["tool_calls"][0]["function"]

@@ -90,10 +90,7 @@ def chat_ids(
 def _as_wanted(name: str, source: str, variables: dict[str, Any]) -> dict[str, Any]:
     """The variables, with contents as parts where the template knows no others: it would leave out
     the strings without a word."""
-    try:
-        if not _wants_parts(name, source):
-            return variables
-    except (FormatError, ParameterError):  # it has more to say of the messages themselves
+    if _reads(name, source, parts=False) is not False or not _reads(name, source, parts=True):
         return variables
     messages = [
         {**message, "content": _parts(message["content"])} if "content" in message else message
@@ -109,31 +106,35 @@ def _parts(content: Any) -> Any:
     return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
-@lru_cache(8)
-def _wants_parts(name: str, source: str) -> bool:
-    """Whether a template writes a content that is parts, but the same or nothing for any string."""
-
-    def prompt(content: Any) -> str:
-        messages = [{"role": "user", "content": content}]
-        return render(name, source, _DEFAULTS | {"messages": messages}).text
-
-    word = "pykv0said"
+def _reads(name: str, source: str, *, parts: bool) -> bool | None:
+    """Whether contents that are parts, or strings, make a difference to what a template writes.
+    None: it refuses a message; of parts also where it fails, perhaps for another reason."""
     try:
-        if prompt(word) != prompt(f"{word} more"):
-            return False
+        return _tells_apart(name, source, parts)
+    except ParameterError:
+        return None
     except FormatError:
-        pass
-    return word in prompt(_parts(word))
+        return None if parts else False
+
+
+@lru_cache(16)
+def _tells_apart(name: str, source: str, parts: bool) -> bool:
+    prompts = set()
+    for said in ("one", "three"):
+        message = {"role": "user", "content": _parts(said) if parts else said}
+        prompts.add(render(name, source, _DEFAULTS | {"messages": [message]}).text)
+    return len(prompts) > 1
 
 
 def _rendered(name: str, source: str, variables: dict[str, Any]) -> Rendered:
-    """The prompt, of messages whose contents the template takes. Many want strings and fail with
-    Python's own words at parts, or write them as Python does."""
+    """The prompt, of messages whose contents the template takes. Many want strings, and fail with
+    Python's own words at parts, write them as Python does, or leave them out."""
     contents = [message["content"] for message in variables["messages"] if "content" in message]
     others = [content for content in contents if not isinstance(content, str)]
     try:
         plain = render(name, source, variables)
-        if not any(str(content) in plain.text for content in others if content):
+        is_spelled = any(str(content) in plain.text for content in others if content)
+        if not is_spelled and not (any(others) and _reads(name, source, parts=True) is False):
             return plain
     except FormatError:
         texts = [{**message, "content": ""} for message in variables["messages"]]

@@ -124,10 +124,14 @@ PARTS = [{"type": "text", "text": "Hi"}]
 
 
 @pytest.mark.parametrize(
-    "template", [CHATML, "{{ messages[-1].content }}", "{{ messages[-1].content | trim }}"]
+    "template",
+    [
+        *(CHATML, "{{ messages[-1].content }}", "{{ messages[-1].content | trim }}"),
+        "{% if messages[-1].content is string %}{{ messages[-1].content }}{% endif %}",
+    ],
 )
 def test_templates_that_want_strings_say_so(file, template):
-    """They fail in Python's words, or write parts as Python does."""
+    """They fail in Python's words, write parts as Python does, or leave them out."""
     messages = [*USER, {"role": "user", "content": PARTS}]
     text = r"messages\[1\] has content \[{'type': .*model.gguf does not take: it wants a string"
     with pytest.raises(ParameterError, match=text):

@@ -337,6 +337,23 @@ def test_another_template_is_told_in_the_system_message(serve):
         assert text.endswith("[user:Hi][assistant:")
 
 
+NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+
+
+@pytest.mark.parametrize("fields", [{}, {"tools": [WEATHER]}])
+@pytest.mark.parametrize("system", [[], [{"role": "system", "content": "Be brief."}]])
+def test_a_template_that_refuses_system_messages_has_the_user_say_them(serve, fields, system):
+    client = serve("x", template=NO_SYSTEM + PLAIN)
+    for talk in (USER, [], [{"role": "assistant", "content": "Hello"}, *USER]):
+        if system + talk:
+            client.ask(CHAT, messages=system + talk, **fields)
+    prompt = client.server.llm.tokenizer.decode(client.server.protocol.chat(
+        {"messages": [*system, *USER], **fields}
+    ).answers[0].sequence.prompt)  # fmt: skip
+    assert prompt.startswith("[user:") and prompt.endswith("Hi][assistant:")
+    assert ("Be brief." in prompt) == bool(system) and ("weather" in prompt) == bool(fields)
+
+
 def test_letters_of_any_script_stay_as_they_are(serve):
     """Of functions and of earlier calls; \\u escapes would be read, and repeated, as they are."""
     seen = []

@@ -185,7 +185,7 @@ def _read_stdin() -> str:
     text = sys.stdin.read(LENGTH + 1)
     if len(text) > LENGTH:
         raise CapacityError(f"prompt has more than {LENGTH:,} characters, beyond any context")
-    return text.removesuffix("\n")
+    return re.sub(r"\r?\n\Z", "", text)
 
 
 def _asked(llm: Any, history: list[Any], prompt: str, args: argparse.Namespace) -> tuple[Any, Any]:
@@ -292,7 +292,7 @@ def _ask(people: bool) -> str | None:
             return line
         lines = [line[3:]]
         while not lines[-1].rstrip().endswith('"""'):
-            lines.append(input(". " if people else ""))
+            lines.append(input(". " if people else "").removesuffix("\r"))
         lines[-1] = lines[-1].rstrip()[:-3]
         return "\n".join(lines).strip("\n")
     except EOFError:

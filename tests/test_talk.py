@@ -95,9 +95,12 @@ def test_a_pipe_that_does_not_end(capsys, monkeypatch):
     assert code == 2 and "prompt has more than 4 characters" in err
 
 
-@pytest.mark.parametrize("text, prompt", [("hello\n", "hello"), ("a\n\n", "a\n"), ("a\r\n", "a")])
+@pytest.mark.parametrize(
+    "text, prompt", [("hello\n", "hello"), ("a\n\n", "a\n"), ("a\r\n", "a"), ("a\r", "a\r")]
+)
 def test_the_last_newline_of_stdin_is_no_part_of_a_prompt(capsys, monkeypatch, text, prompt):
-    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+    given = io.TextIOWrapper(io.BytesIO(text.encode()), newline="\n")  # as Python opens stdin
+    monkeypatch.setattr("sys.stdin", given)
     _, out, _ = tiny_run(capsys, "-", "--json", "--max-tokens", 1)
     assert json.loads(out)["prompt"] == prompt
 
@@ -140,6 +143,7 @@ def test_chat_messages(capsys, monkeypatch, fake):  # noqa: F811
         (['"""', "a", "", " b", '"""'], ["a\n\n b"]),
         (['"""a', 'b"""', "c"], ["a\nb", "c"]),
         (['"""a"""'], ["a"]),
+        (['"""\r', "a\r", "b\r", '"""\r', "c\r"], ["a\nb", "c"]),  # of a file from Windows
         (['"""', "no end"], []),
         (["", "  ", "a"], ["a"]),
         (["/etc/hosts is what?", "/ 2", "/Bye"], ["/etc/hosts is what?", "/ 2", "/Bye"]),

@@ -71,7 +71,8 @@ CUTS = {
     "tekken": (TEKKEN,),
     **dict.fromkeys(("gpt-4o", "llama4"), (GPT4O,)),
     "deepseek-llm": (
-        *(r"[\r\n]", rf"\s?{DEEPSEEK_LETTERS}+", rf"\s?{DEEPSEEK_MARKS}+", r"\s+$"),
+        *(r"[\r\n]", rf"\s?{DEEPSEEK_LETTERS}+", rf"\s?{DEEPSEEK_MARKS}+"),
+        r"(?<!\s)\s+$",  # \s+$ means the same, but is tried at each of many blanks
         *(f"{DEEPSEEK_SCRIPTS}+", r"\p{N}"),
     ),
     "deepseek-v3": (r"\p{N}{1,3}", DEEPSEEK_V3_SCRIPTS + "+", DEEPSEEK_V3),

@@ -20,6 +20,8 @@ from pykv.llm.templates import OP, Rendered, render
 from pykv.llm.token_types import known_id
 from pykv.llm.tokenizer import Tokenizer
 
+_DEFAULTS: dict[str, Any] = {"add_generation_prompt": True, "tools": None, "documents": None}
+
 
 def chat_prompt(
     model: ModelFile | str,
@@ -45,7 +47,8 @@ def chat_prompt(
         InstallError: jinja2 is not installed.
     """
     name, source, tokens = _template(model, template_variables)
-    return _rendered(name, source, _variables(messages, template_variables, tokens)).text
+    variables = _variables(messages, template_variables, tokens)
+    return _rendered(name, source, _as_wanted(name, source, variables)).text
 
 
 def chat_ids(
@@ -62,6 +65,7 @@ def chat_ids(
     """
     name, source, tokens = _template(model, template_variables)
     variables = _variables(messages, template_variables, tokens)
+    variables = _as_wanted(name, source, variables)
     plain = _rendered(name, source, variables)
     given = {key: value for key, value in variables.items() if key not in tokens}
     said = list(_strings(list(given.values())))
@@ -83,14 +87,54 @@ def chat_ids(
     return tokenizer.encode(safe, special=True, stand_ins=back, limit=limit)
 
 
+def _as_wanted(name: str, source: str, variables: dict[str, Any]) -> dict[str, Any]:
+    """The variables, with contents as parts where the template knows no others: it would leave out
+    the strings without a word."""
+    if _reads(name, source, parts=False) is not False or not _reads(name, source, parts=True):
+        return variables
+    messages = [
+        {**message, "content": _parts(message["content"])} if "content" in message else message
+        for message in variables["messages"]
+    ]
+    return variables | {"messages": messages}
+
+
+def _parts(content: Any) -> Any:
+    """A content as a list of parts."""
+    if content is None:
+        return []
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+def _reads(name: str, source: str, *, parts: bool) -> bool | None:
+    """Whether contents that are parts, or strings, make a difference to what a template writes.
+    None: it refuses a message; of parts also where it fails, perhaps for another reason."""
+    try:
+        return _tells_apart(name, source, parts)
+    except ParameterError:
+        return None
+    except FormatError:
+        return None if parts else False
+
+
+@lru_cache(16)
+def _tells_apart(name: str, source: str, parts: bool) -> bool:
+    prompts = set()
+    for said in ("one", "three"):
+        message = {"role": "user", "content": _parts(said) if parts else said}
+        prompts.add(render(name, source, _DEFAULTS | {"messages": [message]}).text)
+    return len(prompts) > 1
+
+
 def _rendered(name: str, source: str, variables: dict[str, Any]) -> Rendered:
-    """The prompt, of messages whose contents the template takes. Many want strings and fail with
-    Python's own words at parts, or write them as Python does."""
+    """The prompt, of messages whose contents the template takes. Many want strings, and fail with
+    Python's own words at parts, write them as Python does, or leave them out."""
     contents = [message["content"] for message in variables["messages"] if "content" in message]
     others = [content for content in contents if not isinstance(content, str)]
     try:
         plain = render(name, source, variables)
-        if not any(str(content) in plain.text for content in others if content):
+        is_spelled = any(str(content) in plain.text for content in others if content)
+        if not is_spelled and not (any(others) and _reads(name, source, parts=True) is False):
             return plain
     except FormatError:
         texts = [{**message, "content": ""} for message in variables["messages"]]
@@ -216,8 +260,7 @@ def _variables(
             raise ParameterError(
                 f"{OP}: template_variables has {name!r}, expected names other than {', '.join(own)}"
             )
-    defaults = {"add_generation_prompt": True, "tools": None, "documents": None}
-    return defaults | dict(given or {}) | own
+    return _DEFAULTS | dict(given or {}) | own
 
 
 def check_messages(messages: Any) -> None:

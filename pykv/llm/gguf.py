@@ -151,8 +151,7 @@ def read(path: str | os.PathLike[str]) -> ModelFile:
     path = Path(path)
     cursor = Cursor.open(path)
     if (magic := cursor.take(4, "the magic")) != b"GGUF":
-        what = f" ({OTHERS[magic]})" if magic in OTHERS else ""
-        raise FormatError(f"{path}: has magic {magic!r}{what}, expected b'GGUF'")
+        raise FormatError(f"{path}: {wrong_magic(magic)}")
     version = cursor.number("I", "the version")
     if version not in VERSIONS:
         swapped = int.from_bytes(version.to_bytes(4, "little"), "big")
@@ -171,6 +170,12 @@ def read(path: str | os.PathLike[str]) -> ModelFile:
 
     tensors = _tensors(cursor, num_tensors, metadata.get("general.alignment", DEFAULT_ALIGNMENT))
     return ModelFile(path, version, metadata, tensors)
+
+
+def wrong_magic(magic: bytes) -> str:
+    """What an error says of the first four bytes of a file that is no GGUF."""
+    what = f" ({OTHERS[magic]})" if magic in OTHERS else ""
+    return f"has magic {magic!r}{what}, expected b'GGUF'"
 
 
 def read_model(path: str | os.PathLike[str]) -> ModelFile:

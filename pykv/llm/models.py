@@ -23,6 +23,7 @@ from pykv.cache_folder import check_private, total_bytes
 from pykv.errors import DtypeError, FetchError, ParameterError, PykvError
 from pykv.llm import download, model_files, wheels
 from pykv.llm.download import Remote
+from pykv.llm.gguf import wrong_magic
 from pykv.llm.model_files import folder
 from pykv.llm.wheels import Wheel
 from pykv.terminal import note
@@ -283,7 +284,7 @@ def _fetch_address(model: str, name: str) -> tuple[Path, str]:
         magic = file.read(4)
     if magic != b"GGUF":
         part.unlink()
-        raise FetchError(f"{download.shown(url)} has magic {magic!r}, expected b'GGUF'")
+        raise FetchError(f"{download.shown(url)} {wrong_magic(magic)}")
     if not remote.sha256:
         note(f"nobody states a checksum; it has #sha256={found}")
     return part, found

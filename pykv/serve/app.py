@@ -266,6 +266,10 @@ async def _body(request: Request) -> bytes:
     too_large = ApiError(413, f"the body is larger than {BODY_BYTES} bytes", code="too_large")
     if whole_of(request.headers.get("content-length", "0"), most=BODY_BYTES) is None:
         raise too_large
+    coding = request.headers.get("content-encoding", "identity")
+    if coding.lower() not in ("", "identity"):
+        message = f"Content-Encoding is {coding!r:.80}, expected a body as it is"
+        raise ApiError(415, message, headers={"Accept-Encoding": "identity"})
     data = bytearray()
     try:
         async with asyncio.timeout(BODY_SECONDS):

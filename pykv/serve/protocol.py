@@ -11,12 +11,12 @@ import logging
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 from pykv.errors import CapacityError, ParameterError, PykvError, UnsupportedError
 from pykv.llm.answer import Answer
-from pykv.llm.chat import template_of
+from pykv.llm.chat import chat_prompt, template_of
 from pykv.llm.generate import LLM
 from pykv.llm.prompts import answer_to, known_ids
 from pykv.llm.sampling import SamplingParams
@@ -205,7 +205,21 @@ class Protocol:
         if tools is not None:
             messages = tools.instruct(messages)
             own = {"tools": tools.given} if tools.native else own
+        if messages[0]["role"] == "system" and not self._takes_system:
+            messages = _by_the_user(messages)
         return tools, partial(self._templated, "messages", messages, own, given)
+
+    @cached_property
+    def _takes_system(self) -> bool:
+        """Whether the template takes a system message, which Gemma's refuses."""
+        talk = [{"role": role, "content": "Hi"} for role in ("system", "user")]
+        try:
+            chat_prompt(self.llm.file, talk)
+        except ParameterError:
+            return False
+        except PykvError:  # whatever the messages are
+            return True
+        return True
 
     def _begin(self, body: dict[str, Any]) -> Fields:
         fields = Fields(body)
@@ -275,6 +289,7 @@ class Protocol:
     ) -> SamplingParams:
         """How tokens are drawn; fields that are absent keep what SamplingParams has."""
         seed = fields.whole("seed", None, -(2**63), 2**64 - 1)
+        is_random = seed in (None, -1)  # as llama.cpp and vLLM have -1
         vocab = self.llm.model.config.vocab
         min_tokens = fields.whole("min_tokens", 0, 0)
         if min_tokens > most:
@@ -285,7 +300,7 @@ class Protocol:
             top_p=max(fields.number("top_p", 1.0, least=0, most=1), 1e-9),
             top_k=max(fields.whole("top_k", 0, -1, 2**31 - 1), 0),  # vLLM's -1 keeps all
             min_p=fields.number("min_p", 0.0, least=0, most=1),
-            seed=secrets.randbits(63) if seed is None else seed % 2**64,
+            seed=secrets.randbits(63) if is_random else seed % 2**64,
             max_tokens=most,
             stop=_stops(fields.take("stop", str, list, default=[], **_STOPS)),
             ignore_eos=fields.flag("ignore_eos"),
@@ -367,6 +382,16 @@ class Protocol:
 def _reseeded(params: SamplingParams, choice: int) -> SamplingParams:
     """The parameters of one of a request's choices: each draws its own tokens."""
     return replace(params, seed=(params.seed + choice) % 2**64) if choice else params
+
+
+def _by_the_user(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Messages of which the user says what the system message does, as llama.cpp has it where a
+    template refuses one."""
+    system, *others = messages
+    if not others or others[0]["role"] != "user":
+        return [system | {"role": "user"}, *others]
+    both = f"{system['content']}\n\n{others[0]['content']}"
+    return [others[0] | {"content": both}, *others[1:]]
 
 
 def _prompts(given: Any) -> list[Any]:

@@ -106,14 +106,15 @@ def _read_calls(message: Fields) -> list[dict[str, Any]]:
         name = function.get("name") if isinstance(function, dict) else None
         if not isinstance(function, dict) or not isinstance(name, str):
             raise wrong(where, call, 'an object with {"function": {"name": ...}}')
-        arguments = function.get("arguments") or {}
-        if isinstance(arguments, str):
+        given = arguments = function.get("arguments")
+        if isinstance(given, str):
             try:
-                arguments = loads(arguments)
+                arguments = loads(given if given.strip() else "null")
             except (ValueError, RecursionError):
-                raise wrong(f"{where}.function.arguments", arguments, "JSON") from None
+                raise wrong(f"{where}.function.arguments", given, "JSON") from None
+        arguments = {} if arguments in (None, []) else arguments  # PHP writes {} as []
         if not isinstance(arguments, dict):  # templates go through its items
-            raise wrong(f"{where}.function.arguments", arguments, "an object of JSON")
+            raise wrong(f"{where}.function.arguments", given, "an object of JSON")
         call_id = call.get("id")
         if not isinstance(call_id, str | None):
             raise wrong(f"{where}.id", call_id, "a string")
@@ -272,7 +273,8 @@ def _refuse(word: str) -> None:
 
 _AS_WRITTEN = json.JSONDecoder(parse_int=str, parse_float=str, parse_constant=_refuse)
 _ARGUMENTS = re.compile(r'"arguments"\s*:\s*')
-_STRING_OR_CLOSING = re.compile(rf'"(?:[^"\\]|\\.)*+(?:"|\Z)|{CLOSING}', re.DOTALL)
+_QUOTE_OR_CLOSING = re.compile(f'"|{CLOSING}')
+_QUOTE_OR_ESCAPE = re.compile(r'"|\\.', re.DOTALL)  # in a string
 
 
 class CallReader:
@@ -285,6 +287,7 @@ class CallReader:
     def __init__(self, tools: Tools) -> None:
         self._tools, self._held = tools, ""
         self._is_text = self._is_behind_call = False
+        self._looked, self._in_string = 0, False  # characters of a call that `_closing` has seen
         self.num_calls = 0
 
     def push(self, text: str, ended: bool) -> tuple[str, list[Call]]:
@@ -310,6 +313,7 @@ class CallReader:
             stop = self._closing(start, ended)
             if stop < 0 and not ended:
                 break
+            self._looked, self._in_string = 0, False
             stop = stop if stop >= 0 else len(self._held)
             call = self._call(self._held[start + len(OPENING) : stop])
             stop += len(CLOSING)
@@ -331,10 +335,16 @@ class CallReader:
 
     def _closing(self, start: int, ended: bool) -> int:
         """Where the mark is that ends the call, which strings of its arguments may hold as well;
-        below 0: not there yet."""
-        for found in _STRING_OR_CLOSING.finditer(self._held, start):
+        below 0: not there yet. Goes on behind what it has seen, as calls may be long."""
+        while found := (_QUOTE_OR_ESCAPE if self._in_string else _QUOTE_OR_CLOSING).search(
+            self._held, start + self._looked
+        ):
             if found[0] == CLOSING:
                 return found.start()
+            self._looked = found.end() - start
+            self._in_string ^= found[0] == '"'
+        begun = 1 if self._in_string else len(CLOSING) - 1  # of an escape, or of the mark
+        self._looked = max(self._looked, len(self._held) - start - begun)
         return self._held.find(CLOSING, start) if ended else -1
 
     def _unless_blank(self, text: str) -> str:

@@ -124,10 +124,14 @@ PARTS = [{"type": "text", "text": "Hi"}]
 
 
 @pytest.mark.parametrize(
-    "template", [CHATML, "{{ messages[-1].content }}", "{{ messages[-1].content | trim }}"]
+    "template",
+    [
+        *(CHATML, "{{ messages[-1].content }}", "{{ messages[-1].content | trim }}"),
+        "{% if messages[-1].content is string %}{{ messages[-1].content }}{% endif %}",
+    ],
 )
 def test_templates_that_want_strings_say_so(file, template):
-    """They fail in Python's words, or write parts as Python does."""
+    """They fail in Python's words, write parts as Python does, or leave them out."""
     messages = [*USER, {"role": "user", "content": PARTS}]
     text = r"messages\[1\] has content \[{'type': .*model.gguf does not take: it wants a string"
     with pytest.raises(ParameterError, match=text):
@@ -137,6 +141,30 @@ def test_templates_that_want_strings_say_so(file, template):
     call = {"role": "assistant", "content": None, "tool_calls": [{"name": "add"}]}
     with pytest.raises(ParameterError, match=r"messages\[1\] has content None, which"):
         chat_prompt(CHATML, [*USER, call])
+
+
+OF_PARTS = """\
+{% for m in messages %}<|im_start|>{{ m.role }}
+{% for part in m.content %}{% if part.type == "text" %}{{ part.text }}{% endif %}{% endfor %}
+<|im_end|>
+{% endfor %}"""
+
+
+@pytest.mark.parametrize("template", [OF_PARTS, OF_PARTS.replace("part.type", "part['type']")])
+def test_a_template_that_knows_parts_alone_leaves_no_string_out(file, template):
+    """Jinja goes through the characters of a string, of which none has a type."""
+    talk = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    parts = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in talk]
+    found = chat_prompt(file(template), talk)
+    assert "Be brief." in found and "Hi" in found
+    assert found == chat_prompt(file(template), [talk[0], parts[1]])
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "add"}]}
+    assert chat_prompt(file(template), [*talk, call]).startswith(found)
+
+
+def test_a_template_that_fails_at_strings_gets_parts():
+    template = "{{ messages[0].content[0].text.strip() }}"
+    assert chat_prompt(template, USER) == USER[0]["content"]
 
 
 def test_usual_tokens_of_sentencepiece(tmp_path):

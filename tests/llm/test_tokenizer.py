@@ -164,6 +164,15 @@ def test_texts_are_composed_where_the_model_has_them_so(path, pre):
     assert t.encode("e\u0301<|im_end|>", special=True) == [*ids, 265]
 
 
+@pytest.mark.parametrize("pre", bpe.CUTS)
+def test_many_blanks_are_cut_in_a_time_that_grows_as_they_do(path, pre):
+    cutter = byte_level(path, pre=pre)._encoder.bpe.pre_tokenizer
+    started = time.process_time()
+    for blank in (" ", "\t", "\u2028"):
+        cutter.pre_tokenize_str(blank * 40_000 + "中")
+    assert time.process_time() - started < 2
+
+
 def test_smollm_digits_stand_alone(path):
     assert byte_level(path, pre="smollm").encode("123") == [ord(c) for c in "123"]
 

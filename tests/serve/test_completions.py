@@ -99,14 +99,15 @@ def test_max_tokens(serve):
 
 def test_choices_draw_tokens_of_their_own(serve):
     client = serve(lambda s: f"{s.params.seed}")
-    answer = client.ask(CHAT, messages=USER, n=3, seed=-1)
+    answer = client.ask(CHAT, messages=USER, n=3, seed=-2)
     seeds = [choice["message"]["content"] for choice in answer["choices"]]
-    assert seeds == [str(2**64 - 1), "0", "1"]
+    assert seeds == [str(2**64 - 2), str(2**64 - 1), "0"]
     assert answer["usage"]["prompt_tokens"] == len(client.server.llm.chat_ids(USER))
     answer = client.ask("/v1/completions", prompt=["x", "x"], n=2, seed=5)
     assert [choice["text"] for choice in answer["choices"]] == ["5", "6", "7", "8"]
-    first, second = (client.ask(CHAT, messages=USER)["choices"] for _ in range(2))
-    assert first != second  # without a seed each request has another
+    for none in ({}, {"seed": -1}):  # then each request has another
+        first, second = (client.ask(CHAT, messages=USER, **none)["choices"] for _ in range(2))
+        assert first != second
 
 
 def test_sampling_parameters_reach_the_sequence(serve):

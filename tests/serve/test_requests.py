@@ -1,5 +1,6 @@
 """What is refused, and how; that whoever asks without a key, or from elsewhere, learns nothing."""
 
+import gzip
 import json
 import logging
 import socket
@@ -234,6 +235,14 @@ def test_a_large_body_is_not_read(one):
             except OSError:  # it was closed while we still sent
                 continue
             assert answer.startswith(b"HTTP/1.1 413 ")
+
+
+def test_a_packed_body_is_refused_by_its_name(one):
+    data, packed = b'{"prompt": "x", "max_tokens": 1}', {"Content-Encoding": "gzip"}
+    status, headers, answer = one.request("POST", TEXT, gzip.compress(data), packed)
+    assert status == 415 and headers["Accept-Encoding"] == "identity"
+    assert "Content-Encoding is 'gzip'" in json.loads(answer)["error"]["message"]
+    assert one.request("POST", TEXT, data, {"Content-Encoding": "identity"})[0] == 200
 
 
 def test_large_headers_are_refused(one):

@@ -1,6 +1,7 @@
 """Answers that follow a schema, calls of tools, and what templates see of both."""
 
 import json
+import time
 
 import numpy as np
 import pytest
@@ -277,6 +278,29 @@ def test_a_mark_in_a_string_that_does_not_end_ends_the_call_at_last():
     assert reader.push(said, False)[0] == "a" and reader.push("", True) == (said[1:], [])
 
 
+@pytest.mark.parametrize("piece", ['"a", ', "some words "])
+def test_a_long_call_takes_a_time_that_grows_as_it_does(piece):
+    reader = CallReader(Tools({"any": {}}, [], False, True))
+    begun, end = '<tool_call>\n{"name": "any", "arguments": ', "}\n</tool_call>"
+    opening, closing = ('{"x": [', '"a"]}') if "," in piece else ('{"x": "', '"}')
+    started = time.process_time()
+    assert reader.push(begun + opening, False) == ("", [])
+    for _ in range(8000):
+        assert reader.push(piece, False) == ("", [])
+    assert reader.push(closing + end, False) == ("", [("any", opening + piece * 8000 + closing)])
+    assert time.process_time() - started < 3
+
+
+def test_pieces_of_an_escape_and_of_a_mark():
+    said = r'<tool_call>{"name": "any", "arguments": {"x": "a\\\"</tool_call>\\"}}</tool_call>.'
+    reader = CallReader(Tools({"any": {}}, [], False, True))
+    found = [reader.push(character, False) for character in said]
+    assert [call for _, calls in found for call in calls] == [
+        ("any", r'{"x": "a\\\"</tool_call>\\"}')
+    ]
+    assert "".join(text for text, _ in found) == "."
+
+
 def test_no_tool_may_be_called(serve):
     seen = []
     client = serve(lambda s: seen.append(s.prompt) or CALL)
@@ -311,6 +335,23 @@ def test_another_template_is_told_in_the_system_message(serve):
     for text, start in zip(seen, ("[system:You can", "[system:Be brief.\n\nYou can"), strict=True):
         assert text.startswith(start) and json.dumps(TIME["function"]) in text
         assert text.endswith("[user:Hi][assistant:")
+
+
+NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+
+
+@pytest.mark.parametrize("fields", [{}, {"tools": [WEATHER]}])
+@pytest.mark.parametrize("system", [[], [{"role": "system", "content": "Be brief."}]])
+def test_a_template_that_refuses_system_messages_has_the_user_say_them(serve, fields, system):
+    client = serve("x", template=NO_SYSTEM + PLAIN)
+    for talk in (USER, [], [{"role": "assistant", "content": "Hello"}, *USER]):
+        if system + talk:
+            client.ask(CHAT, messages=system + talk, **fields)
+    prompt = client.server.llm.tokenizer.decode(client.server.protocol.chat(
+        {"messages": [*system, *USER], **fields}
+    ).answers[0].sequence.prompt)  # fmt: skip
+    assert prompt.startswith("[user:") and prompt.endswith("Hi][assistant:")
+    assert ("Be brief." in prompt) == bool(system) and ("weather" in prompt) == bool(fields)
 
 
 def test_letters_of_any_script_stay_as_they_are(serve):
@@ -359,6 +400,14 @@ TALK = [
     },
     {"role": "tool", "tool_call_id": "call_1", "content": "sunny"},
 ]
+
+
+@pytest.mark.parametrize("given", [None, "", " \n", "null", "{}", "[]", [], {}])
+def test_calls_of_functions_that_take_nothing(given):
+    call = {"id": "1", "function": {"name": "now", "arguments": given}}
+    messages = [*USER, {"role": "assistant", "tool_calls": [call]}]
+    made = read_messages(Fields({"messages": messages}), native=True)[1]
+    assert made["tool_calls"][0]["function"] == {"name": "now", "arguments": {}}
 
 
 def test_results_of_calls():

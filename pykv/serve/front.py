@@ -114,7 +114,7 @@ class App:
         # m40-llm's endpoint has the message alone.
         plain = scope["path"] == "/generate"
         body: dict[str, Any] = {"error": str(error)} if plain else error.body()
-        if error.status in (408, 413):  # the rest of the body stays unread
+        if error.status == 408:  # nobody waits for the rest of the body
             error.headers["Connection"] = "close"
         await JSONResponse(body, error.status, error.headers)(scope, receive, send)
 

@@ -61,8 +61,9 @@ class Connection(H11Protocol):
     def _watch(self) -> None:
         """Let the time run while a header is waited for, or the rest of a body whose request has
         been refused: many clients read their answer only once they have sent all of it."""
-        is_behind_answer = self.conn.our_state is h11.DONE and self.conn.their_state is h11.SEND_BODY
-        if self.conn.their_state is not h11.IDLE and not is_behind_answer:
+        state = self.conn.their_state
+        is_refused = state is h11.SEND_BODY and self.conn.our_state is h11.DONE
+        if state is not h11.IDLE and not is_refused:
             self._stop_timer()
         elif self._timer is None:
             self._timer = self.loop.call_later(HEADER_SECONDS, self.transport.close)

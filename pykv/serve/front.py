@@ -65,7 +65,7 @@ class App:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                if origin in self._origins:
+                if origin is not None and origin in self._origins:
                     more = MutableHeaders(scope=message)
                     more.update({"Access-Control-Allow-Origin": origin, "Vary": "Origin"})
             await send(message)

@@ -9,7 +9,8 @@ Chunks say neither at which positions their tokens stand nor how they were rotat
 given an object's key, which is a hash. KVTC's components need the positions, so it is not offered.
 
 Interface: lmcache.v1.distributed.serde of LMCache 0.5, whose package brings torch for CUDA; tests
-hold these classes against its documented signatures, without it.
+hold these classes against its documented signatures, without it, and tools/try_lmcache.py runs them
+inside it.
 """
 
 from __future__ import annotations
@@ -137,7 +138,7 @@ def _bytes_of(op: str, name: str, array: Any) -> Any:
 
 def register() -> None:
     """Make the kinds known to LMCache, as "pykv-int8" and "pykv-int4"; `max_workers` beside `type`
-    in an adapter's "serde" says how many threads work at once.
+    in an adapter's "serde" says how many threads work at once. Once more changes nothing.
 
     Raises:
         ImportError: LMCache is not installed, or has no such interface.
@@ -145,6 +146,7 @@ def register() -> None:
     """
     from lmcache.v1.distributed.serde import async_processor, factory
 
+    known = factory.get_registered_serde_types()
     for kind in ("int8", "int4"):
 
         def make(words: dict[str, Any], kind: str = kind) -> Any:
@@ -155,4 +157,5 @@ def register() -> None:
             workers = check_whole("lmcache", "max_workers", workers, 1)
             return async_processor.AsyncSerdeProcessor(serde, serde, max_workers=workers)
 
-        factory.register_serde_factory(f"pykv-{kind}", make)
+        if f"pykv-{kind}" not in known:  # LMCache refuses a second
+            factory.register_serde_factory(f"pykv-{kind}", make)

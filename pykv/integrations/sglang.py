@@ -8,8 +8,9 @@ SGLang loads it by name, without a change of its own:
 
 Files are those of pykv.tiers.disk: renamed when whole, with a checksum, the least recently used
 going first. Its threads end in silence on anything but answers, so what fails on the disk is a page
-that is not there. Interface: sglang.srt.mem_cache.hicache_storage and managers.cache_controller,
-as of 2026. Their `interface_v1` would copy pages as `get` and `set` do, so it is not offered.
+that is not there. Interface: sglang.srt.mem_cache.hicache_storage and managers.cache_controller, as
+of 0.5.23, and before, when pools knew the device's. Their `interface_v1` would copy pages as `get`
+and `set` do, so it is not offered.
 """
 
 from __future__ import annotations
@@ -37,8 +38,9 @@ class Storage(HiCacheStorage):  # type: ignore[misc]
     """Pages by their keys, texts that SGLang makes from all tokens up to their end.
 
     Args:
-        storage_config: SGLang's HiCacheStorageConfig, of whose `extra_config` are `folder`, and
-            `limit` in bytes or as "50GiB".
+        storage_config: SGLang's HiCacheStorageConfig, of whose `extra_config` are `folder`,
+            `limit` in bytes or as "50GiB", and, for pools of bytes that do not say of which FP8
+            they are, as those of SGLang 0.5.23, `kv_cache_dtype`, such as "fp8_e4m3".
         words: ignored.
 
     Attributes:
@@ -56,13 +58,14 @@ class Storage(HiCacheStorage):  # type: ignore[misc]
     def __init__(self, storage_config: Any, words: Any = None):
         op = "sglang.Storage"
         given = dict(storage_config.extra_config or {})
-        if unknown := given.keys() - LOADED_BY - {"folder", "limit"}:
+        if unknown := given.keys() - LOADED_BY - {"folder", "limit", "kv_cache_dtype"}:
             raise ParameterError(f"{op}: {', '.join(sorted(unknown))} unknown, expected none")
         for name in ("folder", "limit"):
             if name not in given:
                 raise ParameterError(f"{op}: {name} is missing in the backend's extra config")
         self._folder = Path(os.path.expanduser(given["folder"]))
         self._limit = parse_bytes(op, "limit", given["limit"])
+        self._kv_cache_dtype = given.get("kv_cache_dtype")
         self._facts = _facts(storage_config)
         self._tier: DiskTier | None = None
         self._nbytes = 0  # bytes of a page
@@ -73,16 +76,26 @@ class Storage(HiCacheStorage):  # type: ignore[misc]
         """Open the folder for pages as this pool has them. Before, there are none.
 
         Raises:
+            ParameterError: the pool holds bytes, and nobody says what they mean.
             PermissionError: others can write in the folder.
             OSError: it cannot be made or read.
         """
         super().register_mem_pool_host(mem_pool_host)
         pool = mem_pool_host
+        if (device_pool := getattr(pool, "device_pool", None)) is not None:
+            dtype = str(device_pool.dtype)  # the host's is uint8 for either sort of FP8
+        else:
+            dtype = self._kv_cache_dtype or str(pool.dtype)
+        if dtype.endswith("uint8"):
+            raise ParameterError(
+                "sglang.Storage: the pool holds bytes, expected kv_cache_dtype in the backend's "
+                "extra config, which says what they mean"
+            )
         facts = self._facts | dict(
             pool=type(pool).__name__,
             layout=pool.layout,
             page_size=str(pool.page_size),
-            dtype=str(pool.device_pool.dtype),  # the host's is uint8 for either sort of FP8
+            dtype=dtype,
         )
         self._nbytes = pool.get_dummy_flat_data_page().nbytes
         self._tier = DiskTier(self._folder, self._limit, facts, self._nbytes)
@@ -160,7 +173,9 @@ def _facts(config: Any) -> dict[str, str]:
     facts = dict(model_name=str(config.model_name))
     if not config.is_mla_model:
         facts |= dict(tp_rank=str(config.tp_rank), tp_size=str(config.tp_size))
-    others = ("pp_rank", "pp_size", "attn_cp_rank", "attn_cp_size")  # not in each version
+    others = ["pp_rank", "pp_size", "attn_cp_rank", "attn_cp_size"]  # not in each version
+    if getattr(config, "dcp_size", 1) > 1:  # ranks that hold a part of each page's tokens
+        others += ["dcp_rank", "dcp_size", "logical_page_size"]
     return facts | {name: str(getattr(config, name, "")) for name in others}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from importlib import resources
@@ -63,13 +63,20 @@ def make_server(llm: LLM, scheduler: Steps, names: list[str], *, limit: int) -> 
     return Server(llm, engine, Protocol(llm, names), int(time.time()))
 
 
-def create_app(server: Server, *, api_key: str | None = None, loopback: bool = True) -> front.App:
+def create_app(
+    server: Server,
+    *,
+    api_key: str | None = None,
+    loopback: bool = True,
+    origins: Sequence[str] = (),
+) -> front.App:
     """The application.
 
     Args:
         server: what answers.
         api_key: that requests must carry, if any.
         loopback: other machines cannot connect, so that names of theirs are refused.
+        origins: of other sites, whose pages may ask as well.
     """
 
     @asynccontextmanager
@@ -98,7 +105,8 @@ def create_app(server: Server, *, api_key: str | None = None, loopback: bool = T
     routes += [Route(path, partial(call, server), methods=["GET"]) for path, call in gets.items()]
     routes += [Route(path, partial(page, *file), methods=["GET"]) for path, file in _PAGE.items()]
     router = Router(routes, lifespan=lifespan, redirect_slashes=False)
-    return front.App(router, server.engine.metrics, api_key=api_key, loopback=loopback)
+    facts: dict[str, Any] = dict(api_key=api_key, loopback=loopback, origins=origins)
+    return front.App(router, server.engine.metrics, **facts)
 
 
 # --- Answers ---

@@ -34,6 +34,12 @@ def add_serve(serve: argparse.ArgumentParser) -> None:
         help="that requests must carry; PYKV_API_KEY keeps it off the command line",
     )
     serve.add_argument(
+        "--allow-origin",
+        action="append",
+        metavar="ORIGIN",
+        help="a site whose pages may ask, such as http://localhost:3000; several are named in turn",
+    )
+    serve.add_argument(
         "--slots",
         type=int,
         help=f"sequences decoded together at most ({GPU_SLOTS}, or {HOST_SLOTS} on a CPU)",
@@ -67,6 +73,11 @@ def _serve(args: argparse.Namespace) -> None:
     for name in args.served_model_name or ():
         if not name or not name.isprintable():  # bytes that are no UTF-8 are not printable either
             raise ParameterError(f"serve: --served-model-name is {name!r}, expected letters")
+    for origin in args.allow_origin or ():
+        if not re.fullmatch(r"https?://[^/\s]+", origin):
+            raise ParameterError(
+                f"serve: --allow-origin is {origin!r:.80}, expected a site as http://localhost:3000"
+            )
     slots = None if args.slots is None else check_whole("serve", "--slots", args.slots, 1, 4096)
     loopback = args.host in LOOPBACK
     if key is None and not loopback:
@@ -83,7 +94,8 @@ def _serve(args: argparse.Namespace) -> None:
         ready = f"{server.model} answers at {url} ({facts})"
         if not loopback:
             ready += "; without TLS others on the way can read it: put a proxy before it"
-        run(server, listening, ready, api_key=key, loopback=loopback)
+        origins = args.allow_origin or ()
+        run(server, listening, ready, api_key=key, loopback=loopback, origins=origins)
         server.llm.flush()
 
 
@@ -149,16 +161,14 @@ def _rows_of_one(llm: Any) -> int:
     return most
 
 
-def run(
-    server: Any, listening: socket.socket, ready: str, *, api_key: str | None, loopback: bool
-) -> None:
+def run(server: Any, listening: socket.socket, ready: str, **access: Any) -> None:
     """Answer requests at a socket until SIGTERM or SIGINT; running answers end first.
 
     Args:
         server: a pykv.serve.app.Server.
         listening: the socket.
         ready: printed on stderr once requests are answered.
-        api_key, loopback: see create_app.
+        access: who may ask, see create_app.
     """
     import uvicorn
 
@@ -170,7 +180,7 @@ def run(
             if self.started and not self.should_exit:
                 note(ready)
 
-    app = create_app(server, api_key=api_key, loopback=loopback)
+    app = create_app(server, **access)
     announced = Announced(http_config(app))
 
     def end(*_: Any) -> None:

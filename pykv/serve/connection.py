@@ -11,7 +11,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from pykv.serve.fields import ApiError
 
-HEADER_SECONDS = 30.0  # from the connection, or a header's first byte, to its end
+HEADER_SECONDS = 30.0  # from the connection, or a header's first byte, to its end; see _watch
 SEND_SECONDS = 60.0  # within which a client must take some of what waits for it
 
 
@@ -59,8 +59,11 @@ class Connection(H11Protocol):
         """Nothing: anyone may ask for another protocol, and is answered in this one."""
 
     def _watch(self) -> None:
-        """Let the time run while a header is waited for."""
-        if self.conn.their_state is not h11.IDLE:
+        """Let the time run while a header is waited for, or the rest of a body whose request has
+        been refused: many clients read their answer only once they have sent all of it."""
+        state = self.conn.their_state
+        is_refused = state is h11.SEND_BODY and self.conn.our_state is h11.DONE
+        if state is not h11.IDLE and not is_refused:
             self._stop_timer()
         elif self._timer is None:
             self._timer = self.loop.call_later(HEADER_SECONDS, self.transport.close)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hmac
 import logging
 import time
+from collections.abc import Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pykv.serve.fields import ApiError
@@ -20,6 +21,8 @@ log = logging.getLogger("pykv.serve")
 
 _OPEN = ("/", "/chat.js", "/style.css", "/health")  # need no key
 HEADER_BYTES = 32 << 10
+_ALLOWED = {"Access-Control-Allow-Methods": "GET, POST", "Access-Control-Max-Age": "600"}
+_ALLOWED |= {"Access-Control-Allow-Headers": "Authorization, *"}  # which * does not cover
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
@@ -35,13 +38,20 @@ class App:
         metrics: counts answers.
         api_key: that requests must carry, if any.
         loopback: the server listens on this machine alone.
+        origins: of other sites, whose pages may ask as well.
     """
 
     def __init__(
-        self, app: ASGIApp, metrics: Metrics, *, api_key: str | None, loopback: bool
+        self,
+        app: ASGIApp,
+        metrics: Metrics,
+        *,
+        api_key: str | None,
+        loopback: bool,
+        origins: Sequence[str] = (),
     ) -> None:
         self._app, self._metrics = app, metrics
-        self._key, self._loopback = api_key, loopback
+        self._key, self._loopback, self._origins = api_key, loopback, origins
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -49,17 +59,25 @@ class App:
             return
         scope["app"] = self  # then the router raises HTTPException for unknown paths
         began, status = time.perf_counter(), 0
+        origin = Headers(scope=scope).get("origin")
 
         async def noted(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                if origin is not None and origin in self._origins:
+                    more = MutableHeaders(scope=message)
+                    more.update({"Access-Control-Allow-Origin": origin, "Vary": "Origin"})
             await send(message)
 
         try:
             try:
-                self._check(scope)
-                await self._app(scope, receive, noted)
+                if origin in self._origins and scope["method"] == "OPTIONS":
+                    # A browser asks first, without the key, what a page may send.
+                    await Response(None, 204, _ALLOWED)(scope, receive, noted)
+                else:
+                    self._check(scope)
+                    await self._app(scope, receive, noted)
             except ClientGone:
                 status = 499  # as nginx calls it
             except HTTPException as error:  # no such path, or method
@@ -96,8 +114,8 @@ class App:
         headers = Headers(scope=scope)
         host = headers.get("host", "")
         origin = headers.get("origin")
-        if origin is not None and _netloc(origin) != host:
-            raise ApiError(403, f"origin is {origin!r:.80}, expected this server's own pages")
+        if origin is not None and origin not in self._origins and _netloc(origin) != host:
+            raise ApiError(403, f"origin is {origin!r:.80}, expected its own, or --allow-origin")
         if self._key is None:
             if self._loopback and _hostname(host) not in LOOPBACK:
                 raise ApiError(403, f"host is {host!r:.80}, expected localhost, or an --api-key")
@@ -114,7 +132,7 @@ class App:
         # m40-llm's endpoint has the message alone.
         plain = scope["path"] == "/generate"
         body: dict[str, Any] = {"error": str(error)} if plain else error.body()
-        if error.status in (408, 413):  # the rest of the body stays unread
+        if error.status == 408:  # nobody waits for the rest of the body
             error.headers["Connection"] = "close"
         await JSONResponse(body, error.status, error.headers)(scope, receive, send)
 

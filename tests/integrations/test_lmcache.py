@@ -90,13 +90,21 @@ def test_bytes_of_another_shape(kind):
 def test_register(monkeypatch):
     """With modules that stand in for LMCache's: the names, and what its factory is called with."""
     made, name = {}, "lmcache.v1.distributed.serde"
-    factory = SimpleNamespace(register_serde_factory=made.__setitem__)
+    factory = SimpleNamespace(
+        register_serde_factory=lambda name, make: (
+            made.update({name: make})
+            if name not in made
+            else pytest.fail("LMCache refuses a name that it knows")
+        ),
+        get_registered_serde_types=lambda: list(made),
+    )
     processor = SimpleNamespace(AsyncSerdeProcessor=lambda *x, max_workers: (*x, max_workers))
     package = SimpleNamespace(factory=factory, async_processor=processor)
     parts = name.split(".")
     for i in range(1, len(parts)):
         monkeypatch.setitem(sys.modules, ".".join(parts[:i]), SimpleNamespace())
     monkeypatch.setitem(sys.modules, name, package)
+    lmcache.register()
     lmcache.register()
     assert sorted(made) == ["pykv-int4", "pykv-int8"]
     serializer, deserializer, workers = made["pykv-int4"]({"max_workers": 2})

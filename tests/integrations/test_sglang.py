@@ -45,6 +45,15 @@ class Pool:
         self.data[index : index + 2] = page.reshape(2, 3)
 
 
+class LaterPool(Pool):
+    """As SGLang 0.5.23 has them, which do not know the pool of the device."""
+
+    def __init__(self, dtype=torch.float32):
+        super().__init__()
+        self.dtype = dtype
+        del self.device_pool
+
+
 class OtherPool(Pool):
     """As large a page of another sort."""
 
@@ -115,6 +124,7 @@ def test_pages_come_back_in_another_process(made):
         dict(pp_rank=1),
         dict(attn_cp_rank=1),
         dict(is_mla_model=True),
+        dict(dcp_size=2, dcp_rank=1),
         dict(pool=Pool("page_head")),
         dict(pool=Pool(dtype=torch.float8_e5m2)),
         dict(pool=type("Pool", (Pool,), dict(page_size=1))()),
@@ -126,6 +136,18 @@ def test_other_bytes_have_files_of_their_own(made, words):
     """Pages as large, whose bytes mean something else."""
     assert backup(made(), ["a"], torch.tensor([0, 1]))
     assert made().exists("a") and not made(**words).exists("a")
+
+
+def test_pools_that_do_not_know_the_devices(made):
+    assert backup(made(pool=LaterPool()), ["a"], torch.tensor([0, 1]))
+    assert made(pool=LaterPool()).exists("a")
+    assert not made(pool=LaterPool(torch.int32)).exists("a")
+    with pytest.raises(ParameterError, match="the pool holds bytes, expected kv_cache_dtype"):
+        made(pool=LaterPool(torch.uint8))
+    kinds = [dict(extra=dict(kv_cache_dtype=kind)) for kind in ("fp8_e4m3", "fp8_e5m2")]
+    assert backup(made(pool=LaterPool(torch.uint8), **kinds[0]), ["b"], torch.tensor([0, 1]))
+    there = [made(pool=LaterPool(torch.uint8), **words).exists("b") for words in kinds]
+    assert there == [True, False]
 
 
 def test_ranks_of_an_mla_model_share_what_the_first_writes(made):

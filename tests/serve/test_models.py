@@ -260,6 +260,7 @@ def test_ctrl_c_ends_it(command):
         ("--api-key=", "--api-key is empty, expected a key"),
         ("--served-model-name=", "--served-model-name is '', expected letters"),
         ("--served-model-name \udcff", "--served-model-name is '\\udcff', expected"),
+        ("--allow-origin *", "--allow-origin is '*', expected a site as http://localhost:3000"),
         ("--slots 0", "--slots is 0, expected 1 to 4096"),
         ("--context 0", "context is 0"),
         ("--kv-dtype int3", "kv_dtype"),

@@ -11,10 +11,11 @@ from functools import partial
 from importlib import resources
 from typing import Any, NamedTuple, TypeVar
 
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route, Router
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from pykv.llm.generate import LLM
 from pykv.number_texts import whole_of
@@ -69,7 +70,7 @@ def create_app(
     api_key: str | None = None,
     loopback: bool = True,
     origins: Sequence[str] = (),
-) -> front.App:
+) -> ASGIApp:
     """The application.
 
     Args:
@@ -106,7 +107,11 @@ def create_app(
     routes += [Route(path, partial(page, *file), methods=["GET"]) for path, file in _PAGE.items()]
     router = Router(routes, lifespan=lifespan, redirect_slashes=False)
     facts: dict[str, Any] = dict(api_key=api_key, loopback=loopback, origins=origins)
-    return front.App(router, server.engine.metrics, **facts)
+    app = front.App(router, server.engine.metrics, **facts)
+    if not origins:
+        return app
+    ways: dict[str, Any] = dict(allow_methods=("GET", "POST"), allow_headers=("*",))
+    return CORSMiddleware(app, allow_origins=origins, **ways)
 
 
 # --- Answers ---

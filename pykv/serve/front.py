@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pykv.serve.fields import ApiError
@@ -21,8 +21,6 @@ log = logging.getLogger("pykv.serve")
 
 _OPEN = ("/", "/chat.js", "/style.css", "/health")  # need no key
 HEADER_BYTES = 32 << 10
-_ALLOWED = {"Access-Control-Allow-Methods": "GET, POST", "Access-Control-Max-Age": "600"}
-_ALLOWED |= {"Access-Control-Allow-Headers": "Authorization, *"}  # which * does not cover
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
@@ -59,25 +57,17 @@ class App:
             return
         scope["app"] = self  # then the router raises HTTPException for unknown paths
         began, status = time.perf_counter(), 0
-        origin = Headers(scope=scope).get("origin")
 
         async def noted(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                if origin is not None and origin in self._origins:
-                    more = MutableHeaders(scope=message)
-                    more.update({"Access-Control-Allow-Origin": origin, "Vary": "Origin"})
             await send(message)
 
         try:
             try:
-                if origin in self._origins and scope["method"] == "OPTIONS":
-                    # A browser asks first, without the key, what a page may send.
-                    await Response(None, 204, _ALLOWED)(scope, receive, noted)
-                else:
-                    self._check(scope)
-                    await self._app(scope, receive, noted)
+                self._check(scope)
+                await self._app(scope, receive, noted)
             except ClientGone:
                 status = 499  # as nginx calls it
             except HTTPException as error:  # no such path, or method

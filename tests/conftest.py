@@ -76,8 +76,13 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(pytest.mark.skip(reason=f"{reason} ({variable}=1: error)"))
 
 
+def pytest_collection():
+    gc.disable()  # else it walks the growing list of tests over and over
+
+
 def pytest_collection_finish():
     gc.freeze()  # else each full collection in a test walks the objects of 20,000 others
+    gc.enable()
 
 
 def leave_out(config, items, left_out):

@@ -69,13 +69,22 @@ def pool(xp, rng, size):
     return xp.asarray(rng.integers(0, 256, size, np.uint8))
 
 
+def places(rng, spreads):
+    """Where ranges of so many bytes begin that stand behind each other in a random order."""
+    order = rng.permutation(len(spreads))
+    begins = np.empty_like(spreads)
+    begins[order] = np.cumsum(spreads[order]) - spreads[order]
+    return begins
+
+
 def inputs(xp, rng, sizes, src_at, dst_at, spread):
     """Two pools and tables into them, in which ranges stand in a random order, at an offset and
-    `spread` apart; and what the destination pool must hold afterwards."""
-    spread = max(spread, *(np.array(sizes) + 1))
-    room = len(sizes) * spread + 2 * LINE
+    `spread` apart, or behind each other where they are larger; and what the destination pool must
+    hold afterwards."""
+    spreads = np.maximum(spread, np.array(sizes) + 1)
+    room = spreads.sum() + 2 * LINE
     src, dst = pool(xp, rng, room), pool(xp, rng, room)
-    from_, to = (rng.permutation(len(sizes)) * spread + at for at in (src_at, dst_at))
+    from_, to = (places(rng, spreads) + at for at in (src_at, dst_at))
     want = to_numpy(dst).copy()
     for size, a, b in zip(sizes, from_, to, strict=True):  # the definition, one pair at a time
         want[b : b + size] = to_numpy(src)[a : a + size]
@@ -146,6 +155,7 @@ def test_tiles_find_their_pair(device, rng, C, max_ctas):
     sizes = rng.integers(0, 3, C) * rng.integers(0, 2, C)
     sizes[rng.integers(C)] = 1
     sizes[rng.integers(0, C, 3)] = [1, TILE + 1, 3 * TILE]
+    sizes[-1] = max(sizes[-1], 1)  # which the last round alone finds
     src, dst, tables, want = inputs(device, rng, sizes.tolist(), 0, 0, 4)
     tables = map(device.asarray, tables)
     block_copy.vectorized_copy(*tables, sizes.astype(np.int64), max_ctas=max_ctas)

@@ -6,6 +6,7 @@ would on a GPU. What `empty` returns is poisoned.
 
 import math
 import threading
+import time
 import weakref
 from contextlib import nullcontext
 from functools import partial
@@ -367,7 +368,10 @@ class Stream:
 
     @property
     def done(self):
-        return not any(thread.is_alive() for thread, _ in self.beside + Stream.of_none)
+        runs = any(thread.is_alive() for thread, _ in self.beside + Stream.of_none)
+        if runs:
+            time.sleep(0.001)  # a host that asks over and over would take the kernel's core
+        return not runs
 
 
 class Event:

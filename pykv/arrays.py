@@ -166,8 +166,7 @@ def load_cupy() -> Any:
     try:
         import cupy
     except ImportError as error:
-        advice = f"{install.command('cu13')} (or [cu12])"
-        raise DeviceError(f"GPU arrays need CuPy: {advice}") from error
+        raise DeviceError(f"GPU arrays need CuPy: {install.cuda_advice(error)}") from error
     _check_driver(cupy)
     return cupy
 

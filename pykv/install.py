@@ -57,6 +57,14 @@ def _path(url: str) -> str:
     return url2pathname(urlsplit(url).path)
 
 
+def cuda_advice(error: ImportError) -> str:
+    """What an import of the CUDA packages lacked, in one line, and what to do."""
+    if isinstance(error, ModuleNotFoundError):
+        return f"{error.name or error} is not installed: {command('cu13')} (or [cu12])"
+    reason = " ".join(str(error).replace("=", " ").split())
+    return f"the CUDA packages are installed but broken: {reason}; see `pykv doctor`"
+
+
 def require(extra: str, *packages: str) -> list[str]:
     """The folders of packages that an extra brings, without importing them.
 

@@ -194,7 +194,7 @@ def test_missing_nvrtc_names_the_packages(folder, monkeypatch):
     monkeypatch.setattr(bindings, "nvrtcVersion", missing)
     for function in (cuda.compiler._nvrtc, cuda.compiler._targets):
         function.cache_clear()
-    with pytest.raises(DeviceError, match=r"NVRTC library is missing: pip install .*\[cu13"):
+    with pytest.raises(DeviceError, match=r"NVRTC library is missing: .*pip install .*\[cu13"):
         cuda.compile(**JOB)
     with pytest.warns(RuntimeWarning, match="cannot compile its kernels: the NVRTC library"):
         cuda.warmup(["sm_75"])
@@ -590,6 +590,32 @@ def test_import_without_a_driver_touches_no_cuda_package():
     assert "pykv" in loaded
     assert not [name for name in loaded if name.split(".")[0] in ("cuda", "cupy")]
     assert not {"ssl", "email.parser", "importlib.metadata", "urllib.request"} & set(loaded)
+
+
+class NvmlError(Exception):
+    pass
+
+
+def test_architectures_where_the_bindings_lack_nvml(monkeypatch):
+    """As cuda-bindings 12.9.4 do, which torch 2.10 pins: nothing is asked, nothing raised."""
+    core = pytest.importorskip("cuda.core")
+    monkeypatch.setattr(cuda.devices, "has_driver", lambda: True)
+    monkeypatch.setattr(core, "system", SimpleNamespace(get_num_devices=lambda: 1))
+    assert cuda.architectures() == []
+
+
+def test_architectures_where_nvml_fails(monkeypatch):
+    """As where the driver was updated and its module was not: `import pykv` warns and goes on."""
+    core = pytest.importorskip("cuda.core")
+
+    def fail():
+        raise NvmlError("Driver/library version mismatch")
+
+    system = SimpleNamespace(get_num_devices=fail, Device=None, NvmlError=NvmlError)
+    monkeypatch.setattr(cuda.devices, "has_driver", lambda: True)
+    monkeypatch.setattr(core, "system", system)
+    with pytest.warns(RuntimeWarning, match="NVML answers Driver/library version mismatch"):
+        assert cuda.architectures() == []
 
 
 @pytest.mark.parametrize("step", [20, *swept([1])])

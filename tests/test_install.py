@@ -56,3 +56,14 @@ def test_a_tree_that_was_never_installed(monkeypatch, command):
     monkeypatch.setattr(metadata, "distribution", missing)
     root = Path(__file__).resolve().parents[1]
     assert command() == f"pip install -e '{root}[cu13]'"
+
+
+def test_packages_that_are_there_but_broken():
+    """CuPy's own texts have many lines and say to reinstall, which adding the extra does not do."""
+    text = install.cuda_advice(ImportError("\n=====\nFailed to import CuPy.\n\n  no libnvrtc.so\n"))
+    assert text == (
+        "the CUDA packages are installed but broken: Failed to import CuPy. no libnvrtc.so; "
+        "see `pykv doctor`"
+    )
+    missing = install.cuda_advice(ModuleNotFoundError(name="cupy"))
+    assert missing.startswith("cupy is not installed: ") and missing.endswith("(or [cu12])")

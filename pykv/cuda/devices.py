@@ -17,7 +17,7 @@ import numpy as np
 from pykv.arrays import current_device as current_device
 from pykv.arrays import load_cupy
 from pykv.errors import DeviceError, DtypeError, ParameterError
-from pykv.install import command
+from pykv.install import cuda_advice
 
 
 def has_driver() -> bool:
@@ -38,7 +38,9 @@ def why_no_gpu(error: Exception) -> str:
 def architectures() -> list[str]:
     """The SMs of the GPUs present, such as ["sm_90"], asked of NVML: no context is created.
 
-    Empty where there is no GPU, no driver or no CUDA package.
+    Empty where there is no GPU, no driver or no CUDA package, where cuda-bindings lack NVML, as
+    those before 12.9.6 and 13.2 do (torch 2.10 pins such ones), and where NVML fails, as after an
+    update of the driver, which a warning says. Kernels are then compiled at their first use.
     """
     if not has_driver():
         return []
@@ -47,11 +49,18 @@ def architectures() -> list[str]:
         from cuda.pathfinder import DynamicLibNotFoundError
     except ImportError:
         return []
+    if not hasattr(system, "Device"):
+        return []
     try:
         devices = [system.Device(index=i) for i in range(system.get_num_devices())]
+        return sorted({"sm_{}{}".format(*d.cuda_compute_capability) for d in devices})
     except DynamicLibNotFoundError:
         return []
-    return sorted({"sm_{}{}".format(*d.cuda_compute_capability) for d in devices})
+    except system.NvmlError as error:
+        warnings.warn(
+            f"pykv: NVML answers {error} (see `pykv doctor`)", RuntimeWarning, stacklevel=2
+        )
+        return []
 
 
 # --- Devices --------------------------------------------------------------------------------------
@@ -81,7 +90,7 @@ def array_module(device: str) -> Any:
             raise DeviceError(
                 f"device is {device!r}, but {NO_DRIVER}; device='cpu' runs NumPy"
             ) from error
-        reason = f"{error.name or error} is not installed: {command('cu13')} (or [cu12])"
+        reason = cuda_advice(error)
         if kind == "cuda":
             raise DeviceError(f"device is {device!r}, but {reason}") from error
         warnings.warn(f"running on the CPU: {reason}", RuntimeWarning, stacklevel=3)

@@ -126,8 +126,8 @@ def remove(*, models: bool) -> tuple[int, int]:
     Raises:
         FetchError: another process is fetching.
     """
-    if not folder().is_dir():
-        return 0, 0
+    if not (unfinished() or (models and _records())):
+        return 0, 0  # without the lock, hence without the extra `llm`
     with lock(wait=False):
         files = [file.path for file in kept()] if models else []
         records = [_record(record.path) for record in _records()] if models else []

@@ -294,9 +294,9 @@ def _add_hyper_parameters(writer: gguf.GGUFWriter, model: Spec) -> None:
         writer.add_rope_scaling_factor(model.rope_factor)
     if model.window:
         writer.add_sliding_window(model.window)
-    if model.window_keys:
-        writer.add_sliding_window_pattern(model.window_period)
-        writer.add_rope_freq_base_swa(model.rope_local_base)
+    if model.window_keys:  # by name: gguf 0.17 has no function for these
+        writer.add_uint32(f"{model.arch}.attention.sliding_window_pattern", model.window_period)
+        writer.add_float32(f"{model.arch}.rope.freq_base_swa", model.rope_local_base)
 
 
 def _add_tokenizer(writer: gguf.GGUFWriter, model: Spec) -> None:

@@ -365,14 +365,14 @@ class PagedKVCache:
             if self._margin is not None:
                 expected = "those that PagedKVCache.append finds from rows that are not all zero"
             raise ParameterError(
-                f"{op}: scales of layer {layer} are unset, expected positive ones in k_scales "
-                f"and v_scales, or {expected}"
+                f"{op}: scales of layer {layer} are unset, expected positive and finite ones in "
+                f"k_scales and v_scales, or {expected}"
             )
 
     def _look_for_scales(self) -> None:
         """Forget layers whose scales are all set."""
         given = [to_host(x) for x in (self.k_scales, self.v_scales) if x is not None]
-        is_set = np.logical_and.reduce([(x > 0).all(axis=1) for x in given])
+        is_set = np.logical_and.reduce([((x > 0) & np.isfinite(x)).all(axis=1) for x in given])
         self._unset.difference_update(np.flatnonzero(is_set).tolist())
 
     def _find_scales(self, layer: int, rows: tuple[Any, Any], is_written: Any) -> None:

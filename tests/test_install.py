@@ -1,12 +1,15 @@
 """The advice to install an extra names the place that pykv was installed from."""
 
 import json
+import sys
+import types
 from importlib import metadata
 from pathlib import Path
 
 import pytest
 
-from pykv import install
+from pykv import arrays, cuda, install
+from pykv.errors import DeviceError
 
 COMMIT = "1f0c3a9e"
 RECORDS = [
@@ -56,6 +59,16 @@ def test_a_tree_that_was_never_installed(monkeypatch, command):
     monkeypatch.setattr(metadata, "distribution", missing)
     root = Path(__file__).resolve().parents[1]
     assert command() == f"pip install -e '{root}[cu13]'"
+
+
+def test_a_package_that_is_half_gone(monkeypatch):
+    """As CuPy is where two of its packages were installed, and one was removed."""
+    monkeypatch.setitem(sys.modules, "cupy", types.ModuleType("cupy"))
+    monkeypatch.setattr(cuda.devices, "has_driver", lambda: True)
+    with pytest.raises(DeviceError, match="installed but broken: cupy is an empty folder; see"):
+        arrays.load_cupy()
+    with pytest.raises(DeviceError, match="device is 'cuda', but .* broken: cannot import name"):
+        cuda.array_module("cuda")
 
 
 def test_packages_that_are_there_but_broken():

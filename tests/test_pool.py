@@ -189,10 +189,14 @@ def test_an_append_that_raises_sets_no_scale(xp, rng, text):
 
 
 @pytest.mark.parametrize("text", GIVEN)
-def test_scales_that_nobody_sets(xp, rng, text):
+@pytest.mark.parametrize("value", [0, np.inf, np.nan])
+def test_scales_that_nobody_sets(xp, rng, text, value):
     """Are refused, with the remedy; the caller's are left alone, also with a margin."""
     rows = rows_of(rng, 2, peak=0.4)
     cache = PagedKVCache(2, 3, 2, 8, page_size=4, spec=text, xp=xp)
+    for x in cache.k_scales, cache.v_scales:
+        if x is not None:
+            x[1] = value
     match = r"append: scales of layer 1 are unset, expected .* PagedKVCache\(margin=1.5\)"
     with pytest.raises(ParameterError, match=match):
         appended(cache, rows, [0, 1], layer=1)

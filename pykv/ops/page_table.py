@@ -59,7 +59,8 @@ def from_lists(
         DtypeError: an array has another dtype, or an option another type.
         DeviceError: host and device arrays are mixed.
         ParameterError: `page_size` or `width` is not positive, or neither `width` nor `table` is
-            given; on the host, `indptr` does not rise from 0 to at most I.
+            given; on the host, `indptr` does not rise from 0 to at most I, or a last page has more
+            than P tokens.
         CapacityError: on the host, a request has more than M pages, or 2^31 tokens.
 
     Runs where the arrays are; on a GPU it only enqueues, and contents are not checked. Source:
@@ -131,6 +132,13 @@ def _check_on_host(
     most = int(np.diff(indptr).max())
     if most > M:
         raise CapacityError(f"{op}: width is {M}, but a request has {counted(most, 'page')}")
+    is_beyond = (np.diff(indptr) > 0) & (last_page_len > page_size)
+    if is_beyond.any():
+        b = int(is_beyond.argmax())
+        raise ParameterError(
+            f"{op}: last_page_len has {last_page_len[b]} of request {b}, expected at most the "
+            f"{counted(page_size, 'token')} of a page"
+        )
     longest = int(_lengths(indptr, last_page_len, page_size).max())
     if longest > _MOST:
         raise CapacityError(

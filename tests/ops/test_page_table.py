@@ -65,6 +65,14 @@ def test_a_table_too_narrow_is_refused_on_the_host():
         page_table.from_lists(*lists, page_size=4, width=2)
 
 
+def test_a_last_page_that_is_too_full_is_refused_on_the_host():
+    lists = [np.array(x, np.int32) for x in ([4, 2, 7], [0, 1, 1, 3], [4, 9, 5])]
+    with pytest.raises(ParameterError, match="last_page_len has 5 of request 2, expected at most"):
+        page_table.from_lists(*lists, page_size=4, width=2)
+    lists[2][2] = 4  # what has no page has no last one
+    assert page_table.from_lists(*lists, page_size=4, width=2)[1].tolist() == [4, 0, 8]
+
+
 def test_a_prepared_call_follows_the_lists(xp):
     indices, indptr, last = (
         xp.asarray(np.array(x, np.int32)) for x in ([4, 2, 7], [0, 1, 3], [1, 3])

@@ -83,7 +83,7 @@ struct Rows {
 
     const u8* w;         // row o0, or its gate
     u32 stride, opened;  // bytes from a row to the next, and from a gate to what it opens
-    int last, G;         // how many rows follow the first; groups of a row
+    int last, G;         // how many outputs follow the first; groups of a row
     int thread;          // of those that copy
 
     __device__ __forceinline__ Rows(const u8* w, i64 w_stride, int o0, int O, int G)
@@ -93,8 +93,32 @@ struct Rows {
     // Where row r of the block begins: with a GATE 8 gates are followed by what they open. Past the last
     // output that one again, whose sums are dropped.
     __device__ __forceinline__ u32 row(int r) const {
-        if (GATE == 0) return min(r, last) * stride;
-        return min(r / 16 * 8 + r % 8, last) * stride + (r % 16 < 8 ? 0 : opened);
+        return min(output_of(r), last) * stride + (opens(r) ? opened : 0);
+    }
+    static __device__ __forceinline__ int output_of(int r) {
+        return GATE ? r / 16 * 8 + r % 8 : r;
+    }
+    static __device__ __forceinline__ bool opens(int r) { return GATE && r % 16 >= 8; }
+
+    // copy(place, rows behind the first) for each row that is this thread's, PER_ROW threads sharing
+    // one; `from` is the place in row 0. These rows are STEP apart, a power of two, and the first is
+    // below that: where all outputs of the block exist, its offset and that of a multiple of STEP add
+    // up, so that a copy takes one addition.
+    template <int PER_ROW, typename Copy>
+    __device__ __forceinline__ void each_row(const u8* from, Copy copy) const {
+        constexpr int STEP = COPIERS / PER_ROW;
+        const int first = thread / PER_ROW;
+        if (last >= OUTPUTS - 1) {
+            const u8* const own = from + row(first);
+            const u8* const opened_by_own = own + opened;
+#pragma unroll
+            for (int r = 0; r < TILE_O; r += STEP) {
+                copy((opens(r) ? opened_by_own : own) + (u64)stride * output_of(r), r);
+            }
+        } else {
+#pragma unroll 1
+            for (int r = 0; r < TILE_O; r += STEP) copy(from + row(first + r), r);
+        }
     }
 
     template <int CHUNKS> __device__ __forceinline__ void copy_plane(u8*& to, u32& plane,
@@ -103,10 +127,10 @@ struct Rows {
             const int chunk = thread % CHUNKS;
             const int end = (G * CHUNKS + GROUPS - 1) / GROUPS - 1;  // past the end that one again
             const u8* const from = w + (plane + min(stage * CHUNKS + chunk, end) * 16);
-#pragma unroll 8
-            for (int r = thread / CHUNKS; r < TILE_O; r += COPIERS / CHUNKS) {
-                cp_async16(to + place_of<CHUNKS>(r, chunk), from + row(r));
-            }
+            u8* const own = to + place_of<CHUNKS>(thread / CHUNKS, chunk);  // as of all its rows
+            each_row<CHUNKS>(from, [&](const u8* row, int r) {
+                cp_async16(own + r * CHUNKS * 16, row);
+            });
             to += TILE_O * CHUNKS * 16, plane += G * CHUNKS * 16 / GROUPS;
         }
     }
@@ -114,20 +138,19 @@ struct Rows {
     // Past the end of a row its last scales again, and zeros behind these. Scales of two bytes are
     // copied with those of the next stage, or of the one before.
     __device__ __forceinline__ void copy_scales(u8* to, u32 plane, int stage) const {
-        constexpr int OF_ROW = KIND::FIRST / AT_ONCE;  // copies
+        constexpr int OF_ROW = KIND::FIRST / AT_ONCE;  // copies, each by a thread
+        constexpr int PER_ROW = OF_ROW == 3 ? 4 : OF_ROW;
         const int bytes = G * KIND::FIRST / GROUPS, end = (bytes - 1) / AT_ONCE * AT_ONCE;
-#pragma unroll 4
-        for (int i = thread; i < TILE_O * OF_ROW; i += COPIERS) {
-            const int r = i / OF_ROW, at = i % OF_ROW * AT_ONCE;
-            const u8* const from = w + (row(r) + plane + min(stage * KIND::FIRST + at, end));
-            cp_async<AT_ONCE>(to + r * SCALES + at, from);
+        const int at = thread % PER_ROW * AT_ONCE;
+        if (PER_ROW == OF_ROW || at < KIND::FIRST) {
+            u8* const own = to + thread / PER_ROW * SCALES + at;
+            each_row<PER_ROW>(w + (plane + min(stage * KIND::FIRST + at, end)),
+                              [&](const u8* row, int r) { cp_async<AT_ONCE>(own + r * SCALES, row); });
         }
         if constexpr (KIND::SECOND > 0) {
-#pragma unroll 4
-            for (int r = thread; r < TILE_O; r += COPIERS) {
-                const u8* const from = w + (row(r) + plane + bytes + stage * KIND::SECOND / 4 * 4);
-                cp_async<4>(to + r * SCALES + KIND::FIRST, from);
-            }
+            u8* const own = to + thread * SCALES + KIND::FIRST;
+            each_row<1>(w + (plane + bytes + stage * KIND::SECOND / 4 * 4),
+                        [&](const u8* row, int r) { cp_async<4>(own + r * SCALES, row); });
         }
     }
 
@@ -286,6 +309,43 @@ __device__ __forceinline__ void multiply_stages(Sums& sums, const Rings& rings, 
     wgmma_operands(operands[1]);
     wgmma_results(reinterpret_cast<float (&)[sizeof(Sums) / sizeof(float)]>(sums));
 }
+
+// Stores a lane's outputs of row `o` of w, or of o and o + 8: of every eight tokens of the tile the first
+// two from `out` and `units` on, of which `left` exist. What all outputs need is loaded ahead of the
+// first store, behind which the compiler moves no load.
+__device__ __forceinline__ void store(X_T* out, const Sums& sums, const float* units, const B_T* bias,
+                                      int o, int O, int left, i64 out_stride, int accumulate) {
+    if (o >= O) return;
+    float2 of_tokens[TILE_T / 8];
+#pragma unroll
+    for (int n = 0; n < TILE_T / 8; n++) {
+        of_tokens[n] = *reinterpret_cast<const float2*>(units + n * 8);
+    }
+#if GATE  // x + -0 is x, whatever its sign
+    const float of_gate = bias ? to_float(bias[o]) : -0.0f;
+    const float of_opened = bias ? to_float(bias[O + o]) : -0.0f;
+#endif
+    const i64 step = opaque_pointer(out_stride);  // a token further is an addition, not a product
+    X_T* at = out + o;
+#pragma unroll
+    for (int n = 0; n < TILE_T / 8; n++) {
+#pragma unroll
+        for (int i = 0; i < 2; i++, at += i < 2 ? step : 7 * step) {
+            const bool exists = n * 8 + i < left;
+            const float unit = i ? of_tokens[n].y : of_tokens[n].x;
+            const float lower = sums[n][i] * unit, upper = sums[n][2 + i] * unit;
+#if GATE
+            const float gate = activated(GATE, lower + of_gate), up = upper + of_opened;
+            const float there = accumulate && exists ? to_float(*at) : 0.0f;
+            if (exists) *at = from_float<X_T>(fmaf(gate, up, there));
+#else
+            if (!exists) continue;
+            finish(at, lower, bias, o, accumulate);
+            if (o + 8 < O) finish(at + 8, upper, bias, o + 8, accumulate);
+#endif
+        }
+    }
+}
 #endif
 
 extern "C" __global__ void __launch_bounds__(BLOCK + COPIERS, RESIDENT)
@@ -326,25 +386,7 @@ linear_wgmma(X_T* out, float* partial, u32* counters, const f16* pieces, const f
         return;
     }
     const int lane = threadIdx.x % WARP, o = o0 + threadIdx.x / WARP * 16 / WIDTH + lane / 4;
-#pragma unroll
-    for (int n = 0; n < TILE_T / 8; n++) {
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            const int token = t0 + n * 8 + lane % 4 * 2 + i;
-            if (token >= T) continue;
-            X_T* const of_token = out + token * out_stride;
-            const float lower = sums[n][i] * units[token], upper = sums[n][2 + i] * units[token];
-#if GATE
-            if (o >= O) continue;
-            float gate = lower, up = upper;
-            if (bias) gate += to_float(bias[o]), up += to_float(bias[O + o]);
-            const float there = accumulate ? to_float(of_token[o]) : 0.0f;
-            of_token[o] = from_float<X_T>(fmaf(activated(GATE, gate), up, there));
-#else
-            if (o < O) finish(of_token + o, lower, bias, o, accumulate);
-            if (o + 8 < O) finish(of_token + o + 8, upper, bias, o + 8, accumulate);
-#endif
-        }
-    }
+    store(out + (t0 + lane % 4 * 2) * out_stride, sums, units + t0 + lane % 4 * 2, bias, o, O,
+          T - t0 - lane % 4 * 2, out_stride, accumulate);
 #endif
 }

@@ -43,6 +43,17 @@ def test_gates_do_not_overflow(xp, name):
     np.testing.assert_allclose(got, np.maximum(gate, 0), rtol=1e-6, atol=1e-35)
 
 
+def test_what_closed_gates_let_through(xp):
+    """1 / (1 + exp(-gate)) where that is far below 1, and no normal number in the end."""
+    gate = np.linspace(-100, -1, 397, dtype=np.float32)
+    x = np.concatenate([gate, np.full_like(gate, 2**20)])[None]
+    got = to_numpy(activation.swiglu(xp.asarray(x)))[0]
+    wide = gate.astype(np.float64)
+    sigmoid = 1 / (1 + np.exp(-wide))
+    error = np.abs(got - wide * sigmoid * 2**20) / np.abs(wide * 2**20)
+    assert (error <= sigmoid * 2.0**-20 + 2.0**-148).all()
+
+
 @pytest.mark.parametrize("name", GATED)
 def test_gates_of_strided_tokens_into_out(xp, rng, name):
     wide = xp.asarray(rng.standard_normal((4, 96)).astype(np.float32))

@@ -187,8 +187,9 @@ struct StoredRows {
 template <typename K, typename Source>
 __device__ __forceinline__ void stage(float* staged, float (&squares)[ROWS], const Source& x,
                                       const float* norm, int t0, int T, int i0, int I, int parts) {
-    constexpr int STEP = BLOCK * 4, MOST = BLOCK / 128 / ROWS;
-    constexpr int AT_ONCE = MOST > 1 ? MOST : 1;  // steps that a thread loads together
+    // Steps that a thread loads together; before sm_80 codes of weights take the registers.
+    constexpr int STEP = BLOCK * 4, MOST = __CUDA_ARCH__ >= 800 ? BLOCK / 128 / ROWS : 1;
+    constexpr int AT_ONCE = MOST > 1 ? MOST : 1;
 #pragma unroll 1
     for (int first = threadIdx.x * 4; first < parts * SLICE; first += AT_ONCE * STEP) {
         float values[AT_ONCE][ROWS][4], factors[AT_ONCE][4];

@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from pykv.errors import FormatError, ParameterError, UnsupportedError
 from pykv.llm.gguf import ModelFile
@@ -21,6 +21,14 @@ from pykv.llm.token_types import known_id
 from pykv.llm.tokenizer import Tokenizer
 
 _DEFAULTS: dict[str, Any] = {"add_generation_prompt": True, "tools": None, "documents": None}
+
+
+class _Template(NamedTuple):
+    """What errors call a template, its text, and what it calls bos_token and the like."""
+
+    name: str
+    source: str
+    tokens: tuple[tuple[str, str], ...]
 
 
 def chat_prompt(
@@ -41,14 +49,14 @@ def chat_prompt(
 
     Raises:
         UnsupportedError: the file has no chat template, or no process can be started to render it.
-        ParameterError: the messages are malformed, the template refuses them, or it wants strings
-            where contents are parts.
+        ParameterError: the messages are malformed, the template refuses them, it wants strings
+            where contents are parts, or it leaves a system message out.
         FormatError: the template is no valid Jinja, fails, or takes too much time or memory.
         InstallError: jinja2 is not installed.
     """
-    name, source, tokens = _template(model, template_variables)
-    variables = _variables(messages, template_variables, tokens)
-    return _rendered(name, source, _as_wanted(name, source, variables)).text
+    template = _template(model, template_variables)
+    variables = _variables(messages, template_variables, dict(template.tokens))
+    return _rendered(template, _as_wanted(template, variables)).text
 
 
 def chat_ids(
@@ -63,10 +71,10 @@ def chat_ids(
 
     Args, Raises: as `chat_prompt`; CapacityError, see Tokenizer.encode for `limit`.
     """
-    name, source, tokens = _template(model, template_variables)
-    variables = _variables(messages, template_variables, tokens)
-    variables = _as_wanted(name, source, variables)
-    plain = _rendered(name, source, variables)
+    template = _template(model, template_variables)
+    name, source, tokens = template.name, template.source, dict(template.tokens)
+    variables = _as_wanted(template, _variables(messages, template_variables, tokens))
+    plain = _rendered(template, variables)
     given = {key: value for key, value in variables.items() if key not in tokens}
     said = list(_strings(list(given.values())))
     characters = frozenset().union(*said)
@@ -87,10 +95,10 @@ def chat_ids(
     return tokenizer.encode(safe, special=True, stand_ins=back, limit=limit)
 
 
-def _as_wanted(name: str, source: str, variables: dict[str, Any]) -> dict[str, Any]:
+def _as_wanted(template: _Template, variables: dict[str, Any]) -> dict[str, Any]:
     """The variables, with contents as parts where the template knows no others: it would leave out
     the strings without a word."""
-    if _reads(name, source, parts=False) is not False or not _reads(name, source, parts=True):
+    if _reads(template, parts=False) is not False or not _reads(template, parts=True):
         return variables
     messages = [
         {**message, "content": _parts(message["content"])} if "content" in message else message
@@ -106,35 +114,56 @@ def _parts(content: Any) -> Any:
     return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
-def _reads(name: str, source: str, *, parts: bool) -> bool | None:
+def _reads(template: _Template, *, parts: bool) -> bool | None:
     """Whether contents that are parts, or strings, make a difference to what a template writes.
     None: it refuses a message; of parts also where it fails, perhaps for another reason."""
     try:
-        return _tells_apart(name, source, parts)
+        return _tells_apart(template, "user", parts)
     except ParameterError:
         return None
     except FormatError:
         return None if parts else False
 
 
-@lru_cache(16)
-def _tells_apart(name: str, source: str, parts: bool) -> bool:
+@lru_cache(32)  # it keeps no errors, as time or memory may have been short
+def _tells_apart(template: _Template, role: str, parts: bool) -> bool:
+    """Whether a template writes something else where the first message, of a role, does."""
     prompts = set()
     for said in ("one", "three"):
-        message = {"role": "user", "content": _parts(said) if parts else said}
-        prompts.add(render(name, source, _DEFAULTS | {"messages": [message]}).text)
+        texts = {role: said} | ({} if role == "user" else {"user": "two"})
+        messages = [{"role": r, "content": _parts(x) if parts else x} for r, x in texts.items()]
+        variables = _DEFAULTS | dict(template.tokens) | {"messages": messages}
+        prompts.add(render(template.name, template.source, variables).text)
     return len(prompts) > 1
 
 
-def _rendered(name: str, source: str, variables: dict[str, Any]) -> Rendered:
-    """The prompt, of messages whose contents the template takes. Many want strings, and fail with
-    Python's own words at parts, write them as Python does, or leave them out."""
+def _check_heard(template: _Template, first: Mapping[str, Any]) -> None:
+    """Refuse a system message that the template would leave out without a word."""
+    role, content = first["role"], first.get("content")
+    if role not in ("system", "developer") or _parts(content) == _parts(""):
+        return
+    try:
+        is_heard = _tells_apart(template, role, not isinstance(content, str))
+    except (ParameterError, FormatError):  # perhaps for another reason
+        return
+    if not is_heard:
+        raise ParameterError(
+            f"{OP}: messages[0] has role {role!r}, which {template.name} leaves out; let the user "
+            "say what it says"
+        )
+
+
+def _rendered(template: _Template, variables: dict[str, Any]) -> Rendered:
+    """The prompt, of messages that the template takes. Many want strings, and fail with Python's
+    own words at parts, write them as Python does, or leave them out."""
+    name, source, _ = template
     contents = [message["content"] for message in variables["messages"] if "content" in message]
     others = [content for content in contents if not isinstance(content, str)]
     try:
         plain = render(name, source, variables)
         is_spelled = any(str(content) in plain.text for content in others if content)
-        if not is_spelled and not (any(others) and _reads(name, source, parts=True) is False):
+        if not is_spelled and not (any(others) and _reads(template, parts=True) is False):
+            _check_heard(template, variables["messages"][0])
             return plain
     except FormatError:
         texts = [{**message, "content": ""} for message in variables["messages"]]
@@ -229,20 +258,17 @@ def _no_template(model: ModelFile) -> UnsupportedError:
     )
 
 
-def _template(
-    model: ModelFile | str, given: Mapping[str, Any] | None
-) -> tuple[str, str, dict[str, str]]:
-    """What errors call the template, its text, and what it calls bos_token and the like."""
+def _template(model: ModelFile | str, given: Mapping[str, Any] | None) -> _Template:
     if isinstance(model, str):
-        return "the given chat template", model, {}
+        return _Template("the given chat template", model, ())
     source = template_of(model, tools=isinstance(given, Mapping) and bool(given.get("tools")))
     if source is None:
         raise _no_template(model)
     tokens = model.get("tokenizer.ggml.tokens", [], list)
     roles = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
     ids = {name: known_id(model, role, len(tokens)) for name, role in roles.items()}
-    known = {f"{name}_token": tokens[i] for name, i in ids.items() if i is not None}
-    return f"the chat template of {model.path}", source, known
+    known = ((f"{name}_token", tokens[i]) for name, i in ids.items() if i is not None)
+    return _Template(f"the chat template of {model.path}", source, tuple(known))
 
 
 def _variables(

@@ -211,7 +211,7 @@ class Protocol:
 
     @cached_property
     def _takes_system(self) -> bool:
-        """Whether the template takes a system message, which Gemma's refuses."""
+        """Whether the template takes a system message: Gemma's refuses one, others leave it out."""
         talk = [{"role": role, "content": "Hi"} for role in ("system", "user")]
         try:
             chat_prompt(self.llm.file, talk)
@@ -386,7 +386,7 @@ def _reseeded(params: SamplingParams, choice: int) -> SamplingParams:
 
 def _by_the_user(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Messages of which the user says what the system message does, as llama.cpp has it where a
-    template refuses one."""
+    template takes none."""
     system, *others = messages
     if not others or others[0]["role"] != "user":
         return [system | {"role": "user"}, *others]

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pykv.errors import CapacityError, FormatError, InstallError, ParameterError, UnsupportedError
-from pykv.llm import bpe, gguf, templates
+from pykv.llm import bpe, chat, gguf, templates
 from pykv.llm.chat import chat_ids, chat_prompt
 from pykv.llm.tokenizer import Tokenizer
 from tests.llm.test_model import MODELS
@@ -165,6 +165,36 @@ def test_a_template_that_knows_parts_alone_leaves_no_string_out(file, template):
 def test_a_template_that_fails_at_strings_gets_parts():
     template = "{{ messages[0].content[0].text.strip() }}"
     assert chat_prompt(template, USER) == USER[0]["content"]
+
+
+def test_what_a_template_reads_is_found_out_once(file, monkeypatch):
+    """By what it calls tokens, too: text behind an eos_token that is not there would fail."""
+    model = file("{% for m in messages %}{{ m.content + eos_token }}{% endfor %}")
+    made, render = [], chat.render
+    monkeypatch.setattr(chat, "render", lambda *given: made.append(1) or render(*given))
+    talk = [{"role": "system", "content": "Be brief."}, *USER]
+    for _ in range(3):
+        assert chat_prompt(model, talk) == "Be brief.</s>Hi</s>"
+        made.append(0)
+    assert "".join(map(str, made)).endswith("01010")
+
+
+@pytest.mark.parametrize("content", ["Be brief.", [{"type": "text", "text": "Be brief."}]])
+def test_a_template_that_leaves_out_the_system_says_so(content):
+    """Some look for the roles that they know, and pass over others."""
+    template = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}"
+    if isinstance(content, list):
+        template = template.replace("m.content", "m.content[0].text")
+    template += "{% endfor %}"
+    user = {"role": "user", "content": content}
+    for role in ("system", "developer"):
+        match = f"messages.0. has role '{role}', which the given chat template leaves out"
+        with pytest.raises(ParameterError, match=match):
+            chat_prompt(template, [{"role": role, "content": content}, user])
+        empty = {"role": role, "content": ""}
+        assert chat_prompt(template, [empty, user]) == "Be brief."
+        heard = template.replace("m.role == 'user'", f"m.role in ('user', '{role}')")
+        assert chat_prompt(heard, [{"role": role, "content": content}, user]) == "Be brief." * 2
 
 
 def test_usual_tokens_of_sentencepiece(tmp_path):

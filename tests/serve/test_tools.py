@@ -340,10 +340,15 @@ def test_another_template_is_told_in_the_system_message(serve):
 NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
 
 
+DEAF = "{% set messages = messages | rejectattr('role', 'equalto', 'system') | list %}"
+
+
+@pytest.mark.parametrize("head", [NO_SYSTEM, DEAF])
 @pytest.mark.parametrize("fields", [{}, {"tools": [WEATHER]}])
 @pytest.mark.parametrize("system", [[], [{"role": "system", "content": "Be brief."}]])
-def test_a_template_that_refuses_system_messages_has_the_user_say_them(serve, fields, system):
-    client = serve("x", template=NO_SYSTEM + PLAIN)
+def test_a_template_without_system_messages_has_the_user_say_them(serve, head, fields, system):
+    """Whether it refuses them or leaves them out."""
+    client = serve("x", template=head + PLAIN)
     for talk in (USER, [], [{"role": "assistant", "content": "Hello"}, *USER]):
         if system + talk:
             client.ask(CHAT, messages=system + talk, **fields)

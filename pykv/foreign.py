@@ -131,8 +131,9 @@ def from_pointer(
         ParameterError: the address is null, misaligned or beyond 63 bits, a size or `device` is
             negative, or all of it takes more bytes than 63 bits count.
         DtypeError: `dtype` is no element type of numbers, or another argument no integer.
-        DeviceError: the memory is pageable, which no kernel may touch; or CuPy or a driver is
-            missing, or no GPU is usable.
+        DeviceError: the memory is pageable and no kernel of the GPU may touch it (on some systems
+            it may: cudaDevAttrPageableMemoryAccess); or CuPy or a driver is missing, or no GPU is
+            usable.
     """
     op = "from_pointer"
     try:
@@ -157,7 +158,7 @@ def from_pointer(
     else:
         device = current_device()
     cupy = load_cupy()
-    if nbytes and is_pageable(address):
+    if nbytes and is_pageable(address) and not _reaches_pageable(device):
         raise DeviceError(
             f"{op}: address is {address:#x} in pageable host memory, expected that of a GPU, or "
             "pinned memory"
@@ -167,6 +168,12 @@ def from_pointer(
 
 
 def is_pageable(address: int) -> bool:
-    """Whether an address is in host memory that no GPU reaches."""
+    """Whether an address is in host memory that CUDA does not know."""
     runtime = load_cupy().cuda.runtime
     return bool(runtime.pointerGetAttributes(address).type == runtime.memoryTypeUnregistered)
+
+
+def _reaches_pageable(device: int) -> bool:
+    """Whether kernels of a GPU may touch all of the host's memory, as beside Grace or with HMM."""
+    runtime = load_cupy().cuda.runtime
+    return bool(runtime.deviceGetAttribute(runtime.cudaDevAttrPageableMemoryAccess, device))

@@ -239,11 +239,20 @@ def test_from_pointer_refuses_bad_addresses(address):
         from_pointer(address, (1,), np.float32)
 
 
-def test_from_pointer_refuses_memory_that_no_kernel_may_touch(device):
-    host = np.zeros(16, np.float32)
+def test_from_pointer_refuses_memory_that_no_kernel_may_touch(device, monkeypatch):
+    """Some GPUs reach all of the host's memory; which, the driver says."""
+    host, asked = np.zeros(16, np.float32), []
+    runtime = device.cuda.runtime
+    monkeypatch.setattr(
+        runtime, "deviceGetAttribute", lambda *given: asked.append(given) or reaches
+    )
+    reaches = 0
     with pytest.raises(DeviceError, match="address is 0x.* in pageable host memory, expected"):
         from_pointer(host.ctypes.data, (4,), np.float32)
     assert from_pointer(host.ctypes.data, (0, 4), np.float32).size == 0
+    reaches = 1
+    assert from_pointer(host.ctypes.data, (4,), np.float32).shape == (4,)
+    assert asked == [(runtime.cudaDevAttrPageableMemoryAccess, runtime.getDevice())] * 2
 
 
 def test_from_pointer_refuses_bad_shapes():

@@ -26,6 +26,7 @@ import numpy as np
 from pykv.arrays import is_numpy
 from pykv.errors import FormatError, ParameterError, ShapeError
 from pykv.integrations.tensors import codes_of  # first: names the extra that is missing
+from pykv.options import check_type
 from pykv.tiers.disk import DiskTier
 from pykv.tiers.sizes import parse_bytes
 
@@ -65,7 +66,8 @@ class Storage(HiCacheStorage):  # type: ignore[misc]
                 raise ParameterError(f"{op}: {name} is missing in the backend's extra config")
         self._folder = Path(os.path.expanduser(given["folder"]))
         self._limit = parse_bytes(op, "limit", given["limit"])
-        self._kv_cache_dtype = given.get("kv_cache_dtype")
+        self._kv_cache_dtype = given.get("kv_cache_dtype", "auto")
+        check_type(op, "kv_cache_dtype", self._kv_cache_dtype, str, 'a text such as "fp8_e4m3"')
         self._facts = _facts(storage_config)
         self._tier: DiskTier | None = None
         self._nbytes = 0  # bytes of a page
@@ -82,11 +84,11 @@ class Storage(HiCacheStorage):  # type: ignore[misc]
         """
         super().register_mem_pool_host(mem_pool_host)
         pool = mem_pool_host
-        if (device_pool := getattr(pool, "device_pool", None)) is not None:
-            dtype = str(device_pool.dtype)  # the host's is uint8 for either sort of FP8
-        else:
-            dtype = self._kv_cache_dtype or str(pool.dtype)
+        # The host's pool holds uint8 for either sort of FP8; later ones do not know the device's.
+        dtype = str((getattr(pool, "device_pool", None) or pool).dtype)
         if dtype.endswith("uint8"):
+            dtype = self._kv_cache_dtype
+        if dtype == "auto":
             raise ParameterError(
                 "sglang.Storage: the pool holds bytes, expected kv_cache_dtype in the backend's "
                 "extra config, which says what they mean"

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from pykv.errors import ParameterError, ShapeError
+from pykv.errors import DtypeError, ParameterError, ShapeError
 
 torch = pytest.importorskip("torch")
 
@@ -147,6 +147,20 @@ def test_pools_that_do_not_know_the_devices(made):
     kinds = [dict(extra=dict(kv_cache_dtype=kind)) for kind in ("fp8_e4m3", "fp8_e5m2")]
     assert backup(made(pool=LaterPool(torch.uint8), **kinds[0]), ["b"], torch.tensor([0, 1]))
     there = [made(pool=LaterPool(torch.uint8), **words).exists("b") for words in kinds]
+    assert there == [True, False]
+    for kind, error in (("auto", ParameterError), (8, DtypeError)):
+        with pytest.raises(error, match="expected kv_cache_dtype|kv_cache_dtype is a int"):
+            made(pool=LaterPool(torch.uint8), extra=dict(kv_cache_dtype=kind))
+
+
+def test_pools_that_say_their_dtype_are_told_apart_by_it(made):
+    """Whatever kv_cache_dtype says: two bytes may be float16 or bfloat16."""
+    extra = dict(extra=dict(kv_cache_dtype="auto"))
+    assert backup(made(pool=LaterPool(torch.float16), **extra), ["a"], torch.tensor([0, 1]))
+    there = [
+        made(pool=LaterPool(dtype), **extra).exists("a")
+        for dtype in (torch.float16, torch.bfloat16)
+    ]
     assert there == [True, False]
 
 

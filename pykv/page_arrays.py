@@ -300,11 +300,16 @@ def check_given_scales(op: str, target: Any, source: Any = None, *, stream: Any 
             continue
         with cuda.on_stream(stream, scales):
             cuda.refuse_capture(op, "it looks at scales; prepare the call before")
-            if expected is None and not (to_host(scales) > 0).all():
-                expects = "positive ones, set or found by an append"
+            if expected is None and not are_set(to_host(scales)).all():
+                expects = "positive and finite ones, set or found by an append"
                 raise ParameterError(f"{op}: target.{name} are unset, expected {expects}")
             if expected is not None and not same_values(scales, expected):
                 raise ParameterError(f"{op}: target.{name} differ, expected those of source")
+
+
+def are_set(scales: Any) -> Any:
+    """Which of these scales, on the host, rows can be stored with."""
+    return (scales > 0) & np.isfinite(scales)
 
 
 def same_values(a: Any, b: Any) -> bool:

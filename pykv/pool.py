@@ -18,7 +18,7 @@ from pykv.kinds import SCALE_DTYPES
 from pykv.number_texts import counted
 from pykv.ops import paged_append, paged_decode, paged_qkv, prefill, qkv_decode
 from pykv.options import check_number, check_whole, page_ids
-from pykv.page_arrays import moving_arrays
+from pykv.page_arrays import are_set, moving_arrays
 from pykv.specs import POOLS, KVSpec, as_spec
 
 # One for all caches: first appends are rare.
@@ -372,7 +372,7 @@ class PagedKVCache:
     def _look_for_scales(self) -> None:
         """Forget layers whose scales are all set."""
         given = [to_host(x) for x in (self.k_scales, self.v_scales) if x is not None]
-        is_set = np.logical_and.reduce([((x > 0) & np.isfinite(x)).all(axis=1) for x in given])
+        is_set = np.logical_and.reduce([are_set(x).all(axis=1) for x in given])
         self._unset.difference_update(np.flatnonzero(is_set).tolist())
 
     def _find_scales(self, layer: int, rows: tuple[Any, Any], is_written: Any) -> None:

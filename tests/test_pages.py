@@ -313,11 +313,15 @@ def test_pages_do_not_go_where_scales_are_unset(xp, text):
     slots = xp.asarray(np.arange(4, dtype=np.int32))
     for cache in (source, target):
         cache.append(0, x, x, slots)
-    before = host(target)
-    for call in (pages.convert_pages, partial(pykv.prepare, pages.convert_pages)):
-        with pytest.raises(ParameterError, match=r"convert_pages: target.[kv]_scales are unset"):
-            call(source, target, [0], [1])
-    assert_holds(target, before)
+    shared = [scales[1] for scales in (target.k_scales, target.v_scales) if scales is not None]
+    for value in (np.inf, np.nan, 0):
+        for scales in shared:
+            scales[...] = value
+        before = host(target)
+        for call in (pages.convert_pages, partial(pykv.prepare, pages.convert_pages)):
+            with pytest.raises(ParameterError, match=r"convert_pages: target.[kv]_scales are uns"):
+                call(source, target, [0], [1])
+        assert_holds(target, before)
     pages.convert_pages(source, target, [], [])
     target.append(1, x, x, slots)
     pages.convert_pages(source, target, [0], [1])

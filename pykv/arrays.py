@@ -165,9 +165,7 @@ def load_cupy() -> Any:
     """
     try:
         import cupy
-
-        if not hasattr(cupy, "ndarray"):  # two packages of it were installed, and one is gone
-            raise ImportError("cupy is an empty folder")
+        from cupy import ndarray  # noqa: F401 - which half-removed packages lack
     except ImportError as error:
         raise DeviceError(f"GPU arrays need CuPy: {install.cuda_advice(error)}") from error
     _check_driver(cupy)

@@ -1,6 +1,6 @@
 """Chunks through LMCache's own storage, with codes by pykv's serde, on a CPU.
 
-    pip install torch --index-url https://download.pytorch.org/whl/cpu
+    pip install torch  # of the index that has builds for the CPU
     pip install --no-deps lmcache==0.5.6   # with what its wheel asks for, gigabytes of CUDA
     pip install numba prometheus_client aiofiles aiohttp cachetools cryptography msgspec pyzmq
     pip install sortedcontainers psutil

@@ -111,6 +111,7 @@ def create_app(
     if not origins:
         return app
     ways: dict[str, Any] = dict(allow_methods=("GET", "POST"), allow_headers=("*",))
+    ways["allow_private_network"] = True  # a page of the internet may be named, too
     return CORSMiddleware(app, allow_origins=origins, **ways)
 
 

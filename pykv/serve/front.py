@@ -105,7 +105,8 @@ class App:
         host = headers.get("host", "")
         origin = headers.get("origin")
         if origin is not None and origin not in self._origins and _netloc(origin) != host:
-            raise ApiError(403, f"origin is {origin!r:.80}, expected its own, or --allow-origin")
+            expected = "this server's own, or one of --allow-origin"
+            raise ApiError(403, f"origin is {origin!r:.80}, expected {expected}")
         if self._key is None:
             if self._loopback and _hostname(host) not in LOOPBACK:
                 raise ApiError(403, f"host is {host!r:.80}, expected localhost, or an --api-key")

@@ -433,6 +433,7 @@ def test_pages_of_a_site_that_is_allowed_may_ask(serve):
     client = serve("Hello", api_key="sesame", origins=[site])
     asks = {"Access-Control-Request-Method": "POST"}
     asks["Access-Control-Request-Headers"] = "authorization"
+    asks["Access-Control-Request-Private-Network"] = "true"
     status, answer, _ = client.request("OPTIONS", CHAT, headers={"Origin": site, **asks})
     assert status == 200 and "authorization" in answer["Access-Control-Allow-Headers"].lower()
     assert answer["Access-Control-Allow-Origin"] == site and "Origin" in answer["Vary"]

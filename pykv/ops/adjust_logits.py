@@ -70,7 +70,7 @@ def adjust(
         bias_indptr: [B+1] int32; biases bias_indptr[b] to bias_indptr[b+1] are of sequence b. Needs
             `bias_ids` and `bias_values`.
         bias_ids: [E] int32; tokens, none twice for a sequence.
-        bias_values: [E] float32; what is added, -inf included.
+        bias_values: [E] float32; what is added, finite or -inf.
         masks: [M, W] int32, W = ceil(V / 32); bit i % 32 of word i / 32 allows token i, as
             llguidance and XGrammar write them. Needs `mask_rows`.
         mask_rows: [B] int32; the mask of a sequence, or -1: all tokens are allowed.
@@ -86,7 +86,8 @@ def adjust(
         DtypeError: an array has another dtype.
         DeviceError: host and device arrays are mixed.
         ParameterError: an argument is given without those that it needs; or, on the host, an index
-            lies outside its array, comes twice, or a mask allows no token.
+            lies outside its array, comes twice, a penalty or bias is no such number, or a mask
+            allows no token.
 
     Runs where the arrays are; on a GPU it only enqueues, and contents are not checked there: rows
     outside their arrays count as -1, tokens outside the vocabulary as none. Host and GPU give the
@@ -206,7 +207,7 @@ def _check_width(op: str, masks: Any, V: int) -> None:
 
 def _check_contents(op: str, V: int, given: dict[str, Any]) -> None:
     tallies, penalties, tally_rows, tokens = (given[name] for name in _PENALTIES)
-    bias_indptr, bias_ids, _ = (given[name] for name in _BIASES)
+    bias_indptr, bias_ids, bias_values = (given[name] for name in _BIASES)
     masks, mask_rows = (given[name] for name in _MASKS)
     if tallies is not None:
         check_entries(op, "tally_rows", tally_rows, -1, len(tallies) - 1)
@@ -231,6 +232,12 @@ def _check_contents(op: str, V: int, given: dict[str, Any]) -> None:
         places = np.repeat(np.arange(len(bias_indptr) - 1), np.diff(bias_indptr)) * V + bias_ids
         if len(np.unique(places)) < E:
             raise ParameterError(f"{op}: bias_ids has a token twice for a sequence, expected once")
+        is_usable = bias_values < np.inf
+        if not is_usable.all():
+            e = int(is_usable.argmin())
+            raise ParameterError(
+                f"{op}: bias_values[{e}] is {bias_values[e]}, expected a finite number, or -inf"
+            )
     if masks is not None:
         check_entries(op, "mask_rows", mask_rows, -1, len(masks) - 1)
         check_masks(op, masks, V)

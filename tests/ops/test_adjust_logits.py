@@ -227,6 +227,8 @@ def test_errors_name_the_argument(xp, rng):
         (dict(bias_indptr=[0, 1, 1, 1]), "bias_indptr is .*, the last 2"),
         (dict(bias_ids=[3, 40]), r"bias_ids\[1\] is 40, expected 0 to 39"),
         (dict(bias_ids=[3, 3]), "bias_ids has a token twice"),
+        (dict(bias_values=[1, float("nan")]), r"bias_values\[1\] is nan, expected a finite number"),
+        (dict(bias_values=[INF, 1]), r"bias_values\[0\] is inf, expected a finite number, or -inf"),
         (dict(mask_rows=[0, 1, 0]), r"mask_rows\[1\] is 1, expected -1 to 0"),
         (dict(masks=[bits_of(40)]), r"masks\[0\] allows no token, expected at least one"),
     ],

@@ -592,6 +592,17 @@ def test_import_without_a_driver_touches_no_cuda_package():
     assert not {"ssl", "email.parser", "importlib.metadata", "urllib.request"} & set(loaded)
 
 
+@pytest.mark.parametrize(
+    "call", [lambda: cuda.compile(**JOB), lambda: cuda.devices.core_stream(1 << 40, 0)]
+)
+def test_a_missing_cuda_core_is_named(monkeypatch, call):
+    """As where somebody's own CuPy is all that there is."""
+    monkeypatch.setitem(sys.modules, "cuda.core", None)
+    match = r"kernels need cuda.core: cuda(.core)? is not installed: .*pip install"
+    with pytest.raises(DeviceError, match=match):
+        call()
+
+
 class NvmlError(Exception):
     pass
 

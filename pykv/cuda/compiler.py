@@ -22,7 +22,7 @@ import numpy as np
 
 from pykv.arrays import FLOATS
 from pykv.cache_folder import cache_dir, delete, make_private
-from pykv.cuda.devices import split_arch
+from pykv.cuda.devices import load_core, split_arch
 from pykv.errors import CompileError, DeviceError, UnsupportedError
 from pykv.install import command
 
@@ -106,9 +106,9 @@ def compile(stem: str, arch: str, **defines: Any) -> Any:
         ParameterError: `arch` is malformed.
         UnsupportedError: this NVRTC cannot target the SM.
         CompileError: NVRTC refused the source.
+        DeviceError: cuda.core or NVRTC is not installed.
     """
-    from cuda.core import ObjectCode
-
+    ObjectCode = load_core().ObjectCode
     kind, _ = split_arch(arch)
     defines = macros(defines, arch)
     key, options = _key(stem, arch, defines)

@@ -63,6 +63,19 @@ def architectures() -> list[str]:
         return []
 
 
+def load_core() -> Any:
+    """The package cuda.core, by which kernels are compiled and launched.
+
+    Raises:
+        DeviceError: it is not installed, or broken.
+    """
+    try:
+        import cuda.core as core
+    except ImportError as error:
+        raise DeviceError(f"kernels need cuda.core: {cuda_advice(error)}") from error
+    return core
+
+
 # --- Devices --------------------------------------------------------------------------------------
 
 
@@ -291,9 +304,7 @@ def stream_handle(stream: Any) -> int:
 @lru_cache(maxsize=256)
 def core_stream(handle: int, device: int) -> Any:
     """A cuda.core stream over a handle; made once, because making one costs more than a launch."""
-    from cuda.core import Stream
-
-    return Stream.from_handle(handle)
+    return load_core().Stream.from_handle(handle)
 
 
 @contextmanager

@@ -212,7 +212,7 @@ def convert_pages(
     Raises:
         ParameterError: a page or head does not exist, a target is listed twice, shares memory with
             another page's source or is read-only, L differs, or scales that heads or tensors of the
-            target share are unset.
+            target share are unset or not finite.
         DeviceError: neither cache is on the current GPU.
         Others as pykv.ops.paged_convert.convert.
 

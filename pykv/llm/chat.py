@@ -137,20 +137,21 @@ def _tells_apart(template: _Template, role: str, parts: bool) -> bool:
     return len(prompts) > 1
 
 
-def _check_heard(template: _Template, first: Mapping[str, Any]) -> None:
+def _check_heard(template: _Template, messages: Sequence[Mapping[str, Any]]) -> None:
     """Refuse a system message that the template would leave out without a word."""
-    role, content = first["role"], first.get("content")
-    if role not in ("system", "developer") or _parts(content) == _parts(""):
-        return
-    try:
-        is_heard = _tells_apart(template, role, not isinstance(content, str))
-    except (ParameterError, FormatError):  # perhaps for another reason
-        return
-    if not is_heard:
-        raise ParameterError(
-            f"{OP}: messages[0] has role {role!r}, which {template.name} leaves out; let the user "
-            "say what it says"
-        )
+    for n, message in enumerate(messages):
+        role, content = message["role"], message.get("content")
+        if role not in ("system", "developer") or _parts(content) == _parts(""):
+            continue
+        try:
+            is_heard = _tells_apart(template, role, not isinstance(content, str))
+        except (ParameterError, FormatError):  # perhaps for another reason
+            continue
+        if not is_heard:
+            raise ParameterError(
+                f"{OP}: messages[{n}] has role {role!r}, which {template.name} leaves out; let the "
+                "user say what it says"
+            )
 
 
 def _rendered(template: _Template, variables: dict[str, Any]) -> Rendered:
@@ -163,7 +164,7 @@ def _rendered(template: _Template, variables: dict[str, Any]) -> Rendered:
         plain = render(name, source, variables)
         is_spelled = any(str(content) in plain.text for content in others if content)
         if not is_spelled and not (any(others) and _reads(template, parts=True) is False):
-            _check_heard(template, variables["messages"][0])
+            _check_heard(template, variables["messages"])
             return plain
     except FormatError:
         texts = [{**message, "content": ""} for message in variables["messages"]]

@@ -188,9 +188,11 @@ def test_a_template_that_leaves_out_the_system_says_so(content):
     template += "{% endfor %}"
     user = {"role": "user", "content": content}
     for role in ("system", "developer"):
-        match = f"messages.0. has role '{role}', which the given chat template leaves out"
-        with pytest.raises(ParameterError, match=match):
-            chat_prompt(template, [{"role": role, "content": content}, user])
+        told = [{"role": role, "content": content}, user]
+        for n, talk in ((0, told), (1, [user, *told])):
+            match = f"messages.{n}. has role '{role}', which the given chat template leaves out"
+            with pytest.raises(ParameterError, match=match):
+                chat_prompt(template, talk)
         empty = {"role": role, "content": ""}
         assert chat_prompt(template, [empty, user]) == "Be brief."
         heard = template.replace("m.role == 'user'", f"m.role in ('user', '{role}')")

@@ -166,7 +166,7 @@ def load_cupy() -> Any:
     try:
         import cupy
 
-        if not hasattr(cupy, "ndarray"):  # two packages of it were installed, and one is gone
+        if not hasattr(cupy, "cuda"):  # two packages of it were installed, and one is gone
             raise ImportError("cupy is an empty folder")
     except ImportError as error:
         raise DeviceError(f"GPU arrays need CuPy: {install.cuda_advice(error)}") from error

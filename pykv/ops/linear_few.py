@@ -7,6 +7,7 @@ Kernel: kernels_cu/linear_few.cu.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from pykv import cuda, planes
@@ -95,11 +96,15 @@ def product(
     )
 
 
-def all_defines(kind: str, sm: int) -> list[dict[str, Any]]:
-    """Of all numbers of tokens, in float32, where an SM has the kernel."""
+def all_defines(kind: str, lengths: Collection[int], sm: int) -> list[dict[str, Any]]:
+    """Of all numbers of tokens, in float32, for which an SM has room with some length of rows."""
     if sm < 80 or kind not in planes.FORMATS:
         return []
-    return [defines(kind, FLOATS[0], FLOATS[0], T) for T in (1, 2, MOST)]
+    return [
+        defines(kind, FLOATS[0], FLOATS[0], T)
+        for T in (1, 2, MOST)
+        if _shared_bytes(kind, T, min(lengths)) <= _room(sm)
+    ]
 
 
 VARIANTS = [

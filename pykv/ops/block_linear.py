@@ -7,7 +7,7 @@ Kernel: kernels_cu/block_linear.cu; pykv/planes.py describes the rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -38,7 +38,7 @@ GATES = linear_tiles.GATES[1:]
 
 # How `gemv` cuts products, as was measured on an H200.
 _BLOCK, _LARGE_BLOCK = 256, 512  # threads; of small matrices, and of those that fill all SMs
-LARGE = 2 << 20  # elements
+LARGE = linear_few.SMALL  # elements
 _THREADS = 512  # of an SM, as registers allow
 _OUTS = {1: 4, 2: 4, 4: 2, 8: 2}  # rows of w of a warp, by the tokens that share one reading of w
 _FEW_OUTS = 2  # of floats, of which a lane holds 32 elements of each row, and of small matrices
@@ -68,8 +68,9 @@ def most_outs(kind: str, rows: int) -> int:
     return _outs(kind, rows)[0]
 
 
-def all_defines(kind: str, sm: int) -> list[dict[str, Any]]:
-    """Of all ways in which `gemv` cuts products of float32 on an SM."""
+def all_defines(kind: str, lengths: Collection[int], sm: int) -> list[dict[str, Any]]:
+    """Of all ways in which `gemv` cuts products of float32, which need not be exact, with rows of
+    these lengths on an SM."""
     has_mma = linear_mma.has_kernel(kind, sm)
     return [
         _defines(kind, FLOATS[0], FLOATS[0], ROWS=rows, OUTS=outs, BLOCK=block)
@@ -77,6 +78,7 @@ def all_defines(kind: str, sm: int) -> list[dict[str, Any]]:
         if rows <= _FEW or not has_mma
         for outs in _outs(kind, rows)
         for block in _blocks(kind, rows, sm)
+        if block == _BLOCK or not all(linear_few.has_room(kind, rows, I, sm) for I in lengths)
     ]
 
 

@@ -23,7 +23,7 @@ def integer_cores(device):
 
 
 def product(xp, x, w, kind, bias=None, out=None, gate=None, norm=None, parts=None):
-    if op._shared_bytes(kind, *x.shape) > op._room(cuda.current_sm()):
+    if not op.has_room(kind, *x.shape, cuda.current_sm()):
         pytest.skip(f"sm_{cuda.current_sm()} has no room for this kernel")
     x, w = xp.asarray(x), xp.asarray(w)
     accumulate, O = out is not None, len(w) // (2 if gate else 1)

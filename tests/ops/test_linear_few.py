@@ -129,6 +129,24 @@ def test_a_gate_of_pairs_of_products(integer_cores, rng, kind, gate, O):
     np.testing.assert_allclose(to_numpy(got), to_numpy(want), rtol=2e-6, atol=1e-6)
 
 
+def test_multiply_hands_on_all_that_is_asked(integer_cores, rng, monkeypatch):
+    """And other arrays to the launch that it keeps from the call before."""
+    xp, made, make = integer_cores, [], op.product
+    monkeypatch.setattr(op, "SMALL", 0)
+    monkeypatch.setattr(op, "product", lambda *a, **options: made.append(a) or make(*a, **options))
+    asked = dict(eps=1e-2, gate="geglu", accumulate=True, early=True, exact=False)
+    _, w, *_ = inputs(rng, "Q4_K", FLOAT32, 1, 38, 512)
+    for _ in range(2):
+        x, out, bias = (rng.standard_normal(n).astype("f4") for n in ((3, 512), (3, 19), 38))
+        x, norm = x / 16, rng.uniform(-1, 1, 512).astype("f4") / 64
+        given = {name: xp.asarray(a) for name, a in dict(bias=bias, norm=norm).items()}
+        got = xp.array(out)
+        block_linear.multiply(xp.asarray(x), xp.asarray(w), "Q4_K", out=got, **given, **asked)
+        block_linear.reference(x, w, "Q4_K", bias, out, norm, block_linear.Options(**asked))
+        np.testing.assert_allclose(to_numpy(got), out, rtol=0, atol=1e-4 * np.abs(out).max())
+    assert len(made) == 1
+
+
 def test_a_token_does_not_depend_on_others(integer_cores, rng):
     x, w, *_ = inputs(rng, "Q4_K", FLOAT32, 4, 40, 512)
     every = to_numpy(product(integer_cores, x, w, "Q4_K"))

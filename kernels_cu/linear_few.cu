@@ -2,9 +2,12 @@
 // these, in one launch: codes and tokens are multiplied as integers, by tensor cores.
 //
 // A warp multiplies 16 rows of w by 8 groups of 32 elements a step, 4 groups at a time: lane 4 * r + t
-// has the codes of group t in rows r and r + 8, as they lie in memory. Of an mma, whose sums are over
-// the elements of all four groups, column 2 * t + d of B holds digit d of a token where group t has its
-// elements, and 0 elsewhere: so each column is a sum of one group, and a lane gets those of its own.
+// has the codes of group t in rows r and r + 8, as they lie in memory. An mma, D = A B, takes 8 elements
+// of each of these groups from A, which are codes, and adds up the products of all 32; but each group
+// has a scale of its own. So B is zeros for the most part: of its columns 2 * t and 2 * t + 1 belong to
+// group t, have the upper and the lower digit of a token where A has elements of group t, and 0 where it
+// has those of others. Each column of D is a sum of one group then, and lane 4 * r + t gets the two
+// columns of group t, in rows r and r + 8: those whose scales it has loaded.
 //
 // Arrays, row-major, last dimension contiguous (letters as in pykv/ops/linear_few.py):
 //   out               [T, O]  X_T at row stride out_stride; written, and where `accumulate` is 1
@@ -25,17 +28,18 @@
 //           is __restrict__, so that every load stays on its side of the wait
 // Limits:   w within 2^32 bytes
 // Traffic:  R * W bytes of w once; x for each block, from L2
-// Order:    x as integers of 16 bits, by a power of two for each 32 elements: sums of groups are exact,
-//           then multiplied by their scales in float and added by lanes, warps and parts in an order that
-//           the launch fixes: two runs agree in every bit. A token's results do not depend on others
+// Order:    x as integers of 16 bits, two digits of 8, by a power of two for each 32 elements, 2^-126 or
+//           more: sums of groups are exact, then multiplied by their scales in float and added by lanes,
+//           warps and parts in an order that the launch fixes: two runs agree in every bit. A token's
+//           results do not depend on others
 //           norm    x times norm is multiplied; the sum times the factor of the row, whose squares are
 //                   summed in float; where they leave it, 0, whatever the sum is, as in norm.cu
-// Stack: 32 bytes, of 4 tokens by Q6_K, whose halves have sums of their own
+// Stack: 32 bytes, of 4 tokens by Q6_K or Q3_K, whose halves have sums of their own
 #include "gate.cuh"
-#include "planes.cuh"
 #include "ptx.cuh"
 #include "reduce.cuh"
 #include "warps.cuh"
+#include "weight_steps.cuh"
 
 #if !defined(KIND) || !defined(X_T) || !defined(B_T) || !defined(TOKENS)
 #error "linear_few.cu needs KIND, X_T, B_T and TOKENS"
@@ -43,9 +47,8 @@
 
 #if __CUDA_ARCH__ >= 800
 using K = KIND;
-using CodesOf = Codes<K::BITS>;
-constexpr int TILE = 16, GROUPS = 8;  // rows of w, and groups of each, of a step
-constexpr int STEP = GROUPS * GROUP;  // elements
+constexpr int TILE = 16;              // rows of w of a step
+constexpr int STEP = GROUPS * GROUP;  // elements of each
 constexpr int STAGES = 3;             // of a warp
 constexpr int QUADS = 8;              // of four elements, in a group
 constexpr int STEP_BYTES = TILE * GROUPS * CodesOf::BYTES;
@@ -59,14 +62,6 @@ struct XGroup {
     u32 digits[2][QUADS];
     uint4 end;
 };
-
-// Where a chunk of 16 bytes of a plane lies, CHUNKS of a row in a step, so that what a warp reads
-// together, 32 codes of each of 8 rows and 4 groups, lies in different banks.
-template <int CHUNKS> __device__ __forceinline__ int place_of(int row, int chunk) {
-    constexpr int ROW = CHUNKS >= 8 ? 1 : CHUNKS == 4 ? 2 : 4;
-    constexpr int BIT = CHUNKS == 8 ? 4 : CHUNKS == 4 ? 2 : 1;
-    return (row * CHUNKS + (chunk ^ (row & ROW ? BIT : 0))) * 16;
-}
 
 // The rows of w of a tile, as bytes from w on.
 struct Rows {
@@ -82,15 +77,14 @@ struct Rows {
     }
 };
 
-constexpr int WORDS = CodesOf::WORDS / 4 * GROUPS, PAIRS = CodesOf::HAS_PAIRS * GROUPS / 2;
-constexpr int ONES = CodesOf::HAS_ONES * GROUPS / 4;  // chunks of a row, in a step
-
-// Chunks of one plane that a lane copies: a row's in a step lie side by side.
+// Chunks of one plane that a lane copies in a step: the same of rows that are APART. place_of permutes
+// these alike, and so their places differ by 512 bytes.
 template <int CHUNKS> struct Plane {
-    static constexpr int ROWS = TILE * CHUNKS / WARP;  // of a lane
-    static constexpr int APART = WARP / CHUNKS;            // whose places differ by 512 bytes
-    u32 rows[ROWS];          // where the lane's chunks begin
-    int begin, last, place;  // of the plane in a row; the last chunk less the lane's; in shared memory
+    static constexpr int ROWS = TILE * CHUNKS / WARP, APART = WARP / CHUNKS;
+    u32 rows[ROWS];  // where the lane's chunk of the first step lies, as bytes from w on
+    int begin;       // the same from the row's begin on
+    int last;        // chunk of a row, less the lane's: below 0 where the row is short
+    int place;       // of the lane's chunk in shared memory
 
     // `plane` is where the plane begins in a row, of G groups, and becomes where the next does.
     __device__ __forceinline__ Plane(int& plane, int G, int lane)
@@ -103,7 +97,7 @@ template <int CHUNKS> struct Plane {
 #pragma unroll
         for (int i = 0; i < ROWS; i++) rows[i] = rows_of(lane / CHUNKS + i * APART) + begin;
     }
-    // Past the end of a row its last chunk again.
+    // Past the end of a row its last chunk again. `from` may be negative: it and the sum are modulo 2^32.
     __device__ __forceinline__ void copy(u8*& to, const u8* w, int step) const {
         const u32 from = min(step * CHUNKS, last) * 16;
 #pragma unroll
@@ -133,8 +127,8 @@ struct Planes {
     }
 };
 
-// Where the codes of group t and row r lie in a step, in bytes of each plane. Those of group t + 4 differ
-// by one bit, and those of row r + 8 are half a plane further.
+// Where the codes of group t and row r lie in a step, in bytes of each plane. Places of group t + 4 differ
+// from those by one bit, also where place_of permutes, and those of row r + 8 are half a plane further.
 struct Places {
     int words, pairs, ones;
 

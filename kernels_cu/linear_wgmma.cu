@@ -33,6 +33,7 @@
 #include "gate.cuh"
 #include "mma_weights.cuh"
 #include "parts.cuh"
+#include "weight_steps.cuh"
 #include "wgmma.cuh"
 
 #if !defined(KIND) || !defined(X_T) || !defined(B_T) || !defined(GATE) || !defined(BLOCK) || \
@@ -48,8 +49,7 @@ constexpr int COPIERS = 64;  // threads
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 using W = Weights<KIND, false>;
-using CodesOf = W::CodesOf;
-constexpr int DEPTH = 256, GROUPS = DEPTH / GROUP;  // of I, in a stage
+constexpr int DEPTH = GROUPS * GROUP;               // of I, in a stage
 constexpr int TILE_O = BLOCK / 2;                   // rows of w of a block, 16 of a warp
 constexpr int N = TILE_T < 64 ? TILE_T : 64;        // tokens of a wgmma
 constexpr int WIDTH = GATE ? 2 : 1, OUTPUTS = TILE_O / WIDTH;
@@ -65,18 +65,8 @@ static_assert(X_STAGES <= STAGES, "a stage's signals are those of its weights");
 using Sums = float[TILE_T / 8][4];
 using Operands = u32[2][4];  // of two steps of 16 elements
 
-// Chunks of 16 bytes of a plane, CHUNKS of a row in a stage, whose places are permuted by the row, so
-// that what a warp reads together, 32 codes for each of 8 rows and 4 lanes, lies in different banks.
-template <int CHUNKS> __device__ __forceinline__ int place_of(int row, int chunk) {
-    constexpr int ROW = CHUNKS == 16 ? 1 : CHUNKS == 8 ? 1 : CHUNKS == 4 ? 2 : 4;
-    constexpr int BIT = CHUNKS == 8 ? 4 : CHUNKS == 4 ? 2 : 1;
-    return (row * CHUNKS + (chunk ^ (row & ROW ? BIT : 0))) * 16;
-}
-
 // What a block copies and reads of its rows of w.
 struct Rows {
-    static constexpr int WORDS = CodesOf::WORDS / 4 * GROUPS, PAIRS = CodesOf::HAS_PAIRS * GROUPS / 2;
-    static constexpr int ONES = CodesOf::HAS_ONES * GROUPS / 4;  // chunks of a row
     // Bytes of a copy of scales, which begin behind codes of any number of groups.
     static constexpr int ALL = CodesOf::BYTES | KIND::FIRST | 16, AT_ONCE = ALL & -ALL;
     static_assert(AT_ONCE >= 4 && KIND::SECOND <= 4, "what cp.async copies");

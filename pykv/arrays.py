@@ -165,7 +165,9 @@ def load_cupy() -> Any:
     """
     try:
         import cupy
-        from cupy import ndarray  # noqa: F401 - which half-removed packages lack
+
+        if not hasattr(cupy, "cuda"):  # two packages of it were installed, and one is gone
+            raise ImportError("cupy is an empty folder")
     except ImportError as error:
         raise DeviceError(f"GPU arrays need CuPy: {install.cuda_advice(error)}") from error
     _check_driver(cupy)

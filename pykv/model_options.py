@@ -47,14 +47,15 @@ def add_cache(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--host-cache",
-        metavar="SIZE[:CODEC]",
+        metavar="SIZE[:lfu][:CODEC]",
         help="keep pages that the cache forgets in so much host memory, such as 4G, 4GB or "
-        "4GiB, which are one size: units are powers of 1024; codecs are int8, int4, and FILE:RATIO "
-        "of an artefact of `pykv kvtc calibrate`",
+        "4GiB, which are one size: units are powers of 1024; with lfu the least often used go, "
+        "else the least recently used; codecs are int8, int4, and FILE:RATIO of an artefact of "
+        "`pykv kvtc calibrate`",
     )
     parser.add_argument(
         "--disk-cache",
-        metavar="DIR:SIZE[:CODEC]",
+        metavar="DIR:SIZE[:lfu][:CODEC]",
         help="and on disk, for other processes as well: tiers:50GiB",
     )
 

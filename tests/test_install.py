@@ -65,9 +65,7 @@ def test_a_package_that_is_half_gone(monkeypatch):
     """As CuPy is where two of its packages were installed, and one was removed."""
     monkeypatch.setitem(sys.modules, "cupy", types.ModuleType("cupy"))
     monkeypatch.setattr(cuda.devices, "has_driver", lambda: True)
-    with pytest.raises(
-        DeviceError, match="installed but broken: cannot import name 'ndarray' .*; see"
-    ):
+    with pytest.raises(DeviceError, match="installed but broken: cupy is an empty folder; see"):
         arrays.load_cupy()
     with pytest.raises(DeviceError, match="device is 'cuda', but .* broken: cannot import name"):
         cuda.array_module("cuda")

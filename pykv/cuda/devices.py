@@ -98,7 +98,7 @@ def array_module(device: str) -> Any:
     try:
         import cupy
         from cuda.core import Device  # noqa: F401 - launches need the package
-        from cupy import ndarray  # noqa: F401 - which half-removed packages lack
+        from cupy import cuda  # noqa: F401 - which half-removed packages lack
     except ImportError as error:
         if not has_driver():
             raise DeviceError(

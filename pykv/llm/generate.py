@@ -75,12 +75,12 @@ class LLM:
             Pages of prompts stay in the prefix cache as they were; rows are evicted from copies.
             `logits` and `perplexity` see all tokens. None: all rows stay.
         host_cache: bytes of the host's memory for full pages that the prefix cache would forget, of
-            which prompts find as many again as they begin with: "4GiB", an integer, or with a
-            codec "4GiB:int8", "4GiB:int4" or "4GiB:FILE:RATIO" of an artefact of pykv.kvtc. None:
-            they are forgotten.
+            which prompts find as many again as they begin with: "4GiB", an integer, with "4GiB:lfu"
+            those that are used most often, or with a codec "4GiB:int8", "4GiB:int4" or
+            "4GiB:FILE:RATIO" of an artefact of pykv.kvtc. None: they are forgotten.
         disk_cache: a folder, and bytes, for pages that are in the host's memory, which other
             processes with an equal model, weights, kv_dtype and page_size find as well:
-            "DIR:50GiB", or with a codec likewise; see `flush` and pykv/tiers/README.md.
+            "DIR:50GiB", or with policy and codec likewise; see `flush` and pykv/tiers/README.md.
         decode: how a GPU computes the next token of each answer: as a CUDA "graph" of a step's
             launches; "persistent", all of the step by one launch, of up to 8 answers, from sm_70
             on, else "graph"; or as "steps", a launch after the other. "auto" is a graph, or what

@@ -7,7 +7,7 @@ Kernel: kernels_cu/block_linear.cu; pykv/planes.py describes the rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -38,7 +38,7 @@ GATES = linear_tiles.GATES[1:]
 
 # How `gemv` cuts products, as was measured on an H200.
 _BLOCK, _LARGE_BLOCK = 256, 512  # threads; of small matrices, and of those that fill all SMs
-LARGE = 2 << 20  # elements
+LARGE = linear_few.SMALL  # elements
 _THREADS = 512  # of an SM, as registers allow
 _OUTS = {1: 4, 2: 4, 4: 2, 8: 2}  # rows of w of a warp, by the tokens that share one reading of w
 _FEW_OUTS = 2  # of floats, of which a lane holds 32 elements of each row, and of small matrices
@@ -68,8 +68,9 @@ def most_outs(kind: str, rows: int) -> int:
     return _outs(kind, rows)[0]
 
 
-def all_defines(kind: str, sm: int) -> list[dict[str, Any]]:
-    """Of all ways in which `gemv` cuts products of float32 on an SM."""
+def all_defines(kind: str, lengths: Collection[int], sm: int) -> list[dict[str, Any]]:
+    """Of all ways in which `gemv` cuts products of float32, which need not be exact, with rows of
+    these lengths on an SM."""
     has_mma = linear_mma.has_kernel(kind, sm)
     return [
         _defines(kind, FLOATS[0], FLOATS[0], ROWS=rows, OUTS=outs, BLOCK=block)
@@ -77,6 +78,7 @@ def all_defines(kind: str, sm: int) -> list[dict[str, Any]]:
         if rows <= _FEW or not has_mma
         for outs in _outs(kind, rows)
         for block in _blocks(kind, rows, sm)
+        if block == _BLOCK or not all(linear_few.has_room(kind, rows, I, sm) for I in lengths)
     ]
 
 
@@ -165,8 +167,8 @@ def multiply(
         exact: whether float32 `x` keeps its bits on tensor cores. If not, it is rounded to float16
             there as weights are, which half of the products do then; an error of about 5e-4 of the
             largest output. Up to 4 tokens, by large matrices of blocks, are integers there, of 15
-            bits and a sign; an error of about 2e-5. Of no meaning for 16-bit `x` and wherever else
-            products are made.
+            bits and a sign, from sm_80 on, where an SM has room for them; an error of about 2e-5.
+            Of no meaning for 16-bit `x` and wherever else products are made.
         stream: see pykv.cuda.on_stream.
 
     Returns:
@@ -185,10 +187,11 @@ def multiply(
     kernel. Codes are multiplied as the small integers that they are, in a kernel for few tokens by
     `x` as integers: of each 32 elements the largest has 23 bits, and what is smaller so many fewer,
     none below 2^-126. Those sums are exact; scales multiply them, and the rest is summed in
-    float32: so a row whose weight of a large element is 0 loses bits of the others. From sm_75 on
-    tensor cores multiply more than 4 tokens, or more than 2 by a large matrix where `x` is rounded:
-    up to 64 rounded tokens in one launch if the matrix is so small that SMs hold all its warps at
-    once; else in launches of their own: of `x` as they want it, the product, and the gate, unless
+    float32: so a row whose weight of a large element is 0 loses bits of the others. Tensor cores do
+    likewise, in one launch, where `exact` lets `x` be integers. From sm_75 on they multiply more
+    than 4 tokens, or more than 2 by other large matrices where `x` is rounded: up to 64 rounded
+    tokens in one launch if the matrix is so small that SMs hold all its warps at once; else in
+    launches of their own: of `x` as they want it, the product, and the gate, unless
     the product ends in the gate itself: on sm_90 of blocks and up to 128 tokens (of small matrices
     32), and of many tokens of any kind. They take float32 as the sum of two float16, 22 bits of
     every element down to 2^-28 of the token's largest, or for BF16 (from sm_80 on) of three

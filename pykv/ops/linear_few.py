@@ -7,6 +7,7 @@ Kernel: kernels_cu/linear_few.cu.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from pykv import cuda, planes
@@ -14,7 +15,7 @@ from pykv.arrays import FLOATS, row_step
 from pykv.ops.linear_tiles import GATES
 
 MOST = 4  # tokens
-_SMALL = 2 << 20  # elements of a matrix
+SMALL = 2 << 20  # elements of a matrix that has no tiles for every SM
 _BLOCK, _RESIDENT = 256, 2  # threads; blocks that share an SM
 _WARPS = _BLOCK // 32
 _TILE, _STEP = 16, 256  # rows of w of a warp, and elements of each, in a step
@@ -23,12 +24,17 @@ _GROUP_BYTES = 80  # of shared memory, for 32 elements of a token
 
 
 def multiplies(kind: str, exact: bool, T: int, R: int, I: int, sm: int) -> bool:
-    """Whether T tokens and a matrix of [R, I] are for this kernel: an SM must have room for the
-    tokens; of a small matrix not every SM gets some rows."""
-    if exact or sm < 80 or kind not in planes.FORMATS or not 0 < T <= MOST or R * I <= _SMALL:
+    """Whether T tokens and a matrix of [R, I] are for this kernel."""
+    if exact or not has_room(kind, T, I, sm) or R * I <= SMALL:
         return False
-    is_near = R * planes.row_bytes(kind, I) < 1 << 32  # rows are found by 32 bits
-    return is_near and _shared_bytes(kind, T, I) <= _room(sm)
+    return R * planes.row_bytes(kind, I) < 1 << 32  # rows are found by 32 bits
+
+
+def has_room(kind: str, T: int, I: int, sm: int) -> bool:
+    """Whether an SM has a kernel for the kind, and room for T tokens of I elements."""
+    if sm < 80 or kind not in planes.FORMATS or not 0 < T <= MOST:
+        return False
+    return _shared_bytes(kind, T, I) <= _room(sm)
 
 
 def _room(sm: int) -> int:
@@ -95,11 +101,13 @@ def product(
     )
 
 
-def all_defines(kind: str, sm: int) -> list[dict[str, Any]]:
-    """Of all numbers of tokens, in float32, where an SM has the kernel."""
-    if sm < 80 or kind not in planes.FORMATS:
-        return []
-    return [defines(kind, FLOATS[0], FLOATS[0], T) for T in (1, 2, MOST)]
+def all_defines(kind: str, lengths: Collection[int], sm: int) -> list[dict[str, Any]]:
+    """Of all numbers of tokens, in float32, for which an SM has room with some length of rows."""
+    return [
+        defines(kind, FLOATS[0], FLOATS[0], T)
+        for T in (1, 2, MOST)
+        if any(has_room(kind, T, I, sm) for I in lengths)
+    ]
 
 
 VARIANTS = [

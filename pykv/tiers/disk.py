@@ -9,8 +9,9 @@
 these and of all before. So a file never changes: it is written whole under a name of its own, then
 renamed. A process that is killed leaves what it had renamed, and a hidden file that the next one
 removes. A reader believes no file: its facts and its checksum must hold. When the folder is full
-the files that were used least recently go, by their time of modification, whoever wrote them;
-before these such as have a time to come, of a clock that was put back.
+the files that were used least recently go, by their time of modification, whoever wrote them, or by
+the policy "lfu" those of the fewest uses, which are their time of access, in nanoseconds; before
+these such as have a time to come, of a clock that was put back.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ _HEADER, _SUM = 1024, 65  # bytes of a file beside its page, at most, and for ea
 _KEEP = 0.9  # making room goes down to this share of the limit
 _AHEAD = 60  # seconds by which the clocks of hosts that share a folder may differ
 _STEP = 20_000_000  # nanoseconds between pages of a sequence: more than writing one takes
+_SECOND = 10**9  # nanoseconds; no time of access is as early
 _LOOK = 1 / 16  # of the limit: after writing so much, count others' files again
 
 
@@ -71,6 +73,7 @@ class Entry(NamedTuple):
     time: float
     nbytes: int
     path: Path
+    uses: int
 
 
 def size_of(nbytes: int, heads: int) -> int:
@@ -91,6 +94,7 @@ class DiskTier:
         identity: what contents depend on, by name.
         nbytes: of a page.
         heads: which heads its pages have; None: those of a page are not told apart by readers.
+        policy: which go first, as of HostTier.
 
     Raises:
         PermissionError: others can write there.
@@ -108,13 +112,15 @@ class DiskTier:
         identity: dict[str, str],
         nbytes: int,
         heads: Heads | None = None,
+        policy: str = "lru",
     ) -> None:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         check_private(folder)  # whoever writes there could change what models say
         facts = identity | dict(format=FORMAT, page_bytes=str(nbytes))
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
         self.folder, self.limit = folder, limit
-        self._heads = heads
+        self._heads, self._counts_uses = heads, policy == "lfu"
+        self._least = 0  # uses of the file that we deleted last
         self._covers = [[None]] if heads is None else heads.covers()
         self._identity, self._own = digest, folder / digest[:32]
         self._own.mkdir(mode=0o700, exist_ok=True)
@@ -167,7 +173,8 @@ class DiskTier:
         try:
             if path.exists() and not path.is_file():  # a pipe would block
                 raise FormatError(f"{_OP}: {path} is no file")
-            with open(path, "rb") as file:
+            uses = _uses_of(path.stat())
+            with open(path, "rb", opener=_open_unnoted) as file:
                 header = tensor_files.read_header(_OP, file, path, "page of a tier", FORMAT)
                 tensor_files.check_facts(_OP, path, header, self._facts(key, part), ())
                 tensor_files.read_rows(_OP, file, path, header, "page", first, rows)
@@ -176,7 +183,7 @@ class DiskTier:
             with suppress(OSError):
                 path.unlink()
             raise
-        _note_use(path, place)
+        self._note_use(path, place, uses + 1)
 
     def write(self, key: bytes, page: np.ndarray, place: int = 0) -> None:
         """Keep a page, the one at `place` of its sequence.
@@ -193,7 +200,7 @@ class DiskTier:
                 above.mkdir(mode=0o700, exist_ok=True)
             how: dict[str, bool] = dict(private=True, durable=False, by_row=True)
             tensor_files.write(path, self._facts(key, part), {"page": rows}, **how)
-            _note_use(path, place)
+            self._note_use(path, place, self._least)
             with self._lock:
                 self._known.add(key)
                 self._total += size
@@ -297,8 +304,8 @@ class DiskTier:
                 self._lock.notify_all()
 
     def _make_room(self, size: int) -> None:
-        """Delete what was used least recently, if files would exceed the limit; one process at a
-        time, or each would delete as much.
+        """Delete what goes first, if files would exceed the limit; one process at a time, or each
+        would delete as much.
 
         Raises:
             OSError: there is no room.
@@ -313,7 +320,11 @@ class DiskTier:
             if not whole_files.lock(file):
                 raise OSError(errno.EBUSY, "another process makes room", str(self.folder))
             latest = time.time() + _AHEAD
-            found = sorted(self._count(), key=lambda entry: (entry.time <= latest, entry))
+
+            def order(entry: Entry) -> tuple[bool, int, Entry]:
+                return entry.time <= latest, entry.uses if self._counts_uses else 0, entry
+
+            found = sorted(self._count(), key=order)
             wanted = self._total + self._pending + size
             if wanted > self.limit:  # nobody made room meanwhile
                 excess = wanted - _KEEP * self.limit
@@ -321,15 +332,25 @@ class DiskTier:
                     if excess > 0:
                         entry.path.unlink(missing_ok=True)
                         excess -= entry.nbytes
+                        self._least = entry.uses
                 self._count()
 
+    def _note_use(self, path: Path, place: int, uses: int) -> None:
+        """Set the time of use of a page's file to now, minus a step for each page before it, so
+        that the last page of a sequence goes first: pages behind a missing one are of no use."""
+        now = time.time_ns()
+        with suppress(OSError):
+            os.utime(path, ns=(uses if self._counts_uses else now, now - place * _STEP))
 
-def _note_use(path: Path, place: int) -> None:
-    """Set the time of use of a page's file to now, minus a step for each page before it, so that
-    the last page of a sequence goes first: pages behind a missing one are of no use."""
-    now = time.time_ns()
-    with suppress(OSError):
-        os.utime(path, ns=(now, now - place * _STEP))
+
+def _uses_of(facts: os.stat_result) -> int:
+    """Uses of a file; 0 of one whose time of access is such a time."""
+    return facts.st_atime_ns if 0 <= facts.st_atime_ns < _SECOND else 0
+
+
+def _open_unnoted(path: str, flags: int) -> int:
+    """Open a file of one's own so that reading it does not change its time of access."""
+    return os.open(path, flags | getattr(os, "O_NOATIME", 0))
 
 
 def entries(folder: Path) -> list[Entry]:
@@ -342,7 +363,8 @@ def entries(folder: Path) -> list[Entry]:
                     with suppress(OSError):  # another process removed it
                         if item.name.endswith(SUFFIX) and item.is_file(follow_symlinks=False):
                             facts = item.stat(follow_symlinks=False)
-                            found.append(Entry(facts.st_mtime, facts.st_size, Path(item.path)))
+                            size, path = facts.st_size, Path(item.path)
+                            found.append(Entry(facts.st_mtime, size, path, _uses_of(facts)))
     return found
 
 

@@ -143,7 +143,7 @@ class Fetch:
             self._moving.append(moved)
             self._sent += moved[0]
             if self._sent == self.stop:  # rows were filled in order, but the last shall go first
-                self._tiers.touch(self._keys[: self.stop - self._start])
+                self._tiers.touch(self._keys[: self.stop - self._start], is_use=False)
         self.release()
 
     def _read_ahead(self) -> None:

@@ -1,10 +1,12 @@
-"""The host tier: rows of memory, and which page is in which. The least recently used page goes
-first, and of one sequence the last, since pages behind a missing one are of no use."""
+"""The host tier: rows of memory, and which page is in which. Of pages of as many uses the least
+recently used goes first, and of one sequence the last, since pages behind a missing one are of no
+use."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -18,13 +20,21 @@ class HostTier:
 
     Args:
         rows: [N, bytes of a page] uint8.
+        policy: "lru" counts no uses; by "lfu" the page of the fewest goes first. There a page that
+            comes counts as many as the one that went last, so that what is used no more does not
+            stay for ever.
 
-    Not thread-safe.
+    Not thread-safe. Source of counts that begin above 0: Arlitt et al., "Evaluating Content
+    Management Techniques for Web Proxy Caches", 1999.
     """
 
-    def __init__(self, rows: np.ndarray) -> None:
+    def __init__(self, rows: np.ndarray, policy: str = "lru") -> None:
         self.rows = rows
-        self._slots: OrderedDict[bytes, int] = OrderedDict()  # by key; the oldest first
+        self._slots: dict[bytes, int] = {}  # by key
+        self._uses: dict[bytes, int] = {}
+        self._by_uses: dict[int, OrderedDict[bytes, None]] = {}  # the oldest first
+        self._each_use = int(policy == "lfu")
+        self._least = 0  # uses of the page that went last
         self._free = list(range(len(rows)))[::-1]
 
     def __len__(self) -> int:
@@ -34,15 +44,30 @@ class HostTier:
         return key in self._slots
 
     def items(self) -> list[tuple[bytes, int]]:
-        """(key, row) of all pages, the least recently used first."""
-        return list(self._slots.items())
+        """(key, row) of all pages, that which would go first being the first."""
+        return [(key, self._slots[key]) for key in self._in_order()]
 
-    def touch(self, keys: Sequence[bytes]) -> None:
-        """Note that pages of a sequence, given in its order, are used now; keys of pages that are
-        not here are passed over."""
+    def _in_order(self) -> Iterator[bytes]:
+        return chain.from_iterable(self._by_uses[uses] for uses in sorted(self._by_uses))
+
+    def touch(self, keys: Sequence[bytes], *, is_use: bool = True) -> None:
+        """Note that pages of a sequence, given in its order, are used now, or again what they were
+        used for; keys of pages that are not here are passed over."""
         for key in reversed(keys):
             if key in self._slots:
-                self._slots.move_to_end(key)
+                uses = self._take_out(key)
+                self._put_last(key, uses + (self._each_use if is_use else 0))
+
+    def _put_last(self, key: bytes, uses: int) -> None:
+        self._uses[key] = uses
+        self._by_uses.setdefault(uses, OrderedDict())[key] = None
+
+    def _take_out(self, key: bytes) -> int:
+        uses = self._uses.pop(key)
+        del self._by_uses[uses][key]
+        if not self._by_uses[uses]:
+            del self._by_uses[uses]
+        return uses
 
     def find_first(self, keys: Iterable[bytes]) -> list[int]:
         """The rows of the first of these pages, until one is not here."""
@@ -55,26 +80,30 @@ class HostTier:
         return slots
 
     def claim(self, count: int, is_held: Callable[[bytes], bool] = lambda key: False) -> list[int]:
-        """Rows for `count` pages, or fewer; what was used least recently makes room, unless it is
-        held. They belong to nobody until `add` or `release`."""
+        """Rows for `count` pages, or fewer; what goes first makes room, unless it is held. They
+        belong to nobody until `add` or `release`."""
         wanted = count - len(self._free)
         going: list[bytes] = []
-        for key in self._slots if wanted > 0 else ():
+        for key in self._in_order() if wanted > 0 else ():
             if len(going) == wanted:
                 break
             if not is_held(key):
                 going.append(key)
-        self.release(self._slots.pop(key) for key in going)
+        for key in going:
+            self._least = self._take_out(key)
+            self.release([self._slots.pop(key)])
         return [self._free.pop() for _ in range(min(count, len(self._free)))]
 
     def add(self, key: bytes, slot: int) -> None:
         """Note the page that a claimed row holds now."""
         self._slots[key] = slot
+        self._put_last(key, self._least)
 
     def clear(self) -> None:
         """Forget all pages; claimed rows stay claimed."""
         self.release(self._slots.values())
-        self._slots.clear()
+        for kept in (self._slots, self._uses, self._by_uses):
+            kept.clear()
 
     def release(self, slots: Iterable[int]) -> None:
         """Give claimed rows back."""

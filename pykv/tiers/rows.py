@@ -32,13 +32,21 @@ class Rows:
     """
 
     def __init__(
-        self, cache: PagedKVCache, form: Any, file_form: Any, count: int, exact_pages: int
+        self,
+        cache: PagedKVCache,
+        form: Any,
+        file_form: Any,
+        count: int,
+        *,
+        exact_pages: int,
+        policy: str,
     ) -> None:
         xp = load_cupy() if on_gpu(cache.k) else np
         self.form, self.file_form = form, file_form
         self._cache, self._exact_pages = cache, exact_pages
         self.is_coded = isinstance(form, CodedForm)
-        self.host = HostTier(allocate("Tiers", "host_cache", xp, count, form.nbytes))
+        rows = allocate("Tiers", "host_cache", xp, count, form.nbytes)
+        self.host = HostTier(rows, policy)
         self.moves = Moves(cache, form, self.host.rows)
         self.places = [0] * count
 

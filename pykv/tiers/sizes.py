@@ -1,8 +1,9 @@
-"""What a user says of a tier, as texts: "4GiB", "4GiB:int8", "DIR:50GiB", "DIR:50GiB:CODEC".
+"""What a user says of a tier, as texts: "4GiB", "4GiB:lfu", "4GiB:int8", "DIR:50GiB:lfu:CODEC".
 
 Sizes are read as `docker run --memory` reads them: K, M, G and T are powers of 1024, with B, iB or
 nothing behind them, in either case. "64M", "64mb" and "64MiB" are one size, "512" are bytes.
 
+A policy, one of POLICIES, says which page goes first, where none is given the least recently used.
 A codec is one of CODECS, or "FILE:RATIO" of an artefact of pykv.kvtc, such as "smollm2.kvtc:16".
 """
 
@@ -19,13 +20,16 @@ from pykv.number_texts import whole_of
 from pykv.options import check_whole
 
 CODECS = ("none", "int8", "int4")
+POLICIES = ("lru", "lfu")  # least recently, or least frequently used
 _POWERS = "BKMGT"  # of 1024
 _NUMBER = r"[0-9]{1,18}(?:\.[0-9]{1,9})?"
 _UNIT = r"(?:[KMGTkmgt](?:[iI]?[bB])?|[bB])"
 _SIZE = re.compile(rf"(?P<number>{_NUMBER})(?: ?(?P<unit>{_UNIT}))?")
 # A number alone is no size here, but the ratio of a codec "FILE:16".
 _OPTION = re.compile(
-    rf"(?:(?P<folder>.+):)?(?P<size>{_NUMBER} ?{_UNIT})(?::(?P<codec>.+))?", re.DOTALL
+    rf"(?:(?P<folder>.+):)?(?P<size>{_NUMBER} ?{_UNIT})"
+    rf"(?::(?P<policy>{'|'.join(POLICIES)}))?(?::(?P<codec>.+))?",
+    re.DOTALL,
 )
 
 
@@ -40,11 +44,13 @@ class Limit(NamedTuple):
         codec: "none" keeps a page bit for bit, "int8" and "int4" as codes with a scale for each
             token and head, "FILE:RATIO" as that artefact of pykv.kvtc codes it.
         folder: of a disk; None of the host's memory.
+        policy: which page goes first, one of POLICIES.
     """
 
     nbytes: int
     codec: str
     folder: Path | None = None
+    policy: str = POLICIES[0]
 
 
 def parse_bytes(op: str, name: str, value: Any) -> int:
@@ -72,7 +78,7 @@ def parse_bytes(op: str, name: str, value: Any) -> int:
 
 
 def parse_host(op: str, name: str, value: Any) -> Limit:
-    """The limit of host memory: bytes, "4GiB", "64M" or "4GiB:int8".
+    """The limit of host memory: bytes, "4GiB", "64M", "4GiB:lfu" or "4GiB:int8".
 
     Raises: as `parse_bytes`; ParameterError also for an unknown codec.
     """
@@ -80,13 +86,15 @@ def parse_host(op: str, name: str, value: Any) -> Limit:
         return Limit(parse_bytes(op, name, value), "none")
     found = _OPTION.fullmatch(value)
     if not found or found["folder"]:
-        expected = "expected SIZE or SIZE:CODEC, such as '4GiB' or '64M'"
+        expected = "expected SIZE, SIZE:lfu or SIZE:CODEC, such as '4GiB' or '64M'"
         raise ParameterError(f"{op}: {name} is {value!r:.80}, {expected}")
-    return Limit(parse_bytes(op, name, found["size"]), _codec(op, name, found["codec"]))
+    nbytes, codec = parse_bytes(op, name, found["size"]), _codec(op, name, found["codec"])
+    return Limit(nbytes, codec, None, found["policy"] or POLICIES[0])
 
 
 def parse_disk(op: str, name: str, value: Any) -> Limit:
-    """The limit of a folder: "DIR:50GiB" or "DIR:50GiB:int8"; ~ is the user's home.
+    """The limit of a folder: "DIR:50GiB", "DIR:50GiB:lfu" or "DIR:50GiB:int8"; ~ is the user's
+    home.
 
     Raises: as `parse_host`; ParameterError also where the folder is something else, or is not
     there, nor what it would be in.
@@ -96,7 +104,7 @@ def parse_disk(op: str, name: str, value: Any) -> Limit:
         raise DtypeError(f"{op}: {name} is a {given}, expected a text such as 'DIR:50GiB'")
     found = _OPTION.fullmatch(value)
     if not found or not found["folder"] or "\0" in value:
-        expected = "expected DIR:SIZE or DIR:SIZE:CODEC, such as 'tiers:50GiB'"
+        expected = "expected DIR:SIZE, DIR:SIZE:lfu or DIR:SIZE:CODEC, such as 'tiers:50GiB'"
         raise ParameterError(f"{op}: {name} is {value!r:.80}, {expected}")
     nbytes = parse_bytes(op, name, found["size"])
     folder = Path(os.path.realpath(os.path.expanduser(found["folder"])))
@@ -107,7 +115,7 @@ def parse_disk(op: str, name: str, value: Any) -> Limit:
             f"{op}: {name} is {folder}, expected a folder, or a new one in a folder that exists, "
             f"which {folder.parent} is not"
         )
-    return Limit(nbytes, _codec(op, name, found["codec"]), folder)
+    return Limit(nbytes, _codec(op, name, found["codec"]), folder, found["policy"] or POLICIES[0])
 
 
 def artefact_of(codec: str) -> tuple[str, int] | None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -138,10 +139,11 @@ class Tiers:
             facts = (identity or {}) | dict(form=of_files.name, host=source)
             check_fits("disk_cache", limit.nbytes, largest)
             nbytes = of_files.heads_shape[1] * (1 if part is None else part.total)
-            self._files = DiskTier(limit.folder, limit.nbytes, facts, nbytes, part)
-        self._rows = [Rows(cache, of_rows, of_files, counts[-1], self._exact_pages)]
+            self._files = DiskTier(limit.folder, limit.nbytes, facts, nbytes, part, limit.policy)
+        make = partial(Rows, cache, exact_pages=self._exact_pages, policy=own.policy)
+        self._rows = [make(of_rows, of_files, counts[-1])]
         if len(counts) > 1:
-            self._rows.insert(0, Rows(cache, plain, plain, counts[0], self._exact_pages))
+            self._rows.insert(0, make(plain, plain, counts[0]))
         self.counters = Counters()
         self.folder = None if limit is None else limit.folder
         self.is_exact = {own.codec, limit.codec if limit else "none"} == {"none"}
@@ -166,7 +168,8 @@ class Tiers:
         for rows in self._rows:
             some = [pair for pair in pages if self._rows_of(place_of(pair[1])) is rows]
             missing = [pair for pair in some if pair[0] not in rows.host]
-            rows.host.touch([key for key, _ in reversed(some)])  # they fall the last one first
+            fallen = [key for key, _ in reversed(some)]  # they fall the last one first
+            rows.host.touch(fallen, is_use=False)
             for group in rising(missing, place_of) if rows.is_coded else [missing]:
                 for piece in _pieces(group, rows.moves.most):
                     self._fall(rows, piece)
@@ -280,10 +283,10 @@ class Tiers:
         self.touch(keys[:count])
         return count
 
-    def touch(self, keys: list[bytes]) -> None:
-        """Note that pages of a sequence, in its order, are used now."""
+    def touch(self, keys: list[bytes], *, is_use: bool = True) -> None:
+        """Note that pages of a sequence, in its order, are used now, see HostTier.touch."""
         for rows in self._rows:
-            rows.host.touch(keys)
+            rows.host.touch(keys, is_use=is_use)
 
     # What a Fetch does:
 

@@ -23,6 +23,8 @@ def integer_cores(device):
 
 
 def product(xp, x, w, kind, bias=None, out=None, gate=None, norm=None, parts=None):
+    if not op.has_room(kind, *x.shape, cuda.current_sm()):
+        pytest.skip(f"sm_{cuda.current_sm()} has no room for this kernel")
     x, w = xp.asarray(x), xp.asarray(w)
     accumulate, O = out is not None, len(w) // (2 if gate else 1)
     out = xp.full((len(x), O), np.nan, x.dtype) if out is None else xp.array(out)
@@ -83,6 +85,16 @@ def test_few_blocks_take_every_tile(integer_cores, rng, monkeypatch, parts, bloc
     )
 
 
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_norm_whose_squares_leave_float32(integer_cores, rng, parts):
+    """Is 0 times the product, even where this is infinite; of an infinity NaN."""
+    _, w, *_ = inputs(rng, "Q4_0", FLOAT32, 4, 20, 512)
+    x, norm, bias = (rng.standard_normal(n).astype("f4") for n in ((4, 512), 512, 20))
+    norm[7], x[0, 7], x[1], x[2, 300] = 1e30, 1e30, 1e25, np.inf
+    got = to_numpy(product(integer_cores, x, w, "Q4_0", bias, norm=norm, parts=parts))
+    assert (got[:2] == bias).all() and np.isnan(got[2]).all() and np.isfinite(got[3]).all()
+
+
 @pytest.mark.parametrize("dtype", [FLOAT32, FLOATS[1], *swept([FLOATS[2]])], ids=str)
 def test_bias_and_what_is_there(integer_cores, rng, dtype):
     """Of tokens that are parts of wider rows."""
@@ -117,6 +129,24 @@ def test_a_gate_of_pairs_of_products(integer_cores, rng, kind, gate, O):
     np.testing.assert_allclose(to_numpy(got), to_numpy(want), rtol=2e-6, atol=1e-6)
 
 
+def test_multiply_hands_on_all_that_is_asked(integer_cores, rng, monkeypatch):
+    """And other arrays to the launch that it keeps from the call before."""
+    xp, made, make = integer_cores, [], op.product
+    monkeypatch.setattr(op, "SMALL", 0)
+    monkeypatch.setattr(op, "product", lambda *a, **options: made.append(a) or make(*a, **options))
+    asked = dict(eps=1e-2, gate="geglu", accumulate=True, early=True, exact=False)
+    _, w, *_ = inputs(rng, "Q4_K", FLOAT32, 1, 38, 512)
+    for _ in range(2):
+        x, out, bias = (rng.standard_normal(n).astype("f4") for n in ((3, 512), (3, 19), 38))
+        x, norm = x / 16, rng.uniform(-1, 1, 512).astype("f4") / 64
+        given = {name: xp.asarray(a) for name, a in dict(bias=bias, norm=norm).items()}
+        got = xp.array(out)
+        block_linear.multiply(xp.asarray(x), xp.asarray(w), "Q4_K", out=got, **given, **asked)
+        block_linear.reference(x, w, "Q4_K", bias, out, norm, block_linear.Options(**asked))
+        np.testing.assert_allclose(to_numpy(got), out, rtol=0, atol=1e-4 * np.abs(out).max())
+    assert len(made) == 1
+
+
 def test_a_token_does_not_depend_on_others(integer_cores, rng):
     x, w, *_ = inputs(rng, "Q4_K", FLOAT32, 4, 40, 512)
     every = to_numpy(product(integer_cores, x, w, "Q4_K"))
@@ -145,15 +175,16 @@ def test_infinities_stay_in_their_token(integer_cores, rng):
     assert np.isfinite(got[::2]).all()
 
 
-@pytest.mark.parametrize("scale", [1e-44, 1e-30, 1e30, 3.4e38])
-def test_groups_of_any_size(integer_cores, scale):
-    """Numbers near the ends of float32, beside groups of zeros."""
+@pytest.mark.parametrize("number", [1e-44, 1e-30, 1e30, 3.4e38])
+def test_groups_of_any_size(integer_cores, number):
+    """Numbers near the ends of float32, beside groups of zeros; nothing is left below 2^-127."""
     x = np.zeros((1, 96), np.float32)
-    x[0, 39] = scale
+    x[0, 40] = number
     blocks = np.zeros((16, 3 * 34), np.uint8)
     blocks[:, :96] = 128 + np.arange(96) % 3
     blocks[:, 96:] = np.tile(np.float16(1).reshape(1).view("u1"), 3)
-    want = np.full((1, 16), x[0, 39] * np.float32(planes.values(blocks, "Q8_0", 96)[0, 39]))
+    assert (planes.values(blocks, "Q8_0", 96)[:, 40] == 1).all()
+    want = np.full((1, 16), x[0, 40] if number > 2**-127 else 0)
     np.testing.assert_allclose(to_numpy(product(integer_cores, x, blocks, "Q8_0")), want, rtol=1e-4)
 
 
@@ -173,6 +204,15 @@ def test_what_is_multiplied():
         1,
         8,
     ]
+
+
+def test_kernels_are_compiled_where_an_sm_has_room_for_some_row():
+    def tokens(kind, lengths, sm):
+        return [one["TOKENS"] for one in op.all_defines(kind, lengths, sm)]
+
+    assert tokens("Q4_K", [14336, 4096], 89) == tokens("Q8_0", [4096], 90) == [1, 2, 4]
+    assert tokens("Q4_K", [14336], 89) == [1]
+    assert not (tokens("Q8_0", [4096], 89) or tokens("Q4_K", [4096], 75) or tokens("F16", [64], 90))
 
 
 FAULTS = {"linear_few: 1e-3 off": (block_linear, "multiply", scaled(1e-3), "linear_few")}

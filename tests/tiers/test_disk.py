@@ -166,6 +166,38 @@ def test_the_least_recently_used_files_go(tmp_path):
         tier(tmp_path, 1_000).write(KEYS[3], row(KEYS[3]))
 
 
+def test_the_least_often_used_files_go(tmp_path):
+    """By the policy "lfu", whoever opened the folder; uses do not count for ever."""
+    files = DiskTier(tmp_path, 12_000, {}, N, policy="lfu")
+    for key in KEYS[:3]:
+        files.write(key, row(key))
+    for key in KEYS[:2] * 2 + KEYS[:1]:
+        assert holds(files, key)
+    assert [files._path(key).stat().st_atime_ns for key in KEYS[:3]] == [3, 2, 0]
+    files = DiskTier(tmp_path, 12_000, {}, N, policy="lfu")
+    for key in KEYS[3:40]:
+        files.write(key, row(key))  # none of them is read
+    left = [key for key in KEYS if key in files and files._path(key).exists()]
+    assert KEYS[0] in left and KEYS[1] in left and KEYS[2] not in left and KEYS[39] in left
+    for key in left:
+        for _ in range(4):
+            assert holds(files, key)
+    for key in KEYS[40:]:
+        files.write(key, row(key))
+    assert files._path(KEYS[59]).stat().st_atime_ns >= 4
+    assert not [key for key in left[2:] if files._path(key).exists()]
+
+
+def test_files_whose_uses_nobody_counted(tmp_path):
+    """Are those of a policy that counts none, or were read by another program."""
+    for key in KEYS[:2]:
+        tier(tmp_path).write(key, row(key))
+    files = DiskTier(tmp_path, 12_000, {}, N, policy="lfu")
+    assert [entry.uses for entry in disk.entries(tmp_path)] == [0, 0]
+    assert holds(files, KEYS[0])
+    assert sorted(entry.uses for entry in disk.entries(tmp_path)) == [0, 1]
+
+
 def test_a_clock_that_was_put_back(tmp_path):
     """Files from before have times to come; were they the youngest, each new one would go first."""
     files = tier(tmp_path, 12 * (N + 600))

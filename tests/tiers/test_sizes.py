@@ -71,20 +71,23 @@ def test_host():
     assert parse_host("op", "name", "1k:int8") == Limit(1024, "int8")
     assert parse_host("op", "name", "1KiB:int8") == Limit(1024, "int8")
     assert parse_host("op", "name", "1KiB:/a b/c:d.kvtc:16") == Limit(1024, "/a b/c:d.kvtc:16")
+    assert parse_host("op", "name", "1KiB:lfu") == Limit(1024, "none", policy="lfu")
+    assert parse_host("op", "name", "1KiB:lfu:int8") == Limit(1024, "int8", policy="lfu")
+    assert parse_host("op", "name", "1KiB:lru:lfu.kvtc:16") == Limit(1024, "lfu.kvtc:16")
     assert artefact_of("/a b/c:d.kvtc:16") == ("/a b/c:d.kvtc", 16) and artefact_of("int8") is None
 
 
 @pytest.mark.parametrize(
     "value, text",
     [
-        ("x:4GiB", "is 'x:4GiB', expected SIZE or SIZE:CODEC"),
-        ("4GiB:", "expected SIZE or SIZE:CODEC"),
+        ("x:4GiB", "is 'x:4GiB', expected SIZE, SIZE:lfu or SIZE:CODEC"),
+        ("4GiB:", "expected SIZE, SIZE:lfu or SIZE:CODEC"),
         ("4GiB:kvtc", "name's codec is 'kvtc', expected one of none, int8, int4, or FILE:RATIO of"),
         ("4GiB:16", "name's codec is '16', expected one of"),
         ("4GiB::16", "name's codec is ':16', expected one of"),
         ("4GiB:a.kvtc:0x10", "name's codec is 'a.kvtc:0x10', expected one of"),
         ("4GiB:zip", "name's codec is 'zip', expected one of"),
-        ("int8", "expected SIZE or SIZE:CODEC"),
+        ("int8", "expected SIZE, SIZE:lfu or SIZE:CODEC"),
     ],
 )
 def test_no_host(value, text):
@@ -98,6 +101,8 @@ def test_disk(tmp_path, monkeypatch):
     assert parse_disk("op", "name", "~/a b:1GB:int8") == Limit(1 << 30, "int8", tmp_path / "a b")
     given = parse_disk("op", "name", f"{tmp_path}:1GB:x/y.kvtc:32")
     assert given == Limit(1 << 30, "x/y.kvtc:32", tmp_path)
+    given = parse_disk("op", "name", f"{tmp_path}:1GB:lfu:lfu:8")
+    assert given == Limit(1 << 30, "lfu:8", tmp_path, "lfu")
     assert parse_disk("op", "name", f"{tmp_path}:64m").nbytes == 64 << 20
     # A folder's name may hold colons, even one that looks like a size.
     assert parse_disk("op", "name", f"{tmp_path}/c:1GB:2MB").folder == tmp_path / "c:1GB"
@@ -107,7 +112,7 @@ def test_disk(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "value, error, text",
     [
-        ("4GiB", ParameterError, "is '4GiB', expected DIR:SIZE or DIR:SIZE:CODEC"),
+        ("4GiB", ParameterError, "is '4GiB', expected DIR:SIZE, DIR:SIZE:lfu or DIR:SIZE:CODEC"),
         ("/tmp", ParameterError, "is '/tmp', expected DIR:SIZE"),
         ("/tmp:", ParameterError, "expected DIR:SIZE"),
         ("/tmp:-1GiB", ParameterError, "expected DIR:SIZE"),

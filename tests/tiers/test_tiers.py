@@ -16,6 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, rule
 from pykv import PagedKVCache, prefix_keys
 from pykv.errors import CapacityError, ParameterError
 from pykv.tiers import Counters, Tiers, disk, host, moves, threads
+from pykv.tiers.host import HostTier
 from tests.helpers import to_numpy, without_simt
 from tests.tiers.made import KVTC, P, World
 
@@ -155,6 +156,12 @@ class Tight(Disk):
         assert sum(map(lambda path: path.stat().st_size, self.files())) <= self.DISK
 
 
+class TightLfu(Tight):
+    """By the other policy."""
+
+    CODECS = ("lfu:none", "lfu:none")
+
+
 class Int4(Disk):
     """Codes in memory, and on the disk as they are there."""
 
@@ -180,11 +187,11 @@ class TightKvtc(Kvtc):
     is_ample, files_are_few = Tight.is_ample, Tight.files_are_few
 
 
-MACHINES = (Tiered, Disk, Tight), (Int4, Kvtc, KvtcFiles, TightKvtc)
+MACHINES = (Tiered, Disk, Tight, TightLfu), (Int4, Kvtc, KvtcFiles, TightKvtc)
 for machine in chain(*MACHINES):
     most = 12 if machine in MACHINES[0] else 6
     machine.TestCase.settings = settings(max_examples=most, stateful_step_count=20, deadline=None)
-TestHost, TestDisk, TestTight = (machine.TestCase for machine in MACHINES[0])
+TestHost, TestDisk, TestTight, TestTightLfu = (machine.TestCase for machine in MACHINES[0])
 TestInt4, TestKvtc, TestKvtcFiles, TestTightKvtc = (machine.TestCase for machine in MACHINES[1])
 
 
@@ -196,6 +203,27 @@ def test_the_machine_would_see_a_wrong_page(monkeypatch):
     with pytest.raises(AssertionError, match="has other k than its key"):
         for first in (*range(6), *range(6)):
             world.ask([first, 1, 2, 1])
+
+
+def test_the_least_often_used_goes_first():
+    for policy, found in (("lfu", 2), ("lru", 0)):
+        world = World(pages=2, host=f"{4 * ROW}B:{policy}")
+        for first in (1, 2, 1, 3, 4, 5, 6):
+            world.ask([first] * 4)
+        assert world.ask([1] * 4) == found  # it came back once, though long ago
+
+
+def test_uses_do_not_count_for_ever():
+    tier = HostTier(np.zeros((3, 8), np.uint8), "lfu")
+    for key in (b"a", b"b", b"c"):
+        tier.add(key, *tier.claim(1))
+    for _ in range(5):
+        tier.touch([b"a", b"b", b"c"])
+    for key in (b"d", b"e", b"f"):  # each begins with the uses of what has the fewest
+        tier.add(key, *tier.claim(1))
+    assert sorted(key for key, _ in tier.items()) == [b"d", b"e", b"f"]
+    assert tier.touch([b"d"], is_use=False) is None
+    assert [key for key, _ in tier.items()] == [b"e", b"f", b"d"]
 
 
 @pytest.mark.parametrize("codec", ["int8", "int4", KVTC])

@@ -4,8 +4,8 @@
 // 1 / (1 + exp(-x)) without overflow.
 __device__ __forceinline__ float sigmoid(float x) {
     const float z = expf(-fabsf(x)), above = x < 0.0f ? z : 1.0f, below = 1.0f + z;
-    // above / below, bit for bit, but without its branch for quotients that are not normal numbers:
-    // where these are, `below` is 1 and all steps are exact.
+    // above / below, to the last bit or one beside it, without its branch for quotients that are not
+    // normal numbers: where these are, `below` is 1 and all steps are exact.
     float inverse = inverse_ftz(below);
     inverse = fmaf(inverse, fmaf(-below, inverse, 1.0f), inverse);
     const float quotient = above * inverse;

@@ -76,7 +76,8 @@ class Scratch(NamedTuple):
 
 
 class Product(NamedTuple):
-    """`out = x @ w.T`, with what block_linear.multiply knows in front of it and behind it."""
+    """`out = x @ w.T`, with what block_linear.multiply knows in front of it and behind it. Whether
+    x must be `exact` counts in a launch of its own alone: programs keep its bits."""
 
     x: Any
     w: Any
@@ -87,6 +88,7 @@ class Product(NamedTuple):
     gate: str | None = None
     accumulate: bool = False
     eps: float = 1e-6
+    exact: bool = True
 
     @property
     def inputs(self) -> Any:
@@ -98,7 +100,7 @@ class Product(NamedTuple):
         return {name: array for name, array in given.items() if array is not None}
 
     def checked(self, op: str) -> block_linear.Options:
-        asked = block_linear.Options(self.gate, self.eps, self.accumulate)
+        asked = block_linear.Options(self.gate, self.eps, self.accumulate, exact=self.exact)
         if self.out is None:
             raise ParameterError(f"{op}: a product has no out, expected an array")
         given = self.x, self.w, self.kind, self.bias, self.norm, self.out

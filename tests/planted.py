@@ -92,7 +92,7 @@ FAULTS = {
     "check: slots are never wrong": (paged_check, "check_slots", lambda op: lambda *args: None),
     "check: page 600 is fine": (paged_check, "check_page_table", with_argument(2, lambda n: n + 1)),
     "table: other pages": (page_table, "from_lists", with_argument(0, lambda pages: pages ^ 1)),
-    "table: lengths one more": (page_table, "from_lists", with_argument(2, lambda n: n + 1)),
+    "table: lengths one less": (page_table, "from_lists", with_argument(2, lambda n: n - 1)),
     "permute: heads in reverse": (
         *(permute, "universal_from_block"),
         with_argument(1, lambda blocks: blocks[..., ::-1, :]),

@@ -364,7 +364,7 @@ def test_a_planted_fault_shows(monkeypatch, xp, name):
     "name",
     [
         *("norm: epsilon doubled", "rope: one position late", "swiglu: 1e-4 off"),
-        *("merge: a state is left out", "table: lengths one more", "append: scales halved"),
+        *("merge: a state is left out", "table: lengths one less", "append: scales halved"),
         *("convert: pages in reverse", "qkv: always half", "contiguous: no values"),
         *("permute: heads in reverse", "copy: a byte too few", "write: another seed"),
         *("append_ragged: counted before", "norm: heads together", "gather: zeros"),

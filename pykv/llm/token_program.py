@@ -101,6 +101,7 @@ def token_phases(model: Model, batch: Batch, cache: PagedKVCache) -> TokenPhases
 
 def _products(x: Any, w: Any, out: Any, *, bias: Any = None, **options: Any) -> list[Any]:
     """One for each type of a matrix's rows."""
+    options |= dict(exact=False)  # as a model's other steps have it
     return [
         Product(x, part.rows, part.kind, part.out, bias=part.bias, **options)
         for part in matrices.products_of(w, out, bias)

@@ -157,6 +157,19 @@ def current_device() -> int:
     return int(load_cupy().cuda.runtime.getDevice())
 
 
+def import_cupy() -> Any:
+    """The CuPy module.
+
+    Raises:
+        ImportError: it is not installed, or two packages of it were, and one is gone.
+    """
+    import cupy
+
+    if not hasattr(cupy, "cuda"):
+        raise ImportError("cupy is an empty folder")
+    return cupy
+
+
 def load_cupy() -> Any:
     """The CuPy module, with a driver that answers.
 
@@ -164,10 +177,7 @@ def load_cupy() -> Any:
         DeviceError: it is not installed, or there is no driver or none that works.
     """
     try:
-        import cupy
-
-        if not hasattr(cupy, "cuda"):  # two packages of it were installed, and one is gone
-            raise ImportError("cupy is an empty folder")
+        cupy = import_cupy()
     except ImportError as error:
         raise DeviceError(f"GPU arrays need CuPy: {install.cuda_advice(error)}") from error
     _check_driver(cupy)

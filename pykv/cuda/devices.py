@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from pykv.arrays import current_device as current_device
-from pykv.arrays import load_cupy
+from pykv.arrays import import_cupy, load_cupy
 from pykv.errors import DeviceError, DtypeError, ParameterError
 from pykv.install import cuda_advice
 
@@ -96,9 +96,8 @@ def array_module(device: str) -> Any:
     if kind == "cpu" or (kind == "auto" and not has_driver()):
         return np
     try:
-        import cupy
+        cupy = import_cupy()
         from cuda.core import Device  # noqa: F401 - launches need the package
-        from cupy import cuda  # noqa: F401 - which half-removed packages lack
     except ImportError as error:
         if not has_driver():
             raise DeviceError(

@@ -327,8 +327,9 @@ def _launch(
     x: Any, w: Any, kind: str, bias: Any, norm: Any, out: Any, options: Options
 ) -> Callable[[dict[str, Any], Any], None]:
     """The launch of `gemv`, or the launches around a product on tensor cores."""
-    (T, I), R, exact = x.shape, len(w), options.exact or x.dtype not in FLOAT32
-    if linear_few.multiplies(kind, exact, T, R, I, cuda.current_sm()):
+    (T, I), R = x.shape, len(w)
+    keeps_bits = options.exact or x.dtype not in FLOAT32  # 16-bit x is never rounded
+    if linear_few.multiplies(kind, keeps_bits, T, R, I, cuda.current_sm()):
         ways: dict[str, Any] = dict(gate=options.gate, eps=options.eps, early=options.early)
         return linear_few.product(x, w, kind, bias, out, options.accumulate, **ways)
     if not _by_gemv(x, w, kind, options.exact and x.dtype in FLOAT32):

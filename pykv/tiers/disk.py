@@ -349,8 +349,11 @@ def _uses_of(facts: os.stat_result) -> int:
 
 
 def _open_unnoted(path: str, flags: int) -> int:
-    """Open a file of one's own so that reading it does not change its time of access."""
-    return os.open(path, flags | getattr(os, "O_NOATIME", 0))
+    """Open a file so that reading it does not change its time of access, where the system lets us:
+    some refuse that of files that others own, as disks in a network may say that all are."""
+    with suppress(PermissionError):
+        return os.open(path, flags | getattr(os, "O_NOATIME", 0))
+    return os.open(path, flags)
 
 
 def entries(folder: Path) -> list[Entry]:

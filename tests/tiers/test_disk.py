@@ -198,6 +198,21 @@ def test_files_whose_uses_nobody_counted(tmp_path):
     assert sorted(entry.uses for entry in disk.entries(tmp_path)) == [0, 1]
 
 
+def test_a_system_that_notes_every_access(tmp_path, monkeypatch):
+    """As of files that belong to nobody we are: they are read all the same."""
+    files, plain = DiskTier(tmp_path, 12_000, {}, N, policy="lfu"), os.open
+    files.write(KEYS[0], row(KEYS[0]))
+
+    def refusing(path, flags, *more, **options):
+        if flags & os.O_NOATIME:
+            raise PermissionError(errno.EPERM, "no", path)
+        return plain(path, flags, *more, **options)
+
+    monkeypatch.setattr(os, "open", refusing)
+    assert holds(files, KEYS[0]) and holds(files, KEYS[0])
+    assert [entry.uses for entry in disk.entries(tmp_path)] == [2]
+
+
 def test_a_clock_that_was_put_back(tmp_path):
     """Files from before have times to come; were they the youngest, each new one would go first."""
     files = tier(tmp_path, 12 * (N + 600))

@@ -1337,6 +1337,9 @@ void require_space(const void* at, bool is_shared) {
 }
 
 void copy_later(void* to, const void* from, int bytes) {
+    if (((u64)to | (u64)from) % bytes) {
+        stop(*current, CALLER, format("copies %d bytes that are not aligned to as many", bytes));
+    }
     current->copies.push_back(begin_copy(to, from, bytes, CALLER));
 }
 

@@ -248,6 +248,12 @@ FAULTS = {
         r"casts a float to an integer that cannot hold it at faulty.cu:\d+",
         [10**9] * 128,
     ),
+    "asynchronous copy of rows that are not aligned": fault(
+        "cp_async16(s + t, in + «t|4 * t»); cp_async_commit(); cp_async_wait<0>(); out[t] = s[t].x;",
+        "copies 16 bytes that are not aligned to as many",
+        range(0, 512, 4),
+        shared="__shared__ uint4 s[128];",
+    ),
     "asynchronous copy not waited for": fault(
         "cp_async16(s + t, in + 4 * t); cp_async_commit(); «|cp_async_wait<0>();» out[t] = s[t].x;",
         r"reads byte \d+ of s, which an asynchronous copy",

@@ -40,7 +40,7 @@ def compile_all(
     arch, sm = cuda.current_arch(), cuda.current_sm()
     jobs: list[_Job] = []
     for kind, lengths in sorted(kinds.items()):
-        jobs += [("block_linear", one) for one in block_linear.all_defines(kind, lengths, sm)]
+        jobs += [("block_linear", one) for one in block_linear.all_defines(kind, sm)]
         jobs += [("linear_few", one) for one in linear_few.all_defines(kind, lengths, sm)]
         if kind in FORMATS:
             jobs.append(("block_rows", block_rows.defines(kind, FLOATS[0])))

@@ -7,7 +7,7 @@ Kernel: kernels_cu/block_linear.cu; pykv/planes.py describes the rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -38,7 +38,7 @@ GATES = linear_tiles.GATES[1:]
 
 # How `gemv` cuts products, as was measured on an H200.
 _BLOCK, _LARGE_BLOCK = 256, 512  # threads; of small matrices, and of those that fill all SMs
-LARGE = linear_few.SMALL  # elements
+LARGE = 2 << 20  # elements
 _THREADS = 512  # of an SM, as registers allow
 _OUTS = {1: 4, 2: 4, 4: 2, 8: 2}  # rows of w of a warp, by the tokens that share one reading of w
 _FEW_OUTS = 2  # of floats, of which a lane holds 32 elements of each row, and of small matrices
@@ -68,9 +68,8 @@ def most_outs(kind: str, rows: int) -> int:
     return _outs(kind, rows)[0]
 
 
-def all_defines(kind: str, lengths: Collection[int], sm: int) -> list[dict[str, Any]]:
-    """Of all ways in which `gemv` cuts products of float32, which need not be exact, with rows of
-    these lengths on an SM."""
+def all_defines(kind: str, sm: int) -> list[dict[str, Any]]:
+    """Of all ways in which `gemv` cuts products of float32 on an SM."""
     has_mma = linear_mma.has_kernel(kind, sm)
     return [
         _defines(kind, FLOATS[0], FLOATS[0], ROWS=rows, OUTS=outs, BLOCK=block)
@@ -78,7 +77,6 @@ def all_defines(kind: str, lengths: Collection[int], sm: int) -> list[dict[str, 
         if rows <= _FEW or not has_mma
         for outs in _outs(kind, rows)
         for block in _blocks(kind, rows, sm)
-        if block == _BLOCK or not all(linear_few.has_room(kind, rows, I, sm) for I in lengths)
     ]
 
 
@@ -166,8 +164,8 @@ def multiply(
             ended (programmatic dependent launch).
         exact: whether float32 `x` keeps its bits on tensor cores. If not, it is rounded to float16
             there as weights are, which half of the products do then; an error of about 5e-4 of the
-            largest output. Up to 4 tokens, by large matrices of blocks, are integers there, of 15
-            bits and a sign, from sm_80 on, where an SM has room for them; an error of about 2e-5.
+            largest output. 2 tokens, by large matrices of blocks with rows of up to 4,096 elements,
+            are integers there, of 15 bits and a sign, from sm_80 on; an error of about 2e-5.
             Of no meaning for 16-bit `x` and wherever else products are made.
         stream: see pykv.cuda.on_stream.
 

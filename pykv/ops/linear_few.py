@@ -1,5 +1,6 @@
-"""The kernel of `pykv.ops.block_linear` for 1 to 4 tokens and large matrices of blocks, where
-activations in float32 may be rounded: integers on tensor cores, in one launch.
+"""The kernel of `pykv.ops.block_linear` for few tokens and large matrices of blocks, where
+activations in float32 may be rounded: integers on tensor cores, in one launch. It multiplies 1 to 4
+tokens; `multiplies` says for how many it is the fastest.
 
 Dimensions: T tokens, I features in, O features out, R rows of weights.
 Kernel: kernels_cu/linear_few.cu.
@@ -15,7 +16,11 @@ from pykv.arrays import FLOATS, row_step
 from pykv.ops.linear_tiles import GATES
 
 MOST = 4  # tokens
-SMALL = 2 << 20  # elements of a matrix that has no tiles for every SM
+# What it was faster for than other kernels, on an H200: 2 tokens, more elements of w than SMALL,
+# rows that are no longer than _LONG. Each block rounds all tokens, which more of them make longer.
+_TOKENS = 2
+SMALL = 16 << 20
+_LONG = 4096
 _BLOCK, _RESIDENT = 256, 2  # threads; blocks that share an SM
 _WARPS = _BLOCK // 32
 _TILE, _STEP = 16, 256  # rows of w of a warp, and elements of each, in a step
@@ -24,8 +29,8 @@ _GROUP_BYTES = 80  # of shared memory, for 32 elements of a token
 
 
 def multiplies(kind: str, exact: bool, T: int, R: int, I: int, sm: int) -> bool:
-    """Whether T tokens and a matrix of [R, I] are for this kernel."""
-    if exact or not has_room(kind, T, I, sm) or R * I <= SMALL:
+    """Whether T tokens and a matrix of [R, I] are for this kernel: those for which it is faster."""
+    if exact or T != _TOKENS or I > _LONG or R * I <= SMALL or not has_room(kind, T, I, sm):
         return False
     return R * planes.row_bytes(kind, I) < 1 << 32  # rows are found by 32 bits
 
@@ -102,12 +107,9 @@ def product(
 
 
 def all_defines(kind: str, lengths: Collection[int], sm: int) -> list[dict[str, Any]]:
-    """Of all numbers of tokens, in float32, for which an SM has room with some length of rows."""
-    return [
-        defines(kind, FLOATS[0], FLOATS[0], T)
-        for T in (1, 2, MOST)
-        if any(has_room(kind, T, I, sm) for I in lengths)
-    ]
+    """Of what `multiplies` takes with some length of rows, in float32."""
+    has_any = any(I <= _LONG and has_room(kind, _TOKENS, I, sm) for I in lengths)
+    return [defines(kind, FLOATS[0], FLOATS[0], _TOKENS)] if has_any else []
 
 
 VARIANTS = [

@@ -137,7 +137,7 @@ def test_multiply_hands_on_all_that_is_asked(integer_cores, rng, monkeypatch):
     asked = dict(eps=1e-2, gate="geglu", accumulate=True, early=True, exact=False)
     _, w, *_ = inputs(rng, "Q4_K", FLOAT32, 1, 38, 512)
     for _ in range(2):
-        x, out, bias = (rng.standard_normal(n).astype("f4") for n in ((3, 512), (3, 19), 38))
+        x, out, bias = (rng.standard_normal(n).astype("f4") for n in ((2, 512), (2, 19), 38))
         x, norm = x / 16, rng.uniform(-1, 1, 512).astype("f4") / 64
         given = {name: xp.asarray(a) for name, a in dict(bias=bias, norm=norm).items()}
         got = xp.array(out)
@@ -194,24 +194,25 @@ def test_what_is_multiplied():
     def multiplies(T, R, I, kind="Q4_K", exact=False, sm=90):
         return op.multiplies(kind, exact, T, R, I, sm)
 
-    assert all(multiplies(T, R, I) for T in (1, 4) for R, I in ((28672, 4096), (4096, 14336)))
-    assert multiplies(1, 128256, 4096, "Q6_K") and multiplies(2, 4096, 14336, sm=80)
-    assert not multiplies(5, 28672, 4096) and not multiplies(1, 576, 1536)
-    assert not multiplies(1, 28672, 4096, "F16") and not multiplies(1, 28672, 4096, sm=75)
-    assert not multiplies(1, 28672, 4096, exact=True)
-    assert not multiplies(4, 4096, 14336, sm=89) and not multiplies(1, 1 << 21, 4096)
+    assert all(multiplies(2, R, I) for R, I in ((28672, 4096), (6144, 4096), (16384, 2048)))
+    assert multiplies(2, 128256, 4096, "Q6_K") and multiplies(2, 28672, 4096, sm=80)
+    assert not any(multiplies(T, 28672, 4096) for T in (1, 3, 4, 5))
+    assert not multiplies(2, 4096, 4096) and not multiplies(2, 4096, 14336)
+    assert not multiplies(2, 28672, 4096, "F16") and not multiplies(2, 28672, 4096, sm=75)
+    assert not multiplies(2, 28672, 4096, exact=True) and not multiplies(2, 1 << 21, 4096)
+    assert not op.has_room("Q4_K", 4, 14336, 89) and op.has_room("Q4_K", 2, 14336, 80)
     assert [op._parts(-(-R // 16), I // 256, 132) for R, I in ((28672, 4096), (4096, 14336))] == [
         1,
         8,
     ]
 
 
-def test_kernels_are_compiled_where_an_sm_has_room_for_some_row():
+def test_kernels_are_compiled_where_some_row_is_multiplied():
     def tokens(kind, lengths, sm):
         return [one["TOKENS"] for one in op.all_defines(kind, lengths, sm)]
 
-    assert tokens("Q4_K", [14336, 4096], 89) == tokens("Q8_0", [4096], 90) == [1, 2, 4]
-    assert tokens("Q4_K", [14336], 89) == [1]
+    assert tokens("Q4_K", [14336, 4096], 89) == tokens("Q8_0", [4096], 90) == [2]
+    assert not tokens("Q4_K", [14336], 90)
     assert not (tokens("Q8_0", [4096], 89) or tokens("Q4_K", [4096], 75) or tokens("F16", [64], 90))
 
 

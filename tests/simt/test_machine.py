@@ -249,7 +249,8 @@ FAULTS = {
         [10**9] * 128,
     ),
     "asynchronous copy of rows that are not aligned": fault(
-        "cp_async16(s + t, in + «t|4 * t»); cp_async_commit(); cp_async_wait<0>(); out[t] = s[t].x;",
+        "cp_async16(s + t, in + «t|4 * t»); cp_async_commit(); cp_async_wait<0>();"
+        " out[t] = s[t].x;",
         "copies 16 bytes that are not aligned to as many",
         range(0, 512, 4),
         shared="__shared__ uint4 s[128];",

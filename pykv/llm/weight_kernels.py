@@ -12,7 +12,6 @@ from pykv.arrays import FLOATS
 from pykv.ops import (
     block_linear,
     block_rows,
-    linear_few,
     linear_mma,
     linear_small,
     linear_split,
@@ -41,7 +40,6 @@ def compile_all(
     jobs: list[_Job] = []
     for kind, lengths in sorted(kinds.items()):
         jobs += [("block_linear", one) for one in block_linear.all_defines(kind, sm)]
-        jobs += [("linear_few", one) for one in linear_few.all_defines(kind, lengths, sm)]
         if kind in FORMATS:
             jobs.append(("block_rows", block_rows.defines(kind, FLOATS[0])))
         gates = (None, gate) if kind in gated else (None,)

@@ -20,7 +20,6 @@ from pykv.errors import ParameterError, ShapeError, UnsupportedError
 from pykv.ops import (
     activation,
     block_rows,
-    linear_few,
     linear_mma,
     linear_small,
     linear_tiles,
@@ -164,9 +163,7 @@ def multiply(
             ended (programmatic dependent launch).
         exact: whether float32 `x` keeps its bits on tensor cores. If not, it is rounded to float16
             there as weights are, which half of the products do then; an error of about 5e-4 of the
-            largest output. 2 tokens, by large matrices of blocks with rows of up to 4,096 elements,
-            are integers there, of 15 bits and a sign, from sm_80 on; an error of about 2e-5.
-            Of no meaning for 16-bit `x` and wherever else products are made.
+            largest output. Of no meaning for 16-bit `x` and wherever else products are made.
         stream: see pykv.cuda.on_stream.
 
     Returns:
@@ -185,11 +182,10 @@ def multiply(
     kernel. Codes are multiplied as the small integers that they are, in a kernel for few tokens by
     `x` as integers: of each 32 elements the largest has 23 bits, and what is smaller so many fewer,
     none below 2^-126. Those sums are exact; scales multiply them, and the rest is summed in
-    float32: so a row whose weight of a large element is 0 loses bits of the others. Tensor cores do
-    likewise, in one launch, where `exact` lets `x` be integers. From sm_75 on they multiply more
-    than 4 tokens, or more than 2 by other large matrices where `x` is rounded: up to 64 rounded
-    tokens in one launch if the matrix is so small that SMs hold all its warps at once; else in
-    launches of their own: of `x` as they want it, the product, and the gate, unless
+    float32: so a row whose weight of a large element is 0 loses bits of the others. From sm_75 on
+    tensor cores multiply more than 4 tokens, or more than 2 by a large matrix where `x` is rounded:
+    up to 64 rounded tokens in one launch if the matrix is so small that SMs hold all its warps at
+    once; else in launches of their own: of `x` as they want it, the product, and the gate, unless
     the product ends in the gate itself: on sm_90 of blocks and up to 128 tokens (of small matrices
     32), and of many tokens of any kind. They take float32 as the sum of two float16, 22 bits of
     every element down to 2^-28 of the token's largest, or for BF16 (from sm_80 on) of three
@@ -325,11 +321,6 @@ def _launch(
     x: Any, w: Any, kind: str, bias: Any, norm: Any, out: Any, options: Options
 ) -> Callable[[dict[str, Any], Any], None]:
     """The launch of `gemv`, or the launches around a product on tensor cores."""
-    (T, I), R = x.shape, len(w)
-    keeps_bits = options.exact or x.dtype not in FLOAT32  # 16-bit x is never rounded
-    if linear_few.multiplies(kind, keeps_bits, T, R, I, cuda.current_sm()):
-        ways: dict[str, Any] = dict(gate=options.gate, eps=options.eps, early=options.early)
-        return linear_few.product(x, w, kind, bias, out, options.accumulate, **ways)
     if not _by_gemv(x, w, kind, options.exact and x.dtype in FLOAT32):
         return _launches(x, w, kind, bias, norm, out, options)
     cut = cut_of(x, w, kind)

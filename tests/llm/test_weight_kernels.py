@@ -10,7 +10,6 @@ from pykv.llm import weight_kernels
 from pykv.ops import block_linear as op
 from pykv.ops import (
     block_rows,
-    linear_few,
     linear_mma,
     linear_small,
     linear_split,
@@ -42,8 +41,6 @@ def test_a_model_that_is_loaded_finds_its_kernels_compiled(monkeypatch, kind, sm
             taken = outs if rows == 2 else chosen
             sizes += [dict(ROWS=rows, OUTS=n, BLOCK=block) for n in taken]
     ways = [("block_linear", op._defines(kind, *floats, **size)) for size in sizes]
-    if kind not in op.PLAIN and sm >= 80:
-        ways.append(("linear_few", linear_few.defines(kind, *floats, 2)))
     if kind not in op.PLAIN:
         ways.append(("block_rows", block_rows.defines(kind, floats[0])))
     if linear_mma.has_kernel(kind, sm):

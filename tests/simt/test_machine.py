@@ -699,7 +699,7 @@ def test_device_arrays_do_not_become_numpy_arrays_unasked():
 # Long; tests of their ops run these kernels always.
 IN_SWEEP = [
     *("attention_scores", "block_linear", "kv_scores", "kvtc_rows", "linear", "linear_mma"),
-    *("linear_few", "linear_small", "linear_split", "linear_tiles", "linear_wgmma"),
+    *("linear_small", "linear_split", "linear_tiles", "linear_wgmma"),
     *("paged_append", "paged_convert", "paged_decode", "paged_decode_mma", "prefill"),
     *("prefill_mma", "sample"),
 ]
@@ -720,7 +720,7 @@ def test_every_kernel_runs(device, stem):
     if sm < 75:  # where tensor cores begin that it knows
         declared -= {"paged_decode_mma", "prefill_mma"}
         declared = set() if stem in ("linear_mma", "linear_small", "linear_split") else declared
-    declared = set() if stem in ("linear_few", "linear_tiles") and sm < 80 else declared
+    declared = set() if stem == "linear_tiles" and sm < 80 else declared
     declared = set() if stem == "linear_wgmma" and sm != 90 else declared
     declared = set() if stem in ("phase_program", "resident_program") and sm < 70 else declared
     # Of the two ways of compaction an SM takes one; its tests run both.

@@ -4,7 +4,7 @@ anything is launched or written."""
 import inspect
 import re
 import warnings
-from functools import cache
+from functools import cache, cached_property
 
 import numpy as np
 import pytest
@@ -258,8 +258,14 @@ def state(thing, depth=4, name=id):
         return keys, [state(x, depth, name) for x in thing.values()]
     of_cache = type(thing).__module__.startswith("pykv.") and not isinstance(thing, pykv.LLM)
     if of_cache and hasattr(thing, "__dict__") and depth:
-        return state(vars(thing), depth - 1, name)
+        kept = {k: v for k, v in vars(thing).items() if not is_found_out(type(thing), k)}
+        return state(kept, depth - 1, name)
     return thing if isinstance(thing, (int, float, str, bytes)) else name(thing)
+
+
+def is_found_out(owner, name):
+    """Whether an attribute appears when it is first asked for, which changes nothing."""
+    return isinstance(getattr(owner, name, None), cached_property)
 
 
 def described(x):

@@ -171,8 +171,8 @@ def heads_of(cache: Any, spec: KVSpec, heads: tuple[int, int] | None) -> list[An
 def join_layers(sides: Sequence[list[Any]], ids: list[Any]) -> tuple[list[Any], list[Any]]:
     """The arrays [N, ...] of source and target for each launch, and [n] page ids of both.
 
-    Layers become pages of one pool, so that one launch does it, unless they have given scales, do
-    not follow each other, or have more rows than a launch takes; then it is one a layer.
+    Layers become pages of one pool, so that one launch does it, unless they have given scales, lie
+    elsewhere than `_steps` knows, or have more rows than a launch takes; then it is one a layer.
 
     Args:
         sides: of source and target, arrays [L, N, ...], or None.
@@ -181,27 +181,39 @@ def join_layers(sides: Sequence[list[Any]], ids: list[Any]) -> tuple[list[Any], 
     L = len(sides[0][0])
     rows = L * len(ids[0]) * math.prod(sides[0][0].shape[2:-1])
     counts = [arrays[0].shape[1] for arrays in sides]
-    given = [x for arrays in sides for x in arrays if x is not None]
-    if not all(map(_is_one_pool, given)) or max(rows, L * max(counts)) >= 2**31:
+    steps = [_steps(arrays) for arrays in sides]
+    if not all(steps) or max(rows, L * max(counts)) >= 2**31:
         alone = [[[x if x is None else x[n] for x in arrays] for arrays in sides] for n in range(L)]
         return alone, ids
     joined = [
-        [
-            x if x is None else strided(x, (L * x.shape[1], *x.shape[2:]), x.strides[1:])
-            for x in arrays
-        ]
+        [x if x is None else strided(x, (L * x.shape[1], *x.shape[2:]), _inner(x)) for x in arrays]
         for arrays in sides
     ]
     layers = np.arange(L)
     return [joined], [
-        np.add.outer(layers * count, i).reshape(-1) for i, count in zip(ids, counts, strict=True)
+        np.add.outer(layers * of_layer, i * of_page).reshape(-1)
+        for i, (of_layer, of_page) in zip(ids, steps, strict=True)
     ]
 
 
-def _is_one_pool(x: Any) -> bool:
-    """Whether pages of a layer [L, N, ...] follow those of the layer before; where others lie
-    between, such as those of values, a pool of all layers would have them, too."""
-    return bool(x.ndim > 2 and x.strides[0] == x.shape[1] * x.strides[1])
+def _steps(arrays: list[Any]) -> tuple[int, ...]:
+    """From layer to layer and from page to page of arrays [L, N, ...] as pages of one pool: those
+    of a layer follow those of the layer before, or a page's layers each other. Where others lie
+    between, such as those of values of all layers, a pool would have them, too: ()."""
+    found: set[tuple[int, ...]] = set()
+    for x in arrays:
+        if x is not None and x.ndim > 2 and x.strides[0] == x.shape[1] * x.strides[1]:
+            found.add((x.shape[1], 1))
+        elif x is not None and x.ndim > 2 and x.strides[1] == len(x) * x.strides[0]:
+            found.add((1, len(x)))
+        elif x is not None:
+            found.add(())
+    return found.pop() if len(found) == 1 else ()
+
+
+def _inner(x: Any) -> tuple[int, ...]:
+    """Strides of [L, N, ...] as pages of one pool."""
+    return (min(x.strides[:2]), *x.strides[2:])
 
 
 class Places(NamedTuple):

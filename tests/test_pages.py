@@ -303,6 +303,32 @@ def test_convert_to_a_joint_tensor(xp, rng, axis):
     assert_holds(target, want)
 
 
+@pytest.mark.parametrize("specs", [("fp16", "int8"), ("int8", "fp16:HND"), ("int4", "bf16")])
+def test_layers_of_a_page_that_lie_together_take_one_launch(xp, rng, monkeypatch, specs):
+    """As those of a pool, one behind the other, do: as source and as target."""
+    source, target = (make(xp, rng, spec, **SIZES) for spec in specs)
+    ids, to_ids, calls = [5, 0, 6], [1, 2, 6], []
+    right = pages.paged_convert.convert
+    monkeypatch.setattr(
+        pages.paged_convert, "convert", lambda **given: calls.append(right(**given))
+    )
+    want = by_page(target)
+    pages.convert_pages(source, target, ids, to_ids)
+    pages.convert_pages(by_page(source), want, ids, to_ids)
+    assert len(calls) == 2
+    assert_holds(target, host(want))
+
+
+def by_page(cache):
+    """A copy whose pages hold all their layers."""
+    arrays = {
+        name: None if x is None else x.swapaxes(0, 1).copy().swapaxes(0, 1)
+        for name in ARRAYS
+        for x in [getattr(cache, name)]
+    }
+    return Pages(**arrays, spec=cache.spec)
+
+
 @pytest.mark.parametrize("text", ["int8:head", "e4m3:tensor:fp32", "fp16+int4:head:HND"])
 def test_pages_do_not_go_where_scales_are_unset(xp, text):
     """Codes of a scale of 0 are zeros."""

@@ -17,11 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from pykv import ranges
 from pykv.arrays import load_cupy
 from pykv.errors import ParameterError
 from pykv.kvtc import Codec, Coded, stream
-from pykv.ops import block_copy
 from pykv.pool import PagedKVCache
 
 
@@ -95,12 +93,13 @@ class CodedForm:
         """Rows [N, nbytes] uint8 of the host."""
         return CodedRows(rows)
 
-    def staging(self, cache: Any, count: int) -> CodedRows:
-        """Memory of the device for so many pages."""
+    def staging(self, cache: Any, count: int) -> tuple[Any, CodedRows]:
+        """Rows of the device for so many pages, and as this form sees them."""
         size, tokens = count * self.nbytes, count * self._page_size
         whole = self._header(tokens, cache.spec).nbytes
         memory = load_cupy().empty(whole, np.uint8)
-        return CodedRows(memory[whole - size :].reshape(count, self.nbytes), memory)
+        rows = memory[whole - size :].reshape(count, self.nbytes)
+        return rows, CodedRows(rows, memory)
 
     def put(
         self, source: Any, target: CodedRows, ids: list[int], slots: list[int], places: list[int]
@@ -129,16 +128,6 @@ class CodedForm:
             arrays["positions"][...] = load_cupy().asarray(positions)
         how: dict[str, Any] = dict(hadamard=self._hadamard, check=False)
         self._codec.decompress(coded, target, table, **how)
-
-    def copy(self, source: Any, target: Any, ids: list[int], slots: list[int]) -> None:
-        """Copy rows over the link of a GPU."""
-        begin, to = (
-            np.array(at, np.uint64) * np.uint64(self.nbytes) + np.uint64(ranges.address_of(x.rows))
-            for x, at in ((source, ids), (target, slots))
-        )
-        block_copy.vectorized_copy(
-            begin, to, self.nbytes, device="cuda", max_ctas=block_copy.LINK_CTAS
-        )
 
     def _header(self, tokens: int, spec: Any) -> Any:
         return self._codec.header(tokens, spec, sinks=0, window=0)

@@ -3,9 +3,9 @@ it is or in another kind. (Codes of KVTC: pykv.tiers.coded.)
 
 Dimensions: L layers, N pages, P tokens a page, H KV heads, D head size.
 
-    row    keys [L, P, H, W], values, then their scales [L, P, H] where each token and head has one;
-           each begins at a multiple of ALIGNMENT bytes, as does the next row; NHD or HND as the
-           spec
+    row    layer by layer its keys [P, H, W], values, then their scales [P, H] where each token and
+           head has one; NHD or HND as the spec. Each begins at a multiple of PART bytes, a layer at
+           one of ALIGNMENT
     heads  in files: for each head its keys [L, P, W], values, and their scales [L, P], without gaps
 
 Heads are whole, whatever the layout, so NHD reads what HND wrote, and a rank of a tensor-parallel
@@ -16,22 +16,23 @@ tensors share, which belong to a cache; coded tokens of KVTC, which mix all head
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
 import numpy as np
 
-from pykv.arrays import load_cupy
+from pykv.arrays import load_cupy, on_gpu
 from pykv.errors import ParameterError
 from pykv.kinds import SCALE_DTYPES
-from pykv.page_arrays import ARRAYS, given_scales
-from pykv.pages import Pages, convert_pages, copy_pages
+from pykv.ops import block_copy
+from pykv.page_arrays import ARRAYS, given_scales, moving_arrays, places_of
+from pykv.pages import Pages, convert_pages
 from pykv.pool import PagedKVCache
 from pykv.specs import KVSpec
 
-ALIGNMENT = 128  # bytes
+PART, ALIGNMENT = 16, 128  # bytes
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,13 @@ class Form:
     Attributes:
         spec: what rows hold.
         nbytes: of a row.
-        parts: name, offset, shape [L, ...] and dtype of each array of a page.
+        layer: bytes of a layer in it.
+        parts: name, offset in a layer, shape [L, ...] and dtype of each array of a page.
     """
 
     spec: KVSpec
     nbytes: int
+    layer: int
     parts: tuple[tuple[str, int, tuple[int, ...], Any], ...]
 
     @property
@@ -70,8 +73,10 @@ class Form:
         at = 0
         for _, offset, shape, dtype in self.parts:
             words = np.dtype(f"u{dtype.itemsize}")  # NaN keeps its payload
-            x = np.moveaxis(np.ndarray(shape, words, row, offset), self._head_axis, 0)
-            steps = [words.itemsize * prod(x.shape[i + 1 :]) for i in range(1, x.ndim)]
+            inner = _steps(shape[1:], words)
+            part = np.ndarray(shape, words, row, offset, (self.layer, *inner))
+            x = np.moveaxis(part, self._head_axis, 0)
+            steps = _steps(x.shape[1:], words)
             yield x, np.ndarray(x.shape, words, heads, at, (heads.shape[1], *steps))
             at += x[0].nbytes
 
@@ -87,32 +92,50 @@ class Form:
         for x, y in self._by_head(row, heads):
             x[...] = y
 
-    def view(self, rows: np.ndarray, cache: Any) -> Pages:
-        """Rows [N, nbytes] uint8 of the host as pages, without a copy; scales that heads or tensors
-        share are the cache's own."""
+    def view(self, rows: Any, cache: Any) -> Pages:
+        """Rows [N, nbytes] uint8 as pages, without a copy; scales that heads or tensors share are
+        the cache's own."""
         made = dict.fromkeys(ARRAYS) | given_scales(cache)
         for name, offset, (L, *page), dtype in self.parts:
-            steps = [dtype.itemsize * prod(page[i:]) for i in range(1, len(page) + 1)]
-            strides = (dtype.itemsize * prod(page), self.nbytes, *steps)
+            strides = (self.layer, self.nbytes, *_steps(page, dtype))
             shape = (L, len(rows), *page)
-            made[name] = np.ndarray(shape, dtype, rows, offset, strides)
+            if on_gpu(rows):
+                made[name] = type(rows)(shape, dtype, rows.data + offset, strides)
+            else:
+                made[name] = np.ndarray(shape, dtype, rows, offset, strides)
         return Pages(**made, spec=self.spec)
 
-    def staging(self, cache: Any, count: int) -> Pages:
-        """Memory of the device for so many pages."""
-        made, xp = dict.fromkeys(ARRAYS) | given_scales(cache), load_cupy()
-        for name, _, (L, *page), dtype in self.parts:
-            made[name] = xp.empty((L, count, *page), dtype)
-        return Pages(**made, spec=self.spec)
+    def staging(self, cache: Any, count: int) -> tuple[Any, Pages]:
+        """Rows of the device for so many pages, and these."""
+        rows = load_cupy().empty((count, self.nbytes), np.uint8)
+        return rows, self.view(rows, cache)
 
     @staticmethod
     def put(source: Any, target: Any, ids: list[int], slots: list[int], places: Any = None) -> None:
         """Copy pages of a cache to others on its device, or convert them where specs differ."""
-        move = copy_pages if source.spec == target.spec else convert_pages
+        move = _copy if source.spec == target.spec else convert_pages
         move(source, target, ids, slots)
 
     take = put
-    copy = staticmethod(copy_pages)  # between host and GPU
+
+
+def _steps(page: Sequence[int], dtype: Any) -> list[int]:
+    """Strides, in bytes, of a page's contiguous array."""
+    return [dtype.itemsize * prod(page[i:]) for i in range(1, len(page) + 1)]
+
+
+def _copy(source: Any, target: Any, ids: list[int], to_ids: list[int]) -> None:
+    """As pages.copy_pages, whose checks take longer than a link takes for these pages. Both are of
+    one cache."""
+    arrays, to_arrays = (list(moving_arrays(x).values()) for x in (source, target))
+    if not on_gpu(source.k):
+        for x, y in zip(arrays, to_arrays, strict=True):
+            y[:, to_ids] = x[:, ids]
+        return
+    (src, sizes), (dst, _) = (
+        places_of(side, np.array(at)).ranges() for side, at in ((arrays, ids), (to_arrays, to_ids))
+    )
+    block_copy.vectorized_copy(src, dst, sizes)
 
 
 def form_of(op: str, name: str, cache: PagedKVCache, codec: str) -> Form:
@@ -147,5 +170,6 @@ def _form(cache: PagedKVCache, spec: KVSpec) -> Form:
     for name, shape, dtype in zip(ARRAYS, shapes, dtypes, strict=True):
         if shape is not None:
             parts.append((name, offset, shape, np.dtype(dtype)))
-            offset += -(-prod(shape) * dtype.itemsize // ALIGNMENT) * ALIGNMENT
-    return Form(spec, offset, tuple(parts))
+            offset += -(-prod(shape[1:]) * dtype.itemsize // PART) * PART
+    layer = -(-offset // ALIGNMENT) * ALIGNMENT
+    return Form(spec, L * layer, layer, tuple(parts))

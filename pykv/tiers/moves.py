@@ -1,8 +1,8 @@
 """Pages between a cache and rows of host memory.
 
-On a GPU pages go through staging memory of the device, two pieces in turn each way. The link is
-between pinned memory and the device, with block_copy.LINK_CTAS blocks at most; events order all,
-and the host waits for none.
+On a GPU pages go through rows of the device, two pieces in turn each way. The link is between
+pinned memory and the device, whole rows by copy engines, so that SMs are left to others; events
+order all, and the host waits for none.
 
     out   the compute stream fills a piece, and goes on; a stream of our own copies it over the link
     back  a second one copies a piece over the link, a third writes it to its pages, while the
@@ -17,12 +17,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from pykv import transfer
 from pykv.arrays import load_cupy, on_gpu
 from pykv.pool import PagedKVCache
+from pykv.ranges import address_of
 from pykv.tiers.coded import CodedForm
 from pykv.tiers.forms import Form
 
-STAGED_BYTES = 32 << 20  # of each piece of staging memory, or a page: link time hides the launches
+STAGED_BYTES = 32 << 20  # of each piece of rows, or a page: link time hides the launches
 
 
 class Moved(NamedTuple):
@@ -63,21 +65,25 @@ class Moved(NamedTuple):
 
 
 class _Half:
-    """A piece of staging memory, and the event behind which it may be written to."""
+    """A piece of rows of the device, as the form sees them, and the event behind which it may be
+    written to."""
 
-    def __init__(self, memory: Any, free: Any) -> None:
-        self.memory, self.free = memory, free
+    def __init__(self, rows: Any, view: Any, free: Any) -> None:
+        self.rows, self.view, self.free = rows, view, free
 
 
 class _Way:
-    """One way over the link: its stream, two pieces of staging memory, and the event behind all
-    that was enqueued."""
+    """One way over the link: its stream, two pieces of rows, and the event behind all that was
+    enqueued."""
 
     def __init__(self, form: Form | CodedForm, cache: PagedKVCache, most: int) -> None:
         cuda = load_cupy().cuda
         self.stream = cuda.Stream(non_blocking=True)
         self.end = cuda.Event()
-        self._halves = [_Half(form.staging(cache, most), cuda.Event()) for _ in range(2)]
+        self._halves = []
+        for _ in range(2):
+            rows, view = form.staging(cache, most)
+            self._halves.append(_Half(rows, view, cuda.Event()))
 
     def take(self) -> _Half:
         """The piece that was not used last."""
@@ -102,7 +108,7 @@ class Moves:
     """
 
     def __init__(self, cache: PagedKVCache, form: Form | CodedForm, rows: np.ndarray) -> None:
-        self._cache, self._form = cache, form
+        self._cache, self._form, self._rows = cache, form, rows
         self.view = form.view(rows, cache)
         self.most = max(1, min(STAGED_BYTES // form.nbytes, len(rows) // 2))
         self._on_gpu = on_gpu(cache.k)
@@ -121,14 +127,14 @@ class Moves:
         current.wait_event(half.free)
         if isinstance(self._form, CodedForm):
             current.wait_event(self._up.end)  # the codec's one workspace must be free
-        self._form.put(self._cache, half.memory, ids, at, places)
+        self._form.put(self._cache, half.view, ids, at, places)
         staged.record(current)
         way.stream.wait_event(staged)
         way.end = half.free = link[1]
         with way.stream:
             try:
                 link[0].record(way.stream)
-                self._form.copy(half.memory, self.view, at, slots)
+                _over_link("d2h", half.rows, self._rows, at, slots)
             finally:  # after an error, too: rows are given away behind what is enqueued
                 link[1].record(way.stream)
         return Moved(0.0, link, link[1])
@@ -146,14 +152,14 @@ class Moves:
             way.stream.wait_event(half.free)
             way.stream.wait_event(self._down.end)  # which may still be writing these rows
             link[0].record(way.stream)
-            self._form.copy(self.view, half.memory, slots, at)
+            _over_link("h2d", self._rows, half.rows, slots, at)
             link[1].record(way.stream)
         with self._unpack:
             way.end = half.free = end
             try:
                 self._unpack.wait_event(now)
                 self._unpack.wait_event(link[1])
-                self._form.take(half.memory, self._cache, at, ids, places)
+                self._form.take(half.view, self._cache, at, ids, places)
             except BaseException:
                 end.record(self._unpack)
                 current.wait_event(end)  # before the pages are given to others
@@ -170,6 +176,16 @@ class Moves:
         if self._on_gpu:
             self._down.end.synchronize()
             self._up.end.synchronize()
+
+
+def _over_link(way: str, source: Any, target: Any, ids: list[int], slots: list[int]) -> None:
+    """Copy rows [N, bytes] to others, on CuPy's current stream."""
+    nbytes = source.shape[1]
+    src, dst = (
+        np.uint64(address_of(x)) + np.array(at, np.uint64) * np.uint64(nbytes)
+        for x, at in ((source, ids), (target, slots))
+    )
+    transfer.memcpy_batch(src, dst, nbytes, direction=way)
 
 
 def _timed(move: Callable[..., None], *args: Any) -> Moved:

@@ -39,7 +39,7 @@ from pykv.ranges import check_overlaps
 from pykv.transport.messages import check_facts
 
 MAGIC = b"\x89PYKVTR\n"
-VERSION = 2
+VERSION = 3
 HEADER_BYTES = 128
 _HEADER = struct.Struct("<8s2I2Q32s")
 _ENTRY = np.dtype([("key", "V16"), ("generation", "<u8"), ("checksum", "<u8"), ("zeros", "V32")])

@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 import pytest
 
 from pykv.blocks import BlockManager
-from pykv.tiers import Tiers, forms, stack
+from pykv.tiers import Tiers, forms, moves, stack
 from pykv.tiers.coded import CodedForm
 from pykv.tiers.disk import DiskTier
 from pykv.tiers.fetch import Fetch
@@ -24,7 +24,7 @@ STEPS = {
     CodedForm: ("put", "take"),
     DiskTier: ("__contains__", "read", "write", "note"),
     Fetch: ("advance", "join", "send"),
-    forms: ("copy_pages", "convert_pages"),
+    forms: ("_copy", "convert_pages"),
     HostTier: ("claim", "find_first"),
     Moved: ("join", "wait"),
     Moves: ("out", "back", "outs"),
@@ -139,8 +139,10 @@ def test_who_gets_what_a_failed_copy_gives_back_waits_for_it(device, monkeypatch
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="planted"):
         patch.setattr(device.cuda.Event, "record", lambda event, stream: recorded.append(event))
         patch.setattr(device.cuda, "get_current_stream", lambda: current)
-        # The form is frozen; a copy of pages is what both ways do, over the link or to the cache.
-        patch.setattr(Form, "copy" if way == "out" else "take", staticmethod(failing))
+        if way == "out":
+            patch.setattr(moves, "_over_link", failing)
+        else:  # the form is frozen
+            patch.setattr(Form, "take", staticmethod(failing))
         world.ask([8] * (8 * P) if way == "out" else PROMPTS[0])
     assert recorded[-1] is (rows.moves.outs().end if way == "out" else waited[-1])
     check(world)

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pykv import cuda
+from pykv import copy_ways, cuda
 from pykv.errors import CapacityError, ParameterError, TransportError
 from pykv.llm import LLM, SamplingParams
 from pykv.page_arrays import moving_arrays
@@ -144,10 +144,10 @@ def test_another_model_is_refused(open_side, serve, rng, other):
 
 def test_another_version_is_refused(open_side, rng, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(region, "VERSION", 3)
+        patch.setattr(region, "VERSION", region.VERSION + 1)
         open_side("prefill")
     _, taken = open_side("decode")
-    with pytest.raises(TransportError, match="prefill has version 3, expected 2"):
+    with pytest.raises(TransportError, match="prefill has version 4, expected 3"):
         taken.ask("prefill", tokens_of(rng, 40))
 
 
@@ -358,6 +358,7 @@ def test_what_fails_on_the_way_gives_rows_and_pages_back(open_side, rng, monkeyp
 def test_memory_is_page_locked_while_it_is_used(open_side, device, rng, monkeypatch):
     """And not after it: whoever gets it next could not lock it, or a GPU would write past it."""
     monkeypatch.setattr(cuda, "array_module", lambda name: device)
+    monkeypatch.setattr(copy_ways, "is_memcpy_batch_available", lambda: False)
     runtime = device.cuda.runtime
     prefill, given = open_side("prefill", device="auto")
     prompt = tokens_of(rng, 2 * P + 1)

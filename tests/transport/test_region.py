@@ -163,9 +163,9 @@ def test_a_table_that_is_too_large_is_refused(monkeypatch):
 
 def test_another_version_is_refused(monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(region, "VERSION", 3)
+        patch.setattr(region, "VERSION", region.VERSION + 1)
         memory, _ = filled()
-    with pytest.raises(TransportError, match="peer has version 3, expected 2"):
+    with pytest.raises(TransportError, match="peer has version 4, expected 3"):
         peer_of(memory)
 
 

@@ -46,7 +46,9 @@ DRAWN = dict(
     draws=_DRAWS,
     answers=replace(_DRAWS, presence_penalty=0.5, logit_bias={3: 2.0}, logprobs=5),
 )
-TOLERANCE = 2e-3  # of results, in units of the largest: sums are in other orders
+# Of results, in units of the largest: sums are in other orders, and launches round activations of
+# more than 2 to 4 tokens to float16 (pykv.ops.block_linear), where a program does not.
+TOLERANCE, ROUNDED = 2e-3, 2e-2
 
 
 def _cases() -> list[dict[str, Any]]:
@@ -127,6 +129,7 @@ def _one_step(
 
     launches()
     want = host(result).astype(np.float64)
+    tolerance = TOLERANCE if len(want) <= 2 else ROUNDED
     run: Any = launches
     if by == "program":
         run = PhaseProgram(phases, blocks=blocks)
@@ -138,7 +141,7 @@ def _one_step(
         found.peaks.fill(-2)
         run()
         got = host(result).astype(np.float64)
-        right = bool(np.abs(got - want).max() <= TOLERANCE * np.abs(want).max())
+        right = bool(np.abs(got - want).max() <= tolerance * np.abs(want).max())
         if result is found.logits:
             right &= bool((host(found.peaks) == got.argmax(axis=1)).all())
         return right

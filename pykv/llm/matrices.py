@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pykv import planes
+from pykv import gemv_cuts, planes
 from pykv.arrays import like, on_gpu
 from pykv.cuda import current_arch, current_sm, num_sms
 from pykv.errors import UnsupportedError
@@ -24,8 +24,9 @@ from pykv.ops import (
     linear_tiles,
     linear_wgmma,
 )
-from pykv.ops.block_linear import GATES, PLAIN
+from pykv.ops.block_linear import GATES
 from pykv.ops.norm import rms_norm
+from pykv.planes import PLAIN
 from pykv.pool import float_kind
 
 STORED = "stored"  # value of `weights`: matrices stay as they are in the file
@@ -118,7 +119,7 @@ def multiply(
 def leaves_room(x: Any, w: Any) -> bool:
     """Whether blocks of `multiply` by few tokens leave room on each multiprocessor, so that those
     of a kernel which starts early spread over all."""
-    return all(len(rows) * x.shape[1] <= block_linear.LARGE for _, rows in parts_of(w))
+    return all(len(rows) * x.shape[1] <= gemv_cuts.LARGE for _, rows in parts_of(w))
 
 
 def gates_itself(x: Any, w: Any, gemm: str) -> bool:

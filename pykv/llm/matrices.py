@@ -12,7 +12,8 @@ import numpy as np
 from pykv import gemv_cuts, planes
 from pykv.arrays import like, on_gpu
 from pykv.cuda import current_arch, current_sm, num_sms
-from pykv.errors import UnsupportedError
+from pykv.errors import ParameterError, UnsupportedError
+from pykv.kinds import KINDS
 from pykv.llm.gguf import ModelFile
 from pykv.ops import (
     activation,
@@ -27,7 +28,6 @@ from pykv.ops import (
 from pykv.ops.block_linear import GATES
 from pykv.ops.norm import rms_norm
 from pykv.planes import PLAIN
-from pykv.pool import float_kind
 
 STORED = "stored"  # value of `weights`: matrices stay as they are in the file
 
@@ -50,7 +50,10 @@ def weights_dtype(argument: str, name: str) -> np.dtype[Any] | None:
     Raises:
         ParameterError: no such name; the text names the argument.
     """
-    return None if isinstance(name, str) and name == STORED else float_kind(argument, name, STORED)
+    dtypes = {kind: KINDS[kind].dtype for kind in ("fp16", "bf16", "fp32")} | {STORED: None}
+    if not isinstance(name, str) or name not in dtypes:
+        raise ParameterError(f"{argument} is {name!r}, expected one of {', '.join(dtypes)}")
+    return dtypes[name]
 
 
 def check_stored(file: ModelFile) -> None:

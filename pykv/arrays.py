@@ -20,6 +20,8 @@ BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 FLOATS = (np.dtype(np.float32), np.dtype(np.float16), BFLOAT16)
 FLOAT32 = (FLOATS[0],)
 INT32 = (np.dtype(np.int32),)
+INT64 = (np.dtype(np.int64),)
+INTS = (*INT32, *INT64)
 UINT64 = (np.dtype(np.uint64),)
 UINT8 = (np.dtype(np.uint8),)
 

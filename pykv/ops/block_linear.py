@@ -256,7 +256,7 @@ def product(
 ) -> Callable[[Any], None]:
     """A function of a stream that launches the kernels of `multiply`, for arrays that are checked;
     `dims` keeps the launches."""
-    launch = dims.keep((kind, asked), lambda: _launch(x, w, kind, bias, norm, out, asked))
+    launch = dims.keep((kind, asked), lambda: _launch(x, w, kind, bias, out, asked))
     w = w.view(np.uint8) if kind in PLAIN else w
     return partial(launch, dict(out=out, x=x, w=w, bias=bias, norm=norm))
 
@@ -268,11 +268,11 @@ def _by_gemv(x: Any, w: Any, kind: str, exact: bool) -> bool:
 
 
 def _launch(
-    x: Any, w: Any, kind: str, bias: Any, norm: Any, out: Any, options: Options
+    x: Any, w: Any, kind: str, bias: Any, out: Any, options: Options
 ) -> Callable[[dict[str, Any], Any], None]:
     """The launch of `gemv`, or the launches around a product on tensor cores."""
     if not _by_gemv(x, w, kind, options.exact and x.dtype in FLOAT32):
-        return _launches(x, w, kind, bias, norm, out, options)
+        return _launches(x, w, kind, bias, out, options)
     cut = gemv_cuts.cut_of(x, w, kind)
     most = cut.rows * cuda.MOST_BLOCKS[1]
     if len(x) > most:
@@ -298,7 +298,7 @@ def scalars_of(x: Any, w: Any, out: Any, asked: Options, cut: gemv_cuts.Cut) -> 
 
 
 def _launches(
-    x: Any, w: Any, kind: str, bias: Any, norm: Any, out: Any, options: Options
+    x: Any, w: Any, kind: str, bias: Any, out: Any, options: Options
 ) -> Callable[[dict[str, Any], Any], None]:
     """The function of arrays by name and a stream that enqueues a product by linear_small,
     linear_wgmma, linear_tiles, or linear_mma and a gate behind it, and has memory for what they

@@ -238,7 +238,7 @@ def test_keys_that_are_not_finite_go_first_and_change_no_others_worth(xp, rng, p
     assert everything == [set(range(6))] * H  # all are worth the same: the first stay
 
 
-def test_mixed_heads_are_looked_ahead_of_as_others(xp, rng):
+def test_mixed_heads_are_looked_ahead_of_as_others(xp):
     """Heads that a Hadamard matrix mixed, queries and keys, lose the same rows."""
     policy = ExpectedAttention(budget=9, sinks=1, epsilon=0, future=30)
     found = []

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import ml_dtypes
@@ -88,6 +89,19 @@ def strided(array: Any, shape: tuple[int, ...], strides: tuple[int, ...]) -> Any
     if isinstance(array, np.ndarray):
         return np.lib.stride_tricks.as_strided(array, shape, strides)
     return type(array)(shape, array.dtype, array.data, strides)
+
+
+def view_at(
+    address: int,
+    shape: tuple[int, ...],
+    typestr: str,
+    strides: tuple[int, ...] | None = None,
+    *,
+    read_only: bool = False,
+) -> Any:
+    """A NumPy array at an address, whose memory its owner must keep; see `__array_interface__`."""
+    interface = dict(data=(address, read_only), shape=shape, typestr=typestr, strides=strides)
+    return np.asarray(SimpleNamespace(__array_interface__=interface | dict(version=3)))
 
 
 def footprint(*arrays: Any) -> str:

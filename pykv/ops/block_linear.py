@@ -2,7 +2,8 @@
 in front of them and behind.
 
 Dimensions: T tokens, I features in, O features out, W bytes of a row.
-Kernel: kernels_cu/block_linear.cu; pykv/planes.py describes the rows.
+Kernel: kernels_cu/block_linear.cu; pykv/planes.py describes the rows, pykv/gemv_cuts.py how blocks
+share a product.
 """
 
 from __future__ import annotations

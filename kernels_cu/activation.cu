@@ -9,18 +9,17 @@
 //   embed           out            [T, E]    X_T
 //                   table   const  [V, E]    TABLE_T
 //                   ids     const  [T] int32; outside 0 .. V-1: a row of zeros
-// Defines:  X_T, TABLE_T = float, f16 or bf16; TABLE_T concerns embed alone;
-//           BLOCK = threads
+// Scalars:  scale, a factor of the rows of embed
+// Defines:  X_T, TABLE_T = float, f16 or bf16; TABLE_T concerns embed alone; BLOCK = threads
 // Launch:   block (BLOCK), eight elements a thread. swiglu, geglu: grid (T, F / (8 * BLOCK) rounded
 //           up); embed: grid (T, E / (8 * BLOCK) rounded up); add: grid (count / (8 * BLOCK) rounded
 //           up).
 //           All but embed may start early, hence their arrays are not __restrict__; embed lets the
 //           next kernel do so.
-//           Arrays are 16-byte aligned, and so are the rows of x and out where
-//           F % 8 == 0
+//           Arrays are 16-byte aligned, and so are the rows of x and out where F % 8 == 0
 // Traffic:  swiglu, geglu 3 * T * F * sizeof(X_T); add 3 * count * sizeof(X_T);
 //           embed T * E * (sizeof(X_T) + sizeof(TABLE_T)) bytes
-// Order:    no atomics, no sums; add and embed are bit-exact, rounded to nearest even
+// Order:    no atomics, no sums; add and embed round once, to nearest even
 #include "gate.cuh"
 #include "ptx.cuh"
 #include "vector.cuh"

@@ -2,10 +2,11 @@
 //
 // Arrays (letters as in pykv/ops/paged_check.py), all int32 unless said otherwise:
 //   found                 [1] u64    ~0 before; the least (reason << 32 | index) of all offenders
-//   slots          const  [n] INDEX  int or i64; negative: none
+//   values         const  [n] INDEX  int or i64
+//   slots          const  [n] INDEX  negative: none
 //   seen                  [mask + 1] u64  hash table, ~0 before, at least twice as large as slots
 //   indptr, starts const  [B+1]
-//   indices, pages const  [n]
+//   indices        const  [n]
 //   last_page_len, lengths  const  [B]
 //   page_table     const  [B, M]     rows row_stride elements apart
 //   batch_indices, positions  const  [n]
@@ -28,8 +29,8 @@ __device__ __forceinline__ void report(u64* found, Reason reason, i64 index) {
     atomicMin(found, (u64)reason << 32 | (u64)index);
 }
 
-// Threads: n. Entries between `low` and `end` - 1, or below 0 where `low` is 0 and negative ones
-// are skipped.
+// Threads: n. Entries from `low` to `end` - 1; `low` is the least i64 where negative ones are
+// skipped.
 extern "C" __global__ void __launch_bounds__(BLOCK)
 paged_check_range(u64* found, const INDEX* values, i64 n, i64 low, i64 end) {
     if (item() >= n) return;

@@ -249,18 +249,6 @@ __device__ __forceinline__ void mma_m16n8k16_bf16(float (&d)[4], const u32 (&a)[
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
-
-// [mma] D += A B with A 16 x 32 of bytes without a sign, B 32 x 8 of bytes with one; wraps at 32 bits.
-// [Matrix Fragments] Lane 4 * g + t holds, the lowest index in the lowest byte of a register:
-//   a[0], a[1]  rows g and g + 8 of A, columns 4t .. 4t + 3;  a[2], a[3]  the same, columns from 4t + 16
-//   b[0], b[1]  column g of B, rows 4t .. 4t + 3, then from 4t + 16;  d  as above
-__device__ __forceinline__ void mma_m16n8k32_u8_s8(int (&d)[4], const u32 (&a)[4],
-                                                   const u32 (&b)[2]) {
-    asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 "
-                 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-                 : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
 #endif
 
 #if __CUDA_ARCH__ >= 750

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import ml_dtypes
@@ -20,6 +21,8 @@ BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 FLOATS = (np.dtype(np.float32), np.dtype(np.float16), BFLOAT16)
 FLOAT32 = (FLOATS[0],)
 INT32 = (np.dtype(np.int32),)
+INT64 = (np.dtype(np.int64),)
+INTS = (*INT32, *INT64)
 UINT64 = (np.dtype(np.uint64),)
 UINT8 = (np.dtype(np.uint8),)
 
@@ -86,6 +89,19 @@ def strided(array: Any, shape: tuple[int, ...], strides: tuple[int, ...]) -> Any
     if isinstance(array, np.ndarray):
         return np.lib.stride_tricks.as_strided(array, shape, strides)
     return type(array)(shape, array.dtype, array.data, strides)
+
+
+def view_at(
+    address: int,
+    shape: tuple[int, ...],
+    typestr: str,
+    strides: tuple[int, ...] | None = None,
+    *,
+    read_only: bool = False,
+) -> Any:
+    """A NumPy array at an address, whose memory its owner must keep; see `__array_interface__`."""
+    interface = dict(data=(address, read_only), shape=shape, typestr=typestr, strides=strides)
+    return np.asarray(SimpleNamespace(__array_interface__=interface | dict(version=3)))
 
 
 def footprint(*arrays: Any) -> str:

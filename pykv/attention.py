@@ -207,9 +207,6 @@ def query_scalars(scores: Scores, dims: dict[str, int], q: Any) -> dict[str, int
     )
 
 
-# --- Attention in NumPy ---------------------------------------------------------------------------
-
-
 def outputs(
     op: str, q: Any, out: Any, lse: Any, return_lse: Any, shape: Any = None
 ) -> tuple[Any, Any]:
@@ -219,6 +216,9 @@ def outputs(
     if check_flag(op, "return_lse", return_lse) and lse is None:
         lse = like(q, out.shape[:-1], np.float32)
     return out, lse
+
+
+# --- Attention in NumPy ---------------------------------------------------------------------------
 
 
 def fill_on_host(

@@ -6,13 +6,12 @@ Dimensions and layouts as in pykv/layout.py; pykv/ops/permute.py says what users
 from __future__ import annotations
 
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from pykv import cuda, overlaps
-from pykv.arrays import is_array, on_gpu
+from pykv.arrays import is_array, on_gpu, view_at
 from pykv.checker import checker
 from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError
 from pykv.layout import AXES, ITEMSIZES, BlockShape, Layout, check_pair, check_shape, strides
@@ -127,18 +126,11 @@ def of_host(op: str, side: Side, shape: BlockShape) -> Side:
     if on_gpu(side.table):
         raise DeviceError(f"{op}: {side.name} is on a GPU, expected the host like what it names")
     num_chunks = (side.layers[1] - side.layers[0]) * shape.O
-    inner = dict(
-        shape=(side.heads[1] - side.heads[0], shape.P, shape.D),
-        strides=(side.head_stride, side.token_stride, shape.itemsize),
-        typestr=np.dtype(f"u{shape.itemsize}").str,
-        version=3,
-    )
-
-    def chunk(at: int) -> Any:
-        return np.asarray(SimpleNamespace(__array_interface__=dict(inner, data=(at, False))))
-
+    sizes = side.heads[1] - side.heads[0], shape.P, shape.D
+    steps = side.head_stride, side.token_stride, shape.itemsize
+    typestr = np.dtype(f"u{shape.itemsize}").str
     chunks = [
-        chunk(address + i * side.chunk_stride)
+        view_at(address + i * side.chunk_stride, sizes, typestr, steps)
         for address in side.table.tolist()
         for i in range(num_chunks // side.entries)
     ]

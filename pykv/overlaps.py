@@ -7,11 +7,11 @@ races. `pykv.checker` holds every call to that, by the names of the arrays that 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from pykv.arrays import view_at
 from pykv.errors import ParameterError
 
 _MOST_WORK = 1_000  # pairs that a search looks at; views of one pool need one or two
@@ -134,9 +134,8 @@ def place_of(array: Any) -> Any:
     """An array of NumPy at the same place; one of a GPU's must not be read."""
     if isinstance(array, np.ndarray):
         return array
-    interface = dict(data=(array.data.ptr, True), shape=array.shape, strides=array.strides)
-    interface |= dict(typestr=f"|V{array.itemsize}", version=3)
-    return np.asarray(SimpleNamespace(__array_interface__=interface))
+    where = array.data.ptr, array.shape, f"|V{array.itemsize}", array.strides
+    return view_at(*where, read_only=True)
 
 
 def bytes_of(array: Any) -> Any:
@@ -144,8 +143,7 @@ def bytes_of(array: Any) -> Any:
     place = place_of(array)
     first, last = _bounds(place) if place.size else (0, 0)
     address = place.__array_interface__["data"][0] + first
-    interface = dict(data=(address, True), shape=(last - first,), typestr="|u1", version=3)
-    return np.asarray(SimpleNamespace(__array_interface__=interface))
+    return view_at(address, (last - first,), "|u1", read_only=True)
 
 
 def share(x: Any, y: Any) -> bool:

@@ -364,10 +364,11 @@ def swap_in(
     """Copy page i of the store to page pages[i] of the cache: `swap_out`, the other way round, with
     the same codec, or one like it."""
     op = "pages.swap_in"
-    pages = page_ids(op, "pages", pages, facts_of(op, "cache", cache)["pages"])
+    num_pages = facts_of(op, "cache", cache)["pages"]
+    pages = page_ids(op, "pages", pages, num_pages)
     check_codec(op, codec, hadamard)
     if codec is not None:
-        check_targets(op, pages, facts_of(op, "cache", cache)["pages"])
+        check_targets(op, pages, num_pages)
         table = pages.astype(np.int32)
         codec.decompress(store, cache, table, hadamard=hadamard, stream=stream)
         return

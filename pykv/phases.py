@@ -15,6 +15,7 @@ from pykv import attention, cuda
 from pykv.arrays import FLOAT32, FLOATS, INT32, VECTOR_BYTES, like
 from pykv.checker import checker
 from pykv.errors import DtypeError, ParameterError, ShapeError
+from pykv.gemv_cuts import Cut
 from pykv.ops import (
     activation,
     block_linear,
@@ -24,10 +25,10 @@ from pykv.ops import (
     paged_qkv,
     sample,
 )
-from pykv.ops.block_linear import PLAIN
 from pykv.ops.norm import rms_norm
 from pykv.options import check_number
 from pykv.overlaps import bytes_of, check_apart, place_of
+from pykv.planes import PLAIN
 from pykv.ranges import address_of
 from pykv.specs import POOLS, KVSpec, spec_of
 from pykv.stages import Touched
@@ -117,7 +118,7 @@ class Product(NamedTuple):
         arrays = [given.pop(name) for name in ("x", "w", "kind")]
         block_linear.multiply(*arrays, early=True, **given)
 
-    def records(self, op: str, cut: block_linear.Cut, scratch: Scratch) -> list[Record]:
+    def records(self, op: str, cut: Cut, scratch: Scratch) -> list[Record]:
         values = {name: getattr(self, name) for name in ("out", "x", "w", "bias", "norm")}
         options = self.checked(op)
         values |= block_linear.scalars_of(self.x, self.w, self.out, options, cut)

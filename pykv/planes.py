@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pykv.arrays import module_of
+from pykv.arrays import FLOATS, module_of
 
 ALIGNMENT = 16  # bytes that a row is a multiple of
 GROUP = 32  # elements whose codes lie together
@@ -59,6 +59,8 @@ FORMATS = {
     "IQ4_XS": Format(256, 136, 4, ((0, 8),), _IQ4),
     "MXFP4": Format(32, 17, 4, ((0, 1),), _E2M1),
 }
+# Types of floats, which are no blocks, and their dtypes.
+PLAIN = dict(zip(("F32", "F16", "BF16"), FLOATS, strict=True))
 ZEROS = dict(Q4_0=8, Q5_0=16, Q8_0=128, Q3_K=4, Q6_K=32)  # the code that means 0; others: 0
 
 

@@ -440,20 +440,6 @@ def do_in(xp: Any, step: Callable[[], None], stream: Any = None) -> None:
         cuda.enqueue(step, stream)
 
 
-def float_kind(argument: str, name: str, *others: str) -> np.dtype[Any]:
-    """The element type that "fp16", "bf16" or "fp32" names.
-
-    Raises:
-        ParameterError: no such kind; the text names the argument, and `others` that it may be.
-    """
-    floats = {kind: kinds.KINDS[kind].dtype for kind in ("fp16", "bf16", "fp32")}
-    if not isinstance(name, str) or name not in floats:
-        raise ParameterError(
-            f"{argument} is {name!r}, expected one of {', '.join((*floats, *others))}"
-        )
-    return floats[name]
-
-
 def append_and_decode(
     cache: Any, layer: int, qkv: Any, slots: Any, page_table: Any, lengths: Any, **options: Any
 ) -> Any:

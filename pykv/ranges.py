@@ -6,13 +6,12 @@ Dimensions: C ranges, or pairs of a source and a destination.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import check_writeable, like, on_gpu
+from pykv.arrays import check_writeable, like, on_gpu, view_at
 from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError
 from pykv.foreign import from_pointer, is_pageable, named_array
 from pykv.options import check_type
@@ -357,5 +356,4 @@ def address_of(array: Any) -> int:
 
 def bytes_at(address: int, size: int) -> Any:
     """A NumPy view of host memory, which its owner must keep."""
-    interface = dict(data=(address, False), shape=(size,), typestr="|u1", version=3)
-    return np.asarray(SimpleNamespace(__array_interface__=interface))
+    return view_at(address, (size,), "|u1")

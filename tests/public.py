@@ -138,7 +138,8 @@ UNCHECKED = """
     specs.parsed specs.KVSpec.written kinds.count_largest pool.PagedKVCache.require_scales
     eviction.policies.Policy.counts eviction.policies.Policy eviction.steps.Evicted
     eviction.rotary.Rotary eviction.rotary.ahead eviction.rotary.check_rotary
-    eviction.steps.Evicted.moved eviction.policies.base_of blocks.BlockManager.check_sequences
+    eviction.steps.Evicted.moved eviction.policies.base_of eviction.policies.as_policy
+    blocks.BlockManager.check_sequences
     kvtc.stream_v0.Range kvtc.stream_v0.row_bytes kvtc.stream_v0.check_ranges
     kvtc.stream_v0.stream_bytes kvtc.stream_v0.offsets kvtc.stream_v0.row_offsets
     kvtc.stream_v0.headers kvtc.stream_v0.check_headers

@@ -309,7 +309,7 @@ def test_inspect_json_of_numbers_that_json_has_not(capsys, tmp_path):
 
 
 @pytest.mark.parametrize("weights, itemsize", [("bf16", 2), ("fp32", 4)])
-def test_size_json(capsys, tmp_path, weights, itemsize):
+def test_size_json(capsys, weights, itemsize):
     flags = ("--kv-dtype", "int8", "--ctx", 9, "--json", "--weights", weights)
     code, out, err = run(capsys, "size", "chat.gguf", *flags)
     found, sizes = json.loads(out), dict(layers=2, kv_heads=2, head_dim=16, context=128)

@@ -112,7 +112,7 @@ def test_without_either_one_sentence_says_what_to_do(cell):
         ("590.1, 9.0\n590.1, 12.0", False, "cu13"),
     ],
 )
-def test_extra_goes_by_driver_gpu_and_cupy(cell, monkeypatch, answer, has_cupy12, extra):
+def test_extra_goes_by_driver_gpu_and_cupy(cell, answer, has_cupy12, extra):
     from importlib import metadata
 
     def version(name):

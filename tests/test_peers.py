@@ -238,7 +238,7 @@ BY_ENGINE = ("memcpy_batch", "start by the loop")
 @pytest.mark.parametrize("side", ["push", "pull"])
 @pytest.mark.parametrize("outwards", [True, False], ids=["out", "in"])
 @pytest.mark.parametrize("name", MOVES)
-def test_moves(gpus, rng, monkeypatch, name, outwards, side, order):
+def test_moves(gpus, monkeypatch, name, outwards, side, order):
     """Behind what made the source, ahead of what reads the target and of what overwrites the
     source, whichever GPU is ahead of the other and whichever does the work."""
     xp, ends = gpus.xp, (gpus.here, gpus.other)[:: 1 if outwards else -1]
@@ -248,7 +248,7 @@ def test_moves(gpus, rng, monkeypatch, name, outwards, side, order):
     table = {"p2p": {way: {1: {1: us}} for way, us in times.items()}}
     monkeypatch.setattr(calibration, "_pairs", {ends: table})
     copy_ways._fastest.cache_clear()
-    want_src, want, call = MOVES[name](np, np.random.default_rng(5), nullcontext(), nullcontext())
+    _, want, call = MOVES[name](np, np.random.default_rng(5), nullcontext(), nullcontext())
     call()
     source, target = map(xp.cuda.Device, ends)
     src, dst, call = MOVES[name](xp, np.random.default_rng(5), source, target)
@@ -330,7 +330,7 @@ def test_a_graph_is_refused(gpus, rng):
         step()
 
 
-def test_what_is_no_move_is_refused_by_name(gpus, rng):
+def test_what_is_no_move_is_refused_by_name(gpus):
     xp, here, other = gpus.xp, gpus.here, gpus.other
     x = xp.ones((2, 8), xp.float32)
     with xp.cuda.Device(other):

@@ -559,7 +559,7 @@ def test_decode_says_what_workspace_it_needs(device, rng):
         PagedDecodePlan.select(descriptor, F32, preference=preference, xp=device)
 
 
-def test_a_workspace_that_kernels_cannot_address_is_refused(device, rng):
+def test_a_workspace_that_kernels_cannot_address_is_refused(device):
     cache = PagedCacheDescriptor(4, 8, 1, 8)
     plan = PagedDecodePlan.select(PagedDecodeDescriptor(1, 1, cache), np.float32, xp=device)
     floats, ints = (

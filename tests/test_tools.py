@@ -487,7 +487,7 @@ def test_other_and_damaged_files_are_one_line(drawn, tmp_path, capsys, figure, n
     assert err.startswith("plot: ") and name in err and err.count("\n") == 1
 
 
-def test_other_options_are_refused(tmp_path, capsys, write_json):
+def test_other_options_are_refused(capsys, write_json):
     path = str(write_json("x.json", SWEEP))
     for argv, text in (
         (["peers", path, path], "peers is given 2 files, expected one"),
@@ -498,7 +498,7 @@ def test_other_options_are_refused(tmp_path, capsys, write_json):
         assert text in err and err.count("\n") == 1
 
 
-def test_figures_are_the_same_each_time(drawn, write_json, tmp_path, capsys):
+def test_figures_are_the_same_each_time(drawn, write_json, tmp_path):
     path = write_json("x.json", SWEEP)
     for name in ("a.svg", "b.svg", "c.png"):
         assert plot.main(["sweep", str(path), "--out", str(tmp_path / name)]) == 0

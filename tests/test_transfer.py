@@ -1151,7 +1151,7 @@ def test_to_the_device_and_back(rng, mode, count, size):
 
 
 @pytest.mark.gpu
-def test_the_default_stream_keeps_its_order(rng):
+def test_the_default_stream_keeps_its_order():
     """A batch on the legacy default stream waits for what is before it, what follows waits too."""
     import cupy
 

@@ -24,7 +24,7 @@ from pykv.arrays import module_of, to_host
 from pykv.errors import DtypeError, ParameterError, UnsupportedError
 from pykv.eval.replay import QUERIES, ExactCache, Place
 from pykv.eviction import AdaKV, Policy, Rotary
-from pykv.eviction.policies import base_of
+from pykv.eviction.policies import as_policy, base_of
 from pykv.kinds import SCALE_DTYPES, Kind
 from pykv.kvtc.codec import Codec
 from pykv.llm.config import Config
@@ -126,9 +126,7 @@ def evict(policy: Policy | AdaKV | str) -> Change:
             does, or more than QUERIES queries; or from the change, heads would keep different
             numbers of rows, and layers have sliding windows.
     """
-    chosen = eviction.parse(policy) if isinstance(policy, str) else policy
-    if not isinstance(chosen, eviction.Policy | eviction.AdaKV):
-        raise DtypeError(f"eval.evict: policy is a {type(policy).__name__}, expected a policy")
+    chosen = as_policy("eval.evict", policy)
     base = base_of(chosen)
     if base.needs == "scores":
         raise UnsupportedError(

@@ -370,6 +370,18 @@ def base_of(policy: Policy | AdaKV) -> Policy:
     return policy.policy if isinstance(policy, AdaKV) else policy
 
 
+def as_policy(op: str, given: Any, name: str = "policy") -> Policy | AdaKV:
+    """The policy that is given as such or as its text; `op` and `name` are for messages.
+
+    Raises:
+        ParameterError: as `parse`.
+        DtypeError: it is neither.
+    """
+    policy = parse(given) if isinstance(given, str) else given
+    check_type(op, name, policy, Policy | AdaKV, "a policy of pykv.eviction or its text")
+    return policy
+
+
 POLICIES: dict[str, type[Policy]] = {
     policy.__name__.lower(): policy
     for policy in (

@@ -27,7 +27,7 @@ from pykv.attention import check_cap, check_scale
 from pykv.checker import checker
 from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError
 from pykv.eviction.parts import Rows, check_cache, of_heads, parts
-from pykv.eviction.policies import AdaKV, Policy, base_of, parse
+from pykv.eviction.policies import AdaKV, Policy, as_policy, base_of
 from pykv.eviction.rotary import Rotary, check_rotary
 from pykv.ops import kv_compact, kv_select
 from pykv.options import check_type, check_whole
@@ -144,8 +144,7 @@ def _policies(op: str, given: Any, L: int) -> dict[int, Policy | AdaKV]:
     by_layer = given if isinstance(given, Mapping) else dict.fromkeys(range(L), given)
     found = {}
     for layer, policy in by_layer.items():
-        policy = parse(policy) if isinstance(policy, str) else policy
-        check_type(op, "policy", policy, Policy | AdaKV, "a policy or its text")
+        policy = as_policy(op, policy)
         found[check_whole(op, "layers of policy", layer, 0, L - 1)] = policy
     return found
 

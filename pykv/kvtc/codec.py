@@ -24,7 +24,7 @@ from pykv.kvtc.stream import Coded, Header, check_bytes
 from pykv.ops import kvtc_code, kvtc_project, kvtc_rows, linear, paged_check
 from pykv.options import check_choice, check_flag, check_type, check_whole, page_ids
 from pykv.overlaps import check_apart
-from pykv.page_arrays import Ids, check_cache, check_given_scales, check_may_write
+from pykv.page_arrays import ARRAYS, Ids, check_cache, check_given_scales, check_may_write
 from pykv.specs import KVSpec, as_spec
 
 _How = Callable[[], dict[str, Any]]  # see Codec._how
@@ -205,10 +205,10 @@ class Codec:
             there = ranges.reach(op, "out", data, self._rows)
             reached = _check_out(there)
             how = partial(self._how, cache, spec, hadamard, check)
-            others = dict(table=table, positions=positions, **_named_arrays_of(cache))
+            others = dict(table=table, positions=positions, **_arrays_of(cache))
             apart = partial(check_apart, op, dict(out=there), others)
             call = partial(self._compress, Coded(header, there), table, positions, how)
-            arrays = (*_arrays_of(cache), table, positions, there)
+            arrays = (*_arrays_of(cache).values(), table, positions, there)
             key = ("compress", layouts, dims.layouts, reached.layouts, header, hadamard)
             self._enqueue(op, key, arrays, call, apart, check)
         return coded
@@ -295,12 +295,12 @@ class Codec:
                 looks = partial(looks, op, table, given, sizes["N"], sizes["P"], writes=True)
                 cuda.look(looks)
             how = partial(self._how, cache, spec, hadamard, check)
-            others = _named_arrays_of(cache)
+            others = _arrays_of(cache)
             written = {name: others.pop(name) for name in spec.written(tuple(others))}
             others |= dict(coded=there.data, table=table)
             apart = partial(check_apart, op, written, others)
             call = partial(self._decompress, there, table, chosen, how)
-            arrays = (*_arrays_of(cache), table, there.data)
+            arrays = (*_arrays_of(cache).values(), table, there.data)
             key = ("decompress", layouts, dims.layouts, reached.layouts, header, hadamard, chosen)
             self._enqueue(op, key, arrays, call, apart, check)
 
@@ -366,8 +366,8 @@ class Codec:
 
     def _check_coded(self, op: str, coded: Any) -> Header:
         check_type(op, "coded", coded, Coded, "a pykv.kvtc.Coded")
-        header, counts = coded.header, coded.header
-        wanted = self.header(counts.tokens, counts.spec, sinks=counts.sinks, window=counts.window)
+        header = coded.header
+        wanted = self.header(header.tokens, header.spec, sinks=header.sinks, window=header.window)
         for name, want in vars(wanted).items() if header is not wanted else ():
             if getattr(header, name) != want:
                 raise FormatError(
@@ -408,8 +408,9 @@ class Codec:
 
     def _how(self, cache: Any, spec: KVSpec, hadamard: bool, check: bool | None) -> dict[str, Any]:
         """Arguments of both ops of rows that say what the cache is, and what to do."""
-        arrays = zip(("k_pools", "v_pools", "k_scales", "v_scales"), _arrays_of(cache), strict=True)
-        return dict(arrays, spec=spec, pairing=self._pairing, hadamard=hadamard, check=check)
+        pools = dict(k_pools=cache.k, v_pools=cache.v)
+        pools |= dict(k_scales=cache.k_scales, v_scales=cache.v_scales)
+        return dict(pools, spec=spec, pairing=self._pairing, hadamard=hadamard, check=check)
 
     def _rows_of(self, group: Loaded, n: int) -> Any:
         """A workspace [2, n, F] for rows of K and V."""
@@ -429,10 +430,5 @@ _check_out = checker("Codec.compress", out=("n", UINT8, VECTOR_BYTES))
 _check_given = checker("Codec.decompress", coded=("n", UINT8, VECTOR_BYTES))
 
 
-def _arrays_of(cache: Any) -> tuple[Any, ...]:
-    return cache.k, cache.v, cache.k_scales, cache.v_scales
-
-
-def _named_arrays_of(cache: Any) -> dict[str, Any]:
-    names = ("cache.k", "cache.v", "cache.k_scales", "cache.v_scales")
-    return dict(zip(names, _arrays_of(cache), strict=True))
+def _arrays_of(cache: Any) -> dict[str, Any]:
+    return {f"cache.{name}": getattr(cache, name) for name in ARRAYS}

@@ -15,9 +15,9 @@ import numpy as np
 from pykv import eviction
 from pykv.arrays import module_of
 from pykv.blocks import page_table
-from pykv.errors import DtypeError, UnsupportedError
+from pykv.errors import UnsupportedError
 from pykv.eviction import H2O, AdaKV, Policy, Rotary, Streaming
-from pykv.eviction.policies import base_of
+from pykv.eviction.policies import as_policy, base_of
 from pykv.llm.head_rows import rows_of
 from pykv.llm.sequence import Sequence
 from pykv.llm.weights import Model
@@ -28,8 +28,8 @@ from pykv.specs import KVSpec
 EVERY = 64  # new rows of a sequence between two evictions
 
 
-def as_policy(op: str, given: Any, most: int, spec: KVSpec) -> Policy | AdaKV | None:
-    """A policy that may be given as a text.
+def policy_for(op: str, given: Any, most: int, spec: KVSpec) -> Policy | AdaKV | None:
+    """The policy by which an LLM evicts, or None.
 
     Args:
         op: for messages.
@@ -42,15 +42,10 @@ def as_policy(op: str, given: Any, most: int, spec: KVSpec) -> Policy | AdaKV | 
         DtypeError: it is something else.
         UnsupportedError: somebody else would have to give scores, or a model cannot do it.
     """
-    policy = eviction.parse(given) if isinstance(given, str) else given
-    if policy is None:
+    if given is None:
         return None
-    name = type(policy).__name__
-    if not isinstance(policy, Policy | AdaKV):
-        raise DtypeError(
-            f"{op}: eviction is a {name}, expected a policy of pykv.eviction or its text"
-        )
-    base = base_of(policy)
+    policy = as_policy(op, given, "eviction")
+    name, base = type(policy).__name__, base_of(policy)
     if base.threshold is not None:
         raise UnsupportedError(
             f"{op}: eviction has a threshold, expected a budget or a ratio alone"
@@ -93,7 +88,7 @@ def keeps_prefixes(op: str, policy: Policy | AdaKV | None, given: bool | None) -
 
 
 class Evictor:
-    """Evicts rows of sequences of a scheduler by a policy of `as_policy`.
+    """Evicts rows of sequences of a scheduler by a policy of `policy_for`.
 
     Attributes:
         asked: the last tokens of a prompt whose queries are needed, in one step.

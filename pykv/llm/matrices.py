@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pykv import planes
+from pykv import gemv_cuts, planes
 from pykv.arrays import like, on_gpu
 from pykv.cuda import current_arch, current_sm, num_sms
-from pykv.errors import UnsupportedError
+from pykv.errors import ParameterError, UnsupportedError
+from pykv.kinds import KINDS
 from pykv.llm.gguf import ModelFile
 from pykv.ops import (
     activation,
@@ -24,9 +25,9 @@ from pykv.ops import (
     linear_tiles,
     linear_wgmma,
 )
-from pykv.ops.block_linear import GATES, PLAIN
+from pykv.ops.block_linear import GATES
 from pykv.ops.norm import rms_norm
-from pykv.pool import float_kind
+from pykv.planes import PLAIN
 
 STORED = "stored"  # value of `weights`: matrices stay as they are in the file
 
@@ -49,7 +50,10 @@ def weights_dtype(argument: str, name: str) -> np.dtype[Any] | None:
     Raises:
         ParameterError: no such name; the text names the argument.
     """
-    return None if isinstance(name, str) and name == STORED else float_kind(argument, name, STORED)
+    dtypes = {kind: KINDS[kind].dtype for kind in ("fp16", "bf16", "fp32")} | {STORED: None}
+    if not isinstance(name, str) or name not in dtypes:
+        raise ParameterError(f"{argument} is {name!r}, expected one of {', '.join(dtypes)}")
+    return dtypes[name]
 
 
 def check_stored(file: ModelFile) -> None:
@@ -118,7 +122,7 @@ def multiply(
 def leaves_room(x: Any, w: Any) -> bool:
     """Whether blocks of `multiply` by few tokens leave room on each multiprocessor, so that those
     of a kernel which starts early spread over all."""
-    return all(len(rows) * x.shape[1] <= block_linear.LARGE for _, rows in parts_of(w))
+    return all(len(rows) * x.shape[1] <= gemv_cuts.LARGE for _, rows in parts_of(w))
 
 
 def gates_itself(x: Any, w: Any, gemm: str) -> bool:

@@ -18,7 +18,7 @@ from pykv.llm.gguf_cursor import plain
 from pykv.llm.matrices import Stored
 from pykv.llm.source import Source
 from pykv.ops import block_rows, dequant
-from pykv.ops.block_linear import PLAIN
+from pykv.planes import PLAIN
 
 if TYPE_CHECKING:
     from pykv.llm.config import Config

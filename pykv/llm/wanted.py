@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from pykv.eviction import AdaKV, Policy
 from pykv.llm import matrices, steps
-from pykv.llm.evictor import as_policy, keeps_prefixes
+from pykv.llm.evictor import keeps_prefixes, policy_for
 from pykv.llm.runner import DECODES
 from pykv.llm.tiering import check_tiers
 from pykv.options import check_choice, check_flag, check_whole
@@ -53,6 +53,6 @@ class Wanted:
         for name in ("max_sms_resident", "context", "pool_tokens"):
             if (value := getattr(self, name)) is not None:
                 setattr(self, name, check_whole("LLM", name, value, 1))
-        self.policy = as_policy("LLM", self.eviction, steps.PREFILL_TOKENS, self.spec)
+        self.policy = policy_for("LLM", self.eviction, steps.PREFILL_TOKENS, self.spec)
         self.keeps_prefixes = keeps_prefixes("LLM", self.policy, self.prefix_cache)
         check_tiers("LLM", self.host_cache, self.disk_cache, self.keeps_prefixes)

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from pykv import calibration, cuda
-from pykv.arrays import UINT64, on_gpu
+from pykv.arrays import INT64, UINT64, on_gpu
 from pykv.checker import Dims, checker, optional
 from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError
 from pykv.options import check_choice, check_flag, check_whole
@@ -40,7 +40,7 @@ VARIANTS = [MANY, FEW]
 LINK_CTAS = 32  # blocks that fill a link to the host or a GPU; more keep others from the SMs
 RUNS = 4  # runs of pairs of equal size that need no table of sizes in the kernel
 
-ADDRESSES = (*UINT64, np.dtype(np.int64))  # signed: torch stores data_ptr() so
+ADDRESSES = (*UINT64, *INT64)  # signed: torch stores data_ptr() so
 
 
 def vectorized_copy(
@@ -280,7 +280,7 @@ def _check_pairs(
     tables = dict(src_ptrs=src_ptrs, dst_ptrs=dst_ptrs)
     lengths = {name: len(table) for name, table in tables.items() if table is not None}
     if by_pair:
-        lengths["size"] = checker(op, size=("C", np.dtype(np.int64)))(size)["C"]
+        lengths["size"] = checker(op, size=("C", INT64))(size)["C"]
     first, shared = next(iter(lengths.items()), ("", 1))  # without a table: 1, an error below
     for name, length in lengths.items():
         if num_pairs is None and length != shared:

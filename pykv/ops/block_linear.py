@@ -2,7 +2,8 @@
 in front of them and behind.
 
 Dimensions: T tokens, I features in, O features out, W bytes of a row.
-Kernel: kernels_cu/block_linear.cu; pykv/planes.py describes the rows.
+Kernel: kernels_cu/block_linear.cu; pykv/planes.py describes the rows, pykv/gemv_cuts.py how blocks
+share a product.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pykv import cuda, planes
+from pykv import cuda, gemv_cuts, planes
 from pykv.arrays import FLOAT32, FLOATS, UINT8, VECTOR_BYTES, like, on_gpu, row_step
 from pykv.checker import Dims, checker, optional
 from pykv.errors import ParameterError, ShapeError, UnsupportedError
@@ -27,23 +28,12 @@ from pykv.ops import (
 )
 from pykv.ops import norm as rms_norm
 from pykv.options import check_choice, check_flag, check_number
-from pykv.planes import FORMATS
+from pykv.planes import FORMATS, PLAIN
 
-# Kinds whose rows are floats instead of blocks, and their dtypes.
-PLAIN = dict(zip(("F32", "F16", "BF16"), FLOATS, strict=True))
 KINDS = (*FORMATS, *PLAIN)
 KIND_OF = {dtype: kind for kind, dtype in PLAIN.items()}
 GATES = linear_tiles.GATES[1:]
 
-# How `gemv` cuts products, as was measured on an H200.
-_BLOCK, _LARGE_BLOCK = 256, 512  # threads; of small matrices, and of those that fill all SMs
-LARGE = 2 << 20  # elements
-_THREADS = 512  # of an SM, as registers allow
-_OUTS = {1: 4, 2: 4, 4: 2, 8: 2}  # rows of w of a warp, by the tokens that share one reading of w
-_FEW_OUTS = 2  # of floats, of which a lane holds 32 elements of each row, and of small matrices
-_SLICE = 1024  # elements of a row that a warp multiplies at a time
-_SLICE_BYTES = 4608
-_SLICES = 8  # of a round, of all tokens that share one reading of w
 # Tokens up to which `gemv` multiplies, where tensor cores have a kernel; of rounded x and matrices
 # of more elements than _SMALL only 2.
 _FEW = 4
@@ -56,70 +46,31 @@ def _defines(kind: str, x: Any, bias: Any, **sizes: int) -> dict[str, Any]:
     return dict(KIND=kind, X_T=x, B_T=bias, **sizes)
 
 
-def _outs(kind: str, rows: int) -> tuple[int, ...]:
-    """Rows of w that a warp may have, the largest number first."""
-    most = _FEW_OUTS if kind in PLAIN else _OUTS[rows]
-    return (most,) if most == _FEW_OUTS else (most, _FEW_OUTS)
-
-
-def most_outs(kind: str, rows: int) -> int:
-    """Rows of w that a warp may have at most."""
-    return _outs(kind, rows)[0]
-
-
 def all_defines(kind: str, sm: int) -> list[dict[str, Any]]:
     """Of all ways in which `gemv` cuts products of float32 on an SM."""
     has_mma = linear_mma.has_kernel(kind, sm)
     return [
         _defines(kind, FLOATS[0], FLOATS[0], ROWS=rows, OUTS=outs, BLOCK=block)
-        for rows in _OUTS
+        for rows in gemv_cuts.OUTS
         if rows <= _FEW or not has_mma
-        for outs in _outs(kind, rows)
-        for block in _blocks(kind, rows, sm)
+        for outs in gemv_cuts.outs_of(kind, rows)
+        for block in gemv_cuts.blocks_of(kind, rows, sm)
     ]
 
 
-def _blocks(kind: str, rows: int, sm: int) -> tuple[int, ...]:
-    """Threads that a block may have: the larger takes registers that some kernels do not leave, as
-    those of old SMs do not, which multiply integers one by one, and shared memory."""
-    is_small = rows > 4 or kind == "F32" or sm < 75
-    is_small = is_small or not _ways(kind, _outs(kind, rows), rows, _LARGE_BLOCK, sm)
-    return (_BLOCK,) if is_small else (_BLOCK, _LARGE_BLOCK)
-
-
-def _ways(
-    kind: str, outs: tuple[int, ...], rows: int, block: int, sm: int
-) -> list[tuple[int, int]]:
-    """Rows of w of a warp, and warps that share them, for which there is shared memory."""
-    left = {n: _room(sm) - _copied_bytes(kind, n, rows, block, sm) for n in outs}
-    parts = [n for n in (1, 2, 4, 8) if n <= block // 32 and n * rows <= _SLICES]
-    return [(n, p) for n in outs for p in parts if p * rows * _SLICE_BYTES <= left[n]]
-
-
-def _room(sm: int) -> int:
-    """Bytes of shared memory of an SM: 64 KB and more, from sm_80 on 99, in data centres 160."""
-    return (152 if sm in (80, 90, 100, 103) else 96 if sm >= 80 else 48) << 10
-
-
-def _copied_bytes(kind: str, outs: int, rows: int, block: int, sm: int) -> int:
-    """Of two slices of the rows of w of each warp, which SMs from sm_80 on copy by themselves:
-    those of F32 would take too much, and of 16 bits beside 8 rows of x."""
-    bits = FORMATS[kind].bits if kind in FORMATS else 8 * PLAIN[kind].itemsize
-    is_copied = sm >= 80 and bits < (16 if rows == 8 else 32)
-    return block // 32 * 2 * outs * _SLICE * bits // 8 if is_copied else 0
-
-
 def _largest_block(sm: int, kind: str, rows: int) -> dict[str, int]:
-    return dict(BLOCK=max(_blocks(kind, rows, sm)))
+    return dict(BLOCK=max(gemv_cuts.blocks_of(kind, rows, sm)))
 
 
 def _variant(kind: str, rows: int, **sizes: int) -> dict[str, Any]:
-    return _defines(kind, "float", "float", ROWS=rows, OUTS=most_outs(kind, rows), **sizes)
+    return _defines(
+        kind, "float", "float", ROWS=rows, OUTS=gemv_cuts.most_outs(kind, rows), **sizes
+    )
 
 
 VARIANTS: list[dict[str, Any]] = [
-    *(_variant(kind, 1, BLOCK=_BLOCK) for kind in KINDS),
-    *(_variant("Q4_K", rows, BLOCK=_BLOCK) for rows in (2, 8)),
+    *(_variant(kind, 1, BLOCK=gemv_cuts.BLOCK) for kind in KINDS),
+    *(_variant("Q4_K", rows, BLOCK=gemv_cuts.BLOCK) for rows in (2, 8)),
     _variant("F16", 1) | cuda.by_sm(_largest_block, "F16", 1),
     _variant("Q5_K", 2) | cuda.by_sm(_largest_block, "Q5_K", 2),
 ]
@@ -306,7 +257,7 @@ def product(
 ) -> Callable[[Any], None]:
     """A function of a stream that launches the kernels of `multiply`, for arrays that are checked;
     `dims` keeps the launches."""
-    launch = dims.keep((kind, asked), lambda: _launch(x, w, kind, bias, norm, out, asked))
+    launch = dims.keep((kind, asked), lambda: _launch(x, w, kind, bias, out, asked))
     w = w.view(np.uint8) if kind in PLAIN else w
     return partial(launch, dict(out=out, x=x, w=w, bias=bias, norm=norm))
 
@@ -318,12 +269,12 @@ def _by_gemv(x: Any, w: Any, kind: str, exact: bool) -> bool:
 
 
 def _launch(
-    x: Any, w: Any, kind: str, bias: Any, norm: Any, out: Any, options: Options
+    x: Any, w: Any, kind: str, bias: Any, out: Any, options: Options
 ) -> Callable[[dict[str, Any], Any], None]:
     """The launch of `gemv`, or the launches around a product on tensor cores."""
     if not _by_gemv(x, w, kind, options.exact and x.dtype in FLOAT32):
-        return _launches(x, w, kind, bias, norm, out, options)
-    cut = cut_of(x, w, kind)
+        return _launches(x, w, kind, bias, out, options)
+    cut = gemv_cuts.cut_of(x, w, kind)
     most = cut.rows * cuda.MOST_BLOCKS[1]
     if len(x) > most:
         raise UnsupportedError(f"block_linear.multiply: x has T={len(x)}, expected at most {most}")
@@ -337,56 +288,7 @@ def _launch(
     return cuda.Launch(kernel, grid, cut.block, scalars, shared_bytes=shared, early=options.early)
 
 
-class Cut(NamedTuple):
-    """How `gemv` cuts a product."""
-
-    rows: int  # of x that share one reading of w
-    outs: int  # rows of w of a warp
-    parts: int  # warps that share those
-    held: int  # rounds of x in shared memory, a slice for each part
-    tiles: int  # of rows of w
-    block: int  # threads
-    copied: int  # bytes of w on their way through shared memory
-    has_one_round: bool  # of slices, of each block
-
-    @property
-    def shared_bytes(self) -> int:
-        """Of dynamic shared memory."""
-        return self.held * self.parts * self.rows * _SLICE_BYTES + self.copied
-
-
-def cut_of(
-    x: Any,
-    w: Any,
-    kind: str,
-    *,
-    rows: int | None = None,
-    outs: int | None = None,
-    block: int | None = None,
-) -> Cut:
-    """How `gemv` cuts a product, where it has the choice as asked. A `block` is that of a program,
-    whose blocks have any number of tiles."""
-    (T, I), R, sm = x.shape, len(w), cuda.current_sm()
-    is_alone = block is None
-    rows = rows or next(rows for rows in _OUTS if rows >= T or rows == max(_OUTS))
-    choice = (outs,) if outs else _outs(kind, rows)
-    block = block or (max if R * I > LARGE else min)(_blocks(kind, rows, sm))
-    num_sms = cuda.num_sms(x.data.device_id)
-    outs, parts = _warps(R, I, _ways(kind, choice, rows, block, sm), block, num_sms)
-    tiles, rounds = -(-R // (outs * (block // 32 // parts))), -(-I // (parts * _SLICE))
-    has_one_round = is_alone and rounds == 1 and tiles <= _THREADS // block * num_sms
-    copied = _copied_bytes(kind, outs, rows, block, sm) // (2 if has_one_round else 1)
-    held = _held(_room(sm) * block // _THREADS - copied, rows * parts, rounds)
-    return Cut(rows, outs, parts, held, tiles, block, copied, has_one_round)
-
-
-def _held(left: int, slices: int, rounds: int) -> int:
-    """Rounds of x, of so many slices, for which `left` bytes are enough: where it is not even one,
-    fewer blocks share an SM."""
-    return max(1, min(left // (slices * _SLICE_BYTES), rounds))
-
-
-def scalars_of(x: Any, w: Any, out: Any, asked: Options, cut: Cut) -> dict[str, Any]:
+def scalars_of(x: Any, w: Any, out: Any, asked: Options, cut: gemv_cuts.Cut) -> dict[str, Any]:
     """The scalars of `gemv`."""
     (T, I), O = x.shape, out.shape[1]
     scalars = dict(T=T, O=O, I=I, W=w.shape[1] * w.itemsize)
@@ -397,7 +299,7 @@ def scalars_of(x: Any, w: Any, out: Any, asked: Options, cut: Cut) -> dict[str, 
 
 
 def _launches(
-    x: Any, w: Any, kind: str, bias: Any, norm: Any, out: Any, options: Options
+    x: Any, w: Any, kind: str, bias: Any, out: Any, options: Options
 ) -> Callable[[dict[str, Any], Any], None]:
     """The function of arrays by name and a stream that enqueues a product by linear_small,
     linear_wgmma, linear_tiles, or linear_mma and a gate behind it, and has memory for what they
@@ -426,23 +328,6 @@ def _launches(
         finish(dict(out=arrays["out"], x=products), stream)
 
     return run_all
-
-
-def _warps(
-    R: int, I: int, ways: list[tuple[int, int]], block: int, num_sms: int
-) -> tuple[int, int]:
-    """One of `ways`, by which the block that is busy longest ends first. Times are those of a row
-    of a slice: a round takes as long as four of them beside its rows, the end of a tile as five,
-    telling other warps another."""
-
-    def time(way: tuple[int, int]) -> int:
-        n, parts = way
-        tiles = -(-R // (n * (block // 32 // parts)))
-        turns, rounds = -(-tiles // (_THREADS // block * num_sms)), -(-I // (parts * _SLICE))
-        return turns * (rounds * (n + 4) + 5 + (parts > 1))
-
-    slices = max(1, -(-I // _SLICE))  # no more parts than have something to do
-    return min((way for way in ways if way[1] <= slices), key=time)
 
 
 def _kernel(name: str, kind: str, dtype: Any, bias: Any, **sizes: int) -> cuda.Kernel:

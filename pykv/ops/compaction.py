@@ -12,20 +12,18 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import FLOATS, UINT64, is_array, like, on_gpu, to_host
+from pykv.arrays import FLOATS, INT64, INTS, UINT64, is_array, like, on_gpu, to_host
 from pykv.checker import Dims, checker, optional
 from pykv.errors import CapacityError, DtypeError, ParameterError
 from pykv.ops import paged_check
 from pykv.options import check_choice, check_flag, check_number, check_whole
 
-INT64 = (np.dtype(np.int64),)
-INDICES = (np.dtype(np.int32), *INT64)
 MODES = ("gt", "ge")
 MOST = 2**42  # elements: tiles are counted in 32 bits
 
 LOOK_BACK_SM = 70  # first SM with the memory model that the one-pass kernel needs
 _POSITION_BYTES = 2  # of a kept element in its tile
-_INDEX_TYPES = dict(zip(INDICES, ("int", "i64"), strict=True))
+_INDEX_TYPES = dict(zip(INTS, ("int", "i64"), strict=True))
 
 
 def _shape(sm: int) -> dict[str, int]:
@@ -149,7 +147,7 @@ def compress(
     dims = _check_compress(x, out, wanted, count, workspace)
     n = dims["n"]
     if allocate:
-        wanted = like(x, (dims.get("C", n),), INDICES[n > 2**31])
+        wanted = like(x, (dims.get("C", n),), INTS[n > 2**31])
     if wanted is not None and wanted.dtype.itemsize == 4 and n > 2**31:
         raise DtypeError(f"{op}: indices has dtype int32, expected int64 for {n} elements")
     out = like(x, (dims.get("C", n),), x.dtype) if out is None else out
@@ -285,7 +283,7 @@ _check_compress = checker(
     ("out", "indices", "count", "workspace"),
     x=("n", FLOATS),
     out=optional("C", "x"),
-    indices=optional("C", INDICES),
+    indices=optional("C", INTS),
     count=optional("1", INT64),
     workspace=optional("W", UINT64),
 )
@@ -300,7 +298,7 @@ _check_expand = checker(
     "compaction.expand",
     ("out",),
     values=("C", FLOATS),
-    indices=("C", INDICES),
+    indices=("C", INTS),
     count=optional("1", INT64),
     out=optional("n", "values"),
 )
@@ -403,7 +401,7 @@ def _launches(
     tiles = _num_tiles(x.size, x.itemsize, shape)
     entry_bytes = x.itemsize + (_POSITION_BYTES if index is not None else 0)
     gathered_bytes = _tile(x.itemsize, shape) * entry_bytes
-    defines = dict(shape, X_T=x.dtype, I_T=_INDEX_TYPES[index or INDICES[0]])
+    defines = dict(shape, X_T=x.dtype, I_T=_INDEX_TYPES[index or INTS[0]])
     scalars = dict(n=x.size, capacity=room or 0, threshold=above, num_tiles=tiles)
 
     def launch(name: str, grid: int, shared_bytes: int = 0) -> cuda.Launch:

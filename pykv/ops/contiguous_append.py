@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import FLOAT32, FLOATS, INT32, on_gpu
+from pykv.arrays import FLOAT32, FLOATS, INT32, INT64, INTS, on_gpu
 from pykv.checker import Dims, check_head_dim, checker, optional
 from pykv.errors import ShapeError
 from pykv.ops import paged_check, rope
@@ -25,7 +25,6 @@ from pykv.ops.paged_append import lanes_of
 from pykv.options import check_choice, check_flag, check_whole
 from pykv.specs import LAYOUTS, KVSpec
 
-LENGTHS = (*INT32, np.dtype(np.int64))
 MAX_HEAD_DIM = 1024
 
 BLOCK = 128  # threads
@@ -127,7 +126,7 @@ def _checker(spec: KVSpec, advance: bool) -> Callable[..., Dims]:
         v=(f"{new} V", "k"),
         k_cache=(f"{old} K", FLOATS),
         v_cache=(f"{old} V", FLOATS),
-        lengths=("S", LENGTHS),
+        lengths=("S", INTS),
         slots=optional("B", INT32),
         inv_freq=optional("F", FLOAT32),
     )
@@ -244,7 +243,7 @@ def _defines(
     lanes = lanes_of(max(K, V), 8)
     block = min(512, -(-H * lanes // 32) * 32) if advance else BLOCK
     types = dict(NEW_T=new, K_T=k_dtype, V_T=v_dtype)
-    types |= dict(LENGTH_T="i64" if lengths == LENGTHS[1] else "int")
+    types |= dict(LENGTH_T="i64" if lengths in INT64 else "int")
     sizes = dict(K_DIM=K, V_DIM=V, HEADS=H, ADVANCE=int(advance), BLOCK=block, LANES=lanes)
     return types | sizes
 

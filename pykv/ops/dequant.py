@@ -16,12 +16,11 @@ from pykv.checker import checker, optional
 from pykv.errors import ShapeError, UnsupportedError
 from pykv.install import command
 from pykv.options import check_float_dtype
+from pykv.planes import FORMATS, PLAIN
 
-KINDS = {
-    **{"F32": (1, 4), "F16": (1, 2), "BF16": (1, 2)},
-    **{"Q4_0": (32, 18), "Q4_1": (32, 20), "Q5_0": (32, 22), "Q5_1": (32, 24), "Q8_0": (32, 34)},
-    **{"Q4_K": (256, 144), "Q5_K": (256, 176), "Q6_K": (256, 210)},
-}
+_BLOCKS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
+KINDS = {kind: (1, dtype.itemsize) for kind, dtype in PLAIN.items()}
+KINDS |= {kind: (FORMATS[kind].elements, FORMATS[kind].nbytes) for kind in _BLOCKS}
 """Elements and bytes of a block, by the name of the GGUF tensor type."""
 
 _BLOCK = 256  # threads, eight elements each

@@ -184,12 +184,8 @@ def _scratch(scores: Any, parts: int, counts: bool, stream: Any) -> dict[str, An
     """Memory that the launches of parts share; tallies, which are zeros, where they count."""
     R, S, _ = scores.shape
     with cuda.on_stream(stream):
-        tallies = like(scores, (R, _PASSES, _DIGITS), np.int32) if counts else None
+        tallies: Any = like(scores, (R, _PASSES, _DIGITS), np.int32) if counts else None
         pairs = like(scores, (R, S, parts), np.uint64)
     if counts:
-        cuda.enqueue(partial(_clear, tallies), stream)
+        cuda.enqueue(partial(tallies.data.memset_async, 0, tallies.nbytes), stream)
     return dict(tallies=tallies, pairs=pairs)
-
-
-def _clear(x: Any) -> None:
-    x.data.memset_async(0, x.nbytes)

@@ -143,9 +143,8 @@ def product(
         shared_bytes=every["SHARED_BYTES"],
         early=early,
     )
-    counters = tiles if parts > 1 else 0
-    partial = counters * parts * tiling.TILE_T * tiling.outputs, counters
-    return linear_split.then(gemm, x, kind, exact, (rows, padded), partial, eps)
+    cut = tiles, parts, tiling.TILE_T * tiling.outputs
+    return linear_split.then(gemm, x, kind, exact, (rows, padded), cut, eps)
 
 
 def _sizes_for(sm: int, kind: str, x: Any, exact: bool, number: int) -> dict[str, int]:

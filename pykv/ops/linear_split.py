@@ -61,7 +61,7 @@ def then(
     kind: str,
     exact: bool,
     padded: tuple[int, int],
-    partial: tuple[int, int],
+    cut: tuple[int, int, int],
     eps: float,
     in_order: bool = False,
     tile: int = 0,
@@ -71,12 +71,13 @@ def then(
 
     Args:
         padded: T' and I'.
-        partial: floats that blocks add up, and counters for those that do.
+        cut: tiles, the parts of I that blocks of a tile add up, and floats of a tile.
         eps: of the norm.
         in_order: see `defines`.
         tile: tokens whose pieces lie together, in wgmma's order; 0: rows of pieces.
     """
-    (T, I), (rows, columns), (floats, counters) = x.shape, padded, partial
+    (T, I), (rows, columns), (tiles, parts, floats) = x.shape, padded, cut
+    counters = tiles if parts > 1 else 0  # one tells which block is the last to add
     every = defines(kind, x.dtype, exact, I, in_order)
     scalars = dict(T=T, I=I, padded_I=columns, x_stride=row_step(x), num_counters=counters)
     scalars |= dict(eps=eps, tile=tile)
@@ -87,7 +88,7 @@ def then(
         pieces=(every["PIECES"] * rows * columns, every["HALF_T"]),
         totals=(totals, np.float32),
         units=(rows, np.float32),
-        partial=(floats, np.float32),
+        partial=(counters * parts * floats, np.float32),
         counters=(counters, np.uint32),
     )
 

@@ -132,9 +132,8 @@ def product(
         shared_bytes=every["SHARED_BYTES"],
         early=early,
     )
-    counters = tiles if parts > 1 else 0
-    partial = counters * parts * tiling.TILE_T * tiling.TILE_O, counters
-    return linear_split.then(multiply, x, kind, False, (T, padded), partial, eps, in_order=True)
+    cut = tiles, parts, tiling.TILE_T * tiling.TILE_O
+    return linear_split.then(multiply, x, kind, False, (T, padded), cut, eps, in_order=True)
 
 
 def _sizes_for(sm: int, number: int, gate: str | None) -> dict[str, int]:

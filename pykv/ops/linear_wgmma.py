@@ -159,12 +159,8 @@ def product(
         shared_bytes=every["SHARED_BYTES"],
         early=early,
     )
-    counters = tiles if parts > 1 else 0
-    partial = counters * parts * tiling.TILE_T * tiling.rows, counters
-    padded_sizes = tiles_t * tiling.TILE_T, padded
-    return linear_split.then(
-        multiply, x, kind, False, padded_sizes, partial, eps, tile=tiling.TILE_T
-    )
+    sizes, cut = (tiles_t * tiling.TILE_T, padded), (tiles, parts, tiling.TILE_T * tiling.rows)
+    return linear_split.then(multiply, x, kind, False, sizes, cut, eps, tile=tiling.TILE_T)
 
 
 def _variant(kind: str, tokens: int, number: int, gate: str | None = None) -> dict[str, Any]:

@@ -30,14 +30,12 @@ from typing import Any
 import numpy as np
 
 from pykv import cuda, row_places
-from pykv.arrays import FLOATS, INT32, on_gpu
+from pykv.arrays import FLOATS, INT32, INT64, INTS, on_gpu
 from pykv.checker import Dims, check_head_dim, checker
 from pykv.kinds import quantize
 from pykv.ops import paged_check
 from pykv.options import check_flag
 from pykv.specs import POOLS, KVSpec, spec_of
-
-SLOTS = (*INT32, np.dtype(np.int64))
 
 BLOCK = 128  # threads
 LANE_ELEMENTS = 16  # elements of a row for each lane, loaded at once
@@ -274,7 +272,7 @@ def _append(
 _TABLE = dict(indices=("I", INT32), indptr=("B+1", INT32))
 _LENGTHS = dict(last_page_len=("B", INT32))
 _RULES: dict[str, dict[str, Any]] = dict(  # in the order of `where`
-    append=dict(slots=("T", SLOTS), **dict.fromkeys(("indices", "indptr", "counts"), "None")),
+    append=dict(slots=("T", INTS), **dict.fromkeys(("indices", "indptr", "counts"), "None")),
     append_decode=dict(rows="None") | _TABLE | _LENGTHS,
     append_ragged=dict(append_indptr=("B+1", INT32)) | _TABLE | _LENGTHS,
     append_indexed=dict(batch_indices=("T", INT32)) | _TABLE | dict(positions=("T", INT32)),
@@ -338,7 +336,7 @@ def _launch(
     """The launch for arrays that are checked."""
     k, v, *pools, rows, _, _, _ = arrays.values()
     T, H, D = k.shape
-    address, wide = row_places.ADDRESSES[name], rows is not None and rows.dtype == SLOTS[1]
+    address, wide = row_places.ADDRESSES[name], rows is not None and rows.dtype in INT64
     flags = dict(AFTER=int(after), ADVANCE=int(advance), ROW_T="i64" if wide else "int")
     defines = defines_of(address, spec, k.dtype, H, D, dims["P"], **flags)
     steps = (stride // x.itemsize for x in (k, v) for stride in x.strides[:2])

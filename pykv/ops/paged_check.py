@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import INT32, load_cupy, on_gpu, row_step
+from pykv.arrays import INT32, INTS, load_cupy, on_gpu, row_step
 from pykv.checker import checker, optional
 from pykv.errors import ParameterError
 from pykv.options import check_choice, check_flag, check_whole, chosen
@@ -42,7 +42,6 @@ ALL_TOKENS = 2**31  # more than any sequence has
 _MOST = 2**63 - 1  # of pages and rows
 COUNTS = ("before", "after")  # whether `last_page_len` counts the new tokens
 
-INDICES = (*INT32, np.dtype(np.int64))
 ALWAYS = chosen("PYKV_CHECK", "0", "1") == "1"
 
 # Reasons, numbered as in the kernel, in the order in which they are reported.
@@ -89,7 +88,7 @@ def check_pages(
         may_skip: negative entries are fine.
         op, name: for the text.
     """
-    n = checker(op, **{name: ("n", INDICES)})(pages)["n"]
+    n = checker(op, **{name: ("n", INTS)})(pages)["n"]
     num_pages = check_whole(op, "num_pages", num_pages, 0, _MOST)
     low = -(2**63) if check_flag(op, "may_skip", may_skip) else 0
     allowed = f"below {num_pages}" if may_skip else f"0 to {num_pages - 1}"
@@ -119,7 +118,7 @@ def check_slots(
         ...
     pykv.errors.ParameterError: paged_check.check_slots: slots[2] is 9, expected below 8
     """
-    n = checker(op, **{name: ("n", INDICES)})(slots)["n"]
+    n = checker(op, **{name: ("n", INTS)})(slots)["n"]
     num_slots = check_whole(op, "num_slots", num_slots, 0, 2**32 - 1)
     check_choice(op, "unit", unit, ("slot", "page"))
     expected = {BAD_ENTRY: f"below {num_slots}", REPEATED: f"no {unit} twice"}

@@ -18,11 +18,22 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pykv import cuda, row_places
-from pykv.arrays import FLOAT32, FLOATS, INT32, VECTOR_BYTES, is_numpy, like, on_gpu, row_step
+from pykv.arrays import (
+    FLOAT32,
+    FLOATS,
+    INT32,
+    INT64,
+    INTS,
+    VECTOR_BYTES,
+    is_numpy,
+    like,
+    on_gpu,
+    row_step,
+)
 from pykv.checker import Dims, check_head_dim, checker, optional
 from pykv.errors import DtypeError, ParameterError, ShapeError
 from pykv.ops import norm, paged_append, paged_check, rope
-from pykv.ops.paged_append import MAX_HEAD_DIM, SLOTS
+from pykv.ops.paged_append import MAX_HEAD_DIM
 from pykv.options import check_flag, check_number, check_whole
 from pykv.specs import POOLS, KVSpec, spec_of
 
@@ -179,7 +190,7 @@ def _checker(spec: KVSpec) -> Callable[..., Dims]:
         (*spec.written(), "q_out"),
         qkv=("T | R", FLOATS),
         **spec.rules(),
-        slots=("T", SLOTS),
+        slots=("T", INTS),
         positions=optional("T", INT32),
         inv_freq=optional("F", FLOAT32),
         q_norm=optional("D", FLOATS, VECTOR_BYTES),
@@ -312,7 +323,7 @@ def kernel_arguments(
     q_out, qkv, q_norm = arrays["q_out"], arrays["qkv"], arrays["q_norm"]
     (_, HQ, D), H, F = q_out.shape, dims["H"], dims.get("F", 0)
     flags = dict(HADAMARD=int(hadamard), PAIRING="ADJACENT" if pairing == "adjacent" else "HALF")
-    if arrays["slots"].dtype == SLOTS[1]:
+    if arrays["slots"].dtype in INT64:
         flags["ROW_T"] = "i64"
     norm_dtype = None if q_norm is None else q_norm.dtype
     defines = defines_of(qkv.dtype, spec, HQ, H, D, dims["P"], F, norm_dtype, **flags)

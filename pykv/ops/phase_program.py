@@ -16,6 +16,7 @@ from pykv.arrays import FLOATS, like, on_gpu
 from pykv.cuda.launch import SCALARS
 from pykv.draw_phases import DRAW_PHASES
 from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError, UnsupportedError
+from pykv.gemv_cuts import cut_of, most_outs
 from pykv.ops import block_linear, paged_decode, paged_qkv
 from pykv.options import check_whole
 from pykv.overlaps import bytes_of, is_same, place_of, share
@@ -203,7 +204,7 @@ def pack(op: str, phases: list[Any]) -> Packed:
     for p in phases:
         cut = None
         if isinstance(p, Product):
-            cut = block_linear.cut_of(p.x, p.w, p.kind, rows=rows, outs=outs, block=BLOCK)
+            cut = cut_of(p.x, p.w, p.kind, rows=rows, outs=outs, block=BLOCK)
             shared = max(shared, cut.shared_bytes)
         records += p.records(op, cut, scratch)
     stages = stages_of([record.touched for record in records])
@@ -286,8 +287,8 @@ def _rows_and_outs(phases: list[Any], kinds: list[str]) -> tuple[int, int]:
     if not products:
         return 1, 2
     largest = max(products, key=lambda p: int(p.w.nbytes))
-    rows, outs, *_ = block_linear.cut_of(largest.x, largest.w, largest.kind, block=BLOCK)
-    return rows, min(outs, *(block_linear.most_outs(kind, rows) for kind in kinds))
+    rows, outs, *_ = cut_of(largest.x, largest.w, largest.kind, block=BLOCK)
+    return rows, min(outs, *(most_outs(kind, rows) for kind in kinds))
 
 
 def _scratch(op: str, phases: list[Any]) -> Scratch:

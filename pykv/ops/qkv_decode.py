@@ -14,11 +14,10 @@ from functools import cache
 from typing import Any
 
 from pykv import attention, cuda
-from pykv.arrays import FLOAT32, FLOATS, INT32, VECTOR_BYTES, like, on_gpu
+from pykv.arrays import FLOAT32, FLOATS, INT32, INTS, VECTOR_BYTES, like, on_gpu
 from pykv.checker import Dims, checker, optional
 from pykv.ops import paged_check, paged_decode, paged_qkv
 from pykv.ops import paged_decode_mma as mma
-from pykv.ops.paged_append import SLOTS
 from pykv.options import check_flag
 from pykv.specs import KVSpec, spec_of
 
@@ -135,7 +134,7 @@ def _checker(spec: KVSpec) -> Callable[..., Dims]:
         (*spec.written(), "out", "workspace", "q_scratch"),
         qkv=("B | R", FLOATS),
         **spec.rules(),
-        slots=("B", SLOTS),
+        slots=("B", INTS),
         page_table=("B M", INT32),
         lengths=("B", INT32),
         positions=optional("B", INT32),

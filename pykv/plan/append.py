@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pykv import cuda, row_places
-from pykv.arrays import FLOATS
+from pykv.arrays import FLOATS, INTS
 from pykv.checker import checker
 from pykv.ops import contiguous_append, paged_append
 from pykv.options import check_choice, check_flag, hold_python_numbers
@@ -211,7 +211,7 @@ class ContiguousAppendPlan(Plan):
             v_new=("B H T | V", "k_new"),
             k_cache=("B X Y | K", of_cache),
             v_cache=("B X Y | V", "k_cache"),
-            cache_offsets=("B", contiguous_append.LENGTHS),
+            cache_offsets=("B", INTS),
         )
         return spec
 

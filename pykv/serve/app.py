@@ -337,10 +337,7 @@ async def models(server: Server, _: Request) -> Response:
 
 async def model(server: Server, request: Request) -> Response:
     name = request.path_params["name"]
-    if name not in server.protocol.names:
-        names = " or ".join(server.protocol.names)
-        message = f"model is {name!r:.80}, expected {names}"
-        raise ApiError(404, message, param="model", code="model_not_found")
+    server.protocol.check_model(name)
     return JSONResponse(_model(server, name))
 
 

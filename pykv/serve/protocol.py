@@ -194,6 +194,12 @@ class Protocol:
         text: str = self._checked("tokens", lambda: decode(known_ids(self.llm, "tokens", tokens)))
         return text
 
+    def check_model(self, name: str) -> None:
+        """Refuse a name that is not the model's."""
+        if name not in self.names:
+            message = f"model is {name!r:.80}, expected {' or '.join(self.names)}"
+            raise ApiError(404, message, param="model", code="model_not_found")
+
     # --- What bodies have in common ---
 
     def _conversation(self, fields: Fields) -> tuple[Tools | None, Callable[[], list[int]]]:
@@ -225,13 +231,8 @@ class Protocol:
         fields = Fields(body)
         fields.ignore(*_IGNORED)
         model = fields.take("model", str)
-        if model is not None and model not in self.names:
-            raise ApiError(
-                404,
-                f"model is {model!r:.80}, expected {' or '.join(self.names)}",
-                param="model",
-                code="model_not_found",
-            )
+        if model is not None:
+            self.check_model(model)
         return fields
 
     def _asked(

@@ -17,7 +17,7 @@ from pykv.verify import Case, Cases
 def cases(rng: np.random.Generator, xp: Any) -> Cases:
     if find_spec("gguf") is None:  # it comes with the extra `llm`
         return
-    for kind in (*planes.FORMATS, *block_linear.PLAIN):
+    for kind in (*planes.FORMATS, *planes.PLAIN):
         yield product(kind, 1, rng, xp)
     yield product("Q4_1", 3, rng, xp, accumulate=True)
     yield product("F32", 9, rng, xp)
@@ -28,8 +28,8 @@ def cases(rng: np.random.Generator, xp: Any) -> Cases:
 
 def blocks_of(kind: str, O: int, I: int, rng: np.random.Generator) -> tuple[Any, Any]:
     """Random blocks, whose scales are finite, and their values; floats are both."""
-    if kind in block_linear.PLAIN:
-        floats = rng.standard_normal((O, I)).astype(block_linear.PLAIN[kind])
+    if kind in planes.PLAIN:
+        floats = rng.standard_normal((O, I)).astype(planes.PLAIN[kind])
         return floats, floats.astype(np.float32)
     from gguf import GGMLQuantizationType, quants
 
@@ -56,7 +56,7 @@ def product(
     # Scaled so that products are near 1, where gates are far from linear.
     weights = (rng.uniform(-1, 1, I) / (np.abs(values).mean() * I**0.5)).astype(np.float32)
     w = xp.asarray(blocks)
-    w = w if kind in block_linear.PLAIN else block_rows.pack(w, kind)
+    w = w if kind in planes.PLAIN else block_rows.pack(w, kind)
     options: Any = dict(out=xp.array(old), accumulate=True) if accumulate else {}
     options |= dict(gate=gate, norm=xp.asarray(weights) if norm else None)
     got = block_linear.multiply(xp.asarray(x), w, kind, bias=xp.asarray(bias), **options)

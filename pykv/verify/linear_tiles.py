@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from pykv import planes
 from pykv.ops import block_linear, block_rows
 from pykv.testing import judged, oracles
 from pykv.verify import Case, Cases
@@ -25,7 +26,7 @@ def case(kind: str, T: int, O: int, I: int, rng: np.random.Generator, xp: Any) -
     x, bias = (rng.standard_normal(shape).astype(np.float32) for shape in ((T, I), O))
     blocks, values = blocks_of(kind, O, I, rng)
     w = xp.asarray(blocks)
-    w = w if kind in block_linear.PLAIN else block_rows.pack(w, kind)
+    w = w if kind in planes.PLAIN else block_rows.pack(w, kind)
     got = block_linear.multiply(xp.asarray(x), w, kind, bias=xp.asarray(bias), exact=False)
 
     def oracle(dtype: Any) -> Any:

@@ -36,7 +36,7 @@ def chain(
     for _ in range(4):
         end = follows[end]
     ends = [[end], *([len(follows) - 1 + i] for i in range(1, T))]
-    wrong, state = 0, (first, list(lengths), pages, limits, ends)
+    wrong, state = 0, (first, list(lengths), limits, ends)
     for _ in range(2):
         got = []
         program.launch(tokens, limits, ends)
@@ -106,7 +106,6 @@ def _program(
 def _drawn(
     ids: list[int],
     lengths: list[int],
-    pages: Any,
     limits: list[int],
     ends: list[list[int]],
     follows: list[int],

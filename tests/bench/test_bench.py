@@ -200,7 +200,7 @@ def test_the_words_of_the_inputs_all_differ():
 
 
 @pytest.mark.parametrize("what", ["read", "write", "copy"])
-def test_a_kernel_at_fault_is_not_timed(monkeypatch, capsys, what):
+def test_a_kernel_at_fault_is_not_timed(monkeypatch, what):
     broken = {
         "read": lambda x, sums, **options: sums.fill(1),
         "write": lambda out, seed, **options: out.fill(seed),

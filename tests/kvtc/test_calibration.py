@@ -235,7 +235,7 @@ def test_a_missing_cublas_is_named_first(device, path, monkeypatch):
         calibrate(LLM(path), TEXTS, **OPTIONS)
 
 
-def test_values_beyond_float16_are_an_error(llm, monkeypatch, tmp_path):
+def test_values_beyond_float16_are_an_error(llm, monkeypatch):
     collect = rows.collect
     monkeypatch.setattr(rows, "collect", lambda *a: (collect(*a)[0], 1e5 * collect(*a)[1]))
     with pytest.raises(NumberError, match="not finite in float16"):

@@ -25,7 +25,7 @@ def sealed(stream):
     return body[:12] + struct.pack("<I", zlib.crc32(body)) + body[16:]
 
 
-def test_a_stream_is_what_the_format_says(stream, rng):
+def test_a_stream_is_what_the_format_says(stream):
     magic, version, crc, size = struct.unpack_from("<8sIIQ", stream)
     assert (magic, version, size) == (b"\x89PYKVTS\n", 2, len(stream))
     assert crc == zlib.crc32(stream[:12] + bytes(4) + stream[16:])

@@ -395,7 +395,7 @@ def test_wrong_arguments(xp, rng):
             compress(blocks, config, **wrong)
 
 
-def test_what_is_written_lies_apart(xp, rng):
+def test_what_is_written_lies_apart(xp):
     """A workspace over blocks made every row but the first one of them wrong."""
     memory = xp.zeros(1 << 14, np.uint8)
     config = config_of(xp, np.zeros(8), np.eye(8), [Range(0, 8, "intx", 4)])

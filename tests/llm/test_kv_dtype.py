@@ -139,7 +139,7 @@ def test_a_pool_that_grows_keeps_its_scales(open_llm, rng, kv_dtype):
 
 @without_simt
 @pytest.mark.parametrize("kv_dtype", SHARED)
-def test_shared_scales_come_from_a_text(open_llm, rng, monkeypatch, kv_dtype):
+def test_shared_scales_come_from_a_text(open_llm, kv_dtype):
     """What it needs at most, with a margin; no prompt changes them."""
     llm = open_llm(kv_dtype=kv_dtype, weights="fp32")
     scales = [to_numpy(x).copy() for x in (llm.cache.k_scales, llm.cache.v_scales)]

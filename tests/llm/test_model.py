@@ -319,7 +319,7 @@ def test_options_are_checked(tiny_path, wrong, text):
 # --- Files that are not what they should be ---
 
 
-def test_unknown_architecture(tmp_path, monkeypatch):
+def test_unknown_architecture(tmp_path):
     path = tmp_path / "x.gguf"
     tiny.write_case(path, "llama")
     file = gguf.read(path)

@@ -117,7 +117,7 @@ def test_a_codec_makes_a_file_smaller(open_llm, rng, tmp_path, artefact, monkeyp
 
 
 @without_simt
-def test_a_coded_file_of_no_pages(open_llm, rng, tmp_path, artefact, xp):
+def test_a_coded_file_of_no_pages(open_llm, tmp_path, artefact, xp):
     codec, path = Codec(artefact, 2, xp), tmp_path / "x"
     assert open_llm().save(path, [5, 6], codec=codec) == 0
     assert open_llm().load(path, codec=codec).token_ids == [5, 6]
@@ -367,7 +367,7 @@ def text_of(text):
 
 
 @without_simt
-def test_wrong_calls(open_llm, rng, tmp_path):
+def test_wrong_calls(open_llm, tmp_path):
     llm, path = talking(open_llm()), tmp_path / "x"
     for prompt in ([], "", [300_000], [1.5], [{"role": "user"}], [{}, 3]):
         with pytest.raises(ParameterError):

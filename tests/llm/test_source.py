@@ -122,7 +122,7 @@ def test_no_memory_to_pin(device, file, monkeypatch):
         Source(file, device)
 
 
-def test_progress_is_by_bytes(tiny_paths, monkeypatch, capsys):
+def test_progress_is_by_bytes(tiny_paths, monkeypatch):
     """Of a model that is loaded: the bar reaches its end."""
     bars = []
 

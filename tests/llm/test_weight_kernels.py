@@ -5,7 +5,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from pykv import cuda
+from pykv import cuda, gemv_cuts, planes
 from pykv.llm import weight_kernels
 from pykv.ops import block_linear as op
 from pykv.ops import (
@@ -34,14 +34,16 @@ def test_a_model_that_is_loaded_finds_its_kernels_compiled(monkeypatch, kind, sm
     sizes = []
     for T in range(1, 5 if linear_mma.has_kernel(kind, sm) else 9):
         rows = min(8, 1 << (T - 1).bit_length())
-        outs = op._outs(kind, rows)
+        outs = gemv_cuts.outs_of(kind, rows)
         for R, I in ((576, 576), (4096, 576), (49152, 576), (49152, 32)):
-            block = op._blocks(kind, rows, sm)[-1 if R * I > op.LARGE else 0]
-            chosen = op._warps(R, I, op._ways(kind, outs, rows, block, sm), block, 132)[:1]
+            block = gemv_cuts.blocks_of(kind, rows, sm)[-1 if R * I > gemv_cuts.LARGE else 0]
+            chosen = gemv_cuts._warps(
+                R, I, gemv_cuts.ways_of(kind, outs, rows, block, sm), block, 132
+            )[:1]
             taken = outs if rows == 2 else chosen
             sizes += [dict(ROWS=rows, OUTS=n, BLOCK=block) for n in taken]
     ways = [("block_linear", op._defines(kind, *floats, **size)) for size in sizes]
-    if kind not in op.PLAIN:
+    if kind not in planes.PLAIN:
         ways.append(("block_rows", block_rows.defines(kind, floats[0])))
     if linear_mma.has_kernel(kind, sm):
         ways += [("linear_split", one) for one in linear_split.all_defines(kind, floats[0])]

@@ -576,7 +576,7 @@ def test_two_streams_at_once(cupy, rng):
 
 
 @pytest.mark.gpu
-def test_a_stream_orders_the_copy(cupy, rng):
+def test_a_stream_orders_the_copy(cupy):
     """The upload of tables and the copy wait for what the stream did before."""
     stream = cupy.cuda.Stream(non_blocking=True)
     src, dst = cupy.zeros(1 << 24, np.uint8), cupy.zeros(1 << 24, np.uint8)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pykv import cuda, planes
+from pykv import cuda, gemv_cuts, planes
 from pykv.errors import DtypeError, ParameterError, ShapeError, UnsupportedError
 from pykv.ops import block_linear as op
 from pykv.ops import block_rows, linear_mma
@@ -34,7 +34,7 @@ CHANGES = (
     *({"x": x, "T": T} for x in ("float16", "bfloat16") for T in (1, 5)),
     *({"bias": "float32", "accumulate": a, "T": T} for a in (False, True) for T in (1, 9)),
     *({"bias": "float16", "x": "float16", "accumulate": True}, {"accumulate": True}),
-    *({"kind": kind, "T": T} for kind in op.PLAIN for T in (1, 2, 3, 8, 9)),
+    *({"kind": kind, "T": T} for kind in planes.PLAIN for T in (1, 2, 3, 8, 9)),
     *({"kind": "F16", "T": T, "I": I} for I in (0, 8, 40, 1032) for T in (1, 9)),
     *({"kind": "F32", "T": 4, "I": 2056, "O": 9}, {"kind": "BF16", "x": "float16", "T": 9}),
     *({"kind": "BF16", "x": "bfloat16", "T": 9}, {"kind": "F16", "x": "bfloat16", "T": 5}),
@@ -72,8 +72,8 @@ HALVES |= dict(Q6_K=(208,), MXFP4=())
 
 def random_blocks(rng, kind, R, I):
     """Random bytes, but scales are numbers from 2^-6 to 1 of either sign; or random floats."""
-    if kind in op.PLAIN:
-        return rng.standard_normal((R, I)).astype(op.PLAIN[kind])
+    if kind in planes.PLAIN:
+        return rng.standard_normal((R, I)).astype(planes.PLAIN[kind])
     form = planes.FORMATS[kind]
     blocks = rng.integers(0, 256, (R, I // form.elements, form.nbytes), np.uint8)
     for at in HALVES.get(kind, (0,)):
@@ -86,7 +86,7 @@ def random_blocks(rng, kind, R, I):
 
 def dequantized(blocks, kind):
     """The values by gguf, float32."""
-    if kind in op.PLAIN:
+    if kind in planes.PLAIN:
         return blocks.astype(np.float32)
     form = planes.FORMATS[kind]
     R, W = blocks.shape
@@ -141,7 +141,7 @@ def judge(xp, rng, case):
         return y + old[:, 8 : 8 + O].astype(dtype) if case["accumulate"] else y
 
     low, oracle = in_precision(np.float32).astype(rows.dtype), in_precision(np.float64)
-    w = xp.asarray(blocks) if kind in op.PLAIN else block_rows.pack(xp.asarray(blocks), kind)
+    w = xp.asarray(blocks) if kind in planes.PLAIN else block_rows.pack(xp.asarray(blocks), kind)
     given = [None if a is None else xp.asarray(a) for a in (rows, bias, old, norm)]
     x, out = given[0][:, 8 : 8 + I], given[2][:, 8 : 8 + O]
     options = dict(bias=given[1], norm=given[3], eps=1e-3, gate=gate, early=True)
@@ -185,14 +185,16 @@ def test_blocks_that_stay(device, rng, monkeypatch, change, parts, slices):
     """Two blocks take all tiles, with a row of x in shared memory or parts of it in turn."""
     make_every_launch(monkeypatch)
     monkeypatch.setattr(op.cuda, "cooperative_blocks", lambda *launch: 2)
-    held, room = op._held, slices * op._SLICE_BYTES
+    held, room = gemv_cuts._held, slices * gemv_cuts._SLICE_BYTES
 
     def warps(R, I, ways, *size):
         return max((n, p) for n, p in ways if p <= parts)
 
-    monkeypatch.setattr(op, "_warps", warps)
-    monkeypatch.setattr(op, "_held", lambda left, *sizes: held(min(left, room), *sizes))
-    monkeypatch.setattr(op, "_THREADS", 255)  # of an SM, so that no block has a tile of its own
+    monkeypatch.setattr(gemv_cuts, "_warps", warps)
+    monkeypatch.setattr(gemv_cuts, "_held", lambda left, *sizes: held(min(left, room), *sizes))
+    monkeypatch.setattr(
+        gemv_cuts, "_THREADS", 255
+    )  # of an SM, so that no block has a tile of its own
     judge(device, rng, {**BASE, "T": 1, "O": 75, **change})
 
 
@@ -260,19 +262,22 @@ def test_how_products_are_cut():
     """By hand, for 132 SMs: rows of a warp, and warps that share them."""
     # 224 tiles of 64 rows are two turns of 132 blocks, 4 rounds each; 448 of 32 rows four of two.
     one, two = ([(n, parts) for n in (4, 2) for parts in (1, 2, 4, 8)[:m]] for m in (4, 3))
-    assert op._warps(14336, 4096, one, 512, 132) == (4, 1)
-    assert op._warps(4096, 14336, one, 512, 132) == (4, 2)
-    assert op._warps(2048, 8192, one, 512, 132) == (4, 4)
-    assert op._warps(2048, 2048, one, 512, 132) == (2, 2)
-    assert op._warps(576, 1536, two, 256, 132) == (2, 2)
-    assert op._ways("Q4_K", (4, 2), 1, 512, 90) == one
-    assert op._ways("Q4_K", (4, 2), 2, 256, 90) == two
-    assert op._ways("Q4_K", (2,), 8, 256, 90) == [(2, 1)]
+    assert gemv_cuts._warps(14336, 4096, one, 512, 132) == (4, 1)
+    assert gemv_cuts._warps(4096, 14336, one, 512, 132) == (4, 2)
+    assert gemv_cuts._warps(2048, 8192, one, 512, 132) == (4, 4)
+    assert gemv_cuts._warps(2048, 2048, one, 512, 132) == (2, 2)
+    assert gemv_cuts._warps(576, 1536, two, 256, 132) == (2, 2)
+    assert gemv_cuts.ways_of("Q4_K", (4, 2), 1, 512, 90) == one
+    assert gemv_cuts.ways_of("Q4_K", (4, 2), 2, 256, 90) == two
+    assert gemv_cuts.ways_of("Q4_K", (2,), 8, 256, 90) == [(2, 1)]
     # 64 KB of codes on their way leave room for 6 slices of the 99 KB that a block may have.
-    assert op._ways("Q8_0", (4,), 1, 256, 89) == [(4, 1), (4, 2), (4, 4)]
-    assert op._blocks("F16", 1, 89) == (256,) and op._blocks("Q4_K", 1, 89) == (256, 512)
-    assert [op._outs(kind, 1) for kind in ("Q4_K", "F16", "F32")] == [(4, 2), (2,), (2,)]
-    assert op._outs("Q4_K", 8) == (2,)
+    assert gemv_cuts.ways_of("Q8_0", (4,), 1, 256, 89) == [(4, 1), (4, 2), (4, 4)]
+    assert gemv_cuts.blocks_of("F16", 1, 89) == (256,) and gemv_cuts.blocks_of("Q4_K", 1, 89) == (
+        256,
+        512,
+    )
+    assert [gemv_cuts.outs_of(kind, 1) for kind in ("Q4_K", "F16", "F32")] == [(4, 2), (2,), (2,)]
+    assert gemv_cuts.outs_of("Q4_K", 8) == (2,)
 
 
 @pytest.mark.parametrize("T", [1, 9])
@@ -295,7 +300,7 @@ def test_a_norm_of_squares_beyond_float32_is_zero(xp, rng, kind, T):
     x[0] = 3e38
     x[1, 3] = np.inf
     norm, bias = (xp.asarray(np.full(n, 7, np.float32)) for n in (256, 24))
-    w = xp.asarray(blocks) if kind in op.PLAIN else block_rows.pack(xp.asarray(blocks), kind)
+    w = xp.asarray(blocks) if kind in planes.PLAIN else block_rows.pack(xp.asarray(blocks), kind)
     with np.errstate(all="ignore"):
         got = to_numpy(op.multiply(xp.asarray(x), w, kind, norm=norm, bias=bias))
     np.testing.assert_array_equal(got[0], np.full(24, 7, np.float32))

@@ -133,7 +133,7 @@ def test_errors_name_the_argument(xp, rng):
             run(xp, spec, cache, tables | change)
 
 
-def test_rows_go_to_pages_of_their_own(xp, rng):
+def test_rows_go_to_pages_of_their_own(xp):
     """No page that another sequence writes or reads, nor one twice; always on the host, on a GPU
     when asked. Pages whose rows stay where they are may be anybody's."""
     pools = {name: xp.zeros((6, 2, 1, 8), np.float16) for name in POOLS[:2]}

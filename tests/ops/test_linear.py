@@ -312,7 +312,7 @@ def test_what_one_cupy_has_says_nothing_of_another(monkeypatch):
     linear._finds_cublas.cache_clear()
 
 
-def test_errors_name_the_argument(xp, rng):
+def test_errors_name_the_argument(xp):
     x, w = xp.zeros((3, 16), np.float32), xp.zeros((5, 16), np.float16)
     with pytest.raises(ShapeError, match=r"w has I=8, expected I=16 \(\[O I\]\)"):
         linear.linear(x, xp.zeros((5, 8), np.float16))

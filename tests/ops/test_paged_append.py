@@ -687,7 +687,7 @@ def test_errors_name_the_argument(xp, rng):
         append(k, v, None, v_pool, slots)
 
 
-def test_errors_of_specs(xp, rng):
+def test_errors_of_specs(xp):
     k = xp.zeros((5, 2, 64), np.float16)
     pool, codes = xp.zeros((4, 16, 2, 64), np.float16), xp.zeros((4, 16, 2, 64), np.uint8)
     int8, scales = xp.zeros((4, 16, 2, 64), np.int8), xp.zeros((4, 16, 2), np.float16)

@@ -6,8 +6,6 @@ import pytest
 from pykv.errors import DtypeError, ParameterError, ShapeError
 from pykv.ops import paged_check
 
-INT_MAX = 2147483647
-
 
 def table(xp, *lists, dtype=np.int32):
     return [None if x is None else xp.asarray(np.array(x, dtype)) for x in lists]

@@ -480,7 +480,7 @@ def test_a_prepared_call_goes_by_what_arrays_hold_then(xp, rng):
 # --- Errors ---
 
 
-def test_errors_name_the_argument(xp, rng):
+def test_errors_name_the_argument(xp):
     T, HQ, H, D = 5, 3, 2, 64
     qkv = xp.zeros((T, (HQ + 2 * H) * D), np.float16)
     pools = [xp.zeros((4, 16, H, D), np.float16) for _ in range(2)]

@@ -39,7 +39,7 @@ def until(condition, seconds=20):
         time.sleep(0.02)
 
 
-def test_a_talk_in_a_browser(serve, browser, tmp_path):
+def test_a_talk_in_a_browser(serve, browser):
     """Text of people and models is text; an answer can be stopped; a key is asked for."""
     seen = []
 

@@ -233,26 +233,6 @@ inline void mma_m16n8k16_bf16(float (&d)[4], const unsigned (&a)[4], const unsig
     simt::mma<16>(d, a, b, simt::bf16_bits_to_float, file, line);
 }
 
-__attribute__((no_sanitize("thread"), no_sanitize("undefined")))
-inline void mma_m16n8k32_u8_s8(int (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2],
-                               SIMT_SITE) {
-    struct Words { unsigned a[4], b[2]; } mine = {{a[0], a[1], a[2], a[3]}, {b[0], b[1]}};
-    static_assert(sizeof mine <= simt::VALUE_BYTES, "fits a lane's slot");
-    const auto lanes =
-        simt::meet_lanes("a warp-wide instruction", ~0u, &mine, sizeof mine, file, line);
-    const int g = simt::lane() / 4, t = simt::lane() % 4;
-    for (int i = 0; i < 4; i++) {
-        unsigned sum = (unsigned)d[i];  // which wraps
-        for (int k = 0; k < 32; k++) {  // registers of A: rows by 8, then columns by 16
-            const auto* const row = (const Words*)lanes[4 * g + k % 16 / 4];
-            const auto* const column = (const Words*)lanes[4 * (2 * t + i % 2) + k % 16 / 4];
-            const unsigned x = row->a[k / 16 * 2 + i / 2] >> k % 4 * 8 & 255u;
-            sum += x * (unsigned)(int)(signed char)(column->b[k / 16] >> k % 4 * 8);
-        }
-        d[i] = (int)sum;
-    }
-}
-
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 inline void wgmma_fence() { simt::fence_products(); }
 inline void wgmma_commit() { simt::commit_products(); }

@@ -268,16 +268,6 @@ extern "C" __global__ void mma_k16_bf16(float* d, const u32* a, const u32* b) {
 #endif
 }
 
-extern "C" __global__ void mma_k32_u8_s8(int* d, const u32* a, const u32* b) {
-#if __CUDA_ARCH__ >= 800
-    u32 ra[4], rb[2];
-    int rd[4];
-    load(ra, a), load(rb, b), load(rd, d);
-    mma_m16n8k32_u8_s8(rd, ra, rb);
-    store(d, rd);
-#endif
-}
-
 // What ldmatrix loads is what mma takes: A as it lies, B transposed.
 extern "C" __global__ void multiply(float* d, const u16* a, const u16* b) {
     __shared__ __align__(16) u16 tiles[2][16][16];

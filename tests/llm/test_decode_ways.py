@@ -111,11 +111,18 @@ def test_auto_goes_the_way_that_is_chosen(tiny_paths, ways_of):
         llm = LLM(tiny_paths / "llama.gguf", device="cpu")
         llm.runner._ways, _ = ways_of(**ms)
         llm.runner._max_resident = 64
+        assert llm.generate([prompt], greedy(9)) == want  # by a way that may change
         found = calibrate(llm, [1, 2, 9], force=True)
         assert set(found) == {1, 2} and min(found[1], key=found[1].get) == name
         assert llm.generate([prompt], greedy(9)) == want
         (decoder,) = llm.runner._decoders.values()
         assert hasattr(decoder._step, "resident") == (name == "persistent")
+        stream = llm.stream(prompt, greedy(9))
+        text = next(stream) + next(stream)
+        assert (llm.runner._residency is not None) == (name == "persistent")
+        calibrate(llm, [1])
+        assert llm.runner._residency is None  # a launch would be measured, too
+        assert text + "".join(stream) == want[0].text
 
 
 def test_what_cannot_be_calibrated(tiny_paths):

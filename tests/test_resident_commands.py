@@ -380,6 +380,18 @@ def test_params_come_behind_what_blocks_do_not_read(rng):
     assert [c[0] for c in commands] == [getattr(resident_commands, name) for name in names]
 
 
+def test_results_on_their_way_are_not_of_a_new_sequence(rng):
+    """They do not say that its row is free."""
+    made = chain(np, rng, [5, 0])
+    program = made.program
+    program.launch(9, [10**6] * 2, [[], []])
+    program.take()
+    assert program.start(1, 7, 6, 9, pages=[9, 8]) == 1
+    program._note([Drawn(0, Why.NEXT), Drawn(0, Why.NOBODY)])
+    program.stop(1)
+    assert [int(x[1]) for x in made.inputs[:4]] == [0, 0, -1, 0]
+
+
 def test_words_of_results():
     """Those on their way when a sequence starts are of the last one, though numbers wrap around."""
     for epoch in (1, 31, 32, 33, 64):

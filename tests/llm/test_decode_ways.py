@@ -31,7 +31,7 @@ def ways_of(tiny_paths, folder, monkeypatch):
     llm, clock = LLM(tiny_paths / "llama.gguf", device="cpu", page_size=8), [0.0]
     monkeypatch.setattr(decode_ways, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
 
-    def make_ways(tokens=4, **ms):
+    def make_ways(tokens=4, sms=None, **ms):
         made = []
 
         def make(cache, way):
@@ -46,7 +46,7 @@ def ways_of(tiny_paths, folder, monkeypatch):
             made.append(way)
             return SimpleNamespace(decode=decode)
 
-        return DecodeWays(llm.model, llm.cache, tokens, None, make), made
+        return DecodeWays(llm.model, llm.cache, tokens, sms, make), made
 
     return make_ways
 
@@ -61,7 +61,9 @@ def test_figures_are_measured_once_and_kept(ways_of, folder):
     other.times(2, force=True)
     assert other.fastest(2) == "persistent"
     assert ways_of(graph=1, persistent=2)[0].fastest(2) == "persistent"
-    assert ways_of(tokens=3, graph=1, persistent=2)[0].fastest(2) == "graph"
+    for other in (dict(tokens=3), dict(sms=9)):
+        assert ways_of(**other, graph=1, persistent=2)[0].fastest(2) == "graph"
+    assert ways_of(graph=1, persistent=2)[0].fastest(1) == "graph"
 
 
 def test_nothing_is_measured_unasked(ways_of):

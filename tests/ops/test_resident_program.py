@@ -165,6 +165,20 @@ def test_the_host_stops_a_sequence(xp_of_programs, rng):
     assert of_row(results, 1) == (expected(made, 1, 20), [])
 
 
+def test_another_launch_has_all_rows_again(xp_of_programs, rng):
+    """Whatever ended in the one before."""
+    made = chain(xp_of_programs, rng, [1, 1])
+    program = made.program
+    program.launch(2, [2, 10**6], [[], []])
+    assert [x.why for x in all_of(program)[0]] == [Why.FULL, Why.NEXT]
+    made.inputs.lengths[0] = 1
+    program.launch(40, [10**6] * 2, [[], []])
+    program.take()
+    program.stop(0)
+    assert to_numpy(made.inputs.lengths)[0] == 0 or not program._runs
+    program.drop()
+
+
 def test_the_host_ends_a_launch(xp_of_programs, rng):
     """What was drawn stays, and the next launch goes on behind it."""
     made = chain(xp_of_programs, rng, [1])
@@ -181,8 +195,10 @@ def test_the_host_ends_a_launch(xp_of_programs, rng):
     results += all_of(program)
     assert of_row(results, 0) == (expected(made, 0, len(results)), [])
     program.launch(64, [10**6], [[]])
-    with pytest.raises(DeviceError, match="a launch is not over"):
-        program.launch(64, [10**6], [[]])
+    for end in (program.await_result, program.end):  # while it runs, and with results that it gave
+        end()
+        with pytest.raises(DeviceError, match="a launch is not over"):
+            program.launch(64, [10**6], [[]])
     program.drop()
     assert not program.await_result()
 
@@ -291,6 +307,8 @@ def test_what_the_host_says_shows_that_it_lives(device_of_programs, rng, monkeyp
 def test_results_are_not_prepared(rng):
     """Phases would be recorded, not done."""
     made = chain(np, rng, [5])
+    with pytest.raises(UnsupportedError, match="cannot be prepared: how many tokens"):
+        cuda.prepare(made.program.launch, 3, [10**6], [[]])
     made.program.launch(3, [10**6], [[]])
     with pytest.raises(UnsupportedError, match="cannot be prepared: tokens follow from each"):
         cuda.prepare(made.program.take)
@@ -350,6 +368,7 @@ def test_wrong_launches(rng, change, error, text):
     with pytest.raises(ParameterError, match="row is 2, expected 0 to 1"):
         made.program.stop(2)
     made.program.launch(60, [10**6] * 2, [[], []])
+    made.program.await_result()
     for given, error, text in (
         ((5,), ParameterError, "tokens is 5, expected 0 to 4"),
         ((1, [(2, 0, [])]), ParameterError, "a row of pages is 2, expected 0 to 1"),

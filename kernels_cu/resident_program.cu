@@ -117,15 +117,15 @@ __device__ __forceinline__ State listen(Talk& talk, const Sequences& s, u64 limi
 }
 
 // What follows a token for the sequence of a lane.
-__device__ __forceinline__ Why why_of(int peak, int length, bool is_stopped, bool is_last, int limit,
-                                      const int* ends, int E, int page) {
+__device__ __forceinline__ Why why_of(int peak, int length, bool is_stopped, int limit, const int* ends,
+                                      int E, int page) {
     if (is_stopped) return TAKEN_BACK;
     if (peak < 0) return NOT_FINITE;
     for (int e = 0; e < E; e++) {
         if (ends[e] == peak) return ENDED;
     }
     if (length + 1 >= limit) return FULL;
-    return page < 0 && !is_last ? OUT_OF_PAGES : NEXT;
+    return page < 0 ? OUT_OF_PAGES : NEXT;
 }
 
 // A warp makes the inputs of the next token and tells the host of this one; a lane for each row.
@@ -140,13 +140,13 @@ __device__ __forceinline__ void advance(Talk& talk, State state, const Sequences
     if (length > 0) {
         token = s.peaks[lane];
         if (length / s.P < s.M) page = s.page_table[lane * s.M + length / s.P];
-        why = why_of(token, length, is_stopped, is_last, s.limits[lane], s.ends + lane * s.E, s.E, page);
+        why = why_of(token, length, is_stopped, s.limits[lane], s.ends + lane * s.E, s.E, page);
     }
     bool goes_on = why == NEXT;
     if (lane < s.T) {
         s.ids[lane] = goes_on ? token : 0;
         s.positions[lane] = goes_on ? length : 0;
-        s.slots[lane] = goes_on && page >= 0 ? page * s.P + length % s.P : -1;
+        s.slots[lane] = goes_on ? page * s.P + length % s.P : -1;
         s.lengths[lane] = goes_on ? length + 1 : 0;
     }
     const bool lacks_page = __any_sync(FULL_MASK, why == OUT_OF_PAGES);

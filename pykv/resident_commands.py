@@ -36,20 +36,21 @@ from pykv.resident_tokens import Inputs, clear
 STOP, GRANT, PAGES, ENDS, PARAMS, START = range(1, 7)
 MOST_ENDS = 32  # tokens that may end a sequence
 _WORDS_OF_COMMAND = 4
-_MOST = 2**31 - 1
+MOST = 2**31 - 1
 
 Command = list[int]
 
 
-def of_pages(op: str, pages: Any, table: tuple[int, ...]) -> list[Command]:
-    """Commands that write (row, place, pages), several such, into a table of [T, M]."""
+def of_pages(op: str, pages: Any, table: tuple[int, ...], num_pages: int) -> list[Command]:
+    """Commands that write (row, place, pages), several such, of a pool of so many, into a table of
+    [T, M]."""
     (T, M), commands = table, []
     for given in listed(op, "pages", pages):
         is_three = isinstance(given, (list, tuple)) and len(given) == 3
         if not is_three or not isinstance(given[2], (list, tuple)):
             raise DtypeError(f"{op}: pages has {given!r:.80}, expected (row, place, pages)")
         row = check_whole(op, "a row of pages", given[0], 0, T - 1)
-        ids = _wholes(op, "pages", given[2])
+        ids = _wholes(op, "pages", given[2], num_pages - 1)
         place = check_whole(op, "a place of pages", given[1], 0, M - len(ids))
         commands += _writes(PAGES, row, place, ids)
     return commands
@@ -58,7 +59,7 @@ def of_pages(op: str, pages: Any, table: tuple[int, ...]) -> list[Command]:
 def of_start(
     op: str,
     inputs: Inputs,
-    page_size: int,
+    pool: tuple[int, int],
     epochs: list[int],
     row: int,
     token: int,
@@ -71,14 +72,16 @@ def of_start(
     """Commands that start a sequence, see ResidentProgram.start.
 
     Args:
+        pool: its pages, and tokens of each.
         epochs: of the last sequences started in rows.
     """
-    T, M = inputs.page_table.shape
+    (T, M), (num_pages, page_size) = inputs.page_table.shape, pool
     row = check_whole(op, "row", row, 0, T - 1)
-    token = check_whole(op, "token", token, 0, _MOST)
-    limit = check_whole(op, "limit", limit, 0, _MOST)
+    token = check_whole(op, "token", token, 0, MOST)
+    limit = check_whole(op, "limit", limit, 0, MOST)
     length = check_whole(op, "length", length, 1, M * page_size)
-    tokens, ids = of_ends(op, ends), _wholes(op, "pages", listed(op, "pages", pages))
+    tokens = of_ends(op, ends)
+    ids = _wholes(op, "pages", listed(op, "pages", pages), num_pages - 1)
     least = -(-length // page_size)
     if not least <= len(ids) <= M:
         raise ParameterError(f"{op}: pages has {len(ids)} pages, expected {least} to {M}")
@@ -90,7 +93,7 @@ def of_start(
         is_two = isinstance(given, (list, tuple)) and len(given) == 2
         if not is_two or not isinstance(given[1], (list, tuple)):
             raise DtypeError(f"{op}: params has {given!r:.80}, expected (place, words)")
-        words = [check_whole(op, "params", word, -_MOST - 1, _MOST) for word in given[1]]
+        words = [check_whole(op, "params", word, -MOST - 1, MOST) for word in given[1]]
         most = len(inputs.params) - len(words)
         place = check_whole(op, "a place of params", given[0], 0, most)
         commands += _writes(PARAMS, 0, place, words)
@@ -112,8 +115,8 @@ def listed(op: str, name: str, given: Any) -> Any:
     return given
 
 
-def _wholes(op: str, name: str, given: Any) -> list[int]:
-    return [check_whole(op, name, x, 0, _MOST) for x in given]
+def _wholes(op: str, name: str, given: Any, most: int = MOST) -> list[int]:
+    return [check_whole(op, name, x, 0, most) for x in given]
 
 
 def _writes(kind: int, row: int, place: int, words: list[int]) -> list[Command]:

@@ -76,7 +76,7 @@ def of_word(word: int, epoch: int) -> Drawn:
     return Drawn(token, Why(why), epoch if is_of_it else epoch - 1)
 
 
-def reference(inputs: Inputs, page_size: int, limits: Any, ends: Any, is_last: bool) -> list[Drawn]:
+def reference(inputs: Inputs, page_size: int, limits: Any, ends: Any) -> list[Drawn]:
     """What follows a token, in NumPy: writes the inputs of the next one."""
     drawn = []
     for row, length in enumerate(inputs.lengths.tolist()):
@@ -92,15 +92,14 @@ def reference(inputs: Inputs, page_size: int, limits: Any, ends: Any, is_last: b
             why = Why.ENDED
         elif length + 1 >= limits[row]:
             why = Why.FULL
-        elif page < 0 and not is_last:
+        elif page < 0:
             why = Why.OUT_OF_PAGES
         drawn.append(Drawn(max(token, 0) if why < Why.TAKEN_BACK else 0, why))
         clear(inputs, row)
         if why == Why.NEXT:
             inputs.ids[row], inputs.positions[row] = token, length
             inputs.lengths[row] = length + 1
-            if page >= 0:
-                inputs.slots[row] = page * page_size + length % page_size
+            inputs.slots[row] = page * page_size + length % page_size
     return drawn
 
 

@@ -375,9 +375,21 @@ def test_params_come_behind_what_blocks_do_not_read(rng):
     """A launch takes pages and ends while blocks compute."""
     inputs = chain(np, rng, [5, 0]).inputs._replace(params=np.zeros(4, np.int32))
     given = 1, 7, 9, 12, [3], [0] * 5, [(2, [1, 2])]
-    commands = resident_commands.of_start("op", inputs, P, [0, 0], *given)
+    commands = resident_commands.of_start("op", inputs, (64, P), [0, 0], *given)
     names = "PAGES", "PAGES", "ENDS", "PARAMS", "START"
     assert [c[0] for c in commands] == [getattr(resident_commands, name) for name in names]
+
+
+def test_results_on_their_way_are_not_of_a_new_sequence(rng):
+    """They do not say that its row is free."""
+    made = chain(np, rng, [5, 0])
+    program = made.program
+    program.launch(9, [10**6] * 2, [[], []])
+    program.take()
+    assert program.start(1, 7, 6, 9, pages=[9, 8]) == 1
+    program._note([Drawn(0, Why.NEXT), Drawn(0, Why.NOBODY)])
+    program.stop(1)
+    assert [int(x[1]) for x in made.inputs[:4]] == [0, 0, -1, 0]
 
 
 def test_words_of_results():
@@ -422,6 +434,22 @@ def test_wrong_starts(rng, change, error, text):
     with pytest.raises(error, match=f"resident_program.ResidentProgram: {text}"):
         program.start(**given)
     assert all((x == y).all() for x, y in zip(before, inputs, strict=True))
+
+
+def test_pages_beyond_the_pool_are_refused():
+    """A kernel would write and read there."""
+    made = attending(np, 1, 2, 3)
+    before = [x.copy() for x in made.inputs]
+    program, text = made.program, f"pages is {3 * M}, expected 0 to {3 * M - 1}"
+    program.launch(9, [10**6] * 2, [[], []])
+    with pytest.raises(ParameterError, match=text):
+        program.start(0, 1, 5, 9, pages=[0, 3 * M])
+    with pytest.raises(ParameterError, match=text):
+        program.extend(0, [(0, 1, [3 * M])])
+    assert all((x == y).all() for x, y in zip(before[:5], made.inputs, strict=False))
+    for page_size in (1, P - 1, 2 * P):
+        with pytest.raises(ParameterError, match=f"page_size is {page_size}, expected {P} as the"):
+            ResidentProgram(program._phases, made.inputs, page_size)
 
 
 def test_starts_that_no_command_can_tell_of(rng):

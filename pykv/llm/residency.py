@@ -101,7 +101,7 @@ class Residency:
             CudaError: the launch has failed.
         """
         row = self._rows.pop(id(s), None)
-        if row is not None and row not in self._ended:
+        if row is not None:
             self._program.stop(row)
 
     def stop(self) -> None:

@@ -362,7 +362,7 @@ class _Decoder:
     def stay(self, sequences: list[Sequence], tokens: int) -> Residency:
         """Begin to draw from the last token of each sequence on."""
         self._fill_inputs(sequences)
-        program, draw = self._step.resident(asked_of(sequences))
+        program, draw = interrupts.allowing(self._step.resident, asked_of(sequences))
         draw.fill(sequences)
         return Residency(program, sequences, self._pages.shape, tokens)
 

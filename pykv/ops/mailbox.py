@@ -84,7 +84,8 @@ class Mailbox:
         self._x, self._silence = x, seconds
         self._submitted = self._taken = 0  # commands sent, results taken
         self._refused: set[int] = set()
-        self._is_open = True
+        self._is_open, self._is_over = True, False  # whether it takes jobs, its kernel has ended
+        self._unsent: tuple[int, list[int]] | None = None  # a command and its number
         self._kernel: RingKernel | None = None
         if x.size and on_gpu(x):
             self._start()
@@ -114,7 +115,9 @@ class Mailbox:
             ParameterError: an argument is out of its range.
             CapacityError: 64 jobs wait for `wait` or `poll` to see them done.
             DeviceError: the kernel has ended.
+            UnsupportedError: the call is being prepared.
         """
+        cuda.refuse_prepare(_OP, "jobs are numbered")
         R, N = self._x.shape
         payload = [
             _SCALE,
@@ -180,11 +183,10 @@ class Mailbox:
             DeviceError: the kernel has ended by itself, so that jobs were lost.
         """
         check_flag(_OP, "drain", drain)
-        if not self._is_open:
-            return
         self._is_open = False
-        if self._kernel is None:
+        if self._is_over or self._kernel is None:
             return
+        self._take()
         while drain and self._submitted - self._taken >= SLOTS and not self._kernel.has_ended():
             self.beat()
             self._take()
@@ -193,6 +195,7 @@ class Mailbox:
         else:
             self._kernel.rings.abort()
         self._kernel.wait()
+        self._is_over = True  # last: what interrupts this leaves the rest to another call
         self._take()
         lost = self._submitted - self._taken
         if drain and lost:
@@ -213,9 +216,17 @@ class Mailbox:
             raise CapacityError(
                 f"{_OP}: {SLOTS} jobs are not done yet, expected fewer before another"
             )
-        self._submitted += 1
-        self._kernel.rings.post(self._submitted, payload)
-        return self._submitted
+        self._unsent = self._submitted + 1, payload
+        return self._send()
+
+    def _send(self) -> int:
+        """Write the command that is not sent, or of which an interrupt may have left parts."""
+        assert self._kernel is not None and self._unsent is not None
+        number, payload = self._unsent
+        self._kernel.rings.post(number, payload)
+        self._submitted = number
+        self._unsent = None
+        return number
 
     def _is_done(self, job: int) -> bool:
         self._take()
@@ -227,13 +238,15 @@ class Mailbox:
         """Note the results that have come."""
         if self._kernel is None:
             return
+        if self._unsent is not None:
+            self._send()
         while self._taken < self._submitted:
             result = self._kernel.rings.result(self._taken + 1)
             if result is None:
                 return
-            self._taken += 1
             if result[0] != _DONE:
-                self._refused.add(self._taken)
+                self._refused.add(self._taken + 1)
+            self._taken += 1
 
     def _check_open(self, *, asks: bool = False) -> None:
         """Raise where no kernel will do another job: by its own word, or if it `asks`, as the
@@ -245,6 +258,7 @@ class Mailbox:
         if self._kernel.rings.state() > State.RUNNING or (asks and self._kernel.has_ended()):
             self._is_open = False
             self._kernel.wait()
+            self._is_over = True
             self._take()
             raise DeviceError(self._why_ended(self._submitted - self._taken))
 
@@ -269,9 +283,10 @@ def _bits(name: str, value: Any) -> int:
 
 def reference(x: Any, scale: Any, bias: Any, iterations: int) -> None:
     """One job, in NumPy."""
-    for _ in range(iterations):
-        x *= scale
-        x += bias
+    with np.errstate(over="ignore", invalid="ignore"):
+        for _ in range(iterations):
+            x *= scale
+            x += bias
 
 
 def cases(rng: np.random.Generator, xp: Any) -> Iterator[tuple[str, float, float]]:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pykv import cuda, resident_commands
+from pykv import cuda, interrupts, resident_commands
 from pykv.arrays import INT32, like, on_gpu
 from pykv.checker import checker, optional
 from pykv.draw_phases import Adjust, Logprobs
@@ -23,7 +23,7 @@ from pykv.host_rings import SLOTS, Pinned, RingKernel, State
 from pykv.ops import phase_program
 from pykv.options import check_number, check_whole
 from pykv.overlaps import place_of, share
-from pykv.phases import Argmax, Embed
+from pykv.phases import Argmax, Attention, Embed
 from pykv.resident_commands import Command, listed
 from pykv.resident_tokens import TOKEN_BITS, Drawn, Inputs, Why, of_word, reference, with_logprobs
 
@@ -61,8 +61,8 @@ class ResidentProgram:
 
     Raises:
         As PhaseProgram of `phases`, and ShapeError, DtypeError, DeviceError of `inputs`.
-        ParameterError: `page_size` or `silence` is out of its range, a phase writes what is read of
-            the host, or none writes `peaks`.
+        ParameterError: `page_size` or `silence` is out of its range, pools have pages of another
+            size, a phase writes what is read of the host, or none writes `peaks`.
         UnsupportedError: the vocabulary has more than 2^24 tokens.
 
     A launch waits for nobody: it has a bound of tokens, which `extend` may move while it runs;
@@ -96,7 +96,8 @@ class ResidentProgram:
         silence: float = 1.0,
     ) -> None:
         self._phases, blocks = phase_program.checked(_OP, phases, blocks)
-        self._inputs, self._page_size = inputs, check_whole(_OP, "page_size", page_size, 1)
+        self._inputs = inputs
+        self._page_size = check_whole(_OP, "page_size", page_size, 1, resident_commands.MOST)
         seconds = check_number(_OP, "silence", silence, positive=True)
         if seconds > _MOST_SECONDS:
             raise ParameterError(
@@ -133,7 +134,15 @@ class ResidentProgram:
             if is_written != (name == "peaks"):
                 expected = "a phase to write it" if name == "peaks" else "no phase to write it"
                 raise ParameterError(f"{_OP}: inputs has a {name}, expected {expected}")
+        self._num_pages = resident_commands.MOST + 1  # of the pools of all phases
         for p in self._phases:
+            if isinstance(p, Attention):
+                sizes = p.checked(_OP).dims
+                if sizes["P"] != self._page_size:
+                    raise ParameterError(
+                        f"{_OP}: page_size is {self._page_size}, expected {sizes['P']} as the pools"
+                    )
+                self._num_pages = min(self._num_pages, sizes["N"])
             if isinstance(p, Argmax) and p.logits.shape[1] > 1 << TOKEN_BITS:
                 raise UnsupportedError(
                     f"{_OP}: logits has V={p.logits.shape[1]}, expected up to {1 << TOKEN_BITS}"
@@ -212,8 +221,10 @@ class ResidentProgram:
         """Whether another result comes; waits until that is known.
 
         Raises:
+            UnsupportedError: the call is being prepared.
             CudaError: the kernel has failed.
         """
+        cuda.refuse_prepare(_OP, "tokens follow from each other")
         while not self._results and self._runs:
             self._advance()
         return bool(self._results)
@@ -223,6 +234,7 @@ class ResidentProgram:
 
         Raises:
             DeviceError: the launch has ended, and all its results are taken; or there was none.
+            UnsupportedError: the call is being prepared.
             CudaError: the kernel has failed.
         """
         if not self.await_result():
@@ -297,8 +309,9 @@ class ResidentProgram:
         for p in self._phases:
             if isinstance(p, Embed):  # a kernel would read beyond its rows
                 token = check_whole(_OP, "token", token, 0, len(p.w) - 1)
-        given = self._page_size, self._epochs, row, token, length, limit, ends, pages, params
-        commands = resident_commands.of_start(_OP, self._inputs, *given)
+        pool, asked = (self._num_pages, self._page_size), (row, token, length, limit)
+        of_start = resident_commands.of_start
+        commands = of_start(_OP, self._inputs, pool, self._epochs, *asked, ends, pages, params)
         if any(isinstance(p, Adjust) for p in self._phases):
             raise UnsupportedError(f"{_OP}: phases have an Adjust, expected none to start a row")
         if not self._runs:
@@ -328,7 +341,8 @@ class ResidentProgram:
         """
         room = MOST_TOKENS - self._due - len(self._results) if self._runs else MOST_TOKENS
         tokens = check_whole(_OP, "tokens", tokens, 0, room)
-        commands = resident_commands.of_pages(_OP, pages, self._inputs.page_table.shape)
+        table = self._inputs.page_table.shape
+        commands = resident_commands.of_pages(_OP, pages, table, self._num_pages)
         commands.append([resident_commands.GRANT, tokens])
         if not self._runs or not self._has_room(len(commands)):
             return False
@@ -356,6 +370,7 @@ class ResidentProgram:
         else:
             number, self._command = self._command, self._command + 1
             self._posted += 1  # first: an interrupt must not have the number used again
+            self._kernel.rings.beat()
             self._kernel.rings.post(number, [word & 0xFFFFFFFF for word in command])
         return True
 
@@ -413,13 +428,17 @@ class ResidentProgram:
         words = self._kernel.rings.result(self._number)
         if words is None:
             return False
+        self._note_words(words)
+        return True
+
+    @interrupts.finished
+    def _note_words(self, words: list[int]) -> None:
         drawn = [of_word(word, epoch) for word, epoch in zip(words, self._epochs, strict=False)]
         if self._told is not None:
-            words = self._told.host[self._number % SLOTS]
-            drawn = with_logprobs(drawn, words.astype(np.uint32).view(np.int32))
+            found = self._told.host[self._number % SLOTS]
+            drawn = with_logprobs(drawn, found.astype(np.uint32).view(np.int32))
         self._number += 1
         self._note(drawn)
-        return True
 
     def _note(self, drawn: list[Drawn]) -> None:
         self._results.append(drawn)
@@ -431,9 +450,12 @@ class ResidentProgram:
     def _advance_on_host(self) -> None:
         for phase in self._phases:
             phase_program.reference(phase)
+        self._follow_on_host()
+
+    @interrupts.finished
+    def _follow_on_host(self) -> None:
         self._left -= 1
-        is_last = self._left == 0
-        drawn = reference(self._inputs, self._page_size, self._limits, self._ends_of, is_last)
+        drawn = reference(self._inputs, self._page_size, self._limits, self._ends_of)
         drawn = [x._replace(epoch=epoch) for x, epoch in zip(drawn, self._epochs, strict=True)]
         if self._found is not None:
             drawn = with_logprobs(drawn, self._found)
@@ -443,7 +465,7 @@ class ResidentProgram:
             self._close(State.OVER)
         elif Why.OUT_OF_PAGES in whys:
             self._close(State.NO_PAGES)
-        elif is_last:
+        elif self._left == 0:
             self._close(State.SPENT)
 
     def _close(self, state: State) -> None:

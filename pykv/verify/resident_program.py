@@ -49,8 +49,8 @@ def chain(
         wrong += left[3] != state[1]
         for i, on in enumerate(goes_on):
             n = state[1][i] - 1
-            slot = pages[i, n // _P] * _P + n % _P if n // _P < _M else -1
-            wrong += [x[i] for x in left[:3]] != ([first[i], n, slot] if on else [0, 0, -1])
+            want_left = [first[i], n, pages[i, n // _P] * _P + n % _P] if on else [0, 0, -1]
+            wrong += [x[i] for x in left[:3]] != want_left
     return name, float(wrong), 0.0
 
 
@@ -123,7 +123,7 @@ def _drawn(
                 why = Why.ENDED
             elif lengths[i] + 1 == limits[i]:
                 why = Why.FULL
-            elif lengths[i] == _M * _P and len(results) + 1 < tokens:
+            elif lengths[i] == _M * _P:
                 why = Why.OUT_OF_PAGES
             drawn.append(Drawn(token, why))
             ids[i], lengths[i] = (token, lengths[i] + 1) if why == Why.NEXT else (0, 0)

@@ -31,7 +31,7 @@ def ways_of(tiny_paths, folder, monkeypatch):
     llm, clock = LLM(tiny_paths / "llama.gguf", device="cpu", page_size=8), [0.0]
     monkeypatch.setattr(decode_ways, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
 
-    def make_ways(tokens=4, **ms):
+    def make_ways(tokens=4, sms=None, **ms):
         made = []
 
         def make(cache, way):
@@ -46,7 +46,7 @@ def ways_of(tiny_paths, folder, monkeypatch):
             made.append(way)
             return SimpleNamespace(decode=decode)
 
-        return DecodeWays(llm.model, llm.cache, tokens, None, make), made
+        return DecodeWays(llm.model, llm.cache, tokens, sms, make), made
 
     return make_ways
 
@@ -61,7 +61,9 @@ def test_figures_are_measured_once_and_kept(ways_of, folder):
     other.times(2, force=True)
     assert other.fastest(2) == "persistent"
     assert ways_of(graph=1, persistent=2)[0].fastest(2) == "persistent"
-    assert ways_of(tokens=3, graph=1, persistent=2)[0].fastest(2) == "graph"
+    for other in (dict(tokens=3), dict(sms=9)):
+        assert ways_of(**other, graph=1, persistent=2)[0].fastest(2) == "graph"
+    assert ways_of(graph=1, persistent=2)[0].fastest(1) == "graph"
 
 
 def test_nothing_is_measured_unasked(ways_of):
@@ -111,11 +113,18 @@ def test_auto_goes_the_way_that_is_chosen(tiny_paths, ways_of):
         llm = LLM(tiny_paths / "llama.gguf", device="cpu")
         llm.runner._ways, _ = ways_of(**ms)
         llm.runner._max_resident = 64
+        assert llm.generate([prompt], greedy(9)) == want  # by a way that may change
         found = calibrate(llm, [1, 2, 9], force=True)
         assert set(found) == {1, 2} and min(found[1], key=found[1].get) == name
         assert llm.generate([prompt], greedy(9)) == want
         (decoder,) = llm.runner._decoders.values()
         assert hasattr(decoder._step, "resident") == (name == "persistent")
+        stream = llm.stream(prompt, greedy(9))
+        text = next(stream) + next(stream)
+        assert (llm.runner._residency is not None) == (name == "persistent")
+        calibrate(llm, [1])
+        assert llm.runner._residency is None  # a launch would be measured, too
+        assert text + "".join(stream) == want[0].text
 
 
 def test_what_cannot_be_calibrated(tiny_paths):

@@ -8,14 +8,16 @@ import sys
 import numpy as np
 import pytest
 
-from pykv.errors import ParameterError
+from pykv.errors import NumberError, ParameterError
 from pykv.host_rings import State
 from pykv.llm import LLM, SamplingParams, token_program
+from pykv.llm.drawing import Asked, asked_of
 from pykv.llm.residency import can_stay
 from pykv.llm.sequence import Sequence
+from pykv.ops import paged_check
 from pykv.ops.phase_program import PhaseProgram
 from pykv.ops.resident_program import ENDS, MOST_TOKENS, ResidentProgram
-from tests.helpers import swept
+from tests.helpers import swept, to_numpy
 from tests.llm import tiny
 from tests.llm.test_model import greedy
 from tests.simt import cupy as simt
@@ -52,8 +54,9 @@ def on_host(tmp_path):
 
 
 def launches(llm):
-    """Those of all decoders."""
-    made = [d._step._resident.values() for d in llm.runner._decoders.values()]
+    """Those of all decoders that are made of phases."""
+    steps = [d._step for d in llm.runner._decoders.values()]
+    made = [step._resident.values() for step in steps if hasattr(step, "resident")]
     return sum(program.counts().launches for programs in made for program, _ in programs)
 
 
@@ -123,6 +126,9 @@ def test_a_launch_has_a_bound(on_host):
         llm = on_host(max_tokens_resident=most)
         assert llm.generate([prompt], greedy(20))[0].token_ids == want
         assert launches(llm) == count
+    llm = on_host(max_tokens_resident=70)
+    assert len(llm.generate([prompt], greedy(110))[0].token_ids) == 110
+    assert launches(llm) == 2  # the first was extended, by as many as it may be
 
 
 def test_launches_that_are_extended(on_host, rng):
@@ -134,6 +140,32 @@ def test_launches_that_are_extended(on_host, rng):
     llm = on_host(max_tokens_resident=1000, **options)
     assert llm.generate(prompts, params) == want
     assert launches(llm) == 1 and len(want[0].token_ids) > 2 * MOST_TOKENS - 10
+
+
+def test_answers_that_outgrow_a_launch(tmp_path):
+    """Pages beyond its table are another one's."""
+    tiny.write(tmp_path / "long.gguf", "llama", context=512)
+    options = dict(device="cpu", page_size=1, prefix_cache=False)
+    want, llm = (
+        LLM(tmp_path / "long.gguf", decode=decode, max_tokens_resident=1000, **options)
+        for decode in ("steps", "persistent")
+    )
+    prompts, params = [[5, 6, 7], [8] * 30], greedy(200)
+    assert llm.generate(prompts, params) == want.generate(prompts, params)
+    assert launches(llm) == 2
+
+
+@pytest.mark.parametrize("xp", ["numpy", "simt"], indirect=True)
+def test_rows_of_answers_that_are_given_up_write_no_more(open_):
+    """As soon as their pages may be another answer's."""
+    llm = open_("llama", prefix_cache=False)
+    streams = [llm.stream([5, 6, 7 + i], greedy(60)) for i in range(2)]
+    for _ in range(3):
+        texts = [next(stream) for stream in streams]
+    program = llm.runner._residency._program
+    streams[0].close()
+    lengths = to_numpy(program._inputs.lengths)
+    assert lengths[0] == 0 < lengths[1] and all(texts)
 
 
 def test_stop_strings_and_streams(on_host):
@@ -158,6 +190,42 @@ def test_stop_strings_and_streams(on_host):
     assert llm.generate([prompt], greedy(30))[0] == whole
 
 
+def test_more_answers_than_a_launch_has_rows(on_host, rng):
+    """Until few are left."""
+    prompts = [rng.integers(3, 200, n + 3).tolist() for n in range(token_program.TOKENS + 2)]
+    params = [greedy(n + 2) for n in range(len(prompts))]
+    llm = on_host(prefix_cache=False)
+    assert llm.generate(prompts, params) == on_host("steps", prefix_cache=False).generate(
+        prompts, params
+    )
+    assert launches(llm) > 0
+
+
+def test_page_tables_that_are_looked_at(on_host, monkeypatch):
+    """Which no launch does."""
+    monkeypatch.setattr(paged_check, "ALWAYS", True)
+    llm = on_host()
+    llm.generate([[5, 6, 7]], greedy(4))
+    (decoder,) = llm.runner._decoders.values()
+    assert not hasattr(decoder._step, "resident")
+
+
+def test_programs_that_are_made_may_be_interrupted(on_host, monkeypatch):
+    """Which takes a while, as they are compiled."""
+    llm, want = on_host(), on_host("steps").generate([[5, 6, 7]], greedy(4))
+    made = []
+
+    def make(*given, **options):
+        signal.raise_signal(signal.SIGINT)
+        made.append(ResidentProgram(*given, **options))
+        return made[0]
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(token_program, "ResidentProgram", make)
+        llm.generate([[5, 6, 7]], greedy(4))
+    assert not made and llm.generate([[5, 6, 7]], greedy(4)) == want
+
+
 def test_prompts_that_come_meanwhile(on_host, rng):
     """Streams beside each other, in turns."""
     prompts = [rng.integers(3, 200, n).tolist() for n in (9, 40, 3)]
@@ -176,13 +244,18 @@ def test_prompts_that_come_meanwhile(on_host, rng):
     assert launches(llm) > 0  # those since the cache has grown
 
 
-def test_logits_meanwhile(on_host):
+def test_work_meanwhile_waits_for_a_token_alone(on_host):
+    """Logits and another prompt end the launch under way, and another one goes on."""
     llm, prompt = on_host(), list(range(5, 12))
-    want = on_host(decode="steps").generate([prompt], greedy(20))[0].text
-    stream = llm.stream(prompt, greedy(20))
-    text = next(stream)
-    assert llm.logits(prompt[:3]).shape[0] == 3
-    assert text + "".join(stream) == want
+    want = on_host(decode="steps").generate([prompt], greedy(40))[0].text
+    stream, texts = llm.stream(prompt, greedy(40)), []
+    for work in (lambda: llm.logits(prompt), lambda: next(llm.stream([7, 8], greedy(2)))):
+        texts += [next(stream), next(stream)]
+        program = llm.runner._residency._program
+        assert program.state == State.RUNNING
+        work()
+        assert program.state == State.ABORTED
+    assert "".join(texts) + "".join(stream) == want
 
 
 def test_a_small_pool(on_host, rng):
@@ -249,6 +322,12 @@ def test_what_needs_the_host_goes_step_by_step(on_host):
         assert got.token_ids == want.token_ids and launches(llm) == count, most
 
 
+@pytest.mark.parametrize("xp", ["simt"], indirect=True)
+def test_launches_that_are_measured_are_not_extended(open_):
+    llm = open_("llama", "auto", max_tokens_resident=1000)
+    assert llm.runner._ways._tokens == MOST_TOKENS
+
+
 def test_wrong_bounds(on_host):
     with pytest.raises(ParameterError, match="LLM: max_tokens_resident is 0, expected"):
         on_host(max_tokens_resident=0)
@@ -306,6 +385,34 @@ def test_a_host_that_is_killed_leaves_the_gpu_usable(tiny_paths):
         for decode in ("steps", "persistent")
     )
     assert got == want
+
+
+def test_logits_that_are_not_finite_end_an_answer(on_host):
+    llm = on_host()
+    stream = llm.stream([5, 6, 7], greedy(20))
+    next(stream)
+    llm.model.output_norm[...] = np.nan
+    with pytest.raises(NumberError, match="logits are not finite"):
+        list(stream)
+    assert llm.cache.manager.num_free == llm.cache.manager.num_pages
+
+
+@pytest.mark.parametrize(
+    "options, want",
+    [
+        (dict(top_k=2, top_p=0.5), Asked()),  # of the likeliest token
+        (dict(temperature=1, top_k=1), Asked(draws=True)),
+        (dict(temperature=1, top_k=2), Asked(draws=True, filters=("top_k",))),
+        (dict(temperature=1, top_k=2, top_p=0.9), Asked(draws=True, filters=("top_k", "top_p"))),
+        (dict(logit_bias={3: 1.0}), Asked(adjusts=True)),
+        (dict(presence_penalty=1), Asked(adjusts=True)),
+        (dict(logprobs=0), Asked(finds=True)),
+    ],
+    ids=str,
+)
+def test_what_a_launch_is_asked_for(options, want):
+    given = [Sequence([1], SamplingParams(**options), 9), Sequence([1], SamplingParams(), 9)]
+    assert asked_of(given) == want
 
 
 def test_who_can_stay():

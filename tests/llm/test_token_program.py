@@ -70,10 +70,22 @@ def test_tokens_are_those_of_steps(open_both, rng, monkeypatch, name, options, c
         np.testing.assert_allclose(a, b, rtol=0, atol=2e-3 * np.abs(b).max())
 
 
+@pytest.mark.parametrize("xp", ["simt"], indirect=True)
+def test_older_gpus_are_refused(open_both, monkeypatch):
+    monkeypatch.setattr(machine, "ARCH", "sm_61")
+    with pytest.raises(
+        UnsupportedError, match="decode is 'persistent' on sm_61, expected sm_70 or"
+    ):
+        open_both("llama")
+
+
 def test_what_lacks_a_phase_is_refused(tmp_path, tiny_paths):
     tiny.write(tmp_path / "gemma2.gguf", "gemma2")
     with pytest.raises(UnsupportedError, match="LLM: the model caps its logits, expected another"):
         LLM(tmp_path / "gemma2.gguf", device="cpu", decode="persistent")
+    tiny.write(tmp_path / "types.gguf", "llama", kind="Q8_0", kinds=dict(ffn_up="Q4_0"))
+    with pytest.raises(UnsupportedError, match="LLM: gate and up of layer 0 are of several types"):
+        LLM(tmp_path / "types.gguf", device="cpu", decode="persistent", weights="stored")
     model = LLM(tiny_paths / "llama.gguf", device="cpu").model
     model.layers[-1].inv_freq = model.layers[-1].inv_freq[1:]
     with pytest.raises(UnsupportedError, match="LLM: layers rotate different numbers of pairs"):

@@ -1,21 +1,32 @@
 """mailbox: jobs for a kernel that stays on the GPU."""
 
+import itertools
 import os
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import numpy as np
 import pytest
 
-from pykv import host_rings
-from pykv.errors import CapacityError, DeviceError, DtypeError, ParameterError, ShapeError
+from pykv import cuda, host_rings
+from pykv.errors import (
+    CapacityError,
+    DeviceError,
+    DtypeError,
+    ParameterError,
+    ShapeError,
+    UnsupportedError,
+)
 from pykv.ops import mailbox as op
 from pykv.ops.mailbox import Counts, Mailbox
-from tests.helpers import assert_same_bits
+from tests.helpers import assert_same_bits, to_numpy
+from tests.test_interrupts import interrupted
 
 SLOW = dict(silence=30.0)  # for machines that run many tests at once
+HOST = "pykv.ops.mailbox", "pykv.host_rings"
 
 
 def test_jobs_are_done_in_their_order(xp, rng):
@@ -100,6 +111,28 @@ def test_beats_keep_the_kernel(device):
         box.wait(box.submit(0, 1.0, 1.0))
 
 
+def test_a_job_that_is_interrupted_is_done_once_or_not_at_all(device):
+    """Wherever, and jobs and stops that follow go on behind it."""
+    x = device.asarray(np.zeros((1, 4), np.float32))
+    for at in itertools.count():
+        x.fill(0)
+        box = Mailbox(x, silence=2.0)
+        with suppress(KeyboardInterrupt), interrupted(at, HOST) as left:
+            box.submit(0, 1.0, 1.0)
+        box.wait(box.submit(0, 1.0, 10.0))
+        with suppress(KeyboardInterrupt), interrupted(at, HOST):
+            box.submit(0, 1.0, 1.0)
+        with suppress(KeyboardInterrupt), interrupted(at, HOST):
+            box.stop()
+        box.stop()
+        others = box.counts().done - 1
+        assert box._kernel.has_ended() and others >= (2 if left[0] >= 0 else 0)
+        assert_same_bits(x, np.full((1, 4), 10 + others, np.float32))
+        if left[0] >= 0:
+            break
+    assert at > 20
+
+
 def test_what_the_host_let_pass_the_kernel_refuses(device):
     x = device.asarray(np.zeros((2, 4), np.float32))
     with Mailbox(x, **SLOW) as box:
@@ -143,6 +176,25 @@ def test_wrong_jobs(xp, monkeypatch, change, error, text):
             box.submit(**(dict(row=0, scale=1.0, bias=0.0) | change))
         with pytest.raises(ParameterError, match="job is 1, expected"):
             box.poll(1)
+
+
+def test_floats_overflow_without_a_warning(xp):
+    x = xp.asarray(np.array([[1, 0]], np.float32))
+    with Mailbox(x, **SLOW) as box:
+        box.wait(box.submit(0, 1e30, 0.0, iterations=2))
+        box.wait(box.submit(0, 1.0, 1.0))
+        assert_same_bits(x, np.array([[np.inf, 1]], np.float32))
+        box.wait(box.submit(0, 0.0, 0.0))
+    assert np.isnan(to_numpy(x)[0]).tolist() == [True, False]
+
+
+def test_jobs_are_not_prepared(xp):
+    x = xp.asarray(np.ones((1, 4), np.float32))
+    with Mailbox(x, **SLOW) as box:
+        with pytest.raises(UnsupportedError, match="mailbox.Mailbox: cannot be prepared"):
+            cuda.prepare(box.submit, 0, 2.0, 0.0)
+        assert box.counts() == Counts(0, 0, 0)
+    assert_same_bits(x, np.ones((1, 4), np.float32))
 
 
 def test_wrong_arrays(xp):

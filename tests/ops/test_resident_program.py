@@ -1,11 +1,14 @@
 """resident_program: tokens that follow from each other in one launch, which the host reads."""
 
+import itertools
 import time
+from contextlib import suppress
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from pykv import cuda
 from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError, UnsupportedError
 from pykv.host_rings import State
 from pykv.ops import phase_program
@@ -15,8 +18,10 @@ from pykv.phases import Argmax, Embed, Product
 from pykv.resident_commands import STOP
 from pykv.resident_tokens import Drawn, Inputs, Why
 from tests.helpers import to_numpy
+from tests.test_interrupts import interrupted
 
 SLOW = dict(silence=30.0)  # for machines that run many tests at once
+HOST = "pykv.ops.resident_program", "pykv.host_rings", "pykv.resident_tokens"
 P, M, V, E = 4, 64, 40, 16
 
 
@@ -123,6 +128,20 @@ def test_a_sequence_without_a_page_ends_the_launch(xp_of_programs, rng):
     assert of_row(results, 1) == (expected(made, 1, 5), [])
 
 
+def test_the_last_token_of_a_launch_may_lack_a_page(xp_of_programs, rng):
+    """Its sequence does not go on without one; nor does it beyond the table."""
+    for length, pages in ((6, 2), (P * M - 2, M)):
+        made = chain(xp_of_programs, rng, [length, 1])
+        made.inputs.page_table[0, pages:] = -1
+        made.program.launch(3, [10**6] * 2, [[], []])
+        results = all_of(made.program)
+        assert made.program.state == State.NO_PAGES
+        assert of_row(results, 0) == (expected(made, 0, 3), [Why.OUT_OF_PAGES])
+        assert of_row(results, 1) == (expected(made, 1, 3), [])
+        left = [to_numpy(array).tolist() for array in made.inputs[1:4]]
+        assert left == [[0, 3], [-1, M * P + 3], [0, 4]]
+
+
 def test_logits_that_are_not_finite(xp_of_programs, rng):
     made = chain(xp_of_programs, rng, [1])
     made.phases[1].w[...] = np.nan
@@ -146,6 +165,20 @@ def test_the_host_stops_a_sequence(xp_of_programs, rng):
     assert of_row(results, 1) == (expected(made, 1, 20), [])
 
 
+def test_another_launch_has_all_rows_again(xp_of_programs, rng):
+    """Whatever ended in the one before."""
+    made = chain(xp_of_programs, rng, [1, 1])
+    program = made.program
+    program.launch(2, [2, 10**6], [[], []])
+    assert [x.why for x in all_of(program)[0]] == [Why.FULL, Why.NEXT]
+    made.inputs.lengths[0] = 1
+    program.launch(40, [10**6] * 2, [[], []])
+    program.take()
+    program.stop(0)
+    assert to_numpy(made.inputs.lengths)[0] == 0 or not program._runs
+    program.drop()
+
+
 def test_the_host_ends_a_launch(xp_of_programs, rng):
     """What was drawn stays, and the next launch goes on behind it."""
     made = chain(xp_of_programs, rng, [1])
@@ -162,8 +195,10 @@ def test_the_host_ends_a_launch(xp_of_programs, rng):
     results += all_of(program)
     assert of_row(results, 0) == (expected(made, 0, len(results)), [])
     program.launch(64, [10**6], [[]])
-    with pytest.raises(DeviceError, match="a launch is not over"):
-        program.launch(64, [10**6], [[]])
+    for end in (program.await_result, program.end):  # while it runs, and with results that it gave
+        end()
+        with pytest.raises(DeviceError, match="a launch is not over"):
+            program.launch(64, [10**6], [[]])
     program.drop()
     assert not program.await_result()
 
@@ -258,6 +293,47 @@ def test_commands_that_a_kernel_does_not_take_are_not_overwritten(device_of_prog
         assert to_numpy(made.inputs.page_table)[0, 2:9].tolist() == [2, 9, 8, 7, 6, 5, 8]
 
 
+def test_what_the_host_says_shows_that_it_lives(device_of_programs, rng, monkeypatch):
+    program = chain(device_of_programs, rng, [5], silence=0.2).program
+    program.launch(64, [10**6], [[]])
+    end = time.monotonic() + 0.6
+    while time.monotonic() < end and not program._kernel.has_ended():
+        program.extend(0)
+        time.sleep(0.01)
+    all_of(program)
+    assert program.state == State.SPENT
+
+
+def test_results_are_not_prepared(rng):
+    """Phases would be recorded, not done."""
+    made = chain(np, rng, [5])
+    with pytest.raises(UnsupportedError, match="cannot be prepared: how many tokens"):
+        cuda.prepare(made.program.launch, 3, [10**6], [[]])
+    made.program.launch(3, [10**6], [[]])
+    with pytest.raises(UnsupportedError, match="cannot be prepared: tokens follow from each"):
+        cuda.prepare(made.program.take)
+    assert of_row(all_of(made.program), 0) == (expected(made, 0, 3), [])
+
+
+def test_results_that_are_interrupted_are_not_lost(xp_of_programs, rng):
+    """Wherever, and none comes twice."""
+    made = chain(xp_of_programs, rng, [5])
+    program, begin = made.program, [to_numpy(array).copy() for array in made.inputs[:4]]
+    for at in itertools.count():
+        for array, values in zip(made.inputs, begin, strict=False):
+            array[...] = xp_of_programs.asarray(values)
+        program.launch(3, [10**6], [[]])
+        while program._kernel and not program._kernel.has_ended():
+            time.sleep(0.001)
+        with suppress(KeyboardInterrupt), interrupted(at, HOST) as left:
+            program.await_result()
+        assert of_row(all_of(program), 0) == (expected(made, 0, 3), []), at
+        assert program.state == State.SPENT
+        if left[0] >= 0:
+            break
+    assert at > 10
+
+
 def test_a_silent_host_ends_the_launch(device_of_programs, rng):
     """It loses nothing: the next launch goes on."""
     made = chain(device_of_programs, rng, [1], silence=1e-6)
@@ -292,6 +368,7 @@ def test_wrong_launches(rng, change, error, text):
     with pytest.raises(ParameterError, match="row is 2, expected 0 to 1"):
         made.program.stop(2)
     made.program.launch(60, [10**6] * 2, [[], []])
+    made.program.await_result()
     for given, error, text in (
         ((5,), ParameterError, "tokens is 5, expected 0 to 4"),
         ((1, [(2, 0, [])]), ParameterError, "a row of pages is 2, expected 0 to 1"),
@@ -346,7 +423,7 @@ def _one_more(cls):
 
 
 def _without_ends(reference):
-    return lambda inputs, P, limits, ends, last: reference(inputs, P, limits, ends * 0 - 1, last)
+    return lambda inputs, P, limits, ends: reference(inputs, P, limits, ends * 0 - 1)
 
 
 # Faults that `pykv verify` must see, in the program and in its reference.

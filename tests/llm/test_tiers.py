@@ -411,6 +411,9 @@ def test_run_finds_what_another_process_left(tiny_paths, tmp_path, capsys):
         assert f"pages asked for {2 * pages}: 0 in host memory, {pages} on disk" in out
     assert cli.main(["cache", "info", "--disk-cache", str(tmp_path / "none")]) == 2
     assert "none, expected a folder" in capsys.readouterr().err
+    (tmp_path / "a\x1b[31m").mkdir()
+    assert cli.main(["cache", "info", "--disk-cache", str(tmp_path / "a\x1b[31m")]) == 0
+    assert r"a\x1b[31m: 0 pages of" in capsys.readouterr().out
 
 
 @without_simt

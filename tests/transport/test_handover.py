@@ -139,9 +139,25 @@ def test_more_than_memory_holds(open_side, serve, rng):
     assert decode.generate([prompt], GREEDY) == want
 
 
+def test_the_least_recently_offered_go_first(open_side, rng):
+    prefill, given = open_side("prefill", size="8KB")  # of two pages
+    _, taken = open_side("decode")
+    first, second, third = (tokens_of(rng, P + 1) for _ in range(3))
+    for prompt in (first, second, first, third):
+        prefill.generate([prompt], GREEDY)
+        assert given.offer(prompt) == 1
+    assert [taken.take("prefill", prompt) for prompt in (first, second, third)] == [P, 0, P]
+
+
 @pytest.mark.parametrize(
     "other",
-    [dict(model="gemma3"), dict(kv_dtype="int8"), dict(weights="fp32"), dict(page_size=8)],
+    [
+        dict(model="gemma3"),
+        dict(kv_dtype="int8"),
+        dict(kv_dtype="fp16:HND"),
+        dict(weights="fp32"),
+        dict(page_size=8),
+    ],
     ids=str,
 )
 def test_another_model_is_refused(open_side, serve, rng, other):

@@ -15,6 +15,7 @@ import pytest
 
 import pykv
 from pykv import talk
+from pykv.tiers import disk
 from tests.kvtc.made import artefact_of
 from tests.test_cli import (  # noqa: F401 - fixtures are found by name
     COMMAND,
@@ -438,6 +439,23 @@ def test_a_coded_session_goes_on(capsys, tmp_path):
     assert code == 0 and json.loads(out)["reused_tokens"] == 16 and " tokens need no" in err
     code, _, err = run(capsys, *flags[:-2], "more")
     assert code == 2 and "is coded by artefact" in err
+
+
+@pytest.mark.parametrize("codec", ["session", "int8"])
+def test_sessions_whose_pages_were_coded_go_on_beside_files(capsys, monkeypatch, tmp_path, codec):
+    """Without these pages, which prompts of others would find in files."""
+    monkeypatch.setattr(disk, "FLOOR", 0)
+    artefact_of(pykv.LLM("chat.gguf", device="cpu")).save(tmp_path / "a.kvtc")
+    flags = ("run", "--model", "chat.gguf", "--device", "cpu", "--max-tokens", 20, "--json")
+    flags += ("--session", tmp_path / "talk", "--disk-cache", f"{tmp_path / 'tier'}:10MB")
+    if codec == "session":
+        flags += ("--session-codec", f"{tmp_path / 'a.kvtc'}:2")
+    else:
+        flags = (*flags[:-1], f"{flags[-1]}:int8")
+    assert run(capsys, *flags, "hello there")[0] == 0
+    code, out, err = run(capsys, *flags, "and then?")
+    assert code == 0 and "talk: the first 0 of " in err
+    assert json.loads(out)["prompt_tokens"] > 20  # what was said before, too
 
 
 def test_sessions_that_are_refused(capsys, monkeypatch, tmp_path):

@@ -409,8 +409,9 @@ class LLM:
         """Read what `save` wrote, of the same model, weights, kv_dtype and page_size; calls whose
         prompts begin with its tokens reuse its pages as if this LLM had computed them.
 
-        Pages that were coded are near what the model computes, and serve every prompt that begins
-        so, unless the cache has exact ones.
+        Pages that were coded, by a codec or on their way through a tier (`is_exact`), are near what
+        the model computes, and serve every prompt that begins so, unless the cache has exact ones.
+        Beside a `disk_cache`, which others read, they are left out, and computed where needed.
 
         Args:
             path: of the file.
@@ -427,8 +428,7 @@ class LLM:
             CapacityError: its pages exceed the context or the pool, or what answers of other
                 threads leave of a `pool_tokens`.
             ParameterError: `path` is no regular file, the codec is for another model, or the LLM
-                has no `prefix_cache`, or a `disk_cache` and the file is coded, or was
-                saved where pages had come back from codes (`is_exact`).
+                has no `prefix_cache`.
             DtypeError: `path` or `codec` is nothing of the kind.
             OSError: the file cannot be read.
 

@@ -132,15 +132,6 @@ def load(
             if is_coded:
                 more["stream"] = np.empty(header.length(op, path, "stream"), np.uint8)
                 tensor_files.read_arrays(op, file, path, header, more)
-            if is_coded or not exact:
-                if llm.tiers is not None and llm.tiers.folder is not None:
-                    raise ParameterError(
-                        f"{op}: {path} {'is' if is_coded else 'holds pages that were'} coded, "
-                        "expected one without a codec where disk_cache keeps pages as they are "
-                        "computed"
-                    )
-                llm.is_exact = False
-            if is_coded:
                 put = _put_coded(op, path, more["stream"], kept, llm, codec)
             else:
                 stored = stored_pages.take(op, file, path, header, cache, count, more)
@@ -148,6 +139,10 @@ def load(
                 put = partial(stored_pages.put, cache, stored=stored)
         ids = _token_ids(op, path, tokens, llm.model.config.vocab)
         messages = _messages(op, path, more["messages"]) if "messages" in more else None
+        if is_coded or not exact:
+            if llm.tiers is not None and llm.tiers.folder is not None:
+                return Session(ids, messages, 0)  # its files hold what models computed
+            llm.is_exact = False
         if is_coded:
             with shared.known(ids[:kept]):  # exact pages of a tier come first; `new` finds them
                 pass

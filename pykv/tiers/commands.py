@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pykv.errors import ParameterError
 from pykv.number_texts import counted
+from pykv.terminal import visible
 from pykv.tiers import disk
 from pykv.tiers.sizes import parse_disk
 
@@ -33,7 +34,7 @@ def describe(given: str) -> str:
     models = {entry.path.parent.parent for entry in files}
     nbytes = sum(entry.nbytes for entry in files)
     lines = [
-        f"tiers       {folder}: {counted(len(files), 'page')} of "
+        f"tiers       {visible(str(folder))}: {counted(len(files), 'page')} of "
         f"{counted(len(models), 'pair')} of model and kind, {nbytes:,} bytes",
         *disk.read_counters(folder).as_text().splitlines(),
     ]

@@ -1,7 +1,11 @@
-"""What tiers did: pages found and not found, and how many bytes went which way in which time."""
+"""What tiers did: pages found and not found, how many bytes went which way in which time, and how
+long others waited."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -35,6 +39,8 @@ class Counters:
         misses: full pages of prompts that neither the cache nor a tier had.
         refused: pages that fell and found no room, or that the system did not let us write.
         damaged: files that were not what their name says, or could not be read; each is a miss.
+        waits, waited_seconds: how often, and how long, a prompt had to wait for a file or a copy,
+            with nothing else to compute; or pages that fell for rows that were written to files.
         to_host, from_host: between the cache and the host tier.
         to_disk, from_disk: between the host tier and files.
     """
@@ -44,10 +50,22 @@ class Counters:
     misses: int = 0
     refused: int = 0
     damaged: int = 0
+    waits: int = 0
+    waited_seconds: float = 0.0
     to_host: Flow = field(default_factory=Flow)
     from_host: Flow = field(default_factory=Flow)
     to_disk: Flow = field(default_factory=Flow)
     from_disk: Flow = field(default_factory=Flow)
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count the block as a wait."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.waits += 1
+            self.waited_seconds += time.perf_counter() - began
 
     def as_dict(self) -> dict[str, Any]:
         """Flat, by name: a flow has pages, bytes and seconds of its own."""
@@ -107,6 +125,10 @@ class Counters:
                 lines.append(
                     f"{way}: {counted(flow.pages, 'page')}, {flow.bytes:,} bytes, {speed:.2f} GB/s"
                 )
+        if self.waits:
+            lines.append(
+                f"waited {counted(self.waits, 'time')}, {self.waited_seconds:.2f} s in all"
+            )
         if self.refused or self.damaged:
             refused, damaged = counted(self.refused, "page"), counted(self.damaged, "file")
             lines.append(f"{refused} refused, {damaged} damaged")

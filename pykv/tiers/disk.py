@@ -131,8 +131,8 @@ class DiskTier:
         self._pending = 0  # bytes that threads are about to write
         self._added = 0  # bytes that they have written since making room began
         self._count()
-        for place in (folder, *self._own.iterdir()):
-            whole_files.clear(place)
+        for place in (str(folder), *(sub for x in _folders(folder) for sub in _folders(x))):
+            whole_files.clear(Path(place))
 
     def __contains__(self, key: bytes) -> bool:
         if key in self._known:

@@ -53,10 +53,13 @@ class HostTier:
     def touch(self, keys: Sequence[bytes], *, is_use: bool = True) -> None:
         """Note that pages of a sequence, given in its order, are used now, or again what they were
         used for; keys of pages that are not here are passed over."""
+        more = self._each_use if is_use else 0
         for key in reversed(keys):
-            if key in self._slots:
-                uses = self._take_out(key)
-                self._put_last(key, uses + (self._each_use if is_use else 0))
+            uses = self._uses.get(key)
+            if uses is not None and more:
+                self._put_last(key, self._take_out(key) + more)
+            elif uses is not None:
+                self._by_uses[uses].move_to_end(key)
 
     def _put_last(self, key: bytes, uses: int) -> None:
         self._uses[key] = uses

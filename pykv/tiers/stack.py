@@ -229,18 +229,21 @@ class Tiers:
 
     # --- Up ---
 
-    def begin(self, tokens: Sequence[int], pages: list[int]) -> Fetch | None:
+    def begin(
+        self, tokens: Sequence[int], pages: list[int], *, salt: str | bytes = b""
+    ) -> Fetch | None:
         """Find what a sequence lacks of the full pages of its tokens, and count what it does not
         find; None where there is nothing.
 
         Args:
             tokens: of the sequence, from its start.
             pages: of the sequence, with those of its first tokens; see Fetch, which goes on.
+            salt: as of BlockManager.publish, which the pages fell with.
         """
         start, P = len(pages), self._cache.page_size
         if start >= len(tokens) // P:
             return None
-        keys = list(prefix_keys.of_pages("Tiers.begin", tokens, P))[start:]
+        keys = list(prefix_keys.of_pages("Tiers.begin", tokens, P, salt))[start:]
         count = self.find(keys, start)
         self.counters.misses += len(keys) - count
         if not count:
@@ -250,23 +253,23 @@ class Tiers:
         return fetch
 
     @interrupts.finished
-    def fetch(self, tokens: Sequence[int]) -> None:
+    def fetch(self, tokens: Sequence[int], *, salt: str | bytes = b"") -> None:
         """Bring back what the cache lacks of the full pages of tokens, and publish it, for
-        BlockManager.reuse to find; as far as pages are free.
+        BlockManager.reuse with this salt to find; as far as pages are free.
 
         On a GPU pages are there for what is enqueued on the current stream from then on; the host
         waits for files.
         """
         manager, P = self._cache.manager, self._cache.page_size
-        pages = manager.reuse(tokens)
+        pages = manager.reuse(tokens, salt=salt)
         with ExitStack() as given_up:
             given_up.callback(manager.free, pages)
-            start, fetch = len(pages), self.begin(tokens, pages)
+            start, fetch = len(pages), self.begin(tokens, pages, salt=salt)
             if fetch is not None:
                 given_up.callback(fetch.cancel)
                 stop = min(fetch.stop, start + manager.num_free)
                 manager.extend(pages, start * P, stop * P)  # may make other pages fall
-                manager.publish(pages, tokens[: fetch.advance(wait=True) * P])
+                manager.publish(pages, tokens[: fetch.advance(wait=True) * P], salt=salt)
 
     def join(self) -> None:
         """Have the current stream wait for pages on their way: the cache moves to other memory."""
@@ -345,9 +348,11 @@ class Tiers:
         """Wait until a file is read or written; or else for the first copy that a row waits for.
         Where there is none either, rows are of pages that others have not copied yet."""
         if self._threads.are_busy:
-            self._threads.wait_for_one()
+            with self.counters.waiting():
+                self._threads.wait_for_one()
         elif moving := [fetch for fetch in self._fetches if fetch.is_moving]:
-            moving[0].wait()
+            with self.counters.waiting():
+                moving[0].wait()
         else:
             for fetch in self._fetches:
                 fetch.send()
@@ -366,7 +371,8 @@ class Tiers:
                 slots += rows.host.claim(count - len(slots), self._is_held)
                 if len(slots) == count or not self._threads.writing:
                     return slots
-                self._threads.wait_for_written()
+                with self.counters.waiting():
+                    self._threads.wait_for_written()
                 self.settle()
         except BaseException:
             rows.host.release(slots)

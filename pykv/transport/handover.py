@@ -37,6 +37,7 @@ from pykv.transport.messages import Message, check_seconds
 
 THREADS = min(8, os.cpu_count() or 1)  # for reading and checking pages
 _LOOK = 0.2  # seconds of silence before checking that the peer lives
+_MOST_REQUEST = 64  # characters that name a request, which an answer repeats
 
 
 class Handover:
@@ -139,14 +140,15 @@ class Handover:
 
     def serve(self, stop: Callable[[], bool] = lambda: False) -> None:
         """Compute prompts that others ask for, one by one, until `stop`, which is asked a few times
-        a second. What is wrong with one is said to who sent it. Other messages are dropped: an
-        answer that came too late must not be answered."""
+        a second. What is wrong with one is said to who sent it. Messages that are no requests are
+        dropped: an answer that came too late must not be answered."""
         if not callable(stop):
             given = type(stop).__name__
             raise DtypeError(f"Handover.serve: stop is a {given}, expected a function")
         while not stop():
             for message in self._transport.messages(_LOOK):
-                if "request" not in message.facts:
+                request = message.facts.get("request")
+                if not isinstance(request, str) or len(request) > _MOST_REQUEST:
                     continue
                 facts = self._answer(message)
                 try:
@@ -155,9 +157,9 @@ class Handover:
                     pass  # the peer has gone meanwhile
 
     def _answer(self, message: Message) -> dict[str, Any]:
-        request, tokens = message.facts.get("request"), message.facts.get("tokens")
+        request, tokens = message.facts["request"], message.facts.get("tokens")
         try:
-            if not isinstance(request, str) or not isinstance(tokens, list):
+            if not isinstance(tokens, list):
                 raise ParameterError("Handover.serve: a message is no request for tokens")
             ids = read_ids(self._llm, "tokens", tokens)
             first = SamplingParams(max_tokens=1, ignore_eos=True)

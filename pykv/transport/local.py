@@ -48,7 +48,7 @@ from pykv.transport.region import PeerRegion, Region, check_region, size_of
 
 LOCK, PAGES, SOCKET = ".pykv-lock", ".pykv-pages", ".pykv-socket"
 _BACKLOG = 64  # senders that may wait to be accepted
-_PATIENCE = 5.0  # seconds to send or receive one message
+_PATIENCE = 60.0  # seconds to send a message to a process that may be busy, or of silence in one
 
 
 def default_folder() -> Path:
@@ -263,7 +263,7 @@ if hasattr(os, "register_at_fork"):
 
 
 class _Coming:
-    """A message that comes, in pieces, for _PATIENCE seconds at most."""
+    """A message that comes in pieces, given up where none has come for _PATIENCE seconds."""
 
     def __init__(self, peer: socket.socket) -> None:
         peer.setblocking(False)
@@ -281,6 +281,7 @@ class _Coming:
                 while part := self.peer.recv(1 << 20):
                     self._parts.append(part)
                     self._left -= len(part)
+                    self._end = time.monotonic() + _PATIENCE
                     if self._left < 0:
                         raise TransportError("it is too long")
                 message = messages.unpack(b"".join(self._parts))

@@ -8,7 +8,7 @@ import pytest
 
 from pykv import cli
 from pykv.arrays import to_host
-from pykv.errors import CapacityError, DtypeError, ParameterError
+from pykv.errors import CapacityError, DtypeError, FormatError, ParameterError
 from pykv.kvtc import Codec
 from pykv.llm import LLM, SamplingParams
 from pykv.llm.prompts import answer_to
@@ -294,9 +294,9 @@ def test_a_coded_session_does_not_reach_exact_files(artefact, open_llm, rng, tmp
     first.generate([prompt], greedy(1))
     first.save(tmp_path / "x", prompt, codec=codec)
     llm = open_llm(disk_cache=f"{tmp_path / 'tier'}:1MB")
-    with pytest.raises(ParameterError, match="LLM.load: .*x is coded, expected one without"):
-        llm.load(tmp_path / "x", codec=codec)
-    assert llm.cache.manager.num_cached == 0
+    found = llm.load(tmp_path / "x", codec=codec)
+    assert (found.token_ids, found.cached_tokens) == (prompt, 0)
+    assert llm.cache.manager.num_cached == 0 and llm.is_exact
     assert open_llm(host_cache="1MB").load(tmp_path / "x", codec=codec).cached_tokens == 32
 
 
@@ -336,14 +336,19 @@ def test_pages_that_were_coded_do_not_reach_exact_files_by_a_session(open_llm, r
     first.generate([prompt], greedy(1))
     first.generate([tokens_of(rng, 60)], greedy(1))
     assert first.save(tmp_path / "x", prompt) == 32
-    between = open_llm()
+    between, third = open_llm(), open_llm()
     assert between.is_exact and not first.is_exact
     between.load(tmp_path / "x")
     assert not between.is_exact and between.save(tmp_path / "y", prompt) == 32
+    text = (tmp_path / "y").read_bytes()
+    (tmp_path / "z").write_bytes(text[:-1] + bytes([text[-1] ^ 1]))
+    with pytest.raises(FormatError, match="its checksum does not hold"):
+        third.load(tmp_path / "z")
+    assert third.is_exact  # an LLM that could not load a file is as before
     llm = open_llm(disk_cache=f"{tmp_path / 'tier'}:1MB")
     for name in ("x", "y"):
-        with pytest.raises(ParameterError, match=f"LLM.load: .*{name} holds pages that were coded"):
-            llm.load(tmp_path / name)
+        found = llm.load(tmp_path / name)
+        assert (found.token_ids, found.cached_tokens) == (prompt, 0)
     assert llm.cache.manager.num_cached == 0 and llm.is_exact
 
 
@@ -406,6 +411,9 @@ def test_run_finds_what_another_process_left(tiny_paths, tmp_path, capsys):
         assert f"pages asked for {2 * pages}: 0 in host memory, {pages} on disk" in out
     assert cli.main(["cache", "info", "--disk-cache", str(tmp_path / "none")]) == 2
     assert "none, expected a folder" in capsys.readouterr().err
+    (tmp_path / "a\x1b[31m").mkdir()
+    assert cli.main(["cache", "info", "--disk-cache", str(tmp_path / "a\x1b[31m")]) == 0
+    assert r"a\x1b[31m: 0 pages of" in capsys.readouterr().out
 
 
 @without_simt

@@ -58,12 +58,12 @@ class World:
         self.tiers = Tiers(self.cache, open_codec=opened, **options)
         self.xp = xp
 
-    def ask(self, tokens):
+    def ask(self, tokens, salt=b""):
         """Compute a prompt; returns how many pages were found. Those that are must be right."""
         manager = self.cache.manager
-        keys = list(prefix_keys.of_pages("test", tokens, P))
-        self.tiers.fetch(tokens)
-        pages = manager.reuse(tokens)
+        keys = list(prefix_keys.of_pages("test", tokens, P, salt))
+        self.tiers.fetch(tokens, salt=salt)
+        pages = manager.reuse(tokens, salt=salt)
         found = len(pages)
         for i, (key, page) in enumerate(zip(keys, pages, strict=False)):
             self.check(key, page, 0.0 if i < self.exact_pages else self.near)
@@ -72,7 +72,7 @@ class World:
             for key, page in itertools.islice(zip(keys, pages, strict=False), found, None):
                 for x in moving_arrays(self.cache).values():
                     x[:, page] = self.xp.asarray(contents(key, x[:, page]))
-            manager.publish(pages, tokens)
+            manager.publish(pages, tokens, salt=salt)
         finally:
             manager.free(pages)
         return found

@@ -312,6 +312,31 @@ def test_others_files_are_counted(tmp_path):
         assert size_of(tmp_path) <= limit * 17 / 16 + 2 * N
 
 
+def test_files_that_are_smaller_than_they_might_be_make_no_room(tmp_path, monkeypatch):
+    """What was written counts as the largest that files may be, until they are looked at."""
+    monkeypatch.setattr(disk, "_LOOK", 1)
+    files = tier(tmp_path)
+    files.write(KEYS[0], row(KEYS[0]))
+    files = tier(tmp_path, 5 * size_of(tmp_path) + disk.size_of(N, 1))
+    for key in KEYS[:6]:
+        files.write(key, row(key))
+    assert len(disk.entries(tmp_path)) == 6
+
+
+def test_what_is_written_while_files_are_counted(tmp_path, monkeypatch):
+    files, entries = tier(tmp_path), disk.entries
+
+    def slow(folder):
+        found = entries(folder)
+        files.write(KEYS[0], row(KEYS[0]))  # as another thread
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(disk, "entries", slow)
+        files._count()
+    assert files._total >= size_of(tmp_path) > 0
+
+
 def test_some_of_the_disk_stays_free(tmp_path, monkeypatch):
     files = tier(tmp_path)
     monkeypatch.setattr(disk, "FLOOR", 1 << 62)
@@ -408,6 +433,9 @@ def test_what_a_killed_process_left_is_removed(tmp_path):
     left = files._path(KEYS[0]).parent / f"{whole_files.SCRATCH}0123"
     left.write_bytes(b"half")
     assert holds(tier(tmp_path), KEYS[0]) and not left.exists()
+    left.write_bytes(b"half")
+    tier(tmp_path, model="b")  # a model that nobody opens any more would leave it for ever
+    assert not left.exists()
     left.write_bytes(b"half")
     with open(left, "rb") as held:  # held by a process that is alive
         assert whole_files.lock(held)

@@ -89,9 +89,31 @@ def test_an_interrupt_of_a_fall_that_waits_loses_no_row(tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(threads, "wait", interrupted)
         tiers.fall(pages[3:])
-    assert len(host) == 3 and len(host._free) == 1
+    assert len(host) == 3 and len(host._free) == 1 and tiers.counters.waits == 1
     may_write.set()
     tiers.flush()
+
+
+def test_waits_for_files_are_counted(tmp_path, monkeypatch):
+    where = dict(host=8 * ROW, disk=f"{tmp_path}:1MB")
+    world, read, wait = World(**where), disk.DiskTier.read, threads.wait
+    assert world.ask([1] * (2 * P)) == 0
+    world.tiers.flush()
+    world, may_read = World(**where), threading.Event()
+
+    def slow_read(*args):
+        assert may_read.wait(60)
+        return read(*args)
+
+    def waited(*args, **options):
+        may_read.set()
+        return wait(*args, **options)
+
+    monkeypatch.setattr(disk.DiskTier, "read", slow_read)
+    monkeypatch.setattr(threads, "wait", waited)
+    assert world.ask([1] * (2 * P)) == 2
+    counters = world.tiers.counters
+    assert 1 <= counters.waits <= 2 and counters.waited_seconds > 0
 
 
 def test_a_fetch_ends_where_its_rows_are_forgotten():

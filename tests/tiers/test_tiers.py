@@ -258,10 +258,22 @@ def test_pages_fall_and_come_back(xp, spec, tmp_path):
     world.tiers.flush()
     counters = world.tiers.counters
     assert (counters.host_hits, counters.disk_hits, counters.misses) == (12, 0, 12)
+    assert counters.waits == 0  # for a row
     assert counters.to_disk.pages == 12 and counters.from_host.pages == 12
     other = World(pages=4, spec=spec, xp=xp, host="100KB", disk=disk)
     assert [other.ask(p) for p in prompts] == [4, 4, 4]
     assert other.tiers.counters.disk_hits == 12
+
+
+def test_a_salt_keeps_prefixes_apart(tmp_path):
+    """Of adapters, images or tenants: each finds what fell with its own, also in files."""
+    tokens, disk = [1, 2, 3, 4], f"{tmp_path}:1MB"
+    world = World(pages=2, host=100 * ROW, disk=disk)
+    assert [world.ask(tokens, salt) for salt in ("", "a", "b")] == [0, 0, 0]
+    assert [world.ask(tokens, salt) for salt in ("", "a", "b", "c")] == [2, 2, 2, 0]
+    world.tiers.flush()
+    world = World(pages=2, disk=disk)
+    assert [world.ask(tokens, salt) for salt in ("b", "d", "a")] == [2, 0, 2]
 
 
 @without_simt
@@ -642,6 +654,10 @@ def test_counters_add_up():
         "pages asked for 4: 3 in host memory, 0 on disk, 1 nowhere (75% found)",
         "to host: 2 pages, 512 bytes, 0.00 GB/s",
     ]
+    with a.waiting():
+        pass
+    assert a.waits == 1 and 0 < a.waited_seconds == Counters.from_dict(a.as_dict()).waited_seconds
+    assert a.as_text().splitlines()[2:] == ["waited 1 time, 0.00 s in all"]
     assert Counters().as_text() == "pages asked for: none"
     a = Counters(refused=1, damaged=2)
     assert a.as_text().splitlines()[1:] == ["1 page refused, 2 files damaged"]

@@ -22,7 +22,17 @@ from pykv.page_arrays import moving_arrays
 from pykv.ranges import address_of
 from pykv.tiers import disk
 from pykv.tiers.moves import Moved
-from pykv.transport import Handover, Local, PeerRegion, example, handover, local, region, wait_for
+from pykv.transport import (
+    Handover,
+    Local,
+    PeerRegion,
+    example,
+    handover,
+    local,
+    messages,
+    region,
+    wait_for,
+)
 from tests.llm import tiny
 
 pytestmark = pytest.mark.skipif(local.fcntl is None, reason="this system has no file locks")
@@ -129,9 +139,25 @@ def test_more_than_memory_holds(open_side, serve, rng):
     assert decode.generate([prompt], GREEDY) == want
 
 
+def test_the_least_recently_offered_go_first(open_side, rng):
+    prefill, given = open_side("prefill", size="8KB")  # of two pages
+    _, taken = open_side("decode")
+    first, second, third = (tokens_of(rng, P + 1) for _ in range(3))
+    for prompt in (first, second, first, third):
+        prefill.generate([prompt], GREEDY)
+        assert given.offer(prompt) == 1
+    assert [taken.take("prefill", prompt) for prompt in (first, second, third)] == [P, 0, P]
+
+
 @pytest.mark.parametrize(
     "other",
-    [dict(model="gemma3"), dict(kv_dtype="int8"), dict(weights="fp32"), dict(page_size=8)],
+    [
+        dict(model="gemma3"),
+        dict(kv_dtype="int8"),
+        dict(kv_dtype="fp16:HND"),
+        dict(weights="fp32"),
+        dict(page_size=8),
+    ],
     ids=str,
 )
 def test_another_model_is_refused(open_side, serve, rng, other):
@@ -185,12 +211,14 @@ def test_what_was_overwritten_meanwhile_is_computed(open_side, rng, monkeypatch)
     assert taken.take("prefill", prompt) == 2 * P
 
 
-def test_a_prompt_that_is_refused(open_side, serve, rng):
+def test_a_prompt_that_is_refused(open_side, serve, rng, monkeypatch):
     serve(open_side("prefill", context=32)[1])
     _, taken = open_side("decode")
     with pytest.raises(TransportError, match="prefill says: 'tokens has 40 tokens, expected at mo"):
         taken.ask("prefill", tokens_of(rng, 40))
-    taken._transport.notify("prefill", dict(request=1, tokens="x"))  # nothing comes of it
+    monkeypatch.setattr(messages, "MOST_BYTES", 1000)
+    for request in (1, "x" * 900):  # an answer that names the latter exceeds a message
+        taken._transport.notify("prefill", dict(request=request, tokens="x"))
     assert taken.ask("prefill", tokens_of(rng, 20)) == 16
 
 

@@ -204,6 +204,21 @@ def test_silent_senders_do_not_hold_up_the_others(here, tmp_path, monkeypatch):
     assert not here._coming
 
 
+def test_a_message_that_comes_while_nobody_looks(here, tmp_path, monkeypatch):
+    """Of a prompt that a socket cannot hold, to a process that computes another for long."""
+    monkeypatch.setattr(local, "_PATIENCE", 0.1)
+    message = Message("other", dict(a="x" * 999))
+    data = local.messages.pack(message)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as to:
+        to.connect(str(tmp_path / "here.pykv-socket"))
+        for begin in (0, 500):
+            to.sendall(data[begin : begin + 500])
+            assert here.messages(0.0) == []
+            time.sleep(0.2)
+        to.sendall(data[1000:])
+    assert here.messages(5.0) == [message]
+
+
 FORKED = """
 import os, sys, time
 from pykv.transport import Local

@@ -23,7 +23,17 @@ from pykv.llm.sampling import SamplingParams
 from pykv.number_texts import whole_of
 from pykv.serve.constraints import Constraint, Grammars
 from pykv.serve.fields import ApiError, Fields, wrong
-from pykv.serve.tools import Rule, Tools, grammar, read_format, read_messages, read_tools
+from pykv.serve.tools import (
+    OPENING,
+    Dialect,
+    Rule,
+    Tools,
+    find_dialect,
+    grammar,
+    read_format,
+    read_messages,
+    read_tools,
+)
 
 log = logging.getLogger("pykv.serve")
 
@@ -111,8 +121,6 @@ class Protocol:
     def __init__(self, llm: LLM, names: list[str]) -> None:
         self.llm, self.names = llm, names
         self._template = template_of(llm.file, tools=False) or ""
-        of_tools = template_of(llm.file, tools=True) or ""
-        self._knows_tools = "tools" in of_tools and "<tool_call>" in of_tools
         self.grammars = Grammars(llm.tokenizer, llm.model.config.vocab)
 
     def chat(self, body: dict[str, Any]) -> Asked:
@@ -198,16 +206,28 @@ class Protocol:
 
     def _conversation(self, fields: Fields) -> tuple[Tools | None, Callable[[], list[int]]]:
         """The tools of a body, and a function that gives the token ids of its messages."""
-        messages = read_messages(fields, native=self._knows_tools)
-        tools = read_tools(fields, native=self._knows_tools)
+        variable, writes_calls = self._dialect
+        native = bool(variable)
+        messages = read_messages(fields, native=native, writes_calls=writes_calls)
+        tools = read_tools(fields, native=native)
         given = fields.take("chat_template_kwargs", dict, default={})
         own: dict[str, Any] = {}
         if tools is not None:
             messages = tools.instruct(messages)
-            own = {"tools": tools.given} if tools.native else own
+            own = {variable: tools.given} if tools.native else own
         if messages[0]["role"] == "system" and not self._takes_system:
             messages = _by_the_user(messages)
         return tools, partial(self._templated, "messages", messages, own, given)
+
+    @cached_property
+    def _dialect(self) -> Dialect:
+        """How the template has tools; one whose calls have other marks than are read here counts as
+        one that knows none."""
+        if OPENING not in (template_of(self.llm.file, tools=True) or ""):
+            return Dialect()
+        return find_dialect(
+            lambda messages, given: chat_prompt(self.llm.file, messages, template_variables=given)
+        )
 
     @cached_property
     def _takes_system(self) -> bool:

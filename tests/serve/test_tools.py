@@ -337,6 +337,31 @@ def test_another_template_is_told_in_the_system_message(serve):
         assert text.endswith("[user:Hi][assistant:")
 
 
+# As SmolLM3's: tools have another name, and calls of earlier answers are left out.
+XML_TOOLS = "{% if xml_tools %}<tool_call>{{ xml_tools[:] | string }}{% endif %}" + PLAIN
+# As Qwen3-Coder's: between the marks stands something else than JSON.
+CODER = """{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}[{{ m.role }}:{{
+m.content }}{% for c in m.tool_calls or [] %}<tool_call><function={{ c.function.name }}></tool_call>
+{% endfor %}]{% endfor %}[assistant:"""
+# Tools are never read, though there is something like it in the code.
+PRETENDS = "{% if use_tools %}<tool_call>{% endif %}" + PLAIN
+
+
+@pytest.mark.parametrize("template", [XML_TOOLS, CODER, PRETENDS, TOOLS])
+def test_a_model_sees_the_tools_the_calls_and_the_results(serve, template):
+    """Once each, whatever the template makes of them, and a call as the model shall write one."""
+    seen, said = [], {CODER: CALL, PRETENDS: CALL}.get(template, MARKED)
+    client = serve(
+        lambda s: seen.append(client.server.llm.detokenize(s.prompt)) or said, template=template
+    )
+    (choice,) = client.ask(CHAT, messages=TALK, tools=[TIME, WEATHER])["choices"]
+    assert choice["finish_reason"] == "tool_calls"
+    (prompt,) = seen
+    assert prompt.count(TIME["function"]["description"]) == 1
+    assert prompt.count("sunny") == prompt.count(said) == prompt.count("[assistant:" + said) == 1
+    assert "function=" not in prompt
+
+
 NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
 
 

@@ -215,8 +215,8 @@ class Protocol:
         if tools is not None:
             messages = tools.instruct(messages)
             own = {variable: tools.given} if tools.native else own
-        if messages[0]["role"] == "system" and not self._takes_system:
-            messages = _by_the_user(messages)
+        if any(message["role"] == "system" for message in messages):
+            messages = _by_the_user(messages, self._num_systems)
         return tools, partial(self._templated, "messages", messages, own, given)
 
     @cached_property
@@ -230,9 +230,16 @@ class Protocol:
         )
 
     @cached_property
-    def _takes_system(self) -> bool:
-        """Whether the template takes a system message: Gemma's refuses one, others leave it out."""
-        talk = [{"role": role, "content": "Hi"} for role in ("system", "user")]
+    def _num_systems(self) -> int:
+        """Messages at the beginning that may be of the system: Gemma's template refuses one and
+        others leave it out, or all but the first message."""
+        if not self._takes("system", "user"):
+            return 0
+        return 2**31 if self._takes("system", "user", "assistant", "system", "user") else 1
+
+    def _takes(self, *roles: str) -> bool:
+        """Whether the template takes messages of these roles."""
+        talk = [{"role": role, "content": f"Hi {n}"} for n, role in enumerate(roles)]
         try:
             chat_prompt(self.llm.file, talk)
         except ParameterError:
@@ -404,14 +411,22 @@ def _reseeded(params: SamplingParams, choice: int) -> SamplingParams:
     return replace(params, seed=(params.seed + choice) % 2**64) if choice else params
 
 
-def _by_the_user(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Messages of which the user says what the system message does, as llama.cpp has it where a
-    template takes none."""
-    system, *others = messages
-    if not others or others[0]["role"] != "user":
-        return [system | {"role": "user"}, *others]
-    both = f"{system['content']}\n\n{others[0]['content']}"
-    return [others[0] | {"content": both}, *others[1:]]
+def _by_the_user(messages: list[dict[str, Any]], first: int) -> list[dict[str, Any]]:
+    """Messages of which the user says what system messages from `first` on do, as llama.cpp has it
+    where a template takes none. Turns of the user become one, as many templates want them to."""
+    made: list[dict[str, Any]] = []
+    was_system = False
+    for n, message in enumerate(messages):
+        is_system = n >= first and message["role"] == "system"
+        message = message | {"role": "user"} if is_system else message
+        is_turn = bool(made) and made[-1]["role"] == message["role"] == "user"
+        if is_turn and (is_system or was_system):
+            both = f"{made[-1]['content']}\n\n{message['content']}"
+            made[-1] = message | {"content": both}
+        else:
+            made.append(message)
+        was_system = is_system
+    return made
 
 
 def _prompts(given: Any) -> list[Any]:

@@ -384,6 +384,33 @@ def test_a_template_without_system_messages_has_the_user_say_them(serve, head, f
     assert ("Be brief." in prompt) == bool(system) and ("weather" in prompt) == bool(fields)
 
 
+FIRST_ALONE = "{% if messages[0].role == 'system' %}[first:{{ messages[0].content }}]{% endif %}"
+FIRST_REFUSES = """{% for m in messages[1:] if m.role == 'system' %}{{
+raise_exception('System messages come first') }}{% endfor %}"""
+
+
+@pytest.mark.parametrize("head", [FIRST_ALONE + DEAF, FIRST_REFUSES])
+def test_a_template_with_one_system_message_has_the_user_say_others(serve, head):
+    """Agents put reminders in the midst of a talk."""
+    say = [{"role": role, "content": role[0].upper() * 2} for role in ("system", "user")]
+    (system, user), hello = say, {"role": "assistant", "content": "AA"}
+    protocol = serve("x", template=head + PLAIN).server.protocol
+
+    def prompt(*talk):
+        (answer,) = protocol.chat({"messages": [*talk]}).answers
+        return protocol.llm.tokenizer.decode(answer.sequence.prompt)
+
+    first = prompt(system, user).removesuffix("[user:UU][assistant:")
+    assert first in ("[first:SS]", "[system:SS]")
+    told = "SS\n\nUU"
+    assert prompt(system, user, hello, system, user) == (
+        f"{first}[user:UU][assistant:AA][user:{told}][assistant:"
+    )
+    assert prompt(user, hello, system) == "[user:UU][assistant:AA][user:SS][assistant:"
+    assert prompt(user, system, hello) == "[user:UU\n\nSS][assistant:AA][assistant:"
+    assert prompt(system, system, user) == f"{first}[user:{told}][assistant:"
+
+
 def test_letters_of_any_script_stay_as_they_are(serve):
     """Of functions and of earlier calls; \\u escapes would be read, and repeated, as they are."""
     seen = []

@@ -109,8 +109,9 @@ class Tokenizer:
             [*ends, *(i for i in named if i is not None), *self._ids(file, _EOS_IDS)]
         )
         self.suppressed_ids = self._ids(file, _SUPPRESSED)
-        control = {self._tokens[i]: i for i, x in enumerate(types) if x in (CONTROL, UNKNOWN)}
-        self.hidden_ids = {i for token, i in control.items() if token not in SHOWN}
+        special = [i for i, kind in enumerate(types) if kind in (CONTROL, UNKNOWN)]
+        self.hidden_ids = {i for i in special if self._tokens[i] not in SHOWN}
+        control = {self._tokens[i]: i for i in special}
         user_defined = {self._tokens[i]: i for i, kind in enumerate(types) if kind == USER_DEFINED}
         self._encoder = ENCODERS[name](file, self._tokens, types)
         add_bos = file.get("tokenizer.ggml.add_bos_token", self._encoder.add_bos, bool)

@@ -327,6 +327,14 @@ def test_marks_of_thoughts_and_calls_are_shown(path, kind, name):
     assert (264 in t.encode(name)) == (kind == 4) and t.decode(t.encode(name)) == name
 
 
+def test_two_tokens_of_one_text(path):
+    """Gemma 4 has some: the last is what texts become, and both are what they are."""
+    tokens, types = [*BYTES, *MERGED, "<pad>", "hello", "<pad>"], [1] * 264 + [3, 1, 3]
+    t = build(path, "gpt2", tokens, merges=MERGES, token_type=types)
+    assert t.encode("<pad>hello", special=True) == [266, 265]
+    assert t.decode([264, 259, 266, 265]) == "hellohello" and t.hidden_ids == {264, 266}
+
+
 def test_the_unknown_token_is_one_where_control_tokens_are(path):
     tokens = [*BYTES, *MERGED, "<unk>"]
     t = build(path, "gpt2", tokens, merges=MERGES, token_type=[1] * 264 + [2])

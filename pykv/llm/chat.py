@@ -20,6 +20,8 @@ from pykv.llm.templates import OP, Rendered, render
 from pykv.llm.token_types import known_id
 from pykv.llm.tokenizer import Tokenizer
 
+_OTHER = "zq_other"  # that no message says
+_TALK = ("user", "assistant")  # whom templates write, but for thoughts, and words beside calls
 _DEFAULTS: dict[str, Any] = {"add_generation_prompt": True, "tools": None, "documents": None}
 
 
@@ -137,21 +139,35 @@ def _tells_apart(template: _Template, role: str, parts: bool) -> bool:
     return len(prompts) > 1
 
 
-def _check_heard(template: _Template, messages: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse a system message that the template would leave out without a word."""
+def _check_heard(template: _Template, variables: dict[str, Any], text: str) -> None:
+    """Refuse a message that the template has left out of its text without a word, as some do with
+    roles that they do not know, or with all system messages but the first."""
+    messages = variables["messages"]
+    said = [[x.strip() for x in _strings(_texts(m.get("content")))] for m in messages]
     for n, message in enumerate(messages):
-        role, content = message["role"], message.get("content")
-        if role not in ("system", "developer") or _parts(content) == _parts(""):
+        if message["role"] in _TALK or not any(said[n]) or _is_in(said, said[n], text):
             continue
+        other = _OTHER if isinstance(message["content"], str) else _parts(_OTHER)
+        changed = [*messages[:n], {**message, "content": other}, *messages[n + 1 :]]
         try:
-            is_heard = _tells_apart(template, role, not isinstance(content, str))
+            found = render(template.name, template.source, variables | {"messages": changed}).text
         except (ParameterError, FormatError):  # perhaps for another reason
             continue
-        if not is_heard:
+        if found == text:
             raise ParameterError(
-                f"{OP}: messages[{n}] has role {role!r}, which {template.name} leaves out; let the "
-                "user say what it says"
+                f"{OP}: messages[{n}] has role {message['role']!r}, which {template.name} leaves "
+                "out; let the user say what it says"
             )
+
+
+def _texts(content: Any) -> Any:
+    """What a content says; of parts, their texts."""
+    return [part.get("text") for part in content] if isinstance(content, list) else content
+
+
+def _is_in(said: list[list[str]], texts: list[str], text: str) -> bool:
+    """Whether a prompt has texts as often as messages have them."""
+    return all(text.count(x) >= sum(x in y for other in said for y in other) for x in texts)
 
 
 def _rendered(template: _Template, variables: dict[str, Any]) -> Rendered:
@@ -164,7 +180,7 @@ def _rendered(template: _Template, variables: dict[str, Any]) -> Rendered:
         plain = render(name, source, variables)
         is_spelled = any(str(content) in plain.text for content in others if content)
         if not is_spelled and not (any(others) and _reads(template, parts=True) is False):
-            _check_heard(template, variables["messages"])
+            _check_heard(template, variables, plain.text)
             return plain
     except FormatError:
         texts = [{**message, "content": ""} for message in variables["messages"]]

@@ -73,6 +73,10 @@ FILL_IN = {
     *("<\uff5cfim\u2581begin\uff5c>", "<\uff5cfim\u2581hole\uff5c>", "<\uff5cfim\u2581end\uff5c>"),
 }
 
+# Control tokens that are parts of an answer: without them what a model thinks would read as what it
+# answers, and a call as text. Converters type as control what a tokenizer calls special.
+SHOWN = {"<think>", "</think>", "[THINK]", "[/THINK]", "<tool_call>", "</tool_call>"}
+
 
 def endings(tokens: list[str]) -> list[int]:
     """Ids of the tokens that end an answer by their text, whatever their types."""

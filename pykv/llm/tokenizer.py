@@ -15,6 +15,7 @@ from pykv.llm.token_types import (
     CONTROL,
     FILL_IN,
     NORMAL,
+    SHOWN,
     UNKNOWN,
     USER_DEFINED,
     Finder,
@@ -65,7 +66,8 @@ class Tokenizer:
         add_bos: whether `encode` puts BOS first when it is not told.
         vocab_size: number of tokens.
         control: finds control tokens, and the unknown one, in a text.
-        hidden_ids: tokens that are no part of a text: control tokens and the unknown one.
+        hidden_ids: tokens that are no part of a text: control tokens, but for those that mark
+            thoughts and calls, and the unknown one.
         suppressed_ids: tokens that the file wants in no answer.
     """
 
@@ -107,8 +109,9 @@ class Tokenizer:
             [*ends, *(i for i in named if i is not None), *self._ids(file, _EOS_IDS)]
         )
         self.suppressed_ids = self._ids(file, _SUPPRESSED)
-        self.hidden_ids = {i for i, kind in enumerate(types) if kind in (CONTROL, UNKNOWN)}
-        control = {self._tokens[i]: i for i in sorted(self.hidden_ids)}
+        special = [i for i, kind in enumerate(types) if kind in (CONTROL, UNKNOWN)]
+        self.hidden_ids = {i for i in special if self._tokens[i] not in SHOWN}
+        control = {self._tokens[i]: i for i in special}
         user_defined = {self._tokens[i]: i for i, kind in enumerate(types) if kind == USER_DEFINED}
         self._encoder = ENCODERS[name](file, self._tokens, types)
         add_bos = file.get("tokenizer.ggml.add_bos_token", self._encoder.add_bos, bool)
@@ -195,7 +198,7 @@ class Tokenizer:
 
         Args:
             ids: token ids.
-            skip_special: leave out control tokens and the unknown token.
+            skip_special: leave out control tokens and the unknown token, see `hidden_ids`.
             continues: the ids carry on an earlier text, so that a leading blank is a real one.
                 Matters to models that encode a text with one blank more in front.
 

@@ -23,7 +23,17 @@ from pykv.llm.sampling import SamplingParams
 from pykv.number_texts import whole_of
 from pykv.serve.constraints import Constraint, Grammars
 from pykv.serve.fields import ApiError, Fields, wrong
-from pykv.serve.tools import Rule, Tools, grammar, read_format, read_messages, read_tools
+from pykv.serve.tools import (
+    OPENING,
+    Dialect,
+    Rule,
+    Tools,
+    find_dialect,
+    grammar,
+    read_format,
+    read_messages,
+    read_tools,
+)
 
 log = logging.getLogger("pykv.serve")
 
@@ -61,9 +71,17 @@ _UNMET: dict[str, tuple[Any, str]] = {
     "chat_template": (None, ""),
     "documents": (None, "chat_template_kwargs"),
     "cache_salt": (None, ""),
+    **dict.fromkeys("enable_thinking thinking".split(), (None, "chat_template_kwargs")),
+    **dict.fromkeys("thinking_budget thinking_token_budget prompt_embeds".split(), (None, "")),
+    **dict.fromkeys("logits_processors custom_logit_processor lora_path".split(), (None, "")),
+    "logprob_token_ids": (None, "top_logprobs"),
+    "stop_regex": (None, "stop"),
+    "no_stop_trim": (False, ""),
     # llama.cpp's
     "grammar": (None, _FORMAT),
     "n_predict": (None, "max_tokens"),
+    "n_probs": (0, "logprobs"),
+    "lora": ([], ""),
     "repeat_penalty": (1, "repetition_penalty"),
     **dict.fromkeys("mirostat dry_multiplier xtc_probability dynatemp_range".split(), (0, "")),
     "typical_p": (1, ""),
@@ -111,8 +129,6 @@ class Protocol:
     def __init__(self, llm: LLM, names: list[str]) -> None:
         self.llm, self.names = llm, names
         self._template = template_of(llm.file, tools=False) or ""
-        of_tools = template_of(llm.file, tools=True) or ""
-        self._knows_tools = "tools" in of_tools and "<tool_call>" in of_tools
         self.grammars = Grammars(llm.tokenizer, llm.model.config.vocab)
 
     def chat(self, body: dict[str, Any]) -> Asked:
@@ -204,21 +220,40 @@ class Protocol:
 
     def _conversation(self, fields: Fields) -> tuple[Tools | None, Callable[[], list[int]]]:
         """The tools of a body, and a function that gives the token ids of its messages."""
-        messages = read_messages(fields, native=self._knows_tools)
-        tools = read_tools(fields, native=self._knows_tools)
+        variable, writes_calls = self._dialect
+        native = bool(variable)
+        messages = read_messages(fields, native=native, writes_calls=writes_calls)
+        tools = read_tools(fields, native=native)
         given = fields.take("chat_template_kwargs", dict, default={})
         own: dict[str, Any] = {}
         if tools is not None:
             messages = tools.instruct(messages)
-            own = {"tools": tools.given} if tools.native else own
-        if messages[0]["role"] == "system" and not self._takes_system:
-            messages = _by_the_user(messages)
+            own = {variable: tools.given} if tools.native else own
+        if any(message["role"] == "system" for message in messages):
+            messages = _by_the_user(messages, self._num_systems)
         return tools, partial(self._templated, "messages", messages, own, given)
 
     @cached_property
-    def _takes_system(self) -> bool:
-        """Whether the template takes a system message: Gemma's refuses one, others leave it out."""
-        talk = [{"role": role, "content": "Hi"} for role in ("system", "user")]
+    def _dialect(self) -> Dialect:
+        """How the template has tools; one whose calls have other marks than are read here counts as
+        one that knows none."""
+        if OPENING not in (template_of(self.llm.file, tools=True) or ""):
+            return Dialect()
+        return find_dialect(
+            lambda messages, given: chat_prompt(self.llm.file, messages, template_variables=given)
+        )
+
+    @cached_property
+    def _num_systems(self) -> int:
+        """Messages at the beginning that may be of the system: Gemma's template refuses one and
+        others leave it out, or all but the first message."""
+        if not self._takes("system", "user"):
+            return 0
+        return 2**31 if self._takes("system", "user", "assistant", "system", "user") else 1
+
+    def _takes(self, *roles: str) -> bool:
+        """Whether the template takes messages of these roles."""
+        talk = [{"role": role, "content": f"Hi {n}"} for n, role in enumerate(roles)]
         try:
             chat_prompt(self.llm.file, talk)
         except ParameterError:
@@ -385,14 +420,22 @@ def _reseeded(params: SamplingParams, choice: int) -> SamplingParams:
     return replace(params, seed=(params.seed + choice) % 2**64) if choice else params
 
 
-def _by_the_user(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Messages of which the user says what the system message does, as llama.cpp has it where a
-    template takes none."""
-    system, *others = messages
-    if not others or others[0]["role"] != "user":
-        return [system | {"role": "user"}, *others]
-    both = f"{system['content']}\n\n{others[0]['content']}"
-    return [others[0] | {"content": both}, *others[1:]]
+def _by_the_user(messages: list[dict[str, Any]], first: int) -> list[dict[str, Any]]:
+    """Messages of which the user says what system messages from `first` on do, as llama.cpp has it
+    where a template takes none. Turns of the user become one, as many templates want them to."""
+    made: list[dict[str, Any]] = []
+    was_system = False
+    for n, message in enumerate(messages):
+        is_system = n >= first and message["role"] == "system"
+        message = message | {"role": "user"} if is_system else message
+        is_turn = bool(made) and made[-1]["role"] == message["role"] == "user"
+        if is_turn and (is_system or was_system):
+            both = f"{made[-1]['content']}\n\n{message['content']}"
+            made[-1] = message | {"content": both}
+        else:
+            made.append(message)
+        was_system = is_system
+    return made
 
 
 def _prompts(given: Any) -> list[Any]:

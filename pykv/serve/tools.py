@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from pykv.errors import PykvError
 from pykv.serve.fields import Fields, loads, wrong
 
 OPENING, CLOSING = "<tool_call>", "</tool_call>"
@@ -34,15 +36,62 @@ class Call(NamedTuple):
     arguments: str
 
 
+# --- Templates ---
+
+
+class Dialect(NamedTuple):
+    """How a template has tools.
+
+    Attributes:
+        variable: the one that it lists them from; empty: it knows none.
+        writes_calls: it writes the calls of earlier answers; else their text must hold them.
+    """
+
+    variable: str = ""
+    writes_calls: bool = False
+
+
+def find_dialect(write: Callable[[list[dict[str, Any]], dict[str, Any]], str]) -> Dialect:
+    """How a template has tools, by what it makes of some. Their names in its code would not show
+    that it reads them: SmolLM3's lists `xml_tools`, and leaves calls out of what it repeats.
+
+    Args:
+        write: the prompt of messages and variables; raises PykvError where there is none.
+    """
+    listed, called, result = "zq_listed", "zq_called", "zq_result"
+    schema = {"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"]}
+    tool = {"name": listed, "description": "Does it.", "parameters": schema}
+    function = {"name": called, "arguments": {"a": "b"}}
+    call = {"id": "123456789", "type": "function", "function": function}
+    talk: list[dict[str, Any]] = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": result, "name": called, "tool_call_id": call["id"]},
+    ]
+    for variable in ("tools", "xml_tools"):
+        try:
+            text = write(talk, {variable: [{"type": "function", "function": tool}]})
+        except PykvError:
+            continue
+        reader = CallReader(Tools({called: schema}, [], False, True))
+        is_read = bool(reader.push(text, True)[1])
+        if listed in text and result in text and (is_read or text.count(called) == 0):
+            return Dialect(variable, is_read)
+    return Dialect()
+
+
 # --- Messages ---
 
 
-def read_messages(fields: Fields, *, native: bool) -> list[dict[str, Any]]:
+def read_messages(
+    fields: Fields, *, native: bool, writes_calls: bool = True
+) -> list[dict[str, Any]]:
     """The messages of a body, as templates have them.
 
     Args:
         fields: of the body.
         native: whether the template knows tools; else calls and results become text.
+        writes_calls: whether one that does writes calls; else they become text.
     """
     messages: list[dict[str, Any]] = []
     names: dict[str, str] = {}  # by id of a call: the function's name
@@ -61,9 +110,12 @@ def read_messages(fields: Fields, *, native: bool) -> list[dict[str, Any]]:
             call_id = message.take("tool_call_id", str, default="")
             made["tool_call_id"] = call_id
             made.setdefault("name", names.get(call_id, "the tool"))
-        if calls:
+        if calls and native and writes_calls:
             made["tool_calls"] = calls
-        made = made if native else _as_text(made)
+        elif calls:
+            made["content"] = _said(made["content"], calls, marked=native)
+        if role == "tool" and not native:
+            made = {"role": "user", "content": f"Result of {made['name']}: {made['content']}"}
         if behind_result and role == "tool" and not native:  # many templates want roles in turns
             messages[-1]["content"] += f"\n{made['content']}"
         else:
@@ -123,15 +175,11 @@ def _read_calls(message: Fields) -> list[dict[str, Any]]:
     return made
 
 
-def _as_text(message: dict[str, Any]) -> dict[str, Any]:
-    """A message for a template that knows no tools."""
-    if message["role"] == "tool":
-        return {"role": "user", "content": f"Result of {message['name']}: {message['content']}"}
-    message.pop("reasoning_content", None)
-    calls = [_prompt_json(call["function"]) for call in message.pop("tool_calls", [])]
-    if calls:
-        message["content"] = "\n".join([message["content"], *calls]).strip()
-    return message
+def _said(text: str, calls: list[dict[str, Any]], *, marked: bool) -> str:
+    """What an assistant has said, with the calls in it."""
+    each = [_prompt_json(call["function"]) for call in calls]
+    each = [f"{OPENING}\n{one}\n{CLOSING}" for one in each] if marked else each
+    return "\n".join([text, *each]).strip()
 
 
 def _prompt_json(value: dict[str, Any]) -> str:

@@ -199,6 +199,25 @@ def test_a_template_that_leaves_out_the_system_says_so(content):
         assert chat_prompt(heard, [{"role": role, "content": content}, user]) == "Be brief." * 2
 
 
+def test_a_message_in_the_midst_that_is_left_out():
+    """SmolLM3's template looks for a system message at the beginning alone."""
+    template = "{% if messages[0].role == 'system' %}{{ messages[0].content }}{% endif %}"
+    template += "{% for m in messages %}{% if m.role != 'system' %}[{{ m.content | trim }}]"
+    template += "{% endif %}{% endfor %}"
+    told, user = {"role": "system", "content": " Be brief.\n"}, {"role": "user", "content": "Hi"}
+    assert chat_prompt(template, [told, user]) == " Be brief.\n[Hi]"
+    for talk in ([told, user, told], [user, told], [user, {"role": "system", "content": "Hi"}]):
+        n = len(talk) - 1
+        with pytest.raises(ParameterError, match=f"messages.{n}. has role 'system', which the"):
+            chat_prompt(template, talk)
+    result = {"role": "tool", "content": "sunny"}
+    assert chat_prompt(template, [told, user, result]).endswith("[Hi][sunny]")
+    with pytest.raises(ParameterError, match="messages.2. has role 'tool', which the"):
+        chat_prompt(
+            template.replace("!= 'system'", "in ('user', 'assistant')"), [told, user, result]
+        )
+
+
 def test_usual_tokens_of_sentencepiece(tmp_path):
     """The same ones as the tokenizer takes where the file names none."""
     writer = library.GGUFWriter(tmp_path / "model.gguf", "llama")

@@ -316,6 +316,25 @@ def test_marks_of_gaps_are_control_tokens(path, kind, name):
     assert not t.stop_ids
 
 
+@pytest.mark.parametrize("kind", [3, 4])
+@pytest.mark.parametrize("name", ["<tool_call>", "</think>", "[THINK]"])
+def test_marks_of_thoughts_and_calls_are_shown(path, kind, name):
+    """Though a tokenizer may call them special; in a message they are letters then."""
+    tokens, types = [*BYTES, *MERGED, name], [1] * 264 + [kind]
+    t = build(path, "gpt2", tokens, merges=MERGES, token_type=types)
+    assert t.decode([264, 259]) == name + "hello" and not t.hidden_ids
+    assert t.encode(name, special=True) == [264]
+    assert (264 in t.encode(name)) == (kind == 4) and t.decode(t.encode(name)) == name
+
+
+def test_two_tokens_of_one_text(path):
+    """Gemma 4 has some: the last is what texts become, and both are what they are."""
+    tokens, types = [*BYTES, *MERGED, "<pad>", "hello", "<pad>"], [1] * 264 + [3, 1, 3]
+    t = build(path, "gpt2", tokens, merges=MERGES, token_type=types)
+    assert t.encode("<pad>hello", special=True) == [266, 265]
+    assert t.decode([264, 259, 266, 265]) == "hellohello" and t.hidden_ids == {264, 266}
+
+
 def test_the_unknown_token_is_one_where_control_tokens_are(path):
     tokens = [*BYTES, *MERGED, "<unk>"]
     t = build(path, "gpt2", tokens, merges=MERGES, token_type=[1] * 264 + [2])

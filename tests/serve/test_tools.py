@@ -337,6 +337,31 @@ def test_another_template_is_told_in_the_system_message(serve):
         assert text.endswith("[user:Hi][assistant:")
 
 
+# As SmolLM3's: tools have another name, and calls of earlier answers are left out.
+XML_TOOLS = "{% if xml_tools %}<tool_call>{{ xml_tools[:] | string }}{% endif %}" + PLAIN
+# As Qwen3-Coder's: between the marks stands something else than JSON.
+CODER = """{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}[{{ m.role }}:{{
+m.content }}{% for c in m.tool_calls or [] %}<tool_call><function={{ c.function.name }}></tool_call>
+{% endfor %}]{% endfor %}[assistant:"""
+# Tools are never read, though there is something like it in the code.
+PRETENDS = "{% if use_tools %}<tool_call>{% endif %}" + PLAIN
+
+
+@pytest.mark.parametrize("template", [XML_TOOLS, CODER, PRETENDS, TOOLS])
+def test_a_model_sees_the_tools_the_calls_and_the_results(serve, template):
+    """Once each, whatever the template makes of them, and a call as the model shall write one."""
+    seen, said = [], {CODER: CALL, PRETENDS: CALL}.get(template, MARKED)
+    client = serve(
+        lambda s: seen.append(client.server.llm.detokenize(s.prompt)) or said, template=template
+    )
+    (choice,) = client.ask(CHAT, messages=TALK, tools=[TIME, WEATHER])["choices"]
+    assert choice["finish_reason"] == "tool_calls"
+    (prompt,) = seen
+    assert prompt.count(TIME["function"]["description"]) == 1
+    assert prompt.count("sunny") == prompt.count(said) == prompt.count("[assistant:" + said) == 1
+    assert "function=" not in prompt
+
+
 NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
 
 
@@ -357,6 +382,33 @@ def test_a_template_without_system_messages_has_the_user_say_them(serve, head, f
     ).answers[0].sequence.prompt)  # fmt: skip
     assert prompt.startswith("[user:") and prompt.endswith("Hi][assistant:")
     assert ("Be brief." in prompt) == bool(system) and ("weather" in prompt) == bool(fields)
+
+
+FIRST_ALONE = "{% if messages[0].role == 'system' %}[first:{{ messages[0].content }}]{% endif %}"
+FIRST_REFUSES = """{% for m in messages[1:] if m.role == 'system' %}{{
+raise_exception('System messages come first') }}{% endfor %}"""
+
+
+@pytest.mark.parametrize("head", [FIRST_ALONE + DEAF, FIRST_REFUSES])
+def test_a_template_with_one_system_message_has_the_user_say_others(serve, head):
+    """Agents put reminders in the midst of a talk."""
+    say = [{"role": role, "content": role[0].upper() * 2} for role in ("system", "user")]
+    (system, user), hello = say, {"role": "assistant", "content": "AA"}
+    protocol = serve("x", template=head + PLAIN).server.protocol
+
+    def prompt(*talk):
+        (answer,) = protocol.chat({"messages": [*talk]}).answers
+        return protocol.llm.tokenizer.decode(answer.sequence.prompt)
+
+    first = prompt(system, user).removesuffix("[user:UU][assistant:")
+    assert first in ("[first:SS]", "[system:SS]")
+    told = "SS\n\nUU"
+    assert prompt(system, user, hello, system, user) == (
+        f"{first}[user:UU][assistant:AA][user:{told}][assistant:"
+    )
+    assert prompt(user, hello, system) == "[user:UU][assistant:AA][user:SS][assistant:"
+    assert prompt(user, system, hello) == "[user:UU\n\nSS][assistant:AA][assistant:"
+    assert prompt(system, system, user) == f"{first}[user:{told}][assistant:"
 
 
 def test_letters_of_any_script_stay_as_they_are(serve):

@@ -256,10 +256,21 @@ def convert_pages(
     in_place = spec.layout == out_spec.layout and heads is None and target_heads is None
     check_apart(op, *sides, in_place=in_place)
     views = heads_of(source, spec, heads), heads_of(target, out_spec, target_heads)
+    is_all = source_pages is None, target_pages is None
+    _convert(op, views, lists, is_all, dict(spec=spec, out_spec=out_spec, stream=stream))
+
+
+def _convert(
+    op: str, views: Any, lists: list[Any], is_all: tuple[bool, bool], options: dict[str, Any]
+) -> None:
+    """Convert listed pages of arrays [L, N, ...] of two caches; `is_all`: all of one, in order."""
     layers, ids = join_layers(views, lists)
-    from_ids = _beside(op, source.k, ids[0], source_pages is None, stream)
-    to_ids = _beside(op, target.k, ids[1], target_pages is None, stream)
-    options = dict(spec=spec, out_spec=out_spec, check=False, stream=stream)
+    stream = options["stream"]
+    from_ids, to_ids = (
+        _beside(op, side[0], at, known, stream)
+        for side, at, known in zip(views, ids, is_all, strict=True)
+    )
+    options |= dict(check=False)
     options |= dict(pages=from_ids, out_pages=to_ids)
     names = "k_pool v_pool k_scales v_scales k_out v_out k_out_scales v_out_scales".split()
     for arrays, outs in layers:
@@ -276,6 +287,25 @@ def _beside(op: str, array: Any, ids: Any, is_all: bool, stream: Any) -> Any:
     with cuda.on_stream(stream), cuda.beside(array):
         cuda.refuse_capture(op, cuda.UPLOADS)
         return load_cupy().asarray(ids)
+
+
+def move_known(source: Any, target: Any, source_pages: list[int], target_pages: list[int]) -> None:
+    """`copy_pages`, or `convert_pages` where specs differ, without their checks, which take longer
+    than a link takes for some MiB: of caches that fit, on one device, and pages that exist."""
+    lists = [np.array(pages) for pages in (source_pages, target_pages)]
+    if source.spec != target.spec:
+        specs = dict(spec=source.spec, out_spec=target.spec, stream=None)
+        views = [[getattr(side, name) for name in ARRAYS] for side in (source, target)]
+        _convert("pages.convert_pages", views, lists, (False, False), specs)
+        return
+    sides = [list(moving_arrays(side).values()) for side in (source, target)]
+    if not on_gpu(source.k):
+        for x, y in zip(*sides, strict=True):
+            y[:, target_pages] = x[:, source_pages]
+        return
+    places, to_places = map(places_of, sides, lists)
+    (src, sizes), (dst, _) = places.ranges(), to_places.ranges()
+    block_copy.vectorized_copy(src, dst, sizes)
 
 
 def host_pages(cache: Any, num_pages: int) -> Pages:

@@ -26,9 +26,8 @@ import numpy as np
 from pykv.arrays import load_cupy, on_gpu
 from pykv.errors import ParameterError
 from pykv.kinds import SCALE_DTYPES
-from pykv.ops import block_copy
-from pykv.page_arrays import ARRAYS, given_scales, moving_arrays, places_of
-from pykv.pages import Pages, convert_pages
+from pykv.page_arrays import ARRAYS, given_scales
+from pykv.pages import Pages, move_known
 from pykv.pool import PagedKVCache
 from pykv.specs import KVSpec
 
@@ -113,8 +112,7 @@ class Form:
     @staticmethod
     def put(source: Any, target: Any, ids: list[int], slots: list[int], places: Any = None) -> None:
         """Copy pages of a cache to others on its device, or convert them where specs differ."""
-        move = _copy if source.spec == target.spec else convert_pages
-        move(source, target, ids, slots)
+        move_known(source, target, ids, slots)
 
     take = put
 
@@ -122,20 +120,6 @@ class Form:
 def _steps(page: Sequence[int], dtype: Any) -> list[int]:
     """Strides, in bytes, of a page's contiguous array."""
     return [dtype.itemsize * prod(page[i:]) for i in range(1, len(page) + 1)]
-
-
-def _copy(source: Any, target: Any, ids: list[int], to_ids: list[int]) -> None:
-    """As pages.copy_pages, whose checks take longer than a link takes for these pages. Both are of
-    one cache."""
-    arrays, to_arrays = (list(moving_arrays(x).values()) for x in (source, target))
-    if not on_gpu(source.k):
-        for x, y in zip(arrays, to_arrays, strict=True):
-            y[:, to_ids] = x[:, ids]
-        return
-    (src, sizes), (dst, _) = (
-        places_of(side, np.array(at)).ranges() for side, at in ((arrays, ids), (to_arrays, to_ids))
-    )
-    block_copy.vectorized_copy(src, dst, sizes)
 
 
 def form_of(op: str, name: str, cache: PagedKVCache, codec: str) -> Form:

@@ -20,7 +20,7 @@ import numpy as np
 from pykv import transfer
 from pykv.arrays import load_cupy, on_gpu
 from pykv.pool import PagedKVCache
-from pykv.ranges import address_of
+from pykv.ranges import address_of, merge
 from pykv.tiers.coded import CodedForm
 from pykv.tiers.forms import Form
 
@@ -179,13 +179,13 @@ class Moves:
 
 
 def _over_link(way: str, source: Any, target: Any, ids: list[int], slots: list[int]) -> None:
-    """Copy rows [N, bytes] to others, on CuPy's current stream."""
+    """Copy rows [N, bytes] to others, on CuPy's current stream; neighbours as one."""
     nbytes = source.shape[1]
     src, dst = (
         np.uint64(address_of(x)) + np.array(at, np.uint64) * np.uint64(nbytes)
         for x, at in ((source, ids), (target, slots))
     )
-    transfer.memcpy_batch(src, dst, nbytes, direction=way)
+    transfer.memcpy_batch(*merge(src, dst, nbytes), direction=way)
 
 
 def _timed(move: Callable[..., None], *args: Any) -> Moved:

@@ -24,7 +24,7 @@ STEPS = {
     CodedForm: ("put", "take"),
     DiskTier: ("__contains__", "read", "write", "note"),
     Fetch: ("advance", "join", "send"),
-    forms: ("_copy", "convert_pages"),
+    forms: ("move_known",),
     HostTier: ("claim", "find_first"),
     Moved: ("join", "wait"),
     Moves: ("out", "back", "outs"),

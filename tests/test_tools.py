@@ -674,6 +674,15 @@ RECORDS = {
         | {"share": 0.5, "flops": 2 * T * 8192 * 2048}
         for kind, T, by, us in (("Q4_K", 1, "own", 6.0), ("F16", 512, "cublas", 50.0))
     ],
+    "mailbox": [made(15.22, bench="mailbox", n=2048, trips=10) | {"facts": {"least_us": 14.0}}],
+    "tier_moves": [
+        made(us, bench="tier_moves", **case) | {"share": share, "gbps": 50.0, "facts": facts}
+        for us, share, facts, case in (
+            (20000.0, 0.9, {}, dict(shape="8b", tokens=8192, op="host", codec="int8")),
+            (5000.0, None, None, dict(op="look", pages=10_000)),
+            (3000.0, None, dict(slower=0.01), dict(shape="8b", op="spill", model="1b", pages=4)),
+        )
+    ],
     "serve": [
         made(1e6, bench="serve", **SERVED, clients=clients, requests=requests) | {"facts": facts}
         for clients, requests, facts in (
@@ -769,6 +778,14 @@ def test_tables_by_hand(project, capsys):
         "| --- | --- | --- | --- | --- |",
         "| m | 1 x 8,000 | 200 (40 %) | 250 |  |",
         "| m | prompt of 512 | 256,000 |  |  |",
+        "| floats | time | least |",
+        "| --- | --- | --- |",
+        "| 2,048 | 15.2 | 14.0 |",
+        "| what | ms | GB/s | beside |",
+        "| --- | --- | --- | --- |",
+        "| 8,192 tokens of 8b from host, int8 | 20.00 | 50.0 | 90 % of the link |",
+        "| 10,000 pages looked up | 5.00 |  |  |",
+        "| a step of 1b while 4 pages fall | 3.00 |  | 1.0 % slower |",
         "| model | clients | requests | prompt | shared | answer | tokens/s | first | between "
         "| offline | mixed | behind |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",

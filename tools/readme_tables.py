@@ -167,6 +167,8 @@ SECTIONS = [
     ("Stored weights", "pykv bench linear", "linear", system_tables.products, None),
     ("Whole models", "pykv bench model", "model", system_tables.models, None),
     ("A step in one launch", "pykv bench persistent", "persistent", system_tables.programs, None),
+    ("The ring", "pykv bench mailbox", "mailbox", system_tables.rings, None),
+    ("Tiers", "pykv bench tier_moves", "tier_moves", system_tables.tier_moves, None),
     ("The server", "pykv bench serve", "serve", system_tables.servers, None),
     ("The server's engine", "pykv bench engine", "engine", system_tables.engine_steps, None),
     ("Host time of a call", "pykv bench calls", "calls", tables.host_times, None),

@@ -223,6 +223,44 @@ def programs(records):
     return text, head, _times(found, ways)
 
 
+def rings(records):
+    """What the host waits for a kernel that stays on the GPU."""
+    rows = [
+        [f"{one['case']['n']:,}", f"{one['median']:.1f}", f"{one['facts']['least_us']:.1f}"]
+        for one in own(records, "mailbox")
+    ]
+    text = (
+        "Microseconds from a command of the host, from Python, until it has the result, of jobs of "
+        "so many floats. Aim: 4."
+    )
+    return text, ["floats", "time", "least"], rows
+
+
+def tier_moves(records):
+    """What a prefix takes to come back from a tier, and what pages that fall cost a step."""
+    rows = []
+    for one in own(records, "tier_moves"):
+        case, facts = one["case"], one.get("facts") or {}
+        what = f"{case.get('pages', 0):,} pages looked up"
+        share = rate = ""
+        if case["op"] == "spill":
+            what = f"a step of {case['model']} while {case['pages']} pages fall"
+            share = f"{100 * facts['slower']:.1f} % slower"
+        elif case["op"] != "look":
+            what = (
+                f"{case['tokens']:,} tokens of {case['shape']} from {case['op']}, {case['codec']}"
+            )
+            rate = f"{one['gbps']:.1f}"
+            share = f"{100 * one['share']:.0f} % of the link" if one["share"] else ""
+        rows.append([what, f"{one['median'] / 1e3:.2f}", rate, share])
+    text = (
+        "Milliseconds by the clock, until pages are there, and GB/s of what they are in the cache, "
+        "codes or not. Aims for tokens from\nhost memory: 90 % of the link, with int8 1.7 times "
+        "the rate without; 5 ms for 10,000 pages; steps at most 5 % slower."
+    )
+    return text, ["what", "ms", "GB/s", "beside"], rows
+
+
 def servers(records):
     """What clients of `pykv serve` see."""
     rows = []

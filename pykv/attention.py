@@ -253,8 +253,7 @@ def masked_scores(
     T, HQ, D = q.shape
     H = k.shape[1]
     grouped = q.reshape(T, H, HQ // H, D).transpose(1, 2, 0, 3).reshape(H, -1, D)
-    values = (grouped @ k.transpose(1, 2, 0)).reshape(H, -1, T, len(k))
-    values *= scores.scale
+    values = _products(grouped, k.transpose(1, 2, 0), scores.scale).reshape(H, -1, T, len(k))
     if scores.logits_soft_cap is not None:
         values = np.tanh(values / scores.logits_soft_cap) * scores.logits_soft_cap
     behind = np.arange(T - 1, -1, -1)[:, None] * scores.causal
@@ -271,6 +270,19 @@ def masked_scores(
         bits = tree[:, None] >> branch.astype(np.uint64) & np.uint64(1)
         seen = np.where(key < length - T, seen, bits.astype(bool))
     np.copyto(values, -np.inf, where=~seen)
+    return values
+
+
+_LARGE = 2.0**12  # scores whose last places in float32 tell in their exponentials
+
+
+def _products(q: Any, k: Any, scale: float) -> Any:
+    """q @ k times scale, in float64 where some are large: BLAS adds the products of equal keys in
+    orders that differ by where they stand."""
+    values = q @ k
+    values *= scale
+    if values.dtype == np.float32 and values.size and max(values.max(), -values.min()) > _LARGE:
+        return q.astype(np.float64) @ k.astype(np.float64) * scale
     return values
 
 

@@ -92,6 +92,7 @@ def _peer(by: str, x: Any, threshold: float, want: Any, moved: int, xp: Any) -> 
             result = torch.masked_select(given, given.abs() > threshold)
 
     def check() -> bool:
+        xp.cuda.Device().synchronize()  # torch's current stream need not be CuPy's
         return len(result) == len(want) and bool((xp.from_dlpack(result) == want).all())
 
     return Work(run, check, moved, ceiling="copy")

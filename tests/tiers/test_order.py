@@ -37,8 +37,8 @@ class Event:
 
 
 class Form:
-    """Notes pieces of work on the current stream: what it does, in which piece of staging memory,
-    and all that is over before."""
+    """Notes pieces of work on the current stream: what it does, in which piece of rows of the
+    device, and all that is over before."""
 
     nbytes = 8
 
@@ -49,7 +49,8 @@ class Form:
         return "rows"
 
     def staging(self, cache, count):
-        return object()
+        piece = object()
+        return piece, piece
 
     def _note(self, name, memory):
         stream = Stream.within[-1]
@@ -62,9 +63,8 @@ class Form:
     def take(self, source, target, *places):
         self._note("take", source)
 
-    def copy(self, source, target, *places):
-        is_down = target == "rows"
-        self._note("down" if is_down else "up", source if is_down else target)
+    def over_link(self, way, source, target, *places):
+        self._note(*{"d2h": ("down", source), "h2d": ("up", target)}[way])
 
 
 @pytest.fixture
@@ -75,7 +75,9 @@ def form(monkeypatch):
     cuda = SimpleNamespace(Stream=Stream, Event=Event, get_current_stream=lambda: Stream.within[-1])
     monkeypatch.setattr(moves, "load_cupy", lambda: SimpleNamespace(cuda=cuda))
     monkeypatch.setattr(moves, "on_gpu", lambda x: True)
-    return Form()
+    form = Form()
+    monkeypatch.setattr(moves, "_over_link", form.over_link)
+    return form
 
 
 def made(form):
@@ -90,7 +92,7 @@ def before(form, name, of):
     ]
 
 
-def test_pieces_of_staging_memory_take_turns(form):
+def test_pieces_take_turns(form):
     """None is written to before it was copied from; each copy comes behind what filled it."""
     each = made(form)
     for n in range(4):

@@ -34,6 +34,7 @@ from pykv.serve.tools import (
     read_messages,
     read_tools,
 )
+from pykv.serve.unmet import IGNORED, refuse_unmet
 
 log = logging.getLogger("pykv.serve")
 
@@ -42,51 +43,6 @@ MAX_TOP_LOGPROBS = 20
 MAX_STOPS = 16  # stop strings, of MAX_STOP characters each
 MAX_STOP = 256
 MAX_IDS = 1024  # of logit_bias, and of stop_token_ids: each step looks at all of them
-_FORMAT = "response_format"
-# Fields that OpenAI's clients may send and that have no effect here.
-_IGNORED = """
-    user store metadata service_tier safety_identifier prompt_cache_key reasoning_effort verbosity
-""".split()
-# Fields that ask for an answer of another sort than is given here: the value of each that asks for
-# nothing, and the field that does what it asks for. An answer without that would not look wrong.
-_UNMET: dict[str, tuple[Any, str]] = {
-    # OpenAI's
-    "functions": ([], "tools"),
-    "function_call": (None, "tool_choice"),
-    "web_search_options": (None, ""),
-    # vLLM's and SGLang's
-    **dict.fromkeys(("guided_json", "structured_outputs", "json_schema"), (None, _FORMAT)),
-    **dict.fromkeys("guided_choice guided_regex guided_grammar".split(), (None, _FORMAT)),
-    **dict.fromkeys("structural_tag regex ebnf".split(), (None, _FORMAT)),
-    "bad_words": ([], "logit_bias"),
-    "allowed_token_ids": (None, "logit_bias"),
-    "use_beam_search": (False, ""),
-    "length_penalty": (1, ""),
-    "include_stop_str_in_output": (False, ""),
-    "skip_special_tokens": (True, ""),
-    "prompt_logprobs": (None, ""),
-    "truncate_prompt_tokens": (None, ""),
-    "add_generation_prompt": (True, "chat_template_kwargs"),
-    "continue_final_message": (False, ""),
-    "chat_template": (None, ""),
-    "documents": (None, "chat_template_kwargs"),
-    "cache_salt": (None, ""),
-    **dict.fromkeys("enable_thinking thinking".split(), (None, "chat_template_kwargs")),
-    **dict.fromkeys("thinking_budget thinking_token_budget prompt_embeds".split(), (None, "")),
-    **dict.fromkeys("logits_processors custom_logit_processor lora_path".split(), (None, "")),
-    "logprob_token_ids": (None, "top_logprobs"),
-    "stop_regex": (None, "stop"),
-    "no_stop_trim": (False, ""),
-    # llama.cpp's
-    "grammar": (None, _FORMAT),
-    "n_predict": (None, "max_tokens"),
-    "n_probs": (0, "logprobs"),
-    "lora": ([], ""),
-    "repeat_penalty": (1, "repetition_penalty"),
-    **dict.fromkeys("mirostat dry_multiplier xtc_probability dynatemp_range".split(), (0, "")),
-    "typical_p": (1, ""),
-    "top_n_sigma": (-1, ""),
-}
 # Schemas, for the description of bodies, of fields that functions below check.
 _STOP: dict[str, Any] = dict(minLength=1, maxLength=MAX_STOP)
 _STOPS = _STOP | dict(maxItems=MAX_STOPS, items={"type": "string", **_STOP})
@@ -186,7 +142,7 @@ class Protocol:
         """A body of /tokenize: a prompt, or messages."""
         fields = self._begin(body)
         param = "prompt" if fields.take("messages") is None else "messages"
-        self._refuse_unmet(fields)
+        refuse_unmet(fields)
         if param == "messages":
             ids = self._conversation(fields)[1]()
         else:
@@ -264,7 +220,7 @@ class Protocol:
 
     def _begin(self, body: dict[str, Any]) -> Fields:
         fields = Fields(body)
-        fields.ignore(*_IGNORED)
+        fields.ignore(*IGNORED)
         model = fields.take("model", str)
         if model is not None:
             self.check_model(model)
@@ -296,7 +252,7 @@ class Protocol:
             raise wrong("ignore_eos", True, "false beside tools or a response_format")
         if rule is not None and params.min_tokens:  # a grammar may allow nothing but the end
             raise wrong("min_tokens", params.min_tokens, "0 beside tools or a response_format")
-        self._refuse_unmet(fields)
+        refuse_unmet(fields)
         self._note_unknown(fields)
         constraint = self._constraint(rule)
 
@@ -399,14 +355,6 @@ class Protocol:
         except PykvError as error:
             code = codes.get(type(error))
             raise ApiError(400, str(error), param=param, code=code) from None
-
-    def _refuse_unmet(self, fields: Fields) -> None:
-        for name, (nothing, instead) in _UNMET.items():
-            value = fields.take(name, enum=[nothing, None])
-            if value is not None and value != nothing:
-                expected = "none" if nothing is None else f"{nothing!r}, or none"
-                why = f"{instead} does what runs here" if instead else "it does not run here"
-                raise wrong(name, value, f"{expected}: {why}")
 
     def _note_unknown(self, fields: Fields) -> None:
         new = {name[:40] for name in fields.unknown} - _LOGGED

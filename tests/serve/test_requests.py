@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from pykv.errors import CapacityError, NumberError
-from pykv.serve import connection, front, protocol
+from pykv.serve import connection, front, protocol, unmet
 from tests.serve.conftest import PLAIN
 
 USER = [{"role": "user", "content": "Hi"}]
@@ -144,10 +144,10 @@ def test_wrong_values_are_refused_by_name(one, path, param, fields):
     assert error["param"] == param and error["message"]
 
 
-@pytest.mark.parametrize("name", protocol._UNMET)
+@pytest.mark.parametrize("name", unmet.UNMET)
 def test_what_does_not_run_is_refused(one, name):
     """A client that asks for a grammar, for one, would take any text for what follows it."""
-    nothing, instead = protocol._UNMET[name]
+    nothing, instead = unmet.UNMET[name]
     for path, given in ((CHAT, {"messages": USER}), (TEXT, {"prompt": "x"})):
         status, error = one.refused(path, **given, **{name: {"a": 1}})
         assert status == 400 and error["param"] == name

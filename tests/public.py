@@ -123,6 +123,7 @@ UNCHECKED = """
     kvtc.coder.pack_fields kvtc.coder.unpack_fields
     layout.Layout layout.BlockShape plan.base.Preference pages.Pages
     layout.check_layout layout.check_pair layout.check_shape ops.block_linear.product
+    pages.move_known
     ops.activation.launch_gated ops.kvtc_blocks.Blocks.check_apart
     ops.kvtc_blocks.Blocks.check_writeable
     eval.changes.Kept eval.changes.changed eval.changes.check_job eval.changes.check_llm

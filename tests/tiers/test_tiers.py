@@ -418,7 +418,7 @@ def test_kvtc_of_nobody_is_refused(tmp_path):
 
 
 def test_a_codec_makes_pages_smaller(tmp_path):
-    """Parts of a page begin at multiples of 128 bytes."""
+    """Parts of a layer begin at multiples of 16 bytes, layers at those of 128."""
     host = World(head_dim=64, host="10KB:int8").tiers
     both = World(head_dim=64, host="10KB", disk=f"{tmp_path}:1MB:int8").tiers
     assert host._rows[0].form.nbytes == both._rows[0].file_form.nbytes == 2 * (2 * P * 64 + 128)

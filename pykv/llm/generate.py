@@ -110,9 +110,9 @@ class LLM:
             codes, of a tier or a session.
 
     Calls may come from several threads: their sequences are decoded as one batch, of which each
-    step is done by one of the threads under a lock. A step has up to 512 tokens, with one of each
-    answer; on a GPU a step of prompts alone has up to 2,048. A stream goes on while other calls
-    step. `stats` are of all since the call that began last.
+    step is done by one of the threads under a lock. A step has up to 512 tokens, on a GPU up to
+    2,048, with one of each answer. A stream goes on while other calls step. `stats` are of all
+    since the call that began last.
     Sources: GGUF, vLLM's paged attention.
     """
 

@@ -17,8 +17,9 @@ from pykv.llm.config import Config
 from pykv.llm.gguf import ModelFile
 from pykv.specs import KVSpec
 
-# On a GPU a step of prompts alone has as many tokens as both bounds allow, and never fewer than one
-# beside answers: products of more tokens are faster, and a prompt needs fewer launches.
+# On a GPU a step has as many tokens as both bounds allow, and never fewer than one on the host:
+# products of more tokens are faster, a prompt needs fewer launches, and answers, which wait for
+# each step, fewer passes over the weights meanwhile.
 STEP_TOKENS = 2048
 STEP_BYTES = 384 << 20
 _ROOT = Path("/")
@@ -76,7 +77,7 @@ def step_bytes(config: Config, tokens: int) -> int:
 
 
 def most_tokens(config: Config, xp: Any) -> int:
-    """Limit of tokens of a step of prompts alone."""
+    """Limit of tokens of a step."""
     few = steps.PREFILL_TOKENS
     tokens = few if xp is np else STEP_TOKENS
     while tokens > few and step_bytes(config, tokens) > STEP_BYTES:

@@ -108,8 +108,8 @@ class ModelRunner:
 
     @property
     def most(self) -> int:
-        """Tokens of a step without answers, at most; where eviction asks for their queries of all
-        layers, which take more memory than activations, as many as beside answers."""
+        """Tokens of a step, at most; fewer where eviction asks for their queries of all layers,
+        which take more memory than activations."""
         if self._evictor is not None and (self._evictor.asked or self._evictor.sums):
             return steps.PREFILL_TOKENS
         return memory.most_tokens(self.model.config, self.xp)

@@ -1,7 +1,6 @@
 """Which tokens a step computes: continuous batching over a paged cache.
 
-A step decodes a token of every answer and fills what is left of its tokens with pieces of prompts;
-one without answers, for which nobody waits between two tokens, may have more.
+A step decodes a token of every answer and fills what is left of its tokens with pieces of prompts.
 Sequences come and go between any two steps, first come first served. They get pages one by one;
 where none is left the youngest gives up its own, waits in its old place, and is computed again from
 its prompt and its answer so far. Pages that a tier has come back while others are computed. No
@@ -187,8 +186,7 @@ class Scheduler:
             held_back = self._admit(changed)
             decoding = [s for s in self.running if s.decodes and not s.finish_reason]
             if len(decoding) < len(self.running):
-                most = steps.PREFILL_TOKENS - len(decoding) if decoding else self._runner.most
-                pieces = self._pieces(most, held_back)
+                pieces = self._pieces(self._runner.most - len(decoding), held_back)
             if not (decoding or pieces or self._see_fetches(wait=True)):
                 return
         if decoding:

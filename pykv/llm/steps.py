@@ -6,7 +6,7 @@ from typing import Protocol
 
 from pykv.llm.sequence import Sequence
 
-PREFILL_TOKENS = 512  # tokens at most of a step that has answers, who wait for it
+PREFILL_TOKENS = 512  # tokens at most of a step on the host, and where all its queries are kept
 
 Piece = tuple[Sequence, int]  # a sequence, and how many of its due tokens a step computes
 
@@ -18,7 +18,7 @@ class Runner(Protocol):
 
     Attributes:
         last: tokens at the end of a prompt that are computed in one step.
-        most: tokens of a step without answers, at most.
+        most: tokens of a step, at most.
     """
 
     last: int

@@ -19,7 +19,7 @@ from tests.llm import tiny
 from tests.llm.test_model import greedy
 
 P, VOCAB = 4, 11
-BUDGET, LONG = 10, 27  # tokens of a step with answers, and without
+FEW, MOST = 10, 27  # tokens of a page at most that a step computes whole, and of a step
 END = 0
 
 
@@ -51,7 +51,7 @@ class Fake:
     """A cache and a runner in one."""
 
     def __init__(self, pages, last, most_ahead=1):
-        self.manager, self.last, self.most = BlockManager(pages, P), last, LONG
+        self.manager, self.last, self.most = BlockManager(pages, P), last, MOST
         self.most_ahead = most_ahead
         self.states = {}  # the state that each slot holds
         self.computed = 0  # tokens of all steps
@@ -276,8 +276,7 @@ class World:
                 self.end(s)
         for s in set(self.live) - set(changed):
             assert len(s.generated) == before[s] and not s.finish_reason
-        most = BUDGET if fake.step_answers else LONG
-        assert fake.step_tokens <= max(most, len(before) + max(P, fake.last))
+        assert fake.step_tokens <= max(MOST, len(before) + max(P, fake.last))
         if before:  # some have a token more, or a prompt is nearer to its end, or somebody stopped
             assert changed or fake.computed > computed or self.tiers and self.tiers.came > came
         self.check()
@@ -314,7 +313,7 @@ class World:
 
 @pytest.fixture(autouse=True)
 def small_steps(monkeypatch):
-    monkeypatch.setattr(steps, "PREFILL_TOKENS", BUDGET)
+    monkeypatch.setattr(steps, "PREFILL_TOKENS", FEW)
 
 
 def some_prompt(choice):
@@ -448,18 +447,18 @@ def test_a_shared_prefix_is_computed_once():
         assert [s.reused for s in sequences] == [0] + [len(start)] * (len(sequences) - 1)
 
 
-def test_steps_without_answers_are_longer():
-    """A prompt that comes beside an answer does not keep it waiting for more than BUDGET."""
+def test_answers_and_prompts_share_a_step():
+    """A prompt that comes beside an answer does not keep it waiting for more than a step."""
     world = World(100, prefix_cache=False)
-    fake, first, second = world.fake, world.make([1] * 60, 9), world.make([2] * 40, 3)
+    fake, first, second = world.fake, world.make([1] * 60, 9), world.make([2] * 60, 3)
     world.add(first)
-    for tokens in (LONG, LONG, 60 - 2 * LONG):
+    for tokens in (MOST, MOST, 60 - 2 * MOST):
         world.step()
         assert (fake.step_answers, fake.step_tokens) == (0, tokens)
     world.add(second)
-    for _ in range(4):
+    for tokens in (MOST, MOST):
         world.step()
-        assert (fake.step_answers, fake.step_tokens) == (1, BUDGET)
+        assert (fake.step_answers, fake.step_tokens) == (1, tokens)
     world.finish()
 
 

@@ -242,7 +242,8 @@ __device__ __forceinline__ void logprobs_tile(DrawShared& shared, const Logprobs
             const u64 other = keys[i / most * p.K + i % most];
             if (other < last) key = max(key, other);
         }
-        last = block_peak(key, n % 2 ? shared.next_of_warps : shared.of_warps);
+        last = block_peak(key, shared.of_warps);
+        __syncthreads();  // all have read the warps' keys
         if (threadIdx.x == 0) {
             const int token = last ? index_of(last) : -1;
             out[1 + n] = (u32)token;

@@ -187,38 +187,26 @@ struct StoredRows {
 template <typename K, typename Source>
 __device__ __forceinline__ void stage(float* staged, float (&squares)[ROWS], const Source& x,
                                       const float* norm, int t0, int T, int i0, int I, int parts) {
-    // Steps that a thread loads together; before sm_80 codes of weights take the registers.
-    constexpr int STEP = BLOCK * 4, MOST = __CUDA_ARCH__ >= 800 ? BLOCK / 128 / ROWS : 1;
-    constexpr int AT_ONCE = MOST > 1 ? MOST : 1;
-#pragma unroll 1
-    for (int first = threadIdx.x * 4; first < parts * SLICE; first += AT_ONCE * STEP) {
-        float values[AT_ONCE][ROWS][4], factors[AT_ONCE][4];
+    for (int at = threadIdx.x * 4; at < parts * SLICE; at += BLOCK * 4) {
+        const int i = min(i0 + at, I - 4);
+        float values[ROWS][4], factors[4];
+        if (norm) load4(factors, norm + i);
 #pragma unroll
-        for (int n = 0; n < AT_ONCE; n++) {
-            const int i = min(i0 + first + n * STEP, I - 4);
-            if (norm) load4(factors[n], norm + i);
+        for (int r = 0; r < ROWS; r++) x.load(values[r], min(t0 + r, T - 1), i);
+        float* slice = staged + at / SLICE * (ROWS * SLICE_WORDS);
 #pragma unroll
-            for (int r = 0; r < ROWS; r++) x.load(values[n][r], min(t0 + r, T - 1), i);
-        }
+        for (int r = 0; r < ROWS; r++) {
+            float of_row[4];
 #pragma unroll
-        for (int n = 0; n < AT_ONCE; n++) {
-            const int at = first + n * STEP;
-            if (at >= parts * SLICE) break;
-            float* slice = staged + at / SLICE * (ROWS * SLICE_WORDS);
-#pragma unroll
-            for (int r = 0; r < ROWS; r++) {
-                float of_row[4];
-#pragma unroll
-                for (int j = 0; j < 4; j++) {
-                    of_row[j] = i0 + at < I ? values[n][r][j] : 0.0f;
-                    if (norm) {
-                        const float nothing = of_row[j] * 0.0f;  // NaN of infinities
-                        squares[r] = fmaf(of_row[j], of_row[j], squares[r] + nothing);
-                        of_row[j] *= factors[n][j];
-                    }
+            for (int j = 0; j < 4; j++) {
+                of_row[j] = i0 + at < I ? values[r][j] : 0.0f;
+                if (norm) {
+                    const float nothing = of_row[j] * 0.0f;  // NaN of infinities
+                    squares[r] = fmaf(of_row[j], of_row[j], squares[r] + nothing);
+                    of_row[j] *= factors[j];
                 }
-                Digits<K>::put(slice + r * SLICE_WORDS, at % SLICE, of_row);
             }
+            Digits<K>::put(slice + r * SLICE_WORDS, at % SLICE, of_row);
         }
     }
 }

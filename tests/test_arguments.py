@@ -67,7 +67,6 @@ UNREAD = {"page_table": 3}  # an entry past the length of its sequence
 NOT_FOLLOWED = {  # entries that calls write, copy or cut off, or that another check has passed
     "ops.compaction.compress": "indices",
     "ops.contiguous_append.append": "lengths",
-    "ops.block_choice.choose": "page_table",
     "ops.block_scores.score": "lengths",
     "ops.page_table.from_lists": "indices",
     "ops.paged_check.check_positions": "indptr",

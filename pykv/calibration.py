@@ -108,8 +108,8 @@ def keep_pair(pair: Pair, table: Table) -> Table:
 # --- The file -------------------------------------------------------------------------------------
 
 # What reading figures may raise where the file is missing, or holds whatever JSON can.
-DAMAGED = (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
-DAMAGED += (RecursionError,)  # of thousands of nested brackets
+DAMAGED: tuple[type[Exception], ...] = (OSError, ValueError, TypeError, LookupError, AttributeError)
+DAMAGED += (ArithmeticError, RecursionError)  # of long numbers, and thousands of nested brackets
 
 VERSION = 1  # part of the file's name: to be raised when what is measured changes
 

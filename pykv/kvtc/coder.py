@@ -179,7 +179,11 @@ def _check(name: str, widths: Any, **arrays: Any) -> tuple[int, ...]:
 
 
 def check_steps(op: str, **steps: Any) -> None:
-    """Check steps of the host, arrays [C] by their names.
+    """Check steps of the host.
+
+    Args:
+        op: for messages.
+        steps: arrays [C], by their names.
 
     Raises:
         ParameterError: one is no positive finite number.

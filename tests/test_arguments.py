@@ -12,7 +12,7 @@ import pytest
 
 import pykv
 from pykv import cuda
-from pykv.arrays import FLOATS
+from pykv.arrays import FLOATS, INTS
 from pykv.errors import CapacityError, DeviceError, DtypeError, ParameterError, PykvError
 from pykv.eviction import Streaming, evict
 from pykv.eviction.block_selection import BlockSelection
@@ -113,6 +113,26 @@ def test_numbers_at_the_ends_of_their_kind_give_no_warnings(name):
                 new[argument].reshape(-1)[places] = value
                 error, _ = outcome(function, new)
                 assert error is None or isinstance(error, PykvError), (argument, value, error)
+
+
+@pytest.mark.parametrize("name", WITH_CONTENTS)
+def test_prepared_calls_look_at_entries_again(name):
+    """On the host always: they raise what a plain call does."""
+    function, given = with_outputs(name, np)
+    try:
+        call = pykv.prepare(function, **given)
+    except PykvError:  # it cannot be prepared
+        return
+    for argument, x in given.items():
+        if not is_array(x) or x.dtype not in INTS or argument in OUTPUTS:
+            continue
+        for i, right in enumerate(x.reshape(-1).tolist()):
+            for wrong in (MOST, -1, -MOST - 1):
+                x.flat[i] = wrong
+                plain, _ = outcome(function, given)
+                again, _ = outcome(call, {})
+                x.flat[i] = right
+                assert (type(again), str(again)) == (type(plain), str(plain)), (argument, i, wrong)
 
 
 @pytest.mark.parametrize("name", ["append_decode", "append_ragged", "append_indexed"])

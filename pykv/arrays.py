@@ -36,9 +36,13 @@ def is_array(x: Any) -> bool:
 
 
 def is_numpy(x: Any) -> bool:
-    """Whether an object is a NumPy array. Masked arrays and matrices are none: they compute by
-    rules of their own."""
-    return isinstance(x, np.ndarray) and not isinstance(x, np.ma.MaskedArray | np.matrix)
+    """Whether an object is a NumPy array. Masked arrays, matrices and classes that replace NumPy's
+    functions, such as quantities with a unit, are none: they compute by rules of their own."""
+    return (
+        isinstance(x, np.ndarray)
+        and not isinstance(x, np.ma.MaskedArray | np.matrix)
+        and type(x).__array_ufunc__ is np.ndarray.__array_ufunc__
+    )
 
 
 def not_an_array(op: str, name: str, x: Any) -> DtypeError:

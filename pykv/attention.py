@@ -126,9 +126,9 @@ def _check_options(op: str, dims: Dims, has_tree: bool, options: tuple[Any, ...]
 _MOST, _LEAST_CAP = 1e15, 1e-5
 
 
-def check_scale(op: str, scale: float) -> float:
+def check_scale(op: str, scale: float, name: str = "scale") -> float:
     """Check a factor of q.k, and return it as a float."""
-    return check_number(op, "scale", scale, least=-_MOST, most=_MOST)
+    return check_number(op, name, scale, least=-_MOST, most=_MOST)
 
 
 def check_cap(op: str, logits_soft_cap: float) -> float:

@@ -107,6 +107,10 @@ def keep_pair(pair: Pair, table: Table) -> Table:
 
 # --- The file -------------------------------------------------------------------------------------
 
+# What reading figures may raise where the file is missing, or holds whatever JSON can.
+DAMAGED: tuple[type[Exception], ...] = (OSError, ValueError, TypeError, LookupError, AttributeError)
+DAMAGED += (ArithmeticError, RecursionError)  # of long numbers, and thousands of nested brackets
+
 VERSION = 1  # part of the file's name: to be raised when what is measured changes
 
 
@@ -118,7 +122,7 @@ def load(ways: Iterable[str], pair: Pair | None = None) -> Table | None:
         directions = BETWEEN if pair else DIRECTIONS
         names = dict.fromkeys([*ways, *(read[BETWEEN[0]] if pair else ())])
         return {where: {name: _sound(read[where][name]) for name in names} for where in directions}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except DAMAGED:
         return None
 
 
@@ -128,9 +132,10 @@ def _sound(read: Any) -> Cells:
         int(size): {int(count): float(us) for count, us in row.items()}
         for size, row in read.items()
     }
-    times = [us for row in cells.values() for us in row.values()]
-    if not (cells and all(cells.values()) and all(0 < us < math.inf for us in times)):
-        raise ValueError("a time is missing, or none that a clock shows")
+    rows = cells.values()
+    numbers = [*cells, *(x for row in rows for pair in row.items() for x in pair)]
+    if not (cells and all(rows) and all(0 < x < math.inf for x in numbers)):
+        raise ValueError("a size, count or time is missing, or none that can be measured")
     return cells
 
 

@@ -219,6 +219,7 @@ def decode(codes: Any, kind: Kind) -> Any:
     return codes.astype(np.float32)
 
 
+@np.errstate(over="ignore", invalid="ignore")
 def dequantize(codes: Any, kind: Kind, scale: Any = None) -> Any:
     """Rows [..., D] float32 of `codes` [..., W] of a `kind`, and of `scale` [...], which may
     broadcast and is None for kinds of floats."""

@@ -45,7 +45,8 @@ class PagedKVCache:
         k, v: [L, N, P, H, W], one array each, or [L, N, H, P, W] where the spec says HND.
         k_scales, v_scales: None for kinds of floats; [L, N, P, H], or [L, N, H, P], where each
             token and head has a scale; else [L, H] or [L, 1], zero until it is set: by the caller,
-            by page_files.load, or from rows, see `margin`.
+            by page_files.load, or from rows, see `margin`. Who sets them to zero again has others
+            found on the host alone: a GPU is not waited for once they were set.
         layers: (k, v) views of each layer, as the ops take them.
         scales: (k_scales, v_scales) of each layer, or (None, None).
         manager: who holds which page.
@@ -257,7 +258,7 @@ class PagedKVCache:
             As paged_append.append else. Scales that were unset stay unset then.
         """
         options = self._of_layer("append", layer, options)
-        if layer in self._unset:
+        if self._may_lack_scales(layer):
             append = partial(paged_append.append, k, v, slots=slots, **options)
             self._append_first("append", layer, slots, append, lambda: (k, v), stream)
         else:
@@ -272,7 +273,7 @@ class PagedKVCache:
         On a GPU only enqueues, but waits where `append` does. Raises what `append` does.
         """
         full = self._of_layer("append_qkv", layer, options)
-        if layer in self._unset:
+        if self._may_lack_scales(layer):
             append = partial(paged_qkv.append, qkv, slots=slots, **full)
             rows_of = partial(self._rows_of, qkv, options)
             return self._append_first("append_qkv", layer, slots, append, rows_of, stream)
@@ -291,7 +292,7 @@ class PagedKVCache:
         qkv_decode.decode, whose options these are. Raises what both do."""
         of_layer = self._of_layer("decode_qkv", layer, options)
         where = dict(page_table=page_table, lengths=lengths)
-        if layer not in self._unset:
+        if not self._may_lack_scales(layer):
             return qkv_decode.decode(qkv, slots=slots, **where, **of_layer)
         return append_and_decode(self, layer, qkv, slots, page_table, lengths, **options)
 
@@ -356,7 +357,7 @@ class PagedKVCache:
 
         Waits for a GPU until they were found to be set.
         """
-        if layer not in self._unset:
+        if not self._may_lack_scales(layer):
             return
         cuda.refuse_capture(op, "scales are looked at first; append to the layer before")
         self._look_for_scales()
@@ -368,6 +369,15 @@ class PagedKVCache:
                 f"{op}: scales of layer {layer} are unset, expected positive and finite ones in "
                 f"k_scales and v_scales, or {expected}"
             )
+
+    def _may_lack_scales(self, layer: int) -> bool:
+        """Whether a layer's given scales may be unset. On the host those are looked at again that
+        were set, as callers may have set them to zero since, to have others found."""
+        if self._xp is np and self.spec.has_given_scales:
+            scales = (x for x in self.scales[layer] if x is not None)
+            if not all(are_set(x).all() for x in scales):
+                self._unset.add(layer)
+        return layer in self._unset
 
     def _look_for_scales(self) -> None:
         """Forget layers whose scales are all set."""

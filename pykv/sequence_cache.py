@@ -203,12 +203,11 @@ class SequenceCache:
         for name, array, dims in (("q", q, "HQ D"), ("out", out, "HQ D"), ("lse", lse, "HQ")):
             if array is not None or name == "q":
                 _check_rank(op, name, array, dims)
-        if length is not None:
-            held = len(self.blocks) * self.block_size
-            if check_whole(op, "length", length, 0) > held:
-                raise CapacityError(
-                    f"{op}: length is {length}, expected at most the {held} that the blocks hold"
-                )
+        seen, held = self.length if length is None else length, len(self.blocks) * self.block_size
+        if check_whole(op, "length", seen, 0) > held:  # the table still names blocks of before
+            raise CapacityError(
+                f"{op}: length is {seen}, expected at most the {held} that the blocks hold"
+            )
         with cuda.on_stream(stream, self.k):
             lengths = self.context_lens
             if length is not None:

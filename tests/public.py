@@ -119,7 +119,7 @@ UNCHECKED = """
     kvtc.artefact.Text kvtc.artefact.Fingerprint kvtc.artefact.Fingerprint.difference
     kvtc.artefact.Plan kvtc.artefact.Side kvtc.artefact.Group kvtc.artefact.Artefact
     kvtc.artefact.Artefact.check_ratio kvtc.artefact.problems
-    kvtc.coder.check_widths kvtc.coder.bits_of kvtc.coder.row_bytes
+    kvtc.coder.check_steps kvtc.coder.check_widths kvtc.coder.bits_of kvtc.coder.row_bytes
     kvtc.coder.pack_fields kvtc.coder.unpack_fields
     layout.Layout layout.BlockShape plan.base.Preference pages.Pages
     layout.check_layout layout.check_pair layout.check_shape ops.block_linear.product
@@ -253,7 +253,7 @@ FUNCTIONS = {
     "kinds.pack": taking("codes i1 2 8"),
     "kinds.unpack": taking("packed u1 2 8"),
     "kvtc.coder.quantise": taking("x f4 2 64", steps=zeros("f4", 64) + 1, widths=_WIDTHS),
-    "kvtc.coder.dequantise": taking("codes i1 2 64, steps f4 64", widths=_WIDTHS),
+    "kvtc.coder.dequantise": taking("codes i1 2 64", steps=zeros("f4", 64) + 1, widths=_WIDTHS),
     "kvtc.coder.pack": taking("codes i1 2 64", widths=_WIDTHS),
     "kvtc.coder.unpack": taking("packed u1 2 20", widths=_WIDTHS),
     "layout.strides": dict(layout=layout.Layout("NHD"), stored=layout.BlockShape(1, 1, 1, 2, 4, 2)),

@@ -6,11 +6,13 @@ import re
 import warnings
 from functools import cache, cached_property
 
+import ml_dtypes
 import numpy as np
 import pytest
 
 import pykv
 from pykv import cuda
+from pykv.arrays import FLOATS, INTS
 from pykv.errors import CapacityError, DeviceError, DtypeError, ParameterError, PykvError
 from pykv.eviction import Streaming, evict
 from pykv.eviction.block_selection import BlockSelection
@@ -67,7 +69,6 @@ UNREAD = {"page_table": 3}  # an entry past the length of its sequence
 NOT_FOLLOWED = {  # entries that calls write, copy or cut off, or that another check has passed
     "ops.compaction.compress": "indices",
     "ops.contiguous_append.append": "lengths",
-    "ops.block_choice.choose": "page_table",
     "ops.block_scores.score": "lengths",
     "ops.page_table.from_lists": "indices",
     "ops.paged_check.check_positions": "indptr",
@@ -96,6 +97,42 @@ def test_entries_that_lead_out_of_arrays_are_refused(xp, name):
                 error, changed = outcome(function, new | (dict(check=True) if checks else {}))
                 assert isinstance(error, PykvError), (argument, i, wrong, error)
                 assert re.search(rf"\b{argument}\b", str(error)) and not changed, error
+
+
+@pytest.mark.parametrize("name", [name for name in CALLS if name not in SLOW])
+def test_numbers_at_the_ends_of_their_kind_give_no_warnings(name):
+    """Whether all elements of an array are such numbers, or one of them."""
+    function, given = with_outputs(name, np)
+    for argument, x in given.items():
+        if not is_array(x) or x.dtype not in FLOATS or not x.size:
+            continue
+        kind = ml_dtypes.finfo(x.dtype)
+        for value in (np.nan, np.inf, -np.inf, kind.max, -kind.max, kind.smallest_subnormal, 0):
+            for places in (slice(None), slice(x.size // 2, x.size // 2 + 1)):
+                function, new = with_outputs(name, np)
+                new[argument].reshape(-1)[places] = value
+                error, _ = outcome(function, new)
+                assert error is None or isinstance(error, PykvError), (argument, value, error)
+
+
+@pytest.mark.parametrize("name", WITH_CONTENTS)
+def test_prepared_calls_look_at_entries_again(name):
+    """On the host always: they raise what a plain call does."""
+    function, given = with_outputs(name, np)
+    try:
+        call = pykv.prepare(function, **given)
+    except PykvError:  # it cannot be prepared
+        return
+    for argument, x in given.items():
+        if not is_array(x) or x.dtype not in INTS or argument in OUTPUTS:
+            continue
+        for i, right in enumerate(x.reshape(-1).tolist()):
+            for wrong in (MOST, -1, -MOST - 1):
+                x.flat[i] = wrong
+                plain, _ = outcome(function, given)
+                again, _ = outcome(call, {})
+                x.flat[i] = right
+                assert (type(again), str(again)) == (type(plain), str(plain)), (argument, i, wrong)
 
 
 @pytest.mark.parametrize("name", ["append_decode", "append_ragged", "append_indexed"])

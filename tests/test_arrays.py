@@ -24,6 +24,24 @@ def test_letters_bind_and_must_agree(xp):
         checker("op", a=("T", FLOATS))(a)
 
 
+class Quantity(np.ndarray):
+    """An array with a unit, which takes NumPy's functions over, as those of astropy do."""
+
+    def __array_ufunc__(self, function, how, *given, **options):
+        return getattr(function, how)(*(np.asarray(x) for x in given), **options) * 1000
+
+
+@pytest.mark.parametrize("kind", [Quantity, np.matrix])
+def test_arrays_that_compute_by_rules_of_their_own_are_none(kind):
+    x = floats(2, 3).view(kind)
+    with pytest.raises(DtypeError, match=f"^op: a is a {kind.__name__}, expected a NumPy or CuPy"):
+        checker("op", a=("T H", FLOATS))(x)
+    plain = asarray(x)
+    assert type(plain) is np.ndarray and np.shares_memory(plain, x)
+    checker("op", a=("T H", FLOATS))(plain)
+    checker("op", a=("T H", FLOATS))(floats(2, 3).view(np.recarray))
+
+
 def test_words_may_be_computed():
     assert checker("op", a=("2F", FLOATS), b=("F+1", FLOATS))(floats(6), floats(4))["F"] == 3
     assert checker("op", a=("F", FLOATS), b=("2 2F+1", FLOATS))(floats(3), floats(2, 7))["F"] == 3

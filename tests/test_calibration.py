@@ -87,6 +87,7 @@ def damaged():
     yield "no file", "\0" * 100
     yield "a list", "[1, 2]"
     yield "a number", "3"
+    yield "brackets", "[" * 100_000
     yield "no direction", json.dumps({d: TABLE[d] for d in DIRECTIONS[:2]})
     yield "no way", json.dumps({**TABLE, "d2d": {"kernel": TABLE["d2d"]["kernel"]}})
     for name, cells in (
@@ -96,6 +97,9 @@ def damaged():
         ("a time of nought", {"1024": {"1": 0}}),
         ("no number", {"1024": {"1": float("nan")}}),
         ("no size", {"big": {"1": 1.0}}),
+        ("a size of nought", {"0": {"1": 1.0}}),  # of which `predict` takes the logarithm
+        ("a count below", {"1024": {"-1": 1.0}}),
+        ("more than a float holds", {"1024": {"1": 10**400}}),
         ("no row", {"1024": 1.0}),
     ):
         yield name, json.dumps({**TABLE, "h2d": {**TABLE["h2d"], "loop": cells}})

@@ -698,6 +698,21 @@ def test_a_row_goes_to_no_page_that_is_none(xp, rng, spec, page):
     assert to_numpy(cache.k).tobytes() == before
 
 
+@pytest.mark.parametrize("page", [-1, 64, 2**28, 2**30, -(2**31)])
+@pytest.mark.parametrize("spec", ["fp16", "int8:HND"])
+def test_no_row_is_read_from_a_page_that_is_none(xp, rng, spec, page):
+    """Those of heads are multiples, which wrap around: of large ones to pages that are there."""
+    cache = cache_of(xp, rng, spec)[0]
+    table, lengths = (xp.asarray(np.array(x, np.int32)) for x in ([[0, page]], [[1, P + 1]]))
+    q = xp.ones((1, 1, H, D), np.float32)
+    text = rf"^eviction.\w+: page_table\[0, 1\] is {page}, expected 0 to 63"
+    with pytest.raises(ParameterError, match=text):
+        eviction.decode(cache, 1, q, table, lengths, check=True)
+    if xp is np:
+        with pytest.raises(ParameterError, match=text):
+            eviction.attention_mass(cache, 1, q, table, lengths)
+
+
 @pytest.mark.parametrize("margin", [None, 2.0])
 @pytest.mark.parametrize("text", ["int8:head", "e4m3:tensor"])
 def test_no_row_is_encoded_by_scales_that_are_unset(xp, text, margin):

@@ -480,6 +480,7 @@ def test_decode_errors_in_order(xp, rng):
 
     excluded(ParameterError, "num_q_heads is 0", HQ=0)
     excluded(ParameterError, "max_pages is 0", max_pages=0)
+    excluded(ParameterError, "max_pages is 2147483648, expected 1 to 2147483647", max_pages=2**31)
     excluded(ParameterError, "batch_size is 0", B=0, head_dim=4)
     excluded(ParameterError, "num_total_pages is 0", max_pages=None, num_total_pages=0)
     excluded(UnsupportedError, "head_dim is 4", head_dim=4, element="f8")
@@ -504,6 +505,25 @@ def test_decode_errors_in_order(xp, rng):
     refused(DtypeError, "k_data has dtype", k_data=args.k_data.astype(F32))
     assert plan.precision_guarantee().accumulator == "float32"
     assert plan.sku().op == "paged_decode"
+
+
+def test_a_scale_is_refused_before_any_run():
+    for scale in (1e16, -np.inf, np.nan):
+        with pytest.raises(ParameterError, match="PagedDecodePlan.select: sm_scale is"):
+            PagedDecodePlan.select(PagedDecodeDescriptor(3, 6, CACHE, sm_scale=scale), F16)
+
+
+def test_a_table_is_as_wide_as_requests_need(rng):
+    """On the host, whatever they could have; another would take gigabytes."""
+    args, outs = decode_args(np, rng, CACHE, 6, F16), []
+    for most in (3, 2**31 - 1):
+        plan = PagedDecodePlan.select(PagedDecodeDescriptor(3, 6, CACHE, max_pages=most), F16)
+        plan.run(args)
+        outs.append(args.o.copy())
+    assert_same_bits(*outs)
+    few = PagedDecodePlan.select(PagedDecodeDescriptor(3, 6, CACHE, max_pages=1), F16)
+    with pytest.raises(CapacityError, match="width is 1, but a request has"):
+        few.run(args)
 
 
 def test_results_lie_apart_from_lists_of_pages(xp, rng):

@@ -228,6 +228,27 @@ def test_a_head_of_zeros_is_set_by_later_rows(xp, rng):
         assert x[0, 0] == before[0, 0] and x[0, 1] == np.finfo(np.float16).smallest_subnormal
 
 
+@pytest.mark.parametrize("text", ["int8:head", "fp16+e4m3:tensor"])
+def test_scales_that_are_unset_again(rng, text):
+    """As page_files.load advises who wants another file's: later rows do not become zeros."""
+    rows, slots = rng.standard_normal((2, 2, 16)).astype(np.float32), np.arange(2)
+    for margin in (None, 1.0):
+        cache = PagedKVCache(1, 2, 2, 16, page_size=4, spec=text, margin=margin)
+        scales = [x for x in (cache.k_scales, cache.v_scales) if x is not None]
+        for x in scales:
+            x[...] = 1
+        cache.append(0, rows, rows, slots)
+        for x in scales:
+            x[...] = 0
+        if margin is None:
+            with pytest.raises(ParameterError, match="scales of layer 0 are unset"):
+                cache.append(0, rows, rows, slots)
+            continue
+        cache.append(0, rows, rows, slots)
+        largest = np.abs(rows).max() / cache.spec.kinds[1].largest
+        assert cache.v_scales.max() == pytest.approx(largest, rel=1e-2)
+
+
 @pytest.mark.parametrize("scale_dtype", ["fp16", "fp32"])
 def test_scales_of_the_largest_rows_are_finite(xp, rng, scale_dtype):
     spec = f"int8:head:{scale_dtype}"

@@ -293,6 +293,12 @@ def test_errors(xp):
         cache.append(x, x, length_before=-1)
     with pytest.raises(CapacityError, match="length is 5, expected at most the 4"):
         cache.decode(x[0], length=5)
+    cache.assign([0, 1])
+    cache.advance(5)
+    cache.assign([2])  # too few: the table still names block 1 behind it, which is another's now
+    with pytest.raises(CapacityError, match="length is 5, expected at most the 4"):
+        cache.decode(xp.ones((2, 8), np.float32))
+    cache.advance(-5)
     with pytest.raises(ShapeError, match="q has shape"):
         cache.decode(x)
     with pytest.raises(ParameterError, match="max_blocks is 0, expected 1 to"):

@@ -245,6 +245,7 @@ class Layer:
         for step in self._steps:
             step()
 
+    @np.errstate(over="ignore", invalid="ignore")  # of what callers give, perhaps NaN
     def quality(self) -> dict[str, Any]:
         """How the last query's output differs from that over all keys: see this module."""
         exact, mass = self.attend_to_all().copy(), self.masses(self.last)

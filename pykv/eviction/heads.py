@@ -75,6 +75,7 @@ def decode(
     made = parts(cache, layer, together=alibi_slopes is None and sinks is None)
     HQ, H = dims["HQ"], dims["H"]
     _check_heads(op, made, dims)
+    _check_table(op, cache, page_table, lengths, options.get("check"), stream)
     with cuda.on_stream(stream, q):
         results = []
         for part in made:
@@ -131,14 +132,16 @@ def append(
     dims = _append_check(k, v, page_table, lengths)
     _check_heads(op, parts(cache, layer), dims)
     cache.require_scales(op, layer)
+
+    def look() -> None:
+        held, most = to_host(lengths), page_table.shape[1] * cache.page_size - 1
+        if ((held < 0) | (held > most)).any():
+            raise CapacityError(f"{op}: lengths are {held}, expected 0 to M * P - 1 = {most}")
+        _check_pages(op, cache, page_table, held.max(1, initial=-1) + np.int32(1))
+
     if paged_check.enabled(op, options.get("check")) or not on_gpu(lengths):
         with cuda.on_stream(stream, lengths):
-            held, most = to_host(lengths), page_table.shape[1] * cache.page_size - 1
-            if ((held < 0) | (held > most)).any():
-                raise CapacityError(f"{op}: lengths are {held}, expected 0 to M * P - 1 = {most}")
-            longest = module_of(k).asarray(held.max(1, initial=-1) + np.int32(1))
-            pool = cache.k.shape[1], cache.page_size
-            paged_check.check_page_table(page_table, longest, *pool, op=op)
+            cuda.look(look)
     P, xp = np.int32(cache.page_size), module_of(k)
     with cuda.on_stream(stream, k):
         for part in parts(cache, layer):
@@ -177,7 +180,7 @@ def attention_mass(
         [B, H, M * P] float32: sums over the queries of each KV head; 0 behind its rows.
 
     Raises:
-        ParameterError: there is no such layer.
+        ParameterError: there is no such layer, or, on the host, no such page.
         ShapeError, DtypeError, DeviceError: an array is of another shape, dtype or device.
         UnsupportedError: the call is being prepared.
 
@@ -192,6 +195,7 @@ def attention_mass(
     _check_heads(op, made, dims)
     if dims.get("C", 0) > C:
         raise ShapeError(f"{op}: before has C={dims['C']}, expected at most M * P = {C}")
+    _check_table(op, cache, page_table, lengths, None, stream)
     xp = module_of(q)
     with cuda.on_stream(stream, q):
         total = xp.zeros((B, H, C), np.float32)
@@ -234,6 +238,29 @@ _append_check = checker(
     page_table=("B M", INT32),
     lengths=("B H", INT32),
 )
+
+
+def _check_table(
+    op: str, cache: PagedKVCache, page_table: Any, lengths: Any, check: Any, stream: Any
+) -> None:
+    """Check pages on the host, or if asked: those of heads are multiples of them, which may wrap
+    around and be pages again. That lengths [B, H] fit is for the ops of parts to see."""
+
+    def look() -> None:
+        most = min(page_table.shape[1] * cache.page_size, 2**31 - 1)
+        longest = to_host(lengths).max(1, initial=0)
+        _check_pages(op, cache, page_table, np.minimum(longest, np.int32(most)))
+
+    if paged_check.enabled(op, check) or not on_gpu(lengths):
+        with cuda.on_stream(stream, lengths):
+            cuda.look(look)
+
+
+def _check_pages(op: str, cache: PagedKVCache, page_table: Any, longest: Any) -> None:
+    """Check pages of sequences whose longest heads have so many rows, [B] on the host."""
+    pool = cache.k.shape[1], cache.page_size
+    longest = module_of(page_table).asarray(longest)
+    paged_check.check_page_table(page_table, longest, *pool, op=op)
 
 
 def _check_heads(op: str, made: list[Part], dims: Dims) -> None:

@@ -72,7 +72,8 @@ def quantise(x: Any, steps: Any, widths: Sequence[int]) -> Any:
     Raises:
         ShapeError: sizes disagree.
         DtypeError: an array is no NumPy array of its type.
-        ParameterError: `widths` are not eight multiples of 32.
+        ParameterError: `widths` are not eight multiples of 32, or a step is no positive finite
+            number.
 
     >>> x = np.array([[0.9] * 32 + [-3.0] * 32], np.float32)
     >>> steps = np.full(64, 0.5, np.float32)
@@ -82,7 +83,8 @@ def quantise(x: Any, steps: Any, widths: Sequence[int]) -> Any:
     """
     widths = _check("quantise", widths, x=x, steps=steps)
     lowest = _lowest(widths)
-    codes = np.fmin(np.fmax(np.floor(x / steps), lowest), -lowest - 1)
+    with np.errstate(over="ignore"):  # clipped anyway
+        codes = np.fmin(np.fmax(np.floor(x / steps), lowest), -lowest - 1)
     groups, is_finite = _grouped(codes), _grouped(np.isfinite(x)).all(-1)
     groups[_grouped(codes == lowest).all(-1), 0] += 1
     np.copyto(groups, _grouped(lowest[None]), where=~is_finite[..., None])
@@ -92,7 +94,8 @@ def quantise(x: Any, steps: Any, widths: Sequence[int]) -> Any:
 def dequantise(codes: Any, steps: Any, widths: Sequence[int]) -> Any:
     """Components float32 [n, C] of codes int8 [n, C]; arguments and errors as of `quantise`."""
     widths = _check("dequantise", widths, codes=codes, steps=steps)
-    x = (codes + np.float32(0.5)) * steps
+    with np.errstate(over="ignore"):
+        x = (codes + np.float32(0.5)) * steps
     _grouped(x)[_grouped(codes == _lowest(widths)).all(-1)] = np.nan
     return x
 
@@ -170,4 +173,25 @@ def _check(name: str, widths: Any, **arrays: Any) -> tuple[int, ...]:
         if array.ndim != (1 if argument == "steps" else 2) or array.shape[-1] != size:
             expected = f"[{size}]" if argument == "steps" else f"[n, {size}]"
             raise ShapeError(f"{op}: {argument} has shape {array.shape}, expected {expected}")
+        if argument == "steps":
+            check_steps(op, steps=array)
     return counts
+
+
+def check_steps(op: str, **steps: Any) -> None:
+    """Check steps of the host.
+
+    Args:
+        op: for messages.
+        steps: arrays [C], by their names.
+
+    Raises:
+        ParameterError: one is no positive finite number.
+    """
+    for name, array in steps.items():
+        wrong = ~((array > 0) & (array < np.inf))
+        if wrong.any():
+            i = int(np.argmax(wrong))
+            raise ParameterError(
+                f"{op}: {name}[{i}] is {array[i]}, expected a positive finite number"
+            )

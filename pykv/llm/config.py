@@ -179,6 +179,11 @@ def _frequencies(
         )
     trained = 8192 if scaling == "llama3" else config.context
     divisors = keys.file.tensors.get("rope_freqs.weight")
+    if scaling == "llama3" and divisors is not None:  # the tensor holds what Llama 3 divides by
+        raise FormatError(
+            f"{path}: {keys.name}.rope.scaling.type is 'llama3' and tensor rope_freqs.weight is "
+            "there, expected one of them: frequencies would be divided twice"
+        )
     try:
         scaled = rope.frequencies(
             dim,

@@ -203,6 +203,6 @@ def _read(device: int, *more: str) -> Times | None:
     try:
         read = json.loads(calibration.file_of(device, *more).read_text(encoding="utf-8"))
         times = {way: float(read[way]) for way in WAYS}
-    except (OSError, ValueError, TypeError, KeyError):
+    except calibration.DAMAGED:
         return None
     return times if all(0 < us < math.inf for us in times.values()) else None

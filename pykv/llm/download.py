@@ -66,13 +66,8 @@ def probe(url: str, sha256: str | None = None, headers: dict[str, str] | None = 
     """
     with answer(url, headers) as response:
         passed = [*response.history, response]
-        if not sha256 and url.startswith("https:"):
-            for hop in passed:
-                if not hop.url.startswith("https:"):
-                    raise FetchError(
-                        f"{shown(url)} leads to {shown(hop.url)}, expected https; #sha256=... "
-                        "behind the address would do instead"
-                    )
+        if not sha256:
+            _check_encrypted(url, passed)
         linked = [hop.headers.get("X-Linked-ETag", "").strip('"') for hop in passed]
         stated = [tag for tag in linked if re.fullmatch("[0-9a-f]{64}", tag)]
         sha256 = sha256 or (stated[0] if stated else None)
@@ -93,6 +88,16 @@ def probe(url: str, sha256: str | None = None, headers: dict[str, str] | None = 
         )
 
 
+def _check_encrypted(url: str, passed: list[Any]) -> None:
+    """Refuse the answers that an https address has led through if one came without encryption."""
+    for hop in passed if url.startswith("https:") else ():
+        if not hop.url.startswith("https:"):
+            raise FetchError(
+                f"{shown(url)} leads to {shown(hop.url)}, expected https; #sha256=... behind the "
+                "address would do instead"
+            )
+
+
 def receive(remote: Remote, part: Path, show: Callable[[int], object]) -> str:
     """Download a file, going on where an earlier attempt ended.
 
@@ -105,7 +110,8 @@ def receive(remote: Remote, part: Path, show: Callable[[int], object]) -> str:
         The SHA-256.
 
     Raises:
-        FetchError: the server cannot be reached, or has another file than it should.
+        FetchError: the server cannot be reached, has another file than it should, or leads to one
+            without encryption as of `probe`.
         OSError: `part` cannot be written.
     """
     pauses, most = iter(PAUSES), 0
@@ -157,6 +163,8 @@ def _append(
         if remote.tag:
             headers["If-Range"] = remote.tag
     with _answer(remote.url, headers) as response:
+        if not remote.sha256:  # each request may lead to another mirror
+            _check_encrypted(remote.url, [*response.history, response])
         if response.status_code == 200:  # the server ignores ranges, or has another file now
             digest, have = hashlib.sha256(), 0
         elif not _continues(response, remote, have):

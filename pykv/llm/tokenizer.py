@@ -82,7 +82,7 @@ class Tokenizer:
             if file.get(key, False, bool):
                 raise UnsupportedError(f"{file.path}: {key} is true, which does not run here")
         self._tokens = file.require("tokenizer.ggml.tokens", list)
-        if not self._tokens or not isinstance(self._tokens[0], str):
+        if not isinstance(next(filter(None, self._tokens), None), str):
             raise FormatError(f"{file.path}: key tokenizer.ggml.tokens holds no strings")
         types = file.get("tokenizer.ggml.token_type", [NORMAL] * len(self._tokens), list)
         if len(types) != len(self._tokens):

@@ -15,6 +15,7 @@ from pykv import cuda
 from pykv.arrays import FLOAT32, INT32, like, on_gpu
 from pykv.checker import checker, optional
 from pykv.errors import ParameterError, ShapeError
+from pykv.ops import paged_check
 from pykv.options import check_entries
 from pykv.overlaps import Written
 
@@ -222,14 +223,11 @@ def _check_contents(op: str, V: int, given: dict[str, Any]) -> None:
                 "the first of a row is positive"
             )
     if bias_indptr is not None:
-        E = len(bias_ids)
-        if bias_indptr[0] != 0 or bias_indptr[-1] != E or (np.diff(bias_indptr) < 0).any():
-            raise ParameterError(
-                f"{op}: bias_indptr is {bias_indptr}, expected 0, then numbers that do not fall, "
-                f"the last {E}"
-            )
+        E, B = len(bias_ids), len(bias_indptr) - 1
+        paged_check.check_starts(bias_indptr, E, op=op, name="bias_indptr")
+        check_entries(op, "bias_indptr", bias_indptr[B:], E, E, f"{E=}", first=B)
         check_entries(op, "bias_ids", bias_ids, 0, V - 1)
-        places = np.repeat(np.arange(len(bias_indptr) - 1), np.diff(bias_indptr)) * V + bias_ids
+        places = np.repeat(np.arange(B), np.diff(bias_indptr)) * V + bias_ids
         if len(np.unique(places)) < E:
             raise ParameterError(f"{op}: bias_ids has a token twice for a sequence, expected once")
         is_usable = bias_values < np.inf

@@ -18,6 +18,7 @@ from pykv.arrays import FLOAT32, INT32, like, on_gpu
 from pykv.checker import Dims, checker, optional
 from pykv.errors import CapacityError, ParameterError, ShapeError
 from pykv.number_texts import counted
+from pykv.ops import paged_check
 from pykv.options import check_whole
 from pykv.testing import wrong_values
 
@@ -81,8 +82,9 @@ def choose(
 
     Raises:
         ShapeError, DtypeError, DeviceError: an array is of another shape, dtype or device.
-        ParameterError: a size is not positive, `recent` negative, `block` no multiple of P, or
-            neither `width` nor `table` is given.
+        ParameterError: a size is not positive, `recent` negative, `block` no multiple of P,
+            neither `width` nor `table` is given, or, on the host, a page of a sequence is negative
+            or has no place in an int32 once it is multiplied.
         CapacityError: on the host, a length exceeds N * P, or a row of the table M pages; on a GPU
             lengths are clamped.
 
@@ -119,7 +121,7 @@ def choose(
         launch = dims.keep((M, sizes), lambda: _launch(dims, M, sizes))
         launch(arrays, stream)
     else:
-        cuda.look(partial(_check_on_host, op, M, page_table, lengths, scores, sizes))
+        cuda.look(partial(_check_on_host, op, M, page_table, lengths, scores.shape, sizes))
         cuda.run_on_host(partial(reference, **arrays, sizes=sizes), stream=stream)
     return table, rows
 
@@ -162,10 +164,10 @@ def reference(
 
 
 def _check_on_host(
-    op: str, M: int, page_table: Any, lengths: Any, scores: Any, sizes: Sizes
+    op: str, M: int, page_table: Any, lengths: Any, shape: tuple[int, int, int], sizes: Sizes
 ) -> None:
     P, block_pages = sizes.page_size, sizes.block // sizes.page_size
-    most, K = page_table.shape[1] * P, scores.shape[2]
+    most, (_, H, K) = page_table.shape[1] * P, shape
     for b, length in enumerate(lengths.tolist()):
         if length > most:
             raise CapacityError(f"{op}: lengths[{b}] is {length}, expected at most N * P = {most}")
@@ -175,6 +177,8 @@ def _check_on_host(
             raise CapacityError(
                 f"{op}: width is {M}, but sequence {b} has {counted(pages, 'page')}"
             )
+    pages = (_MOST + 1 - H) // sizes.unit + 1  # up to the last, page * unit + H - 1 is an int32
+    paged_check.check_page_table(page_table, lengths, pages, P, op=op)
 
 
 def _launch(dims: Dims, M: int, sizes: Sizes) -> cuda.Launch:

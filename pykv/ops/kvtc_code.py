@@ -56,7 +56,8 @@ def encode(
         ShapeError: dimensions disagree, or widths do not add up to C.
         DtypeError: an array has another dtype, or a width is no whole number.
         DeviceError: host and device arrays are mixed.
-        ParameterError: widths are not eight multiples of 32.
+        ParameterError: widths are not eight multiples of 32, or, on the host, a step is no positive
+            finite number.
 
     Runs where the arrays are; on a GPU it only enqueues, one launch for K and V. Bit-exact: codes
     are those of coder.quantise. Of 32 coefficients in sequence that share a width one that is not
@@ -80,6 +81,7 @@ def encode(
         launch = dims.keep(widths, lambda: _launch("encode", dims, widths, out, "f16"))
         launch(dict(rows=out, k=k, v=v, k_steps=k_steps, v_steps=v_steps), stream)
     else:
+        cuda.look(partial(coder.check_steps, op, k_steps=k_steps, v_steps=v_steps))
         pack = partial(reference, k, v, k_steps, v_steps, *widths)
         cuda.run_on_host(pack, out, stream)
     return out
@@ -128,6 +130,7 @@ def decode(
         launch = dims.keep(widths, lambda: _launch("decode", dims, widths, rows, dtype))
         launch(dict(rows=rows, k=outs[0], v=outs[1], k_steps=k_steps, v_steps=v_steps), stream)
     else:
+        cuda.look(partial(coder.check_steps, op, k_steps=k_steps, v_steps=v_steps))
         unpack = partial(reference_decode, rows, k_steps, v_steps, widths[0], widths[1], outs)
         cuda.run_on_host(unpack, stream=stream)
     return outs[0], outs[1]

@@ -250,11 +250,9 @@ def _run(
     """The common part of both functions: `arrays` are checked, rows is there."""
     back, table, positions, places = op == "kvtc_rows.scatter", *arrays[4:7]
     looks = partial(_check_contents, op, dims, table, positions, places)
-    if paged_check.enabled(op, check):
+    if paged_check.enabled(op, check) or not on_gpu(positions):
         with cuda.on_stream(stream, positions):
             cuda.look(looks)
-    elif not on_gpu(positions):
-        looks()
     if dims["T"] * dims["F"] == 0:
         return
     named = dict(zip(_ARRAYS, arrays, strict=True))

@@ -217,6 +217,7 @@ def hadamard_matrix(D: int) -> Any:
     return hadamard_transform(np.eye(D))
 
 
+@np.errstate(over="ignore", invalid="ignore")
 def hadamard_transform(x: Any) -> Any:
     """`x` [..., D] times hadamard_matrix(D), by the fast Walsh-Hadamard transform in NumPy: the
     definition, in the order of the kernel. Of float16 and bfloat16 it makes float32.

@@ -21,7 +21,7 @@ from pykv.checker import Dims, checker, optional
 from pykv.errors import ParameterError, ShapeError
 from pykv.ops import paged_check
 from pykv.ops import prefill_mma as mma
-from pykv.options import check_flag, check_float_dtype, check_whole
+from pykv.options import check_entries, check_flag, check_float_dtype, check_whole
 from pykv.specs import KVSpec, as_spec, spec_of
 
 SCORE_BYTES = 64 << 20  # scores the reference holds at once
@@ -155,11 +155,11 @@ def _check_on_host(
     op: str, arrays: dict[str, Any], pool: tuple[int, int], window: int | None
 ) -> None:
     """Check where queries start, and lengths and pages of sequences that have some."""
-    T, starts = len(arrays["q"]), arrays["q_starts"]
-    counts = np.diff(starts)
-    if starts[0] != 0 or starts[-1] != T or (counts < 0).any():
-        raise ParameterError(f"{op}: q_starts is {starts}, expected to rise from 0 to T={T}")
-    read = np.where(counts > 0, arrays["lengths"], 0)
+    starts = arrays["q_starts"]
+    T, B = len(arrays["q"]), len(starts) - 1
+    paged_check.check_starts(starts, T, op=op, name="q_starts")
+    check_entries(op, "q_starts", starts[B:], T, T, f"{T=}", first=B)
+    read = np.where(np.diff(starts) > 0, arrays["lengths"], 0)
     attention.check_pages(op, arrays["page_table"], read, pool, window, starts)
 
 

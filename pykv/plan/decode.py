@@ -7,11 +7,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from pykv import attention
 from pykv.arrays import FLOAT32, on_gpu
 from pykv.checker import optional
 from pykv.errors import ParameterError
 from pykv.ops import page_table, paged_decode
-from pykv.options import check_number, hold_python_numbers
+from pykv.options import check_whole, hold_python_numbers
 from pykv.plan.base import PagedCacheDescriptor, PagedPlan, check_sizes
 from pykv.specs import KVSpec
 
@@ -63,7 +64,7 @@ class PagedDecodePlan(PagedPlan):
         UnsupportedError: the head size is no multiple of 8 or above 512; then, the element is no
             float kind.
         ParameterError: num_q_heads is no multiple of num_kv_heads; then, DtypeError as well,
-            sm_scale is no finite number.
+            sm_scale is no number up to 1e15.
         UnsupportedError, CapacityError: the preference excludes it.
 
     `can_implement` raises, in this order:
@@ -87,8 +88,9 @@ class PagedDecodePlan(PagedPlan):
         descriptor: PagedDecodeDescriptor = self.descriptor
         cache = descriptor.cache
         B, HQ, max_pages = descriptor.batch_size, descriptor.num_q_heads, descriptor.max_pages
-        of_lists = {} if max_pages is None else dict(max_pages=max_pages)
-        check_sizes(name, 1, num_q_heads=HQ, **of_lists)
+        check_sizes(name, 1, num_q_heads=HQ)
+        if max_pages is not None:
+            check_whole(name, "max_pages", max_pages, 1, 2**31 - 1)
         self._check_pages(name)
         self._max_pages: int = cache.num_total_pages if max_pages is None else max_pages
         H, D, P = cache.num_kv_heads, cache.head_dim, cache.page_size
@@ -97,7 +99,7 @@ class PagedDecodePlan(PagedPlan):
                 f"{name}: num_q_heads is {HQ}, expected a multiple of num_kv_heads={H}"
             )
         if descriptor.sm_scale is not None:
-            check_number(name, "sm_scale", descriptor.sm_scale)
+            attention.check_scale(name, descriptor.sm_scale, "sm_scale")
         self._scratch: int = 0  # bytes of workspace for the attention
         if self._xp is not np:
             self._scratch = 4 * paged_decode.workspace_size(B, HQ, H, D, self._max_pages * P)
@@ -123,6 +125,7 @@ class PagedDecodePlan(PagedPlan):
             parts["lengths"] = words[floats + B * M :]
             scratch = words[:floats].view(np.float32)
         elif not on_gpu(args.q):  # zeros, since preparing the attention may read them
+            parts["width"] = M = min(M, max(1, len(args.indices)))  # no request lists more
             parts["table"], parts["lengths"] = np.zeros((B, M), np.int32), np.zeros(B, np.int32)
         lists = (args.indices, args.indptr, args.last_page_len)
         table, lengths = page_table.from_lists(*lists, **parts, stream=stream)

@@ -104,6 +104,20 @@ def test_sizes_that_disagree_are_refused():
             call()
 
 
+@pytest.mark.parametrize("step", [0, -0.5, np.nan, np.inf])
+def test_steps_that_divide_nothing_are_refused(step):
+    """Codes of another sign, or of no number, would pass for codes."""
+    steps = np.ones(64, np.float32)
+    steps[33] = step
+    widths = (0, 0, 0, 0, 0, 0, 32, 32)
+    for call in (
+        lambda: coder.quantise(np.zeros((2, 64), np.float32), steps, widths),
+        lambda: coder.dequantise(np.zeros((2, 64), np.int8), steps, widths),
+    ):
+        with pytest.raises(ParameterError, match=r"steps\[33\] is .*, expected a positive finite"):
+            call()
+
+
 @pytest.mark.parametrize("widths", [(32,) * 7, (31,) + (0,) * 7, (-32,) + (0,) * 7, 5, "aaaaaaaa"])
 def test_wrong_widths_are_refused(widths):
     with pytest.raises((ParameterError, DtypeError), match="widths"):

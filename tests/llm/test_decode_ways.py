@@ -74,8 +74,13 @@ def test_nothing_is_measured_unasked(ways_of):
     assert other.fastest(1) == "persistent" and not made
 
 
+LONG = '{"graph": 1' + "0" * 400 + ', "persistent": 1}'  # more than a float holds
+
+
 @pytest.mark.parametrize(
-    "text", ["", "[1]", "{}", '{"graph": 1}', '{"graph": 1, "persistent": 0}', '{"graph": "x"}']
+    "text",
+    ["", "[1]", "{}", '{"graph": 1}', '{"graph": 1, "persistent": 0}', '{"graph": "x"}', LONG]
+    + ["[" * 100_000],
 )
 def test_damaged_figures_are_measured_again(ways_of, folder, text):
     ways_of(graph=1, persistent=1)[0].times(1)

@@ -298,6 +298,15 @@ def test_keys_that_do_not_run(tmp_path, keys, text):
     refused(tmp_path, UnsupportedError, text, keys=keys)
 
 
+def test_llama3_is_told_once(tmp_path):
+    """By the tensor of llama.cpp's converter, or by keys of others."""
+    keys = {".rope.scaling.type": "llama3", ".rope.scaling.factor": 4.0}
+    tiny.write(tmp_path / "by_keys.gguf", "llama", keys=keys)
+    read_config(gguf.read(tmp_path / "by_keys.gguf"))
+    extra = {"rope_freqs.weight": np.arange(1, 9, dtype=F4)}
+    refused(tmp_path, FormatError, "would be divided twice", keys=keys, extra=extra)
+
+
 @pytest.mark.parametrize("key", [*HARMLESS, "vision.block_count", "mm.tokens_per_image"])
 def test_keys_that_change_nothing(tmp_path, key):
     tiny.write(tmp_path / "without.gguf", "llama")

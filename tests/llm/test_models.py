@@ -496,14 +496,19 @@ def test_malformed_addresses(folder, model, text):
     assert not folder.exists()
 
 
-def test_an_address_that_leaves_https(folder, monkeypatch):
-    """A checksum that is not stated has to come through a channel that nobody else writes."""
+@pytest.mark.parametrize("hops", ["http", "https http"])
+def test_an_address_that_leaves_https(folder, monkeypatch, hops):
+    """A checksum that is not stated has to come through a channel that nobody else writes; so have
+    the bytes, whose request a redirect may lead to another mirror."""
+    left = hops.split()
 
     class Hop:
         history = ()
-        url = "http://example.com/m.gguf"
-        headers = {}
+        headers = {"Content-Length": "4"}
         status_code, reason = 200, "OK"
+
+        def __init__(self):
+            self.url = f"{left.pop(0)}://example.com/m.gguf"
 
         def __enter__(self):
             return self
@@ -511,9 +516,13 @@ def test_an_address_that_leaves_https(folder, monkeypatch):
         def __exit__(self, *_):
             pass
 
+        def iter_content(self, size):
+            return [b"GGUF"]
+
     monkeypatch.setattr("requests.get", lambda *args, **kwargs: Hop())
     with pytest.raises(FetchError, match="leads to http://example.com/m.gguf, expected https"):
         models.fetch("https://example.com/m.gguf")
+    assert not left
 
 
 # --- Damage ---

@@ -670,6 +670,8 @@ def test_bad_files(path, tmp_path):
         build(path, "bert", ["a"])
     with pytest.raises(FormatError, match="tokens holds no strings"):
         build(tmp_path / "a", "llama", [1, 2])
+    with pytest.raises(FormatError, match="tokens holds no strings"):
+        build(tmp_path / "empty", "gpt2", ["", ""])
     with pytest.raises(FormatError, match="tokenizer.ggml.scores is missing"):
         build(tmp_path / "b", "llama", ["a"])
     with pytest.raises(FormatError, match="scores has 1 values, expected one float for each"):

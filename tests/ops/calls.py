@@ -214,7 +214,7 @@ def _contents(name, x, rng):
         return np.array(CONTENTS_BY_RANK[name, x.ndim], x.dtype)
     if name in CONTENTS and (name, x.ndim) != ("rows", 3):
         return np.resize(np.array(CONTENTS[name], x.dtype), x.shape)
-    if name.endswith("_scales"):
+    if name.endswith(("_scales", "_steps")):
         return rng.uniform(0.01, 0.02, x.shape).astype(x.dtype)
     if x.dtype.kind == "f":
         return rng.standard_normal(x.shape).astype(x.dtype)

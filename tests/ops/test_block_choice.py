@@ -114,6 +114,10 @@ def test_errors_name_the_argument(xp):
         choose(np, *arrays[:2], [9], **good)
     with pytest.raises(CapacityError, match="width is 3, but sequence 0 has 4 pages"):
         choose(np, *arrays, **good | dict(width=3))
+    choose(np, arrays[0], [[0, 0, 0, 2**30 - 1]], [8], **good | dict(unit=2))
+    for page in (2**30, -1):  # else a page of another sequence
+        with pytest.raises(ParameterError, match=rf"page_table\[0, 3\] is {page}, expected"):
+            choose(np, arrays[0], [[0, 0, 0, page]], [8], **good | dict(unit=2))
 
 
 # Faults that `pykv verify` must see, in the function and in its reference.

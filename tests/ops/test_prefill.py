@@ -424,8 +424,14 @@ def scales(xp, shape):
 
 def test_the_host_checks_starts_lengths_and_pages(rng):
     q, k_pool, v_pool, table, lengths, starts = inputs(rng, **BASE)
-    for wrong in ([0, 7, 10, 12], [1, 7, 10, 11], [0, 10, 7, 11]):
-        with pytest.raises(ParameterError, match="q_starts is .* expected to rise from 0 to T=11"):
+    for wrong, text in (
+        ([0, 7, 10, 12], r"q_starts\[3\] is 12, expected at most 11"),
+        ([0, 7, 10, 10], r"q_starts\[3\] is 10, expected T=11"),
+        ([1, 7, 10, 11], r"q_starts\[0\] is 1, expected 0"),
+        ([0, 10, 7, 11], r"q_starts\[2\] is 7, expected at least 10"),
+        ([0, 2**31 - 1, -2, 11], r"q_starts\[2\] is -2, expected"),  # its fall is no int32
+    ):
+        with pytest.raises(ParameterError, match=text):
             starts_of = np.array(wrong, np.int32)
             prefill.prefill(q, k_pool, v_pool, table, lengths, starts_of, check=False)
     with pytest.raises(CapacityError, match=r"lengths\[1\] is 65, expected at most M \* P = 64"):

@@ -168,7 +168,7 @@ def copy_pages(
     to_places = places_of(list(moving_arrays(target).values()), to_ids)
     check_apart(op, places, to_places)
     if len(ids):
-        check_given_scales(op, target, source, stream=stream)
+        check_given_scales(op, "target", target, source, stream=stream)
 
     over_link = on_gpu(source.k) != on_gpu(target.k)
     if over_link:
@@ -250,7 +250,7 @@ def convert_pages(
     check_targets(op, sides[1].ids, to_facts["pages"])
     check_may_write(op, "target", target)
     if len(sides[1].ids):
-        check_given_scales(op, target, stream=stream)
+        check_given_scales(op, "target", target, stream=stream)
     # In place, rows that move within a page would overwrite rows that are still to be read.
     spec, out_spec = as_spec(op, source.spec), as_spec(op, target.spec)
     in_place = spec.layout == out_spec.layout and heads is None and target_heads is None

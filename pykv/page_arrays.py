@@ -114,8 +114,8 @@ def page_ids(op: str, name: str, pages: Ids, num_pages: int) -> Any:
     return options.page_ids(op, name, pages, 0, num_pages - 1)
 
 
-def check_targets(op: str, ids: Any, num_pages: int) -> None:
-    """Check that no page is listed twice.
+def check_targets(op: str, name: str, ids: Any, num_pages: int) -> None:
+    """Check that no page is listed twice in the argument `name`.
 
     Raises:
         ParameterError: one is.
@@ -125,7 +125,7 @@ def check_targets(op: str, ids: Any, num_pages: int) -> None:
     if np.count_nonzero(is_target) < len(ids):
         _, first, group = np.unique(ids, return_index=True, return_inverse=True)
         i = int(np.argmax(first[group] != np.arange(len(ids))))
-        raise ParameterError(f"{op}: target_pages[{i}] is {ids[i]}, expected no page twice")
+        raise ParameterError(f"{op}: {name}[{i}] is {ids[i]}, expected no page twice")
 
 
 def check_may_write(op: str, name: str, cache: Any) -> None:

@@ -162,7 +162,7 @@ def copy_pages(
             f"{op}: target_pages has {counted(len(to_ids), 'page')}, expected {len(ids)} like "
             "source_pages"
         )
-    check_targets(op, to_ids, to_facts["pages"])
+    check_targets(op, "target_pages", to_ids, to_facts["pages"])
     check_may_write(op, "target", target)
     places = places_of(list(moving_arrays(source).values()), ids)
     to_places = places_of(list(moving_arrays(target).values()), to_ids)
@@ -247,7 +247,7 @@ def convert_pages(
             f"{op}: target_pages has {counted(len(sides[1].ids), 'page')}, expected "
             f"{len(sides[0].ids)} like source_pages"
         )
-    check_targets(op, sides[1].ids, to_facts["pages"])
+    check_targets(op, "target_pages", sides[1].ids, to_facts["pages"])
     check_may_write(op, "target", target)
     if len(sides[1].ids):
         check_given_scales(op, "target", target, stream=stream)
@@ -396,9 +396,9 @@ def swap_in(
     op = "pages.swap_in"
     num_pages = facts_of(op, "cache", cache)["pages"]
     pages = page_ids(op, "pages", pages, num_pages)
+    check_targets(op, "pages", pages, num_pages)
     check_codec(op, codec, hadamard)
     if codec is not None:
-        check_targets(op, pages, num_pages)
         table = pages.astype(np.int32)
         codec.decompress(store, cache, table, hadamard=hadamard, stream=stream)
         return

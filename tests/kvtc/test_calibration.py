@@ -198,6 +198,7 @@ def test_too_little_text_is_refused(llm):
         (dict(groups=[[0]]), ParameterError, "groups is .*, expected each of 2 layers"),
         (dict(groups=[[0, 1], [1]]), ParameterError, "groups is .*, expected each of 2 layers"),
         (dict(groups=1.5), DtypeError, "groups"),
+        (dict(groups=np.array([[0], [1]])), DtypeError, "groups is a ndarray"),
         (dict(progress="yes"), DtypeError, "progress"),
         (dict(out=5), DtypeError, "out"),
     ],

@@ -114,8 +114,8 @@ def page_ids(op: str, name: str, pages: Ids, num_pages: int) -> Any:
     return options.page_ids(op, name, pages, 0, num_pages - 1)
 
 
-def check_targets(op: str, ids: Any, num_pages: int) -> None:
-    """Check that no page is listed twice.
+def check_targets(op: str, name: str, ids: Any, num_pages: int) -> None:
+    """Check that no page is listed twice in the argument `name`.
 
     Raises:
         ParameterError: one is.
@@ -125,7 +125,7 @@ def check_targets(op: str, ids: Any, num_pages: int) -> None:
     if np.count_nonzero(is_target) < len(ids):
         _, first, group = np.unique(ids, return_index=True, return_inverse=True)
         i = int(np.argmax(first[group] != np.arange(len(ids))))
-        raise ParameterError(f"{op}: target_pages[{i}] is {ids[i]}, expected no page twice")
+        raise ParameterError(f"{op}: {name}[{i}] is {ids[i]}, expected no page twice")
 
 
 def check_may_write(op: str, name: str, cache: Any) -> None:
@@ -296,9 +296,11 @@ def _bounds(places: Places) -> tuple[Any, Any]:
     return places.addresses.min(1), places.addresses.max(1) + sizes
 
 
-def check_given_scales(op: str, target: Any, source: Any = None, *, stream: Any = None) -> None:
-    """Check that scales that heads or tensors share in `target` are those of `source`; without a
-    source, that they are set, so that pages can be encoded with them.
+def check_given_scales(
+    op: str, name: str, target: Any, source: Any = None, *, stream: Any = None
+) -> None:
+    """Check that scales that heads or tensors share in `target`, the argument `name`, are those of
+    `source`; without a source, that they are set, so that pages can be encoded with them.
 
     Raises:
         ParameterError: they are not.
@@ -306,17 +308,17 @@ def check_given_scales(op: str, target: Any, source: Any = None, *, stream: Any 
 
     Waits for a GPU, unless both are the same arrays.
     """
-    for name, scales in given_scales(target).items():
-        expected = None if source is None else getattr(source, name)
+    for side, scales in given_scales(target).items():
+        expected = None if source is None else getattr(source, side)
         if scales is expected:
             continue
         with cuda.on_stream(stream, scales):
             cuda.refuse_capture(op, "it looks at scales; prepare the call before")
             if expected is None and not are_set(to_host(scales)).all():
                 expects = "positive and finite ones, set or found by an append"
-                raise ParameterError(f"{op}: target.{name} are unset, expected {expects}")
+                raise ParameterError(f"{op}: {name}.{side} are unset, expected {expects}")
             if expected is not None and not same_values(scales, expected):
-                raise ParameterError(f"{op}: target.{name} differ, expected those of source")
+                raise ParameterError(f"{op}: {name}.{side} differ, expected those of source")
 
 
 def are_set(scales: Any) -> Any:

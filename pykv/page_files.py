@@ -128,7 +128,7 @@ def load(
         ids = page_ids(
             op, "pages", range(facts["pages"]) if pages is None else pages, facts["pages"]
         )
-        check_targets(op, ids, facts["pages"])
+        check_targets(op, "pages", ids, facts["pages"])
         return _load_coded(op, path, cache, ids, codec, hadamard)
     with open(path, "rb") as file:
         header = tensor_files.read_header(op, file, path, "file of pages", FORMAT)
@@ -141,7 +141,7 @@ def load(
                 "list of pages"
             )
         ids = page_ids(op, "pages", range(count) if pages is None else pages, facts["pages"])
-        check_targets(op, ids, facts["pages"])
+        check_targets(op, "pages", ids, facts["pages"])
         check_may_write(op, "cache", cache)
         if len(ids) != count:
             raise FormatError(

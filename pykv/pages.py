@@ -162,13 +162,13 @@ def copy_pages(
             f"{op}: target_pages has {counted(len(to_ids), 'page')}, expected {len(ids)} like "
             "source_pages"
         )
-    check_targets(op, to_ids, to_facts["pages"])
+    check_targets(op, "target_pages", to_ids, to_facts["pages"])
     check_may_write(op, "target", target)
     places = places_of(list(moving_arrays(source).values()), ids)
     to_places = places_of(list(moving_arrays(target).values()), to_ids)
     check_apart(op, places, to_places)
     if len(ids):
-        check_given_scales(op, target, source, stream=stream)
+        check_given_scales(op, "target", target, source, stream=stream)
 
     over_link = on_gpu(source.k) != on_gpu(target.k)
     if over_link:
@@ -247,10 +247,10 @@ def convert_pages(
             f"{op}: target_pages has {counted(len(sides[1].ids), 'page')}, expected "
             f"{len(sides[0].ids)} like source_pages"
         )
-    check_targets(op, sides[1].ids, to_facts["pages"])
+    check_targets(op, "target_pages", sides[1].ids, to_facts["pages"])
     check_may_write(op, "target", target)
     if len(sides[1].ids):
-        check_given_scales(op, target, stream=stream)
+        check_given_scales(op, "target", target, stream=stream)
     # In place, rows that move within a page would overwrite rows that are still to be read.
     spec, out_spec = as_spec(op, source.spec), as_spec(op, target.spec)
     in_place = spec.layout == out_spec.layout and heads is None and target_heads is None
@@ -396,9 +396,9 @@ def swap_in(
     op = "pages.swap_in"
     num_pages = facts_of(op, "cache", cache)["pages"]
     pages = page_ids(op, "pages", pages, num_pages)
+    check_targets(op, "pages", pages, num_pages)
     check_codec(op, codec, hadamard)
     if codec is not None:
-        check_targets(op, pages, num_pages)
         table = pages.astype(np.int32)
         codec.decompress(store, cache, table, hadamard=hadamard, stream=stream)
         return

@@ -159,11 +159,15 @@ POLICIES = [
 ]
 
 
+@pytest.mark.parametrize("T", [min(LENGTHS), max(LENGTHS)])
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda x: type(x).__name__)
-def test_what_stays_is_what_the_papers_say(xp, rng, policy):
+def test_what_stays_is_what_the_papers_say(xp, rng, policy, T):
+    """Also of sequences that are shorter than the queries: those before they begin are none."""
     cache, sequences, rows = cache_of(xp, rng)
-    q, sent = queries_of(xp, rng, T=min(LENGTHS))
-    given = dict(queries=sent) if policy.needs else {}
+    q, _ = queries_of(xp, rng, T)
+    for b, n in enumerate(LENGTHS):
+        q[:, b, : max(T - n, 0)] = np.nan
+    given = dict(queries=[xp.asarray(x) for x in q]) if policy.needs else {}
     given |= dict(rotary=ROTARY) if policy.looks_ahead else {}
     evicted = eviction.evict(cache, sequences, LENGTHS, policy, **given)
     for layer in range(L):
@@ -171,7 +175,7 @@ def test_what_stays_is_what_the_papers_say(xp, rng, policy):
         for b, n in enumerate(LENGTHS):
             k, v = rows[layer][b].astype(np.float64)
             count = int(policy.counts(np.array(n)))
-            scores = scores_by_hand(policy, layer, q[layer, b], k, v)
+            scores = scores_by_hand(policy, layer, q[layer, b, -n:], k, v)
             for head in range(H):
                 want = best(scores[head], count, policy.sinks, policy.last)
                 assert evicted.lengths[layer, b, head] == len(want) == count

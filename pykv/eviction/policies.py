@@ -244,7 +244,7 @@ class SnapKV(Policy):
     queries' own rows always stay.
 
     Args:
-        window: of `queries`, that are asked; those of a shorter sequence all are.
+        window: of `queries`, that are asked; where there are fewer, all are.
         pooling: rows, an odd number, of which each counts as the best. The others as of `Policy`.
     """
 
@@ -289,7 +289,7 @@ class ExpectedAttention(Policy):
     alone, and where it is 0, rows that nobody is expected to see go whatever they hold.
 
     Args:
-        window: of `queries`, that are looked at; of a shorter sequence all are.
+        window: of `queries`, that are looked at; where there are fewer, all are.
         future: positions behind the last one.
         epsilon: at least 0. The others as of `Policy`.
     """
@@ -315,10 +315,14 @@ class ExpectedAttention(Policy):
         xp = rows.xp
         queries = rows.queries[:, -self.window :].astype(np.float32) * np.float32(rows.scale)
         queries = ahead(queries, rows.layer, rows.rotary, self.future)
-        mean = queries.mean(1)  # [B * n, G, D]
+        # Queries before a sequence begins are none, whatever they hold.
+        T, none = queries.shape[1], np.float32(0)
+        is_query = rows.send(np.arange(T) >= T - rows.lengths[:, None])[:, :, None, None]
+        counts = np.clip(rows.lengths, 1, T)[:, None, None]
+        mean = xp.where(is_query, queries, none).sum(1) / rows.send(counts.astype(np.float32))
         # k.covariance.k / 2 is a sum of squares: of k times each query's deviation from the mean.
-        root = np.float32((0.5 / queries.shape[1]) ** 0.5)
-        factors = (queries - mean[:, None]).swapaxes(1, 2) * root  # [B * n, G, T, D]
+        roots = rows.send(np.sqrt(0.5 / counts[..., None]).astype(np.float32))
+        factors = xp.where(is_query, queries - mean[:, None], none).swapaxes(1, 2) * roots
         given = dict(vectors=mean, factors=xp.ascontiguousarray(factors))
         found = kv_scores.score(**rows.keys, measure="squares", **given)
         slots = np.arange(rows.capacity)

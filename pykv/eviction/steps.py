@@ -87,7 +87,8 @@ def evict(
         policy: an object of this module, or a text that `parse` reads; or by layer, of those that
             rows are evicted from. Pages go back when no layer has rows in them.
         queries: by layer, [B, T, HQ, D] of the last T tokens of each sequence, rotated as they were
-            for attention, which `SnapKV`, `TOVA` and `ExpectedAttention` ask for.
+            for attention, which `SnapKV`, `TOVA` and `ExpectedAttention` ask for. Of a head with
+            fewer rows than T only as many of the last ones count.
         scores: by layer, [B, H, C] float32 with C = M * P of the longest sequence, for `Scores` and
             `H2O`.
         positions: by layer, [B, H, C] int32, what `Evicted.positions` was; None: slots are

@@ -292,12 +292,12 @@ def _checked_ratios(ratios: Any) -> tuple[int, ...]:
 def _checked_groups(groups: Any, windows: tuple[int | None, ...]) -> list[tuple[int, ...]]:
     """Layers of each group."""
     L = len(windows)
-    if groups == "joint" and isinstance(groups, str):
-        return [tuple(range(L))]
-    if groups == "windows" and isinstance(groups, str):
-        kinds = dict.fromkeys(windows)  # in the order of layers
-        return [tuple(i for i in range(L) if windows[i] == kind) for kind in kinds]
     if isinstance(groups, (str, bytes)):
+        if groups == "joint":
+            return [tuple(range(L))]
+        if groups == "windows":
+            kinds = dict.fromkeys(windows)  # in the order of layers
+            return [tuple(i for i in range(L) if windows[i] == kind) for kind in kinds]
         raise ParameterError(f"{_OP}: groups is {groups!r:.80}, expected joint, windows or layers")
     if not isinstance(groups, Sequence):
         size = check_whole(_OP, "groups", groups, 1, L)

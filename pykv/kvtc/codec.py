@@ -277,7 +277,7 @@ class Codec:
         chosen, hadamard = self._check_layers(op, layers), check_flag(op, "hadamard", hadamard)
         with cuda.on_stream(stream, cache.k):
             if spec.has_given_scales:
-                check_given_scales(op, cache)
+                check_given_scales(op, "cache", cache)
             table = self._indices(op, "table", table, sizes["N"] - 1)
             dims = _check_decompress(table)
             room = dims["M"] * sizes["P"]

@@ -93,6 +93,18 @@ def collect(model: Model, ids: list[int], xp: Any) -> tuple[Any, Any]:
     return k, v
 
 
+def _hold(path: Path) -> BinaryIO:
+    """Open a file that this run alone writes to."""
+    while True:
+        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
+        if not whole_files.lock(file):
+            file.close()
+            raise ParameterError(f"kvtc.calibrate: out: another process is writing {path}")
+        if os.path.exists(path) and os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+            return file
+        file.close()  # a run that has ended removed it before the lock
+
+
 class Rows:
     """Rows of windows, in memory, or in a file that a later run goes on with.
 
@@ -115,10 +127,7 @@ class Rows:
         self._file: BinaryIO | None = None
         if path is None:
             return
-        self._file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
-        if not whole_files.lock(self._file):
-            self._file.close()
-            raise ParameterError(f"kvtc.calibrate: out: another process is writing {path}")
+        self._file = _hold(path)
         first = _MARK + json.dumps(of, sort_keys=True).encode() + b"\n"
         found = self._file.read(len(first))
         if found[: len(_MARK)] != _MARK[: len(found)]:  # it may be somebody's

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import pykv
-from pykv import cli, cuda, kvtc
+from pykv import cli, cuda, kvtc, whole_files
 from pykv.errors import CapacityError, DtypeError, InstallError, NumberError, ParameterError
 from pykv.kvtc import Artefact, Codec, calibrate, calibration, commands, rows
 from pykv.kvtc.artefact import SINKS
@@ -198,6 +198,7 @@ def test_too_little_text_is_refused(llm):
         (dict(groups=[[0]]), ParameterError, "groups is .*, expected each of 2 layers"),
         (dict(groups=[[0, 1], [1]]), ParameterError, "groups is .*, expected each of 2 layers"),
         (dict(groups=1.5), DtypeError, "groups"),
+        (dict(groups=np.array([[0], [1]])), DtypeError, "groups is a ndarray"),
         (dict(progress="yes"), DtypeError, "progress"),
         (dict(out=5), DtypeError, "out"),
     ],
@@ -375,6 +376,19 @@ def test_two_runs_do_not_share_a_file(llm, monkeypatch, tmp_path):
     monkeypatch.setattr(rows, "collect", collect)
     for a, b in zip(facts(got), facts(calibrate(llm, TEXTS, **OPTIONS)), strict=True):
         assert_same_bits(a, b)
+
+
+def test_a_run_that_ends_may_remove_its_file_before_the_lock(llm, monkeypatch, tmp_path):
+    out, lock, removed = tmp_path / "a", whole_files.lock, []
+
+    def end_first(file):
+        if not removed:
+            removed.append(os.unlink(f"{out}.rows"))
+        return lock(file)
+
+    monkeypatch.setattr(whole_files, "lock", end_first)
+    calibrate(llm, TEXTS, out=out, **OPTIONS)
+    assert removed and os.listdir(tmp_path) == ["a"]
 
 
 def test_the_model_is_free_between_windows(llm, monkeypatch):

@@ -384,7 +384,7 @@ def test_other_positions_and_codecs_are_noticed(xp, rng):
     for layers in (range(2, 4), range(1, 1), range(-1, 2)):
         refused(ParameterError, r"expected some of range\(0, 3\)", layers=layers)
     unset = PagedKVCache(L, 4, H, D, page_size=P, spec="int8:head", xp=xp)
-    refused(ParameterError, "k_scales are unset", cache=unset)
+    refused(ParameterError, "decompress: cache.k_scales are unset", cache=unset)
     np.testing.assert_array_equal(to_numpy(cache.k), before)
 
 

@@ -75,10 +75,13 @@ def test_what_does_not_fit_is_refused(rng, artefact, tmp_path):
         page_files.load(path, back, [0, 1, 2, 3])
     with pytest.raises(ParameterError, match="coded has 14 tokens, expected at most the 12"):
         page_files.load(path, back, [0, 1, 2], codec=codec)
-    with pytest.raises(ParameterError, match="expected no page twice"):
-        page_files.load(path, back, [0, 1, 1, 2], codec=codec)
-    with pytest.raises(ParameterError, match="expected no page twice"):
-        pages.swap_in(back, [3, 3], pages.swap_out(cache, ids, codec=codec), codec=codec)
+    twice = r": pages\[{}\] is {}, expected no page twice"
+    for at, by in ((path, codec), (plain, None)):
+        with pytest.raises(ParameterError, match="load" + twice.format(2, 1)):
+            page_files.load(at, back, [0, 1, 1, 2], codec=by)
+    for by in (codec, None):
+        with pytest.raises(ParameterError, match="swap_in" + twice.format(1, 3)):
+            pages.swap_in(back, [3, 3], pages.swap_out(cache, ids, codec=by), codec=by)
     for how, text in (
         (dict(tokens=3), "tokens is given, expected none without a codec"),
         (dict(hadamard=True), "hadamard is given, expected none without a codec"),

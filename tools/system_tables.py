@@ -238,8 +238,10 @@ def rings(records):
 
 def tier_moves(records):
     """What a prefix takes to come back from a tier, and what pages that fall cost a step."""
-    rows, plain = [], {}
-    for one in own(records, "tier_moves"):
+    found, rows = own(records, "tier_moves"), []
+    of = lambda case: (case["op"], case.get("shape"), case.get("tokens"))  # noqa: E731
+    plain = {of(x["case"]): x["median"] for x in found if x["case"].get("codec") == "none"}
+    for one in found:
         case, facts = one["case"], one.get("facts") or {}
         what = f"{case.get('pages', 0):,} pages looked up"
         share = rate = ""
@@ -251,12 +253,12 @@ def tier_moves(records):
                 f"{case['tokens']:,} tokens of {case['shape']} from {case['op']}, {case['codec']}"
             )
             rate = f"{one['gbps']:.1f}"
-            first = plain.setdefault((case["op"], case["shape"]), one["median"])  # without a codec
-            share = f"{first / one['median']:.2f} times the rate without"
-            if case["codec"] == "none" and "share_of_raw" in facts:
+            if case["codec"] != "none" and of(case) in plain:
+                share = f"{plain[of(case)] / one['median']:.2f} times the rate without"
+            elif "share_of_raw" in facts:
                 share = f"{100 * facts['share_of_raw']:.0f} % of plain reading"
-            elif case["codec"] == "none":
-                share = f"{100 * one['share']:.0f} % of the link" if one["share"] else ""
+            elif one["share"]:
+                share = f"{100 * one['share']:.0f} % of the link"
         rows.append([what, f"{one['median'] / 1e3:.2f}", rate, share])
     text = (
         "Milliseconds by the clock, until pages are there, and GB/s of what they are in the cache, "

@@ -412,7 +412,7 @@ def test_many_steps(steps):
             may_grow=choose.random() < 0.2,
             prefix_cache=choose.random() < 0.8,
             slots=choose.choice([None, None, 3]),
-            choice=choose.randrange if choose.random() < 0.5 else None,
+            choice=choose.randrange if choose.random() < 0.7 else None,
             ahead=choose.choice([1, 1, 3, 20]),
         )
         for _ in range(500):
@@ -424,7 +424,7 @@ def test_many_steps(steps):
         preemptions += world.scheduler.stats.preemptions
         reused += world.scheduler.stats.reused_tokens
         came += world.tiers.came if world.tiers else 0
-    # It tried what it is for: in 100,000 steps 4,650 pages came, 3,221 sequences were preempted.
+    # It tried what it is for: in 100,000 steps 8,026 pages came, 3,409 sequences were preempted.
     assert came > steps / 25 and preemptions > steps / 100 and reused > steps / 10
 
 

@@ -1,17 +1,22 @@
 """What a step of `pykv serve` takes of the engine's time besides the model.
 
-B answers are decoded by a model that computes nothing but takes its time, as a GPU does, while the
-event loop makes events of the tokens before. The time is that between two calls of the model:
-scheduler, pages, text, waking readers, and waiting for the interpreter that these have. `late` is
-by how many microseconds the thread goes on later than the model is done, with a timer's own.
+B answers are decoded by a model that computes nothing but takes its time, as a GPU does, while
+another process reads what is told. The time is that between two calls of the model: scheduler,
+pages, text, and telling the server. `late` is by how many microseconds the thread goes on later
+than the model is done, with a timer's own.
 """
 
 from __future__ import annotations
 
-import asyncio
+import socket
+import subprocess
+import sys
 import time
+from collections import Counter
 from collections.abc import Sequence as Several
 from contextlib import nullcontext
+from functools import partial
+from multiprocessing.connection import Connection
 from statistics import median
 from typing import Any
 
@@ -20,17 +25,15 @@ import numpy as np
 from pykv.bench import Work
 from pykv.bench.options import Case
 from pykv.bench.report import Record
-from pykv.llm import SamplingParams, gguf, models
-from pykv.llm.answer import Answer
+from pykv.llm import SamplingParams
+from pykv.llm.language import Language
+from pykv.llm.prompts import Order, begin
 from pykv.llm.scheduler import Scheduler
 from pykv.llm.sequence import Sequence
 from pykv.llm.steps import Piece
-from pykv.llm.tokenizer import Tokenizer
 from pykv.pool import PagedKVCache
-from pykv.serve.engine import Engine, make_work
-from pykv.serve.metrics import Metrics
-from pykv.serve.protocol import Asked
-from pykv.serve.replies import Reply, event
+from pykv.serve.constraints import Grammars
+from pykv.serve.engine import Engine, Report, Request, State
 
 DEVICE = "auto"  # not used: all of it runs on the host
 HAS_NO_SHARES = True
@@ -115,46 +118,69 @@ class _Timed(NoModel):
 def make(case: Case, xp: Any, rng: np.random.Generator) -> Work:
     """The work of a case: B answers from their prompts to their ends."""
     B, limit = case["B"], case["prompt"] + case["answer"]
-    tokenizer = Tokenizer(gguf.read_model(models.fetch(MODEL)))
-    model = _Timed(range(tokenizer.vocab_size // 2, tokenizer.vocab_size), B)
+    language = Language(MODEL)
+    vocab = language.tokenizer.vocab_size
+    model = _Timed(range(vocab // 2, vocab), B)
     cache = PagedKVCache(1, B * -(-limit // P), 1, 16, page_size=P)
     scheduler = Scheduler(model, cache, may_grow=False, prefix_cache=True, slots=B)
-    prompts = rng.integers(0, tokenizer.vocab_size, (B, case["prompt"])).tolist()
-    metrics, facts = Metrics(), dict[str, float]()
+    prompts = rng.integers(0, vocab, (B, case["prompt"])).tolist()
+    facts, counts = dict[str, float](), Counter[str]()
 
     def run() -> float:
-        params = SamplingParams(max_tokens=case["answer"])
-        sequences = [Sequence(prompt, params, limit) for prompt in prompts]
-        answers = [Answer(s, tokenizer.stream_decoder()) for s in sequences]
         model.between.clear()
         model.late.clear()
-        metrics.generation_tokens = 0
-        engine = Engine(scheduler, nullcontext, metrics, limit=B)
-        engine.start()
-        try:
-            asyncio.run(_read_all(engine, tokenizer, answers))
-        finally:
-            engine.stop()
+        counts.clear()
+        errors: list[Exception] = []
+        with _Reader() as connection:
+
+            def tell(report: Report | None) -> None:
+                connection.send(report)
+                for _, (_, tokens, _, finish_reason, _, error) in report[1] if report else ():
+                    counts["tokens"] += len(tokens)
+                    if finish_reason:
+                        counts["ended"] += 1
+                        errors.extend([error] if error else [])
+                if counts["ended"] == B:
+                    engine.stop()
+
+            engine = Engine(
+                *(scheduler, nullcontext),
+                answer=partial(begin, language),
+                constraint=Grammars(language.tokenizer, language.config.vocab).constraint,
+                state=State,
+                counters=tuple,
+                tell=tell,
+            )
+            params = SamplingParams(max_tokens=case["answer"])
+            orders = [Order(prompt, params, limit, frozenset()) for prompt in prompts]
+            engine.put(Request(dict(enumerate(orders)), None))
+            engine.run()
+        for error in errors:
+            raise error
         facts["late_us"] = round(1e6 * median(model.late), 3)
         return median(model.between)
 
     def check() -> bool:
-        return metrics.generation_tokens == B * case["answer"] and len(model.between) > 0
+        return counts["tokens"] == B * case["answer"] and len(model.between) > 0
 
     return Work(run, check, bytes=0, clocked=True, samples=5, facts=facts)
 
 
-async def _read_all(engine: Engine, tokenizer: Tokenizer, answers: list[Answer]) -> None:
-    """Make events of all answers, as they come."""
+class _Reader:
+    """A process that reads what it is sent; as a context the way to it."""
 
-    async def read(answer: Answer) -> None:
-        work = make_work([answer], [None])
-        engine.submit(work)
-        asked = Asked([answer], [None], stream=True)
-        async for chunk in Reply(asked, work, "model", tokenizer, chat=False).chunks():
-            event(chunk)
+    def __enter__(self) -> Connection:
+        ours, theirs = socket.socketpair()
+        code = "import os\nwhile os.read(0, 1 << 16): pass"
+        with theirs:
+            command = [sys.executable, "-c", code]
+            self._process = subprocess.Popen(command, stdin=theirs.fileno())
+        self._connection = Connection(ours.detach())
+        return self._connection
 
-    await asyncio.gather(*map(read, answers))
+    def __exit__(self, *_: Any) -> None:
+        self._connection.close()
+        self._process.wait()
 
 
 def conclude(records: list[Record]) -> str:

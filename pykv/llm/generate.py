@@ -11,32 +11,29 @@ from typing import Any
 
 import numpy as np
 
-from pykv import cuda, forks, install
+from pykv import cuda, forks
 from pykv.errors import UnsupportedError
 from pykv.eviction import AdaKV, Policy
 from pykv.kvtc.codec import Codec
-from pykv.llm import gguf, matrices, models, scoring, sessions, shared_steps
+from pykv.llm import matrices, scoring, sessions, shared_steps
 from pykv.llm.answer import Completion, Stream
-from pykv.llm.chat import chat_ids
-from pykv.llm.config import read_config
 from pykv.llm.fingerprint import contents, fingerprint
+from pykv.llm.language import Language
 from pykv.llm.opening import open_runner
 from pykv.llm.prefill_device import check_prefill_device
-from pykv.llm.prompts import answer_to, answers_to, known_ids
+from pykv.llm.prompts import answer_to, answers_to
 from pykv.llm.sampling import SamplingParams
 from pykv.llm.scheduler import Scheduler, Stats
 from pykv.llm.sequence_pages import SequencePages
 from pykv.llm.sessions import Session
 from pykv.llm.tiering import open_tiers
-from pykv.llm.tokenizer import Tokenizer
 from pykv.llm.wanted import Wanted
 from pykv.llm.weights import Model
-from pykv.options import check_flag, check_whole
 from pykv.pool import PagedKVCache
 from pykv.specs import KVSpec
 
 
-class LLM:
+class LLM(Language):
     """A model, its tokenizer and its paged cache.
 
     Args:
@@ -156,22 +153,17 @@ class LLM:
         )
         self.spec, dtype = wanted.spec, wanted.dtype
         self.weights_dtype: str = matrices.STORED if dtype is None else np.dtype(dtype).name
-        install.require("llm", "gguf", "tokenizers")
         self.xp = cuda.array_module(device)
         picked = cuda.pick_device(device, self.xp, require_sm=require_sm)  # before a fetch
         if prefill_device is not None:
             evicts = wanted.policy is not None
             check_prefill_device(picked, prefill_device, evicts=evicts, require_sm=require_sm)
         self._lock = forks.waits_for(threading.RLock())
-        self.file = gguf.read_model(models.fetch(model))
+        super().__init__(model, context=wanted.context)
         self._given = os.fsdecode(model), weights
-        config = read_config(self.file)
         if dtype is None:
             matrices.check_stored(self.file)
-        context = wanted.context or config.context
-        self.context = check_whole("LLM", "context", context, 1, config.context)
-        self.tokenizer = Tokenizer(self.file)
-        opened = open_runner(self.file, config, self.tokenizer, device, self.xp, wanted)
+        opened = open_runner(self.file, self.config, self.tokenizer, device, self.xp, wanted)
         self._device, self.runner, most_of_pool = opened
         with cuda.use_device(self._device):
             # Taken now: the file may change or go before a session is saved.
@@ -223,11 +215,6 @@ class LLM:
     def pages(self) -> SequencePages:
         """Whose the pages are; for work beside calls, in a `turn`."""
         return self._scheduler.pages
-
-    @property
-    def has_chat_template(self) -> bool:
-        """Whether `chat` works: the file carries a template."""
-        return "tokenizer.chat_template" in self.file.metadata
 
     @property
     def stats(self) -> Stats:
@@ -333,33 +320,6 @@ class LLM:
         """
         ids = self.chat_ids(messages, template_variables=template_variables)
         return self.generate([ids], params)[0]
-
-    def chat_ids(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        *,
-        template_variables: Mapping[str, Any] | None = None,
-    ) -> list[int]:
-        """Token ids of a conversation, ready for the assistant's answer.
-
-        Args, Raises: as `chat`.
-        """
-        return chat_ids(
-            self.file,
-            self.tokenizer,
-            messages,
-            template_variables=template_variables,
-            limit=self.context,
-        )
-
-    def tokenize(self, text: str, *, special: bool = False) -> list[int]:
-        """Token ids of a text, with the start token where the model wants one; `special` as in
-        `generate`."""
-        return self.tokenizer.encode(text, special=check_flag("tokenize", "special", special))
-
-    def detokenize(self, ids: Sequence[int]) -> str:
-        """The text of token ids, without special tokens."""
-        return self.tokenizer.decode(known_ids(self, "ids", ids))
 
     # --- Sessions ---
 

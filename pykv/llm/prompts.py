@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Set
 from dataclasses import replace
 from operator import index
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pykv.errors import CapacityError, ParameterError
 from pykv.llm.answer import Answer
@@ -15,10 +15,10 @@ from pykv.number_texts import counted
 from pykv.options import check_flag
 
 if TYPE_CHECKING:
-    from pykv.llm.generate import LLM
+    from pykv.llm.language import Language
 
 
-def answers_to(llm: LLM, prompts: Any, params: Any, special: bool) -> list[Answer]:
+def answers_to(language: Language, prompts: Any, params: Any, special: bool) -> list[Answer]:
     """The answers to prompts, of which no scheduler knows yet. Args, Raises: see LLM.generate."""
     if isinstance(prompts, str):
         prompts = [prompts]
@@ -30,50 +30,71 @@ def answers_to(llm: LLM, prompts: Any, params: Any, special: bool) -> list[Answe
         raise ParameterError(
             f"generate: {len(params)} params, expected one for each of {len(prompts)} prompts"
         )
-    return [answer_to(llm, *pair, special) for pair in zip(prompts, params, strict=True)]
+    return [answer_to(language, *pair, special) for pair in zip(prompts, params, strict=True)]
 
 
-def answer_to(llm: LLM, prompt: Any, params: SamplingParams, special: bool = False) -> Answer:
+def answer_to(
+    language: Language, prompt: Any, params: SamplingParams, special: bool = False
+) -> Answer:
     """The answer to a prompt, which no scheduler knows yet. Args, Raises: see LLM.generate."""
+    return begin(language, order(language, prompt, params, special))
+
+
+class Order(NamedTuple):
+    """What makes a Sequence: the arguments of the same names."""
+
+    prompt: list[int]
+    params: SamplingParams
+    limit: int
+    end_ids: frozenset[int]
+
+
+def order(language: Language, prompt: Any, params: SamplingParams, special: bool = False) -> Order:
+    """What a prompt asks for. Args, Raises: see LLM.generate."""
     if not isinstance(params, SamplingParams):
         raise ParameterError(f"params has {params!r}, expected SamplingParams")
-    check_vocabulary("params", params, llm.model.config.vocab)
-    if banned := dict.fromkeys(llm.tokenizer.suppressed_ids, -100.0):
+    check_vocabulary("params", params, language.config.vocab)
+    if banned := dict.fromkeys(language.tokenizer.suppressed_ids, -100.0):
         params = replace(params, logit_bias=dict(params.logit_bias) | banned)
-    ids = read_ids(llm, "prompt", prompt, special)
-    if len(ids) == llm.context:
+    ids = read_ids(language, "prompt", prompt, special)
+    if len(ids) == language.context:
         raise CapacityError(
             f"prompt has {counted(len(ids), 'token')}, expected fewer than the context of "
-            f"{llm.context:,}: the answer needs room"
+            f"{language.context:,}: the answer needs room"
         )
-    limit = min(llm.context, len(ids) + params.max_tokens)
-    ends = frozenset() if params.ignore_eos else llm.tokenizer.stop_ids
-    known = llm.tokenizer.control.ids  # no text holds them, so no stop string would be found there
+    limit = min(language.context, len(ids) + params.max_tokens)
+    ends = frozenset() if params.ignore_eos else language.tokenizer.stop_ids
+    known = language.tokenizer.control.ids  # no text holds them, so none finds a stop string there
     ends |= {*params.stop_token_ids, *(known[text] for text in params.stop if text in known)}
-    return Answer(Sequence(ids, params, limit, ends), llm.tokenizer.stream_decoder())
+    return Order(ids, params, limit, ends)
 
 
-def read_ids(llm: LLM, name: str, prompt: Any, special: bool = False) -> list[int]:
+def begin(language: Language, order: Order) -> Answer:
+    """The answer to an order, which no scheduler knows yet."""
+    return Answer(Sequence(*order), language.tokenizer.stream_decoder())
+
+
+def read_ids(language: Language, name: str, prompt: Any, special: bool = False) -> list[int]:
     """Token ids of argument `name`, a text or ids: at least one, and at most a context."""
     check_flag("LLM", "special", special)
     if isinstance(prompt, str):
         if not prompt:
             raise ParameterError(f"{name} is empty, expected at least one character")
-        ids = llm.tokenizer.encode(prompt, special=special, limit=llm.context)
+        ids = language.tokenizer.encode(prompt, special=special, limit=language.context)
     else:
-        ids = known_ids(llm, name, prompt)
+        ids = known_ids(language, name, prompt)
     if not ids:
         raise ParameterError(f"{name} is empty, expected at least one token")
-    if len(ids) > llm.context:
+    if len(ids) > language.context:
         raise CapacityError(
-            f"{name} has {len(ids)} tokens, expected at most the context of {llm.context}"
+            f"{name} has {len(ids)} tokens, expected at most the context of {language.context}"
         )
     return ids
 
 
-def known_ids(llm: LLM, name: str, ids: Any) -> list[int]:
+def known_ids(language: Language, name: str, ids: Any) -> list[int]:
     """Ids that are tokens of the model."""
-    vocab = llm.model.config.vocab
+    vocab = language.config.vocab
     known = [_token_id(name, i) for i in items(name, ids, "a list of token ids")]
     for i in known:
         if not 0 <= i < vocab:

@@ -17,12 +17,11 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from pykv.llm.generate import LLM
+from pykv.llm.language import Language
 from pykv.number_texts import whole_of
 from pykv.serve import front, metrics, replies
-from pykv.serve.engine import Engine, Steps, Work, make_work
+from pykv.serve.desk import Desk, Link, Work
 from pykv.serve.fields import ApiError, parse
-from pykv.serve.metrics import Metrics
 from pykv.serve.openapi import describe
 from pykv.serve.protocol import Asked, Protocol
 from pykv.serve.replies import Reply
@@ -40,8 +39,8 @@ _CSP += "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'no
 class Server(NamedTuple):
     """What the endpoints share."""
 
-    llm: LLM
-    engine: Engine
+    language: Language
+    desk: Desk
     protocol: Protocol
     created: int
 
@@ -51,17 +50,17 @@ class Server(NamedTuple):
         return self.protocol.names[0]
 
 
-def make_server(llm: LLM, scheduler: Steps, names: list[str], *, limit: int) -> Server:
+def make_server(language: Language, link: Link, names: list[str], *, limit: int) -> Server:
     """What answers, not started yet.
 
     Args:
-        llm: the model.
-        scheduler: that runs its sequences.
+        language: of the model.
+        link: to the engine that has it.
         names: of the model, in requests; answers carry the first.
         limit: sequences that may run and wait.
     """
-    engine = Engine(scheduler, llm.turn, Metrics(), limit=limit)
-    return Server(llm, engine, Protocol(llm, names), int(time.time()))
+    desk = Desk(link, limit=limit)
+    return Server(language, desk, Protocol(language, names), int(time.time()))
 
 
 def create_app(
@@ -82,11 +81,11 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(_: Router) -> AsyncIterator[None]:
-        server.engine.start()
+        server.desk.start()
         try:
             yield
         finally:
-            await asyncio.to_thread(server.engine.stop)
+            await server.desk.stop()
 
     posts = {
         "/v1/chat/completions": chat,
@@ -107,7 +106,7 @@ def create_app(
     routes += [Route(path, partial(page, *file), methods=["GET"]) for path, file in _PAGE.items()]
     router = Router(routes, lifespan=lifespan, redirect_slashes=False)
     facts: dict[str, Any] = dict(api_key=api_key, loopback=loopback, origins=origins)
-    app = front.App(router, server.engine.metrics, **facts)
+    app = front.App(router, server.desk.metrics, **facts)
     if not origins:
         return app
     ways: dict[str, Any] = dict(allow_methods=("GET", "POST"), allow_headers=("*",))
@@ -130,7 +129,7 @@ async def _complete(
     server: Server, request: Request, read: Callable[[dict[str, Any]], Asked], *, chat: bool
 ) -> Response:
     asked, work = await _begin(server, request, read)
-    reply = Reply(asked, work, server.model, server.llm.tokenizer, chat=chat)
+    reply = Reply(asked, work, server.model, server.language.tokenizer, chat=chat)
     if not asked.stream:
         return await _whole(server, request, work, reply.body())
 
@@ -177,8 +176,8 @@ async def _begin(
 ) -> tuple[Asked, Work]:
     """Read a body and let the engine begin."""
     asked = await _read(request, read)
-    work = make_work(asked.answers, asked.constraints)
-    server.engine.submit(work)
+    work = Work(asked.orders, asked.rule)
+    server.desk.submit(work)
     request.scope["pykv.work"] = work  # for the log and metrics; refused requests have none
     return asked, work
 
@@ -189,7 +188,7 @@ async def _whole(
     try:
         return await _unless_gone(request.receive, body)
     finally:
-        server.engine.abort(work)
+        server.desk.abort(work)
 
 
 class Stream(Response):
@@ -206,7 +205,7 @@ class Stream(Response):
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         super().__init__(headers=headers, media_type=media_type)
         del self.headers["content-length"]
-        self._engine, self._work, self._parts, self._failed = server.engine, work, parts, failed
+        self._desk, self._work, self._parts, self._failed = server.desk, work, parts, failed
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
@@ -226,7 +225,7 @@ class Stream(Response):
         try:
             await _unless_gone(receive, send_all())
         finally:
-            self._engine.abort(self._work)
+            self._desk.abort(self._work)
 
 
 async def _unless_gone(receive: Receive, work: Coroutine[Any, Any, _T]) -> _T:
@@ -303,7 +302,7 @@ async def _body(request: Request) -> bytes:
 
 async def tokenize(server: Server, request: Request) -> Response:
     ids = await _read(request, server.protocol.tokenize)
-    facts = {"tokens": ids, "count": len(ids), "max_model_len": server.llm.context}
+    facts = {"tokens": ids, "count": len(ids), "max_model_len": server.language.context}
     return JSONResponse(facts)
 
 
@@ -313,20 +312,14 @@ async def detokenize(server: Server, request: Request) -> Response:
 
 
 async def health(server: Server, _: Request) -> Response:
-    if not server.engine.is_alive:
+    if not server.desk.is_alive:
         raise ApiError(503, "the engine has stopped", code="stopping")
     return JSONResponse({"status": "ok"})
 
 
 async def read_metrics(server: Server, _: Request) -> Response:
-    manager = server.llm.cache.manager
-    text = server.engine.metrics.text(
-        server.model,
-        pages=manager.num_pages,
-        held=manager.num_pages - manager.num_free,
-        tiers=None if server.llm.tiers is None else server.llm.tiers.counters,
-        **server.engine.load(),
-    )
+    desk = server.desk
+    text = desk.metrics.text(server.model, desk.state, running=desk.running)
     return Response(text, headers={"Content-Type": metrics.CONTENT_TYPE})
 
 
@@ -343,7 +336,7 @@ async def model(server: Server, request: Request) -> Response:
 
 def _model(server: Server, name: str) -> dict[str, Any]:
     facts = {"id": name, "object": "model", "created": server.created, "owned_by": "pykv"}
-    return facts | {"max_model_len": server.llm.context}
+    return facts | {"max_model_len": server.language.context}
 
 
 async def openapi(server: Server, _: Request, *, has_key: bool) -> Response:

@@ -9,19 +9,20 @@ import os
 import re
 import signal
 import socket
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pykv import install
-from pykv.errors import CapacityError, ParameterError
-from pykv.model_options import open_llm
+from pykv import install, model_options
+from pykv.errors import ParameterError
 from pykv.options import check_whole
 from pykv.terminal import note
+
+if TYPE_CHECKING:
+    from pykv.serve.engine_process import EngineProcess
 
 STOP_SECONDS = 30  # for running answers to end after SIGTERM
 QUEUE = 8  # sequences that may wait, for each slot
 GPU_SLOTS, HOST_SLOTS = 64, 16
-SLOT_TOKENS = 2048  # of the pool for each slot, if memory allows
-SHARE = 0.5  # of the free memory: limit of the pool, unless one context needs more
+LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
 
 
 def add_serve(serve: argparse.ArgumentParser) -> None:
@@ -61,6 +62,7 @@ def add_serve(serve: argparse.ArgumentParser) -> None:
 
 def _serve(args: argparse.Namespace) -> None:
     install.require("serve", "starlette", "uvicorn", "llguidance")
+    from pykv.serve.engine_process import EngineProcess
     from pykv.serve.front import LOOPBACK
 
     if args.api_key == "":  # an unset shell variable expands to this
@@ -84,11 +86,12 @@ def _serve(args: argparse.Namespace) -> None:
         raise ParameterError(
             f"serve: --host is {args.host}, which others can reach, expected an --api-key as well"
         )
-    logging.basicConfig(
-        level=args.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s"
-    )
-    with _listen(args.host, args.port) as listening:  # a port in use fails before a model loads
-        server, facts = open_server(args, slots)
+    logging.basicConfig(level=args.log_level.upper(), format=LOG_FORMAT)
+    with (
+        _listen(args.host, args.port) as listening,  # a port in use fails before a model loads
+        EngineProcess(_options(args), slots) as engine,
+    ):
+        server, facts = open_server(args, engine)
         host = f"[{args.host}]" if ":" in args.host else args.host
         url = f"http://{host}:{listening.getsockname()[1]}"
         ready = f"{server.model} answers at {url} ({facts})"
@@ -96,69 +99,26 @@ def _serve(args: argparse.Namespace) -> None:
             ready += "; without TLS others on the way can read it: put a proxy before it"
         origins = args.allow_origin or ()
         run(server, listening, ready, api_key=key, loopback=loopback, origins=origins)
-        server.llm.flush()
 
 
-def open_server(args: argparse.Namespace, slots: int | None) -> tuple[Any, str]:
-    """The model that options name, ready to answer, and what to say of it."""
-    import numpy as np
-
+def open_server(args: argparse.Namespace, engine: EngineProcess) -> tuple[Any, str]:
+    """What answers by the engine of a model, once that is ready, and what to say of it."""
     from pykv.llm import models
-    from pykv.llm.scheduler import Scheduler
-    from pykv.serve.app import make_server
+    from pykv.llm.language import Language
+    from pykv.serve.app import make_server  # while the model loads
 
-    llm = open_llm(args)
-    slots = slots or (HOST_SLOTS if llm.xp is np else GPU_SLOTS)
-    _grow(llm, slots)
-    scheduler = Scheduler(
-        llm.runner,
-        llm.cache,
-        may_grow=False,
-        prefix_cache=llm.prefix_cache,
-        slots=slots,
-        tiers=llm.tiers,
-    )
+    facts = engine.ready()
+    language = Language(args.model, context=facts.context)
     names = args.served_model_name or [models.short_name(args.model)]
-    pool = llm.cache.manager.num_pages * llm.cache.page_size
-    facts = f"{llm.device}, {slots} slots, context {llm.context:,}, cache of {pool:,} tokens"
-    return make_server(llm, scheduler, names, limit=slots * (1 + QUEUE)), facts
+    said = f"{facts.device}, {facts.slots} slots, context {facts.context:,}, "
+    said += f"cache of {facts.pool:,} tokens"
+    return make_server(language, engine, names, limit=facts.slots * (1 + QUEUE)), said
 
 
-def _grow(llm: Any, slots: int) -> None:
-    """Give the cache the pages of a server, which do not become more.
-
-    Raises:
-        CapacityError: there is no room for one context.
-    """
-    cache = llm.cache
-    with llm.turn():
-        free = llm.runner.free()
-    tokens = slots * min(llm.context, SLOT_TOKENS)
-    if free is not None:
-        tokens = min(tokens, int(SHARE * free) // cache.bytes_per_token)
-    tokens = max(tokens, _rows_of_one(llm))
-    if free is not None and tokens * cache.bytes_per_token > free:
-        raise CapacityError(
-            f"serve: a context of {llm.context:,} tokens takes {tokens:,} rows, "
-            f"{tokens * cache.bytes_per_token:,} bytes of cache, expected at most the {free:,} "
-            "that are free: see --context and --kv-dtype"
-        )
-    with llm.turn():
-        llm.runner.grow(-(-tokens // cache.page_size))
-
-
-def _rows_of_one(llm: Any) -> int:
-    """Rows of the cache that any one request finds enough. Where rows are evicted, a long prompt
-    needs more than the context, as what is kept of it is copied; most of all one of the longest, as
-    far as a page's length, by which pages of prompts are shared."""
-    from pykv.llm import SamplingParams
-    from pykv.llm.sequence import Sequence
-
-    most: int = llm.context
-    for prompt in range(max(1, most - llm.cache.page_size), llm.context):
-        s = Sequence([0] * prompt, SamplingParams(), llm.context)
-        most = max(most, llm.runner.room(s) or 0)
-    return most
+def _options(args: argparse.Namespace) -> argparse.Namespace:
+    """What the process of the model needs to know."""
+    names = ("model", "log_level", *model_options.ALL)
+    return argparse.Namespace(**{name: getattr(args, name) for name in names})
 
 
 def run(server: Any, listening: socket.socket, ready: str, **access: Any) -> None:

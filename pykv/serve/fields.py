@@ -39,6 +39,10 @@ class ApiError(Exception):
         self.status, self.param, self.code = status, param, code
         self.headers = headers or {}
 
+    def __reduce__(self) -> Any:  # the engine's process sends errors
+        facts: dict[str, Any] = dict(param=self.param, code=self.code, headers=self.headers)
+        return partial(ApiError, **facts), (self.status, str(self))
+
     def body(self) -> dict[str, Any]:
         """The JSON object that OpenAI's clients make an exception of."""
         kind = "server_error" if self.status >= 500 else "invalid_request_error"

@@ -132,8 +132,8 @@ class App:
         client = (scope.get("client") or ["-"])[0]
         facts = f"{client} {scope['method']} {scope['path']!r:.100} {status} {seconds:.3f} s"
         if (work := scope.get("pykv.work")) is not None:
-            prompt = sum(len(job.sequence.prompt) for job in work.jobs)
-            answers = sum(len(job.sequence.generated) for job in work.jobs)
+            prompt = sum(job.prompt_tokens for job in work.jobs)
+            answers = sum(job.answer_tokens for job in work.jobs)
             facts += f" {prompt}+{answers} tokens"
             self._metrics.e2e_request_latency.observe(seconds)
         log.info("%s", facts)

@@ -9,7 +9,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator
 
-from pykv.tiers.counters import Counters as TierCounters
+from pykv.serve.engine import State
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 # Upper bounds in seconds.
@@ -48,7 +48,7 @@ class Histogram:
 
 
 class Metrics:
-    """Counters of one server; the engine's thread and the event loop each add to their own."""
+    """Counters of one server, of its event loop."""
 
     def __init__(self) -> None:
         self.time_to_first_token = Histogram(FIRST_TOKEN)
@@ -65,27 +65,15 @@ class Metrics:
         self.prefix_queries += prompt_tokens
         self.prefix_hits += reused_tokens
 
-    def text(
-        self,
-        model: str,
-        *,
-        running: int,
-        waiting: int,
-        pages: int,
-        held: int,
-        preemptions: int,
-        tiers: TierCounters | None = None,
-    ) -> str:
+    def text(self, model: str, state: State, *, running: int) -> str:
         """All of them.
 
         Args:
             model: name of the label.
-            running, waiting: sequences.
-            pages: of the cache.
-            held: of these, by sequences.
-            preemptions: so far.
-            tiers: what tiers did, where there are any.
+            state: of the engine.
+            running: sequences.
         """
+        pages, held, waiting = state.pages, state.held, state.waiting
         label = 'model_name="' + model.replace("\\", r"\\").replace('"', r"\"") + '"'
         gauges = {
             "vllm:num_requests_running": (running, "Sequences that are being answered."),
@@ -99,9 +87,9 @@ class Metrics:
             "vllm:generation_tokens_total": (self.generation_tokens, "Tokens of answers."),
             "vllm:prefix_cache_queries_total": (self.prefix_queries, "Tokens looked for."),
             "vllm:prefix_cache_hits_total": (self.prefix_hits, "Tokens found in the cache."),
-            "vllm:num_preemptions_total": (preemptions, "Sequences that gave way to others."),
+            "vllm:num_preemptions_total": (state.preemptions, "Sequences that gave way to others."),
         }
-        for name, value in ({} if tiers is None else tiers.as_dict()).items():
+        for name, value in state.tiers:
             text = f"Tiers: {name.replace('_', ' ')}; see pykv.tiers.Counters."
             counters[f"pykv:tiers_{name}_total"] = (value, text)
         lines: list[str] = []

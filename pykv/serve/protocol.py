@@ -15,13 +15,12 @@ from functools import cached_property, partial
 from typing import Any
 
 from pykv.errors import CapacityError, ParameterError, PykvError, UnsupportedError
-from pykv.llm.answer import Answer
 from pykv.llm.chat import chat_prompt, template_of
-from pykv.llm.generate import LLM
-from pykv.llm.prompts import answer_to, known_ids
+from pykv.llm.language import Language
+from pykv.llm.prompts import Order, known_ids, order
 from pykv.llm.sampling import SamplingParams
 from pykv.number_texts import whole_of
-from pykv.serve.constraints import Constraint, Grammars
+from pykv.serve.constraints import Grammars
 from pykv.serve.fields import ApiError, Fields, wrong
 from pykv.serve.tools import (
     OPENING,
@@ -56,16 +55,16 @@ class Asked:
     """What a request asks for.
 
     Attributes:
-        answers: a sequence for each choice, `n` for each prompt.
-        constraints: of these; None where any text will do.
+        orders: a sequence for each choice, `n` for each prompt.
+        rule: which texts they may take; None: any.
         stream, include_usage: send pieces, and counts behind them.
         logprobs: likeliest tokens to name beside each; None: no logprobs.
         tools: that may be called.
         echo: texts of the prompts to begin the choices with.
     """
 
-    answers: list[Answer]
-    constraints: list[Constraint | None]
+    orders: list[Order]
+    rule: Rule | None = None
     n: int = 1
     stream: bool = False
     include_usage: bool = False
@@ -75,17 +74,17 @@ class Asked:
 
 
 class Protocol:
-    """Reads bodies for one LLM; threads may share it.
+    """Reads bodies for one model; threads may share it.
 
     Args:
-        llm: whose tokenizer and template are used.
+        language: its tokenizer and template.
         names: of the model, the first one first.
     """
 
-    def __init__(self, llm: LLM, names: list[str]) -> None:
-        self.llm, self.names = llm, names
-        self._template = template_of(llm.file, tools=False) or ""
-        self.grammars = Grammars(llm.tokenizer, llm.model.config.vocab)
+    def __init__(self, language: Language, names: list[str]) -> None:
+        self.language, self.names = language, names
+        self._template = template_of(language.file, tools=False) or ""
+        self._grammars = Grammars(language.tokenizer, language.config.vocab)
 
     def chat(self, body: dict[str, Any]) -> Asked:
         """A body of /v1/chat/completions."""
@@ -100,7 +99,7 @@ class Protocol:
         most = fields.whole("max_tokens", None, 1)
         most = fields.whole("max_completion_tokens", most, 1)
         rule = grammar(tools, schema)
-        asked = self._asked(fields, most or self.llm.context, logprobs, rule, tools=tools)
+        asked = self._asked(fields, most or self.language.context, logprobs, rule, tools=tools)
         return asked([templated()], param="messages")
 
     def completions(self, body: dict[str, Any]) -> Asked:
@@ -130,7 +129,7 @@ class Protocol:
         marks = {"auto": "", "llama3-chat": "<|start_header_id|>", "qwen-chat": "<|im_start|>"}
         if style in marks and marks[style] not in self._template:
             raise wrong("prompt_format", style, "auto or raw: the model's template is another")
-        most = fields.whole("max_tokens", self.llm.context, 1)
+        most = fields.whole("max_tokens", self.language.context, 1)
         fields.whole("n", 1, 1, 1)  # an answer is one text
         asked = self._asked(fields, most, None, None, temperature=0.0)
         if style == "raw" or not self._template:
@@ -149,8 +148,8 @@ class Protocol:
             prompt = fields.take("prompt", str, required=True)
             bos = None if fields.flag("add_special_tokens", True) else False
             special = fields.flag("special")
-            encode = partial(self.llm.tokenizer.encode, bos=bos, special=special)
-            ids = self._checked(param, lambda: encode(prompt, limit=self.llm.context))
+            encode = partial(self.language.tokenizer.encode, bos=bos, special=special)
+            ids = self._checked(param, lambda: encode(prompt, limit=self.language.context))
         self._check_length(param, ids)
         self._note_unknown(fields)
         return list(ids)
@@ -158,12 +157,14 @@ class Protocol:
     def detokenize(self, body: dict[str, Any]) -> str:
         """A body of /detokenize."""
         fields = self._begin(body)
-        vocab = self.llm.model.config.vocab
+        vocab = self.language.config.vocab
         tokens = fields.take("tokens", list, required=True, items=_id_below(vocab))
         self._check_length("tokens", tokens)
         self._note_unknown(fields)
-        decode = self.llm.tokenizer.decode
-        text: str = self._checked("tokens", lambda: decode(known_ids(self.llm, "tokens", tokens)))
+        decode = self.language.tokenizer.decode
+        text: str = self._checked(
+            "tokens", lambda: decode(known_ids(self.language, "tokens", tokens))
+        )
         return text
 
     def check_model(self, name: str) -> None:
@@ -193,10 +194,12 @@ class Protocol:
     def _dialect(self) -> Dialect:
         """How the template has tools; one whose calls have other marks than are read here counts as
         one that knows none."""
-        if OPENING not in (template_of(self.llm.file, tools=True) or ""):
+        if OPENING not in (template_of(self.language.file, tools=True) or ""):
             return Dialect()
         return find_dialect(
-            lambda messages, given: chat_prompt(self.llm.file, messages, template_variables=given)
+            lambda messages, given: chat_prompt(
+                self.language.file, messages, template_variables=given
+            )
         )
 
     @cached_property
@@ -211,7 +214,7 @@ class Protocol:
         """Whether the template takes messages of these roles."""
         talk = [{"role": role, "content": f"Hi {n}"} for n, role in enumerate(roles)]
         try:
-            chat_prompt(self.llm.file, talk)
+            chat_prompt(self.language.file, talk)
         except ParameterError:
             return False
         except PykvError:  # whatever the messages are
@@ -254,7 +257,7 @@ class Protocol:
             raise wrong("min_tokens", params.min_tokens, "0 beside tools or a response_format")
         refuse_unmet(fields)
         self._note_unknown(fields)
-        constraint = self._constraint(rule)
+        self._check(rule)
 
         def asked(prompts: list[Any], special: bool = False, param: str = "prompt") -> Asked:
             if len(prompts) * n > MAX_CHOICES:
@@ -263,16 +266,15 @@ class Protocol:
                 if isinstance(prompt, list):
                     self._check_length(param, prompt)
 
-            def make() -> list[Answer]:
+            def make() -> list[Order]:
                 each = [prompt for prompt in prompts for _ in range(n)]
                 return [
-                    answer_to(self.llm, prompt, _reseeded(params, choice), special)
+                    order(self.language, prompt, _reseeded(params, choice), special)
                     for choice, prompt in enumerate(each)
                 ]
 
-            answers = self._checked(param, make)
-            constraints = [constraint and constraint.copy() for _ in answers]
-            return Asked(answers, constraints, n, stream, include_usage, logprobs, tools)
+            orders = self._checked(param, make)
+            return Asked(orders, rule, n, stream, include_usage, logprobs, tools)
 
         return asked
 
@@ -282,7 +284,7 @@ class Protocol:
         """How tokens are drawn; fields that are absent keep what SamplingParams has."""
         seed = fields.whole("seed", None, -(2**63), 2**64 - 1)
         is_random = seed in (None, -1)  # as llama.cpp and vLLM have -1
-        vocab = self.llm.model.config.vocab
+        vocab = self.language.config.vocab
         min_tokens = fields.whole("min_tokens", 0, 0)
         if min_tokens > most:
             raise wrong("min_tokens", min_tokens, f"0 to {most}, as many as there may be")
@@ -310,17 +312,18 @@ class Protocol:
         )
         return SamplingParams(**given, **more)
 
-    def _constraint(self, rule: Rule | None) -> Constraint | None:
+    def _check(self, rule: Rule | None) -> None:
+        """Refuse a rule that the engine could not follow."""
         if rule is None:
-            return None
+            return
         try:
-            return self.grammars.constraint(*rule)
+            self._grammars.constraint(*rule)
         except ParameterError as error:
             param = "tools" if "call" in rule.grammar else "response_format"
             raise ApiError(400, f"{param}: {error}", param=param) from None
 
     def _text(self, prompt: str | list[int]) -> str:
-        return prompt if isinstance(prompt, str) else self.llm.detokenize(prompt)
+        return prompt if isinstance(prompt, str) else self.language.detokenize(prompt)
 
     def _templated(
         self, param: str, messages: list[Any], own: dict[str, Any], given: dict[str, Any]
@@ -329,7 +332,7 @@ class Protocol:
         `chat_template_kwargs` gives, whose error it is that there is none without them."""
 
         def ids(variables: dict[str, Any]) -> list[int]:
-            return self.llm.chat_ids(messages, template_variables=variables)
+            return self.language.chat_ids(messages, template_variables=variables)
 
         found: list[int]
         try:
@@ -343,8 +346,8 @@ class Protocol:
 
     def _check_length(self, param: str, ids: list[Any]) -> None:
         """Refuse what is longer than the context before work is done for each id."""
-        if len(ids) > self.llm.context:
-            message = f"{param} has {len(ids)} tokens, expected at most {self.llm.context}"
+        if len(ids) > self.language.context:
+            message = f"{param} has {len(ids)} tokens, expected at most {self.language.context}"
             raise ApiError(400, message, param=param, code="context_length_exceeded")
 
     def _checked(self, param: str, make: Callable[[], Any]) -> Any:

@@ -12,7 +12,8 @@ from typing import Any
 from starlette.responses import Response
 
 from pykv.llm.tokenizer import Tokenizer
-from pykv.serve.engine import Delta, Job, Work
+from pykv.serve.desk import Job, Work
+from pykv.serve.engine import Delta
 from pykv.serve.protocol import Asked
 from pykv.serve.tools import Call, CallReader
 
@@ -191,9 +192,9 @@ def _call(call: Call) -> dict[str, Any]:
 
 def usage(jobs: list[Job], n: int) -> dict[str, Any]:
     """Tokens of a request; a prompt of `n` choices counts once."""
-    prompt = sum(len(job.sequence.prompt) for job in jobs[::n])
-    answers = sum(len(job.sequence.generated) for job in jobs)
-    cached = sum(job.sequence.reused for job in jobs[::n])
+    prompt = sum(job.prompt_tokens for job in jobs[::n])
+    answers = sum(job.answer_tokens for job in jobs)
+    cached = sum(job.reused for job in jobs[::n])
     return {
         "prompt_tokens": prompt,
         "completion_tokens": answers,

@@ -3,9 +3,10 @@
 import asyncio
 import http.client
 import json
+import pickle
 import socket
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import SimpleNamespace
 
 import pytest
@@ -170,15 +171,54 @@ class Client:
         return not any([*requests, counts["pykv:kv_pages_held"]])
 
 
+class ThreadLink:
+    """The way to an engine that is a thread of this process; messages pass as bytes all the same.
+
+    Args:
+        make: an Engine from what it shall `tell`.
+    """
+
+    def __init__(self, make):
+        self.engine = make(self._tell)
+        self._thread = threading.Thread(target=self.engine.run, name="pykv-engine", daemon=True)
+
+    def start(self, deliver):
+        self._deliver, self._loop = deliver, asyncio.get_running_loop()
+        self._thread.start()
+
+    def put(self, request):
+        self.engine.put(pickle.loads(pickle.dumps(request)))
+
+    def abort(self, numbers):
+        self.engine.abort(numbers)
+
+    def stop(self):
+        self.engine.stop()
+
+    def _tell(self, report):
+        data = pickle.dumps(report)
+        with suppress(RuntimeError):  # the loop is closed
+            self._loop.call_soon_threadsafe(lambda: self._deliver(pickle.loads(data)))
+
+
+def make_tiny_server(llm, scheduler, limit=64):
+    """A server in this process, not started yet."""
+    from pykv.serve.app import make_server
+    from pykv.serve.engine_process import make_engine
+
+    link = ThreadLink(lambda tell: make_engine(llm, scheduler, tell))
+    return make_server(llm, link, ["tiny", "other"], limit=limit)
+
+
 @contextmanager
 def serving(llm, scheduler, *, limit=64, **options):
     """A running server, stopped at the end."""
     import uvicorn
 
-    from pykv.serve.app import create_app, make_server
+    from pykv.serve.app import create_app
     from pykv.serve.command import http_config
 
-    server = make_server(llm, scheduler, ["tiny", "other"], limit=limit)
+    server = make_tiny_server(llm, scheduler, limit)
     running = uvicorn.Server(http_config(create_app(server, **options)))
     listening = socket.create_server(("127.0.0.1", 0))
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 15)  # accepted ones inherit it
@@ -192,7 +232,7 @@ def serving(llm, scheduler, *, limit=64, **options):
         running.should_exit = True
         thread.join(20)
         listening.close()
-        assert not thread.is_alive() and not server.engine.is_alive
+        assert not thread.is_alive() and not server.desk.is_alive
 
 
 @pytest.fixture

@@ -62,7 +62,7 @@ def test_who_leaves_the_queue_is_aborted(serve):
         until(lambda: client.scheduler.running)
         with connect(client, request_bytes()):
             until(lambda: client.scheduler.waiting)
-            assert client.metrics()["vllm:num_requests_waiting"] == 1
+            until(lambda: client.metrics()["vllm:num_requests_waiting"] == 1)
         until(lambda: not client.scheduler.waiting)
         assert client.scheduler.running
     until(lambda: client.scheduler.is_idle)

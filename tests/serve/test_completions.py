@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from pykv.llm.sampling import TokenLogprobs
+from pykv.serve.engine import State
 from pykv.serve.metrics import Metrics
 from pykv.serve.protocol import Asked
 from pykv.serve.replies import Reply
@@ -27,7 +28,7 @@ def test_a_chat(serve):
     message = {"role": "assistant", "content": "Hello, you."}
     choice = {"index": 0, "finish_reason": "stop", "message": message, "logprobs": None}
     assert answer["choices"] == [choice]
-    prompt = len(client.server.llm.chat_ids(USER))
+    prompt = len(client.server.language.chat_ids(USER))
     assert answer["usage"] == {
         "prompt_tokens": prompt,
         "completion_tokens": 11,
@@ -59,7 +60,7 @@ def test_a_stream_of_a_chat(serve, usage):
 
 def test_completions_of_every_sort_of_prompt(serve):
     client = serve(lambda s: f"{len(s.prompt)}.")
-    llm = client.server.llm
+    llm = client.server.language
     text = len(llm.tokenize("some text"))
     for prompt, said in (
         ("some text", [text]),
@@ -102,7 +103,7 @@ def test_choices_draw_tokens_of_their_own(serve):
     answer = client.ask(CHAT, messages=USER, n=3, seed=-2)
     seeds = [choice["message"]["content"] for choice in answer["choices"]]
     assert seeds == [str(2**64 - 2), str(2**64 - 1), "0"]
-    assert answer["usage"]["prompt_tokens"] == len(client.server.llm.chat_ids(USER))
+    assert answer["usage"]["prompt_tokens"] == len(client.server.language.chat_ids(USER))
     answer = client.ask("/v1/completions", prompt=["x", "x"], n=2, seed=5)
     assert [choice["text"] for choice in answer["choices"]] == ["5", "6", "7", "8"]
     for none in ({}, {"seed": -1}):  # then each request has another
@@ -160,7 +161,7 @@ def test_characters_of_several_tokens_stay_whole(serve):
 def test_messages_of_every_form(serve):
     seen = []
     client = serve(lambda s: seen.append(s.prompt) or "x")
-    llm = client.server.llm
+    llm = client.server.language
     parts = [{"type": "text", "text": "How "}, {"type": "text", "text": "are you"}]
     client.ask(
         CHAT,
@@ -237,7 +238,7 @@ def test_logprobs_are_spelled_beside_the_event_loop(serve, monkeypatch):
 
 def test_a_token_is_spelled_once(serve, monkeypatch):
     client = serve("x" * 50)
-    spelled, tokenizer = [], client.server.llm.tokenizer
+    spelled, tokenizer = [], client.server.language.tokenizer
     spell = tokenizer.token_bytes
 
     def noted(i):
@@ -268,7 +269,7 @@ def test_models(serve):
 
 def test_tokenize_and_back(serve):
     client = serve()
-    llm = client.server.llm
+    llm = client.server.language
     ids = llm.tokenize("some text")
     answer = client.ask("/tokenize", prompt="some text")
     assert answer == {"tokens": ids, "count": len(ids), "max_model_len": 1000}
@@ -309,7 +310,7 @@ def test_prompt_formats(serve, style):
     client = serve(lambda s: seen.append(s.prompt) or "x")
     status, _ = client.post("/generate", prompt="Hi", prompt_format=style)
     assert (status == 200) == (style != "llama3-chat")
-    llm = client.server.llm
+    llm = client.server.language
     assert not seen or seen[0] == (llm.tokenize("Hi") if style == "raw" else llm.chat_ids(USER))
 
 
@@ -322,7 +323,7 @@ def test_metrics_count(serve):
     until(lambda: client.metrics().get('pykv:responses_total{status="400"}'))  # once it was sent
     until(lambda: client.metrics()["vllm:e2e_request_latency_seconds_count"])
     after = client.metrics()
-    prompt = len(client.server.llm.chat_ids(USER))
+    prompt = len(client.server.language.chat_ids(USER))
     assert after["vllm:prompt_tokens_total"] == 2 * prompt
     assert after["vllm:generation_tokens_total"] == 22
     assert after['vllm:request_success_total{model_name="tiny",finished_reason="stop"}'] == 2
@@ -339,16 +340,16 @@ def test_metrics_count(serve):
 def test_metrics_of_tiers():
     counters = Counters(host_hits=3)
     counters.from_host.count(3, 768, 0.25)
-    load = dict(running=0, waiting=0, pages=8, held=0, preemptions=0)
-    text = Metrics().text("m", **load, tiers=counters)
+    tiers = tuple(counters.as_dict().items())
+    text = Metrics().text("m", State(pages=8, tiers=tiers), running=0)
     assert 'pykv:tiers_host_hits_total{model_name="m"} 3\n' in text
     assert 'pykv:tiers_from_host_seconds_total{model_name="m"} 0.25\n' in text
-    assert "tiers" not in Metrics().text("m", **load)
+    assert "tiers" not in Metrics().text("m", State(pages=8), running=0)
 
 
 def test_logprobs_are_numbers_of_json():
     """Of a token that cannot come, too."""
-    asked = Asked([], [], stream=True, logprobs=1)
+    asked = Asked([], stream=True, logprobs=1)
     tokenizer = SimpleNamespace(
         stream_decoder=lambda: SimpleNamespace(push=lambda i: "x"), token_bytes=lambda i: b"x"
     )

@@ -1,17 +1,22 @@
-"""The engine's thread over a scripted scheduler: each sequence ends once, whatever goes wrong."""
+"""The engine over a scripted scheduler, and the desk before it: each sequence ends once, whatever
+goes wrong."""
 
 import asyncio
+import pickle
 from contextlib import nullcontext
 
 import pytest
 
+from pykv.errors import ParameterError
 from pykv.llm.answer import Answer
+from pykv.llm.prompts import Order
 from pykv.llm.sampling import SamplingParams
 from pykv.llm.sequence import Sequence
-from pykv.serve.engine import Engine, make_work
+from pykv.serve.desk import Desk, Work
+from pykv.serve.engine import Delta, Engine, Job, State
 from pykv.serve.fields import ApiError
-from pykv.serve.metrics import Metrics
-from tests.serve.conftest import Scripted
+from pykv.serve.tools import Rule
+from tests.serve.conftest import Scripted, ThreadLink
 
 
 class Letters:
@@ -24,9 +29,12 @@ class Letters:
         return ""
 
 
-def answer(prompt=1, **params):
-    sequence = Sequence([prompt], SamplingParams(**params), 1000, frozenset({0}))
-    return Answer(sequence, Letters())
+def order(prompt=1, **params):
+    return Order([prompt], SamplingParams(**params), 1000, frozenset({0}))
+
+
+def answer(order):
+    return Answer(Sequence(*order), Letters())
 
 
 class Says(Scripted):
@@ -44,21 +52,23 @@ class Says(Scripted):
 
 @pytest.fixture
 def start(llms):
-    """start(said) is an engine that runs; `said` are token ids by a prompt's token."""
-    engines = []
+    """start(said) is a desk, whose engine runs; `said` are token ids by a prompt's token. To be
+    called on the event loop."""
+    desks = []
 
     def make(said, limit=8, turn=nullcontext, **options):
         scheduler = Says(
             llms(), {key: [*map(ord, text), 0] for key, text in said.items()}, **options
         )
-        engine = Engine(scheduler, turn, Metrics(), limit=limit)
-        engine.start()
-        engines.append(engine)
-        return engine
+        glue = dict(answer=answer, constraint=None, state=State, counters=tuple)
+        link = ThreadLink(lambda tell: Engine(scheduler, turn, **glue, tell=tell))
+        desks.append(desk := Desk(link, limit=limit))
+        desk.start()
+        return desk
 
     yield make
-    for engine in engines:
-        engine.stop()
+    for desk in desks:
+        desk.link.stop()
 
 
 async def read(work):
@@ -70,9 +80,9 @@ async def read(work):
     return texts, reasons
 
 
-def submit(engine, *answers):
-    work = make_work(list(answers), [None] * len(answers))
-    engine.submit(work)
+def submit(desk, *orders):
+    work = Work(list(orders))
+    desk.submit(work)
     return work
 
 
@@ -87,17 +97,19 @@ def test_a_stop_string_ends_one_of_two_choices_once():
     """The reader looks after each of the reads in which a scheduler's step ends a sequence."""
 
     async def run():
-        work = make_work([answer(stop="x"), answer()], [None, None])
-        (first, second), metrics = work.jobs, Metrics()
-        reader = asyncio.create_task(read(work))
-        for job, text in ((first, "hix"), (second, "12"), (first, ""), (second, "3")):
-            job.sequence.generated += map(ord, text)
-            job.read(metrics)
+        work = Work([order(stop="x"), order()])
+        jobs = [Job(answer(one)) for one in work.orders]
+        (first, second), reader = jobs, asyncio.create_task(read(work))
+        for index, text in ((0, "hix"), (1, "12"), (1, "3")):
+            jobs[index].sequence.generated += map(ord, text)
+            jobs[index].read()
+            work.jobs[index].put(jobs[index].news())
             work.changed.set()
             await asyncio.sleep(0.01)
-        assert not reader.done()
+        assert not reader.done() and first.sequence.finish_reason == "stop"
         second.sequence.finish_reason = "length"
-        second.read(metrics)
+        second.read()
+        work.jobs[1].put(second.news())
         work.changed.set()
         return await reader
 
@@ -105,63 +117,95 @@ def test_a_stop_string_ends_one_of_two_choices_once():
 
 
 def test_an_abort_that_fails_is_of_no_others_concern(start):
-    engine = start({1: "one" * 100, 2: "two" * 30}, seconds=0.002)
-
     async def run():
-        engine.scheduler.breaks.add("abort")
-        gone, stays = submit(engine, answer(1)), submit(engine, answer(2))
+        desk = start({1: "one" * 100, 2: "two" * 30}, seconds=0.002)
+        desk.link.engine.scheduler.breaks.add("abort")
+        gone, stays = submit(desk, order(1)), submit(desk, order(2))
         await gone.changed.wait()
-        engine.abort(gone)
-        return await read(stays)
+        desk.abort(gone)
+        found = await read(stays)
+        assert desk.is_alive and desk.running == 0
+        return found
 
     assert within(run()) == (["two" * 30], [["stop"]])
-    assert engine.is_alive and engine.load()["running"] == 0
 
 
 def test_a_fault_of_the_engine_ends_all_who_wait(start, caplog, monkeypatch):
-    def fault(work):
+    def fault(jobs):
         raise RuntimeError("planted")
 
-    engine = start({1: "one", 2: "two" * 30}, seconds=0.002)
-
     async def run():
-        stays = submit(engine, answer(2))
+        desk = start({1: "one", 2: "two" * 30}, seconds=0.002)
+        stays = submit(desk, order(2))
         await stays.changed.wait()
-        monkeypatch.setattr(engine, "_begin", fault)
-        submit(engine, answer(1))
+        monkeypatch.setattr(desk.link.engine, "_begin", fault)
+        submit(desk, order(1))
         with pytest.raises(ApiError, match="stopping") as caught:
             await read(stays)
         assert caught.value.status == 503
         with pytest.raises(ApiError, match="stopping"):
-            submit(engine, answer(1))
+            await read(submit(desk, order(1)))
+        assert not desk.is_alive and desk.running == 0
 
     within(run())
-    assert not engine.is_alive and "planted" in caplog.text
+    assert "planted" in caplog.text
 
 
 def test_a_step_that_fails_ends_its_own_sequences(start):
     """Neither those that wait, nor one that has ended and was not read."""
-    engine = start({1: "one", 2: "two", 3: "three"}, slots=2)
-    scheduler = engine.scheduler
-    step, calls = scheduler.step, []
-
-    def breaks():
-        calls.append(1)
-        if len(calls) > 1:
-            return step()
-        first, second, _ = scheduler.waiting
-        scheduler.failed = [first, second]
-        second.generated += map(ord, "two")
-        second.finish_reason = "length"
-        raise RuntimeError("planted")
-
-    scheduler.step = breaks
 
     async def run():
+        desk = start({1: "one", 2: "two", 3: "three"}, slots=2)
+        engine = desk.link.engine
+        step, calls = engine.scheduler.step, []
+
+        def breaks():
+            calls.append(1)
+            if len(calls) > 1:
+                return step()
+            first, second, _ = engine.scheduler.waiting
+            engine.scheduler.failed = [first, second]
+            second.generated += map(ord, "two")
+            second.finish_reason = "length"
+            raise RuntimeError("planted")
+
+        engine.scheduler.step = breaks
         with engine._lock:  # so that it takes all at once
-            works = [submit(engine, answer(n)) for n in (1, 2, 3)]
+            works = [submit(desk, order(n)) for n in (1, 2, 3)]
         return await asyncio.gather(*map(read, works), return_exceptions=True)
 
     first, second, third = within(run())
     assert isinstance(first, ApiError) and first.status == 500
     assert second == (["two"], [["length"]]) and third == (["three"], [["stop"]])
+
+
+def test_a_rule_that_the_engine_cannot_follow_fails_its_request_alone(start):
+    def refuse(*rule):
+        raise ParameterError("planted")
+
+    async def run():
+        desk = start({1: "one", 2: "two"})
+        desk.link.engine._constraint = refuse
+        work = Work([order(1)], Rule("start: 'x'"))
+        desk.submit(work)
+        with pytest.raises(ApiError, match="planted"):
+            await read(work)
+        return await read(submit(desk, order(2)))
+
+    assert within(run()) == (["two"], [["stop"]])
+
+
+def test_what_is_not_taken_becomes_one_piece():
+    job = Work([order()]).jobs[0]
+    assert job.take() is None
+    job.put(Delta("ab", [1], [0.5], "", 3))
+    job.put(Delta("", [2], [0.25], "", 3))
+    job.put(Delta("c", [], [], "stop", 3))
+    assert job.take() == Delta("abc", [1, 2], [0.5, 0.25], "stop", 3) and job.take() is None
+    assert job.answer_tokens == 2 and job.reused == 3 and job.is_over
+
+
+def test_errors_pass_between_processes():
+    error = ApiError(400, "why", param="n", code="c", headers={"A": "b"})
+    made = pickle.loads(pickle.dumps(error))
+    assert vars(made) == vars(error) and str(made) == "why"

@@ -10,8 +10,10 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -19,9 +21,9 @@ from pykv import cli
 from pykv.llm import LLM, SamplingParams, models
 from pykv.llm.scheduler import Scheduler
 from pykv.llm.sequence import Sequence
-from pykv.serve.command import open_server
+from pykv.serve.engine_process import open_model
 from tests.llm import tiny
-from tests.serve.conftest import PLAIN, Scripted, serving
+from tests.serve.conftest import PLAIN, Scripted, make_tiny_server, serving
 from tests.serve.test_clients import connect, request_bytes, until
 
 USER = [{"role": "user", "content": "Hi"}]
@@ -91,7 +93,7 @@ def test_sampling_of_every_sort(client):
     ):
         assert max(top.values()) == logprob == top[token]  # greedy
     biased = client.ask(TEXT, **fields, logit_bias={"70": 100})["choices"][0]
-    assert biased["text"] == client.server.llm.detokenize([70] * 8)
+    assert biased["text"] == client.server.language.detokenize([70] * 8)
     other = client.ask(TEXT, **fields, logit_bias={"70": 20}, frequency_penalty=2)["choices"][0]
     assert other["text"] != biased["text"]
     ended = client.ask(TEXT, **fields, logit_bias={"70": 100}, stop_token_ids=[70])["choices"][0]
@@ -192,12 +194,60 @@ def test_the_next_server_finds_what_one_left_on_disk(command, tmp_path):
         assert process.wait(60) == 0
 
 
+def engine_of(process):
+    """The id of the process that has a server's model."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    until(lambda: children.read_text())
+    return int(children.read_text().split()[0])
+
+
+def runs(pid):
+    """Whether a process runs: one that nobody waits for is a zombie then, or gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(") ")[1][0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_who_waits_is_told_that_the_engine_died(command):
+    """Requests are refused from there on, and the server's status says so."""
+    process, port, log = command("--slots", "2")
+    data = request_bytes(max_tokens=500, ignore_eos=True, stream=True)
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
+        connection.sendall(data)
+        body = connection.recv(1 << 16)
+        os.kill(engine_of(process), signal.SIGKILL)
+        while b"[DONE]" not in body:
+            body += connection.recv(1 << 16)
+    assert b"the server is stopping" in body
+    for path, data in (("/health", None), (TEXT, b'{"prompt": "x"}')):
+        with pytest.raises(urllib.error.HTTPError, match="503"):
+            urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", data, timeout=60)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 2
+    said = log.read_text()
+    assert "Traceback" not in said and "the engine has ended" in said
+    assert said.endswith("pykv: serve: the process of the model has ended with status -9\n")
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_the_engine_does_not_outlive_its_server(path, command, loaded):
+    if loaded:
+        process, _, _ = command()
+    else:
+        words = [sys.executable, "-m", "pykv", "serve", str(path), "--device", "cpu"]
+        process = subprocess.Popen([*words, "--port", "0"], stderr=subprocess.DEVNULL)
+    engine = engine_of(process)
+    process.kill()
+    process.wait()
+    until(lambda: not runs(engine))
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_before_the_server_listens_ends_it(llms, monkeypatch, number):
     """Which sets handlers of its own only then."""
     import uvicorn
 
-    from pykv.serve.app import make_server
     from pykv.serve.command import run
 
     begin, seen = uvicorn.Server.run, []
@@ -210,14 +260,14 @@ def test_a_signal_before_the_server_listens_ends_it(llms, monkeypatch, number):
 
     monkeypatch.setattr(uvicorn.Server, "run", early)
     before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
-    server = make_server(llms(), Scripted(llms(), lambda _: "x"), ["tiny"], limit=4)
+    server = make_tiny_server(llms(), Scripted(llms(), lambda _: "x"))
     try:
         with socket.create_server(("127.0.0.1", 0)) as listening:
             run(server, listening, "ready", api_key=None, loopback=True)
     finally:
         for n, handler in before.items():
             signal.signal(n, handler)
-    assert seen == [True] and not server.engine.is_alive
+    assert seen == [True] and not server.desk.is_alive
 
 
 @pytest.mark.parametrize(
@@ -226,14 +276,14 @@ def test_a_signal_before_the_server_listens_ends_it(llms, monkeypatch, number):
 def test_every_prompt_below_the_context_finds_room(path, evict):
     """In the pool of one slot; what is kept of a prompt is copied for a while."""
     given = cli._parser().parse_args(["serve", str(path), "--device", "cpu", "--evict", evict])
-    server, _ = open_server(given, 1)
-    scheduler, context = server.engine.scheduler, server.llm.context
+    llm, scheduler, facts = open_model(given, 1)
+    context = facts.context
     for length in range(1, context):
         for limit in {length + 1, context}:
             s = Sequence([5] * length, SamplingParams(), limit)
             scheduler.add(s)
             scheduler.abort(s)
-    manager = server.llm.cache.manager
+    manager = llm.cache.manager
     assert manager.num_free == manager.num_pages
     s = Sequence([5] * (context - 2), SamplingParams(ignore_eos=True), context)
     scheduler.add(s)

@@ -44,7 +44,7 @@ def test_a_talk_in_a_browser(serve, browser):
     seen = []
 
     def say(s):
-        seen.append(client.server.llm.detokenize(s.prompt))
+        seen.append(client.server.language.detokenize(s.prompt))
         return "<b>fine</b> & <img src=x onerror=alert(1)>" if len(seen) == 1 else "x" * 900
 
     client = serve(say, seconds=0.01, api_key="sesame")

@@ -342,7 +342,7 @@ def test_the_log_has_a_line_for_each_request_without_its_text(serve, caplog):
         client.refused(TEXT, prompt="")
         _wait(lambda: len(caplog.records) == 2)
     first, second = sorted(record.getMessage() for record in caplog.records)  # 200, then 400
-    tokens = len(client.server.llm.tokenize("a secret"))
+    tokens = len(client.server.language.tokenize("a secret"))
     assert f"127.0.0.1 POST '{TEXT}' 200 " in first and first.endswith(f" {tokens}+1 tokens")
     assert "POST" in second and " 400 " in second and "secret" not in first + second
 

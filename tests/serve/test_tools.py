@@ -306,7 +306,7 @@ def test_no_tool_may_be_called(serve):
     client = serve(lambda s: seen.append(s.prompt) or CALL)
     (choice,) = client.ask(CHAT, messages=USER, tools=[WEATHER], tool_choice="none")["choices"]
     assert choice["message"]["content"] == CALL and choice["finish_reason"] == "stop"
-    assert seen[0] == client.server.llm.chat_ids(USER)
+    assert seen[0] == client.server.language.chat_ids(USER)
 
 
 def test_a_call_that_is_cut_off_is_text(serve):
@@ -323,13 +323,13 @@ def test_a_template_that_knows_tools_gets_them(serve):
     seen = []
     client = serve(lambda s: seen.append(s.prompt) or "x", template=TOOLS)
     client.ask(CHAT, messages=USER, tools=[WEATHER])
-    llm = client.server.llm
+    llm = client.server.language
     assert seen[0] == llm.chat_ids(USER, template_variables={"tools": [WEATHER]})
 
 
 def test_another_template_is_told_in_the_system_message(serve):
     seen = []
-    client = serve(lambda s: seen.append(client.server.llm.detokenize(s.prompt)) or "x")
+    client = serve(lambda s: seen.append(client.server.language.detokenize(s.prompt)) or "x")
     client.ask(CHAT, messages=USER, tools=[TIME])
     client.ask(CHAT, messages=[{"role": "system", "content": "Be brief."}, *USER], tools=[TIME])
     for text, start in zip(seen, ("[system:You can", "[system:Be brief.\n\nYou can"), strict=True):
@@ -352,7 +352,8 @@ def test_a_model_sees_the_tools_the_calls_and_the_results(serve, template):
     """Once each, whatever the template makes of them, and a call as the model shall write one."""
     seen, said = [], {CODER: CALL, PRETENDS: CALL}.get(template, MARKED)
     client = serve(
-        lambda s: seen.append(client.server.llm.detokenize(s.prompt)) or said, template=template
+        lambda s: seen.append(client.server.language.detokenize(s.prompt)) or said,
+        template=template,
     )
     (choice,) = client.ask(CHAT, messages=TALK, tools=[TIME, WEATHER])["choices"]
     assert choice["finish_reason"] == "tool_calls"
@@ -377,9 +378,9 @@ def test_a_template_without_system_messages_has_the_user_say_them(serve, head, f
     for talk in (USER, [], [{"role": "assistant", "content": "Hello"}, *USER]):
         if system + talk:
             client.ask(CHAT, messages=system + talk, **fields)
-    prompt = client.server.llm.tokenizer.decode(client.server.protocol.chat(
+    prompt = client.server.language.tokenizer.decode(client.server.protocol.chat(
         {"messages": [*system, *USER], **fields}
-    ).answers[0].sequence.prompt)  # fmt: skip
+    ).orders[0].prompt)  # fmt: skip
     assert prompt.startswith("[user:") and prompt.endswith("Hi][assistant:")
     assert ("Be brief." in prompt) == bool(system) and ("weather" in prompt) == bool(fields)
 
@@ -397,8 +398,8 @@ def test_a_template_with_one_system_message_has_the_user_say_others(serve, head)
     protocol = serve("x", template=head + PLAIN).server.protocol
 
     def prompt(*talk):
-        (answer,) = protocol.chat({"messages": [*talk]}).answers
-        return protocol.llm.tokenizer.decode(answer.sequence.prompt)
+        (order,) = protocol.chat({"messages": [*talk]}).orders
+        return protocol.language.tokenizer.decode(order.prompt)
 
     first = prompt(system, user).removesuffix("[user:UU][assistant:")
     assert first in ("[first:SS]", "[system:SS]")
@@ -414,7 +415,7 @@ def test_a_template_with_one_system_message_has_the_user_say_others(serve, head)
 def test_letters_of_any_script_stay_as_they_are(serve):
     """Of functions and of earlier calls; \\u escapes would be read, and repeated, as they are."""
     seen = []
-    client = serve(lambda s: seen.append(client.server.llm.detokenize(s.prompt)) or "x")
+    client = serve(lambda s: seen.append(client.server.language.detokenize(s.prompt)) or "x")
     tool = {"type": "function", "function": {"name": "f", "description": "\u5929\u6c14"}}
     call = {"id": "a", "function": {"name": "f", "arguments": '{"city": "\u5317\u4eac"}'}}
     client.ask(CHAT, messages=[*USER, {"role": "assistant", "tool_calls": [call]}], tools=[tool])
@@ -427,7 +428,7 @@ def test_templates_see_what_was_thought(serve, name):
     template = "{% for m in messages %}({{ m.reasoning_content }}){{ m.content }}{% endfor %}"
     template += "{% if tools %}<tool_call>{% endif %}"
     client = serve(
-        lambda s: seen.append(client.server.llm.detokenize(s.prompt)) or "x", template=template
+        lambda s: seen.append(client.server.language.detokenize(s.prompt)) or "x", template=template
     )
     messages = [{"role": "assistant", "content": "Yes.", name: "Hm."}, {**USER[0], name: "no"}]
     client.ask(CHAT, messages=messages)

@@ -1,0 +1,274 @@
+"""The process that has a server's model, and the way to it."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from multiprocessing.connection import Connection
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+from pykv.errors import CapacityError, PykvError, TransportError, UnsupportedError
+from pykv.llm.prompts import begin
+from pykv.serve.command import GPU_SLOTS, HOST_SLOTS, LOG_FORMAT
+from pykv.serve.constraints import Grammars
+from pykv.serve.engine import Engine, Report, Request, State, Steps
+
+log = logging.getLogger("pykv.serve")
+
+SLOT_TOKENS = 2048  # of the pool for each slot, if memory allows
+SHARE = 0.5  # of the free memory: limit of the pool, unless one context needs more
+
+
+class Facts(NamedTuple):
+    """What an engine has.
+
+    Attributes:
+        device: its name.
+        slots: sequences that it decodes together at most.
+        context: tokens of prompt and answer.
+        pool: tokens that its cache holds.
+    """
+
+    device: str
+    slots: int
+    context: int
+    pool: int
+
+
+class EngineProcess:
+    """A process that opens a model, and answers what is put to it; a Link of pykv.serve.desk.
+
+    Args:
+        args: options of the model, see pykv.model_options.
+        slots: sequences decoded together at most; None: as many as its device is for.
+
+    As a context it lets the process end at the end: behind an error at once, else once it has kept
+    what tiers keep.
+    """
+
+    def __init__(self, args: argparse.Namespace, slots: int | None) -> None:
+        if not sys.executable or getattr(sys, "frozen", False):  # a program that holds a Python
+            raise UnsupportedError(
+                f"serve: sys.executable is {sys.executable!r}, expected a Python that can be "
+                "started for the model"
+            )
+        ours, theirs = socket.socketpair()
+        code = f"import sys; sys.path[:] = {sys.path!r}; "
+        code += f"from pykv.serve import engine_process as e; e.main({theirs.fileno()})"
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", code],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,  # so that Ctrl-C does not reach it
+            )
+        self._connection = Connection(ours.detach())
+        self._deliver: Callable[[Report | None], None] | None = None
+        self._has_ended = False  # the last report was delivered
+        self._send((args, slots))
+
+    def ready(self) -> Facts:
+        """Wait for the model.
+
+        Raises:
+            TransportError: the process has ended.
+            As pykv.llm.LLM; CapacityError: there is no room for one context.
+        """
+        said = self._receive()
+        if not isinstance(said, Facts):
+            raise said or self._died()
+        return said
+
+    # --- As a Link ---
+
+    def start(self, deliver: Callable[[Report | None], None]) -> None:
+        self._deliver = deliver
+        asyncio.get_running_loop().add_reader(self._connection.fileno(), self._read)
+
+    def put(self, request: Request) -> None:
+        self._send(request)
+
+    def abort(self, numbers: list[int]) -> None:
+        self._send(numbers)
+
+    def stop(self) -> None:
+        self._send(None)
+
+    def _read(self) -> None:
+        """Deliver a report that is there; None is the last, also where the process has died."""
+        assert self._deliver is not None
+        if (report := self._receive()) is None:
+            asyncio.get_running_loop().remove_reader(self._connection.fileno())
+            self._has_ended = True
+        self._deliver(report)
+
+    def _receive(self) -> Any:
+        """What the process says; None where it has ended."""
+        try:
+            return self._connection.recv()
+        except (EOFError, OSError):
+            return None
+
+    def _died(self) -> TransportError:
+        status = self._process.wait()
+        return TransportError(f"serve: the process of the model has ended with status {status}")
+
+    def _send(self, message: Any) -> None:
+        with suppress(OSError):  # it has ended, which is read from it
+            self._connection.send(message)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        try:
+            if kind is None and self._has_ended:
+                said = self._receive()
+                if said is not None or self._process.wait():
+                    raise said or self._died()
+        finally:
+            self._process.kill()
+            self._process.wait()
+            self._connection.close()
+
+
+# --- The process ---
+
+
+def main(descriptor: int) -> None:
+    """Open the model that options name, and answer what comes until the server ends."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the server ends it
+    connection = Connection(descriptor)
+    args, slots = connection.recv()
+    logging.basicConfig(level=args.log_level.upper(), format=LOG_FORMAT)
+    opened: list[Engine] = []
+    threading.Thread(target=_listen, args=(connection, opened), daemon=True).start()
+
+    def tell(report: Report | None) -> None:
+        with suppress(OSError):  # the server has gone, which is read from it
+            connection.send(report)
+
+    try:
+        llm, scheduler, facts = open_model(args, slots)
+        opened.append(make_engine(llm, scheduler, tell))
+    except (PykvError, OSError) as error:
+        connection.send(error)
+        return
+    connection.send(facts)
+    opened[0].run()
+    try:
+        llm.flush()
+    except (PykvError, OSError) as error:
+        connection.send(error)
+
+
+def _listen(connection: Connection, opened: list[Engine]) -> None:
+    """Let the engine have what comes, until the server says that it ends, or has ended."""
+    try:
+        while (message := connection.recv()) is not None:
+            if isinstance(message, Request):
+                opened[0].put(message)
+            else:
+                opened[0].abort(message)
+    except (EOFError, OSError):
+        pass
+    finally:
+        if not opened:  # nobody waits for the model
+            os._exit(1)
+        opened[0].stop()
+
+
+def make_engine(llm: Any, scheduler: Steps, tell: Callable[[Report | None], None]) -> Engine:
+    """The engine of a model; arguments as of Engine."""
+
+    def state() -> State:
+        manager = llm.cache.manager
+        return State(pages=manager.num_pages, held=manager.num_pages - manager.num_free)
+
+    def counters() -> tuple[tuple[str, float], ...]:
+        return () if llm.tiers is None else tuple(llm.tiers.counters.as_dict().items())
+
+    return Engine(
+        scheduler,
+        llm.turn,
+        answer=partial(begin, llm),
+        constraint=Grammars(llm.tokenizer, llm.config.vocab).constraint,
+        state=state,
+        counters=counters,
+        tell=tell,
+    )
+
+
+def open_model(args: argparse.Namespace, slots: int | None) -> tuple[Any, Any, Facts]:
+    """The model that options name, the scheduler that shall answer, and what they have."""
+    import numpy as np
+
+    from pykv.llm.scheduler import Scheduler
+    from pykv.model_options import open_llm
+
+    llm = open_llm(args)
+    slots = slots or (HOST_SLOTS if llm.xp is np else GPU_SLOTS)
+    _grow(llm, slots)
+    scheduler = Scheduler(
+        llm.runner,
+        llm.cache,
+        may_grow=False,
+        prefix_cache=llm.prefix_cache,
+        slots=slots,
+        tiers=llm.tiers,
+    )
+    pool = llm.cache.manager.num_pages * llm.cache.page_size
+    return llm, scheduler, Facts(llm.device, slots, llm.context, pool)
+
+
+def _grow(llm: Any, slots: int) -> None:
+    """Give the cache the pages of a server, which do not become more.
+
+    Raises:
+        CapacityError: there is no room for one context.
+    """
+    cache = llm.cache
+    with llm.turn():
+        free = llm.runner.free()
+    tokens = slots * min(llm.context, SLOT_TOKENS)
+    if free is not None:
+        tokens = min(tokens, int(SHARE * free) // cache.bytes_per_token)
+    tokens = max(tokens, _rows_of_one(llm))
+    if free is not None and tokens * cache.bytes_per_token > free:
+        raise CapacityError(
+            f"serve: a context of {llm.context:,} tokens takes {tokens:,} rows, "
+            f"{tokens * cache.bytes_per_token:,} bytes of cache, expected at most the {free:,} "
+            "that are free: see --context and --kv-dtype"
+        )
+    with llm.turn():
+        llm.runner.grow(-(-tokens // cache.page_size))
+
+
+def _rows_of_one(llm: Any) -> int:
+    """Rows of the cache that any one request finds enough. Where rows are evicted, a long prompt
+    needs more than the context, as what is kept of it is copied; most of all one of the longest, as
+    far as a page's length, by which pages of prompts are shared."""
+    from pykv.llm import SamplingParams
+    from pykv.llm.sequence import Sequence
+
+    most: int = llm.context
+    for prompt in range(max(1, most - llm.cache.page_size), llm.context):
+        s = Sequence([0] * prompt, SamplingParams(), llm.context)
+        most = max(most, llm.runner.room(s) or 0)
+    return most

@@ -105,10 +105,10 @@ def open_server(args: argparse.Namespace, engine: EngineProcess) -> tuple[Any, s
     """What answers by the engine of a model, once that is ready, and what to say of it."""
     from pykv.llm import models
     from pykv.llm.language import Language
-    from pykv.serve.app import make_server  # while the model loads
+    from pykv.serve.app import make_server
 
+    language = Language(engine.file(), context=args.ctx)
     facts = engine.ready()
-    language = Language(args.model, context=facts.context)
     names = args.served_model_name or [models.short_name(args.model)]
     said = f"{facts.device}, {facts.slots} slots, context {facts.context:,}, "
     said += f"cache of {facts.pool:,} tokens"

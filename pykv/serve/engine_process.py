@@ -15,10 +15,13 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from multiprocessing.connection import Connection
+from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
+from pykv import cuda
 from pykv.errors import CapacityError, PykvError, TransportError, UnsupportedError
+from pykv.llm import models
 from pykv.llm.prompts import begin
 from pykv.serve.command import GPU_SLOTS, HOST_SLOTS, LOG_FORMAT
 from pykv.serve.constraints import Grammars
@@ -78,15 +81,24 @@ class EngineProcess:
         self._has_ended = False  # the last report was delivered
         self._send((args, slots))
 
+    def file(self) -> Path:
+        """Wait for the model's file, which is being loaded then. Raises: as `ready`."""
+        path: Path = self._said()
+        return path
+
     def ready(self) -> Facts:
-        """Wait for the model.
+        """Wait for the model, once its file is there.
 
         Raises:
             TransportError: the process has ended.
             As pykv.llm.LLM; CapacityError: there is no room for one context.
         """
+        facts: Facts = self._said()
+        return facts
+
+    def _said(self) -> Any:
         said = self._receive()
-        if not isinstance(said, Facts):
+        if said is None or isinstance(said, Exception):
             raise said or self._died()
         return said
 
@@ -138,7 +150,10 @@ class EngineProcess:
         traceback: TracebackType | None,
     ) -> None:
         try:
-            if kind is None and self._has_ended:
+            if kind is None:
+                self.stop()
+                while not self._has_ended:
+                    self._has_ended = self._receive() is None
                 said = self._receive()
                 if said is not None or self._process.wait():
                     raise said or self._died()
@@ -165,6 +180,8 @@ def main(descriptor: int) -> None:
             connection.send(report)
 
     try:
+        cuda.pick_device(args.device, cuda.array_module(args.device))  # or nothing is fetched
+        connection.send(models.fetch(args.model))
         llm, scheduler, facts = open_model(args, slots)
         opened.append(make_engine(llm, scheduler, tell))
     except (PykvError, OSError) as error:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import errno
 import logging
 import os
 import re
 import signal
 import socket
+from types import FrameType
 from typing import Any
 
 from pykv import install
@@ -18,6 +20,7 @@ from pykv.options import check_whole
 from pykv.terminal import note
 
 STOP_SECONDS = 30  # for running answers to end after SIGTERM
+ERROR_SECONDS = 5  # behind these, for the others to reach their clients as errors
 QUEUE = 8  # sequences that may wait, for each slot
 GPU_SLOTS, HOST_SLOTS = 64, 16
 SLOT_TOKENS = 2048  # of the pool for each slot, if memory allows
@@ -162,7 +165,8 @@ def _rows_of_one(llm: Any) -> int:
 
 
 def run(server: Any, listening: socket.socket, ready: str, **access: Any) -> None:
-    """Answer requests at a socket until SIGTERM or SIGINT; running answers end first.
+    """Answer requests at a socket until SIGTERM or SIGINT; running answers end first, by an error
+    after STOP_SECONDS, or at a second signal.
 
     Args:
         server: a pykv.serve.app.Server.
@@ -179,6 +183,16 @@ def run(server: Any, listening: socket.socket, ready: str, **access: Any) -> Non
             await super().startup(sockets)
             if self.started and not self.should_exit:
                 note(ready)
+
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            asyncio.get_running_loop().call_later(STOP_SECONDS, server.engine.stop, 0)
+            await super().shutdown(sockets)
+
+        def handle_exit(self, number: int, frame: FrameType | None) -> None:
+            if self.should_exit and server.engine.is_alive:
+                server.engine.stop(0)
+            else:  # the first signal, or one of somebody who cannot wait for the clients either
+                super().handle_exit(number, frame)
 
     app = create_app(server, **access)
     announced = Announced(http_config(app))
@@ -209,7 +223,7 @@ def http_config(app: Any) -> Any:
         server_header=False,
         proxy_headers=False,  # anyone can write X-Forwarded-For, and the log would repeat it
         timeout_keep_alive=75,
-        timeout_graceful_shutdown=STOP_SECONDS,
+        timeout_graceful_shutdown=STOP_SECONDS + ERROR_SECONDS,
         h11_max_incomplete_event_size=HEADER_BYTES,
     )
 

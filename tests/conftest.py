@@ -146,6 +146,7 @@ def array_module(request):
     monkeypatch.setattr(cuda.launch, "driver", machine)
     monkeypatch.setattr(cuda.devices, "_arch", lambda device: machine.ARCH)
     monkeypatch.setattr(calibration, "_identity", lambda device: ("SIMT", str(device), "0"))
+    monkeypatch.setattr("pykv.copy_ways.is_memcpy_batch_available", lambda: False)
     monkeypatch.setattr("pykv.llm.weight_kernels.compile_all", lambda *given: None)  # NVRTC's work
     return cupy
 

@@ -410,7 +410,6 @@ def test_calibrated_sides(simt_gpus, rng, monkeypatch, tmp_path):
     monkeypatch.setattr(calibration, "load", load)
     monkeypatch.setattr(calibration, "measure", measure)
     monkeypatch.setattr(calibration, "_identity", lambda gpu: ("H200", f"GPU-{gpu}", "13000"))
-    monkeypatch.setattr(copy_ways, "is_memcpy_batch_available", lambda: False)
     copy_ways._fastest.cache_clear()
     (a,) = arrays(xp, rng, 100)
     with xp.cuda.Device(other):

@@ -749,7 +749,6 @@ def machine(xp, monkeypatch):
     """`xp`, with what the SIMT machine's CuPy does not have."""
     if xp is not np and xp.__name__ != "cupy":
         monkeypatch.setattr(ranges, "end_of_allocation", lambda address: 0)
-        monkeypatch.setattr(copy_ways, "is_memcpy_batch_available", lambda: False)
     return xp
 
 

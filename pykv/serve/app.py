@@ -30,6 +30,7 @@ _T = TypeVar("_T")
 
 BODY_BYTES = 8 << 20  # of a request; a context of a million tokens fits
 BODY_SECONDS = 30.0  # within which a body must arrive
+END_SECONDS = 10.0  # of a step that is being computed when the server ends
 _PAGE = {"/": ("index.html", "text/html"), "/chat.js": ("chat.js", "text/javascript")}
 _PAGE |= {"/style.css": ("style.css", "text/css")}
 _CSP = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
@@ -85,7 +86,8 @@ def create_app(
         try:
             yield
         finally:
-            await server.desk.stop()
+            server.desk.stop()
+            await server.desk.wait(END_SECONDS)
 
     posts = {
         "/v1/chat/completions": chat,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import errno
 import logging
 import os
 import re
 import signal
 import socket
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from pykv import install, model_options
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from pykv.serve.engine_process import EngineProcess
 
 STOP_SECONDS = 30  # for running answers to end after SIGTERM
+ERROR_SECONDS = 5  # behind these, for the others to reach their clients as errors
 QUEUE = 8  # sequences that may wait, for each slot
 GPU_SLOTS, HOST_SLOTS = 64, 16
 LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
@@ -122,7 +125,8 @@ def _options(args: argparse.Namespace) -> argparse.Namespace:
 
 
 def run(server: Any, listening: socket.socket, ready: str, **access: Any) -> None:
-    """Answer requests at a socket until SIGTERM or SIGINT; running answers end first.
+    """Answer requests at a socket until SIGTERM or SIGINT; running answers end first, by an error
+    after STOP_SECONDS, or at a second signal.
 
     Args:
         server: a pykv.serve.app.Server.
@@ -136,9 +140,20 @@ def run(server: Any, listening: socket.socket, ready: str, **access: Any) -> Non
 
     class Announced(uvicorn.Server):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            self.loop = asyncio.get_running_loop()
             await super().startup(sockets)
             if self.started and not self.should_exit:
                 note(ready)
+
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            self.loop.call_later(STOP_SECONDS, server.desk.stop)
+            await super().shutdown(sockets)
+
+        def handle_exit(self, number: int, frame: FrameType | None) -> None:
+            if self.should_exit and server.desk.is_alive:
+                self.loop.call_soon_threadsafe(server.desk.stop)  # not in the midst of a message
+            else:  # the first signal, or one of somebody who cannot wait for the clients either
+                super().handle_exit(number, frame)
 
     app = create_app(server, **access)
     announced = Announced(http_config(app))
@@ -169,7 +184,7 @@ def http_config(app: Any) -> Any:
         server_header=False,
         proxy_headers=False,  # anyone can write X-Forwarded-For, and the log would repeat it
         timeout_keep_alive=75,
-        timeout_graceful_shutdown=STOP_SECONDS,
+        timeout_graceful_shutdown=STOP_SECONDS + ERROR_SECONDS,
         h11_max_incomplete_event_size=HEADER_BYTES,
     )
 

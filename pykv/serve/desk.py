@@ -10,6 +10,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from typing import Protocol
 
 from pykv.llm.prompts import Order
@@ -125,16 +126,16 @@ class Desk:
         self.is_alive = True
         self.link.start(self.deliver)
 
-    async def stop(self, seconds: float = 10.0) -> bool:
-        """End all sequences and the engine; whether it has ended in so many seconds."""
+    def stop(self) -> None:
+        """End all sequences by an error, and the engine, after the step that it computes."""
         self.is_alive = False
         self.link.stop()
-        try:
+
+    async def wait(self, seconds: float) -> None:
+        """Wait for the end of the engine, so long at most."""
+        with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._ended.wait()
-        except TimeoutError:
-            pass
-        return self._ended.is_set()
 
     def submit(self, work: Work) -> None:
         """Take a request, or refuse it at once. Does not wait.

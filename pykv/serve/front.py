@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import logging
 import time
@@ -68,7 +69,7 @@ class App:
             try:
                 self._check(scope)
                 await self._app(scope, receive, noted)
-            except ClientGone:
+            except (ClientGone, asyncio.CancelledError):  # or one that stays when the server goes
                 status = 499  # as nginx calls it
             except HTTPException as error:  # no such path, or method
                 headers = dict(error.headers or {})

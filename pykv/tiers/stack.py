@@ -135,8 +135,7 @@ class Tiers:
             forms = (of_files, plain) if self._exact_pages else (of_files,)
             largest = max(size_of(x.nbytes, x.heads_shape[0]) for x in forms)
             part = heads_of(cache, heads, of_files)
-            source = own.codec if artefact_of(own.codec) is None else of_rows.name
-            facts = (identity or {}) | dict(form=of_files.name, host=source)
+            facts = (identity or {}) | dict(form=of_files.name, host=of_rows.name)
             check_fits("disk_cache", limit.nbytes, largest)
             nbytes = of_files.heads_shape[1] * (1 if part is None else part.total)
             self._files = DiskTier(limit.folder, limit.nbytes, facts, nbytes, part, limit.policy)

@@ -6,14 +6,16 @@ import threading
 import numpy as np
 import pytest
 
-from pykv import cli
+from pykv import cli, cuda
 from pykv.arrays import to_host
 from pykv.errors import CapacityError, DtypeError, FormatError, ParameterError
 from pykv.kvtc import Codec
-from pykv.llm import LLM, SamplingParams
+from pykv.llm import LLM, SamplingParams, scales
 from pykv.llm.prompts import answer_to
+from pykv.llm.tiering import identity
 from pykv.tiers import disk
 from tests.helpers import without_simt
+from tests.llm import tiny
 from tests.llm.test_reuse import P, greedy, noted_logits, tokens_of
 from tests.tiers.conftest import no_floor  # noqa: F401
 
@@ -263,6 +265,46 @@ def test_other_models_and_kinds_are_not_seen(open_llm, rng, tmp_path):
     same = open_llm(disk_cache=where)
     same.generate([prompt], greedy(1))
     assert same.stats.reused_tokens == 32
+
+
+@pytest.mark.parametrize("row", [0, 48, 95])
+def test_weights_of_other_values_are_another_identity(identity_of, row):
+    """Where files are looked at: at a matrix's beginning, middle and end."""
+
+    def edit(name, values):
+        factors = np.ones((len(values), *[1] * (values.ndim - 1)), values.dtype)
+        factors[row if name == "blk.0.ffn_up.weight" else []] = 2
+        return values * factors
+
+    assert identity_of(edit=edit) != identity_of()
+
+
+@pytest.mark.parametrize("key, value", [(".rope.freq_base", 10_000.0), (".context_length", 64)])
+def test_other_parameters_are_another_identity(identity_of, key, value):
+    assert identity_of(keys={key: value}) != identity_of()
+
+
+def test_scales_and_devices_are_of_the_identity(identity_of, monkeypatch):
+    plain = identity_of(kv_dtype="int8:head")
+    assert identity_of(kv_dtype="int8:head") == plain != identity_of(kv_dtype="int8")
+    with monkeypatch.context() as patch:
+        patch.setattr(scales, "MARGIN", 2 * scales.MARGIN)
+        assert identity_of(kv_dtype="int8:head") != plain
+    monkeypatch.setattr(cuda, "current_arch", lambda: "sm_90")
+    assert identity_of(kv_dtype="int8:head", xp=None) != plain
+
+
+@pytest.fixture
+def identity_of(tmp_path):
+    """What pages of a tiny model depend on, of so written a file."""
+
+    def made(kv_dtype="fp16", xp=np, **how):
+        tiny.write(tmp_path / "m.gguf", "llama", **how)
+        llm = LLM(tmp_path / "m.gguf", device="cpu", kv_dtype=kv_dtype)
+        llm.xp = xp
+        return identity(llm)
+
+    return made
 
 
 @without_simt

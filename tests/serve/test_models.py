@@ -21,6 +21,8 @@ from pykv import cli
 from pykv.llm import LLM, SamplingParams, models
 from pykv.llm.scheduler import Scheduler
 from pykv.llm.sequence import Sequence
+from pykv.serve import command as command_module
+from pykv.serve.command import run
 from pykv.serve.engine_process import open_model
 from tests.llm import tiny
 from tests.serve.conftest import PLAIN, Scripted, make_tiny_server, serving
@@ -28,6 +30,7 @@ from tests.serve.test_clients import connect, request_bytes, until
 
 USER = [{"role": "user", "content": "Hi"}]
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 
 @pytest.fixture(scope="module")
@@ -175,6 +178,55 @@ def test_sigterm_lets_answers_end(command):
     assert "Traceback" not in text and "ERROR" not in text
 
 
+def test_a_second_signal_ends_answers_by_an_error(command):
+    process, port, log = command("--slots", "1")
+    data = request_bytes(prompt="x", max_tokens=590, ignore_eos=True, stream=True, n=9)
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
+        connection.sendall(data)
+        assert connection.recv(1 << 16).startswith(b"HTTP/1.1 200 OK")
+        for number in (signal.SIGINT, signal.SIGINT):
+            process.send_signal(number)
+            time.sleep(0.2)
+        body = b"".join(iter(lambda: connection.recv(1 << 16), b""))
+    assert b'{"message": "the server is stopping"' in body and body.endswith(b"0\r\n\r\n")
+    assert process.wait(30) == 0
+    text = log.read_text()
+    assert "Traceback" not in text and "ERROR" not in text
+
+
+@pytest.mark.parametrize("is_asked", [True, False])
+def test_what_takes_too_long_ends_when_the_server_does(llms, monkeypatch, caplog, is_asked):
+    """An answer by an error; a request that has not come is cut off."""
+    monkeypatch.setattr(command_module, "STOP_SECONDS", 0.2)
+    monkeypatch.setattr(command_module, "ERROR_SECONDS", 1)
+    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
+    server = make_tiny_server(llms(), Scripted(llms(), lambda _: "x" * 900, 0.05))
+    data = request_bytes(max_tokens=900, stream=True)
+
+    def ask(port):
+        try:
+            until(lambda: server.desk.is_alive)
+            connection = socket.create_connection(("127.0.0.1", port), timeout=20)
+            connection.sendall(HEALTH + (data if is_asked else data[:-1]))
+            file = connection.makefile("rb")
+            assert b"200 OK" in file.readline()  # so the server has what comes behind, too
+            until(lambda: server.desk.running or not is_asked)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+        with connection, file:
+            return file.read()
+
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as listening, ThreadPoolExecutor(1) as threads:
+            answer = threads.submit(ask, listening.getsockname()[1])
+            run(server, listening, "ready", api_key=None, loopback=True)
+    finally:
+        for n, handler in before.items():
+            signal.signal(n, handler)
+    assert (b"the server is stopping" in answer.result(60)) is is_asked
+    assert not [record for record in caplog.records if record.exc_info]
+
+
 def test_the_next_server_finds_what_one_left_on_disk(command, tmp_path):
     if shutil.disk_usage(tmp_path).free < 2 << 30:
         pytest.skip("the disk is too full for a tier")
@@ -247,8 +299,6 @@ def test_the_engine_does_not_outlive_its_server(path, command, loaded):
 def test_a_signal_before_the_server_listens_ends_it(llms, monkeypatch, number):
     """Which sets handlers of its own only then."""
     import uvicorn
-
-    from pykv.serve.command import run
 
     begin, seen = uvicorn.Server.run, []
 

@@ -53,7 +53,8 @@ def test_other_identities_are_not_seen(tmp_path):
     files = tier(tmp_path, model="a")
     files.write(KEYS[0], row(KEYS[0]))
     assert KEYS[0] in tier(tmp_path, model="a")
-    for other in (tier(tmp_path, model="b"), tier(tmp_path), DiskTier(tmp_path, 10**6, {}, 64)):
+    of_other_pages = DiskTier(tmp_path, 10**6, dict(model="a"), 64)
+    for other in (tier(tmp_path, model="b"), tier(tmp_path), of_other_pages):
         assert KEYS[0] not in other
 
 
@@ -263,6 +264,27 @@ def test_threads_wait_for_room(tmp_path, monkeypatch, room):
     assert 119 in kept or room < 8  # a file of each other thread may come after it
 
 
+def test_what_is_being_written_takes_room(tmp_path):
+    tier(tmp_path).write(KEYS[0], row(KEYS[0]))
+    size = disk.size_of(N, 1)
+    files = tier(tmp_path, 9 * size_of(tmp_path) + size)
+    for key in KEYS[:9]:
+        files.write(key, row(key))
+    with files._room_for(size), files._room_for(size):
+        assert size_of(tmp_path) + 2 * size <= files.limit
+
+
+def test_a_page_waits_until_there_can_be_room(tmp_path):
+    files = tier(tmp_path, 3 * disk.size_of(N, 1))
+    with ThreadPoolExecutor(1) as threads:
+        with files._room_for(files.limit // 3), files._room_for(files.limit // 3):
+            written = threads.submit(files.write, KEYS[0], row(KEYS[0]))
+            with pytest.raises(TimeoutError):
+                written.result(0.2)
+        written.result(60)
+    assert holds(files, KEYS[0])
+
+
 def test_folders_of_an_identity_are_private(tmp_path):
     """Whatever the umask, and where the folder was there before."""
     before = os.umask(0)
@@ -271,6 +293,12 @@ def test_folders_of_an_identity_are_private(tmp_path):
     finally:
         os.umask(before)
     assert_private(tmp_path)
+
+
+def test_a_folder_of_an_identity_where_others_write_is_refused(tmp_path):
+    tier(tmp_path)._own.chmod(0o777)
+    with pytest.raises(PermissionError):
+        tier(tmp_path)
 
 
 def test_folders_that_somebody_removed_are_private_again(tmp_path):
@@ -399,6 +427,25 @@ def test_files_that_cannot_be_read_are_misses(tmp_path, monkeypatch):
     monkeypatch.setattr(DiskTier, "_read", refuse)
     assert world.ask([1] * 8) == 0
     assert world.tiers.counters.damaged >= 1 and world.tiers.counters.misses == 4
+
+
+def test_what_is_no_failure_of_the_system_is_raised(tmp_path, monkeypatch):
+    """A fault of ours, of a thread: by who meets it."""
+    where = dict(disk=f"{tmp_path}:1MB")
+
+    def broken(*args):
+        raise ZeroDivisionError
+
+    world = World(**where)
+    world.ask([1, 1])
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(DiskTier, "write", broken)
+        world.tiers.flush()
+    world.tiers.flush()
+    world = World(**where)
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(DiskTier, "read", broken)
+        world.ask([1, 1])
 
 
 def test_damaged_files_are_misses(tmp_path):

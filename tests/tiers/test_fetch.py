@@ -71,6 +71,92 @@ def test_a_file_that_is_read_while_its_page_falls_takes_one_row(tmp_path, monkey
     assert all(key in host for key in keys)
 
 
+def test_a_page_that_falls_while_its_file_is_read_keeps_its_row(tmp_path, monkeypatch):
+    """Which the fetch takes; the one that was read into becomes free."""
+    world = World(pages=4, host=8 * ROW, disk=f"{tmp_path}:1MB")
+    tiers, host, tokens = world.tiers, world.tiers._rows[-1].host, [1] * (2 * P)
+    world.ask(tokens)
+    published = world.cache.manager.published
+    tiers.flush()
+    tiers.clear_host()
+    missed, read, may_read = tiers.counters.misses, disk.DiskTier.read, threading.Event()
+
+    def slow_read(*args):
+        assert may_read.wait(60)
+        return read(*args)
+
+    monkeypatch.setattr(disk.DiskTier, "read", slow_read)
+    fetch = tiers.begin(tokens, pages := [])
+    pages += [2, 3]
+    fetch.advance()
+    tiers.fall(published)
+    may_read.set()
+    tiers.flush()
+    assert fetch.advance(wait=True) == 2 and tiers.counters.misses == missed
+    assert len(host) == 2 and len(host._free) == 6
+
+
+def test_fetches_leave_half_of_the_rows_to_pages_that_fall(tmp_path):
+    """However many they are."""
+    where = dict(pages=40, host=16 * ROW, disk=f"{tmp_path}:1MB")
+    prompts = [[first] * (8 * P) for first in range(4)]
+    other = World(**where)
+    for tokens in prompts:
+        other.ask(tokens)
+    other.tiers.flush()
+    world = World(**where)
+    manager, tiers = world.cache.manager, world.tiers
+    coming = [(tokens, *world.begin(tokens)) for tokens in prompts[:3]]
+    for _, _, fetch in coming:
+        fetch.advance()
+        tiers._threads.wait_for_all()
+    tiers.settle()
+    refused, held = tiers.counters.refused, sum(map(tiers._is_held, tiers._rows[0].host._slots))
+    assert 3 <= held <= 8
+    world.ask([9] * (8 * P))
+    tiers.fall(manager.published[-8:])
+    assert tiers.counters.refused == refused
+    for each in coming:
+        assert each[2].advance(wait=True) == 8
+        world.end(*each, publish=True)
+
+
+def test_rows_that_a_fetch_needs_stay():
+    """No file would bring them back."""
+    world = World(pages=14, host=6 * ROW)
+    manager, tiers, first = world.cache.manager, world.tiers, [1] * (4 * P)
+    world.ask(first)
+    tiers.fall(manager.published)
+    fetch = tiers.begin(first, pages := [])
+    pages += range(10, 14)
+    world.ask([2] * (6 * P))
+    tiers.fall(manager.published[4:])
+    assert fetch.advance(wait=True) == 4 and tiers.counters.refused
+
+
+def test_a_fetch_waits_for_rows_that_are_being_written(tmp_path, monkeypatch):
+    """A file ends them; a miss would compute what the disk has."""
+    where = dict(pages=8, host=2 * ROW, disk=f"{tmp_path}:1MB")
+    first, second = [1] * (2 * P), [2] * (2 * P)
+    other = World(**where)
+    other.ask(first)
+    other.tiers.flush()
+    world, write, may_write = World(**where), disk.DiskTier.write, threading.Event()
+    world.ask(second)
+
+    def slow_write(*args):
+        assert may_write.wait(60)
+        write(*args)
+
+    monkeypatch.setattr(disk.DiskTier, "write", slow_write)
+    world.tiers.fall(world.cache.manager.published)
+    pages, fetch = world.begin(first)
+    assert fetch.advance() == 0 and not fetch.is_over
+    may_write.set()
+    assert fetch.advance(wait=True) == 2
+    world.end(first, pages, fetch, publish=True)
+
+
 def test_an_interrupt_of_a_fall_that_waits_loses_no_row(tmp_path, monkeypatch):
     world = World(pages=5, host=4 * ROW, disk=f"{tmp_path}:1MB")
     tiers, host, may_write = world.tiers, world.tiers._rows[-1].host, threading.Event()

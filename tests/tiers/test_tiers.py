@@ -18,6 +18,7 @@ from pykv.errors import CapacityError, ParameterError
 from pykv.tiers import Counters, Tiers, disk, host, moves, threads
 from pykv.tiers.host import HostTier
 from tests.helpers import to_numpy, without_simt
+from tests.tiers import made
 from tests.tiers.made import KVTC, P, World
 
 PROMPTS = st.lists(st.integers(0, 2), min_size=1, max_size=11)
@@ -276,6 +277,37 @@ def test_a_salt_keeps_prefixes_apart(tmp_path):
     assert [world.ask(tokens, salt) for salt in ("b", "d", "a")] == [2, 0, 2]
 
 
+@pytest.mark.parametrize(
+    "codec, other",
+    [
+        (("none", "none"), dict(spec="bf16")),
+        (("none", "int4"), dict(spec="bf16")),
+        (("none", "int4"), dict(host="1MB:int8")),
+        (("none", KVTC), dict(host=f"1MB:{KVTC}")),
+    ],
+)
+def test_files_of_other_forms_are_not_seen(tmp_path, codec, other):
+    """Of as many bytes a page, or what rows of host memory had lost before."""
+    host, files = codec
+    where = dict(host=f"1MB:{host}", disk=f"{tmp_path}:1MB:{files}", num_heads=2, head_dim=64)
+    tokens, first = [1] * (6 * P), World(**where)
+    first.ask(tokens)
+    first.tiers.flush()
+    assert len(disk.entries(tmp_path)) == 6
+    assert World(**where | other).ask(tokens) == 0 and World(**where).ask(tokens) == 6
+
+
+def test_files_of_another_artefact_are_not_seen(tmp_path, monkeypatch):
+    where = dict(host="1MB", disk=f"{tmp_path}:1MB:{KVTC}", num_heads=2, head_dim=64)
+    tokens, first = [1] * (6 * P), World(**where)
+    first.ask(tokens)
+    first.tiers.flush()
+    with monkeypatch.context() as patch:
+        patch.setattr(made, "STEP", made.STEP / 2)
+        assert World(**where).ask(tokens) == 0
+    assert World(**where).ask(tokens) == 6
+
+
 @without_simt
 def test_the_longest_prefix_without_a_gap_comes_back(xp):
     world = World(pages=4, xp=xp, host=100 * ROW)
@@ -345,6 +377,30 @@ def test_a_page_that_came_back_costs_no_copy_to_fall_again():
             world.ask(prompt)
     world.tiers.settle()
     assert world.tiers.counters.to_host.pages == 8
+
+
+def test_of_a_sequence_that_is_found_the_last_pages_go_first():
+    world = World(host=4 * ROW)
+    tiers, manager = world.tiers, world.cache.manager
+    world.ask([1] * (4 * P))
+    first = manager.published
+    tiers.fall(first)
+    assert tiers.find([key for key, _ in first], 0) == 4
+    world.ask([2] * (2 * P))
+    tiers.fall(manager.published[-2:])
+    assert [key in tiers._rows[0].host for key, _ in first] == [True, True, False, False]
+
+
+def test_a_page_that_falls_again_was_used():
+    world = World(host=4 * ROW)
+    tiers, published = world.tiers, []
+    for first in range(3):
+        world.ask([first] * (2 * P))
+        published.append(world.cache.manager.published[-2:])
+    for n in (0, 1, 0, 2):
+        tiers.fall(published[n])
+    kept = [key in tiers._rows[0].host for key, _ in chain(*published)]
+    assert kept == [True, True, False, False, True, True]
 
 
 def test_the_least_recently_used_goes_first():

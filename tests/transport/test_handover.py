@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pykv import copy_ways, cuda
+from pykv import cuda
 from pykv.errors import CapacityError, ParameterError, TransportError
 from pykv.llm import LLM, SamplingParams
 from pykv.page_arrays import moving_arrays
@@ -386,7 +386,6 @@ def test_what_fails_on_the_way_gives_rows_and_pages_back(open_side, rng, monkeyp
 def test_memory_is_page_locked_while_it_is_used(open_side, device, rng, monkeypatch):
     """And not after it: whoever gets it next could not lock it, or a GPU would write past it."""
     monkeypatch.setattr(cuda, "array_module", lambda name: device)
-    monkeypatch.setattr(copy_ways, "is_memcpy_batch_available", lambda: False)
     runtime = device.cuda.runtime
     prefill, given = open_side("prefill", device="auto")
     prompt = tokens_of(rng, 2 * P + 1)

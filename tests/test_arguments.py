@@ -212,7 +212,9 @@ def violations(name, xp, with_limits=True):
                 yield f"{what} is not named: {ascii(str(error))}"
             if error is not None and changed:
                 yield f"{what} is refused, but something changed"
-        for other in other_spellings(kind_of(argument, parameter, value), value):
+            if error is not None and ("\n" in str(error) or len(str(error)) > 1000):
+                yield f"{what} is refused in a text of {len(str(error))} characters, or of lines"
+        for other in other_spellings(kind_of(argument, parameter, value), argument, value):
             made = made_by(name, xp, argument, other)
             if isinstance(made, Exception) and not needs_gpu:
                 yield f"{argument}={described(other)} raises {made!r}"

@@ -257,7 +257,7 @@ class ResidentProgram:
             ParameterError: there is no such sequence.
             CudaError: the kernel has failed.
         """
-        check_whole(_OP, "row", row, 0, self._T - 1)
+        row = check_whole(_OP, "row", row, 0, self._T - 1)
         if not self._runs or row not in self._busy:
             return
         self._tell([resident_commands.STOP, row])
@@ -306,6 +306,7 @@ class ResidentProgram:
         Waits, by tokens, only where the launch has no room for what it is told: of a sequence with
         more than 200 pages, or behind many other commands.
         """
+        row = check_whole(_OP, "row", row, 0, self._T - 1)
         for p in self._phases:
             if isinstance(p, Embed):  # a kernel would read beyond its rows
                 token = check_whole(_OP, "token", token, 0, len(p.w) - 1)

@@ -283,10 +283,13 @@ class Prepared:
         Raises:
             DeviceError: the current GPU is not the one that the call was prepared on.
             ParameterError: a check of contents, which the op was told to make, found a wrong entry.
+            DtypeError, ParameterError: `stream` is no stream.
         """
         if self._device is None:
             if self._steps:
-                run_on_host(self._take_steps)
+                run_on_host(self._take_steps, stream=stream)
+            else:
+                check_stream(stream)
             return self.result
         current = self._current_device()
         if current != self._device:

@@ -7,7 +7,9 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from typing import Any
+from typing import Any, NoReturn
+
+from pykv.terminal import meant, note
 
 _WHOLE = re.compile("-?[0-9]{1,99}")
 _NUMBER = re.compile(r"-?([0-9]{1,99}(\.[0-9]{0,99})?|\.[0-9]{1,99})([eE][+-]?[0-9]{1,3})?")
@@ -46,6 +48,15 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, **options)
         self.register("type", int, _read_int)
         self.register("type", float, _read_float)
+
+    def error(self, message: str) -> NoReturn:
+        """On one line, as all mistakes are; argparse's own has the usage ahead, of many lines."""
+        choice = re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message)
+        near = meant(choice[1], re.findall(r"[\w-]+", choice[2])) if choice else ""
+        of_command = self.prog.removeprefix("pykv").strip()
+        what = " ".join(f"{of_command}: {message}{near}".removeprefix(": ").split())
+        note(f"{what}; `{self.prog} --help` says more")
+        self.exit(2)
 
     def _print_message(self, message: str, file: Any = None) -> None:
         """argparse's is silent where help cannot be written, as to a full disk."""

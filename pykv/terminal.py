@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -38,6 +39,20 @@ def visible(text: str) -> str:
     a\\x1b[31m
     """
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+
+
+def meant(given: str, known: Iterable[str]) -> str:
+    """Which of some names may have been meant, to end an error with.
+
+    >>> from pykv.terminal import meant
+    >>> meant("decod", ["append", "decode"]), meant("x", ["append"])
+    ('; did you mean decode?', '')
+    """
+    from difflib import get_close_matches
+
+    names = {name.lower(): name for name in known}
+    near = [names[name] for name in get_close_matches(given[:80].lower(), names, cutoff=0.5)]
+    return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
 def note(message: object) -> None:

@@ -35,10 +35,11 @@ def counted(number: int, thing: str) -> str:
     """A number and what it counts.
 
     >>> from pykv.number_texts import counted
-    >>> counted(1, "token"), counted(2000, "token")
-    ('1 token', '2,000 tokens')
+    >>> counted(1, "token"), counted(2000, "token"), counted(2, "entry")
+    ('1 token', '2,000 tokens', '2 entries')
     """
-    return f"{number:,} {thing}{'' if number == 1 else 's'}"
+    many = re.sub("ry$", "rie", re.sub("ss$", "sse", thing)) + "s"
+    return f"{number:,} {thing if number == 1 else many}"
 
 
 class Parser(argparse.ArgumentParser):

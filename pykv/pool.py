@@ -438,7 +438,8 @@ class PagedKVCache:
             return made + [xp.zeros(scales, dtype) if kind.largest else None for kind in spec.kinds]
         except MemoryError as error:
             raise CapacityError(
-                f"PagedKVCache: {counted(pages, 'page')} of {self.page_size} tokens need {need:,} "
+                f"PagedKVCache: {counted(pages, 'page')} of "
+                f"{counted(self.page_size, 'token')} need {need:,} "
                 f"bytes: {error}"
             ) from error
 

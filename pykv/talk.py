@@ -376,7 +376,7 @@ def _fit(
         if len(ids) + room <= llm.context or (is_last and len(ids) < llm.context):
             return ids, kept
     raise CapacityError(
-        f"the message makes a prompt of {len(ids)} tokens, "
+        f"the message makes a prompt of {counted(len(ids), 'token')}, "
         f"expected fewer than the context of {llm.context}"
     )
 

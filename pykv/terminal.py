@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 import sys
+import warnings
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -25,10 +26,6 @@ def _end(kind: type[BaseException], error: BaseException, trace: TracebackType |
         print(file=sys.stderr)
         raise SystemExit(130)
     sys.__excepthook__(kind, error, trace)
-
-
-if _is_command():
-    sys.excepthook = _end
 
 
 def visible(text: str) -> str:
@@ -59,3 +56,13 @@ def note(message: object) -> None:
     """Say something on stderr, if somebody is there to be told."""
     with suppress(OSError):
         print(f"pykv: {visible(str(message))}", file=sys.stderr, flush=True)
+
+
+def show_warning(message: object, *_: object, **__: object) -> None:
+    """Python's way has the file and line of pykv that warns."""
+    note(message)
+
+
+if _is_command():
+    sys.excepthook = _end
+    warnings.showwarning = show_warning

@@ -1007,6 +1007,10 @@ def test_variables_of_wrong_values_are_warned_of(name, value):
     code = [sys.executable, "-W", "always", "-c", "import pykv.ops.paged_check"]
     done = subprocess.run(code, capture_output=True, text=True, env=environment)
     assert done.returncode == 0 and f"{name} is {value!r}, expected" in done.stderr
+    command = [*COMMAND, "verify", "--seed", "-1"]  # which imports all ops
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    warning, mistake = done.stderr.splitlines()
+    assert warning.startswith(f"pykv: {name} is {value!r}, expected ") and "seed is -1" in mistake
 
 
 @pytest.mark.parametrize("options", [["-mpykv"], ["-Bm", "pykv"]])

@@ -26,6 +26,7 @@ from pykv.arrays import to_host
 from pykv.errors import CapacityError, ParameterError
 from pykv.eval.changes import Change, Kept, changed, check_job, check_llm, identity
 from pykv.eval.replay import ExactCache, Place, append, check_finite, last_logits
+from pykv.number_texts import counted
 from pykv.options import check_flag, check_whole
 from pykv.pages import copy_pages
 
@@ -210,8 +211,8 @@ class _Asked:
         self._room = room = self._tokens + max(map(len, questions)) + self._answer_tokens
         if room > llm.context:
             raise CapacityError(
-                f"eval.needles: text, question and answer have {room} tokens, expected at most the "
-                f"context of {llm.context}"
+                "eval.needles: text, question and answer have "
+                f"{counted(room, 'token')}, expected at most the context of {llm.context:,}"
             )
         self._exact = ExactCache(llm, room)
         self._pages = self._exact.manager.allocate(room)

@@ -66,7 +66,8 @@ def read_ids(llm: LLM, name: str, prompt: Any, special: bool = False) -> list[in
         raise ParameterError(f"{name} is empty, expected at least one token")
     if len(ids) > llm.context:
         raise CapacityError(
-            f"{name} has {len(ids)} tokens, expected at most the context of {llm.context}"
+            f"{name} has {counted(len(ids), 'token')}, expected at most the context "
+            f"of {llm.context:,}"
         )
     return ids
 

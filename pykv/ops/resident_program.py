@@ -20,6 +20,7 @@ from pykv.checker import checker, optional
 from pykv.draw_phases import Adjust, Logprobs
 from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError, UnsupportedError
 from pykv.host_rings import SLOTS, Pinned, RingKernel, State
+from pykv.number_texts import counted
 from pykv.ops import phase_program
 from pykv.options import check_number, check_whole
 from pykv.overlaps import place_of, share
@@ -188,7 +189,8 @@ class ResidentProgram:
         for name, given in (("limits", limits), ("ends", ends)):
             if len(listed(_OP, name, given)) != self._T:
                 raise ParameterError(
-                    f"{_OP}: {name} has {len(given)} entries, expected {self._T} of the sequences"
+                    f"{_OP}: {name} has {counted(len(given), 'entry')}, expected "
+                    f"{self._T} of the sequences"
                 )
         words = np.full(self._T * (1 + ENDS) + 4, -1, np.int32)
         for i, (limit, of_sequence) in enumerate(zip(limits, ends, strict=True)):

@@ -14,6 +14,7 @@ from typing import Any
 from pykv import install
 from pykv.errors import CapacityError, ParameterError
 from pykv.model_options import open_llm
+from pykv.number_texts import counted
 from pykv.options import check_whole
 from pykv.terminal import note
 
@@ -120,7 +121,8 @@ def open_server(args: argparse.Namespace, slots: int | None) -> tuple[Any, str]:
     )
     names = args.served_model_name or [models.short_name(args.model)]
     pool = llm.cache.manager.num_pages * llm.cache.page_size
-    facts = f"{llm.device}, {slots} slots, context {llm.context:,}, cache of {pool:,} tokens"
+    facts = f"{llm.device}, {counted(slots, 'slot')}, context {llm.context:,}, "
+    facts += f"cache of {counted(pool, 'token')}"
     return make_server(llm, scheduler, names, limit=slots * (1 + QUEUE)), facts
 
 

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, Protocol
 from pykv.errors import CapacityError, PykvError, UnsupportedError
 from pykv.llm.answer import Answer
 from pykv.llm.sequence import Sequence
+from pykv.number_texts import counted
 from pykv.serve.constraints import Constraint
 from pykv.serve.fields import ApiError
 from pykv.serve.metrics import Metrics
@@ -201,14 +202,16 @@ class Engine:
             if len(work.jobs) > self.limit:
                 raise ApiError(
                     400,
-                    f"n asks for {len(work.jobs)} sequences, expected at most {self.limit} with "
+                    f"n asks for {counted(len(work.jobs), 'sequence')}, expected at "
+                    f"most {self.limit} with "
                     "those of all prompts",
                     param="n",
                 )
             if self._num_open + len(work.jobs) > self.limit:
                 raise ApiError(
                     503,
-                    f"{self._num_open} sequences run or wait, expected at most {self.limit} with "
+                    f"{counted(self._num_open, 'sequence')} run or wait, expected at "
+                    f"most {self.limit} with "
                     "those of this request: try again later",
                     code="overloaded",
                     headers={"Retry-After": "1"},

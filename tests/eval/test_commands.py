@@ -189,7 +189,7 @@ TEXTS = ("--text", "a.txt", "--kv-dtype", "int8")
         ("needles", ["--keys", ""], "--keys is empty, expected"),
         ("needles", ["--tokens", "0"], "--tokens is 0, expected at least 1"),
         ("needles", ["--seeds", "0"], "--seeds is 0, expected at least 1"),
-        ("needles", ["--tokens", "1020", "--seeds", "1"], "expected at most the context of 1024"),
+        ("needles", ["--tokens", "1020", "--seeds", "1"], "expected at most the context of 1,024"),
         ("needles", ["--kv-dtype", "int7"], "--kv-dtype: 'int7' is no kind"),
         ("needles", ["--plot", "x.pdf"], "--plot is x.pdf, expected .svg or .png"),
         ("needles", ["--plot", "no/x.svg"], "no/x.svg: No such file or directory"),

@@ -28,7 +28,7 @@ def answers_to(llm: LLM, prompts: Any, params: Any, special: bool) -> list[Answe
     params = items("generate: params", params, "SamplingParams, or a list of them")
     if len(params) != len(prompts):
         raise ParameterError(
-            f"generate: {len(params)} params, expected one for each of {len(prompts)} prompts"
+            f"generate: params has {len(params)}, expected one for each of {len(prompts)} prompts"
         )
     return [answer_to(llm, *pair, special) for pair in zip(prompts, params, strict=True)]
 

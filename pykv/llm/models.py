@@ -138,6 +138,14 @@ def fetch(model: str | os.PathLike[str]) -> Path:
     return path
 
 
+def check(model: str) -> None:
+    """Refuse what `fetch` refuses without asking a server; raises as that."""
+    if _is_remote(model):
+        _split(model)
+    elif model not in MODELS:
+        _local(model)
+
+
 def _local(model: str) -> Path:
     # Shells do not expand ~ in --model=~/x.
     path = Path(os.path.expanduser(model) if model.startswith("~/") else model)

@@ -322,6 +322,10 @@ def test_without_a_name_all_are_listed(capsys):
     "argv, text",
     [
         (["nothing"], "'nothing' is no benchmark, expected append, bandwidth, "),
+        *(
+            ([name, "--model", "no.gguf"], "'no.gguf', .*no such")
+            for name in ("model", "serve", "tiers")
+        ),
         (["decod"], r"'decod' is no benchmark, .*; did you mean decode\?"),
         (["bandwidth", "--device", "cpu", "--samples", "3"], "samples is 3, expected at least 20"),
         (["bandwidth", "--device", "tpu"], "device is 'tpu', expected auto, cpu, cuda or cuda:N"),

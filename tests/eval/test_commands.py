@@ -184,7 +184,12 @@ TEXTS = ("--text", "a.txt", "--kv-dtype", "int8")
     "job, argv, text",
     [
         ("needles", ["--keys", "1,x"], "--keys has 'x', expected whole numbers"),
-        ("needles", ["--keys", "1,1"], "--keys has '1' in '1,1', expected each once"),
+        (
+            "needles",
+            ["--keys", "1,1"],
+            "--keys has '1' in '1,1', expected words between commas, each once",
+        ),
+        ("needles", ["--tokens", "5", "--keys", "1"], "expected at least 35 for 1 key\n"),
         ("needles", ["--keys", "17"], "keys is 17, expected 1 to 16"),
         ("needles", ["--keys", ""], "--keys is empty, expected"),
         ("needles", ["--tokens", "0"], "--tokens is 0, expected at least 1"),

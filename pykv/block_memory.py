@@ -15,6 +15,7 @@ from pykv.arrays import is_array, on_gpu, view_at
 from pykv.checker import checker
 from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError
 from pykv.layout import AXES, ITEMSIZES, BlockShape, Layout, check_pair, check_shape, strides
+from pykv.number_texts import counted
 from pykv.ops.block_copy import ADDRESSES
 from pykv.ranges import gpu_pair_at
 
@@ -73,8 +74,9 @@ def sides_by_address(
     for side in sides:
         if side.table is not None and side.table.size != N * side.entries:
             raise ShapeError(
-                f"{op}: {side.name} has {side.table.size} addresses, expected {N * side.entries} "
-                f"({N} blocks of {side.entries})"
+                f"{op}: {side.name} has {counted(side.table.size, 'address')}, "
+                f"expected {N * side.entries} "
+                f"({counted(N, 'block')} of {side.entries})"
             )
     return shape, to._replace(N=N), from_._replace(N=N)
 

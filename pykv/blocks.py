@@ -140,7 +140,7 @@ class BlockManager:
         if num_pages > self.num_free:
             raise CapacityError(
                 f"pool exhausted: {counted(num_pages, 'page')} wanted, {self.num_free} free of "
-                f"{self.num_pages} ({self.page_size} tokens a page)"
+                f"{self.num_pages} ({counted(self.page_size, 'token')} a page)"
             )
 
     def _reserve(self, num_pages: int) -> None:
@@ -289,7 +289,8 @@ class BlockManager:
         check_type(op, "stops", stops, list | tuple, "a list")
         if len(stops) != len(sequences):
             raise ParameterError(
-                f"{op}: stops has {len(stops)} entries, expected one for each of {len(sequences)} "
+                f"{op}: stops has {counted(len(stops), 'entry')}, expected one for "
+                f"each of {len(sequences)} "
                 "sequences"
             )
         ends = []
@@ -373,7 +374,8 @@ class BlockManager:
         if num_tokens > whole * P:
             which = "pages" if whole == len(pages) else "pages before evicted rows"
             raise ParameterError(
-                f"{op}: {num_tokens} tokens, expected at most the {whole * P} that the {which} hold"
+                f"{op}: {counted(num_tokens, 'token')}, expected at most the "
+                f"{whole * P} that the {which} hold"
             )
         found = []
         for i in range(num_tokens // P):

@@ -20,7 +20,7 @@ from pykv.eval import commands as commands_of_eval
 from pykv.kvtc import commands as commands_of_kvtc
 from pykv.number_texts import Parser, counted
 from pykv.serve import command as command_of_serve
-from pykv.terminal import note, visible
+from pykv.terminal import note, show_warning, visible
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     0: done; 1: a check failed; 2: a mistake or a fault, which one line on stderr explains, or the
     reader of our output left; 130: Ctrl-C.
     """
-    warnings.showwarning = _show_warning
+    warnings.showwarning = show_warning
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:  # it was closed before we started
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))
@@ -96,10 +96,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _show_warning(message: Any, *_: Any, **__: Any) -> None:
-    note(message)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -304,7 +300,8 @@ def _size(args: argparse.Namespace) -> None:
         return
     print(
         f"{spec}: {per_token:,} bytes a token "
-        f"({config.num_layers} layers x {config.kv_heads} heads x {of_head} bytes of K"
+        f"({counted(config.num_layers, 'layer')} x {counted(config.kv_heads, 'head')} "
+        f"x {of_head} bytes of K"
         f"{', V and scales' if spec.has_dynamic_scales else ' and V'}), "
         f"{per_token * tokens:,} bytes for {counted(tokens, 'token')}\n"
         f"weights: {weights['gpu']:,} bytes of a GPU {as_what}, or {weights['host']:,} of the host"

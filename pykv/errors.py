@@ -16,12 +16,25 @@
       InstallError      (ModuleNotFoundError)  a package of one of pykv's extras is missing
 
 Each has a second, built-in parent, so `except ValueError` works for people who do not know pykv.
-Texts read `op: argument has X, expected Y`.
+Texts read `op: argument has X, expected Y`, on one line.
 """
+
+from __future__ import annotations
+
+import re
+
+_START, _END = 700, 200  # characters of a long text that are kept: what it is, and was to be
 
 
 class PykvError(Exception):
-    """Parent of every exception that pykv raises on purpose."""
+    """Parent of every exception that pykv raises on purpose. A value that its text quotes may have
+    lines, as arrays do, or be long: it is brought to one line of bounded length."""
+
+    def __init__(self, text: str = "", **details: str) -> None:
+        text = re.sub(r"\s*\n\s*", " ", text)
+        if len(text) > _START + _END:
+            text = f"{text[:_START]}...{text[-_END:]}"
+        super().__init__(text, **details)
 
 
 class ShapeError(PykvError, ValueError):
@@ -49,7 +62,11 @@ class DeviceError(PykvError, RuntimeError):
 
 
 class CompileError(PykvError, RuntimeError):
-    """NVRTC refused a kernel; the text carries stem, SM, defines and the compiler's log."""
+    """NVRTC refused a kernel; the text carries stem, SM, defines and the compiler's log, which is
+    many lines."""
+
+    def __init__(self, text: str) -> None:
+        RuntimeError.__init__(self, text)
 
 
 class CudaError(PykvError, RuntimeError):

@@ -7,7 +7,9 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from typing import Any
+from typing import Any, NoReturn
+
+from pykv.terminal import meant, note
 
 _WHOLE = re.compile("-?[0-9]{1,99}")
 _NUMBER = re.compile(r"-?([0-9]{1,99}(\.[0-9]{0,99})?|\.[0-9]{1,99})([eE][+-]?[0-9]{1,3})?")
@@ -33,10 +35,11 @@ def counted(number: int, thing: str) -> str:
     """A number and what it counts.
 
     >>> from pykv.number_texts import counted
-    >>> counted(1, "token"), counted(2000, "token")
-    ('1 token', '2,000 tokens')
+    >>> counted(1, "token"), counted(2000, "token"), counted(2, "entry")
+    ('1 token', '2,000 tokens', '2 entries')
     """
-    return f"{number:,} {thing}{'' if number == 1 else 's'}"
+    many = re.sub("ry$", "rie", re.sub("ss$", "sse", thing)) + "s"
+    return f"{number:,} {thing if number == 1 else many}"
 
 
 class Parser(argparse.ArgumentParser):
@@ -46,6 +49,15 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, **options)
         self.register("type", int, _read_int)
         self.register("type", float, _read_float)
+
+    def error(self, message: str) -> NoReturn:
+        """On one line, as all mistakes are; argparse's own has the usage ahead, of many lines."""
+        choice = re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message)
+        near = meant(choice[1], re.findall(r"[\w-]+", choice[2])) if choice else ""
+        of_command = self.prog.removeprefix("pykv").strip()
+        what = " ".join(f"{of_command}: {message}{near}".removeprefix(": ").split())
+        note(f"{what}; `{self.prog} --help` says more")
+        self.exit(2)
 
     def _print_message(self, message: str, file: Any = None) -> None:
         """argparse's is silent where help cannot be written, as to a full disk."""

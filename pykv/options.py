@@ -19,6 +19,7 @@ import numpy as np
 
 from pykv.arrays import FLOATS, is_numpy
 from pykv.errors import DtypeError, ParameterError
+from pykv.terminal import meant
 
 _BOOLS = {bool, np.bool_}
 _LARGEST_SIZE = 2**63 - 1  # upper bound of every size and count
@@ -150,7 +151,9 @@ def check_choice(op: str, name: str, value: Any, choices: tuple[str, ...]) -> st
         ParameterError: it is none of `choices`.
     """
     if not isinstance(value, str) or value not in choices:
-        raise ParameterError(f"{op}: {name} is {value!r:.80}, expected one of {', '.join(choices)}")
+        near = meant(value, choices) if isinstance(value, str) else ""
+        expected = f"one of {', '.join(choices)}{near}"
+        raise ParameterError(f"{op}: {name} is {value!r:.80}, expected {expected}")
     return value
 
 

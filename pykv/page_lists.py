@@ -36,7 +36,8 @@ def slots(pages: Sequence[int], start: int, stop: int, page_size: int) -> np.nda
     table = page_ids("slots", "pages", pages, -1, MAX_PAGE)
     if stop > len(table) * P:
         raise CapacityError(
-            f"slots: stop is {stop}, but {counted(len(table), 'page')} of {P} tokens"
+            f"slots: stop is {stop}, expected at most {len(table) * P}, as pages has "
+            f"{counted(len(table), 'page')} of {counted(P, 'token')}"
         )
     first = start // P
     page_ids("slots", "pages", table[first : -(-stop // P)], 0, 2**31 // P - 1, first=first)

@@ -140,7 +140,7 @@ class PagedKVCache:
         Raises:
             ParameterError: there is no such layer.
         """
-        return self._of_layer("pools", layer, {})
+        return self._of_layer("pools", layer, {})[1]
 
     @interrupts.finished
     def extend(self, pages: list[int], start: int, stop: int, *, stream: Any = None) -> None:
@@ -257,7 +257,7 @@ class PagedKVCache:
             UnsupportedError: the call is being prepared or captured while scales are unset.
             As paged_append.append else. Scales that were unset stay unset then.
         """
-        options = self._of_layer("append", layer, options)
+        layer, options = self._of_layer("append", layer, options)
         if self._may_lack_scales(layer):
             append = partial(paged_append.append, k, v, slots=slots, **options)
             self._append_first("append", layer, slots, append, lambda: (k, v), stream)
@@ -272,7 +272,7 @@ class PagedKVCache:
 
         On a GPU only enqueues, but waits where `append` does. Raises what `append` does.
         """
-        full = self._of_layer("append_qkv", layer, options)
+        layer, full = self._of_layer("append_qkv", layer, options)
         if self._may_lack_scales(layer):
             append = partial(paged_qkv.append, qkv, slots=slots, **full)
             rows_of = partial(self._rows_of, qkv, options)
@@ -282,7 +282,7 @@ class PagedKVCache:
     def decode(self, layer: int, q: Any, page_table: Any, lengths: Any, **options: Any) -> Any:
         """Attention of the last queries [B, HQ, D] or [B, T, HQ, D] over one layer; see
         paged_decode.decode, whose options these are."""
-        options = self._of_layer("decode", layer, options)
+        _, options = self._of_layer("decode", layer, options)
         return paged_decode.decode(q, page_table=page_table, lengths=lengths, **options)
 
     def decode_qkv(
@@ -290,7 +290,7 @@ class PagedKVCache:
     ) -> Any:
         """`append_qkv` of the last token of each sequence, and `decode` of its queries; see
         qkv_decode.decode, whose options these are. Raises what both do."""
-        of_layer = self._of_layer("decode_qkv", layer, options)
+        layer, of_layer = self._of_layer("decode_qkv", layer, options)
         where = dict(page_table=page_table, lengths=lengths)
         if not self._may_lack_scales(layer):
             return qkv_decode.decode(qkv, slots=slots, **where, **of_layer)
@@ -302,7 +302,8 @@ class PagedKVCache:
         """Attention of several tokens a sequence over one layer; see prefill.prefill, whose options
         these are."""
         where = dict(page_table=page_table, lengths=lengths, q_starts=q_starts)
-        return prefill.prefill(q, **where, **self._of_layer("prefill", layer, options))
+        _, options = self._of_layer("prefill", layer, options)
+        return prefill.prefill(q, **where, **options)
 
     def _rows_of(self, qkv: Any, options: dict[str, Any]) -> tuple[Any, Any]:
         """K and V [T, H, D] float32 that paged_qkv.append would encode, from pages of a token."""
@@ -402,9 +403,9 @@ class PagedKVCache:
             is_new = ~(known > 0) & (peaks > 0)
             scales[...] = self._xp.asarray(np.where(is_new, found, known))
 
-    def _of_layer(self, op: str, layer: int, options: dict[str, Any]) -> dict[str, Any]:
-        """Options of an op with the pools of a layer."""
-        check_whole(f"PagedKVCache.{op}", "layer", layer, 0, len(self.layers) - 1)
+    def _of_layer(self, op: str, layer: int, options: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        """A layer, and options of an op with its pools."""
+        layer = check_whole(f"PagedKVCache.{op}", "layer", layer, 0, len(self.layers) - 1)
         arrays = (*self.layers[layer], *self.scales[layer])
         own = dict(zip(POOLS, arrays, strict=True), spec=self.spec)
         if given := own.keys() & options.keys():
@@ -412,7 +413,7 @@ class PagedKVCache:
                 f"PagedKVCache.{op}: {', '.join(sorted(given))} given, expected none: they are the "
                 "cache's own"
             )
-        return options | own
+        return layer, options | own
 
     def _set_arrays(self, arrays: list[Any]) -> None:
         self.k, self.v, self.k_scales, self.v_scales = arrays
@@ -437,7 +438,8 @@ class PagedKVCache:
             return made + [xp.zeros(scales, dtype) if kind.largest else None for kind in spec.kinds]
         except MemoryError as error:
             raise CapacityError(
-                f"PagedKVCache: {counted(pages, 'page')} of {self.page_size} tokens need {need:,} "
+                f"PagedKVCache: {counted(pages, 'page')} of "
+                f"{counted(self.page_size, 'token')} need {need:,} "
                 f"bytes: {error}"
             ) from error
 

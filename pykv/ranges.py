@@ -14,6 +14,7 @@ from pykv import cuda
 from pykv.arrays import check_writeable, like, on_gpu, view_at
 from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError
 from pykv.foreign import from_pointer, is_pageable, named_array
+from pykv.number_texts import counted
 from pykv.options import check_type
 
 Ranges = tuple[str, Any, Any]  # name, [C] uint64 addresses, and bytes: an integer or [C] int64
@@ -111,9 +112,11 @@ def check_tables(op: str, src_ptrs: Any, dst_ptrs: Any, size: Any, validate: boo
         tables.append(np.ascontiguousarray(table, np.uint64))
     src, dst = tables
     if len(src) != len(dst):
-        raise ParameterError(f"{op}: dst_ptrs has {len(dst)} addresses, expected {len(src)}")
+        raise ParameterError(
+            f"{op}: dst_ptrs has {counted(len(dst), 'address')}, expected {len(src)}"
+        )
     if sizes.ndim and len(sizes) != len(src):
-        raise ParameterError(f"{op}: size has {len(sizes)} entries, expected {len(src)}")
+        raise ParameterError(f"{op}: size has {counted(len(sizes), 'entry')}, expected {len(src)}")
     by_pair = sizes if sizes.ndim else int(sizes)
     if validate:
         check_overlaps(op, ("src_ptrs", src, by_pair), ("dst_ptrs", dst, by_pair))
@@ -300,7 +303,8 @@ def addresses_of(
         check_type(op, name, given, list | tuple, "a list of arrays")
     if len(sources) != len(destinations):
         raise ShapeError(
-            f"{op}: destinations has {len(destinations)} arrays, expected {len(sources)} like "
+            f"{op}: destinations has {counted(len(destinations), 'array')}, expected "
+            f"{len(sources)} like "
             "sources"
         )
     lists = {

@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 
 from pykv.errors import DtypeError, ParameterError
+from pykv.number_texts import counted
 from pykv.options import check_whole
 from pykv.resident_tokens import Inputs, clear
 
@@ -84,7 +85,9 @@ def of_start(
     ids = _wholes(op, "pages", listed(op, "pages", pages), num_pages - 1)
     least = -(-length // page_size)
     if not least <= len(ids) <= M:
-        raise ParameterError(f"{op}: pages has {len(ids)} pages, expected {least} to {M}")
+        raise ParameterError(
+            f"{op}: pages has {counted(len(ids), 'page')}, expected {least} to {M}"
+        )
     if len(listed(op, "params", params)) > 0 and inputs.params is None:
         raise ParameterError(f"{op}: inputs has no params, expected some where a start has them")
     # PARAMS come behind what a launch takes while blocks compute.
@@ -104,7 +107,9 @@ def of_start(
 def of_ends(op: str, given: Any) -> list[int]:
     """The tokens that end a sequence."""
     if len(tokens := listed(op, "ends", given)) > MOST_ENDS:
-        raise ParameterError(f"{op}: ends has {len(tokens)} tokens, expected up to {MOST_ENDS}")
+        raise ParameterError(
+            f"{op}: ends has {counted(len(tokens), 'token')}, expected up to {MOST_ENDS}"
+        )
     return _wholes(op, "ends", tokens)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from pykv import blocks, cuda
 from pykv.arrays import footprint, is_array, not_an_array
 from pykv.errors import CapacityError, ParameterError, ShapeError
+from pykv.number_texts import counted
 from pykv.options import check_whole, page_ids
 from pykv.pool import PagedKVCache, do_in
 from pykv.specs import KVSpec
@@ -98,7 +99,7 @@ class SequenceCache:
         ids = page_ids(op, "block_ids", block_ids, 0, num_blocks - 1)
         if len(ids) > num_blocks:
             raise CapacityError(
-                f"{op}: block_ids has {len(ids)} blocks, expected at most {num_blocks}"
+                f"{op}: block_ids has {counted(len(ids), 'block')}, expected at most {num_blocks}"
             )
         if len(np.unique(ids)) < len(ids):
             raise ParameterError(f"{op}: block_ids is {ids.tolist()}, expected no block twice")

@@ -17,6 +17,7 @@ from pykv.checker import Rule
 from pykv.errors import ParameterError
 from pykv.kinds import KINDS, SCALE_DTYPES, Kind
 from pykv.options import check_type, check_whole
+from pykv.terminal import meant
 
 GRANULARITIES = ("token", "head", "tensor")  # what shares a scale
 LAYOUTS = ("NHD", "HND")
@@ -271,7 +272,10 @@ def _parse(text: str) -> KVSpec:
         where = "after" if k else "before"
         raise ParameterError(f"{text!r} has nothing {where} +, expected a kind")
     if k not in KINDS or v not in KINDS:
-        raise ParameterError(f"{kinds!r} is no kind, expected one of {', '.join((*KINDS, *SHORT))}")
+        known = (*KINDS, *SHORT)
+        raise ParameterError(
+            f"{kinds!r} is no kind, expected one of {', '.join(known)}{meant(kinds, known)}"
+        )
     field_of = {word: field for field, words in _WORDS.items() for word in words}
     unknown = [word for word in rest if word not in field_of]
     if unknown:

@@ -16,7 +16,7 @@ from pykv import whole_files
 from pykv.errors import CapacityError, ParameterError
 from pykv.model_options import open_llm
 from pykv.number_texts import counted
-from pykv.terminal import note
+from pykv.terminal import meant, note
 
 LENGTH = 1 << 26  # characters of a prompt from a pipe, which need not end
 HELP = """\
@@ -286,6 +286,7 @@ def chat(args: argparse.Namespace) -> None:
 
 def _ask(people: bool) -> str | None:
     """The next message, of one line or of several between triple quotes; None at the end."""
+    lines: list[str] = []
     try:
         line = input("> " if people else "").strip()
         if not line.startswith('"""'):
@@ -298,6 +299,8 @@ def _ask(people: bool) -> str | None:
     except EOFError:
         if people:
             print()
+        if lines:
+            note('the message has no """ at its end; it was not sent')
         return None
     except KeyboardInterrupt:
         if not people:
@@ -315,7 +318,8 @@ def _obey(command: str, text: str, messages: list[dict[str, str]]) -> None:
     elif command == "system":
         messages[: _first_turn(messages)] = [{"role": "system", "content": text}] if text else []
     else:
-        note(f"/{command} is no command; /help lists them")
+        near = meant(command, ("system", "clear", "bye", "help"))
+        note(f"/{command} is no command{near or '; /help lists them'}")
 
 
 def _first_turn(messages: list[dict[str, str]]) -> int:
@@ -372,7 +376,7 @@ def _fit(
         if len(ids) + room <= llm.context or (is_last and len(ids) < llm.context):
             return ids, kept
     raise CapacityError(
-        f"the message makes a prompt of {len(ids)} tokens, "
+        f"the message makes a prompt of {counted(len(ids), 'token')}, "
         f"expected fewer than the context of {llm.context}"
     )
 

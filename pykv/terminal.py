@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import re
 import sys
+import warnings
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -26,10 +28,6 @@ def _end(kind: type[BaseException], error: BaseException, trace: TracebackType |
     sys.__excepthook__(kind, error, trace)
 
 
-if _is_command():
-    sys.excepthook = _end
-
-
 def visible(text: str) -> str:
     """A text in which control characters, but for line ends, are spelled.
 
@@ -40,7 +38,31 @@ def visible(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
+def meant(given: str, known: Iterable[str]) -> str:
+    """Which of some names may have been meant, to end an error with.
+
+    >>> from pykv.terminal import meant
+    >>> meant("decod", ["append", "decode"]), meant("x", ["append"])
+    ('; did you mean decode?', '')
+    """
+    from difflib import get_close_matches
+
+    names = {name.lower(): name for name in known}
+    near = [names[name] for name in get_close_matches(given[:80].lower(), names, cutoff=0.5)]
+    return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
 def note(message: object) -> None:
     """Say something on stderr, if somebody is there to be told."""
     with suppress(OSError):
         print(f"pykv: {visible(str(message))}", file=sys.stderr, flush=True)
+
+
+def show_warning(message: object, *_: object, **__: object) -> None:
+    """Python's way has the file and line of pykv that warns."""
+    note(message)
+
+
+if _is_command():
+    sys.excepthook = _end
+    warnings.showwarning = show_warning

@@ -5,6 +5,7 @@ import sys
 import threading
 import weakref
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -172,6 +173,20 @@ def test_what_cannot_be_prepared_says_so(two):
     with pytest.raises(UnsupportedError, match="^graph: cannot be prepared: it is one call"):
         cuda.prepare(step)
     assert is_all(x, 0)
+
+
+def test_calls_take_streams_alone(xp):
+    """On the host as on a GPU, where a stream means something."""
+    x, y = xp.zeros((2, 8), np.float32), xp.ones((2, 8), np.float32)
+    add = partial(activation.add, x, y)
+    empty = xp.zeros((0, 8), np.float32)
+    calls = [cuda.prepare(add), cuda.prepare(activation.add, empty, empty), cuda.graph(add)]
+    for call in calls:
+        for wrong in ("x", 1.5, True, [1], -1):
+            with pytest.raises((DtypeError, ParameterError), match="^stream is "):
+                call(wrong)
+        call(0 if xp is np else None)  # on the host not even CuPy is asked for
+    assert is_all(x, 2)
 
 
 def test_a_stream_inside_of_a_prepared_function_is_refused(device):

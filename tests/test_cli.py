@@ -843,12 +843,28 @@ def test_a_warning_is_one_line(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "argv", ["", "nothing", "run", "run x --max-tokens many", "cache", "cache burn", "size"]
+    "argv, text",
+    [
+        ("", "the following arguments are required: COMMAND; `pykv --help` says more"),
+        ("bensh", r"argument COMMAND: invalid choice: 'bensh' \(.*\); did you mean bench\?"),
+        ("run", "run: the following arguments are required: PROMPT; `pykv run --help` says more"),
+        ("run x --max-tokens many", "run: argument --max-tokens: invalid int value: 'many'; "),
+        ("cache", "cache: the following arguments are required: ACTION"),
+        (
+            "cache cleer",
+            r"cache: argument ACTION: invalid choice: 'cleer' \(.*\); did you mean clear\?",
+        ),
+        ("size", "size: the following arguments are required: file"),
+        ("models \x1b[2J", r"unrecognized arguments: \\x1b\[2J; "),
+        ("bench decode --page", "bench decode: argument --page: expected one argument; "),
+    ],
 )
-def test_usage_errors(capsys, argv):
+def test_usage_errors(capsys, argv, text):
+    """On one line, as all others."""
     with pytest.raises(SystemExit) as ended:
         cli.main(argv.split())
-    assert ended.value.code == 2 and capsys.readouterr().err.startswith("usage: pykv")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2 and re.match(f"pykv: {text}", line), line
 
 
 def test_version_and_help(capsys):
@@ -991,6 +1007,10 @@ def test_variables_of_wrong_values_are_warned_of(name, value):
     code = [sys.executable, "-W", "always", "-c", "import pykv.ops.paged_check"]
     done = subprocess.run(code, capture_output=True, text=True, env=environment)
     assert done.returncode == 0 and f"{name} is {value!r}, expected" in done.stderr
+    command = [*COMMAND, "verify", "--seed", "-1"]  # which imports all ops
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    warning, mistake = done.stderr.splitlines()
+    assert warning.startswith(f"pykv: {name} is {value!r}, expected ") and "seed is -1" in mistake
 
 
 @pytest.mark.parametrize("options", [["-mpykv"], ["-Bm", "pykv"]])

@@ -600,7 +600,7 @@ def test_wrong_arguments_change_nothing(xp, rng):
             frequencies(None),
         ),
         (DtypeError, "rotary is a list", (LENGTHS, ahead), dict(queries=q, rotary=[])),
-        (ParameterError, "inv_freq has 1 layers", (LENGTHS, ahead), frequencies([F[0]])),
+        (ParameterError, "inv_freq has 1 layer,", (LENGTHS, ahead), frequencies([F[0]])),
         (DtypeError, "inv_freq has dtype float64", (LENGTHS, ahead), frequencies([F[0], wide])),
         (ShapeError, "inv_freq has F=9", (LENGTHS, ahead), frequencies([np.ones(9, "f4")] * 2)),
         (ParameterError, "pairing is 'no'", (LENGTHS, ahead), frequencies(F, "no")),

@@ -279,7 +279,9 @@ def test_work_goes_to_the_stream_that_is_given(device, monkeypatch, stream):
 def test_errors(xp):
     cache = SequenceCache(3, 4, 1, 8, xp=xp)
     x = xp.zeros((3, 1, 8), np.float16)
-    with pytest.raises(CapacityError, match="stop is 3, but 0 pages of 4 tokens"):
+    with pytest.raises(
+        CapacityError, match="stop is 3, expected at most 0, as pages has 0 pages of 4 tokens"
+    ):
         cache.append(x, x)
     with pytest.raises(CapacityError, match="block_ids has 4 blocks, expected at most 3"):
         cache.assign([0, 1, 2, 0])

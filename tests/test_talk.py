@@ -166,6 +166,11 @@ def test_commands(capsys, monkeypatch, fake):  # noqa: F811
     seen = [[m["content"] for m in messages] for messages, _ in fake.asked]
     two = ["one two"]
     assert seen == [["T", "a"], ["S", "a", *two, "b"], ["S", "c"], ["c", *two, "d"]]
+    say(monkeypatch, "/clea", '"""', "never ended")
+    assert run(capsys, "chat")[2].splitlines() == [
+        "pykv: /clea is no command; did you mean clear?",
+        'pykv: the message has no """ at its end; it was not sent',
+    ]
 
 
 @pytest.fixture

@@ -287,7 +287,7 @@ def test_the_loop_stops_at_the_first_error(driver):
         ),
         ({"src_ptrs": None}, ParameterError, "src_ptrs is None, expected addresses"),
         ({"dst_ptrs": None}, ParameterError, "dst_ptrs is None"),
-        ({"dst_ptrs": [1]}, ParameterError, "dst_ptrs has 1 addresses, expected 2"),
+        ({"dst_ptrs": [1]}, ParameterError, "dst_ptrs has 1 address, expected 2"),
         ({"size": [1, 2, 3]}, ParameterError, "size has 3 entries, expected 2"),
         ({"size": -1}, ParameterError, "size is -1, expected at least 0"),
         ({"size": [4, -2]}, ParameterError, "size is -2"),

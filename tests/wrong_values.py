@@ -11,6 +11,7 @@ from pykv.layout import BlockShape, Layout
 from pykv.plan import Preference
 
 _THING = object()
+_ROWS, _LONG = np.ones((2, 2)), "x" * 2000  # of which errors quote a part, on one line
 _VIEW = memoryview(np.ones((2, 2)))  # with a shape and strides, but no array
 _TIME = np.timedelta64(1, "s")  # an integer to NumPy
 _LAYOUTS = (Layout(3), Layout("x"), Layout("NHD", heads=3), Layout("NHD", layers=("a", "b")))
@@ -26,7 +27,7 @@ WRONG = {
     "arrays": ((3, "text", [_THING], [3], ["x"], _THING), ([],)),
     "stream": ((_THING, "text", 1.5, [1], True, 2**70, -1, _TIME), ()),
     "xp": ((3, "numpy", math, _THING, None, np.ones(2), np.ones(0)), ()),
-    "dtype": (("x", int, _THING, 3, np.float64, "float64", ["f4"]), ()),
+    "dtype": (("x", int, _THING, 3, np.float64, "float64", ["f4"], _ROWS, _LONG), ()),
     "int": (
         ("x", 2.5, b"1", [1, 2], _THING, 1j, math.nan, True, np.float32(2), np.ones(2), _TIME),
         (0, -1, 2**31, 2**62, -(2**62), 2**70, -(2**70), 10**5000),
@@ -47,8 +48,8 @@ WRONG = {
         ),
         (0.0, -1.0, math.inf, -math.inf, 1e308, 1e39, 5e-324, 10**400, -(10**5000)),
     ),
-    "bool": ((2, "x", [1], _THING, math.nan, np.ones(2), 1.0), ()),
-    "word": ((3, b"x", ["x"], _THING, np.ones(2), "no such word"), ()),
+    "bool": ((2, "x", [1], _THING, math.nan, _ROWS, _LONG, 1.0), ()),
+    "word": ((3, b"x", ["x"], _THING, _ROWS, _LONG, "no such word"), ()),
     "text": ((10**6, ["x"], _THING, np.ones(2)), ("", "no such word", "\ud800", "a\nb")),
     "KVSpec": ((3, "no such kind", np.float16, _THING, b"fp16", ["fp16"], "int8:fp32:fp16"), ()),
     "list": (
@@ -175,11 +176,12 @@ def _other(x):
     yield odd
 
 
-def other_spellings(kind, value):
+def other_spellings(kind, name, value):
     """A value as other packages have it, which must pass."""
     if kind == "int" and type(value) is int:
         narrow = [np.uint8(value)] if 0 <= value < 256 else []  # not of -1, which would become 255
-        return [*narrow, np.int32(value), np.int64(value), np.uint64(value)]
+        one = [np.array(value)] if name != "size" else []  # of memory: an array of sizes
+        return [*narrow, np.int32(value), np.int64(value), np.uint64(value), *one]
     if kind == "float" and isinstance(value, (int, float)) and not isinstance(value, bool):
         return [np.float32(value), np.float64(value)]
     if kind == "bool" and isinstance(value, bool):

@@ -38,6 +38,7 @@ from pykv import cuda
 from pykv.bench import memory, report, timing
 from pykv.bench.report import Record
 from pykv.errors import DeviceError, ParameterError
+from pykv.terminal import meant
 
 CEILINGS = "bandwidth"  # the benchmark that measures them
 
@@ -91,7 +92,8 @@ def load(name: str) -> Any:
         ParameterError: there is none of this name.
     """
     if name not in names():
-        raise ParameterError(f"bench: {name!r} is no benchmark, expected {', '.join(names())}")
+        expected = f"{', '.join(names())}{meant(name, names())}"
+        raise ParameterError(f"bench: {name!r} is no benchmark, expected {expected}")
     return import_module(f"pykv.bench.{name}")
 
 

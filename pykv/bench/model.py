@@ -103,6 +103,7 @@ def select(args: argparse.Namespace) -> list[dict[str, Any]]:
         raise ParameterError("bench model: --type is given, expected --shape beside it")
     cases = QUICK if args.quick else CASES
     if args.model is not None:
+        models.check(args.model)  # before ceilings are measured
         of_files = [case for case in cases if not synthetic.is_name(case["model"])]
         cases = [{**case, "model": args.model} for case in of_files]
     if args.weights is None:

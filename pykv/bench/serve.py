@@ -93,6 +93,8 @@ def select(args: argparse.Namespace) -> list[Case]:
         name: check_whole("bench serve", f"--{name}", n, least.get(name, 1), MAX_COUNT)
         for name, n in given.items()
     }
+    if args.model and not args.url:
+        models.check(args.model)
     cases = QUICK if args.quick else CASES
     cases = [{**cases[0], **own}] if own else cases
     if args.model or args.url:  # a server has one model, and that of --url may be any

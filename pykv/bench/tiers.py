@@ -64,7 +64,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def select(args: argparse.Namespace) -> list[Case]:
     """The cases, of a model, prompt and cache of one's own; what is given is looked at before any
     of them runs."""
+    from pykv.llm import models
+
     op = "bench tiers"
+    models.check(args.model)
     change: Case = dict(model=args.model, kv=str(KVSpec.parse(args.kv_dtype)))
     if args.tokens is not None:
         change["tokens"] = check_whole(op, "--tokens", args.tokens, 1)

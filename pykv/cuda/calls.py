@@ -25,6 +25,7 @@ import numpy as np
 from pykv.arrays import load_cupy
 from pykv.cuda.devices import check_stream, current_device, on_stream, synchronize
 from pykv.errors import CudaError, DeviceError, DtypeError, ParameterError, UnsupportedError
+from pykv.number_texts import counted
 
 Step = Callable[[], Any]
 
@@ -269,7 +270,7 @@ class Prepared:
 
     def __repr__(self) -> str:
         place = "the host" if self._device is None else f"cuda:{self._device}"
-        return f"Prepared({len(self._steps)} steps on {place})"
+        return f"Prepared({counted(len(self._steps), 'step')} on {place})"
 
     def __call__(self, stream: Any = None) -> Any:
         """Do the work again, with what the arrays hold now.
@@ -283,10 +284,13 @@ class Prepared:
         Raises:
             DeviceError: the current GPU is not the one that the call was prepared on.
             ParameterError: a check of contents, which the op was told to make, found a wrong entry.
+            DtypeError, ParameterError: `stream` is no stream.
         """
         if self._device is None:
             if self._steps:
-                run_on_host(self._take_steps)
+                run_on_host(self._take_steps, stream=stream)
+            else:
+                check_stream(stream)
             return self.result
         current = self._current_device()
         if current != self._device:

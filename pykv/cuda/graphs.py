@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from typing import Any
+
+import numpy as np
 
 from pykv.arrays import is_array, load_cupy, on_gpu
 from pykv.cuda.calls import refuse_capture, refuse_copy, refuse_prepare, state
 from pykv.cuda.devices import behind, current_device, on_stream
 from pykv.errors import DeviceError, DtypeError
 from pykv.options import check_type
+
+_ON_HOST = np.empty(0)
 
 
 class GraphMemory:
@@ -99,7 +104,7 @@ class Graph:
         """Enqueue the function's work; see `graph`."""
         refuse_prepare("graph", "it is one call already")
         refuse_capture("graph", "it is a graph already")
-        with on_stream(stream):
+        with self._on(stream):
             if not self._is_warm:
                 return self._warm_up()
             if self._is_host:
@@ -115,6 +120,16 @@ class Graph:
             state.used_gpu = True
             self._graph.launch()
             return self._result
+
+    def _on(self, stream: Any) -> AbstractContextManager[Any]:
+        """`on_stream`, with a stream that means nothing to a function which works on the host: so
+        does the first call of one where no GPU is usable."""
+        try:
+            return on_stream(stream, _ON_HOST if self._is_host else None)
+        except DeviceError:
+            if self._is_warm:
+                raise
+            return on_stream(stream, _ON_HOST)
 
     def _warm_up(self) -> Any:
         """The function itself, which compiles what it needs; repeated if it fails."""
@@ -148,6 +163,7 @@ def graph(function: Callable[[], Any], memory: GraphMemory | None = None) -> Gra
         DtypeError: `function` cannot be called, or `memory` is something else.
 
     Calls raise:
+        DtypeError, ParameterError: `stream` is no stream.
         DeviceError: the current GPU is not that of the first call.
         UnsupportedError: ops work on arrays of the host and of a GPU, an op uploads tables from the
             host, or the call is made while another graph is captured.

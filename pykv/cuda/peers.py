@@ -17,6 +17,7 @@ from pykv.arrays import current_device, is_array, load_cupy, on_gpu
 from pykv.cuda.calls import enqueue, is_preparing, prepare, refuse_capture
 from pykv.cuda.devices import on_stream
 from pykv.errors import CudaError, DeviceError
+from pykv.number_texts import counted
 
 # --- Access ---------------------------------------------------------------------------------------
 
@@ -48,7 +49,9 @@ def enable_peer_access(device: int, other: int) -> None:
     count = runtime.getDeviceCount()
     op = f"cuda.enable_peer_access: from GPU {device} to GPU {other}"
     if not (0 <= device < count and 0 <= other < count):
-        raise DeviceError(f"{op}: there are {count} GPUs, expected ordinals below {count}")
+        raise DeviceError(
+            f"{op}: there are {counted(count, 'GPU')}, expected ordinals below {count}"
+        )
     if device == other:
         raise DeviceError(f"{op}: that is one GPU, which reaches its own memory; expected two")
     if not can_reach(device, other):

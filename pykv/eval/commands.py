@@ -226,7 +226,8 @@ def _listed(option: str, text: str) -> list[str]:
     words = [word.strip() for word in text.split(",")] if text.strip() else []
     for word in words:
         if not word or words.count(word) > 1:
-            raise ParameterError(f"eval: {option} has {word!r} in {text!r}, expected each once")
+            expected = "words between commas, each once"
+            raise ParameterError(f"eval: {option} has {word!r} in {text!r}, expected {expected}")
     return words
 
 

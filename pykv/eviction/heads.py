@@ -63,7 +63,7 @@ def decode(
     """
     op = "eviction.decode"
     cuda.refuse_prepare(op, "it makes tables for each call")
-    check_cache(op, cache, layer)
+    layer = check_cache(op, cache, layer)
     refuse_own(op, options, "out", "lse", "workspace", "key_positions")
     many = getattr(q, "ndim", 3) == 4
     dims = _decode_checker(many)(q, page_table, lengths, positions, alibi_slopes, sinks)
@@ -127,7 +127,7 @@ def append(
     """
     op = "eviction.append"
     cuda.refuse_prepare(op, "it makes slots for each call")
-    check_cache(op, cache, layer)
+    layer = check_cache(op, cache, layer)
     refuse_own(op, options, "slots")
     dims = _append_check(k, v, page_table, lengths)
     _check_heads(op, parts(cache, layer), dims)
@@ -188,7 +188,7 @@ def attention_mass(
     """
     op = "eviction.attention_mass"
     cuda.refuse_prepare(op, "it makes tables for each call")
-    check_cache(op, cache, layer)
+    layer = check_cache(op, cache, layer)
     dims = _mass_check(q, page_table, lengths, before)
     B, H, C = dims["B"], dims["H"], dims["M"] * cache.page_size
     made = parts(cache, layer)

@@ -95,7 +95,8 @@ def check_size(op: str, num_pages: int, spec: KVSpec, page_size: int, heads: int
     most = most_pages(spec, page_size, heads)
     if most is not None and num_pages > most:
         raise UnsupportedError(
-            f"{op}: the cache has {counted(num_pages, 'page')} of {page_size} tokens and {heads} "
+            f"{op}: the cache has {counted(num_pages, 'page')} of "
+            f"{counted(page_size, 'token')} and {heads} "
             f"heads, expected at most {most}, whose rows 32 bits tell"
         )
 
@@ -136,10 +137,10 @@ def of_sequences(x: Any, B: int, n: int, ndim: int) -> Any:
     return found if ndim == 4 else found[:, 0]
 
 
-def check_cache(op: str, cache: Any, layer: Any = 0) -> None:
-    """Check a cache and which of its layers is meant."""
+def check_cache(op: str, cache: Any, layer: Any = 0) -> int:
+    """Check a cache and which of its layers is meant, and return that."""
     check_type(op, "cache", cache, PagedKVCache)
-    check_whole(op, "layer", layer, 0, len(cache.layers) - 1)
+    return check_whole(op, "layer", layer, 0, len(cache.layers) - 1)
 
 
 def refuse_own(op: str, options: dict[str, Any], *others: str) -> None:

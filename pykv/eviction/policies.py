@@ -16,6 +16,7 @@ from pykv.eviction.rotary import ahead
 from pykv.number_texts import number_of, whole_of
 from pykv.ops import kv_scores
 from pykv.options import check_number, check_type, check_whole, hold_python_numbers
+from pykv.terminal import meant
 
 _RUN = 512  # rows that KeyDiff averages in one sum
 _MOST = 2**31 - 1
@@ -417,6 +418,7 @@ def parse(text: str) -> Policy | AdaKV:
         known = ", ".join((*POLICIES, "adakv"))
         raise ParameterError(
             f"{op}: text {text!r:.80} has no policy {name!r:.80}, expected one of {known}"
+            + meant(name, (*POLICIES, "adakv"))
         )
     kind = POLICIES[name]
     given: dict[str, Any] = {}

@@ -13,6 +13,7 @@ import numpy as np
 from pykv.arrays import FLOAT32, module_of
 from pykv.checker import checker
 from pykv.errors import DeviceError, ParameterError
+from pykv.number_texts import counted
 from pykv.ops import linear, paged_qkv, rope
 from pykv.options import check_flag, check_type
 
@@ -49,7 +50,8 @@ def check_rotary(op: str, rotary: Any, layers: Iterable[int], D: int) -> None:
     for layer in layers:
         if layer >= len(rotary.inv_freq):
             raise ParameterError(
-                f"{op}: rotary.inv_freq has {len(rotary.inv_freq)} layers, expected one for layer "
+                f"{op}: rotary.inv_freq has {counted(len(rotary.inv_freq), 'layer')}, "
+                "expected one for layer "
                 f"{layer}"
             )
         dims = _check(rotary.inv_freq[layer])

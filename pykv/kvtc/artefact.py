@@ -142,7 +142,7 @@ class Artefact:
             DtypeError: `ratio` is no whole number.
             ParameterError: there is no plan for it; the text names those that there are.
         """
-        self.check_ratio("Artefact.row_bytes", ratio)
+        ratio = self.check_ratio("Artefact.row_bytes", ratio)
         sides = [side for group in self.groups for side in (group.k, group.v)]
         return sum(side.plans[ratio].row_bytes for side in sides)
 

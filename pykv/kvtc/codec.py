@@ -21,6 +21,7 @@ from pykv.kvtc import sequences
 from pykv.kvtc.artefact import Artefact, problems
 from pykv.kvtc.loaded import Loaded, identify, load
 from pykv.kvtc.stream import Coded, Header, check_bytes
+from pykv.number_texts import counted
 from pykv.ops import kvtc_code, kvtc_project, kvtc_rows, linear, paged_check
 from pykv.options import check_choice, check_flag, check_type, check_whole, page_ids
 from pykv.overlaps import check_apart
@@ -283,7 +284,8 @@ class Codec:
             room = dims["M"] * sizes["P"]
             if header.tokens > room:
                 raise ParameterError(
-                    f"{op}: coded has {header.tokens} tokens, expected at most the {room} that "
+                    f"{op}: coded has {counted(header.tokens, 'token')}, expected at "
+                    f"most the {room} that "
                     "the pages of table hold"
                 )
             there = Coded(header, ranges.reach(op, "coded", coded.data, self._rows))

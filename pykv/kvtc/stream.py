@@ -44,6 +44,7 @@ from pykv.errors import (
     PykvError,
     ShapeError,
 )
+from pykv.number_texts import counted
 from pykv.options import check_type, check_whole, hold_python_numbers
 from pykv.specs import KVSpec, as_spec
 
@@ -151,7 +152,7 @@ class Header:
         if self.sinks + self.window > self.tokens:
             raise ParameterError(
                 f"{op}: sinks and window are {self.sinks} and {self.window}, expected at most the "
-                f"{self.tokens} tokens"
+                f"{counted(self.tokens, 'token')}"
             )
         as_spec(op, self.spec)
         last = self.sections()["rows"]

@@ -11,6 +11,7 @@ from pykv.errors import FormatError, ParameterError, ShapeError, UnsupportedErro
 from pykv.llm import tensors
 from pykv.llm.gguf import ModelFile, brief
 from pykv.llm.keys import ARCHITECTURES, Architecture, Keys, architecture
+from pykv.number_texts import counted
 from pykv.ops import rope
 from pykv.ops.paged_append import MAX_HEAD_DIM
 
@@ -125,7 +126,7 @@ def _check_sizes(keys: Keys, config: Config) -> None:
     if keys.get("vocab_size", config.vocab) != config.vocab:
         raise FormatError(
             f"{path}: {name}.vocab_size is {keys.get('vocab_size')}, but the tokenizer has "
-            f"{config.vocab} tokens"
+            f"{counted(config.vocab, 'token')}"
         )
 
 

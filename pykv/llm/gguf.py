@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from pykv.errors import FormatError
 from pykv.llm.gguf_cursor import Cursor, plain, stamp
+from pykv.number_texts import counted
 from pykv.terminal import visible
 
 VERSIONS = (2, 3)
@@ -226,7 +227,7 @@ def read_model(path: str | os.PathLike[str]) -> ModelFile:
     if total != len(tensors):
         raise FormatError(
             f"{parts[0].path}: key split.tensors.count has {total}, but the parts hold "
-            f"{len(tensors)} tensors"
+            f"{counted(len(tensors), 'tensor')}"
         )
     return replace(parts[0], tensors=tensors)
 
@@ -298,14 +299,15 @@ def describe(file: ModelFile) -> str:
             for t in tensors
         ],
         [
-            (kind, f"{len(of_kind)} tensors", f"{sum(t.nbytes for t in of_kind)} bytes")
+            (kind, counted(len(of_kind), "tensor"), f"{sum(t.nbytes for t in of_kind)} bytes")
             for kind in sorted({t.kind for t in tensors})
             for of_kind in [[t for t in tensors if t.kind == kind]]
         ],
     ]
     title = (
-        f"{visible(str(file.path))}: GGUF version {file.version}, {len(file.metadata)} keys, "
-        f"{len(tensors)} tensors of {sum(t.nbytes for t in tensors)} bytes"
+        f"{visible(str(file.path))}: GGUF version {file.version}, "
+        f"{counted(len(file.metadata), 'key')}, "
+        f"{counted(len(tensors), 'tensor')} of {sum(t.nbytes for t in tensors)} bytes"
     )
     return "\n\n".join([title, *(_table(rows) for rows in sections if rows)])
 

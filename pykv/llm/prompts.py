@@ -28,7 +28,7 @@ def answers_to(language: Language, prompts: Any, params: Any, special: bool) -> 
     params = items("generate: params", params, "SamplingParams, or a list of them")
     if len(params) != len(prompts):
         raise ParameterError(
-            f"generate: {len(params)} params, expected one for each of {len(prompts)} prompts"
+            f"generate: params has {len(params)}, expected one for each of {len(prompts)} prompts"
         )
     return [answer_to(language, *pair, special) for pair in zip(prompts, params, strict=True)]
 
@@ -87,7 +87,8 @@ def read_ids(language: Language, name: str, prompt: Any, special: bool = False) 
         raise ParameterError(f"{name} is empty, expected at least one token")
     if len(ids) > language.context:
         raise CapacityError(
-            f"{name} has {len(ids)} tokens, expected at most the context of {language.context}"
+            f"{name} has {counted(len(ids), 'token')}, expected at most the context "
+            f"of {language.context:,}"
         )
     return ids
 

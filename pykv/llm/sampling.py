@@ -132,14 +132,15 @@ def _biases(op: str, given: Any) -> tuple[tuple[int, float], ...]:
     """Pairs in the order of their token ids."""
     name = "logit_bias"
     is_pairs = isinstance(given, tuple) and all(isinstance(x, tuple) and len(x) == 2 for x in given)
-    given = dict(given) if is_pairs else given  # pairs: taken from other params
-    if not isinstance(given, Mapping):
+    if not (is_pairs or isinstance(given, Mapping)):
         raise DtypeError(f"{op}: {name} is {given!r:.80}, expected a dict of token ids and numbers")
-    pairs = []
-    for i, value in given.items():
+    pairs = {}
+    for i, value in given if is_pairs else given.items():  # pairs: taken from other params
         token = check_whole(op, f"a token id of {name}", i, 0, 2**31 - 1)
-        pairs.append((token, check_number(op, f"{name}[{i}]", value, least=-100, most=100)))
-    return tuple(sorted(pairs))
+        if token in pairs:
+            raise ParameterError(f"{op}: {name} has token id {token} twice, expected it once")
+        pairs[token] = check_number(op, f"{name}[{i}]", value, least=-100, most=100)
+    return tuple(sorted(pairs.items()))
 
 
 def _token_ids(op: str, given: Any) -> tuple[int, ...]:

@@ -407,7 +407,7 @@ class Scheduler:
             "error",
             CapacityError(
                 f"pool exhausted: {counted(s.wanted, 'page')} wanted, {manager.num_free} free of "
-                f"{manager.num_pages} ({manager.page_size} tokens a page)"
+                f"{manager.num_pages} ({counted(manager.page_size, 'token')} a page)"
             ),
         )
 

@@ -9,7 +9,6 @@ import numpy as np
 
 from pykv.errors import ParameterError
 from pykv.llm.prompts import read_ids
-from pykv.number_texts import counted
 
 if TYPE_CHECKING:
     from pykv.llm.generate import LLM
@@ -26,7 +25,7 @@ def perplexity(llm: LLM, text_or_ids: Any) -> float:
     """See LLM.perplexity."""
     ids = read_ids(llm, "text_or_ids", text_or_ids)
     if len(ids) < 2:
-        raise ParameterError(f"perplexity: {counted(len(ids), 'token')}, expected at least 2")
+        raise ParameterError("perplexity: text_or_ids has 1 token, expected at least 2")
     total = 0.0
     with llm.turn():
         for part, start in _parts(llm, ids):

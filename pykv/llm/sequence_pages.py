@@ -118,7 +118,7 @@ class SequencePages:
             raise CapacityError(
                 f"prompt of {counted(len(s.prompt), 'token')} needs {counted(wanted, 'page')}, "
                 f"expected at most the {manager.num_pages} of the pool "
-                f"({manager.page_size} tokens a page)"
+                f"({counted(manager.page_size, 'token')} a page)"
             )
 
     def grow_for(self, sequences: Iterable[Sequence]) -> None:
@@ -147,7 +147,8 @@ class SequencePages:
             pages, most = manager.num_pages + missing, self._most_pages
             if most is not None and pages > most:
                 raise CapacityError(
-                    f"the cache would grow to {counted(pages, 'page')} ({manager.page_size} tokens "
+                    f"the cache would grow to {counted(pages, 'page')} "
+                    f"({counted(manager.page_size, 'token')} "
                     f"a page), expected at most {most} where rows are evicted"
                 )
             if self._tiers is not None:

@@ -118,11 +118,12 @@ def load(
             kept = count * cache.page_size
             if kept > len(tokens):
                 raise FormatError(
-                    f"{op}: {path} has {counted(count, 'page')} of {len(tokens)} tokens"
+                    f"{op}: {path} has {counted(count, 'page')} of {counted(len(tokens), 'token')}"
                 )
             if kept > llm.context:
                 raise CapacityError(
-                    f"{op}: {path} has pages of {kept} tokens, expected at most the context of "
+                    f"{op}: {path} has pages of {counted(kept, 'token')}, expected at "
+                    "most the context of "
                     f"{llm.context}"
                 )
             more = {"tokens": tokens}

@@ -14,6 +14,7 @@ from functools import lru_cache
 from pykv.errors import FormatError
 from pykv.llm.gguf import ModelFile
 from pykv.llm.token_types import BYTE, NORMAL, special_id
+from pykv.number_texts import counted
 
 SPACE = "\u2581"  # stands for a blank inside pieces
 BORDER = "\ud800"  # in no piece: a lone surrogate is no UTF-8
@@ -30,7 +31,7 @@ class Encoder:
         scores = file.require("tokenizer.ggml.scores", list)
         if len(scores) != len(tokens) or not all(isinstance(s, float) for s in scores[:1]):
             raise FormatError(
-                f"{file.path}: key tokenizer.ggml.scores has {len(scores)} values, "
+                f"{file.path}: key tokenizer.ggml.scores has {counted(len(scores), 'value')}, "
                 f"expected one float for each of the {len(tokens)} tokens"
             )
         if any(score != score for score in scores):

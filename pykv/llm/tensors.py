@@ -17,6 +17,7 @@ from pykv.llm.gguf import ModelFile, TensorInfo
 from pykv.llm.gguf_cursor import plain
 from pykv.llm.matrices import Stored
 from pykv.llm.source import Source
+from pykv.number_texts import counted
 from pykv.ops import block_rows, dequant
 from pykv.planes import PLAIN
 
@@ -108,7 +109,7 @@ def check(file: ModelFile, config: Config) -> None:
     if num_layers != config.num_layers:
         raise FormatError(
             f"{file.path}: {config.architecture}.block_count is {config.num_layers}, but the "
-            f"tensors are of {num_layers} layers"
+            f"tensors are of {counted(num_layers, 'layer')}"
         )
     used = {"rope_freqs.weight"}
     model, layer = model_shapes(config), layer_shapes(config)

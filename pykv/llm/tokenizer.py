@@ -22,6 +22,7 @@ from pykv.llm.token_types import (
     endings,
     special_id,
 )
+from pykv.number_texts import counted
 from pykv.options import check_flag, check_whole
 
 _ADD_EOS, _EOS_IDS = "tokenizer.ggml.add_eos_token", "tokenizer.ggml.eos_token_ids"
@@ -87,7 +88,7 @@ class Tokenizer:
         types = file.get("tokenizer.ggml.token_type", [NORMAL] * len(self._tokens), list)
         if len(types) != len(self._tokens):
             raise FormatError(
-                f"{file.path}: key tokenizer.ggml.token_type has {len(types)} values, "
+                f"{file.path}: key tokenizer.ggml.token_type has {counted(len(types), 'value')}, "
                 f"expected one for each of the {len(self._tokens)} tokens"
             )
         if strange := {i for i in types if type(i) is not int or not 0 <= i <= BYTE}:
@@ -177,7 +178,7 @@ class Tokenizer:
             whole = self._encoder.normalize(text.translate(stand_ins or {}))
             if (fewest := self._encoder.fewest(whole)) > limit:
                 raise CapacityError(
-                    f"prompt has at least {fewest} tokens, expected at most {limit}"
+                    f"prompt has at least {counted(fewest, 'token')}, expected at most {limit:,}"
                 )
         ids: list[int] = []
         for part in self.control.split(text) if special else [text]:

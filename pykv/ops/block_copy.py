@@ -27,6 +27,7 @@ from pykv import calibration, cuda
 from pykv.arrays import INT64, UINT64, on_gpu
 from pykv.checker import Dims, checker, optional
 from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError
+from pykv.number_texts import counted
 from pykv.options import check_choice, check_flag, check_whole
 from pykv.ranges import addresses_of, bytes_at, check_memory, gpu_pair_at, mean_size, merge
 
@@ -284,9 +285,13 @@ def _check_pairs(
     first, shared = next(iter(lengths.items()), ("", 1))  # without a table: 1, an error below
     for name, length in lengths.items():
         if num_pairs is None and length != shared:
-            raise ShapeError(f"{op}: {name} has {length} entries, expected {shared} like {first}")
+            raise ShapeError(
+                f"{op}: {name} has {counted(length, 'entry')}, expected {shared} like {first}"
+            )
         if num_pairs is not None and length < num_pairs:
-            raise ShapeError(f"{op}: {name} has {length} entries, expected num_pairs={num_pairs}")
+            raise ShapeError(
+                f"{op}: {name} has {counted(length, 'entry')}, expected num_pairs={num_pairs}"
+            )
     count = shared if num_pairs is None else num_pairs
     if by_pair:
         size = size[: max(count, 0)]

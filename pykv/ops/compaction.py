@@ -15,6 +15,7 @@ from pykv import cuda
 from pykv.arrays import FLOATS, INT64, INTS, UINT64, is_array, like, on_gpu, to_host
 from pykv.checker import Dims, checker, optional
 from pykv.errors import CapacityError, DtypeError, ParameterError
+from pykv.number_texts import counted
 from pykv.ops import paged_check
 from pykv.options import check_choice, check_flag, check_number, check_whole
 
@@ -332,7 +333,7 @@ def _compress_on_host(op: str, x: Any, threshold: float, mode: str, result: Comp
 def _check_room(op: str, kept: int, result: Compressed) -> None:
     room = result.values.size
     if kept > room:
-        raise CapacityError(f"{op}: out has room for {room} elements, expected {kept}")
+        raise CapacityError(f"{op}: out has room for {counted(room, 'element')}, expected {kept:,}")
 
 
 def _above(op: str, threshold: Any, mode: Any) -> float:

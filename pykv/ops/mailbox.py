@@ -119,9 +119,10 @@ class Mailbox:
         """
         cuda.refuse_prepare(_OP, "jobs are numbered")
         R, N = self._x.shape
+        row = check_whole(_OP, "row", row, 0, R - 1)
         payload = [
             _SCALE,
-            check_whole(_OP, "row", row, 0, R - 1),
+            row,
             N if n is None else check_whole(_OP, "n", n, 0, N),
             check_whole(_OP, "iterations", iterations, 0, _MOST_ITERATIONS),
             *(_bits(name, value) for name, value in (("scale", scale), ("bias", bias))),

@@ -34,6 +34,7 @@ from pykv import cuda
 from pykv.arrays import INT32, INTS, load_cupy, on_gpu, row_step
 from pykv.checker import checker, optional
 from pykv.errors import ParameterError
+from pykv.number_texts import counted
 from pykv.options import check_choice, check_flag, check_whole, chosen
 
 BLOCK = 256  # threads
@@ -195,13 +196,13 @@ def check_table(
         tokens = 1 if starts is None else _entries(starts, i)
         if why == NO_PAGE:
             least = _value(indptr, i) - (-tokens // page_size)
-            text = f"at least {least}, because request {i} needs pages for {tokens} tokens"
-            return "indptr", indptr, i + 1, text
+            text = f"at least {least}, because request {i} needs pages for "
+            return "indptr", indptr, i + 1, text + counted(tokens, "token")
         least, most = 0, page_size
         if appends:
-            counted = tokens * (counts == "after")
-            least = (1 - _entries(indptr, i)) * page_size + counted
-            most = page_size - tokens + counted
+            included = tokens * (counts == "after")
+            least = (1 - _entries(indptr, i)) * page_size + included
+            most = page_size - tokens + included
         return "last_page_len", last_page_len, i, f"{least} to {most}"
 
     arrays = dict(indptr=indptr, indices=indices, last_page_len=last_page_len, starts=starts)

@@ -20,6 +20,7 @@ from pykv.checker import checker, optional
 from pykv.draw_phases import Adjust, Logprobs
 from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError, UnsupportedError
 from pykv.host_rings import SLOTS, Pinned, RingKernel, State
+from pykv.number_texts import counted
 from pykv.ops import phase_program
 from pykv.options import check_number, check_whole
 from pykv.overlaps import place_of, share
@@ -188,7 +189,8 @@ class ResidentProgram:
         for name, given in (("limits", limits), ("ends", ends)):
             if len(listed(_OP, name, given)) != self._T:
                 raise ParameterError(
-                    f"{_OP}: {name} has {len(given)} entries, expected {self._T} of the sequences"
+                    f"{_OP}: {name} has {counted(len(given), 'entry')}, expected "
+                    f"{self._T} of the sequences"
                 )
         words = np.full(self._T * (1 + ENDS) + 4, -1, np.int32)
         for i, (limit, of_sequence) in enumerate(zip(limits, ends, strict=True)):
@@ -257,7 +259,7 @@ class ResidentProgram:
             ParameterError: there is no such sequence.
             CudaError: the kernel has failed.
         """
-        check_whole(_OP, "row", row, 0, self._T - 1)
+        row = check_whole(_OP, "row", row, 0, self._T - 1)
         if not self._runs or row not in self._busy:
             return
         self._tell([resident_commands.STOP, row])
@@ -306,6 +308,7 @@ class ResidentProgram:
         Waits, by tokens, only where the launch has no room for what it is told: of a sequence with
         more than 200 pages, or behind many other commands.
         """
+        row = check_whole(_OP, "row", row, 0, self._T - 1)
         for p in self._phases:
             if isinstance(p, Embed):  # a kernel would read beyond its rows
                 token = check_whole(_OP, "token", token, 0, len(p.w) - 1)

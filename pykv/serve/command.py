@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from pykv import install, model_options
 from pykv.errors import ParameterError
+from pykv.number_texts import counted
 from pykv.options import check_whole
 from pykv.terminal import note
 
@@ -113,8 +114,8 @@ def open_server(args: argparse.Namespace, engine: EngineProcess) -> tuple[Any, s
     language = Language(engine.file(), context=args.ctx)
     facts = engine.ready()
     names = args.served_model_name or [models.short_name(args.model)]
-    said = f"{facts.device}, {facts.slots} slots, context {facts.context:,}, "
-    said += f"cache of {facts.pool:,} tokens"
+    said = f"{facts.device}, {counted(facts.slots, 'slot')}, context {facts.context:,}, "
+    said += f"cache of {counted(facts.pool, 'token')}"
     return make_server(language, engine, names, limit=facts.slots * (1 + QUEUE)), said
 
 

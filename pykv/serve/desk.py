@@ -14,6 +14,7 @@ from contextlib import suppress
 from typing import Protocol
 
 from pykv.llm.prompts import Order
+from pykv.number_texts import counted
 from pykv.serve.engine import Delta, Report, Request, State, stopping
 from pykv.serve.fields import ApiError
 from pykv.serve.metrics import Metrics
@@ -149,15 +150,15 @@ class Desk:
         if count > self.limit:
             raise ApiError(
                 400,
-                f"n asks for {count} sequences, expected at most {self.limit} with those of all "
-                "prompts",
+                f"n asks for {counted(count, 'sequence')}, expected at most {self.limit:,} with "
+                "those of all prompts",
                 param="n",
             )
         if running + count > self.limit:
             raise ApiError(
                 503,
-                f"{running} sequences run or wait, expected at most {self.limit} with those of "
-                "this request: try again later",
+                f"the server has {counted(running, 'sequence')}, expected at most {self.limit:,} "
+                "with those of this request: try again later",
                 code="overloaded",
                 headers={"Retry-After": "1"},
             )

@@ -19,7 +19,7 @@ from pykv.llm.chat import chat_prompt, template_of
 from pykv.llm.language import Language
 from pykv.llm.prompts import Order, known_ids, order
 from pykv.llm.sampling import SamplingParams
-from pykv.number_texts import whole_of
+from pykv.number_texts import counted, whole_of
 from pykv.serve.constraints import Grammars
 from pykv.serve.fields import ApiError, Fields, wrong
 from pykv.serve.tools import (
@@ -347,7 +347,8 @@ class Protocol:
     def _check_length(self, param: str, ids: list[Any]) -> None:
         """Refuse what is longer than the context before work is done for each id."""
         if len(ids) > self.language.context:
-            message = f"{param} has {len(ids)} tokens, expected at most {self.language.context}"
+            message = f"{param} has {counted(len(ids), 'token')}, "
+            message += f"expected at most {self.language.context:,}"
             raise ApiError(400, message, param=param, code="context_length_exceeded")
 
     def _checked(self, param: str, make: Callable[[], Any]) -> Any:

@@ -20,6 +20,7 @@ import numpy as np
 from pykv.arrays import load_cupy
 from pykv.errors import ParameterError
 from pykv.kvtc import Codec, Coded, stream
+from pykv.number_texts import counted
 from pykv.pool import PagedKVCache
 
 
@@ -74,7 +75,7 @@ class CodedForm:
         self.nbytes = cache.page_size * codec.row_bytes
         self.exact_pages = -(-codec.sinks // cache.page_size)
         how = f"{stream.VERSION} {codec.artefact} {codec.ratio}"
-        self.name = f"kvtc {how} after {self.exact_pages} pages"
+        self.name = f"kvtc {how} after {counted(self.exact_pages, 'page')}"
 
     @property
     def heads_shape(self) -> tuple[int, int]:

@@ -34,6 +34,7 @@ import numpy as np
 from pykv.arrays import UINT8, check_writeable, is_numpy
 from pykv.checker import checker
 from pykv.errors import CapacityError, DtypeError, ParameterError, ShapeError, TransportError
+from pykv.number_texts import counted
 from pykv.options import check_type, check_whole
 from pykv.ranges import check_overlaps
 from pykv.transport.messages import check_facts
@@ -224,7 +225,9 @@ class PeerRegion:
                 raise ParameterError(f"{op}: keys has {key.hex()}, expected those of `exists`")
         check_type(op, "rows", rows, list | tuple, "a list of arrays")
         if len(rows) != len(keys):
-            raise ShapeError(f"{op}: rows has {len(rows)} arrays, expected {len(keys)} as keys")
+            raise ShapeError(
+                f"{op}: rows has {counted(len(rows), 'array')}, expected {len(keys)} as keys"
+            )
         for row in rows:
             if not is_numpy(row) or row.dtype != np.uint8:
                 given = getattr(row, "dtype", type(row).__name__)

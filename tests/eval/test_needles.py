@@ -153,7 +153,7 @@ def test_evicted_rows_are_missed(llm):
 def test_a_text_that_does_not_fit(llm):
     stack = needles.Haystack("a" * 1000, ("b" * 20,), ("12345",))
     with pytest.raises(
-        CapacityError, match="have 1029 tokens, expected at most the context of 1024"
+        CapacityError, match="have 1,029 tokens, expected at most the context of 1,024"
     ):
         needles.measure(llm, [stack], {"dense": changes.identity})
 

@@ -147,10 +147,10 @@ def test_describe(sample):
     assert tensors.splitlines()[0] == "token_embd.weight  F32   3 x 32     384 bytes"
     assert tensors.splitlines()[3] == "packed             Q8_0  3 x 32     102 bytes"
     assert totals.splitlines() == [
-        "F16   1 tensors  10 bytes",
-        "F32   1 tensors  384 bytes",
-        "I32   1 tensors  96 bytes",
-        "Q8_0  1 tensors  102 bytes",
+        "F16   1 tensor  10 bytes",
+        "F32   1 tensor  384 bytes",
+        "I32   1 tensor  96 bytes",
+        "Q8_0  1 tensor  102 bytes",
     ]
 
 

@@ -218,7 +218,7 @@ def test_perplexity_is_that_of_the_logits(llm, rng, shorten_steps):
     logits = llm.logits(ids).astype(np.float64)
     surprise = [np.log(np.exp(row - row[i]).sum()) for row, i in zip(logits, ids[1:], strict=False)]
     assert llm.perplexity(ids) == pytest.approx(np.exp(np.mean(surprise)), rel=1e-5)
-    with pytest.raises(ParameterError, match="1 token, expected at least 2"):
+    with pytest.raises(ParameterError, match="text_or_ids has 1 token, expected at least 2"):
         llm.perplexity([5])
 
 
@@ -292,7 +292,7 @@ def test_bad_requests_are_refused_before_any_work(tiny_path):
             llm.generate([prompt])
     with pytest.raises(CapacityError, match="prompt of 70 tokens needs 5 pages, expected at most"):
         LLM(tiny_path, device="cpu", pool_tokens=64).generate([[6], [5] * 70])
-    with pytest.raises(ParameterError, match="1 params, expected one for each of 2 prompts"):
+    with pytest.raises(ParameterError, match="params has 1, expected one for each of 2 prompts"):
         llm.generate([[5], [6]], [SamplingParams()])
     assert llm.cache.manager.num_free == 4
 

@@ -241,6 +241,8 @@ def test_nothing_left_to_draw(xp):
         (dict(logit_bias={-1: 1}), ParameterError, "a token id of logit_bias is -1"),
         (dict(logit_bias=[1, 2]), DtypeError, r"logit_bias is \[1, 2\], expected a dict"),
         (dict(logit_bias=((1, 2, 3),)), DtypeError, "logit_bias is .*, expected a dict"),
+        (dict(logit_bias=(([1], 2),)), DtypeError, "a token id of logit_bias is a list"),
+        (dict(logit_bias=((1, 2), (1, 3))), ParameterError, "logit_bias has token id 1 twice"),
         (dict(logprobs=21), ParameterError, "logprobs is 21, expected 0 to 20"),
         (dict(logprobs=True), DtypeError, "logprobs is a bool"),
         (dict(stop_token_ids=3), DtypeError, "stop_token_ids is 3, expected a list of token ids"),

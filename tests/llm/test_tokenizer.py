@@ -626,7 +626,7 @@ def test_a_text_that_is_much_too_long_is_not_encoded(byte_tokenizer, pair):
             continue  # no bytes: any run of such characters is one token
         started = time.process_time()
         with pytest.raises(
-            CapacityError, match=r"prompt has at least \d+ tokens, expected at most 99"
+            CapacityError, match=r"prompt has at least [0-9,]+ tokens, expected at most 99"
         ):
             t.encode("Hello, world. " * 700_000, limit=99)
         assert time.process_time() - started < 1
@@ -652,7 +652,7 @@ def test_lone_surrogates_are_refused(path, model):
         ({"merges": ["h x"]}, FormatError, "merges does not fit the tokens"),
         ({"merges": ["h \x1b[2J"]}, FormatError, "merges does not fit the tokens"),
         ({"merges": [1, 2]}, FormatError, "merges does not fit the tokens"),
-        ({"token_type": [1]}, FormatError, "token_type has 1 values, expected one for each of the"),
+        ({"token_type": [1]}, FormatError, "token_type has 1 value, expected one for each of the"),
         ({"token_type": [1.0] * 269}, FormatError, "token_type holds .*, expected integers from 0"),
         ({"token_type": ["x"] * 269}, FormatError, "token_type holds .*, expected integers from 0"),
         ({"token_type": [7] * 269}, FormatError, "token_type holds .*7, expected integers from 0"),
@@ -674,7 +674,7 @@ def test_bad_files(path, tmp_path):
         build(tmp_path / "empty", "gpt2", ["", ""])
     with pytest.raises(FormatError, match="tokenizer.ggml.scores is missing"):
         build(tmp_path / "b", "llama", ["a"])
-    with pytest.raises(FormatError, match="scores has 1 values, expected one float for each"):
+    with pytest.raises(FormatError, match="scores has 1 value, expected one float for each"):
         ids = {"bos_token_id": 0, "eos_token_id": 1}
         build(tmp_path / "c", "llama", ["a", "b"], scores=[0.0], **ids)
     with pytest.raises(FormatError, match="scores holds a NaN"):

@@ -9,6 +9,7 @@ import pytest
 import pykv
 from pykv import cuda
 from pykv.errors import CapacityError, DeviceError, DtypeError, ParameterError, ShapeError
+from pykv.number_texts import counted
 from pykv.ops import compaction
 from tests.faults import misread, with_argument, with_option
 from tests.helpers import assert_same_bits, launch, product, to_numpy, without_simt
@@ -81,7 +82,7 @@ def test_no_more_than_there_is_room_for(xp, rng, room):
     x = np.abs(rng.standard_normal(3 * TILE)).astype(np.float32) + 1
     values, indices = xp.full(room + 8, 7, np.float32), xp.full(room + 8, 7, np.int32)
     arrays = dict(out=values[:room], indices=indices[:room])
-    message = rf"compress: out has room for {room} elements, expected {x.size}"
+    message = f"compress: out has room for {counted(room, 'element')}, expected {x.size:,}"
     with pytest.raises(CapacityError, match=message):
         compaction.compress(xp.asarray(x), 0.5, **arrays, check=True)
     assert (to_numpy(values[room:]) == 7).all() and (to_numpy(indices[room:]) == 7).all()

@@ -163,7 +163,7 @@ def test_prepared_and_captured(xp, rng):
         return op.dequantize_ranges(out, ranges, 4, out=back)
 
     call = pykv.prepare(op.quantize_ranges, given, ranges, out=out)
-    assert repr(call).startswith("Prepared(1 steps")  # one launch for all ranges
+    assert repr(call).startswith("Prepared(1 step ")  # one launch for all ranges
     given[...] = xp.asarray(x)
     call()
     assert to_numpy(out).tobytes() == stream(x, ranges)

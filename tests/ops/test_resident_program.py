@@ -353,7 +353,7 @@ def test_a_silent_host_ends_the_launch(device_of_programs, rng):
     "change, error, text",
     [
         (dict(tokens=65), ParameterError, "tokens is 65, expected 1 to 64"),
-        (dict(limits=[3]), ParameterError, "limits has 1 entries, expected 2 of the sequences"),
+        (dict(limits=[3]), ParameterError, "limits has 1 entry, expected 2 of the sequences"),
         (dict(ends=[[], [1] * 33]), ParameterError, "ends has 33 tokens, expected up to 32"),
         (dict(limits=[3, -1]), ParameterError, "limits is -1"),
     ],

@@ -247,15 +247,15 @@ def _add_session(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    from pykv import talk
+    from pykv.llm import commands
 
-    talk.run(args)
+    commands.run(args)
 
 
 def _chat(args: argparse.Namespace) -> None:
-    from pykv import talk
+    from pykv.llm import commands
 
-    talk.chat(args)
+    commands.chat(args)
 
 
 def _inspect(args: argparse.Namespace) -> None:

@@ -20,8 +20,7 @@ from pykv.llm.answer import Completion, Stream
 from pykv.llm.chat import chat_ids
 from pykv.llm.config import read_config
 from pykv.llm.fingerprint import contents, fingerprint
-from pykv.llm.opening import open_runner
-from pykv.llm.prefill_device import check_prefill_device
+from pykv.llm.opening import check_devices, open_runner
 from pykv.llm.prompts import answer_to, answers_to, known_ids
 from pykv.llm.sampling import SamplingParams
 from pykv.llm.scheduler import Scheduler, Stats
@@ -158,10 +157,7 @@ class LLM:
         self.weights_dtype: str = matrices.STORED if dtype is None else np.dtype(dtype).name
         install.require("llm", "gguf", "tokenizers")
         self.xp = cuda.array_module(device)
-        picked = cuda.pick_device(device, self.xp, require_sm=require_sm)  # before a fetch
-        if prefill_device is not None:
-            evicts = wanted.policy is not None
-            check_prefill_device(picked, prefill_device, evicts=evicts, require_sm=require_sm)
+        check_devices(device, self.xp, wanted)  # before a fetch
         self._lock = forks.waits_for(threading.RLock())
         self.file = gguf.read_model(models.fetch(model))
         self._given = os.fsdecode(model), weights

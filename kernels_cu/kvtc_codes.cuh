@@ -3,17 +3,16 @@
 //
 // A block holds a tile in shared memory: some rows of some ranges. Teams of lanes find the extremes
 // of a row of a range and make its codes: a lane up to 16 columns, 8 lanes up to 128, 16 up to 512,
-// a warp up to MEDIUM. Beyond, the block is the team, and takes pieces of up to PIECE columns, which
+// a warp up to 1024. Beyond, the block is the team, and takes pieces of up to PIECE columns, which
 // it reads a second time, from L2, where there are several and extremes are asked for.
-// Defines: BLOCK = threads; SMALL, MEDIUM = columns of tiles of single lanes and of larger teams;
-//          PIECE, a multiple of 32
+// Defines: BLOCK = threads; SMALL = columns of tiles of single lanes; PIECE, a multiple of 32
 // Shared memory: floats for the widest tile of the launch: 32 * 132 for small ones, BLOCK / 32 *
-//          (MEDIUM + 8) for medium ones, the widest range or PIECE and 8 for wide ones
+//          (columns of a warp + 8) for medium ones, the widest range or PIECE and 8 for wide ones
 #include "quotient.cuh"
 #include "vector.cuh"
 
-#if !defined(BLOCK) || !defined(SMALL) || !defined(MEDIUM) || !defined(PIECE)
-#error "kvtc_codes.cuh needs BLOCK, SMALL, MEDIUM and PIECE"
+#if !defined(BLOCK) || !defined(SMALL) || !defined(PIECE)
+#error "kvtc_codes.cuh needs BLOCK, SMALL and PIECE"
 #endif
 constexpr int WARPS = BLOCK / WARP;
 // Blocks that an SM holds, for their tiles.

@@ -8,7 +8,7 @@
 //   min_vals, max_vals  [B] float, written if `find` is set, else read; null for fp8
 // Scalars:  start, end = columns; bits of a code, 0 for fp8; team = lanes that share a row; rows of
 //           a block and column_blocks to a row when dequantising
-// Defines:  BLOCK = threads; SMALL, MEDIUM, PIECE as in kvtc_codes.cuh
+// Defines:  BLOCK = threads; SMALL, PIECE as in kvtc_codes.cuh
 // Launch:   block (BLOCK). quantize_range: dynamic shared memory as kvtc_codes.cuh says, a block for
 //           each row where team exceeds a warp, else for BLOCK / 32 rows, or 32 where team is 1.
 //           dequantize_range: column_blocks blocks, of 4 * BLOCK columns, for each `rows` rows

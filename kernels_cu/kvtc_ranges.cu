@@ -11,7 +11,7 @@
 //   tiles     const  [tiles, 4] int: first range, ranges, team, 0; wide ones, medium, then small
 // Scalars:  wide_tiles, medium_tiles, small_tiles; num_ranges; rows of a block and column_blocks to
 //           a row when dequantising
-// Defines:  BLOCK = threads; SMALL, MEDIUM, PIECE as in kvtc_codes.cuh
+// Defines:  BLOCK = threads; SMALL, PIECE as in kvtc_codes.cuh
 // Launch:   block (BLOCK). quantize_ranges: dynamic shared memory as kvtc_codes.cuh says, a block for
 //           each wide tile and row, medium tile and BLOCK / 32 rows, small tile and 32 rows.
 //           dequantize_ranges: column_blocks blocks, of 4 * BLOCK columns, for each `rows` rows

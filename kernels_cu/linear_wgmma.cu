@@ -33,7 +33,7 @@
 #include "gate.cuh"
 #include "mma_weights.cuh"
 #include "parts.cuh"
-#include "weight_steps.cuh"
+#include "planes.cuh"
 #include "wgmma.cuh"
 
 #if !defined(KIND) || !defined(X_T) || !defined(B_T) || !defined(GATE) || !defined(BLOCK) || \
@@ -49,7 +49,11 @@ constexpr int COPIERS = 64;  // threads
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 using W = Weights<KIND, false>;
-constexpr int DEPTH = GROUPS * GROUP;               // of I, in a stage
+using CodesOf = Codes<KIND::BITS>;
+constexpr int GROUPS = 8, DEPTH = GROUPS * GROUP;   // of I, in a stage
+// Chunks of 16 bytes of a row's codes in a stage: of bytes or nibbles, of pairs, of ones.
+constexpr int WORDS = CodesOf::WORDS / 4 * GROUPS, PAIRS = CodesOf::HAS_PAIRS * GROUPS / 2;
+constexpr int ONES = CodesOf::HAS_ONES * GROUPS / 4;
 constexpr int TILE_O = BLOCK / 2;                   // rows of w of a block, 16 of a warp
 constexpr int N = TILE_T < 64 ? TILE_T : 64;        // tokens of a wgmma
 constexpr int WIDTH = GATE ? 2 : 1, OUTPUTS = TILE_O / WIDTH;
@@ -64,6 +68,15 @@ static_assert(X_STAGES <= STAGES, "a stage's signals are those of its weights");
 
 using Sums = float[TILE_T / 8][4];
 using Operands = u32[2][4];  // of two steps of 16 elements
+
+// Where a chunk of a plane lies in a stage, CHUNKS of each row; plane lies behind plane. Chunks of a row
+// are permuted by the row, so that what a warp reads together, the codes of 4 groups in 8 rows, lies in
+// different banks.
+template <int CHUNKS> __device__ __forceinline__ int place_of(int row, int chunk) {
+    constexpr int ROW = CHUNKS >= 8 ? 1 : CHUNKS == 4 ? 2 : 4;
+    constexpr int BIT = CHUNKS == 8 ? 4 : CHUNKS == 4 ? 2 : 1;
+    return (row * CHUNKS + (chunk ^ (row & ROW ? BIT : 0))) * 16;
+}
 
 // What a block copies and reads of its rows of w.
 struct Rows {

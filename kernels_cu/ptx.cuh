@@ -346,59 +346,6 @@ template <typename T> __device__ __forceinline__ const T* map_shared_rank(const 
 }
 #endif
 
-#if __CUDA_ARCH__ >= 900
-// [mbarrier.init] A barrier in shared memory, whose phases are over when so many arrivals, and all
-// bytes that they expect, have come. One thread makes it, ahead of a barrier of the block; for bulk
-// copies it then calls fence_async_proxy.
-__device__ __forceinline__ void mbarrier_init(u64* barrier, u32 arrivals) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;"
-                 :: "r"((u32)__cvta_generic_to_shared(barrier)), "r"(arrivals) : "memory");
-}
-
-// [mbarrier.arrive] What a thread knows that arrives, is known to whoever has waited for the phase. It
-// is no branch, at which ptxas lets no wgmma go on.
-__device__ __forceinline__ void mbarrier_arrive(u64* barrier, bool arrives) {
-    asm volatile("{\n\t.reg .pred arrives;\n\t.reg .b64 state;\n\tsetp.ne.u32 arrives, %1, 0;\n\t"
-                 "@arrives mbarrier.arrive.shared::cta.b64 state, [%0];\n\t}"
-                 :: "r"((u32)__cvta_generic_to_shared(barrier)), "r"((u32)arrives) : "memory");
-}
-
-// The same; the phase waits for so many bytes more.
-__device__ __forceinline__ void mbarrier_arrive_expecting(u64* barrier, u32 bytes) {
-    asm volatile("{\n\t.reg .b64 state;\n\t"
-                 "mbarrier.arrive.expect_tx.shared::cta.b64 state, [%0], %1;\n\t}"
-                 :: "r"((u32)__cvta_generic_to_shared(barrier)), "r"(bytes) : "memory");
-}
-
-// [cp.async.mbarrier.arrive] An arrival that comes when all cp.async of this thread so far are done.
-__device__ __forceinline__ void mbarrier_arrive_behind_copies(u64* barrier) {
-    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];"
-                 :: "r"((u32)__cvta_generic_to_shared(barrier)) : "memory");
-}
-
-// [mbarrier.try_wait] Waits until the phase of that parity is over, the first one's being 0; at once
-// where the one that goes on has the other parity.
-__device__ __forceinline__ void mbarrier_wait(u64* barrier, u32 parity) {
-    u32 is_over;
-    do {
-        asm volatile("{\n\t.reg .pred over;\n\t"
-                     "mbarrier.try_wait.parity.shared::cta.b64 over, [%1], %2;\n\t"
-                     "selp.u32 %0, 1, 0, over;\n\t}"
-                     : "=r"(is_over)
-                     : "r"((u32)__cvta_generic_to_shared(barrier)), "r"(parity) : "memory");
-    } while (!is_over);
-}
-
-// [cp.async.bulk] Asynchronous copy of a multiple of 16 bytes, both addresses aligned to 16, which
-// counts as so many bytes that a phase of `barrier` waits for. wgmma sees them without a fence.
-__device__ __forceinline__ void copy_bulk(void* shared, const void* global, u32 bytes, u64* barrier) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes "
-                 "[%0], [%1], %2, [%3];"
-                 :: "r"((u32)__cvta_generic_to_shared(shared)), "l"(global), "r"(bytes),
-                    "r"((u32)__cvta_generic_to_shared(barrier)) : "memory");
-}
-#endif
-
 // Schedule fence: the compiler moves no memory access across it. It shapes the code for speed only;
 // results must not depend on it, so its twin does nothing.
 __device__ __forceinline__ void schedule_fence() { __syncwarp(); }

@@ -102,7 +102,13 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="pykv", description="KV-cache software for NVIDIA GPUs")
     parser.add_argument("--version", action="version", version=f"pykv {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for add in (_add_answers, _add_looks, _add_tests, _add_studies, _add_cache):
+        add(commands)
+    return parser
 
+
+def _add_answers(commands: Any) -> None:
+    """Commands that open a model and answer."""
     run = commands.add_parser("run", help="continue prompts")
     run.add_argument(
         "prompts",
@@ -134,6 +140,9 @@ def _parser() -> argparse.ArgumentParser:
     model_options.add_decode(serve)
     command_of_serve.add_serve(serve)
 
+
+def _add_looks(commands: Any) -> None:
+    """Commands that look at model files."""
     inspect = commands.add_parser("inspect", help="show a GGUF file's metadata and tensors")
     inspect.add_argument("file", help="a GGUF file, or a model as for `pykv run`")
     inspect.add_argument("--json", action="store_true", help="print one JSON object")
@@ -151,6 +160,9 @@ def _parser() -> argparse.ArgumentParser:
     models.add_argument("--json", action="store_true", help="print one JSON object")
     models.set_defaults(run=_models)
 
+
+def _add_tests(commands: Any) -> None:
+    """Commands that test and time this machine."""
     doctor = commands.add_parser("doctor", help="say whether this machine's GPU can be used")
     doctor.add_argument("--json", action="store_true", help="print one JSON object")
     doctor.set_defaults(run=_doctor)
@@ -170,6 +182,9 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("options", nargs=argparse.REMAINDER, help="NAME --help says which")
     bench.set_defaults(run=_bench)
 
+
+def _add_studies(commands: Any) -> None:
+    """Commands that say what smaller caches cost a model."""
     judge = commands.add_parser("eval", help="say what a lossy cache costs a model")
     for job in commands_of_eval.add_jobs(judge):
         model_options.add_place(job)
@@ -188,6 +203,9 @@ def _parser() -> argparse.ArgumentParser:
     commands_of_eval.add_evaluate(evaluate)
     model_options.add_place(evaluate)
 
+
+def _add_cache(commands: Any) -> None:
+    """The commands of the cache folder."""
     cache = commands.add_parser("cache", help="look after compiled kernels and fetched models")
     actions = cache.add_subparsers(required=True, metavar="ACTION")
     info = actions.add_parser("info", help="show the folder and its sizes")
@@ -201,7 +219,6 @@ def _parser() -> argparse.ArgumentParser:
     warmup = actions.add_parser("warmup", help="compile the usual kernels now")
     warmup.add_argument("--arch", action="append", help="sm_75 and the like; no GPU is needed")
     warmup.set_defaults(run=_cache_warmup)
-    return parser
 
 
 def _add_sampling(parser: argparse.ArgumentParser, max_tokens: int) -> None:
@@ -243,15 +260,15 @@ def _add_session(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    from pykv import talk
+    from pykv.llm import commands
 
-    talk.run(args)
+    commands.run(args)
 
 
 def _chat(args: argparse.Namespace) -> None:
-    from pykv import talk
+    from pykv.llm import commands
 
-    talk.chat(args)
+    commands.chat(args)
 
 
 def _inspect(args: argparse.Namespace) -> None:

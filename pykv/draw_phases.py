@@ -17,8 +17,8 @@ from pykv.checker import checker
 from pykv.errors import ParameterError, ShapeError
 from pykv.ops import adjust_logits, logprobs, sample
 from pykv.overlaps import bytes_of
+from pykv.phase_stages import Touched
 from pykv.phases import BLOCK, Argmax, Record, Scratch
-from pykv.stages import Touched
 
 # As in kernels_cu/draw.cuh and phase_draw.cuh.
 _BINS, _PARTS, _ROUNDS, _SUM_THREADS = 2048, 32, 3, 1024

@@ -153,10 +153,7 @@ class RingKernel:
 
     def let_current_wait(self) -> None:
         """Have what is enqueued on the current stream from now on wait for its end."""
-        cupy_cuda = load_cupy().cuda
-        ended = cupy_cuda.Event(disable_timing=True)
-        ended.record(self._stream)
-        cupy_cuda.get_current_stream().wait_event(ended)
+        cuda.order_streams(self._stream, load_cupy().cuda.get_current_stream())
 
     def has_ended(self) -> bool:
         """As the driver says, which takes as long as a message."""

@@ -28,10 +28,10 @@ from pykv.ops import (
 from pykv.ops.norm import rms_norm
 from pykv.options import check_number
 from pykv.overlaps import bytes_of, check_apart, place_of
+from pykv.phase_stages import Touched
 from pykv.planes import PLAIN
 from pykv.ranges import address_of
 from pykv.specs import POOLS, KVSpec, spec_of
-from pykv.stages import Touched
 
 OPS = (  # as in the kernel
     *("PRODUCT", "EMBED", "ADD_NORM", "APPEND", "ATTEND", "PEAKS", "ARGMAX"),

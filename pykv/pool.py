@@ -18,7 +18,8 @@ from pykv.kinds import SCALE_DTYPES
 from pykv.number_texts import counted
 from pykv.ops import paged_append, paged_decode, paged_qkv, prefill, qkv_decode
 from pykv.options import check_number, check_whole, page_ids
-from pykv.page_arrays import are_set, moving_arrays
+from pykv.page_arrays import moving_arrays
+from pykv.shared_scales import SharedScales
 from pykv.specs import POOLS, KVSpec, as_spec
 
 # One for all caches: first appends are rare.
@@ -94,9 +95,7 @@ class PagedKVCache:
         if xp is not np and (xp is None or xp is not sys.modules.get("cupy")):  # jax.numpy is none
             raise ParameterError(f"{op}: xp is {xp!r}, expected the module numpy or cupy")
         self.spec = as_spec(op, spec)
-        self._margin = margin
-        # Layers whose given scales may still be unset.
-        self._unset = set(range(layers)) if self.spec.has_given_scales else set()
+        self._shared = SharedScales(self.spec, layers, margin, xp)
         self._xp: Any = xp
         self._set_arrays(self._zeros(pages))
         self.manager = BlockManager(pages, page_size)
@@ -258,7 +257,7 @@ class PagedKVCache:
             As paged_append.append else. Scales that were unset stay unset then.
         """
         layer, options = self._of_layer("append", layer, options)
-        if self._may_lack_scales(layer):
+        if self._shared.may_lack(layer, self.scales[layer]):
             append = partial(paged_append.append, k, v, slots=slots, **options)
             self._append_first("append", layer, slots, append, lambda: (k, v), stream)
         else:
@@ -273,7 +272,7 @@ class PagedKVCache:
         On a GPU only enqueues, but waits where `append` does. Raises what `append` does.
         """
         layer, full = self._of_layer("append_qkv", layer, options)
-        if self._may_lack_scales(layer):
+        if self._shared.may_lack(layer, self.scales[layer]):
             append = partial(paged_qkv.append, qkv, slots=slots, **full)
             rows_of = partial(self._rows_of, qkv, options)
             return self._append_first("append_qkv", layer, slots, append, rows_of, stream)
@@ -292,7 +291,7 @@ class PagedKVCache:
         qkv_decode.decode, whose options these are. Raises what both do."""
         layer, of_layer = self._of_layer("decode_qkv", layer, options)
         where = dict(page_table=page_table, lengths=lengths)
-        if not self._may_lack_scales(layer):
+        if not self._shared.may_lack(layer, self.scales[layer]):
             return qkv_decode.decode(qkv, slots=slots, **where, **of_layer)
         return append_and_decode(self, layer, qkv, slots, page_table, lengths, **options)
 
@@ -327,11 +326,11 @@ class PagedKVCache:
         op = f"PagedKVCache.{name}"
         with _first_append, cuda.on_stream(stream, self.k):
             cuda.refuse_capture(op, "scales are looked at first; append to the layer before")
-            if self._margin is None:
-                self.require_scales(op, layer)
+            if self._shared.margin is None:
+                self._shared.require(op, layer, self.k_scales, self.v_scales)
             else:
-                self._look_for_scales()
-            if layer not in self._unset:
+                self._shared.look(self.k_scales, self.v_scales)
+            if layer not in self._shared.unset:
                 return append()
             cuda.refuse_prepare(op, "a layer's first rows set its scales")
             # Prepared, not run: raises if an array is wrong, and writes nothing.
@@ -339,14 +338,14 @@ class PagedKVCache:
             scales = [x for x in self.scales[layer] if x is not None]
             before = [to_host(x).copy() for x in scales]
             if len(slots):
-                self._find_scales(layer, rows_of(), to_host(slots) >= 0)
+                self._shared.find(self.scales[layer], rows_of(), to_host(slots) >= 0)
             try:
                 result = append()
             except BaseException:
                 for x, known in zip(scales, before, strict=True):
                     x[...] = self._xp.asarray(known)
                 raise
-            self._look_for_scales()
+            self._shared.look(self.k_scales, self.v_scales)
             return result
 
     def require_scales(self, op: str, layer: int) -> None:
@@ -358,50 +357,8 @@ class PagedKVCache:
 
         Waits for a GPU until they were found to be set.
         """
-        if not self._may_lack_scales(layer):
-            return
-        cuda.refuse_capture(op, "scales are looked at first; append to the layer before")
-        self._look_for_scales()
-        if layer in self._unset:
-            expected = "PagedKVCache(margin=1.5), which finds them from first rows"
-            if self._margin is not None:
-                expected = "those that PagedKVCache.append finds from rows that are not all zero"
-            raise ParameterError(
-                f"{op}: scales of layer {layer} are unset, expected positive and finite ones in "
-                f"k_scales and v_scales, or {expected}"
-            )
-
-    def _may_lack_scales(self, layer: int) -> bool:
-        """Whether a layer's given scales may be unset. On the host those are looked at again that
-        were set, as callers may have set them to zero since, to have others found."""
-        if self._xp is np and self.spec.has_given_scales:
-            scales = (x for x in self.scales[layer] if x is not None)
-            if not all(are_set(x).all() for x in scales):
-                self._unset.add(layer)
-        return layer in self._unset
-
-    def _look_for_scales(self) -> None:
-        """Forget layers whose scales are all set."""
-        given = [to_host(x) for x in (self.k_scales, self.v_scales) if x is not None]
-        is_set = np.logical_and.reduce([are_set(x).all(axis=1) for x in given])
-        self._unset.difference_update(np.flatnonzero(is_set).tolist())
-
-    def _find_scales(self, layer: int, rows: tuple[Any, Any], is_written: Any) -> None:
-        """Set scales that a layer's heads, or its K and its V, share and lack, from rows [T, H, D]
-        that go into the cache: those that are not written, and values that are not finite, say
-        nothing."""
-        axes = (0, 2) if self.spec.granularity == "head" else (0, 1, 2)
-        for kind, x, scales in zip(self.spec.kinds, rows, self.scales[layer], strict=True):
-            if scales is None:
-                continue
-            x = np.abs(to_host(x)[is_written].astype(np.float32))
-            peaks = x.max(axes, where=np.isfinite(x), initial=0).reshape(-1)
-            wanted = np.minimum(self._margin * peaks.astype(float), np.finfo(np.float32).max)
-            found = kinds.row_scales(wanted.astype(np.float32)[:, None], kind, scales.dtype)
-            found = np.maximum(found, np.finfo(scales.dtype).smallest_subnormal)
-            known = to_host(scales)
-            is_new = ~(known > 0) & (peaks > 0)
-            scales[...] = self._xp.asarray(np.where(is_new, found, known))
+        if self._shared.may_lack(layer, self.scales[layer]):
+            self._shared.require(op, layer, self.k_scales, self.v_scales)
 
     def _of_layer(self, op: str, layer: int, options: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         """A layer, and options of an op with its pools."""

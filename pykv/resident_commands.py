@@ -42,6 +42,21 @@ MOST = 2**31 - 1
 Command = list[int]
 
 
+def of_launch(op: str, T: int, limits: Any, ends: Any) -> np.ndarray:
+    """What a launch begins with: limits of T sequences, then their ends, MOST_ENDS each, int32."""
+    for name, given in (("limits", limits), ("ends", ends)):
+        if len(listed(op, name, given)) != T:
+            raise ParameterError(
+                f"{op}: {name} has {counted(len(given), 'entry')}, expected {T} of the sequences"
+            )
+    words = np.full(T * (1 + MOST_ENDS), -1, np.int32)
+    for i, (limit, of_sequence) in enumerate(zip(limits, ends, strict=True)):
+        words[i] = check_whole(op, "limits", limit, 0, MOST)
+        tokens, at = of_ends(op, of_sequence), T + i * MOST_ENDS
+        words[at : at + len(tokens)] = tokens
+    return words
+
+
 def of_pages(op: str, pages: Any, table: tuple[int, ...], num_pages: int) -> list[Command]:
     """Commands that write (row, place, pages), several such, of a pool of so many, into a table of
     [T, M]."""

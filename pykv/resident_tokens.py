@@ -7,9 +7,16 @@ Dimensions: T rows, each of a sequence or of nobody; M pages of each at most; N 
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from pykv.arrays import INT32, on_gpu
+from pykv.checker import checker, optional
+from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError, UnsupportedError
+from pykv.overlaps import place_of, share
+from pykv.phases import Argmax, Attention
 
 TOKEN_BITS, _WHY_BITS, _EPOCH_BITS = 24, 3, 5  # of a word that tells of a token, from the lowest on
 
@@ -33,6 +40,51 @@ class Inputs(NamedTuple):
     page_table: Any
     peaks: Any
     params: Any = None
+
+
+_ROWS = ("T", INT32)
+_check = checker(
+    "resident_program.ResidentProgram",
+    ("ids", "positions", "slots", "lengths", "page_table", "peaks", "params"),
+    ids=_ROWS,
+    positions=_ROWS,
+    slots=_ROWS,
+    lengths=_ROWS,
+    page_table=("T M", INT32),
+    peaks=_ROWS,
+    params=optional("N", INT32),
+)
+
+
+def check_inputs(op: str, inputs: Any, phases: Sequence[Any], page_size: int) -> dict[str, int]:
+    """The sizes of inputs of phases, of which one leaves `peaks` and none writes another.
+
+    Raises: as ResidentProgram.
+    """
+    if not isinstance(inputs, Inputs):
+        raise DtypeError(f"{op}: inputs is a {type(inputs).__name__}, expected Inputs")
+    dims = _check(*inputs)
+    first = phases[0].inputs
+    if len(first) != dims["T"]:
+        raise ShapeError(f"{op}: ids has T={dims['T']}, expected T={len(first)} as the phases")
+    if on_gpu(first) != on_gpu(inputs.ids):
+        raise DeviceError(f"{op}: phases and inputs are of host and device, expected one")
+    written = [rows for p in phases for rows in p.touched().writes]
+    for name, array in inputs._asdict().items():
+        if array is None:
+            continue
+        is_written = any(share(place_of(array), rows) for rows in written)
+        if is_written != (name == "peaks"):
+            expected = "a phase to write it" if name == "peaks" else "no phase to write it"
+            raise ParameterError(f"{op}: inputs has a {name}, expected {expected}")
+    for p in phases:
+        if isinstance(p, Attention) and (P := p.checked(op).dims["P"]) != page_size:
+            raise ParameterError(f"{op}: page_size is {page_size}, expected {P} as the pools")
+        if isinstance(p, Argmax) and p.logits.shape[1] > 1 << TOKEN_BITS:
+            raise UnsupportedError(
+                f"{op}: logits has V={p.logits.shape[1]}, expected up to {1 << TOKEN_BITS}"
+            )
+    return dims
 
 
 class Why(enum.IntEnum):

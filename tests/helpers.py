@@ -89,3 +89,12 @@ def product(*axes):
         is_near = len(places) - places.count(0) <= 1
         params.append(pytest.param(*values, marks=() if is_near else pytest.mark.sweep))
     return params
+
+
+def pinned(host):
+    """A copy of an array in pinned memory."""
+    from cupyx import empty_pinned
+
+    array = empty_pinned(host.shape, host.dtype)
+    array[...] = host
+    return array

@@ -7,7 +7,7 @@ share: families, module, function, plant.
 
 import numpy as np
 
-from pykv import attention, kinds, row_places
+from pykv import append_places, attention, kinds
 from pykv.arrays import BFLOAT16
 from pykv.ops import (
     activation,
@@ -297,8 +297,8 @@ REFERENCE_FAULTS = [  # families, module, function, plant
     (["bandwidth"], bandwidth, "reference_read", does_nothing),
     (["bandwidth"], bandwidth, "reference_write", fixed(1, lambda seed: seed + 1)),
     (["bandwidth"], bandwidth, "reference_copy", does_nothing),
-    (["paged_append"], row_places, "places", fixed(7, lambda after: False)),
-    (["paged_append"], row_places, "places", fixed(5, lambda x: x if x is None else x[::-1])),
+    (["paged_append"], append_places, "places", fixed(7, lambda after: False)),
+    (["paged_append"], append_places, "places", fixed(5, lambda x: x if x is None else x[::-1])),
     (
         ["paged_decode", "paged_decode_mma"],
         paged_decode,

@@ -118,7 +118,7 @@ class Fake:
 @pytest.fixture
 def fake(monkeypatch):
     monkeypatch.setattr("pykv.llm.LLM", Fake)
-    monkeypatch.setattr("pykv.talk._check_template", lambda model: None)
+    monkeypatch.setattr("pykv.llm.commands._check_template", lambda model: None)
     return Fake
 
 

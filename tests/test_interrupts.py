@@ -110,7 +110,7 @@ def test_a_model_that_is_interrupted_anywhere_goes_on_as_if_it_was_not(tmp_path)
     params = SamplingParams(max_tokens=6, temperature=0.9, **rules)
     alone = LLM(path, **options, prefix_cache=False).generate([[5, 6, 7]], params)[0]
     llm = LLM(path, **options, pool_tokens=64)
-    modules = ("pykv.llm", "pykv.blocks", "pykv.page_states", "pykv.interrupts")
+    modules = ("pykv.llm", "pykv.blocks", "pykv.interrupts")
     with interrupted(10**9, modules) as left:
         llm.generate([[9] * 6], params)
     lines = 10**9 - left[0]
@@ -276,7 +276,7 @@ def test_pages_that_a_finalizer_left_are_freed_whatever_is_interrupted():
 def check_whole(manager):
     """Each page is as often held as sequences have it, and free if none has."""
     counts = [0] * manager.num_pages
-    for pages in manager._sequences.values():
+    for pages in manager._sequences.held.values():
         for page in pages:
             counts[page] += 1
     states = manager._states

@@ -11,6 +11,7 @@ from pykv import cuda, kinds
 from pykv.errors import CapacityError, DtypeError, ParameterError, ShapeError, UnsupportedError
 from pykv.ops import norm, paged_append, paged_decode, paged_qkv, prefill, rope
 from pykv.pool import PagedKVCache
+from pykv.shared_scales import SharedScales
 from pykv.specs import KVSpec
 from tests.helpers import assert_same_bits, to_numpy, without_simt
 
@@ -360,7 +361,7 @@ def test_a_thread_does_not_take_back_the_scales_of_another(monkeypatch):
     cache = PagedKVCache(1, 3, 2, 8, page_size=4, spec="int8:head", margin=1.0)
     rows, slots = np.full((2, 2, 8), 5, np.float32), np.arange(2, dtype=np.int32)
     other = threading.Thread(target=lambda: cache.append(0, rows, rows, slots + 4))
-    find, on_host = PagedKVCache._find_scales, paged_append.append_on_host
+    find, on_host = SharedScales.find, paged_append.append_on_host
 
     def find_slowly(self, *args):
         monkeypatch.undo()
@@ -375,7 +376,7 @@ def test_a_thread_does_not_take_back_the_scales_of_another(monkeypatch):
         monkeypatch.undo()
         raise MemoryError
 
-    monkeypatch.setattr(PagedKVCache, "_find_scales", find_slowly)
+    monkeypatch.setattr(SharedScales, "find", find_slowly)
     with pytest.raises(MemoryError):
         cache.append(0, rows / 100, rows / 100, slots)
     other.join()

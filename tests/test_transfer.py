@@ -22,7 +22,7 @@ from pykv.errors import (
 )
 from pykv.ops import block_copy
 from pykv.transfer import MODES, CopyReport, memcpy_batch
-from tests.helpers import assert_same_bits, to_numpy
+from tests.helpers import assert_same_bits, pinned, to_numpy
 
 PATHS = ("kernel", "batch", "loop")
 
@@ -914,14 +914,6 @@ def test_threads_copy_host_memory_at_once(rng):
 
 
 # --- What only a GPU shows ------------------------------------------------------------------------
-
-
-def pinned(host):
-    from cupyx import empty_pinned
-
-    array = empty_pinned(host.shape, host.dtype)
-    array[...] = host
-    return array
 
 
 @pytest.mark.gpu

@@ -30,12 +30,12 @@ from typing import Any
 
 import numpy as np
 
-from pykv import prefix_keys
 from pykv.bench import Work, memory, model, options, report, synthetic
 from pykv.bench.kvtc_codec import RATIO, artefact_of
 from pykv.bench.options import Case
 from pykv.bench.report import Record
 from pykv.bench.tiers import drop_cached, speeds
+from pykv.blocks import prefix_keys
 from pykv.kvtc import Codec
 from pykv.llm.matrices import STORED
 from pykv.page_arrays import moving_arrays

@@ -56,6 +56,7 @@ from pykv.cuda.devices import (
     has_driver,
     num_sms,
     on_stream,
+    order_streams,
     pick_device,
     stream_handle,
     synchronize,

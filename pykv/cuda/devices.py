@@ -325,6 +325,13 @@ def behind(event: Any) -> Iterator[None]:
         event.record(stream)
 
 
+def order_streams(first: Any, then: Any) -> None:
+    """Let CuPy's stream `then` wait for what `first` holds by now."""
+    done = load_cupy().cuda.Event(disable_timing=True)
+    done.record(first)
+    then.wait_event(done)
+
+
 def synchronize() -> None:
     """Wait until CuPy's current stream has passed."""
     load_cupy().cuda.get_current_stream().synchronize()

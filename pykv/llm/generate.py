@@ -19,8 +19,7 @@ from pykv.llm import matrices, scoring, sessions, shared_steps
 from pykv.llm.answer import Completion, Stream
 from pykv.llm.fingerprint import contents, fingerprint
 from pykv.llm.language import Language
-from pykv.llm.opening import open_runner
-from pykv.llm.prefill_device import check_prefill_device
+from pykv.llm.opening import check_devices, open_runner
 from pykv.llm.prompts import answer_to, answers_to
 from pykv.llm.sampling import SamplingParams
 from pykv.llm.scheduler import Scheduler, Stats
@@ -154,10 +153,7 @@ class LLM(Language):
         self.spec, dtype = wanted.spec, wanted.dtype
         self.weights_dtype: str = matrices.STORED if dtype is None else np.dtype(dtype).name
         self.xp = cuda.array_module(device)
-        picked = cuda.pick_device(device, self.xp, require_sm=require_sm)  # before a fetch
-        if prefill_device is not None:
-            evicts = wanted.policy is not None
-            check_prefill_device(picked, prefill_device, evicts=evicts, require_sm=require_sm)
+        check_devices(device, self.xp, wanted)  # before a fetch
         self._lock = forks.waits_for(threading.RLock())
         super().__init__(model, context=wanted.context)
         self._given = os.fsdecode(model), weights

@@ -11,21 +11,11 @@ import numpy as np
 
 from pykv import gemv_cuts, planes
 from pykv.arrays import like, on_gpu
-from pykv.cuda import current_arch, current_sm, num_sms
+from pykv.cuda import current_sm
 from pykv.errors import ParameterError, UnsupportedError
 from pykv.kinds import KINDS
 from pykv.llm.gguf import ModelFile
-from pykv.ops import (
-    activation,
-    block_linear,
-    block_rows,
-    linear,
-    linear_mma,
-    linear_small,
-    linear_tiles,
-    linear_wgmma,
-)
-from pykv.ops.block_linear import GATES
+from pykv.ops import activation, block_linear, block_rows, linear, linear_mma
 from pykv.ops.norm import rms_norm
 from pykv.planes import PLAIN
 
@@ -130,14 +120,10 @@ def gates_itself(x: Any, w: Any, gemm: str) -> bool:
     parts = parts_of(w)
     if len(parts) > 1 or not on_gpu(x):
         return False
-    ((kind, rows),), (T, I) = parts, x.shape
+    ((kind, rows),) = parts
     if _is_fused(x) or _by_linear(x, kind, gemm):
         return _is_fused(x)
-    shape, sms = (T, len(rows), I), num_sms(x.data.device_id)
-    if linear_small.multiplies(kind, False, shape, current_sm(), sms):
-        return True
-    wgmma = linear_wgmma.multiplies(kind, False, T, len(rows), I, GATES[0], current_arch())
-    return wgmma or T > linear_tiles.SHORT
+    return block_linear.gates_at_once(x, rows, kind)
 
 
 def gated(

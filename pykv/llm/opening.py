@@ -18,6 +18,18 @@ from pykv.llm.weights import load_with_bar
 from pykv.pool import PagedKVCache
 
 
+def check_devices(device: str, xp: Any, wanted: Wanted) -> None:
+    """Check, without a model, that there is a device as wanted, and another one for prompts.
+
+    Raises:
+        As cuda.pick_device and check_prefill_device.
+    """
+    require_sm, evicts = wanted.require_sm, wanted.policy is not None
+    picked = cuda.pick_device(device, xp, require_sm=require_sm)
+    if (prefill := wanted.prefill_device) is not None:
+        check_prefill_device(picked, prefill, evicts=evicts, require_sm=require_sm)
+
+
 def open_runner(
     file: ModelFile, config: Config, tokenizer: Tokenizer, device: str, xp: Any, wanted: Wanted
 ) -> tuple[str, ModelRunner, int | None]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pykv import cuda
 from pykv.arrays import load_cupy
 from pykv.ops import block_copy
 from pykv.page_arrays import moving_arrays, places_of
@@ -59,10 +60,7 @@ class SentPages:
     def append_qkv(self, layer: int, qkv: Any, slots: Any, **options: Any) -> Any:
         """As of the cache; then the layer's pages leave."""
         queries = self._cache.append_qkv(layer, qkv, slots, **options)
-        cuda = load_cupy().cuda
-        appended = cuda.Event(disable_timing=True)
-        appended.record(cuda.get_current_stream())
-        self._stream.wait_event(appended)
+        cuda.order_streams(load_cupy().cuda.get_current_stream(), self._stream)
         src, dst = (table[layer].reshape(-1) for table in self._tables)
         with self._stream:
             most = block_copy.LINK_CTAS
@@ -75,7 +73,4 @@ class SentPages:
 
     def join(self) -> None:
         """Let the current stream wait until all pages have arrived."""
-        cuda = load_cupy().cuda
-        arrived = cuda.Event(disable_timing=True)
-        arrived.record(self._stream)
-        cuda.get_current_stream().wait_event(arrived)
+        cuda.order_streams(self._stream, load_cupy().cuda.get_current_stream())

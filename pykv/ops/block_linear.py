@@ -298,6 +298,23 @@ def scalars_of(x: Any, w: Any, out: Any, asked: Options, cut: gemv_cuts.Cut) -> 
     return scalars | dict(gate=0 if asked.gate is None else 1 + GATES.index(asked.gate))
 
 
+def _multiplier(kind: str, exact: bool, x: Any, w: Any, gate: str | None) -> Any:
+    """The module that multiplies more tokens than `gemv`; of these linear_mma applies no gate."""
+    (T, I), R, sm = x.shape, len(w), cuda.current_sm()
+    if linear_small.multiplies(kind, exact, (T, R, I), sm, cuda.num_sms(x.data.device_id)):
+        return linear_small
+    if linear_wgmma.multiplies(kind, exact, T, R, I, gate, cuda.current_arch()):
+        return linear_wgmma
+    return linear_tiles if linear_tiles.multiplies(kind, exact, T, sm) else linear_mma
+
+
+def gates_at_once(x: Any, w: Any, kind: str) -> bool:
+    """Whether `multiply` is the faster one to apply a gate, not a launch behind it, for more tokens
+    than `gemv` multiplies, which are on a GPU and may be rounded."""
+    few = _multiplier(kind, False, x, w, GATES[0]) in (linear_small, linear_wgmma)
+    return few or len(x) > linear_tiles.SHORT
+
+
 def _launches(
     x: Any, w: Any, kind: str, bias: Any, out: Any, options: Options
 ) -> Callable[[dict[str, Any], Any], None]:
@@ -306,15 +323,15 @@ def _launches(
     hand on."""
     exact = options.exact and x.dtype in FLOAT32
     given, gate, accumulate = (x, w, kind, bias), options.gate, options.accumulate
-    ways: dict[str, Any] = dict(eps=options.eps, early=options.early)
-    (T, I), R, sm = x.shape, len(w), cuda.current_sm()
-    if linear_small.multiplies(kind, exact, (T, R, I), sm, cuda.num_sms(x.data.device_id)):
-        return linear_small.product(*given, out, accumulate, gate=gate, **ways)
-    if linear_wgmma.multiplies(kind, exact, T, R, I, gate, cuda.current_arch()):
-        return linear_wgmma.product(*given, out, accumulate, gate=gate, **ways)
-    if linear_tiles.multiplies(kind, exact, T, sm):
-        ways |= dict(early=options.early and T > linear_tiles.SHORT)
-        return linear_tiles.product(*given, out, accumulate, gate=gate, **ways)
+    T, R, early = len(x), len(w), options.early
+    multiplier = _multiplier(kind, exact, x, w, gate)
+    if multiplier is linear_tiles:
+        early = early and T > linear_tiles.SHORT
+    ways: dict[str, Any] = dict(eps=options.eps, early=early)
+    if multiplier is not linear_mma:
+        at_once: Callable[[dict[str, Any], Any], None]
+        at_once = multiplier.product(*given, out, accumulate, gate=gate, **ways)
+        return at_once
     if gate is None:
         return linear_mma.product(*given, out, accumulate, exact, **ways)
     products = like(x, (T, R), x.dtype)

@@ -36,7 +36,7 @@ from pykv.overlaps import check_apart
 from pykv.ranges import reach
 
 BLOCK = 192  # threads
-SMALL, MEDIUM = 125, 1024  # columns of tiles, see kvtc_codes.cuh
+SMALL, MEDIUM = 125, 1024  # columns of tiles of single lanes and of larger teams
 ROWS = 8  # of a block that dequantizes
 
 
@@ -46,9 +46,7 @@ def _piece(sm: int) -> dict[str, int]:
     return dict(PIECE=12_256 if sm >= 80 else 4_096)
 
 
-VARIANTS: list[dict[str, Any]] = [
-    dict(BLOCK=BLOCK, SMALL=SMALL, MEDIUM=MEDIUM, **cuda.by_sm(_piece))
-]
+VARIANTS: list[dict[str, Any]] = [dict(BLOCK=BLOCK, SMALL=SMALL, **cuda.by_sm(_piece))]
 VARIANTS_SMS = range(0)  # none at import: few programs call it, and they compile what they need
 
 LOWEST, HIGHEST = np.finfo(np.float32).min, np.finfo(np.float32).max

@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from pykv import cuda, row_places
+from pykv import append_places, cuda
 from pykv.arrays import FLOATS, INT32, INT64, INTS, on_gpu
 from pykv.checker import Dims, check_head_dim, checker
 from pykv.kinds import quantize
@@ -144,7 +144,7 @@ def append_decode(
     (array([0., 1.], dtype=float16), array([2], dtype=int32))
     """
     name = "append_decode"
-    after = row_places.counts_after(f"paged_append.{name}", counts, advance)
+    after = append_places.counts_after(f"paged_append.{name}", counts, advance)
     arrays = dict(k=k, v=v, k_pool=k_pool, v_pool=v_pool, k_scales=k_scales, v_scales=v_scales)
     where = (None, indices, indptr, last_page_len)
     _append(name, arrays, where, spec, check, stream, after, advance)
@@ -185,7 +185,7 @@ def append_ragged(  # as append_decode
     get_batch_indices_positions.
     """
     name = "append_ragged"
-    after = row_places.counts_after(f"paged_append.{name}", counts)
+    after = append_places.counts_after(f"paged_append.{name}", counts)
     arrays = dict(k=k, v=v, k_pool=k_pool, v_pool=v_pool, k_scales=k_scales, v_scales=v_scales)
     where = (append_indptr, indices, indptr, last_page_len)
     _append(name, arrays, where, spec, check, stream, after)
@@ -250,9 +250,9 @@ def _append(
     check_head_dim(op, "k", dims["D"], MAX_HEAD_DIM)
     if check:
         with cuda.on_stream(stream, k):
-            row_places.check_contents(name, op, where, dims, after)
+            append_places.check_contents(name, op, where, dims, after)
     elif not on_gpu(k):
-        row_places.check_on_host(name, op, where, dims)
+        append_places.check_on_host(name, op, where, dims)
     if k.size == 0:
         return
     if on_gpu(k):
@@ -262,7 +262,12 @@ def _append(
         launch(arrays, stream)
     else:
         places_of = partial(
-            row_places.places, row_places.ADDRESSES[name], len(k), dims["P"], *where, after=after
+            append_places.places,
+            append_places.ADDRESSES[name],
+            len(k),
+            dims["P"],
+            *where,
+            after=after,
         )
         grows = where[3] if advance else None
         write = partial(append_on_host, arrays, spec, places_of, grows)
@@ -336,7 +341,7 @@ def _launch(
     """The launch for arrays that are checked."""
     k, v, *pools, rows, _, _, _ = arrays.values()
     T, H, D = k.shape
-    address, wide = row_places.ADDRESSES[name], rows is not None and rows.dtype in INT64
+    address, wide = append_places.ADDRESSES[name], rows is not None and rows.dtype in INT64
     flags = dict(AFTER=int(after), ADVANCE=int(advance), ROW_T="i64" if wide else "int")
     defines = defines_of(address, spec, k.dtype, H, D, dims["P"], **flags)
     steps = (stride // x.itemsize for x in (k, v) for stride in x.strides[:2])

@@ -20,12 +20,12 @@ import numpy as np
 from pykv import calibration, cuda
 from pykv.arrays import FLOATS, INT32, like, on_gpu
 from pykv.checker import Dims, check_head_dim, checker, optional
+from pykv.convert_rows import Side, by_token, check_apart, nhd, places
 from pykv.errors import UnsupportedError
 from pykv.kinds import Kind, dequantize, quantize
 from pykv.ops import paged_check
 from pykv.options import check_float_dtype
 from pykv.overlaps import Written
-from pykv.page_rows import Side, by_token, check_apart, nhd, places
 from pykv.specs import POOLS, KVSpec, as_spec, spec_of
 
 BLOCK = 128  # threads

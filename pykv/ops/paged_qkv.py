@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pykv import cuda, row_places
+from pykv import append_places, cuda
 from pykv.arrays import (
     FLOAT32,
     FLOATS,
@@ -266,7 +266,7 @@ def _append_on_host(arrays: dict[str, Any], dims: Dims, options: Options) -> Any
     spec = of_rows.pop("spec")
     q, k, v = split(qkv.reshape(len(qkv), -1, dims["D"]), dims["H"], **of_rows)
     where = arrays["slots"], None, None, None
-    places_of = partial(row_places.places, "SLOTS", len(qkv), dims["P"], *where, after=False)
+    places_of = partial(append_places.places, "SLOTS", len(qkv), dims["P"], *where, after=False)
     pools = {name: arrays[name] for name in POOLS}
     paged_append.append_on_host(dict(k=k, v=v, **pools), spec, places_of)
     return q

@@ -20,10 +20,10 @@ from pykv.gemv_cuts import cut_of, most_outs
 from pykv.ops import block_linear, paged_decode, paged_qkv
 from pykv.options import check_whole
 from pykv.overlaps import bytes_of, is_same, place_of, share
+from pykv.phase_stages import check_stages, stages_of
 from pykv.phases import BLOCK, OPS, PHASES, Attention, Product, Record, Scratch, program_defines
 from pykv.ranges import address_of
 from pykv.specs import KVSpec
-from pykv.stages import check_stages, stages_of
 
 OLDEST_SM = 70  # with acquire and release
 _TOKENS = 8  # limit of tokens, which share one reading of each matrix

@@ -15,18 +15,23 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pykv import cuda, interrupts, resident_commands
-from pykv.arrays import INT32, like, on_gpu
-from pykv.checker import checker, optional
+from pykv.arrays import like, on_gpu
 from pykv.draw_phases import Adjust, Logprobs
-from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError, UnsupportedError
+from pykv.errors import DeviceError, ParameterError, UnsupportedError
 from pykv.host_rings import SLOTS, Pinned, RingKernel, State
-from pykv.number_texts import counted
 from pykv.ops import phase_program
 from pykv.options import check_number, check_whole
-from pykv.overlaps import place_of, share
-from pykv.phases import Argmax, Attention, Embed
-from pykv.resident_commands import Command, listed
-from pykv.resident_tokens import TOKEN_BITS, Drawn, Inputs, Why, of_word, reference, with_logprobs
+from pykv.phases import Attention, Embed
+from pykv.resident_commands import Command
+from pykv.resident_tokens import (
+    Drawn,
+    Inputs,
+    Why,
+    check_inputs,
+    of_word,
+    reference,
+    with_logprobs,
+)
 
 MOST_TOKENS = SLOTS  # that are not taken: the ring holds all results, so a launch waits for nobody
 ENDS = resident_commands.MOST_ENDS
@@ -104,11 +109,10 @@ class ResidentProgram:
             raise ParameterError(
                 f"{_OP}: silence is {silence}, expected up to {_MOST_SECONDS} seconds"
             )
-        if not isinstance(inputs, Inputs):
-            raise DtypeError(f"{_OP}: inputs is a {type(inputs).__name__}, expected Inputs")
-        dims = _check(*inputs)
+        dims = check_inputs(_OP, inputs, self._phases, self._page_size)
         self._T = dims["T"]
-        self._check_phases()
+        pools = [p.checked(_OP).dims["N"] for p in self._phases if isinstance(p, Attention)]
+        self._num_pages = min(pools, default=resident_commands.MOST + 1)
         self._found = next((p.out for p in self._phases if isinstance(p, Logprobs)), None)
         self._results: deque[list[Drawn]] = deque()
         self._runs, self._state = False, State.OVER
@@ -120,34 +124,6 @@ class ResidentProgram:
         self._kernel: RingKernel | None = None
         if on_gpu(inputs.ids):
             self._prepare(dims, blocks, seconds)
-
-    def _check_phases(self) -> None:
-        first = self._phases[0].inputs
-        if len(first) != self._T:
-            raise ShapeError(f"{_OP}: ids has T={self._T}, expected T={len(first)} as the phases")
-        if on_gpu(first) != on_gpu(self._inputs.ids):
-            raise DeviceError(f"{_OP}: phases and inputs are of host and device, expected one")
-        written = [rows for p in self._phases for rows in p.touched().writes]
-        for name, array in self._inputs._asdict().items():
-            if array is None:
-                continue
-            is_written = any(share(place_of(array), rows) for rows in written)
-            if is_written != (name == "peaks"):
-                expected = "a phase to write it" if name == "peaks" else "no phase to write it"
-                raise ParameterError(f"{_OP}: inputs has a {name}, expected {expected}")
-        self._num_pages = resident_commands.MOST + 1  # of the pools of all phases
-        for p in self._phases:
-            if isinstance(p, Attention):
-                sizes = p.checked(_OP).dims
-                if sizes["P"] != self._page_size:
-                    raise ParameterError(
-                        f"{_OP}: page_size is {self._page_size}, expected {sizes['P']} as the pools"
-                    )
-                self._num_pages = min(self._num_pages, sizes["N"])
-            if isinstance(p, Argmax) and p.logits.shape[1] > 1 << TOKEN_BITS:
-                raise UnsupportedError(
-                    f"{_OP}: logits has V={p.logits.shape[1]}, expected up to {1 << TOKEN_BITS}"
-                )
 
     def _prepare(self, dims: dict[str, int], blocks: int | None, seconds: float) -> None:
         """All that a launch needs: its kernel is loaded and its memory there."""
@@ -186,35 +162,25 @@ class ResidentProgram:
         cuda.refuse_prepare(_OP, "how many tokens are drawn depends on them")
         cuda.refuse_capture(_OP, "how many tokens are drawn depends on them")
         tokens = check_whole(_OP, "tokens", tokens, 1, MOST_TOKENS)
-        for name, given in (("limits", limits), ("ends", ends)):
-            if len(listed(_OP, name, given)) != self._T:
-                raise ParameterError(
-                    f"{_OP}: {name} has {counted(len(given), 'entry')}, expected "
-                    f"{self._T} of the sequences"
-                )
-        words = np.full(self._T * (1 + ENDS) + 4, -1, np.int32)
-        for i, (limit, of_sequence) in enumerate(zip(limits, ends, strict=True)):
-            words[i] = check_whole(_OP, "limits", limit, 0, 2**31 - 1)
-            tokens_of, at = resident_commands.of_ends(_OP, of_sequence), self._T + i * ENDS
-            words[at : at + len(tokens_of)] = tokens_of
+        told = resident_commands.of_launch(_OP, self._T, limits, ends)
         if self._runs or self._results:
             raise DeviceError(f"{_OP}: a launch is not over, expected all of its results taken")
-        self._left, self._limits = tokens, words[: self._T]
-        self._ends_of = words[self._T : -4].reshape(self._T, ENDS)
+        self._left, self._limits = tokens, told[: self._T]
+        self._ends_of = told[self._T :].reshape(self._T, ENDS)
         self._due = tokens  # results that have not come
         self._epochs, self._busy = [0] * self._T, set(range(self._T))
         self._posted = 0  # commands
         if self._kernel is not None:
             phase_program.check_device(_OP, self._device)
-            self._launch_kernel(words, tokens)
+            self._launch_kernel(told, tokens)
         self._launches += 1
         self._runs, self._state = True, State.RUNNING
 
-    def _launch_kernel(self, words: Any, tokens: int) -> None:
+    def _launch_kernel(self, told: np.ndarray, tokens: int) -> None:
         assert self._kernel is not None
         numbers = self._number & 0xFFFFFFFF, self._command & 0xFFFFFFFF
-        words[-4:].view(np.uint32)[:] = *numbers, tokens, 0
-        self._words.set(words)
+        control = np.array([*numbers, tokens, 0], np.uint32).view(np.int32)
+        self._words.set(np.concatenate([told, control]))
         self._kernel.rings.beat()
         self._kernel.launch(self._launch, self._arrays, (self._phases, self._scratch))
         self._kernel.let_current_wait()
@@ -477,15 +443,3 @@ class ResidentProgram:
 
 
 _OP = "resident_program.ResidentProgram"
-_ROWS = ("T", INT32)
-_check = checker(
-    _OP,
-    ("ids", "positions", "slots", "lengths", "page_table", "peaks", "params"),
-    ids=_ROWS,
-    positions=_ROWS,
-    slots=_ROWS,
-    lengths=_ROWS,
-    page_table=("T M", INT32),
-    peaks=_ROWS,
-    params=optional("N", INT32),
-)

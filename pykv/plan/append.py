@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pykv import cuda, row_places
+from pykv import append_places, cuda
 from pykv.arrays import FLOATS, INTS
 from pykv.checker import checker
 from pykv.ops import contiguous_append, paged_append
@@ -90,7 +90,7 @@ class PagedAppendPlan(PagedPlan):
         descriptor: PagedAppendDescriptor = self.descriptor
         advance, cache = descriptor.advance, descriptor.cache
         self._check_pages(name)
-        after = row_places.counts_after(name, descriptor.counts, advance)
+        after = append_places.counts_after(name, descriptor.counts, advance)
         self._lists_are = dict(appends=True, counts=descriptor.counts)
         written = cache.spec.written(("k_data", "v_data", "k_scales", "v_scales"))
         self._writes = (*written, "last_page_len") if advance else written

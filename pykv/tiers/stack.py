@@ -1,6 +1,7 @@
 """Tiers of one cache: its pages fall to host memory and on to disk, and come back from there.
 
-Pages go by their keys, see pykv.prefix_keys: whoever has a key has the tokens and all before them.
+Pages go by their keys, see pykv.blocks.prefix_keys: whoever has a key has the tokens and all before
+them.
 
     fall    the block manager is about to forget pages: those that the host tier lacks are copied
             there, and on to files, by threads
@@ -20,8 +21,9 @@ from typing import Any
 
 import numpy as np
 
-from pykv import interrupts, prefix_keys
+from pykv import interrupts
 from pykv.arrays import load_cupy, on_gpu
+from pykv.blocks import prefix_keys
 from pykv.errors import ParameterError
 from pykv.kvtc import Codec
 from pykv.pool import PagedKVCache

@@ -19,8 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from pykv import cuda, interrupts, prefix_keys
+from pykv import cuda, interrupts
 from pykv.arrays import load_cupy, on_gpu
+from pykv.blocks import prefix_keys
 from pykv.errors import CapacityError, DtypeError, ParameterError, PykvError, TransportError
 from pykv.llm.generate import LLM
 from pykv.llm.prompts import read_ids

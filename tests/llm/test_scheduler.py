@@ -9,8 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
-from pykv import prefix_keys
-from pykv.blocks import BlockManager
+from pykv.blocks import BlockManager, prefix_keys
 from pykv.errors import CapacityError, NumberError
 from pykv.llm import LLM, SamplingParams, steps
 from pykv.llm.scheduler import Scheduler

@@ -6,7 +6,7 @@ import pytest
 from pykv import cuda, ranges
 from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError
 from pykv.ops import block_copy
-from tests.helpers import assert_same_bits, swept, to_numpy, without_simt
+from tests.helpers import assert_same_bits, pinned, swept, to_numpy, without_simt
 
 TILE = block_copy.FEW["TILE"]  # the larger one, and a multiple of the other
 LINE = 128  # where tiles meet
@@ -503,21 +503,13 @@ def cupy():
     return pytest.importorskip("cupy")
 
 
-def pinned(cupy, host):
-    from cupyx import empty_pinned
-
-    array = empty_pinned(host.shape, host.dtype)
-    array[...] = host
-    return array
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("max_ctas", [None, 32])
 @pytest.mark.parametrize("offset", [0, 5, 16])
 def test_pinned_memory_on_either_side(cupy, rng, max_ctas, offset):
-    host = [pinned(cupy, rng.integers(0, 256, n, np.uint8)) for n in (4096, 70_001, 3)]
+    host = [pinned(rng.integers(0, 256, n, np.uint8)) for n in (4096, 70_001, 3)]
     middle = [cupy.zeros(x.size + offset, np.uint8)[offset:] for x in host]
-    back = [pinned(cupy, np.zeros_like(x)) for x in host]
+    back = [pinned(np.zeros_like(x)) for x in host]
     block_copy.copy_arrays(host, middle, max_ctas=max_ctas)
     block_copy.copy_arrays(middle, back, max_ctas=max_ctas, validate=True)
     cupy.cuda.get_current_stream().synchronize()

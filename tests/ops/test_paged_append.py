@@ -162,7 +162,7 @@ def addressed(rng, address, T, P):
         request[::4] = -1
         positions = rng.permutation((T // P + 3) * P)[:T].astype(np.int32) - 2
         rows = zip(request.tolist(), positions.tolist(), strict=True)
-        places = [at(indices, indptr, P, b, p) for b, p in rows]
+        places = [paged.place(indices, indptr, b, p, P) for b, p in rows]
         return [request, positions, indices, indptr], {}, places, N
 
     new = [1] * T if address.startswith("decode") else split(T)
@@ -179,7 +179,7 @@ def addressed(rng, address, T, P):
     last = [n - (pages - 1) * P for n, pages in zip(lengths, pages_of, strict=True)]
     places = []
     for b, (old, n) in enumerate(zip(before, new, strict=True)):
-        places += [at(indices, indptr, P, b, p) for p in range(old, old + n)]
+        places += [paged.place(indices, indptr, b, p, P) for p in range(old, old + n)]
     places += [None] * (T - len(places))  # padding
     arguments = [indices, indptr, np.array(last, np.int32)]
     if address.startswith("ragged"):
@@ -194,14 +194,6 @@ def split(T):
         counts.append(min(n, left))
         left -= counts[-1]
     return counts
-
-
-def at(indices, indptr, P, b, position):
-    """Where a position of a request lies."""
-    pages = indices[indptr[b] : indptr[b + 1]].tolist() if b >= 0 else []
-    if not 0 <= position < len(pages) * P or pages[position // P] < 0:
-        return None
-    return pages[position // P], position % P
 
 
 def functions(address):

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from pykv import cuda
+from pykv import cuda, resident_tokens
 from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError, UnsupportedError
 from pykv.host_rings import State
 from pykv.ops import phase_program
@@ -407,7 +407,7 @@ def test_wrong_programs(rng, monkeypatch):
             ResidentProgram(phases, inputs, P, silence=silence)
     with pytest.raises(ParameterError, match="page_size is 0"):
         ResidentProgram(phases, inputs, 0)
-    monkeypatch.setattr(op, "TOKEN_BITS", 5)
+    monkeypatch.setattr(resident_tokens, "TOKEN_BITS", 5)
     with pytest.raises(UnsupportedError, match="logits has V=40, expected up to 32"):
         ResidentProgram(phases, inputs, P)
 

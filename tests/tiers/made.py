@@ -5,7 +5,8 @@ from functools import partial
 
 import numpy as np
 
-from pykv import PagedKVCache, prefix_keys
+from pykv import PagedKVCache
+from pykv.blocks import prefix_keys
 from pykv.kvtc import Artefact, Codec, Fingerprint, Group, Plan, Side
 from pykv.ops import rope
 from pykv.page_arrays import moving_arrays

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from pykv import prefix_keys
+from pykv.blocks import prefix_keys
 from pykv.tiers import disk, threads
 from tests.tiers.made import KVTC, P, World
 

@@ -13,7 +13,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule
 
-from pykv import PagedKVCache, prefix_keys
+from pykv import PagedKVCache
+from pykv.blocks import prefix_keys
 from pykv.errors import CapacityError, ParameterError
 from pykv.tiers import Counters, Tiers, disk, host, moves, threads
 from pykv.tiers.host import HostTier

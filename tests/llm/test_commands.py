@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import pykv
-from pykv import talk
+from pykv.llm import commands
 from pykv.tiers import disk
 from tests.kvtc.made import artefact_of
 from tests.test_cli import (  # noqa: F401 - fixtures are found by name
@@ -90,7 +90,7 @@ def test_json_of_each_answer(capsys):
 
 
 def test_a_pipe_that_does_not_end(capsys, monkeypatch):
-    monkeypatch.setattr(talk, "LENGTH", 4)
+    monkeypatch.setattr(commands, "LENGTH", 4)
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"12345")))
     code, _, err = tiny_run(capsys, "-")
     assert code == 2 and "prompt has more than 4 characters" in err

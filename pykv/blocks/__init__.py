@@ -9,7 +9,7 @@ p % P. All else is known to the manager alone, which never touches the arrays:
     evict                fewer pages, for rows that stay
 
 The manager knows a sequence by the list itself: `extend`, `publish` and `free` refuse a copy, which
-may name pages that have gone to others since.
+may name pages that have gone to others since (sequences.py).
 
 Pages count the sequences that hold them. A page is written only where one sequence holds it and it
 is not published: `extend` and `evict` swap others for new pages, and say when contents must be
@@ -30,12 +30,14 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from pykv import interrupts, prefix_keys
+from pykv import interrupts
+from pykv.blocks import prefix_keys
+from pykv.blocks.lists import MAX_PAGE, page_table, slots
+from pykv.blocks.sequences import Sequences
+from pykv.blocks.states import PageStates
 from pykv.errors import CapacityError, ParameterError, UnsupportedError
 from pykv.number_texts import counted
 from pykv.options import check_type, check_whole
-from pykv.page_lists import MAX_PAGE, page_table, slots
-from pykv.page_states import PageStates
 
 __all__ = ["BlockManager", "page_table", "slots"]
 
@@ -76,25 +78,13 @@ class BlockManager:
         self.page_size = check_whole("BlockManager", "page_size", page_size, 1, MAX_PAGE)
         self.on_forget: Callable[[list[tuple[bytes, int]]], None] | None = None
         self._states = PageStates(num_pages)
-        self._sequences: dict[int, list[int]] = {}  # those that hold pages, by identity
-        # For each sequence with evicted rows, by identity: how many pages come before them.
-        self._whole: dict[int, int] = {}
+        self._sequences = Sequences(self._states)
         self._left: deque[list[int]] = deque()  # sequences that finalizers gave up
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copy.deepcopy and pickle: sequences, which are known by identity, as they are. Who
-        asks to be told of pages is not told of those of the copy."""
-        whole = [self._whole.get(i) for i in self._sequences]
-        return vars(self) | dict(
-            _sequences=list(self._sequences.values()), _whole=whole, on_forget=None
-        )
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        sequences, whole = state["_sequences"], state["_whole"]
-        self._sequences = {id(pages): pages for pages in sequences}
-        pairs = zip(sequences, whole, strict=True)
-        self._whole = {id(pages): n for pages, n in pairs if n is not None}
+        """For copy.deepcopy and pickle: who asks to be told of pages is not told of those of the
+        copy."""
+        return vars(self) | dict(on_forget=None)
 
     def __copy__(self) -> None:
         raise UnsupportedError("BlockManager: copy.copy would share its lists, expected deepcopy")
@@ -163,8 +153,7 @@ class BlockManager:
         self._reserve(count)
         take = self._states.take
         pages = [take() for _ in range(count)]
-        if pages:
-            self._sequences[id(pages)] = pages
+        self._sequences.add(pages)
         return pages
 
     def extend(self, pages: list[int], start: int, stop: int) -> tuple[int, int] | None:
@@ -187,12 +176,12 @@ class BlockManager:
             ParameterError: start is negative, behind stop, or past the end of the pages; or `pages`
                 is no sequence of this manager.
         """
-        P, states = self.page_size, self._states
+        P, states, sequences = self.page_size, self._states, self._sequences
         try:
-            if self._sequences[id(pages)] is pages and type(start) is type(stop) is int:
+            if sequences.held[id(pages)] is pages and type(start) is type(stop) is int:
                 end = len(pages) * P
                 if end - P <= start <= stop <= end:  # the usual case: a token in the last page
-                    page, is_whole = pages[-1], id(pages) not in self._whole
+                    page, is_whole = pages[-1], id(pages) not in sequences.whole
                     if is_whole and states.counts[page] == 1 and states.keys[page] is None:
                         return None
         except (LookupError, TypeError):  # an empty new sequence, or none: checked below
@@ -206,7 +195,7 @@ class BlockManager:
         start = check_whole("BlockManager.extend", "start", start, 0)
         stop = check_whole("BlockManager.extend", "stop", stop, start)
         first = start // P
-        self._check_sequence("extend", pages, first)
+        self._sequences.check("extend", pages, first)
         num_pages = len(pages)
         if start > num_pages * P:
             raise ParameterError(
@@ -219,8 +208,9 @@ class BlockManager:
         for page in pages[first:]:
             if counts[page] == 1:
                 states.forget(page)
-        if self._whole.get(id(pages), -1) * P >= start:
-            del self._whole[id(pages)]  # the evicted rows are among what is given up
+        whole = self._sequences.whole
+        if whole.get(id(pages), -1) * P >= start:
+            del whole[id(pages)]  # the evicted rows are among what is given up
         copy = None
         for i in shared:
             old, pages[i] = pages[i], states.take()
@@ -230,7 +220,7 @@ class BlockManager:
         for _ in range(num_new):
             pages.append(states.take())
         if num_new:
-            self._sequences[id(pages)] = pages
+            self._sequences.add(pages)
         return copy
 
     @interrupts.finished
@@ -245,14 +235,11 @@ class BlockManager:
         Raises:
             ParameterError: a page is held by no sequence, or named twice.
         """
-        self._check_held("fork", pages)
+        self._sequences.check_held("fork", pages)
         forked = self._hold(list(pages))
-        if self._whole:
-            known = self._sequences
-            moved = {page for i, n in list(self._whole.items()) for page in known.get(i, [])[n:]}
-            whole = next((i for i, page in enumerate(forked) if page in moved), None)
-            if whole is not None:
-                self._whole[id(forked)] = whole
+        moved = self._sequences.first_moved(forked)
+        if moved is not None:
+            self._sequences.whole[id(forked)] = moved
         return forked
 
     @interrupts.finished
@@ -284,6 +271,7 @@ class BlockManager:
         them from then on.
         """
         op, P, states = "BlockManager.evict", self.page_size, self._states
+        all_whole = self._sequences.whole
         start = check_whole(op, "start", start, 0)
         self.check_sequences(op, sequences)
         check_type(op, "stops", stops, list | tuple, "a list")
@@ -309,12 +297,11 @@ class BlockManager:
             states.give_up([before[i] for i in those] + before[n:])
             del pages[n:]
             if not pages:
-                self._sequences.pop(id(pages), None)
-                self._whole.pop(id(pages), None)
-            else:
-                whole = min(self._whole.pop(id(pages), n), start // P)
-                if whole < n:
-                    self._whole[id(pages)] = whole
+                self._sequences.drop(pages)
+                continue
+            whole = min(all_whole.pop(id(pages), n), start // P)
+            if whole < n:
+                all_whole[id(pages)] = whole
         return old
 
     @interrupts.finished
@@ -324,9 +311,8 @@ class BlockManager:
         Raises:
             ParameterError: `pages` is no sequence of this manager.
         """
-        self._check_sequence("free", pages)
-        self._sequences.pop(id(pages), None)
-        self._whole.pop(id(pages), None)
+        self._sequences.check("free", pages)
+        self._sequences.drop(pages)
         self._states.give_up(pages)
         pages.clear()
 
@@ -336,7 +322,7 @@ class BlockManager:
 
         Raises: as `free`.
         """
-        self._check_sequence("free_later", pages)
+        self._sequences.check("free_later", pages)
         self._left.append(pages)
 
     @interrupts.finished
@@ -369,8 +355,8 @@ class BlockManager:
         op, P, states = "BlockManager.publish", self.page_size, self._states
         key = prefix_keys.root(op, salt)
         num_tokens = prefix_keys.count(op, tokens)
-        self._check_sequence("publish", pages)
-        whole = self._whole.get(id(pages), len(pages)) if pages else 0
+        self._sequences.check("publish", pages)
+        whole = self._sequences.whole.get(id(pages), len(pages)) if pages else 0
         if num_tokens > whole * P:
             which = "pages" if whole == len(pages) else "pages before evicted rows"
             raise ParameterError(
@@ -428,44 +414,13 @@ class BlockManager:
     def _hold(self, pages: list[int]) -> list[int]:
         """Note a new sequence on pages that it shares."""
         self._states.hold(pages)
-        if pages:
-            self._sequences[id(pages)] = pages
+        self._sequences.add(pages)
         return pages
-
-    # --- Checks ---
 
     def check_sequences(self, op: str, sequences: Sequence[list[int]]) -> None:
         """Check that lists are sequences of this manager, each there once; `op` is for messages."""
         check_type(op, "sequences", sequences, list | tuple, "a list of page lists")
         for i, pages in enumerate(sequences):
-            self._check_sequence(op.rpartition(".")[2], pages, name=f"sequences[{i}]")
+            self._sequences.check(op.rpartition(".")[2], pages, name=f"sequences[{i}]")
         if len({id(pages) for pages in sequences}) != len(sequences):
             raise ParameterError(f"{op}: sequences has one twice, expected each once")
-
-    def _check_sequence(
-        self, op: str, pages: list[int], first: int = 0, name: str = "pages"
-    ) -> None:
-        """Check that a list is a sequence, or empty as a new one, and its pages from `first` on."""
-        is_known = self._sequences.get(id(pages), self) is pages
-        if not is_known or first < len(pages):
-            self._check_held(op, pages, first, name)
-        if not is_known and pages:
-            raise ParameterError(
-                f"BlockManager.{op}: {name} are {pages} in another list, expected the list that "
-                "the manager handed out, which may name other pages by now"
-            )
-
-    def _check_held(self, op: str, pages: list[int], first: int = 0, name: str = "pages") -> None:
-        """Check that pages from `first` on are distinct and in use."""
-        counts = self._states.counts
-        check_type(f"BlockManager.{op}", name, pages, list, "a list of pages")
-        some = pages[first:]
-        for page in some:
-            if not (type(page) is int and 0 <= page < len(counts) and counts[page]):
-                break
-        else:
-            if len(some) < 2 or len(set(some)) == len(some):
-                return
-        raise ParameterError(
-            f"BlockManager.{op}: {name} are {pages}, expected distinct pages in use"
-        )

@@ -185,6 +185,42 @@ def test_what_stays_is_what_the_papers_say(xp, rng, policy, T):
                 assert_same_bits(moved, rows[layer][b][:, want, head])
 
 
+@pytest.mark.parametrize(
+    "ratio, rows, want",
+    [
+        (0.1 + 0.2, 10, 3),
+        (1 / 3, 3, 1),
+        (2 / 3, 2, 2),
+        (0.501, 10, 6),
+        (1e-9, 100, 1),
+        (1e-9, 0, 0),
+        (0.55, 2**31 - 1, 1181116006),
+        (1, 2**31 - 1, 2**31 - 1),
+    ],
+)
+def test_a_ratio_keeps_the_share_that_was_meant(ratio, rows, want):
+    assert KeyNorm(ratio=ratio).counts(np.array([rows, 0])).tolist() == [want, 0]
+
+
+@pytest.mark.parametrize("kind", [float, np.float32])
+def test_percents_of_100_rows_are_so_many(kind):
+    policies = [KeyNorm(ratio=kind(percent / 100)) for percent in range(1, 101)]
+    assert [int(policy.counts(np.array(100))) for policy in policies] == [*range(1, 101)]
+
+
+def test_a_floor_is_the_share_that_was_meant(rng):
+    """.29 of 100 are 29, though 100 * .29 is below: 28."""
+    cache, sequences, _ = cache_of(np, rng, lengths=[100], pages=64)
+    scores = np.zeros((1, H, 100), np.float32)
+    scores[:, 1] = 1
+    policy = AdaKV(Scores(budget=100), floor=0.29)
+    evicted = eviction.evict(cache, sequences, [100], policy, scores=[scores] * L)
+    assert evicted.lengths[:, 0].tolist() == [[100, 100]] * L
+    policy = AdaKV(Scores(ratio=0.5), floor=0.58)
+    evicted = eviction.evict(cache, sequences, [100], policy, scores=[scores] * L)
+    assert evicted.lengths[:, 0].tolist() == [[29, 71]] * L
+
+
 def kept_of(xp, policy, k, v, q):
     """The slots that a policy keeps of keys and values [n, H, D], a set for each head."""
     cache = PagedKVCache(1, 16, H, D, page_size=P, spec="fp32", xp=xp)

@@ -21,6 +21,7 @@ from pykv.arrays import module_of, to_host
 from pykv.errors import CapacityError, ParameterError
 from pykv.eval.changes import Change, changed, check_job, check_llm
 from pykv.eval.replay import ExactCache, Place, check_finite, last_logits, steps
+from pykv.number_texts import counted
 from pykv.options import check_whole
 
 if TYPE_CHECKING:
@@ -63,7 +64,8 @@ def windows(
     own = size - len(begin)
     if own < 1 or len(ids) < count * own:
         raise ParameterError(
-            f"{op}: text has {len(ids)} tokens, expected at least {count * own} for {count} windows"
+            f"{op}: text has {counted(len(ids), 'token')}, expected at least {count * own:,} for "
+            f"{counted(count, 'window')}"
         )
     starts = [0] if count == 1 else np.linspace(0, len(ids) - own, count).astype(int)
     return [begin + ids[start : start + own] for start in starts]
@@ -187,8 +189,8 @@ def _check_windows(op: str, llm: LLM, windows: Any, prefill: int) -> None:
         if not prefill + 2 <= len(ids) <= llm.context + 1:
             error = CapacityError if len(ids) > llm.context else ParameterError
             raise error(
-                f"{op}: windows[{i}] has {len(ids)} tokens, expected prefill + 2 = {prefill + 2} "
-                f"to the context + 1 = {llm.context + 1}"
+                f"{op}: windows[{i}] has {counted(len(ids), 'token')}, expected "
+                f"prefill + 2 = {prefill + 2} to the context + 1 = {llm.context + 1}"
             )
 
 

@@ -26,6 +26,7 @@ from pykv.arrays import to_host
 from pykv.errors import CapacityError, ParameterError
 from pykv.eval.changes import Change, Kept, changed, check_job, check_llm, identity
 from pykv.eval.replay import ExactCache, Place, append, check_finite, last_logits
+from pykv.number_texts import counted
 from pykv.options import check_flag, check_whole
 from pykv.pages import copy_pages
 
@@ -103,7 +104,8 @@ def haystack(llm: LLM, *, keys: int = 1, tokens: int = 440, seed: int = 0) -> Ha
     fitting = bisect_right(counts, tokens, key=lambda n: len(llm.tokenize(text(n)))) - 1
     if fitting < 0:
         least = len(llm.tokenize(text(0)))
-        raise ParameterError(f"{op}: tokens is {tokens}, expected at least {least} for {keys} keys")
+        expected = f"at least {least} for {counted(keys, 'key')}"
+        raise ParameterError(f"{op}: tokens is {tokens}, expected {expected}")
     questions = tuple(QUESTION.format(name=name) for name in names)
     return Haystack(text(fitting), questions, tuple(values))
 

@@ -286,7 +286,7 @@ class _Work:
             )
 
         if isinstance(policy, AdaKV):
-            floors = np.floor(policy.floor * limits).astype(np.int32).reshape(-1)
+            floors = policy.floors(limits).reshape(-1)
             if floors.any():
                 flat = xp.ascontiguousarray(scores).reshape(B * H, 1, C)
                 first, _ = choose(flat, lengths.reshape(-1, 1), floors)

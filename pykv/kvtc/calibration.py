@@ -23,6 +23,7 @@ from pykv.kvtc.basis import inverse, orthonormal, weigh
 from pykv.kvtc.coder import GROUP
 from pykv.kvtc.v0 import KvtcConfig
 from pykv.llm import LLM, memory
+from pykv.number_texts import counted
 from pykv.ops import linear
 from pykv.options import check_flag, check_type, check_whole
 from pykv.terminal import note
@@ -112,7 +113,7 @@ def calibrate(
     windows, counts = _windows(llm, ids, window)
     if sum(counts) < _ROWS_PER_FEATURE * widest:
         raise ParameterError(
-            f"{_OP}: texts has {sum(map(len, ids)):,} tokens, expected at least "
+            f"{_OP}: texts has {counted(sum(map(len, ids)), 'token')}, expected at least "
             f"{_ROWS_PER_FEATURE * widest + SINKS * len(windows):,}: two for each of {widest:,} "
             f"features, and {SINKS} for each window"
         )
@@ -239,7 +240,9 @@ def _centred(
     ids, _ = _tokens(op, model, _checked_texts(op, texts), tokens)
     windows, counts = _windows(model, ids, min(_WINDOW, model.model.config.context))
     if not sum(counts):
-        raise ParameterError(f"{op}: texts has {sum(map(len, ids))} tokens, expected more")
+        raise ParameterError(
+            f"{op}: texts has {counted(sum(map(len, ids)), 'token')}, expected more"
+        )
     width = facts.kv_heads * facts.head_dim
     rows = rows_of.Rows(width * facts.layers, counts)
     _collect(model, windows, rows, False)

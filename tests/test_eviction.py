@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from pykv import KVSpec, PagedKVCache, blocks, eviction
+from pykv.arrays import as_read_only
 from pykv.errors import (
     CapacityError,
     DeviceError,
@@ -600,6 +601,46 @@ def test_host_and_gpu_do_not_mix(device):
             evicted.moved(0, scores)
 
 
+@pytest.mark.parametrize("policy", ["streaming:4", "keynorm:4", {0: "random:4"}], ids=str)
+def test_rows_that_cannot_move_keep_their_pages(xp, policy):
+    """Of any layer: pages would have gone back before rows of the last one were asked to move."""
+    wide = PagedKVCache(1, 16, 1, 520, page_size=P, xp=xp)
+    shut = PagedKVCache(2, 16, 1, 8, page_size=P, spec="int8", xp=xp)
+    k_scales, v_scales = shut.scales[1]
+    if xp is np:
+        v_scales.flags.writeable = False
+    else:
+        v_scales = as_read_only(v_scales)
+    shut.scales[1] = k_scales, v_scales
+    for cache, error, text in (
+        (wide, UnsupportedError, "evict: cache has head_dim=520, expected at most 512"),
+        (shut, ParameterError, "evict: v_scales of layer 1 is read-only"),
+    ):
+        pages = cache.manager.allocate(10)
+        before, held, free = to_numpy(cache.k), list(pages), cache.manager.num_free
+        with pytest.raises(error, match=text):
+            eviction.evict(cache, [pages], [10], policy)
+        assert (pages, cache.manager.num_free) == (held, free)
+        assert_same_bits(cache.k, before)
+
+
+def test_what_belongs_to_no_row_is_not_moved(xp, rng):
+    cache, sequences, _ = cache_of(xp, rng, lengths=[10])
+    evicted = eviction.evict(cache, sequences, [10], {0: "streaming:4"})
+    for error, text, layer, x in (
+        (ParameterError, "moved: layer is 2, expected 0 to 1", 2, xp.zeros((1, H, 12))),
+        (ParameterError, "moved: layer is -1, expected 0 to 1", -1, xp.zeros((1, H, 12))),
+        (DtypeError, "moved: layer is a str", "0", xp.zeros((1, H, 12))),
+        (DtypeError, "moved: x is a list, expected a NumPy", 0, [[[0]]]),
+        (DtypeError, "moved: x is a list, expected a NumPy", 1, [[[0]]]),
+        (ShapeError, r"x has shape \(1, 2, 3\), expected \(1, 2, 12\)", 0, xp.zeros((1, H, 3))),
+        (ShapeError, r"moved: x has shape \(1, 1, 12\)", 0, xp.zeros((1, 1, 12))),
+        (ShapeError, r"moved: x has shape \(2, 12\)", 0, xp.zeros((H, 12))),
+    ):
+        with pytest.raises(error, match=text):
+            evicted.moved(layer, x)
+
+
 def test_a_floor_keeps_no_row_below_the_threshold(xp, rng):
     cache, sequences, _ = cache_of(xp, rng)
     for policy in (Largest(threshold=1e6), AdaKV(Largest(threshold=1e6))):
@@ -629,6 +670,7 @@ def test_wrong_arguments_change_nothing(xp, rng):
         (ShapeError, r"scores\[0\] has shape", (LENGTHS, "scores:8"), dict(scores=q)),
         (ParameterError, "rotary is missing, expected how the", (LENGTHS, ahead), dict(queries=q)),
         (ParameterError, "rotary is given, expected None", (LENGTHS, "random:8"), given),
+        (ParameterError, "expected None for no policy$", (LENGTHS, {}), given),
         (
             DtypeError,
             "inv_freq is a NoneType, expected a list",

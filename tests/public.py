@@ -140,7 +140,7 @@ UNCHECKED = """
     eviction.policies.Policy.counts eviction.policies.Policy eviction.steps.Evicted
     eviction.rotary.Rotary eviction.rotary.ahead eviction.rotary.check_rotary
     eviction.steps.Evicted.moved eviction.policies.base_of eviction.policies.as_policy
-    blocks.BlockManager.check_sequences
+    eviction.policies.AdaKV.floors blocks.BlockManager.check_sequences
     kvtc.stream_v0.Range kvtc.stream_v0.row_bytes kvtc.stream_v0.check_ranges
     kvtc.stream_v0.stream_bytes kvtc.stream_v0.offsets kvtc.stream_v0.row_offsets
     kvtc.stream_v0.headers kvtc.stream_v0.check_headers

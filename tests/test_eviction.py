@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from pykv import KVSpec, PagedKVCache, blocks, eviction
+from pykv.arrays import as_read_only
 from pykv.errors import (
     CapacityError,
     DeviceError,
@@ -183,6 +184,42 @@ def test_what_stays_is_what_the_papers_say(xp, rng, policy, T):
                 assert (positions[b, head, len(want) :] == -1).all()
                 moved = held(cache, layer, sequences[b], len(want), head)
                 assert_same_bits(moved, rows[layer][b][:, want, head])
+
+
+@pytest.mark.parametrize(
+    "ratio, rows, want",
+    [
+        (0.1 + 0.2, 10, 3),
+        (1 / 3, 3, 1),
+        (2 / 3, 2, 2),
+        (0.501, 10, 6),
+        (1e-9, 100, 1),
+        (1e-9, 0, 0),
+        (0.55, 2**31 - 1, 1181116006),
+        (1, 2**31 - 1, 2**31 - 1),
+    ],
+)
+def test_a_ratio_keeps_the_share_that_was_meant(ratio, rows, want):
+    assert KeyNorm(ratio=ratio).counts(np.array([rows, 0])).tolist() == [want, 0]
+
+
+@pytest.mark.parametrize("kind", [float, np.float32])
+def test_percents_of_100_rows_are_so_many(kind):
+    policies = [KeyNorm(ratio=kind(percent / 100)) for percent in range(1, 101)]
+    assert [int(policy.counts(np.array(100))) for policy in policies] == [*range(1, 101)]
+
+
+def test_a_floor_is_the_share_that_was_meant(rng):
+    """.29 of 100 are 29, though 100 * .29 is below: 28."""
+    cache, sequences, _ = cache_of(np, rng, lengths=[100], pages=64)
+    scores = np.zeros((1, H, 100), np.float32)
+    scores[:, 1] = 1
+    policy = AdaKV(Scores(budget=100), floor=0.29)
+    evicted = eviction.evict(cache, sequences, [100], policy, scores=[scores] * L)
+    assert evicted.lengths[:, 0].tolist() == [[100, 100]] * L
+    policy = AdaKV(Scores(ratio=0.5), floor=0.58)
+    evicted = eviction.evict(cache, sequences, [100], policy, scores=[scores] * L)
+    assert evicted.lengths[:, 0].tolist() == [[29, 71]] * L
 
 
 def kept_of(xp, policy, k, v, q):
@@ -564,6 +601,46 @@ def test_host_and_gpu_do_not_mix(device):
             evicted.moved(0, scores)
 
 
+@pytest.mark.parametrize("policy", ["streaming:4", "keynorm:4", {0: "random:4"}], ids=str)
+def test_rows_that_cannot_move_keep_their_pages(xp, policy):
+    """Of any layer: pages would have gone back before rows of the last one were asked to move."""
+    wide = PagedKVCache(1, 16, 1, 520, page_size=P, xp=xp)
+    shut = PagedKVCache(2, 16, 1, 8, page_size=P, spec="int8", xp=xp)
+    k_scales, v_scales = shut.scales[1]
+    if xp is np:
+        v_scales.flags.writeable = False
+    else:
+        v_scales = as_read_only(v_scales)
+    shut.scales[1] = k_scales, v_scales
+    for cache, error, text in (
+        (wide, UnsupportedError, "evict: cache has head_dim=520, expected at most 512"),
+        (shut, ParameterError, "evict: v_scales of layer 1 is read-only"),
+    ):
+        pages = cache.manager.allocate(10)
+        before, held, free = to_numpy(cache.k), list(pages), cache.manager.num_free
+        with pytest.raises(error, match=text):
+            eviction.evict(cache, [pages], [10], policy)
+        assert (pages, cache.manager.num_free) == (held, free)
+        assert_same_bits(cache.k, before)
+
+
+def test_what_belongs_to_no_row_is_not_moved(xp, rng):
+    cache, sequences, _ = cache_of(xp, rng, lengths=[10])
+    evicted = eviction.evict(cache, sequences, [10], {0: "streaming:4"})
+    for error, text, layer, x in (
+        (ParameterError, "moved: layer is 2, expected 0 to 1", 2, xp.zeros((1, H, 12))),
+        (ParameterError, "moved: layer is -1, expected 0 to 1", -1, xp.zeros((1, H, 12))),
+        (DtypeError, "moved: layer is a str", "0", xp.zeros((1, H, 12))),
+        (DtypeError, "moved: x is a list, expected a NumPy", 0, [[[0]]]),
+        (DtypeError, "moved: x is a list, expected a NumPy", 1, [[[0]]]),
+        (ShapeError, r"x has shape \(1, 2, 3\), expected \(1, 2, 12\)", 0, xp.zeros((1, H, 3))),
+        (ShapeError, r"moved: x has shape \(1, 1, 12\)", 0, xp.zeros((1, 1, 12))),
+        (ShapeError, r"moved: x has shape \(2, 12\)", 0, xp.zeros((H, 12))),
+    ):
+        with pytest.raises(error, match=text):
+            evicted.moved(layer, x)
+
+
 def test_a_floor_keeps_no_row_below_the_threshold(xp, rng):
     cache, sequences, _ = cache_of(xp, rng)
     for policy in (Largest(threshold=1e6), AdaKV(Largest(threshold=1e6))):
@@ -593,6 +670,7 @@ def test_wrong_arguments_change_nothing(xp, rng):
         (ShapeError, r"scores\[0\] has shape", (LENGTHS, "scores:8"), dict(scores=q)),
         (ParameterError, "rotary is missing, expected how the", (LENGTHS, ahead), dict(queries=q)),
         (ParameterError, "rotary is given, expected None", (LENGTHS, "random:8"), given),
+        (ParameterError, "expected None for no policy$", (LENGTHS, {}), given),
         (
             DtypeError,
             "inv_freq is a NoneType, expected a list",

@@ -126,6 +126,12 @@ def test_every_extra_is_resolved():
     assert asked == set(project["optional-dependencies"]) - {"dev"}
 
 
+def test_a_machine_without_uv_is_told(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(SystemExit, match="^check_extras: uv is not on PATH.*: pip install uv$"):
+        check_extras.main()
+
+
 # --- compare_commits ---
 
 

@@ -7,6 +7,7 @@ installed. What a README says of torch is what stands here.
 """
 
 import itertools
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -51,6 +52,8 @@ def resolve(torch, python, extras, glibc):
 
 
 def main():
+    if shutil.which("uv") is None:
+        sys.exit("check_extras: uv is not on PATH, expected it there: pip install uv")
     with ThreadPoolExecutor(4) as pool:  # most of the time is spent waiting for the index
         reasons = list(pool.map(lambda case: resolve(*case), CASES))
     for (torch, python, extras, glibc), reason in zip(CASES, reasons, strict=True):

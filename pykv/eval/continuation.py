@@ -64,8 +64,8 @@ def windows(
     own = size - len(begin)
     if own < 1 or len(ids) < count * own:
         raise ParameterError(
-            f"{op}: text has {counted(len(ids), 'token')}, expected at least "
-            f"{count * own} for {counted(count, 'window')}"
+            f"{op}: text has {counted(len(ids), 'token')}, expected at least {count * own:,} for "
+            f"{counted(count, 'window')}"
         )
     starts = [0] if count == 1 else np.linspace(0, len(ids) - own, count).astype(int)
     return [begin + ids[start : start + own] for start in starts]
@@ -189,8 +189,8 @@ def _check_windows(op: str, llm: LLM, windows: Any, prefill: int) -> None:
         if not prefill + 2 <= len(ids) <= llm.context + 1:
             error = CapacityError if len(ids) > llm.context else ParameterError
             raise error(
-                f"{op}: windows[{i}] has {len(ids)} tokens, expected prefill + 2 = {prefill + 2} "
-                f"to the context + 1 = {llm.context + 1}"
+                f"{op}: windows[{i}] has {counted(len(ids), 'token')}, expected "
+                f"prefill + 2 = {prefill + 2} to the context + 1 = {llm.context + 1}"
             )
 
 

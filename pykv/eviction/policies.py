@@ -27,13 +27,23 @@ _FAR = np.float32(1e38)  # bound of logits, so that float32 holds their differen
 _MOST_AHEAD = 1 << 16  # limit of positions whose rotations the host averages
 
 
+def _share_of(rows: Any, ratio: float) -> Any:
+    """The share `ratio` of `rows`, to thousandths: a float is rarely the number that was meant.
+
+    >>> float(pykv.eviction.policies._share_of(100, 0.55)), 100 * 0.55
+    (55.0, 55.00000000000001)
+    """
+    return np.round(np.float64(ratio) * rows, 3)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Policy:
     """Which rows stay; the base of all policies.
 
     Args:
         budget: rows that each head of a sequence keeps at most.
-        ratio: or the share of its rows, above 0 and at most 1, rounded up.
+        ratio: or the share of its rows, above 0 and at most 1, rounded up. Less than half a
+            thousandth of a row adds none: .55 of 100 rows are 55, though the float is above .55.
         threshold: only rows are kept whose score is above it, sinks and recent ones aside.
         sinks, recent: first and last rows that always stay.
 
@@ -102,8 +112,8 @@ class Policy:
             return np.minimum(lengths, self.budget).astype(np.int32)
         if self.ratio is None:
             return lengths.astype(np.int32)
-        kept = np.ceil(np.float64(self.ratio) * lengths)
-        return np.clip(kept, np.minimum(self.always, lengths), lengths).astype(np.int32)
+        kept = np.ceil(_share_of(lengths, self.ratio))
+        return np.clip(kept, np.minimum(max(self.always, 1), lengths), lengths).astype(np.int32)
 
     def score(self, rows: Rows) -> Any:
         """What `rows` are worth, [B, n, C] float32 of n heads; larger is better."""
@@ -346,7 +356,8 @@ class AdaKV:
     Args:
         policy: whose scores, budget, sinks and recent rows these are; each head keeps rows of its
             own.
-        floor: the share of its budget that each head keeps in any case, from 0 to 1.
+        floor: the share of its budget that each head keeps in any case, from 0 to 1; of rows to
+            thousandths, as a `ratio`, but rounded down.
 
     Raises:
         ParameterError: `floor` is out of its range, or heads of the policy keep the same rows.
@@ -364,6 +375,10 @@ class AdaKV:
             raise ParameterError(f"AdaKV: policy is {given}, expected one whose heads may differ")
         if not 0 <= check_number("AdaKV", "floor", self.floor) <= 1:
             raise ParameterError(f"AdaKV: floor is {self.floor}, expected 0 to 1")
+
+    def floors(self, budgets: Any) -> Any:
+        """Of heads with such `budgets` how many rows each keeps in any case, int32."""
+        return np.floor(_share_of(budgets, self.floor)).astype(np.int32)
 
 
 def base_of(policy: Policy | AdaKV) -> Policy:

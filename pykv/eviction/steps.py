@@ -17,14 +17,15 @@ from pykv.arrays import (
     FLOATS,
     INT32,
     check_shape,
+    check_writeable,
     is_array,
     module_of,
     not_an_array,
     on_gpu,
     to_host,
 )
-from pykv.attention import check_cap, check_scale
-from pykv.checker import checker
+from pykv.attention import MAX_HEAD_DIM, check_cap, check_scale
+from pykv.checker import check_head_dim, checker
 from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError
 from pykv.eviction.parts import Rows, check_cache, of_heads, parts
 from pykv.eviction.policies import AdaKV, Policy, as_policy, base_of
@@ -55,12 +56,24 @@ class Evicted:
 
     def moved(self, layer: int, x: Any, fill: Any = 0) -> Any:
         """What belongs to rows of a layer, `x` [B, H, C] where the cache is, in their new slots;
-        `fill` behind."""
-        xp, kept = module_of(x), self.kept[layer]
+        `fill` behind.
+
+        Raises:
+            ParameterError: there is no such `layer`.
+            ShapeError, DtypeError, DeviceError: `x` is no such array.
+        """
+        op = "eviction.Evicted.moved"
+        kept = self.kept[check_whole(op, "layer", layer, 0, len(self.kept) - 1)]
+        if not is_array(x):
+            raise not_an_array(op, "x", x)
         if kept is None:
             return x
-        _check_place("eviction.Evicted.moved", "x", x, kept)
-        taken = xp.take_along_axis(x, xp.maximum(kept, 0)[..., : x.shape[-1]], 2)
+        _check_place(op, "x", x, kept)
+        if x.ndim != 3 or x.shape[:2] != kept.shape[:2] or x.shape[2] < kept.shape[2]:
+            B, H, C = kept.shape
+            raise ShapeError(f"{op}: x has shape {x.shape}, expected {B, H, C}, or more slots")
+        xp = module_of(x)
+        taken = xp.take_along_axis(x, xp.maximum(kept, 0), 2)
         return xp.where(kept >= 0, taken, xp.asarray(fill, x.dtype))
 
 
@@ -102,12 +115,13 @@ def evict(
 
     Raises:
         ParameterError: a sequence is none of the manager's or is there twice, a length exceeds its
-            pages, `queries`, `scores` or `rotary` that policies need are missing or not wanted, or
-            a layer does not exist.
+            pages, `queries`, `scores` or `rotary` that policies need are missing or not wanted, a
+            layer does not exist, or one is read-only.
         ShapeError, DtypeError, DeviceError: an array is of another shape, dtype or device.
         CapacityError: the pool has too few free pages for copies of shared ones; nothing is lost.
-        UnsupportedError: the call is being prepared, or a CUDA graph captured; or sequences have
-            more than 2^24 slots, which `Streaming` does not tell apart.
+        UnsupportedError: the call is being prepared, or a CUDA graph captured; heads have more than
+            512 elements; or sequences have more than 2^24 slots, which `Streaming` does not tell
+            apart.
 
     Copies page tables to a GPU and waits for it where lengths that are left depend on scores (a
     threshold, AdaKV). Work of other streams on freed pages must wait for this one. Two evictions in
@@ -129,6 +143,7 @@ def evict(
     if logits_soft_cap is not None:
         logits_soft_cap = check_cap(op, logits_soft_cap)
     cuda.refuse_repeat(op, "pages go back to the manager", cache.k, stream)
+    _check_may_move(op, cache)
     with cuda.on_stream(stream, cache.k):
         work = _Work(op, cache, sequences, lengths, policies)
         arrays = work.arrays(queries=queries, scores=scores)
@@ -213,8 +228,9 @@ class _Work:
         if (x is None) == (expected is not None):
             wrong = "missing" if x is None else "given"
             bases = sorted({type(base_of(policy)).__name__ for policy in self.policies.values()})
+            asking = " and ".join(bases) or "no policy"
             raise ParameterError(
-                f"{self.op}: {name} {verb} {wrong}, expected {expected} for {' and '.join(bases)}"
+                f"{self.op}: {name} {verb} {wrong}, expected {expected} for {asking}"
             )
 
     def positions(self, given: Any) -> dict[int, Any]:
@@ -286,7 +302,7 @@ class _Work:
             )
 
         if isinstance(policy, AdaKV):
-            floors = np.floor(policy.floor * limits).astype(np.int32).reshape(-1)
+            floors = policy.floors(limits).reshape(-1)
             if floors.any():
                 flat = xp.ascontiguousarray(scores).reshape(B * H, 1, C)
                 first, _ = choose(flat, lengths.reshape(-1, 1), floors)
@@ -342,6 +358,15 @@ class _Work:
             return made
         moved = [made.moved(layer, x, -1) for layer, x in positions.items()]
         return replace(made, positions=moved)
+
+
+def _check_may_move(op: str, cache: PagedKVCache) -> None:
+    """Check that rows can move in all layers: when they do, pages have gone back already."""
+    check_head_dim(op, "cache", cache.sizes[2], MAX_HEAD_DIM, "head_dim")
+    for layer in range(len(cache.layers)):
+        pools = cache.pools(layer)
+        for name in cache.spec.written():
+            check_writeable(op, f"{name} of layer {layer}", pools[name])
 
 
 def _all_rows(lengths: Any, C: int) -> Any:

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,13 @@ from pykv.kvtc.basis import inverse, orthonormal, weigh
 from pykv.kvtc.coder import GROUP
 from pykv.kvtc.v0 import KvtcConfig
 from pykv.llm import LLM, memory
+from pykv.number_texts import counted
 from pykv.ops import linear
 from pykv.options import check_flag, check_type, check_whole
 from pykv.terminal import note
 
 RATIOS = (8, 16, 32, 64)
+_MOST_RATIO = 1024
 HELD = 6  # one row of so many is held out,
 MOST_HELD = 8192  # but not more in all
 _ROWS_PER_FEATURE = 2  # a basis from fewer rows fits their noise
@@ -78,7 +81,8 @@ def calibrate(
         DtypeError: an argument has another type.
         CapacityError: memory, or the disk of `out`, is too small; nothing has been computed then.
         InstallError: CuPy finds no cuBLAS.
-        NumberError: keys or values are not finite in float16, or have fewer directions than `rank`.
+        NumberError: keys or values are not finite in float16, or have fewer directions than `rank`;
+            or activations are all zero, or beyond float32.
         OSError: a file cannot be written.
 
     Waits for the GPU. Source: KVTC (arXiv 2511.01815), but for the coder, see pykv.kvtc.coder.
@@ -112,7 +116,7 @@ def calibrate(
     windows, counts = _windows(llm, ids, window)
     if sum(counts) < _ROWS_PER_FEATURE * widest:
         raise ParameterError(
-            f"{_OP}: texts has {sum(map(len, ids)):,} tokens, expected at least "
+            f"{_OP}: texts has {counted(sum(map(len, ids)), 'token')}, expected at least "
             f"{_ROWS_PER_FEATURE * widest + SINKS * len(windows):,}: two for each of {widest:,} "
             f"features, and {SINKS} for each window"
         )
@@ -239,7 +243,9 @@ def _centred(
     ids, _ = _tokens(op, model, _checked_texts(op, texts), tokens)
     windows, counts = _windows(model, ids, min(_WINDOW, model.model.config.context))
     if not sum(counts):
-        raise ParameterError(f"{op}: texts has {sum(map(len, ids))} tokens, expected more")
+        raise ParameterError(
+            f"{op}: texts has {counted(sum(map(len, ids)), 'token')}, expected more"
+        )
     width = facts.kv_heads * facts.head_dim
     rows = rows_of.Rows(width * facts.layers, counts)
     _collect(model, windows, rows, False)
@@ -280,10 +286,10 @@ def _checked_texts(op: str, texts: Any) -> dict[str, str]:
 
 def _checked_ratios(ratios: Any) -> tuple[int, ...]:
     try:
-        given = list(ratios)
+        given = list(islice(ratios, _MOST_RATIO))  # more do not rise
     except TypeError:
         raise DtypeError(f"{_OP}: ratios is {ratios!r:.80}, expected whole numbers") from None
-    found = tuple(check_whole(_OP, "ratios", ratio, 2, 1024) for ratio in given)
+    found = tuple(check_whole(_OP, "ratios", ratio, 2, _MOST_RATIO) for ratio in given)
     if not found or list(found) != sorted(set(found)):
         raise ParameterError(f"{_OP}: ratios is {ratios!r:.80}, expected rising numbers")
     return found

@@ -19,6 +19,7 @@ These functions are the definition, in NumPy.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -40,8 +41,8 @@ def check_widths(op: str, widths: Any) -> tuple[int, ...]:
         ParameterError: they are not eight multiples of 32, or above 2 million.
     """
     try:
-        given = tuple(widths)
-    except (TypeError, OverflowError):  # no sequence, or a range beyond ssize_t
+        given = tuple(islice(widths, len(WIDTHS) + 1))
+    except TypeError:  # no sequence
         given = ()
     if len(given) != len(WIDTHS):
         raise ParameterError(f"{op}: widths is {widths!r:.80}, expected {len(WIDTHS)} numbers")

@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from pykv.arrays import to_host
+from pykv.errors import NumberError
 from pykv.kvtc.artefact import HEAVIEST, LIGHTEST, SINKS
 from pykv.kvtc.rows import read
 from pykv.llm import matrices
@@ -42,7 +43,12 @@ _LEAST = 2.0**-40  # times the largest importance: a floor, so that logarithms e
 
 def measure(model: Model, ids: list[int], xp: Any) -> Any:
     """The importance of keys and values of tokens, [2, L, H, D, D] float64 on the host, where the
-    last tokens ask for those before; the first ones, which are never coded, do not count."""
+    last tokens ask for those before; the first ones, which are never coded, do not count.
+
+    Raises:
+        NumberError: it is not finite, as where activations are zero, or overflow in the last layer,
+            behind which no keys and values tell.
+    """
     config = model.config
     T = min(QUERIES, len(ids) // 2)
     found = np.zeros((2, config.num_layers, config.kv_heads, config.head_dim, config.head_dim))
@@ -57,8 +63,15 @@ def measure(model: Model, ids: list[int], xp: Any) -> Any:
         k, v = (x.reshape(-1, *x.shape[2:])[: len(ids)] for x in cache.layers[i])
         if model.hadamard:
             q, k = q @ xp.asarray(mixing), k @ xp.asarray(mixing)
-        for side, of_side in enumerate(_of_layer(model, i, q, k, v, squares[i], xp)):
-            found[side, i] = to_host(of_side)
+        with np.errstate(all="ignore"):  # what is not finite is refused below
+            for side, of_side in enumerate(_of_layer(model, i, q, k, v, squares[i], xp)):
+                found[side, i] = to_host(of_side)
+        is_known = bool(xp.isfinite(squares[i]).all()) and np.isfinite(found[:, i]).all()
+        if not is_known:
+            raise NumberError(
+                f"kvtc.calibrate: what errors of layer {i} count is not finite, expected "
+                "activations that are neither all zero nor beyond float32"
+            )
     found[0] *= KEYS
     if model.hadamard:
         found[1] = mixing.T @ found[1] @ mixing

@@ -210,6 +210,10 @@ def test_windows_are_spread_and_begin_alike(llm, tmp_path):
 def test_windows_that_there_cannot_be(llm):
     with pytest.raises(ParameterError, match=r"text has 3 tokens, expected at least 116 for 2"):
         continuation.windows(llm, "abc", count=2, prefill=N, score=M)
+    with pytest.raises(
+        ParameterError, match="text has 1 token, expected at least 58 for 1 window$"
+    ):
+        continuation.windows(llm, "a", prefill=N, score=M)
     with pytest.raises(CapacityError, match="window has 1025 tokens .* context of 1024"):
         continuation.windows(llm, TEXT, prefill=1000, score=25)
 

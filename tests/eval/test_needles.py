@@ -45,6 +45,8 @@ def test_a_haystack_is_the_same_everywhere(llm):
 def test_too_few_tokens(llm):
     with pytest.raises(ParameterError, match=r"tokens is 100, expected at least \d+ for 4 keys"):
         needles.haystack(llm, keys=4, tokens=100)
+    with pytest.raises(ParameterError, match=r"tokens is 1, expected at least \d+ for 1 key$"):
+        needles.haystack(llm, keys=1, tokens=1)
     with pytest.raises(ParameterError, match="keys is 17, expected 1 to 16"):
         needles.haystack(llm, keys=17)
     with pytest.raises(ParameterError, match="tokens is 1025, expected 1 to 1024"):

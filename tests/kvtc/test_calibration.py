@@ -1,5 +1,6 @@
 """Calibration of tiny models: rows, options, files, the command."""
 
+import itertools
 import json
 import os
 import sys
@@ -188,6 +189,8 @@ def test_too_little_text_is_refused(llm):
         (dict(ratios=(2, 64)), ParameterError, "ratios has 64, expected at most 32"),
         (dict(ratios=4), DtypeError, "ratios"),
         (dict(ratios=("8",)), DtypeError, "ratios"),
+        (dict(ratios=range(10**18)), ParameterError, "ratios is 0, expected 2 to 1024"),
+        (dict(ratios=itertools.repeat(2)), ParameterError, "ratios is .*, expected rising numbers"),
         (dict(window=5), ParameterError, "window is 5, expected 6 to 128"),
         (dict(window=129), ParameterError, "window is 129, expected 6 to 128"),
         (dict(rank=48), ParameterError, "rank is 48, expected a multiple of 32"),
@@ -241,6 +244,19 @@ def test_values_beyond_float16_are_an_error(llm, monkeypatch):
     monkeypatch.setattr(rows, "collect", lambda *a: (collect(*a)[0], 1e5 * collect(*a)[1]))
     with pytest.raises(NumberError, match="not finite in float16"):
         calibrate(llm, TEXTS, **OPTIONS)
+
+
+@pytest.mark.parametrize("of_embedding", [0.0, 1e25, None])
+def test_activations_that_tell_nothing_are_an_error(path, tmp_path, of_embedding):
+    """Of all tokens, or of the last layer, which no keys come from."""
+    llm = LLM(path, device="cpu", weights="fp32")
+    if of_embedding is None:
+        llm.model.layers[1].attention_out[0, 0] = np.nan
+    else:
+        llm.model.embedding[...] *= np.float32(of_embedding)
+    with pytest.raises(NumberError, match=r"errors of layer [01] count is not finite"):
+        calibrate(llm, TEXTS, out=tmp_path / "a", **OPTIONS)
+    assert os.listdir(tmp_path) == ["a.rows"]
 
 
 def test_coefficients_beyond_float16_are_an_error(llm, monkeypatch):

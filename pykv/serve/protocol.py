@@ -345,7 +345,7 @@ class Protocol:
         """Refuse what is longer than the context before work is done for each id."""
         if len(ids) > self.llm.context:
             message = (
-                f"{param} has {counted(len(ids), 'token')}, expected at most {self.llm.context}"
+                f"{param} has {counted(len(ids), 'token')}, expected at most {self.llm.context:,}"
             )
             raise ApiError(400, message, param=param, code="context_length_exceeded")
 

@@ -180,7 +180,7 @@ def test_a_context_that_does_not_fit_says_both_numbers(one):
     ):
         status, error = one.refused(CHAT, **body)
         assert status == 400 and error["code"] == "context_length_exceeded"
-        assert "1000" in error["message"] and error["param"] == "messages"
+        assert "1,000" in error["message"] and error["param"] == "messages"
     status, error = one.refused(TEXT, prompt=[5] * 1000)
     assert (status, error["param"]) == (400, "prompt") and "1,000 tokens" in error["message"]
 

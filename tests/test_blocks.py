@@ -279,6 +279,12 @@ TestPool = Pool.TestCase
 # --- By hand ---
 
 
+def test_a_manager_says_how_many_pages_are_free():
+    manager = blocks.BlockManager(8, 4)
+    _held = manager.allocate(9)
+    assert repr(manager) == "BlockManager(num_pages=8, page_size=4, 5 free)"
+
+
 def test_a_page_is_copied_before_one_of_two_holders_writes_to_it():
     pool = blocks.BlockManager(4, 16)
     first = pool.allocate(20)

@@ -89,6 +89,12 @@ class BlockManager:
     def __copy__(self) -> None:
         raise UnsupportedError("BlockManager: copy.copy would share its lists, expected deepcopy")
 
+    def __repr__(self) -> str:
+        return (
+            f"BlockManager(num_pages={self.num_pages}, page_size={self.page_size}, "
+            f"{self._states.num_free} free)"
+        )
+
     @property
     def num_pages(self) -> int:
         """Pages in the pool."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -47,7 +47,7 @@ class Config:
     attention_cap: float | None
     logit_cap: float | None
     windows: tuple[int | None, ...] = ()
-    inv_freq: tuple[np.ndarray, ...] = ()
+    inv_freq: tuple[np.ndarray, ...] = field(default=(), repr=False)
 
     @property
     def kind(self) -> Architecture:

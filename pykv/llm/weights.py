@@ -18,10 +18,11 @@ from pykv.llm.config import Config, read_config
 from pykv.llm.gguf import ModelFile, TensorInfo
 from pykv.llm.matrices import Stored
 from pykv.llm.source import Source
+from pykv.number_texts import counted
 from pykv.ops import block_linear, linear, paged_qkv
 
 
-@dataclass
+@dataclass(repr=False)  # it would copy weights from a GPU
 class Layer:
     """Weights of one layer; matrices are [outputs, inputs], arrays or matrices.Stored, and None
     where a model has no such part."""
@@ -43,7 +44,7 @@ class Layer:
     inv_freq: Any
 
 
-@dataclass
+@dataclass(repr=False)
 class Model:
     """Configuration and weights, all on one device.
 
@@ -57,6 +58,10 @@ class Model:
     output_norm: Any
     head: Any
     hadamard: bool = False
+
+    def __repr__(self) -> str:
+        layers = counted(len(self.layers), "layer")
+        return f'Model("{self.config.architecture}", {layers}, {self.matrix_bytes:,} bytes)'
 
     @property
     def matrix_bytes(self) -> int:

@@ -4,6 +4,7 @@ tools/make_model_truth.py."""
 
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -378,6 +379,15 @@ def test_metadata_is_checked(tmp_path):
         file.metadata[key] = value
         with pytest.raises(UnsupportedError, match=text):
             read_config(file)
+
+
+@pytest.mark.parametrize("weights", ["fp16", "stored"])
+def test_what_a_model_is_takes_one_line(tmp_path, weights):
+    """Not all weights, which would come from a GPU."""
+    tiny.write_case(tmp_path / "x.gguf", "llama")
+    model = LLM(tmp_path / "x.gguf", device="cpu", weights=weights).model
+    assert re.fullmatch(r'Model\("llama", 2 layers, [0-9,]+ bytes\)', repr(model))
+    assert "array" not in repr(model.layers[0]) + repr(model.config)
 
 
 def test_a_path_of_any_sort_opens_a_model(tmp_path, monkeypatch):

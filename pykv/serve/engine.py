@@ -245,7 +245,7 @@ class Engine:
         try:
             while self._go_on():
                 pass
-        except Exception:  # a fault of the engine must not leave clients waiting for ever
+        except BaseException:  # a fault, or a panic of Rust, must leave no client waiting for ever
             log.exception("the engine ends")
         with self._lock:
             self._stopping = True

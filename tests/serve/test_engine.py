@@ -118,9 +118,14 @@ def test_an_abort_that_fails_is_of_no_others_concern(start):
     assert engine.is_alive and engine.load()["running"] == 0
 
 
-def test_a_fault_of_the_engine_ends_all_who_wait(start, caplog, monkeypatch):
+class Panic(BaseException):
+    """As pyo3 has those of an extension in Rust."""
+
+
+@pytest.mark.parametrize("error", [RuntimeError, Panic])
+def test_a_fault_of_the_engine_ends_all_who_wait(start, caplog, monkeypatch, error):
     def fault(work):
-        raise RuntimeError("planted")
+        raise error("planted")
 
     engine = start({1: "one", 2: "two" * 30}, seconds=0.002)
 

@@ -196,7 +196,7 @@ class Engine:
                 pass
             self._fail(self._jobs, stopping())
             self._report()
-        except Exception:  # a fault of the engine must not leave clients waiting for ever
+        except BaseException:  # a fault, or a panic of Rust, must leave no client waiting for ever
             log.exception("the engine ends")
         finally:
             self._tell(None)  # which also ends what is not known here

@@ -5,8 +5,10 @@ import pytest
 
 from pykv import cuda
 from pykv.errors import CapacityError, NumberError
-from pykv.llm import LLM, model
+from pykv.llm import LLM, SamplingParams, model
 from pykv.llm.prompt_steps import PromptSteps
+from pykv.llm.prompts import answer_to
+from pykv.llm.sequence_pages import SequencePages
 from pykv.ops import paged_check
 from tests.helpers import assert_same_bits, to_numpy, without_simt
 from tests.llm.test_model import greedy
@@ -317,3 +319,41 @@ def test_an_error_while_pages_are_reserved_leaks_none(open_llm, rng, monkeypatch
     with pytest.raises(error):
         llm.generate([tokens_of(rng, 40) for _ in range(3)], greedy(2))
     assert llm.cache.manager.num_free == llm.cache.manager.num_pages
+
+
+@without_simt
+def test_a_step_that_fails_behind_its_draw_leaves_no_log_probability(open_llm, rng, monkeypatch):
+    """The token is drawn again, when another thread's call goes on."""
+    llm, offer = open_llm(), SequencePages.offer
+    answer = answer_to(llm, tokens_of(rng, 20), SamplingParams(max_tokens=3, logprobs=1))
+    s = answer.sequence
+
+    def failing(pages, sequence):
+        if sequence.logprobs and not sequence.generated and not sequence.preemptions:
+            raise RuntimeError("planted")
+        offer(pages, sequence)
+
+    monkeypatch.setattr(SequencePages, "offer", failing)
+    with llm.turn():
+        llm._scheduler.add(s)
+        llm._scheduler.step()
+        with pytest.raises(RuntimeError, match="planted"):
+            llm._scheduler.step()
+        while llm._scheduler.has_work:
+            llm._scheduler.step()
+    assert len(s.generated) == 3 and [x.token_id for x in s.logprobs] == s.generated
+
+
+@without_simt
+def test_what_an_answer_computed_that_failed_is_not_found(open_llm, rng):
+    llm = open_llm()
+    s = answer_to(llm, tokens_of(rng, 20), greedy(40)).sequence
+    with llm.turn():
+        llm._scheduler.add(s)
+        while len(s.generated) < 20:
+            llm._scheduler.step()
+        s.fail(NumberError("planted"))
+        llm._scheduler.step()
+    pages = llm.cache.manager.reuse(s.tokens)
+    assert len(pages) == 1  # of the prompt
+    llm.cache.manager.free(pages)

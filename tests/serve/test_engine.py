@@ -130,9 +130,14 @@ def test_an_abort_that_fails_is_of_no_others_concern(start):
     assert within(run()) == (["two" * 30], [["stop"]])
 
 
-def test_a_fault_of_the_engine_ends_all_who_wait(start, caplog, monkeypatch):
+class Panic(BaseException):
+    """As pyo3 has those of an extension in Rust."""
+
+
+@pytest.mark.parametrize("error", [RuntimeError, Panic])
+def test_a_fault_of_the_engine_ends_all_who_wait(start, caplog, monkeypatch, error):
     def fault(jobs):
-        raise RuntimeError("planted")
+        raise error("planted")
 
     async def run():
         desk = start({1: "one", 2: "two" * 30}, seconds=0.002)

@@ -2,6 +2,7 @@
 
 import json
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -147,6 +148,15 @@ def test_what_triggers_a_grammar_may_end_within_a_token(tmp_path, said, once):
     assert bits[ord("o")] and bits[258] and not bits[ord("x")] and not bits[259]
     made.push([258], text + "ok")
     assert (made.mask() is None) is not once
+
+
+def test_a_parser_that_allows_nothing_allows_the_end():
+    """Where the answer ends, and `error` says why: else it would seem a fault of the model."""
+    from pykv.serve.constraints import Constraint
+
+    matcher = SimpleNamespace(unsafe_compute_mask_ptr=lambda *given: None)
+    ends = np.array([0, 4], np.int32)
+    assert Constraint(matcher, "", ends, False, list).mask() is ends
 
 
 def test_what_a_parser_says_of_itself_is_left_out(serve):

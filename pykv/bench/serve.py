@@ -93,7 +93,7 @@ def select(args: argparse.Namespace) -> list[Case]:
         name: check_whole("bench serve", f"--{name}", n, least.get(name, 1), MAX_COUNT)
         for name, n in given.items()
     }
-    if args.model and not args.url:
+    if args.model and not (args.url or synthetic.is_name(args.model)):
         models.check(args.model)
     cases = QUICK if args.quick else CASES
     cases = [{**cases[0], **own}] if own else cases

@@ -9,6 +9,7 @@ import pytest
 from pykv import cli
 from pykv.bench import engine, synthetic
 from pykv.bench import serve as bench
+from pykv.errors import FetchError
 from pykv.serve import load
 from pykv.serve.fields import ApiError
 from tests.llm import tiny
@@ -69,10 +70,12 @@ def test_failures_are_counted(serve):
 
 
 def test_cases_and_the_closing_line():
-    given = dict(model="m", url=None, quick=False, **dict.fromkeys(SIZES))
+    noise = "tiny-q4_k"
+    given = dict(model=noise, url=None, quick=False, **dict.fromkeys(SIZES))
     cases = [(c["model"], c["clients"], c["requests"]) for c in bench.select(Namespace(**given))]
-    own = [("m", 1, 8), ("m", 16, 128), ("m", 64, 512), ("m", 1, 1), ("m", 64, 64)]
-    assert cases == own
+    assert cases == [(noise, *n) for n in ((1, 8), (16, 128), (64, 512), (1, 1), (64, 64))]
+    with pytest.raises(FetchError, match="no such file"):
+        bench.select(Namespace(**(given | {"model": "m"})))
     given["model"] = None
     assert bench.select(Namespace(**given))[-1]["model"] == bench.NOISE
     (case,) = bench.select(Namespace(**(given | {"clients": 5, "url": "http://x"})))

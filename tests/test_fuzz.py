@@ -11,7 +11,7 @@ TOOLS = Path(__file__).parents[1] / "tools"
 ATTEMPTS = {
     "pass": "2 accepted; 0 faults",
     "raise FormatError('cut short')": "2 refused; 0 faults",
-    "raise FormatError('two\\nlines')": "unprintable message 'two\\nlines'",
+    "raise FormatError('a\\ttab')": "unprintable message 'a\\ttab'",
     "raise FormatError('\\x1b[2J')": "unprintable message '\\x1b[2J'",
     "{}['key']": "KeyError: 'key'",
     "bytearray(3 << 30)": "MemoryError",

@@ -158,8 +158,8 @@ def read_token(
     axes = " ".join(("S", *spec.page_axes, "|")).replace("P", "C")
     check = checker(op, k_cache=(f"{axes} K", FLOATS), v_cache=(f"{axes} V", FLOATS))
     sizes = check(k_cache, v_cache)
-    for name, value, end in (("slot", slot, sizes["S"]), ("token", token, sizes["C"])):
-        check_whole(op, name, value, 0, end - 1)
+    slot = check_whole(op, "slot", slot, 0, sizes["S"] - 1)
+    token = check_whole(op, "token", token, 0, sizes["C"] - 1)
     rows = (spec.as_nhd(cache)[slot, token] for cache in (k_cache, v_cache))
     k, v = (row.get() if on_gpu(row) else row.copy() for row in rows)
     return k, v

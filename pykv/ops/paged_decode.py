@@ -238,9 +238,11 @@ def workspace_size(
         DeviceError: there is no CuPy or no such GPU; on the host no workspace is needed.
     """
     op = "paged_decode.workspace_size"
-    sizes = dict(B=B, T=T, HQ=HQ, H=H, D=D, capacity=capacity)
-    for name, size in sizes.items():
-        sizes[name] = check_whole(op, name, size, 1 if name == "H" else 0, 2**31 - 1)
+    given = dict(B=B, T=T, HQ=HQ, H=H, D=D, capacity=capacity)
+    B, T, HQ, H, D, capacity = (
+        check_whole(op, name, size, 1 if name == "H" else 0, 2**31 - 1)
+        for name, size in given.items()
+    )
     fixed_split = attention.check_split(op, fixed_split)
     if device is not None:
         device = check_whole(op, "device", device, 0, 2**31 - 1)

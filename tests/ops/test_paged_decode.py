@@ -620,6 +620,8 @@ def test_workspace_suffices_for_smaller_batches(monkeypatch):
     monkeypatch.setattr(cuda, "num_sms", lambda device: 132)
     size = paged_decode.workspace_size(5, 32, 8, 128, 4096, device=0)
     assert size == 4096 + max(4 * 13 * 32, 2 * 49 * 32) * (128 + 2)
+    narrow = map(np.uint8, (5, 32, 8, 128))  # whose products would wrap around
+    assert paged_decode.workspace_size(*narrow, np.array(4096), device=0) == size
     fixed = paged_decode.workspace_size(5, 32, 8, 128, 4096, fixed_split=512, device=0)
     assert fixed == 4096 + 5 * 8 * 32 * (128 + 2)
     assert paged_decode.workspace_size(1, 32, 8, 128, 128, device=0) == 0

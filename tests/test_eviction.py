@@ -819,6 +819,30 @@ def test_options_that_calls_make_are_refused(rng):
             eviction.decode(cache, 0, q, table, lengths, **{name: q})
 
 
+def test_positions_of_rows_that_were_appended_are_asked_for(xp, rng):
+    """`Evicted.positions` has -1 in the slots that they went to."""
+    cache, sequences, _ = cache_of(xp, rng)
+    evicted = eviction.evict(cache, sequences, LENGTHS, "adakv:random:7")
+    q = xp.asarray(rng.standard_normal((3, H * G, D)).astype(np.float32))
+    held = np.ascontiguousarray(evicted.lengths[0])
+    width = max(map(len, sequences))
+    positions = xp.ascontiguousarray(evicted.positions[0][..., : width * P])
+    table = xp.asarray(blocks.page_table(sequences, width))
+
+    def decode(lengths, **options):
+        return eviction.decode(
+            cache, 0, q, table, xp.asarray(lengths), positions=positions, **options
+        )
+
+    check = xp is not np
+    decode(held, window=8, check=check)
+    held[1, 1] += 1
+    text = rf"eviction.decode: positions\[1, 1, {held[1, 1] - 1}\] is -1, expected at least"
+    for options in (dict(window=8), dict(alibi_slopes=xp.ones(H * G, np.float32))):
+        with pytest.raises(ParameterError, match=text):
+            decode(held, check=check, **options)
+
+
 def test_windows_ask_for_positions(rng):
     cache, sequences, _ = cache_of(np, rng)
     q = np.zeros((3, H * G, D), np.float32)

@@ -75,7 +75,7 @@ def decode(
         return (out, module_of(q).empty(q.shape[:-1], np.float32)) if return_lse else out
     made = parts(cache, layer, together=alibi_slopes is None and sinks is None)
     HQ, H = dims["HQ"], dims["H"]
-    _check_heads(op, made, dims)
+    _check_heads(op, cache, made, dims)
     _check_table(op, cache, page_table, lengths, options.get("check"), stream, positions)
     with cuda.on_stream(stream, q):
         results = []
@@ -131,7 +131,7 @@ def append(
     check_cache(op, cache, layer)
     refuse_own(op, options, "slots")
     dims = _append_check(k, v, page_table, lengths)
-    _check_heads(op, parts(cache, layer), dims)
+    _check_heads(op, cache, parts(cache, layer), dims)
     cache.require_scales(op, layer)
 
     def look() -> None:
@@ -193,7 +193,7 @@ def attention_mass(
     dims = _mass_check(q, page_table, lengths, before)
     B, H, C = dims["B"], dims["H"], dims["M"] * cache.page_size
     made = parts(cache, layer)
-    _check_heads(op, made, dims)
+    _check_heads(op, cache, made, dims)
     if dims.get("C", 0) > C:
         raise ShapeError(f"{op}: before has C={dims['C']}, expected at most M * P = {C}")
     _check_table(op, cache, page_table, lengths, None, stream)
@@ -273,10 +273,13 @@ def _check_pages(op: str, cache: PagedKVCache, page_table: Any, longest: Any) ->
     paged_check.check_page_table(page_table, longest, *pool, op=op)
 
 
-def _check_heads(op: str, made: list[Part], dims: Dims) -> None:
-    """Check KV heads, and where there are queries their heads."""
+def _check_heads(op: str, cache: PagedKVCache, made: list[Part], dims: Dims) -> None:
+    """Check KV heads and their size, and where there are queries their heads."""
     held, H = sum(part.n for part in made), dims["H"]
     if H != held:
         raise ShapeError(f"{op}: lengths has H={H}, expected the {held} heads of the cache")
+    if dims["D"] != (D := cache.sizes[2]):
+        name = "q" if "HQ" in dims else "k"
+        raise ShapeError(f"{op}: {name} has D={dims['D']}, expected {D} as the cache")
     if dims.get("HQ", H) % H:
         raise ShapeError(f"{op}: q has HQ={dims['HQ']}, expected a multiple of H={H}")

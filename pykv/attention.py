@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pykv.arrays import FLOAT32, FLOATS, INT32, UINT64, like
+from pykv.arrays import FLOAT32, FLOATS, INT32, UINT64, like, to_host
 from pykv.checker import Dims, check_head_dim, optional
 from pykv.errors import CapacityError, ParameterError, ShapeError, UnsupportedError
 from pykv.kinds import decode
@@ -166,6 +166,31 @@ def check_pages(
         b = int(np.argmax(lengths > most))
         raise CapacityError(f"{op}: lengths[{b}] is {lengths[b]}, expected at most M * P = {most}")
     paged_check.check_page_table(page_table, lengths, *pool, seen=seen, starts=starts, op=op)
+
+
+def check_positions(op: str, name: str, positions: Any, lengths: Any) -> None:
+    """Check that positions of rows ascend: kernels look for the first one in a window by halves.
+
+    Args:
+        op, name: for messages.
+        positions: [..., C] int32.
+        lengths: [...] int32; rows that there are.
+
+    Raises:
+        ParameterError: one does not exceed the one before it, or is negative. -1 stands behind the
+            rows of `Evicted.positions`, where those that were appended since are to be noted.
+    """
+    positions, lengths = to_host(positions), to_host(lengths)
+    is_row = np.arange(positions.shape[-1]) < lengths[..., None]
+    steps = np.diff(positions.astype(np.int64), axis=-1, prepend=-1)
+    wrong = np.argwhere(is_row & (steps < 1))
+    if len(wrong):
+        *where, i = wrong[0].tolist()
+        least = int(positions[*where, i - 1]) + 1 if i else 0
+        raise ParameterError(
+            f"{op}: {name}{[*where, i]} is {positions[*where, i]}, expected at least {least}: "
+            "positions of rows ascend"
+        )
 
 
 # --- Arguments that kernels share -----------------------------------------------------------------

@@ -149,6 +149,10 @@ def test_wrong_arguments(rng):
         ShapeError, match=r"means has shape \(4, 2, 8, 16\), expected \(4, 2, 9, 16"
     ):
         decode_blocks(cache, 1, q, table, lengths, means[:, :, :8].copy(), good)
+    with pytest.raises(ShapeError, match=r"block_means: means has shape \(4, 2, 8, 16\), expected"):
+        block_means(cache, 1, table, lengths, good, means=means[:, :, :8].copy())
+    with pytest.raises(ShapeError, match="decode_blocks: q has HQ=3, expected a multiple of H=2"):
+        decode_blocks(cache, 1, np.zeros((4, 3, D), np.float32), table, lengths, means, good)
     too_long = lengths + np.int32(1000)
     for given in (None, means):
         with pytest.raises(CapacityError, match=r"lengths\[0\] is 10\d\d, expected at most M"):

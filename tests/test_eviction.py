@@ -648,6 +648,29 @@ def test_a_floor_keeps_no_row_below_the_threshold(xp, rng):
         assert not eviction.evict(cache, forked, LENGTHS, policy).lengths.any()
 
 
+def test_arrays_of_other_sizes_change_nothing(xp, rng):
+    cache, sequences, _ = cache_of(xp, rng)
+    old, C = [list(pages) for pages in sequences], 8 * P
+    shapes = {
+        "scores:8": ((2, H, C), (3, 1, C), (3, H, C - 1), (3, H, C + 1)),
+        "tova:8": ((2, 1, 4, D), (3, 0, 4, D), (3, 1, 3, D), (3, 1, 0, D), (3, 1, 4, 8)),
+        "random:8": ((2, H, C), (3, 1, C), (3, H, C - 1)),
+    }
+    named = {"scores:8": "scores", "tova:8": "queries", "random:8": "positions"}
+    for policy, wrong in shapes.items():
+        for shape in wrong:
+            dtype = np.int32 if policy == "random:8" else np.float32
+            given = {named[policy]: [xp.zeros(shape, dtype)] * L}
+            with pytest.raises(ShapeError, match=rf"evict: {named[policy]}\[0\] has"):
+                eviction.evict(cache, sequences, LENGTHS, policy, **given)
+    lengths = np.array(LENGTHS, np.int32)[None, :, None].repeat(L, 0).repeat(H, 2)
+    lengths[1, 0, 0] -= 1
+    queries = [xp.zeros((3, 1, H * G, D), np.float32)] * L
+    with pytest.raises(ParameterError, match="heads of layer 1 hold different numbers of rows"):
+        eviction.evict(cache, sequences, lengths, "tova:8", queries=queries)
+    assert sequences == old
+
+
 def test_wrong_arguments_change_nothing(xp, rng):
     cache, sequences, _ = cache_of(xp, rng)
     before, old = to_numpy(cache.k), [list(pages) for pages in sequences]
@@ -817,6 +840,44 @@ def test_options_that_calls_make_are_refused(rng):
     for name in ("out", "lse", "workspace", "key_positions", "k_pool"):
         with pytest.raises(ParameterError, match=f"{name} given, expected none"):
             eviction.decode(cache, 0, q, table, lengths, **{name: q})
+
+
+def test_positions_of_rows_that_were_appended_are_asked_for(xp, rng):
+    """`Evicted.positions` has -1 in the slots that they went to."""
+    cache, sequences, _ = cache_of(xp, rng)
+    evicted = eviction.evict(cache, sequences, LENGTHS, "adakv:random:7")
+    q = xp.asarray(rng.standard_normal((3, H * G, D)).astype(np.float32))
+    held = np.ascontiguousarray(evicted.lengths[0])
+    width = max(map(len, sequences))
+    positions = xp.ascontiguousarray(evicted.positions[0][..., : width * P])
+    table = xp.asarray(blocks.page_table(sequences, width))
+
+    def decode(lengths, **options):
+        return eviction.decode(
+            cache, 0, q, table, xp.asarray(lengths), positions=positions, **options
+        )
+
+    check = xp is not np
+    decode(held, window=8, check=check)
+    held[1, 1] += 1
+    text = rf"eviction.decode: positions\[1, 1, {held[1, 1] - 1}\] is -1, expected at least"
+    for options in (dict(window=8), dict(alibi_slopes=xp.ones(H * G, np.float32))):
+        with pytest.raises(ParameterError, match=text):
+            decode(held, check=check, **options)
+
+
+def test_rows_of_another_size_are_refused(xp, rng):
+    cache, sequences, _ = cache_of(xp, rng)
+    x, lengths = xp.zeros((3, H, 8), np.float32), xp.zeros((3, H), np.int32)
+    place = cache, 0
+    where = xp.asarray(blocks.page_table(sequences, 8)), lengths
+    for name, call in (
+        ("decode: q", lambda: eviction.decode(*place, x, *where)),
+        ("attention_mass: q", lambda: eviction.attention_mass(*place, x[:, None], *where)),
+        ("append: k", lambda: eviction.append(*place, x, x, *where)),
+    ):
+        with pytest.raises(ShapeError, match=f"{name} has D=8, expected 16 as the cache"):
+            call()
 
 
 def test_windows_ask_for_positions(rng):

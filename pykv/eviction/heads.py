@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from pykv import cuda
+from pykv import attention, cuda
 from pykv.arrays import FLOAT32, FLOATS, INT32, module_of, on_gpu, to_host
 from pykv.checker import Dims, checker, optional
 from pykv.errors import CapacityError, ParameterError, ShapeError
@@ -50,7 +50,8 @@ def decode(
         page_table: [B, M] int32.
         lengths: [B, H] int32 on the cache's device; rows of each head, those of the queries
             included.
-        positions: [B, H, M * P] int32; of each row, ascending. Needed with a window or ALiBi.
+        positions: [B, H, M * P] int32; of each row, ascending: what `Evicted.positions` has, and
+            those of rows appended since. Needed with a window or ALiBi.
         alibi_slopes, sinks: [HQ] float32, as of `paged_decode.decode`; each head is a launch of its
             own then, as where each head has a scale.
         return_lse, options: others of `paged_decode.decode`, but `out`, `lse` and `workspace`.
@@ -74,8 +75,8 @@ def decode(
         return (out, module_of(q).empty(q.shape[:-1], np.float32)) if return_lse else out
     made = parts(cache, layer, together=alibi_slopes is None and sinks is None)
     HQ, H = dims["HQ"], dims["H"]
-    _check_heads(op, made, dims)
-    _check_table(op, cache, page_table, lengths, options.get("check"), stream)
+    _check_heads(op, cache, made, dims)
+    _check_table(op, cache, page_table, lengths, options.get("check"), stream, positions)
     with cuda.on_stream(stream, q):
         results = []
         for part in made:
@@ -130,7 +131,7 @@ def append(
     layer = check_cache(op, cache, layer)
     refuse_own(op, options, "slots")
     dims = _append_check(k, v, page_table, lengths)
-    _check_heads(op, parts(cache, layer), dims)
+    _check_heads(op, cache, parts(cache, layer), dims)
     cache.require_scales(op, layer)
 
     def look() -> None:
@@ -192,7 +193,7 @@ def attention_mass(
     dims = _mass_check(q, page_table, lengths, before)
     B, H, C = dims["B"], dims["H"], dims["M"] * cache.page_size
     made = parts(cache, layer)
-    _check_heads(op, made, dims)
+    _check_heads(op, cache, made, dims)
     if dims.get("C", 0) > C:
         raise ShapeError(f"{op}: before has C={dims['C']}, expected at most M * P = {C}")
     _check_table(op, cache, page_table, lengths, None, stream)
@@ -241,15 +242,24 @@ _append_check = checker(
 
 
 def _check_table(
-    op: str, cache: PagedKVCache, page_table: Any, lengths: Any, check: Any, stream: Any
+    op: str,
+    cache: PagedKVCache,
+    page_table: Any,
+    lengths: Any,
+    check: Any,
+    stream: Any,
+    positions: Any = None,
 ) -> None:
-    """Check pages on the host, or if asked: those of heads are multiples of them, which may wrap
-    around and be pages again. That lengths [B, H] fit is for the ops of parts to see."""
+    """Check pages and positions on the host, or if asked: pages of heads are multiples of them,
+    which may wrap around and be pages again. That lengths [B, H] fit is for the ops of parts to
+    see."""
 
     def look() -> None:
         most = min(page_table.shape[1] * cache.page_size, 2**31 - 1)
         longest = to_host(lengths).max(1, initial=0)
         _check_pages(op, cache, page_table, np.minimum(longest, np.int32(most)))
+        if positions is not None:
+            attention.check_positions(op, "positions", positions, lengths)
 
     if paged_check.enabled(op, check) or not on_gpu(lengths):
         with cuda.on_stream(stream, lengths):
@@ -263,10 +273,13 @@ def _check_pages(op: str, cache: PagedKVCache, page_table: Any, longest: Any) ->
     paged_check.check_page_table(page_table, longest, *pool, op=op)
 
 
-def _check_heads(op: str, made: list[Part], dims: Dims) -> None:
-    """Check KV heads, and where there are queries their heads."""
+def _check_heads(op: str, cache: PagedKVCache, made: list[Part], dims: Dims) -> None:
+    """Check KV heads and their size, and where there are queries their heads."""
     held, H = sum(part.n for part in made), dims["H"]
     if H != held:
         raise ShapeError(f"{op}: lengths has H={H}, expected the {held} heads of the cache")
+    if dims["D"] != (D := cache.sizes[2]):
+        name = "q" if "HQ" in dims else "k"
+        raise ShapeError(f"{op}: {name} has D={dims['D']}, expected {D} as the cache")
     if dims.get("HQ", H) % H:
         raise ShapeError(f"{op}: q has HQ={dims['HQ']}, expected a multiple of H={H}")

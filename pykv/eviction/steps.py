@@ -213,6 +213,8 @@ class _Work:
                     f"{op}: {name} has shape {x.shape}, expected [B, T, HQ, D] with B={B}, some "
                     f"tokens and HQ a multiple of H={H}"
                 )
+            elif sizes["D"] != (D := self.cache.sizes[2]):
+                raise ShapeError(f"{op}: {name} has D={sizes['D']}, expected {D} as the cache")
         return {layer: found.get(layer) for layer in bases}
 
     def check_rotary(self, rotary: Any) -> None:

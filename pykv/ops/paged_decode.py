@@ -114,7 +114,7 @@ def decode(
         DtypeError: an array has another dtype, or an option another type.
         UnsupportedError: D exceeds 512, T 64 with a tree, or there are a tree and `key_positions`.
         ParameterError: a scalar is out of its range, scales are missing or too many, or, on the
-            host, a page does not exist; the check found a wrong entry.
+            host, a page does not exist or positions do not ascend; the check found a wrong entry.
         CapacityError: the workspace is too small, or, on the host, a length exceeds M * P.
         DeviceError: host and device arrays are mixed.
 
@@ -156,6 +156,10 @@ def decode(
         pool = dims["N"], dims["P"]
         with cuda.on_stream(stream, q):
             paged_check.check_page_table(page_table, lengths, *pool, seen=seen, op=op)
+    if key_positions is not None and (check or not on_gpu(q)):
+        with cuda.on_stream(stream, q):
+            named = op, "key_positions", key_positions, lengths
+            cuda.look(partial(attention.check_positions, *named))
     out, lse = attention.outputs(op, q, out, lse, return_lse)
     arrays = dict(out=out, lse=lse, q=q, k_pool=k_pool, v_pool=v_pool, k_scales=k_scales)
     arrays |= dict(v_scales=v_scales, page_table=page_table, lengths=lengths)

@@ -165,6 +165,12 @@ def forged(data):
     return bytes(data)
 
 
+def test_bytes_behind_the_arrays_are_refused(path):
+    path.write_bytes(forged(path.read_bytes() + bytes(64)))
+    with pytest.raises(FormatError, match="bytes, expected"):
+        Artefact.load(path)
+
+
 FIELDS = [  # offset, format, value, what the error names
     (
         8,

@@ -181,6 +181,17 @@ def test_too_little_text_is_refused(llm):
         calibrate(llm, {}, ratios=(2,))
 
 
+def test_texts_without_a_row_compare_nothing(llm):
+    artefact = calibrate(llm, TEXTS, **OPTIONS)
+    with pytest.raises(ParameterError, match="compare_coders: texts has 1 token, expected more"):
+        calibration.compare_coders(llm, artefact, {"short": "a"})
+
+
+def test_rows_below_a_group_of_components_are_refused():
+    with pytest.raises(ParameterError, match="rows have 16 features, expected at least 32"):
+        calibration._checked_rank(None, 16)
+
+
 @pytest.mark.parametrize(
     "options, error, text",
     [

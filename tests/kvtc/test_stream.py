@@ -8,6 +8,7 @@ import pytest
 
 from pykv.errors import DtypeError, FormatError
 from pykv.kvtc import Codec, parse
+from pykv.kvtc.stream import Coded, Header
 from tests.kvtc import made
 from tests.kvtc.made import D, H, L
 
@@ -91,6 +92,17 @@ def test_lies_under_a_sound_checksum_are_refused(stream, name):
         struct.pack_into(f"<{code}", lie, offset, value)
         with pytest.raises(FormatError, match=text):
             parse(sealed(bytes(lie)))
+
+
+def test_rows_of_odd_sizes_are_refused_where_there_are_none():
+    header = Header("5a" * 32, 4, L, H, D, 3, 2, 1, 8, "fp16")
+    data = np.zeros(header.nbytes, np.uint8)
+    data[:12] = np.arange(3, dtype="<i4").view(np.uint8)
+    lie = bytearray(Coded(header, data).to_bytes())
+    assert parse(bytes(lie)).header == header
+    struct.pack_into("<I", lie, FIELDS["row_bytes"][0], 6)
+    with pytest.raises(FormatError, match="row_bytes 6, expected a multiple of 4"):
+        parse(sealed(bytes(lie)))
 
 
 def test_what_is_no_stream(stream):

@@ -774,6 +774,34 @@ def test_windows_and_slopes_go_by_positions(xp, rng, T):
     np.testing.assert_allclose(to_numpy(got), want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "slot, value, least",
+    [(0, -1, 0), (3, 6, 7), (3, -1, 7), (9, -(2**31), 19), (4, 2**31 - 1, None)],
+)
+def test_positions_that_do_not_ascend_are_found(xp, rng, slot, value, least):
+    """On the host always; 2^31 - 1 ahead of the last row alone."""
+    q, k_pool, v_pool, table, lengths = inputs(rng, **BASE)
+    b = int(np.argmax(lengths))
+    positions = np.tile(
+        np.arange(table.shape[1] * k_pool.shape[1], dtype=np.int32) * 2 + 2, (len(q), 1)
+    )
+    lengths[b] = slot + 1
+    positions[b, slot + 1 :] = -1  # behind the rows: not read
+    given = [xp.asarray(x) for x in (q, k_pool, v_pool, table, lengths)]
+    positions[b, slot] = value
+
+    def run():
+        paged_decode.decode(
+            *given, window=5, key_positions=xp.asarray(positions), check=xp is not np
+        )
+
+    if least is None:
+        return run()
+    text = rf"key_positions\[{b}, {slot}\] is {value}, expected at least {least}: positions of rows"
+    with pytest.raises(ParameterError, match=text):
+        run()
+
+
 def test_positions_that_do_not_fit_are_refused(xp):
     q, pool = xp.zeros((1, 1, 8), np.float32), xp.zeros((1, 4, 1, 8), np.float16)
     tables = xp.zeros((1, 1), np.int32), xp.zeros(1, np.int32)

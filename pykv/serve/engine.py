@@ -330,13 +330,12 @@ class Engine:
     def _drop(self, job: Job) -> None:
         """Take a sequence from the scheduler. What that raises is of no other's concern."""
         s = job.sequence
-        s.finish_reason = s.finish_reason or "abort"  # then the next step ends it at the latest
         try:
             with self._turn():
                 self.scheduler.abort(s)
         except Exception as error:
             log.error("a sequence was not ended well: %s: %s", type(error).__name__, error)
-            job.fail(error)
+            job.fail(error)  # then the next step ends it
         self._end(job)
 
     def _end(self, job: Job) -> None:

@@ -37,9 +37,9 @@ class Says(Scripted):
         self.breaks = set()
 
     def abort(self, s):
-        super().abort(s)
         if "abort" in self.breaks:
             raise RuntimeError("planted")
+        super().abort(s)
 
 
 @pytest.fixture
@@ -115,7 +115,7 @@ def test_an_abort_that_fails_is_of_no_others_concern(start):
         return await read(stays)
 
     assert within(run()) == (["two" * 30], [["stop"]])
-    assert engine.is_alive and engine.load()["running"] == 0
+    assert engine.is_alive and engine.load()["running"] == 0 and engine.scheduler.is_idle
 
 
 class Panic(BaseException):

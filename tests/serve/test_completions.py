@@ -215,6 +215,12 @@ def test_logprobs_of_a_completion(serve):
     assert offsets == [0, 1, 2]
 
 
+def test_each_choice_begins_with_its_own_prompt(serve):
+    fields = dict(prompt=["a", "b"], n=2, echo=True)
+    choices = serve("!").ask("/v1/completions", **fields)["choices"]
+    assert [choice["text"] for choice in choices] == ["a!", "a!", "b!", "b!"]
+
+
 def test_choices_of_all_prompts_are_counted_before_they_are_made(serve):
     status, error = serve().refused("/v1/completions", prompt=["x"] * 65, n=2)
     assert (status, error["param"]) == (400, "n")

@@ -124,7 +124,7 @@ def test_gpus_that_cannot_be_a_pair(gpus):
     here = gpus.here
     with pytest.raises(DeviceError, match=f"GPU {here} to GPU {here}: that is one GPU"):
         cuda.enable_peer_access(here, here)
-    with pytest.raises(DeviceError, match=f"GPU {here} to GPU 4000: there are [0-9]+ GPUs"):
+    with pytest.raises(DeviceError, match=f"GPU {here} to GPU 4000: there are [0-9,]+ GPUs"):
         cuda.enable_peer_access(here, 4000)
     with pytest.raises(DeviceError, match=f"GPU -1 to GPU {here}: there are"):
         cuda.enable_peer_access(-1, here)

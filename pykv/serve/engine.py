@@ -114,6 +114,11 @@ class Job:
         if s.finish_reason in ("", "stop") and (why := self.constraint.error):
             s.fail(UnsupportedError(f"the schema cannot be followed to its end: {why}"))
 
+    def fail(self, error: Exception) -> None:
+        """End it by an error, unless its end is there."""
+        if not self.sequence.finish_reason:
+            self.error, self.sequence.finish_reason = as_api_error(error), "error"
+
     def news(self) -> Delta:
         """What is new since this was asked before."""
         s, answer = self.sequence, self.answer
@@ -255,20 +260,19 @@ class Engine:
     def _fail(self, jobs: dict[int, Job], error: Exception) -> None:
         """End sequences by an error; those that have ended are told to their end."""
         for number, job in list(jobs.items()):
-            if not job.sequence.finish_reason:
-                job.error, job.sequence.finish_reason = as_api_error(error), "error"
+            job.fail(error)
             self._drop(number)
 
     def _drop(self, number: int) -> None:
         """Take a sequence from the scheduler. What that raises is of no other's concern."""
         job = self._jobs[number]
         s = job.sequence
-        s.finish_reason = s.finish_reason or "abort"  # then the next step ends it at the latest
         try:
             with self._turn():
                 self.scheduler.abort(s)
         except Exception as error:
             log.error("a sequence was not ended well: %s: %s", type(error).__name__, error)
+            job.fail(error)  # then the next step ends it
         self._changed[number] = job
         del self._jobs[number]
 

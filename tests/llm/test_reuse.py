@@ -357,3 +357,11 @@ def test_what_an_answer_computed_that_failed_is_not_found(open_llm, rng):
     pages = llm.cache.manager.reuse(s.tokens)
     assert len(pages) == 1  # of the prompt
     llm.cache.manager.free(pages)
+
+
+@without_simt
+def test_who_comes_leaves_a_page_to_those_that_run(open_llm, rng):
+    """It would have to give its pages up as soon as one of them needs the next."""
+    llm = open_llm(pool_tokens=4 * P)
+    llm.generate([tokens_of(rng, 20), tokens_of(rng, 31)], greedy(20))
+    assert llm.stats.preemptions == 0 and llm.stats.decode_tokens == 2 * 19

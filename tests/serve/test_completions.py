@@ -187,9 +187,9 @@ def test_logprobs_of_a_chat(serve, top, stream):
     fields = dict(messages=USER, logprobs=True, top_logprobs=top)
     if stream:
         choices = [chunk["choices"][0] for chunk in client.events(CHAT, **fields)]
-        entries = [
-            x for choice in choices for x in (choice["logprobs"] or {"content": []})["content"]
-        ]
+        found = [choice["logprobs"] for choice in choices]
+        assert found[0] is None and found[-1] is None  # chunks without tokens
+        entries = [x for each in found if each for x in each["content"]]
     else:
         entries = client.ask(CHAT, **fields)["choices"][0]["logprobs"]["content"]
     assert b"".join(bytes(entry["bytes"]) for entry in entries) == "Hi €".encode()
@@ -214,6 +214,18 @@ def test_logprobs_of_a_completion(serve):
         if found := chunk["choices"][0]["logprobs"]:
             offsets += found["text_offset"]
     assert offsets == [0, 1, 2]
+
+
+def test_each_choice_begins_with_its_own_prompt(serve):
+    fields = dict(prompt=["a", "b"], n=2, echo=True)
+    choices = serve("!").ask("/v1/completions", **fields)["choices"]
+    assert [choice["text"] for choice in choices] == ["a!", "a!", "b!", "b!"]
+
+
+def test_choices_of_all_prompts_are_counted_before_they_are_made(serve):
+    status, error = serve().refused("/v1/completions", prompt=["x"] * 65, n=2)
+    assert (status, error["param"]) == (400, "n")
+    assert error["message"] == "n is 2, expected 128 choices at most, of 65 prompts"
 
 
 def test_offsets_count_characters_of_several_tokens(serve):

@@ -45,9 +45,9 @@ class Says(Scripted):
         self.breaks = set()
 
     def abort(self, s):
-        super().abort(s)
         if "abort" in self.breaks:
             raise RuntimeError("planted")
+        super().abort(s)
 
 
 @pytest.fixture
@@ -125,6 +125,7 @@ def test_an_abort_that_fails_is_of_no_others_concern(start):
         desk.abort(gone)
         found = await read(stays)
         assert desk.is_alive and desk.running == 0
+        assert desk.link.engine.scheduler.is_idle
         return found
 
     assert within(run()) == (["two" * 30], [["stop"]])

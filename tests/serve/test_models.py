@@ -123,6 +123,13 @@ def test_an_answer_that_follows_a_schema(client):
     assert json.loads(call["function"]["arguments"])["a"] <= 99
 
 
+def test_a_prompt_of_several_choices_counts_once(client):
+    for cached in (0, 32):
+        usage = client.ask(TEXT, prompt=[7] * 40, n=3, max_tokens=1, ignore_eos=True)["usage"]
+        assert usage["prompt_tokens"] == 40 and usage["completion_tokens"] == 3
+        assert cached == usage["prompt_tokens_details"]["cached_tokens"]
+
+
 def test_who_leaves_gives_the_pages_back(client):
     """In the queue, while a prompt is read, while an answer comes."""
     draw = random.Random(1)

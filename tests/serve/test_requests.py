@@ -91,6 +91,8 @@ WRONG = [  # endpoint, the field that the error names, fields
     (CHAT, "top_logprobs", {"logprobs": True, "top_logprobs": 21}),
     (CHAT, "min_tokens", {"min_tokens": 1, "response_format": {"type": "json_object"}}),
     (CHAT, "min_tokens", {"min_tokens": 1, "tools": [TOOL]}),
+    (TEXT, "min_tokens", {"prompt": "x", "min_tokens": 17}),  # of 16, where none is given
+    (CHAT, "logit_bias", {"logit_bias": {f"{i:0{n}}": 1 for i in range(12) for n in range(2, 99)}}),
     (CHAT, "parallel_tool_calls", {"tools": [TOOL], "parallel_tool_calls": "no"}),
     (TEXT, "best_of", {"prompt": "x", "best_of": 2}),
     (TEXT, "prompt", {"prompt": [5] * 1001, "echo": True}),

@@ -214,6 +214,14 @@ def test_text_and_several_calls(serve):
     assert [d["tool_calls"][0]["index"] for d in deltas if "tool_calls" in d] == [0, 1]
 
 
+def test_an_answer_that_is_cut_behind_a_call(serve):
+    client = serve(MARKED + " more" * 9, template=TOOLS)
+    count = len(client.server.llm.tokenizer.encode(MARKED, bos=False))
+    fields = dict(messages=USER, tools=[WEATHER], max_tokens=count + 9)
+    (choice,) = client.ask(CHAT, **fields)["choices"]
+    assert choice["message"]["tool_calls"] and choice["finish_reason"] == "length"
+
+
 def test_one_call_alone(serve):
     """The scripted model refuses to say what the mask forbids, a second call."""
     said = iter([f"Look. {MARKED}", f"Look. {MARKED}\n{MARKED}"])

@@ -116,11 +116,13 @@ def test_bytes_by_hand(rng, path):
     assert work.bytes == rows * matrices + 3 * 20 * 2 * 2 * 2 * (16 + 2)
 
 
-def test_options_and_the_closing_line():
-    options = dict(quick=False, model="m.gguf", weights=None, shape=None, type=None)
+def test_options_and_the_closing_line(tmp_path):
+    file = tmp_path / "m.gguf"
+    file.touch()  # it is looked for before anything is measured
+    options = dict(quick=False, model=str(file), weights=None, shape=None, type=None)
     options |= dict(keys=None, prompt=None)
     cases = model.select(Namespace(**options))
-    assert len(cases) > 20 and {case["model"] for case in cases} == {"m.gguf"}
+    assert len(cases) > 20 and {case["model"] for case in cases} == {str(file)}
     cases = model.select(Namespace(**options | dict(model=None)))
     assert cases == model.CASES and {case["model"] for case in cases} > {"8b-q4_k", model.MODEL}
     cases = model.select(Namespace(**options | dict(weights="stored")))

@@ -49,11 +49,11 @@ def test_what_is_computed_again_is_no_result(path, tmp_path, rng, monkeypatch):
 
 
 def test_options(path, tmp_path):
-    given = dict(model="m", tokens=50, kv_dtype="int8", quick=False, artefact=None)
+    given = dict(model=path, tokens=50, kv_dtype="int8", quick=False, artefact=None)
     given["folder"] = folder = str(tmp_path)
     cases = tiers.select(argparse.Namespace(**given))
     assert len(cases) == len(tiers.CASES)
-    want = dict(model="m", tokens=50, kv="int8", folder=folder, place="disk", codec="int4")
+    want = dict(model=path, tokens=50, kv="int8", folder=folder, place="disk", codec="int4")
     assert cases[-1] == want
     artefact_of(LLM(path, device="cpu")).save(tmp_path / "a.kvtc")
     codec = f"{folder}/a.kvtc:2"

@@ -281,7 +281,7 @@ def servers(records):
         offline, mixed, behind = "", "", ""
         if "offline_share" in facts:
             rate, share = facts["offline_tokens_per_second"], facts["offline_share"]
-            offline = f"{rate:,.0f} ({100 * share:.0f} %)"
+            offline = f"{rate:,.0f} ({100 * share:.1f} %)"
         if "mixed_ms" in facts:
             mixed = f"{facts['mixed_ms']:.1f}"
             bound = 2 * facts["mixed_ms"] + facts["alone_ms"]

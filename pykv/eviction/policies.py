@@ -33,7 +33,7 @@ def _share_of(rows: Any, ratio: float) -> Any:
     >>> float(pykv.eviction.policies._share_of(100, 0.55)), 100 * 0.55
     (55.0, 55.00000000000001)
     """
-    return np.round(np.float64(ratio) * rows, 3)
+    return np.rint(np.float64(ratio) * rows * 1000) / 1000
 
 
 @dataclass(frozen=True, kw_only=True)

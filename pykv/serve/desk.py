@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
+from itertools import chain
 from typing import Protocol
 
 from pykv.llm.prompts import Order
@@ -50,21 +51,23 @@ class Job:
         self.prompt_tokens, self.answer_tokens, self.reused = prompt_tokens, 0, 0
         self.is_over = False
         self.began = self.last = time.perf_counter()  # `last`: its newest token came
-        self._new: Delta | None = None
+        self._waiting: list[Delta] = []  # for its reader
 
     def put(self, new: Delta) -> None:
         """Add what has come to what waits."""
         self.answer_tokens += len(new.tokens)
         self.reused, self.is_over = new.reused, bool(new.finish_reason)
-        if (old := self._new) is not None:
-            said = old.text + new.text, old.tokens + new.tokens, old.logprobs + new.logprobs
-            new = Delta(*said, *new[3:])
-        self._new = new
+        self._waiting.append(new)
 
     def take(self) -> Delta | None:
         """All that waits, as one; None: nothing does."""
-        new, self._new = self._new, None
-        return new
+        if len(waiting := self._waiting) < 2:
+            return waiting.pop() if waiting else None
+        self._waiting = []
+        text = "".join(delta.text for delta in waiting)
+        tokens = list(chain.from_iterable(delta.tokens for delta in waiting))
+        logprobs = list(chain.from_iterable(delta.logprobs for delta in waiting))
+        return Delta(text, tokens, logprobs, *waiting[-1][3:])
 
 
 class Work:

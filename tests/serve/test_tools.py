@@ -216,7 +216,7 @@ def test_text_and_several_calls(serve):
 
 def test_an_answer_that_is_cut_behind_a_call(serve):
     client = serve(MARKED + " more" * 9, template=TOOLS)
-    count = len(client.server.llm.tokenizer.encode(MARKED, bos=False))
+    count = len(client.server.language.tokenizer.encode(MARKED, bos=False))
     fields = dict(messages=USER, tools=[WEATHER], max_tokens=count + 9)
     (choice,) = client.ask(CHAT, **fields)["choices"]
     assert choice["message"]["tool_calls"] and choice["finish_reason"] == "length"

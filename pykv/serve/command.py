@@ -162,10 +162,14 @@ def run(server: Any, listening: socket.socket, ready: str, **access: Any) -> Non
     def end(*_: Any) -> None:
         announced.should_exit = True
 
-    # Until uvicorn sets its own handlers; it raises the signal again once it has stopped.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, end)
-    announced.run(sockets=[listening])
+    # Until uvicorn sets its own handlers; it raises the signal again once it has stopped. Behind it
+    # signals mean what they did: who waits for the process of the model may lose patience.
+    before = {n: signal.signal(n, end) for n in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        announced.run(sockets=[listening])
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def http_config(app: Any) -> Any:

@@ -38,8 +38,8 @@ class Link(Protocol):
     def stop(self) -> None: ...
 
 
-class Job:
-    """One sequence of a request.
+class Choice:
+    """One sequence of a request, as OpenAI calls it.
 
     Attributes:
         prompt_tokens, answer_tokens: so far.
@@ -80,9 +80,9 @@ class Work:
 
     def __init__(self, orders: list[Order], rule: Rule | None = None) -> None:
         self.orders, self.rule = orders, rule
-        self.jobs = [Job(len(order.prompt)) for order in orders]
+        self.choices = [Choice(len(order.prompt)) for order in orders]
         self.changed = asyncio.Event()
-        self.numbers: range = range(0)  # of the jobs, once the engine has them
+        self.numbers: range = range(0)  # of the choices, once the engine has them
 
     async def deltas(self) -> AsyncIterator[tuple[int, Delta]]:
         """What comes, with the number of its sequence in the request, until all have ended.
@@ -90,14 +90,16 @@ class Work:
         Raises:
             ApiError: a sequence failed.
         """
-        running = set(range(len(self.jobs)))
+        running = set(range(len(self.choices)))
         while running:
             await self.changed.wait()
             self.changed.clear()
-            for index, job in enumerate(self.jobs):
-                if (delta := job.take()) is None:
+            for index, choice in enumerate(self.choices):
+                if (delta := choice.take()) is None:
                     continue
                 if delta.error is not None:
+                    if delta.tokens or delta.text:  # that came before
+                        yield index, delta._replace(finish_reason="", error=None)
                     raise delta.error
                 if delta.finish_reason:
                     running.discard(index)
@@ -121,7 +123,7 @@ class Desk:
         self.link, self.limit = link, limit
         self.metrics, self.state = Metrics(), State()
         self.is_alive = False
-        self._jobs: dict[int, tuple[Job, Work]] = {}  # that run and wait
+        self._open: dict[int, tuple[Choice, Work]] = {}  # that run and wait
         self._next = 0  # number of a sequence
         self._ended = asyncio.Event()
 
@@ -142,12 +144,12 @@ class Desk:
                 await self._ended.wait()
 
     def submit(self, work: Work) -> None:
-        """Take a request, or refuse it at once. Does not wait.
+        """Take a request, or refuse it at once. Waits for no step.
 
         Raises:
             ApiError: 503, there are too many, or the server stops; 400, they always would be.
         """
-        count, running = len(work.jobs), len(self._jobs)
+        count, running = len(work.choices), len(self._open)
         if not self.is_alive:
             raise stopping()
         if count > self.limit:
@@ -167,20 +169,20 @@ class Desk:
             )
         work.numbers = range(self._next, self._next + count)
         self._next += count
-        for number, job in zip(work.numbers, work.jobs, strict=True):
-            self._jobs[number] = job, work
-            self.metrics.prompt_tokens += job.prompt_tokens
         self.link.put(Request(dict(zip(work.numbers, work.orders, strict=True)), work.rule))
+        for number, choice in zip(work.numbers, work.choices, strict=True):  # put may have raised
+            self._open[number] = choice, work
+            self.metrics.prompt_tokens += choice.prompt_tokens
 
     def abort(self, work: Work) -> None:
-        """End what is left of a request, as nobody waits for it. Does not wait."""
-        if left := [number for number in work.numbers if number in self._jobs]:
+        """End what is left of a request, as nobody waits for it. Waits for no step."""
+        if left := [number for number in work.numbers if number in self._open]:
             self.link.abort(left)
 
     @property
     def running(self) -> int:
         """Sequences that have begun."""
-        return max(0, len(self._jobs) - self.state.waiting)
+        return max(0, len(self._open) - self.state.waiting)
 
     def deliver(self, report: Report | None) -> None:
         """Take what an engine tells: readers wake once all of it is there, and counted."""
@@ -190,38 +192,39 @@ class Desk:
         self.state, deltas = report
         works, now = set(), time.perf_counter()
         for number, facts in deltas:
-            job, work = self._jobs[number]
-            self._count(job, delta := Delta(*facts), now)
-            job.put(delta)
+            choice, work = self._open[number]
+            self._count(choice, delta := Delta(*facts), now)
+            choice.put(delta)
             works.add(work)
-            if job.is_over:
+            if choice.is_over:
                 self._forget(number, delta.finish_reason)
         for work in works:
             work.changed.set()
 
-    def _count(self, job: Job, delta: Delta, now: float) -> None:
+    def _count(self, choice: Choice, delta: Delta, now: float) -> None:
         count, metrics = len(delta.tokens), self.metrics
         if not count:
             return
-        if job.answer_tokens:
-            metrics.inter_token_latency.observe(now - job.last, count)
+        if choice.answer_tokens:
+            metrics.inter_token_latency.observe(now - choice.last, count)
         else:
-            metrics.time_to_first_token.observe(now - job.began)
+            metrics.time_to_first_token.observe(now - choice.began)
         metrics.generation_tokens += count
-        job.last = now
+        choice.last = now
 
     def _forget(self, number: int, reason: str) -> None:
         """Count a sequence that has ended."""
-        job, _ = self._jobs.pop(number)
-        self.metrics.count_finished(reason, job.prompt_tokens, job.reused)
+        choice, _ = self._open.pop(number)
+        self.metrics.count_finished(reason, choice.prompt_tokens, choice.reused)
 
     def _end(self) -> None:
         """Let nobody wait: the engine has ended, or is gone."""
         if self.is_alive:
             log.error("the engine has ended: requests are refused from here on")
         self.is_alive = False
-        for number, (job, work) in list(self._jobs.items()):
-            job.put(Delta("", [], [], "error", job.reused, stopping()))
+        self.state = self.state._replace(waiting=0, held=0)
+        for number, (choice, work) in list(self._open.items()):
+            choice.put(Delta("", [], [], "error", choice.reused, stopping()))
             self._forget(number, "error")
             work.changed.set()
         self._ended.set()

@@ -157,29 +157,33 @@ class Engine:
         self._turn, self._state, self._counters, self._tell = turn, state, counters, tell
         self._answer, self._constraint = answer, constraint
         self._lock = threading.Condition()
-        self._inbox: list[dict[int, Job] | list[int]] = []  # jobs begin; numbers are aborted
+        self._inbox: list[Callable[[], None]] = []  # what the thread shall do before its next step
         self._stopping = False
         # Used by the thread alone.
         self._jobs: dict[int, Job] = {}  # running ones
         self._changed: dict[int, Job] = {}  # of which something is new
+        self._refused: dict[int, ApiError] = {}  # that never began
         self._told = State()
 
     def put(self, request: Request) -> None:
-        """Take a request. Does not wait for a step."""
-        jobs = {number: Job(self._answer(order)) for number, order in request.orders.items()}
+        """Take a request. Does not wait for a step; a rule is read here, in milliseconds mostly."""
         try:
-            constraint = request.rule and self._constraint(*request.rule)
-        except PykvError as error:
-            constraint = None
-            for job in jobs.values():
-                job.error = as_api_error(error)
-        for job in jobs.values():
-            job.constraint = constraint and constraint.copy()
-        self._send(jobs)
+            jobs = {number: Job(self._answer(order)) for number, order in request.orders.items()}
+            if request.rule is not None:
+                constraint = self._constraint(*request.rule)
+                for job in jobs.values():
+                    job.constraint = constraint.copy()
+        except BaseException as error:  # a panic of Rust is no Exception, and of this request alone
+            log.error("a request cannot begin: %s: %s", type(error).__name__, error)
+            self._send(
+                partial(self._refused.update, dict.fromkeys(request.orders, as_api_error(error)))
+            )
+        else:
+            self._send(partial(self._begin, jobs))
 
     def abort(self, numbers: list[int]) -> None:
         """End what is left of these sequences, as nobody waits for them. Does not wait."""
-        self._send(numbers)
+        self._send(partial(self._abort, numbers))
 
     def stop(self) -> None:
         """End all sequences, and `run`, after the step that is being computed. Does not wait."""
@@ -187,22 +191,24 @@ class Engine:
             self._stopping = True
             self._lock.notify()
 
-    def _send(self, what: dict[int, Job] | list[int]) -> None:
+    def _send(self, do: Callable[[], None]) -> None:
         with self._lock:
-            self._inbox.append(what)
+            self._inbox.append(do)
             self._lock.notify()
 
     # --- Of the thread ---
 
-    def run(self) -> None:
-        """Answer requests until the engine is stopped, or has a fault."""
+    def run(self) -> bool:
+        """Answer requests until the engine is stopped; False: it has a fault."""
         try:
             while self._go_on():
                 pass
             self._fail(self._jobs, stopping())
             self._report()
+            return True
         except BaseException:  # a fault, or a panic of Rust, must leave no client waiting for ever
             log.exception("the engine ends")
+            return False
         finally:
             self._tell(None)  # which also ends what is not known here
 
@@ -214,11 +220,8 @@ class Engine:
             if self._stopping:
                 return False
             inbox, self._inbox = self._inbox, []
-        for what in inbox:
-            if isinstance(what, dict):
-                self._begin(what)
-            else:
-                self._abort(what)
+        for do in inbox:
+            do()
         if self._jobs:
             self._step()
         self._report()
@@ -230,8 +233,6 @@ class Engine:
             job.sequence.read = partial(self._read, number, job)
             job.sequence.mask = job.constraint.mask if job.constraint else None
         try:
-            if (error := next(iter(jobs.values())).error) is not None:
-                raise error
             with self._turn():
                 self.scheduler.add(*(job.sequence for job in jobs.values()))
         except Exception as error:
@@ -279,12 +280,13 @@ class Engine:
     def _report(self) -> None:
         """Tell what is new, and forget what has ended."""
         changed, self._changed = self._changed, {}
-        deltas, tiers = [], self._told.tiers
-        for number, job in changed.items():
-            deltas.append((number, tuple(job.news())))
-            if job.sequence.finish_reason:
-                self._jobs.pop(number, None)
-                tiers = self._counters()
+        refused, self._refused = self._refused, {}
+        deltas = [(number, tuple(job.news())) for number, job in changed.items()]
+        deltas += [(n, (*Delta("", [], [], "error", 0, error),)) for n, error in refused.items()]
+        ended = [number for number, job in changed.items() if job.sequence.finish_reason]
+        for number in ended:
+            self._jobs.pop(number, None)
+        tiers = self._counters() if ended else self._told.tiers
         stats = self.scheduler.stats
         facts = dict(waiting=len(self.scheduler.waiting), preemptions=stats.preemptions)
         state = self._state()._replace(**facts, tiers=tiers)
@@ -293,7 +295,7 @@ class Engine:
             self._tell((state, deltas))
 
 
-def as_api_error(error: Exception) -> ApiError:
+def as_api_error(error: BaseException) -> ApiError:
     """An exception of the engine as clients see it."""
     if isinstance(error, ApiError):
         return error

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -20,12 +21,13 @@ from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 from pykv import cuda
-from pykv.errors import CapacityError, PykvError, TransportError, UnsupportedError
+from pykv.errors import CapacityError, TransportError, UnsupportedError
 from pykv.llm import models
 from pykv.llm.prompts import begin
 from pykv.serve.command import GPU_SLOTS, HOST_SLOTS, LOG_FORMAT
 from pykv.serve.constraints import Grammars
 from pykv.serve.engine import Engine, Report, Request, State, Steps
+from pykv.terminal import show_warning
 
 log = logging.getLogger("pykv.serve")
 
@@ -67,11 +69,13 @@ class EngineProcess:
                 "started for the model"
             )
         ours, theirs = socket.socketpair()
-        code = f"import sys; sys.path[:] = {sys.path!r}; "
+        # What multiprocessing starts processes with, too: -I, -X dev and the like.
+        flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
+        code = f"import sys; sys.path[:] = {[x for x in sys.path if isinstance(x, str)]!r}; "
         code += f"from pykv.serve import engine_process as e; e.main({theirs.fileno()})"
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", code],
+                [sys.executable, *flags, "-c", code],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,  # so that Ctrl-C does not reach it
@@ -168,38 +172,44 @@ class EngineProcess:
 
 def main(descriptor: int) -> None:
     """Open the model that options name, and answer what comes until the server ends."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the server ends it
+    for number in (signal.SIGTERM, signal.SIGINT):  # the server ends it
+        signal.signal(number, signal.SIG_IGN)
+    warnings.showwarning = show_warning
     connection = Connection(descriptor)
     args, slots = connection.recv()
     logging.basicConfig(level=args.log_level.upper(), format=LOG_FORMAT)
-    opened: list[Engine] = []
-    threading.Thread(target=_listen, args=(connection, opened), daemon=True).start()
+    opened: list[Engine] = []  # the one, once it is there; the server sends nothing before
+    threading.Thread(target=_take_orders, args=(connection, opened), daemon=True).start()
 
-    def tell(report: Report | None) -> None:
+    def tell(what: Any) -> None:
         with suppress(OSError):  # the server has gone, which is read from it
-            connection.send(report)
+            connection.send(what)
 
     try:
-        cuda.pick_device(args.device, cuda.array_module(args.device))  # or nothing is fetched
-        connection.send(models.fetch(args.model))
+        # A device that cannot be used is refused before anything is fetched for it.
+        cuda.pick_device(args.device, cuda.array_module(args.device))
+        tell(models.fetch(args.model))
         llm, scheduler, facts = open_model(args, slots)
         opened.append(make_engine(llm, scheduler, tell))
-    except (PykvError, OSError) as error:
-        connection.send(error)
-        return
-    connection.send(facts)
-    opened[0].run()
-    try:
+        tell(facts)
+        if not opened[0].run():
+            sys.exit(1)  # and keep nothing: who knows what pages hold
         llm.flush()
-    except (PykvError, OSError) as error:
-        connection.send(error)
+    except Exception as error:  # which the server shows as it shows its own
+        if sys.flags.dev_mode:
+            raise
+        tell(error)
 
 
-def _listen(connection: Connection, opened: list[Engine]) -> None:
-    """Let the engine have what comes, until the server says that it ends, or has ended."""
+def _take_orders(connection: Connection, opened: list[Engine]) -> None:
+    """Let the engine have what comes. All is read until the server has ended, as that waits where
+    nobody reads."""
     try:
-        while (message := connection.recv()) is not None:
-            if isinstance(message, Request):
+        while True:
+            message = connection.recv()
+            if message is None:
+                opened[0].stop()
+            elif isinstance(message, Request):
                 opened[0].put(message)
             else:
                 opened[0].abort(message)

@@ -133,8 +133,8 @@ class App:
         client = (scope.get("client") or ["-"])[0]
         facts = f"{client} {scope['method']} {scope['path']!r:.100} {status} {seconds:.3f} s"
         if (work := scope.get("pykv.work")) is not None:
-            prompt = sum(job.prompt_tokens for job in work.jobs)
-            answers = sum(job.answer_tokens for job in work.jobs)
+            prompt = sum(choice.prompt_tokens for choice in work.choices)
+            answers = sum(choice.answer_tokens for choice in work.choices)
             facts += f" {prompt}+{answers} tokens"
             self._metrics.e2e_request_latency.observe(seconds)
         log.info("%s", facts)

@@ -267,10 +267,11 @@ class Protocol:
                     self._check_length(param, prompt)
 
             def make() -> list[Order]:
-                each = [prompt for prompt in prompts for _ in range(n)]
+                made = [order(self.language, prompt, params, special) for prompt in prompts]
+                each = [one for one in made for _ in range(n)]  # which share a prompt's ids
                 return [
-                    order(self.language, prompt, _reseeded(params, choice), special)
-                    for choice, prompt in enumerate(each)
+                    one._replace(params=_reseeded(one.params, choice))
+                    for choice, one in enumerate(each)
                 ]
 
             orders = self._checked(param, make)

@@ -12,7 +12,7 @@ from typing import Any
 from starlette.responses import Response
 
 from pykv.llm.tokenizer import Tokenizer
-from pykv.serve.desk import Job, Work
+from pykv.serve.desk import Choice, Work
 from pykv.serve.engine import Delta
 from pykv.serve.protocol import Asked
 from pykv.serve.tools import Call, CallReader
@@ -43,15 +43,15 @@ class Reply:
             "model": model,
         }
         self._head = json.dumps(head)[:-1]  # common beginning of all chunks
-        self._readers = [CallReader(asked.tools) if asked.tools else None for _ in work.jobs]
-        self._offsets = [0] * len(work.jobs)  # of the next token in the text, for logprobs
-        self._decoders = [tokenizer.stream_decoder() for _ in work.jobs]  # find the offsets
+        self._readers = [CallReader(asked.tools) if asked.tools else None for _ in work.choices]
+        self._offsets = [0] * len(work.choices)  # of the next token in the text, for logprobs
+        self._decoders = [tokenizer.stream_decoder() for _ in work.choices]  # find the offsets
         self._spellings: dict[int, tuple[str, list[int]]] = {}
         self._entries: dict[int, tuple[str, str]] = {}  # JSON around a token's logprob
 
     async def body(self) -> Response:
         """The whole answer."""
-        count = len(self._work.jobs)
+        count = len(self._work.choices)
         texts, reasons = list(self._asked.echo or [""] * count), [""] * count
         calls: list[list[Call]] = [[] for _ in texts]
         logprobs: list[Any] = [[] for _ in texts]
@@ -66,7 +66,7 @@ class Reply:
             said = map(self._message, texts, calls) if self._chat else texts
             each = enumerate(zip(said, logprobs, reasons, strict=True))
             choices = ", ".join(self._choice(index, *of) for index, of in each)
-            counts = json.dumps(usage(self._work.jobs, self._asked.n))
+            counts = json.dumps(usage(self._work.choices, self._asked.n))
             body = f'{self._head}, "choices": [{choices}], "usage": {counts}}}'
             return Response(body, media_type="application/json")
 
@@ -83,7 +83,7 @@ class Reply:
 
     async def chunks(self) -> AsyncIterator[str]:
         """The answer, piece by piece, as JSON."""
-        for index in range(len(self._work.jobs)):
+        for index in range(len(self._work.choices)):
             if self._chat:
                 yield self._chunk(index, {"role": "assistant", "content": ""}, [])
             elif self._asked.echo:
@@ -101,7 +101,7 @@ class Reply:
             if reason and self._chat:
                 yield self._chunk(index, {}, [], reason)
         if self._asked.include_usage:
-            counts = json.dumps(usage(self._work.jobs, self._asked.n))
+            counts = json.dumps(usage(self._work.choices, self._asked.n))
             yield f'{self._head}, "choices": [], "usage": {counts}}}'
 
     def _chunk(self, index: int, said: Any, logprobs: list[Any], reason: str = "") -> str:
@@ -190,11 +190,11 @@ def _call(call: Call) -> dict[str, Any]:
     return {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function}
 
 
-def usage(jobs: list[Job], n: int) -> dict[str, Any]:
+def usage(choices: list[Choice], n: int) -> dict[str, Any]:
     """Tokens of a request; a prompt of `n` choices counts once."""
-    prompt = sum(job.prompt_tokens for job in jobs[::n])
-    answers = sum(job.answer_tokens for job in jobs)
-    cached = sum(job.reused for job in jobs[::n])
+    prompt = sum(choice.prompt_tokens for choice in choices[::n])
+    answers = sum(choice.answer_tokens for choice in choices)
+    cached = sum(choice.reused for choice in choices[::n])
     return {
         "prompt_tokens": prompt,
         "completion_tokens": answers,

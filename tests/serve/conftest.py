@@ -180,7 +180,11 @@ class ThreadLink:
 
     def __init__(self, make):
         self.engine = make(self._tell)
-        self._thread = threading.Thread(target=self.engine.run, name="pykv-engine", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="pykv-engine", daemon=True)
+        self.is_well = None
+
+    def _run(self):
+        self.is_well = self.engine.run()
 
     def start(self, deliver):
         self._deliver, self._loop = deliver, asyncio.get_running_loop()
@@ -194,6 +198,9 @@ class ThreadLink:
 
     def stop(self):
         self.engine.stop()
+
+    def join(self):
+        self._thread.join(10)
 
     def _tell(self, report):
         data = pickle.dumps(report)

@@ -104,6 +104,8 @@ def test_choices_draw_tokens_of_their_own(serve):
     seeds = [choice["message"]["content"] for choice in answer["choices"]]
     assert seeds == [str(2**64 - 2), str(2**64 - 1), "0"]
     assert answer["usage"]["prompt_tokens"] == len(client.server.language.chat_ids(USER))
+    orders = client.server.protocol.chat(dict(messages=USER, n=3)).orders
+    assert len({id(order.prompt) for order in orders}) == 1  # one, on its way to the engine
     answer = client.ask("/v1/completions", prompt=["x", "x"], n=2, seed=5)
     assert [choice["text"] for choice in answer["choices"]] == ["5", "6", "7", "8"]
     for none in ({}, {"seed": -1}):  # then each request has another
@@ -367,7 +369,7 @@ def test_logprobs_are_numbers_of_json():
     )
     entry = TokenLogprobs(5, -np.inf, {5: -np.inf})
     for chat in (True, False):
-        reply = Reply(asked, SimpleNamespace(jobs=[None]), "m", tokenizer, chat=chat)
+        reply = Reply(asked, SimpleNamespace(choices=[None]), "m", tokenizer, chat=chat)
         found = json.loads(reply._of_choice(0, [entry]))
         values = found["content"][0]["logprob"] if chat else found["token_logprobs"][0]
         assert values == -9999

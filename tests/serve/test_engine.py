@@ -3,7 +3,10 @@ goes wrong."""
 
 import asyncio
 import pickle
+import threading
 from contextlib import nullcontext
+from multiprocessing import Pipe
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,6 +17,7 @@ from pykv.llm.sampling import SamplingParams
 from pykv.llm.sequence import Sequence
 from pykv.serve.desk import Desk, Work
 from pykv.serve.engine import Delta, Engine, Job, State
+from pykv.serve.engine_process import _take_orders
 from pykv.serve.fields import ApiError
 from pykv.serve.tools import Rule
 from tests.serve.conftest import Scripted, ThreadLink
@@ -73,7 +77,7 @@ def start(llms):
 
 async def read(work):
     """Text and reasons of each sequence."""
-    texts, reasons = ["" for _ in work.jobs], [[] for _ in work.jobs]
+    texts, reasons = ["" for _ in work.choices], [[] for _ in work.choices]
     async for index, delta in work.deltas():
         texts[index] += delta.text
         reasons[index] += [delta.finish_reason] * bool(delta.finish_reason)
@@ -103,13 +107,13 @@ def test_a_stop_string_ends_one_of_two_choices_once():
         for index, text in ((0, "hix"), (1, "12"), (1, "3")):
             jobs[index].sequence.generated += map(ord, text)
             jobs[index].read()
-            work.jobs[index].put(jobs[index].news())
+            work.choices[index].put(jobs[index].news())
             work.changed.set()
             await asyncio.sleep(0.01)
         assert not reader.done() and first.sequence.finish_reason == "stop"
         second.sequence.finish_reason = "length"
         second.read()
-        work.jobs[1].put(second.news())
+        work.choices[1].put(second.news())
         work.changed.set()
         return await reader
 
@@ -152,9 +156,11 @@ def test_a_fault_of_the_engine_ends_all_who_wait(start, caplog, monkeypatch, err
         with pytest.raises(ApiError, match="stopping"):
             await read(submit(desk, order(1)))
         assert not desk.is_alive and desk.running == 0
+        return desk
 
-    within(run())
-    assert "planted" in caplog.text
+    desk = within(run())
+    desk.link.join()
+    assert "planted" in caplog.text and desk.link.is_well is False
 
 
 def test_a_step_that_fails_ends_its_own_sequences(start):
@@ -202,16 +208,79 @@ def test_a_rule_that_the_engine_cannot_follow_fails_its_request_alone(start):
 
 
 def test_what_is_not_taken_becomes_one_piece():
-    job = Work([order()]).jobs[0]
-    assert job.take() is None
-    job.put(Delta("ab", [1], [0.5], "", 3))
-    job.put(Delta("", [2], [0.25], "", 3))
-    job.put(Delta("c", [], [], "stop", 3))
-    assert job.take() == Delta("abc", [1, 2], [0.5, 0.25], "stop", 3) and job.take() is None
-    assert job.answer_tokens == 2 and job.reused == 3 and job.is_over
+    choice = Work([order()]).choices[0]
+    assert choice.take() is None
+    choice.put(Delta("ab", [1], [0.5], "", 3))
+    choice.put(Delta("", [2], [0.25], "", 3))
+    choice.put(Delta("c", [], [], "stop", 3))
+    assert choice.take() == Delta("abc", [1, 2], [0.5, 0.25], "stop", 3) and choice.take() is None
+    assert choice.answer_tokens == 2 and choice.reused == 3 and choice.is_over
 
 
 def test_errors_pass_between_processes():
     error = ApiError(400, "why", param="n", code="c", headers={"A": "b"})
     made = pickle.loads(pickle.dumps(error))
     assert vars(made) == vars(error) and str(made) == "why"
+
+
+@pytest.mark.parametrize("error, status", [(MemoryError, 500), (Panic, 500), (ParameterError, 500)])
+def test_a_request_that_cannot_begin_fails_alone(start, error, status):
+    def fault(order):
+        raise error("planted")
+
+    async def run():
+        desk = start({1: "one", 2: "two"})
+        engine = desk.link.engine
+        engine._answer, whole = fault, engine._answer
+        with pytest.raises(ApiError) as caught:
+            await read(submit(desk, order(1), order(1)))
+        assert caught.value.status == status
+        engine._answer = whole
+        found = await read(submit(desk, order(2)))
+        assert desk.running == 0
+        return found
+
+    assert within(run()) == (["two"], [["stop"]])
+
+
+def test_what_cannot_be_sent_is_not_counted(start):
+    async def run():
+        desk = start({1: "one"}, limit=1)
+        put, desk.link.put = desk.link.put, lambda request: 1 / 0
+        for _ in range(2):
+            with pytest.raises(ZeroDivisionError):
+                submit(desk, order(1))
+        desk.link.put = put
+        return await read(submit(desk, order(1)))
+
+    assert within(run()) == (["one"], [["stop"]])
+
+
+def test_text_before_an_error_arrives():
+    async def run():
+        work = Work([order()])
+        work.choices[0].put(Delta("ab", [1], [], "", 0))
+        work.choices[0].put(Delta("", [], [], "error", 0, ApiError(500, "planted")))
+        work.changed.set()
+        pieces = work.deltas()
+        assert await anext(pieces) == (0, Delta("ab", [1], [], "", 0))
+        with pytest.raises(ApiError, match="planted"):
+            await anext(pieces)
+
+    within(run())
+
+
+def test_what_comes_behind_a_stop_is_read():
+    """Or the server, which waits until it is, could not end."""
+    done = []
+    engine = SimpleNamespace(stop=lambda: done.append("stop"), abort=done.append)
+    ours, theirs = Pipe()
+    with theirs:
+        thread = threading.Thread(target=_take_orders, args=(theirs, [engine]), daemon=True)
+        thread.start()
+        with ours:
+            ours.send(None)
+            for n in range(5000):
+                ours.send([n])
+        thread.join(10)
+    assert not thread.is_alive() and done == ["stop", *([n] for n in range(5000)), "stop"]

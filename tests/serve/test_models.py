@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -23,7 +24,7 @@ from pykv.llm.scheduler import Scheduler
 from pykv.llm.sequence import Sequence
 from pykv.serve import command as command_module
 from pykv.serve.command import run
-from pykv.serve.engine_process import open_model
+from pykv.serve.engine_process import EngineProcess, open_model
 from tests.llm import tiny
 from tests.serve.conftest import PLAIN, Scripted, make_tiny_server, serving
 from tests.serve.test_clients import connect, request_bytes, until
@@ -206,7 +207,6 @@ def test_what_takes_too_long_ends_when_the_server_does(llms, monkeypatch, caplog
     """An answer by an error; a request that has not come is cut off."""
     monkeypatch.setattr(command_module, "STOP_SECONDS", 0.2)
     monkeypatch.setattr(command_module, "ERROR_SECONDS", 1)
-    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
     server = make_tiny_server(llms(), Scripted(llms(), lambda _: "x" * 900, 0.05))
     data = request_bytes(max_tokens=900, stream=True)
 
@@ -223,13 +223,9 @@ def test_what_takes_too_long_ends_when_the_server_does(llms, monkeypatch, caplog
         with connection, file:
             return file.read()
 
-    try:
-        with socket.create_server(("127.0.0.1", 0)) as listening, ThreadPoolExecutor(1) as threads:
-            answer = threads.submit(ask, listening.getsockname()[1])
-            run(server, listening, "ready", api_key=None, loopback=True)
-    finally:
-        for n, handler in before.items():
-            signal.signal(n, handler)
+    with socket.create_server(("127.0.0.1", 0)) as listening, ThreadPoolExecutor(1) as threads:
+        answer = threads.submit(ask, listening.getsockname()[1])
+        run(server, listening, "ready", api_key=None, loopback=True)
     assert (b"the server is stopping" in answer.result(60)) is is_asked
     assert not [record for record in caplog.records if record.exc_info]
 
@@ -318,13 +314,36 @@ def test_a_signal_before_the_server_listens_ends_it(llms, monkeypatch, number):
     monkeypatch.setattr(uvicorn.Server, "run", early)
     before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
     server = make_tiny_server(llms(), Scripted(llms(), lambda _: "x"))
-    try:
-        with socket.create_server(("127.0.0.1", 0)) as listening:
-            run(server, listening, "ready", api_key=None, loopback=True)
-    finally:
-        for n, handler in before.items():
-            signal.signal(n, handler)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        run(server, listening, "ready", api_key=None, loopback=True)
     assert seen == [True] and not server.desk.is_alive
+    assert before == {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
+
+
+def test_who_has_no_patience_with_an_engine_ends_it(path):
+    """Ctrl-C, where it hangs."""
+    words = ["serve", str(path), "--device", "cpu", "--kv-dtype", "fp16"]
+    engine = EngineProcess(cli._parser().parse_args(words), 1)
+    pid = engine._process.pid
+    with pytest.raises(KeyboardInterrupt), engine:
+        engine.file()
+        engine.ready()
+        os.kill(pid, signal.SIGSTOP)
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+    assert engine._process.returncode == -signal.SIGKILL
+
+
+def test_signals_are_for_the_server(command):
+    """A group's Ctrl-C, or a service manager, may send them to the engine as well."""
+    process, port, log = command("--slots", "2")
+    for number in (signal.SIGINT, signal.SIGTERM):
+        os.kill(engine_of(process), number)
+    body = json.dumps(dict(prompt="x", max_tokens=4)).encode()
+    url = f"http://127.0.0.1:{port}{TEXT}"
+    with urllib.request.urlopen(url, body, timeout=60) as answer:
+        assert json.loads(answer.read())["usage"]["completion_tokens"] == 4
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 0 and "Traceback" not in log.read_text()
 
 
 @pytest.mark.parametrize(

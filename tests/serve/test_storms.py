@@ -20,7 +20,7 @@ from pykv.bench.engine import NoModel
 from pykv.llm import LLM, SamplingParams
 from pykv.llm.scheduler import Scheduler
 from pykv.serve import engine, load
-from pykv.serve.desk import Job, Work
+from pykv.serve.desk import Choice, Work
 from tests.llm import tiny
 from tests.serve.conftest import PLAIN, serving
 from tests.serve.test_clients import request_bytes, until
@@ -108,7 +108,7 @@ def test_nothing_stays_of_a_storm(tmp_path, caplog):
 
     def jobs():
         gc.collect()  # and isinstance would ask objects of torch, some of which warn
-        return [x for x in gc.get_objects() if issubclass(type(x), Job | Work | engine.Job)]
+        return [x for x in gc.get_objects() if issubclass(type(x), Choice | Work | engine.Job)]
 
     others = set(map(id, kept := jobs()))  # jobs that earlier tests of this process left
     with serving(llm, scheduler, limit=60) as client:

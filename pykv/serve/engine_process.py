@@ -32,6 +32,7 @@ from pykv.terminal import show_warning
 log = logging.getLogger("pykv.serve")
 
 SLOT_TOKENS = 2048  # of the pool for each slot, if memory allows
+REPORTS = 64  # delivered in one go: readers must have their turn, however fast an engine is
 SHARE = 0.5  # of the free memory: limit of the pool, unless one context needs more
 
 
@@ -122,12 +123,17 @@ class EngineProcess:
         self._send(None)
 
     def _read(self) -> None:
-        """Deliver a report that is there; None is the last, also where the process has died."""
+        """Deliver the reports that are there, all before a reader of them wakes: what the engine
+        told while readers were busy becomes one piece for each, and the engine, whose way to here
+        holds little, never waits. None is the last, also where the process has died."""
         assert self._deliver is not None
-        if (report := self._receive()) is None:
-            asyncio.get_running_loop().remove_reader(self._connection.fileno())
-            self._has_ended = True
-        self._deliver(report)
+        for _ in range(REPORTS):
+            if (report := self._receive()) is None:
+                asyncio.get_running_loop().remove_reader(self._connection.fileno())
+                self._has_ended = True
+            self._deliver(report)
+            if report is None or not self._connection.poll():
+                return
 
     def _receive(self) -> Any:
         """What the process says; None where it has ended."""

@@ -17,7 +17,7 @@ from pykv.llm.sampling import SamplingParams
 from pykv.llm.sequence import Sequence
 from pykv.serve.desk import Desk, Work
 from pykv.serve.engine import Delta, Engine, Job, State
-from pykv.serve.engine_process import _take_orders
+from pykv.serve.engine_process import EngineProcess, _take_orders
 from pykv.serve.fields import ApiError
 from pykv.serve.tools import Rule
 from tests.serve.conftest import Scripted, ThreadLink
@@ -284,3 +284,21 @@ def test_what_comes_behind_a_stop_is_read():
                 ours.send([n])
         thread.join(10)
     assert not thread.is_alive() and done == ["stop", *([n] for n in range(5000)), "stop"]
+
+
+def test_reports_that_gathered_are_one_piece():
+    """Each by itself would let a reader that is slower than the engine keep it waiting."""
+
+    async def run():
+        link = object.__new__(EngineProcess)  # whose process is here
+        link._connection, engine = Pipe()
+        desk = Desk(link, limit=1)
+        desk.start()
+        work = submit(desk, order())
+        with link._connection, engine:
+            for n in range(4):
+                engine.send((State(), [(0, ("abcd"[n], [n], [], "stop" * (n == 3), 0, None))]))
+            engine.send(None)
+            return [delta async for delta in work.deltas()], desk.is_alive
+
+    assert within(run()) == ([(0, Delta("abcd", [0, 1, 2, 3], [], "stop", 0))], False)

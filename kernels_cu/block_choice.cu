@@ -12,7 +12,8 @@
 //           which no block can be chosen; blocks: how many are chosen
 // Defines:  BLOCK = threads, a power of two up to 1024; ITEMS, scores that each has at once
 // Launch:   grid (R), block (BLOCK). It may start early, hence no array is __restrict__
-// Traffic:  4 * K bytes a row, then from the caches up to three times; up to 8 * M bytes
+// Traffic:  4 * K bytes a row, of blocks past the first TILE from the caches up to three times more; up to
+//           8 * M bytes
 // Order:    atomics count integers alone; of equal scores the first are chosen: the same in every run
 //
 // How many blocks are chosen is known before which: the rows behind have their places at once.
@@ -39,32 +40,32 @@ block_choice(int* table, int* rows, const int* page_table, const int* lengths, c
     page_table += (i64)(r / H) * N;
     table += (i64)r * M;
     scores += (i64)r * K;
+
+    const Rules none = {0, K, 0, 0.0f};
+    u32 orders[ITEMS];  // of the first blocks, most often of all
+    load_orders<1>(orders, scores, threadIdx.x * ITEMS, old, none);
     for (int column = first + threadIdx.x; column < M; column += BLOCK) {
         table[column] = column < pages ? page_table[behind + column - first] * unit + head : -1;
     }
     if (threadIdx.x == 0) rows[r] = length - (old - count) * block;
 
-    const Rules none = {0, K, 0, 0.0f};
     Cut cut = old == count ? Cut{0, 0, true} : Cut{0, count, false};
     for (int pass = 0; !cut.is_found && pass < PASSES; pass++) {
         clear(histogram);
-        count_digits(histogram, scores, 0, old, none, cut.last, pass);
+        count_orders(histogram, orders, cut.last, pass);
+        count_digits(histogram, scores, TILE, old, none, cut.last, pass);
         __syncthreads();
         cut_deeper(cut, histogram, scratch, found, pass);
     }
-    u64 before = 0;
-    keep_rows(scores, 0, old, none, Pairs(cut), before, scratch, [=](int n, int chosen) {
-        if (n < M) table[n] = chosen;
-    });
-    // Block n stands at n, and gives way to its pages, which begin at n * block_pages: the last first.
-    for (int end = min(first, M); end > 0; end -= BLOCK) {
-        const int column = max(end - BLOCK, 0) + threadIdx.x;
-        int page = 0;
-        if (column < end) {
-            const int at = table[column / block_pages] * block_pages + column % block_pages;
-            page = page_table[at] * unit + head;
+    const auto keep = [=](int n, int chosen) {
+#pragma unroll 4
+        for (int i = 0; i < block_pages; i++) {
+            const int column = n * block_pages + i;
+            if (column < M) table[column] = page_table[chosen * block_pages + i] * unit + head;
         }
-        __syncthreads();
-        if (column < end) table[column] = page;
-    }
+    };
+    const Pairs pairs(cut);
+    u64 before = 0;
+    keep_orders(orders, threadIdx.x * ITEMS, pairs, before, scratch, keep);
+    keep_rows(scores, TILE, old, none, pairs, before, scratch, keep);
 }

@@ -85,19 +85,24 @@ __device__ __forceinline__ void clear(int* histogram) {
     __syncthreads();
 }
 
-// Adds the digits of rows begin .. end of a segment to a histogram, of rows that may be the last.
+// Adds the digits of orders to a histogram, of rows that may be the last.
+__device__ __forceinline__ void count_orders(int* histogram, const u32 (&orders)[ITEMS], u32 last,
+                                             int pass) {
+    const int low = low_of(pass), bits = bits_of(pass);
+#pragma unroll
+    for (const u32 order : orders) {
+        const bool is_open = low + bits == 32 || order >> (low + bits) == last >> (low + bits);
+        if (order && is_open) atomicAdd(&histogram[order >> low & ((1u << bits) - 1)], 1);
+    }
+}
+
+// The same of rows begin .. end of a segment.
 __device__ __forceinline__ void count_digits(int* histogram, const float* scores, int begin, int end,
                                              const Rules& rules, u32 last, int pass) {
-    const int low = low_of(pass), bits = bits_of(pass);
     for (int tile = begin; tile < end; tile += TILE) {
         u32 orders[ITEMS];
         load_orders<THREADS>(orders, scores, tile + threadIdx.x, end, rules);
-#pragma unroll
-        for (const u32 order : orders) {
-            const bool is_open =
-                low + bits == 32 || order >> (low + bits) == last >> (low + bits);
-            if (order && is_open) atomicAdd(&histogram[order >> low & ((1u << bits) - 1)], 1);
-        }
+        count_orders(histogram, orders, last, pass);
     }
 }
 
@@ -150,8 +155,28 @@ struct Pairs {
     __device__ int kept(u64 pair) const { return (int)(pair >> 32) + min((int)(u32)pair, ties); }
 };
 
-// Calls keep(n, row) of the rows begin .. end of a segment that are kept, the n-th of their group;
-// `before` are the pairs of all earlier rows of the group, to which it adds theirs.
+// Calls keep(n, row) of the rows of a tile that are kept, the n-th of their group, this thread's with
+// `orders` from `first` on; `before` are the pairs of all earlier rows of the group, to which it adds
+// theirs.
+template <typename Keep>
+__device__ __forceinline__ void keep_orders(const u32 (&orders)[ITEMS], int first, const Pairs& pairs,
+                                            u64& before, u64* scratch, Keep keep) {
+    u64 own = 0, total;
+#pragma unroll
+    for (const u32 order : orders) own += pairs.of(order);
+    u64 mine = before + counts_before(own, scratch, total);
+#pragma unroll
+    for (int item = 0; item < ITEMS; item++) {
+        const u64 pair = pairs.of(orders[item]);
+        const bool is_kept = pair >> 32 || (pair && (int)(u32)mine < pairs.ties);
+        if (is_kept) keep(pairs.kept(mine), first + item);
+        mine += pair;
+    }
+    before += total;
+    __syncthreads();  // all have read `scratch`
+}
+
+// The same of rows begin .. end of a segment.
 template <typename Keep>
 __device__ __forceinline__ void keep_rows(const float* scores, int begin, int end, const Rules& rules,
                                           const Pairs& pairs, u64& before, u64* scratch, Keep keep) {
@@ -159,18 +184,6 @@ __device__ __forceinline__ void keep_rows(const float* scores, int begin, int en
         const int first = tile + threadIdx.x * ITEMS;
         u32 orders[ITEMS];
         load_orders<1>(orders, scores, first, end, rules);
-        u64 own = 0, total;
-#pragma unroll
-        for (const u32 order : orders) own += pairs.of(order);
-        u64 mine = before + counts_before(own, scratch, total);
-#pragma unroll
-        for (int item = 0; item < ITEMS; item++) {
-            const u64 pair = pairs.of(orders[item]);
-            const bool is_kept = pair >> 32 || (pair && (int)(u32)mine < pairs.ties);
-            if (is_kept) keep(pairs.kept(mine), first + item);
-            mine += pair;
-        }
-        before += total;
-        __syncthreads();  // all have read `scratch`
+        keep_orders(orders, first, pairs, before, scratch, keep);
     }
 }

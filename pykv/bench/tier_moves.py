@@ -114,14 +114,14 @@ def make(case: Case, xp: Any, rng: np.random.Generator) -> Work | None:
     return _prefix(case, cache, tiers, tokens, xp, rng)
 
 
-def _open_codec(sizes: dict[str, int], name: str, text: str, xp: Any, tokens: int) -> Codec:
+def _open_codec(sizes: dict[str, int], name: str, text: str, xp: Any) -> Codec:
     """KVTC of a basis of noise, by which all tokens are coded."""
     L, H, D, r = (sizes[name] for name in "LHDr")
     p = L * H * D
     noise = (np.random.default_rng(0).random(1 << 16) - 0.5).astype(np.float16)
     basis, mean = np.resize(noise * np.float16((12 / p) ** 0.5), (p, r)), np.zeros(p, np.float16)
     artefact = artefact_of(L, H, D, [(mean, basis)] * 2)
-    return Codec(artefact, RATIO, xp, tokens=tokens)
+    return Codec(artefact, RATIO, xp)
 
 
 def _wait(xp: Any) -> None:

@@ -183,10 +183,10 @@ def _put_coded(
 
 
 def open_codec(
-    op: str, codec: Any, llm: LLM, *, name: str = "codec", xp: Any = None, tokens: int = 2048
+    op: str, codec: Any, llm: LLM, *, name: str = "codec", xp: Any = None
 ) -> Codec | None:
     """A codec of a model's caches; a text names the file of an artefact, and a ratio; `xp` is where
-    it works, the LLM's device by default, and `tokens` as of Codec.
+    it works, the LLM's device by default.
 
     Raises:
         ParameterError: the text is no such text, or the artefact is of another model.
@@ -199,7 +199,7 @@ def open_codec(
             raise ParameterError(f"{op}: {name} is {codec!r:.80}, expected FILE:RATIO")
         path, ratio = found
         with llm.turn():
-            codec = Codec(Artefact.load(path), ratio, xp or llm.xp, tokens=tokens)
+            codec = Codec(Artefact.load(path), ratio, xp or llm.xp)
     check_codec(op, codec, False)
     made: Codec | None = codec
     if made is not None:

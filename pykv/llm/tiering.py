@@ -63,8 +63,8 @@ def open_tiers(llm: LLM, host: Any, disk: Any) -> Tiers | None:
     if host is not None:  # again, now that the weights are loaded
         _check_free("LLM", parse_host("LLM", "host_cache", host))
 
-    def opened(name: str, codec: str, xp: Any, tokens: int) -> Codec:
-        made = open_codec("LLM", codec, llm, name=f"{name}'s codec", xp=xp, tokens=tokens)
+    def opened(name: str, codec: str, xp: Any) -> Codec:
+        made = open_codec("LLM", codec, llm, name=f"{name}'s codec", xp=xp)
         assert made is not None
         return made
 

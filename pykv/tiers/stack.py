@@ -40,9 +40,8 @@ from pykv.tiers.threads import FileThreads
 
 BUFFER_BYTES = 64 << 20  # of host memory, if there is only a disk tier
 _MOST_NOTED = 64  # untimed copies that may collect before their times are read
-_CODED_TOKENS = 512  # coded at a time: bounds the codec's workspace on the GPU
 
-Opener = Callable[[str, str, Any, int], Codec]
+Opener = Callable[[str, str, Any], Codec]
 
 
 class Tiers:
@@ -55,7 +54,7 @@ class Tiers:
         disk: "DIR:50GiB" or "DIR:50GiB:int8" likewise; None: none.
         identity: all that contents depend on beside tokens, by name: files of others are not seen.
         open_codec: opens a codec "FILE:RATIO" of the cache's model, of an argument's name, the
-            text, an array module, and tokens that it works on at a time; None: there is none.
+            text and an array module; None: there is none.
         hadamard: the cache holds Hadamard-rotated heads, as of Codec.compress.
         heads: (first, total): the cache has heads of a model from `first` on, of `total`, as a rank
             of a tensor-parallel one. Ranks of any number find each other's files, see forms.py.
@@ -103,7 +102,7 @@ class Tiers:
                 return form_of("Tiers", name, cache, codec)
             if open_codec is None:
                 raise ParameterError(f"Tiers: {name}'s codec is {codec!r}, expected a model's")
-            made = open_codec(name, codec, xp, _CODED_TOKENS)
+            made = open_codec(name, codec, xp)
             return CodedForm("Tiers", name, made, cache, hadamard)
 
         if heads is not None and (limit is None or limit.folder is None):

@@ -21,7 +21,7 @@ NEAR = {"none": 0.0, "int8": 0.3, "int4": 4.6, KVTC: 1.0}
 STEP = 2 * 63 * 2**0.5 / 250
 
 
-def open_codec(name, text, xp, tokens, cache):
+def open_codec(name, text, xp, cache):
     """KVTC without a transform: 8 bits for each element, of a token sinks."""
     assert text == KVTC
     L, H, D = cache.sizes
@@ -32,7 +32,7 @@ def open_codec(name, text, xp, tokens, cache):
     inv_freq = np.stack([rope.frequencies(D, 1e4)] * L)
     model = Fingerprint("made", L, H, D, "half", inv_freq, "5a" * 32)
     artefact = Artefact(model, (Group(tuple(range(L)), side, side),), (), sinks=3, window=8)
-    return Codec(artefact, 2, xp, tokens=tokens)
+    return Codec(artefact, 2, xp)
 
 
 def contents(key, x):

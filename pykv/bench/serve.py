@@ -42,7 +42,7 @@ import numpy as np
 from pykv.bench import Work, options, report, synthetic
 from pykv.bench.options import MAX_COUNT, Case
 from pykv.bench.report import Record
-from pykv.errors import DeviceError
+from pykv.errors import DeviceError, ParameterError
 from pykv.llm import LLM, SamplingParams, models
 from pykv.llm.prompts import answers_to
 from pykv.llm.scheduler import Scheduler
@@ -79,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("requests", "in all"),
         ("prompt", "tokens of a prompt"),
         ("answer", "tokens of an answer"),
-        ("shared", "tokens that all prompts begin with"),
+        ("shared", "tokens that all prompts begin with, half of them if --prompt alone is given"),
     ):
         parser.add_argument(f"--{name}", type=int, help=text)
 
@@ -96,7 +96,16 @@ def select(args: argparse.Namespace) -> list[Case]:
     if args.model and not (args.url or synthetic.is_name(args.model)):
         models.check(args.model)
     cases = QUICK if args.quick else CASES
-    cases = [{**cases[0], **own}] if own else cases
+    if own:
+        case = {**cases[0], **own}
+        if "prompt" in own and "shared" not in own:
+            case["shared"] = case["prompt"] // 2
+        if case["shared"] > case["prompt"]:
+            raise ParameterError(
+                f"bench serve: --shared is {case['shared']}, expected at most the "
+                f"{case['prompt']} of --prompt"
+            )
+        cases = [case]
     if args.model or args.url:  # a server has one model, and that of --url may be any
         where = dict(model=args.model, url=args.url)
         cases = options.distinct(

@@ -1,5 +1,6 @@
 """The load tool, by a server whose answers and times are known."""
 
+import argparse
 import asyncio
 from argparse import Namespace
 
@@ -104,6 +105,21 @@ def test_wrong_counts_are_refused_before_anything_runs(capsys, name):
     wrong = -1 if name == "shared" else 0
     assert cli.main(["bench", "serve", "--model", "missing.gguf", f"--{name}", str(wrong)]) == 2
     assert f"--{name} is {wrong}, expected" in capsys.readouterr().err
+
+
+def test_prompts_are_as_long_as_they_are_asked_for(capsys):
+    def case(*options):
+        parser = argparse.ArgumentParser()
+        bench.add_arguments(parser)
+        parser.set_defaults(quick=False)
+        (found,) = bench.select(parser.parse_args(options))
+        return {name: found[name] for name in ("prompt", "shared")}
+
+    assert case("--prompt", "64") == dict(prompt=64, shared=32)
+    assert case("--prompt", "64", "--shared", "64") == dict(prompt=64, shared=64)
+    assert case("--answer", "3") == dict(prompt=512, shared=256)
+    assert cli.main(["bench", "serve", "--prompt", "64", "--shared", "65"]) == 2
+    assert capsys.readouterr().err.endswith("--shared is 65, expected at most the 64 of --prompt\n")
 
 
 def test_a_wrong_model_is_refused_before_a_server_starts(capsys, monkeypatch):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from math import prod
 from pathlib import Path
@@ -112,8 +112,8 @@ class ModelFile:
 
     path: Path
     version: int
-    metadata: dict[str, Any]
-    tensors: dict[str, TensorInfo]
+    metadata: dict[str, Any] = field(repr=False)
+    tensors: dict[str, TensorInfo] = field(repr=False)
 
     def get(self, key: str, default: Any = None, kind: type | tuple[type, ...] = object) -> Any:
         """The value of `key`, or `default`. FormatError if it is present but no `kind`."""

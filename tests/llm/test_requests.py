@@ -159,6 +159,7 @@ def test_repr_says_what_it_is(tiny_paths):
     assert repr(llm) == (
         f'LLM({str(path)!r}, device="cpu", kv_dtype="int8:head", weights="stored", context=20)'
     )
+    assert len(repr(llm.file)) < 200  # no vocabulary
 
 
 def test_a_spec_is_a_kv_dtype(open_tiny):

@@ -287,7 +287,7 @@ def test_inspect(capsys):
     assert lines[0].startswith("chat.gguf: GGUF version 3, ")
     assert "general.architecture 'llama'" in lines
     assert "llama.context_length 128" in lines
-    assert "blk.1.attn_k.weight F32 32 x 64 8192 bytes" in lines
+    assert "blk.1.attn_k.weight F32 32 x 64 8,192 bytes" in lines
 
 
 def test_inspect_json(capsys):

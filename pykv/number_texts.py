@@ -50,6 +50,14 @@ class Parser(argparse.ArgumentParser):
         self.register("type", int, _read_int)
         self.register("type", float, _read_float)
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """A command refuses what it does not know, and names its own --help; argparse leaves that
+        to the parser of all commands."""
+        known, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return known, unknown
+
     def error(self, message: str) -> NoReturn:
         """On one line, as all mistakes are; argparse's own has the usage ahead, of many lines."""
         choice = re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message)

@@ -245,8 +245,14 @@ class PagedKVCache:
     def append(
         self, layer: int, k: Any, v: Any, slots: Any, *, stream: Any = None, **options: Any
     ) -> None:
-        """Write rows [T, H, D] of one layer to flat slots [T]; see paged_append.append, whose
-        options these are.
+        """Write rows of one layer to flat slots, see pykv.blocks.slots.
+
+        Args:
+            layer: from 0 on.
+            k, v: [T, H, D] float32, float16 or bfloat16.
+            slots: [T] int32 or int64; page * P + offset, or negative to skip the row.
+            stream: see pykv.cuda.on_stream.
+            options: further ones of paged_append.append.
 
         On a GPU only enqueues, but waits where it checks, and while a layer lacks shared scales.
 
@@ -267,7 +273,8 @@ class PagedKVCache:
         self, layer: int, qkv: Any, slots: Any, *, stream: Any = None, **options: Any
     ) -> Any:
         """Write K and V of a fused projection [T, (HQ + 2H) * D] to flat slots [T] of one layer and
-        return the queries [T, HQ, D]; see paged_qkv.append, whose options these are.
+        return the queries [T, HQ, D], in the dtype of `qkv`: float32, float16 or bfloat16. Slots
+        are as of `append`, options those of paged_qkv.append.
 
         On a GPU only enqueues, but waits where `append` does. Raises what `append` does.
         """
@@ -279,16 +286,29 @@ class PagedKVCache:
         return paged_qkv.append(qkv, slots=slots, stream=stream, **full)
 
     def decode(self, layer: int, q: Any, page_table: Any, lengths: Any, **options: Any) -> Any:
-        """Attention of the last queries [B, HQ, D] or [B, T, HQ, D] over one layer; see
-        paged_decode.decode, whose options these are."""
+        """Attention of the last queries of each sequence over its keys in one layer.
+
+        Args:
+            layer: from 0 on.
+            q: [B, HQ, D], or [B, T, HQ, D] of the last T tokens; float32, float16 or bfloat16.
+            page_table: [B, M] int32; the pages of each sequence, see pykv.blocks.page_table.
+            lengths: [B] int32; keys of each sequence, those of the queries included.
+            options: further ones of paged_decode.decode.
+
+        Returns:
+            Shape and dtype of `q`; with `return_lse` also [B, HQ], or [B, T, HQ], float32.
+
+        Raises: as paged_decode.decode. ParameterError: there is no such layer.
+        """
         _, options = self._of_layer("decode", layer, options)
         return paged_decode.decode(q, page_table=page_table, lengths=lengths, **options)
 
     def decode_qkv(
         self, layer: int, qkv: Any, slots: Any, page_table: Any, lengths: Any, **options: Any
     ) -> Any:
-        """`append_qkv` of the last token of each sequence, and `decode` of its queries; see
-        qkv_decode.decode, whose options these are. Raises what both do."""
+        """`append_qkv` of the last token [B, (HQ + 2H) * D] of each sequence, and `decode` of its
+        queries, of which [B, HQ, D] are returned; see qkv_decode.decode, whose options these are.
+        Raises what both do."""
         layer, of_layer = self._of_layer("decode_qkv", layer, options)
         where = dict(page_table=page_table, lengths=lengths)
         if not self._shared.may_lack(layer, self.scales[layer]):
@@ -298,8 +318,19 @@ class PagedKVCache:
     def prefill(
         self, layer: int, q: Any, page_table: Any, lengths: Any, q_starts: Any, **options: Any
     ) -> Any:
-        """Attention of several tokens a sequence over one layer; see prefill.prefill, whose options
-        these are."""
+        """Attention of the last tokens of each sequence, of any number, over its keys in one layer.
+
+        Args:
+            layer, page_table, lengths: as of `decode`.
+            q: [T, HQ, D] float32, float16 or bfloat16; one sequence's queries behind the other's.
+            q_starts: [B + 1] int32; where each sequence's queries begin in `q`: 0, ..., T.
+            options: further ones of prefill.prefill.
+
+        Returns:
+            Shape and dtype of `q`; with `return_lse` also [T, HQ] float32.
+
+        Raises: as prefill.prefill. ParameterError: there is no such layer.
+        """
         where = dict(page_table=page_table, lengths=lengths, q_starts=q_starts)
         _, options = self._of_layer("prefill", layer, options)
         return prefill.prefill(q, **where, **options)

@@ -91,7 +91,7 @@ def read_header(op: str, file: BufferedReader, path: Path, kind: str, expected: 
     first = file.read(8)
     size = int.from_bytes(first, "little")
     if len(first) < 8 or size > _MAX_HEADER:
-        raise FormatError(f"{op}: {path} is no {kind}: its header has {size} bytes")
+        raise FormatError(f"{op}: {path} is no {kind}: {first!r} is no size of a header")
     try:
         header = json.loads(file.read(size))
         metadata = header.pop("__metadata__")

@@ -287,7 +287,7 @@ def test_inspect(capsys):
     assert lines[0].startswith("chat.gguf: GGUF version 3, ")
     assert "general.architecture 'llama'" in lines
     assert "llama.context_length 128" in lines
-    assert "blk.1.attn_k.weight F32 32 x 64 8192 bytes" in lines
+    assert "blk.1.attn_k.weight F32 32 x 64 8,192 bytes" in lines
 
 
 def test_inspect_json(capsys):
@@ -855,7 +855,9 @@ def test_a_warning_is_one_line(capsys, monkeypatch):
             r"cache: argument ACTION: invalid choice: 'cleer' \(.*\); did you mean clear\?",
         ),
         ("size", "size: the following arguments are required: file"),
-        ("models \x1b[2J", r"unrecognized arguments: \\x1b\[2J; "),
+        ("models \x1b[2J", r"models: unrecognized arguments: \\x1b\[2J; `pykv models --help` "),
+        ("eval needles --texts 1", "eval needles: unrecognized arguments: --texts 1; "),
+        ("--texts run x", "unrecognized arguments: --texts; `pykv --help` says more"),
         ("bench decode --page", "bench decode: argument --page: expected one argument; "),
     ],
 )

@@ -456,6 +456,7 @@ def test_pages_go_back_and_bytes_are_told(xp, rng):
     assert [len(pages) for pages in sequences] == [2, 2, 2]
     assert evicted.freed_pages == cache.manager.num_free - free == 8 + 3 + 2 - 6
     assert evicted.freed_bytes == 7 * P * cache.bytes_per_token
+    assert "array" not in repr(evicted)
 
 
 @pytest.mark.parametrize("how", ["fork", "publish"])

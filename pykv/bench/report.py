@@ -302,8 +302,9 @@ def to_table(records: list[Record]) -> str:
             continue
         columns = ("median", "p5", "p95", "host_median", "prepared_median")
         cells = ["" if (us := one.get(name)) is None else f"{us:.1f}" for name in columns]
+        rate = f"{one['gbps']:.1f}" if one["bytes"] else ""
         share = "" if one["share"] is None else f"{one['share']:.1%}"
-        rows.append([name, *cells, f"{one['gbps']:.1f}", share, one["ceiling"] or ""])
+        rows.append([name, *cells, rate, share, one["ceiling"] or ""])
     return aligned(rows, left=(0, len(head) - 1))
 
 

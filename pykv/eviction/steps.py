@@ -6,7 +6,7 @@ Dimensions: as in pykv/eviction.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -48,9 +48,9 @@ class Evicted:
         freed_bytes: the bytes of these.
     """
 
-    lengths: Any
-    kept: list[Any]
-    positions: list[Any]
+    lengths: Any = field(repr=False)
+    kept: list[Any] = field(repr=False)
+    positions: list[Any] = field(repr=False)
     freed_pages: int
     freed_bytes: int
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from pykv.errors import ParameterError
 from pykv.kvtc import coder
+from pykv.number_texts import counted
 from pykv.ops.rope import PAIRINGS
 from pykv.options import check_whole
 
@@ -47,7 +48,7 @@ class Fingerprint:
     kv_heads: int
     head_dim: int
     pairing: str
-    inv_freq: Any
+    inv_freq: Any = field(repr=False)
     sha256: str
 
     def difference(self, other: Fingerprint) -> str:
@@ -72,7 +73,7 @@ class Plan:
     """
 
     widths: tuple[int, ...]
-    steps: Any
+    steps: Any = field(repr=False)
     error: float
 
     @property
@@ -97,9 +98,9 @@ class Side:
         plans: by ratio.
     """
 
-    mean: Any
-    weights: Any
-    basis: Any
+    mean: Any = field(repr=False)
+    weights: Any = field(repr=False)
+    basis: Any = field(repr=False)
     plans: dict[int, Plan]
 
 
@@ -168,10 +169,18 @@ class Artefact:
             "window": self.window
         }
 
+    def __repr__(self) -> str:
+        ratios = ", ".join(map(str, self.ratios))
+        return f'Artefact("{self.model.architecture}", ratios {ratios}, {self._source})'
+
+    @property
+    def _source(self) -> str:
+        tokens = sum(text.tokens for text in self.texts)
+        return f"{counted(tokens, 'token')} of {counted(len(self.texts), 'text')}"
+
     def as_text(self) -> str:
         """Bytes and held-out errors at each ratio, a line for each group of layers."""
-        tokens = sum(text.tokens for text in self.texts)
-        lines = [f"{self.model.architecture}, {tokens:,} tokens of {len(self.texts)} texts"]
+        lines = [f"{self.model.architecture}, {self._source}"]
         lines.append(f"{'ratio':>5}  {'bytes a token':>13}  {'K error':>7}  {'V error':>7}  layers")
         for ratio in self.ratios:
             for group in self.groups:

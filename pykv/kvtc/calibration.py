@@ -115,8 +115,9 @@ def calibrate(
     ids, named = _tokens(_OP, llm, texts, tokens)
     windows, counts = _windows(llm, ids, window)
     if sum(counts) < _ROWS_PER_FEATURE * widest:
+        of_each = f" with at most {tokens // len(texts):,} of each" if tokens and texts else ""
         raise ParameterError(
-            f"{_OP}: texts has {counted(sum(map(len, ids)), 'token')}, expected at least "
+            f"{_OP}: texts has {counted(sum(map(len, ids)), 'token')}{of_each}, expected at least "
             f"{_ROWS_PER_FEATURE * widest + SINKS * len(windows):,}: two for each of {widest:,} "
             f"features, and {SINKS} for each window"
         )

@@ -107,6 +107,10 @@ class Codec:
         self._take_turns()
         forks.in_child(self, Codec._take_turns)  # the thread that had its turn is not in the child
 
+    def __repr__(self) -> str:
+        name, size = self.model.architecture, f"{self.row_bytes:,} bytes a token"
+        return f'Codec("{name}", ratio {self.ratio}, {size})'
+
     def _take_turns(self) -> None:
         self._turn = threading.RLock()  # of the workspace
 

@@ -41,9 +41,9 @@ class LLM(Language):
         device: "cuda" (CuPy's current GPU), "cuda:1" and the like, "cpu", or "auto": the GPU of the
             highest SM with room for the weights, else the CPU. Weights, cache and work stay there,
             whichever GPU is the current one when a method is called, and that one stays current.
-        prefill_device: another GPU, such as "cuda:1", that computes prompts; see README.md of this
-            folder. It has the weights and a cache of as many pages once more. Tokens are those of
-            one GPU. Not with an `eviction`. None: `device` computes them.
+        prefill_device: another GPU, such as "cuda:1", that computes prompts; see
+            pykv/llm/README.md. It has the weights and a cache of as many pages once more. Tokens
+            are those of one GPU. Not with an `eviction`. None: `device` computes them.
         kv_dtype: what the cache stores: a KVSpec, or "fp16", "int8", "fp8", "k8v4", ... Each
             token and head has a scale; one that heads or tensors share ("int8:head") is found when
             the model is loaded, and stays; a call warns where it clamps more than a thousandth of a

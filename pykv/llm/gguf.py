@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from math import prod
 from pathlib import Path
@@ -112,8 +112,8 @@ class ModelFile:
 
     path: Path
     version: int
-    metadata: dict[str, Any]
-    tensors: dict[str, TensorInfo]
+    metadata: dict[str, Any] = field(repr=False)
+    tensors: dict[str, TensorInfo] = field(repr=False)
 
     def get(self, key: str, default: Any = None, kind: type | tuple[type, ...] = object) -> Any:
         """The value of `key`, or `default`. FormatError if it is present but no `kind`."""
@@ -295,11 +295,11 @@ def describe(file: ModelFile) -> str:
     sections: list[list[tuple[str, ...]]] = [
         [(plain(key), brief(value)) for key, value in file.metadata.items()],
         [
-            (plain(t.name), t.kind, " x ".join(map(str, t.shape)), f"{t.nbytes} bytes")
+            (plain(t.name), t.kind, " x ".join(map(str, t.shape)), counted(t.nbytes, "byte"))
             for t in tensors
         ],
         [
-            (kind, counted(len(of_kind), "tensor"), f"{sum(t.nbytes for t in of_kind)} bytes")
+            (kind, counted(len(of_kind), "tensor"), counted(sum(t.nbytes for t in of_kind), "byte"))
             for kind in sorted({t.kind for t in tensors})
             for of_kind in [[t for t in tensors if t.kind == kind]]
         ],
@@ -307,7 +307,7 @@ def describe(file: ModelFile) -> str:
     title = (
         f"{visible(str(file.path))}: GGUF version {file.version}, "
         f"{counted(len(file.metadata), 'key')}, "
-        f"{counted(len(tensors), 'tensor')} of {sum(t.nbytes for t in tensors)} bytes"
+        f"{counted(len(tensors), 'tensor')} of {counted(sum(t.nbytes for t in tensors), 'byte')}"
     )
     return "\n\n".join([title, *(_table(rows) for rows in sections if rows)])
 

@@ -82,7 +82,7 @@ def read_ids(language: Language, name: str, prompt: Any, special: bool = False) 
             raise ParameterError(f"{name} is empty, expected at least one character")
         ids = language.tokenizer.encode(prompt, special=special, limit=language.context)
     else:
-        ids = known_ids(language, name, prompt)
+        ids = known_ids(language, name, items(name, prompt, "a text or a list of token ids"))
     if not ids:
         raise ParameterError(f"{name} is empty, expected at least one token")
     if len(ids) > language.context:

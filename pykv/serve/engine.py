@@ -309,5 +309,10 @@ def as_api_error(error: BaseException) -> ApiError:
 
 
 def stopping() -> ApiError:
-    """Why no request is answered any more."""
+    """Why no request is answered any more, as the server was told to end."""
     return ApiError(503, "the server is stopping", code="stopping")
+
+
+def stopped() -> ApiError:
+    """The same, where the engine has ended and nobody asked it to."""
+    return ApiError(503, "the engine has ended: start the server again", code="stopped")

@@ -52,8 +52,9 @@ class ApiError(Exception):
 
 def wrong(param: str, has: object, expected: str) -> ApiError:
     """The error of a field that has another value than it may, or None."""
-    has = "missing" if has is None else f"{has!r:.80}"
-    return ApiError(400, f"{param} is {has}, expected {expected}", param=param)
+    given = "missing" if has is None else repr(has)
+    given = given if len(given) <= 80 else f"{given[:77]}..."
+    return ApiError(400, f"{param} is {given}, expected {expected}", param=param)
 
 
 def loads(text: str | bytes) -> Any:

@@ -99,12 +99,14 @@ def test_csv_keeps_columns_that_only_some_cases_have():
 def test_table():
     found = {"copy": 50.0}
     good = report.with_share(made(us=[100.0] * 3, host=[5.0]), found)
-    head, first, second = report.to_table([good, made(us=())]).splitlines()
+    moves_nothing = made("blocks", us=[7.0], ceiling="", nbytes=0)
+    head, first, second, third = report.to_table([good, made(us=()), moves_nothing]).splitlines()
     assert head.split() == "case us p5 p95 host us prepared GB/s of ceiling".split()
     assert first.split() == [
         *("copy", "size=7", "100.0", "100.0", "100.0", "5.0", "40.0", "80.0%", "copy")
     ]
     assert second.split() == ["copy", "size=7", "WRONG"]
+    assert third.split() == ["blocks", "size=7", "7.0", "7.0", "7.0"]
 
 
 # --- Environment ---

@@ -45,6 +45,14 @@ def path(artefact, tmp_path):
     return tmp_path / "a.kvtc"
 
 
+def test_arrays_are_not_printed(artefact):
+    assert repr(artefact) == 'Artefact("llama", ratios 8, 16, 78 tokens of 2 texts)'
+    size = artefact.row_bytes(8)
+    assert repr(Codec(artefact, 8)) == f'Codec("llama", ratio 8, {size} bytes a token)'
+    for part in (artefact.model, artefact.groups[0]):
+        assert "array" not in repr(part)
+
+
 def test_a_file_is_what_the_format_says(artefact, path):
     data = path.read_bytes()
     at = 0

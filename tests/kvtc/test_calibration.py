@@ -177,8 +177,13 @@ def test_too_little_text_is_refused(llm):
         calibrate(llm, some, window=64, ratios=(2,))
     needed = 2 * 64 + SINKS * windows
     assert f"texts has {count} tokens, expected at least {needed}" in str(error.value)
-    with pytest.raises(ParameterError, match="texts has 0 tokens"):
-        calibrate(llm, {}, ratios=(2,))
+    for tokens in (None, 4):
+        with pytest.raises(ParameterError, match="texts has 0 tokens, expected"):
+            calibrate(llm, {}, ratios=(2,), tokens=tokens)
+    with pytest.raises(
+        ParameterError, match="texts has 12 tokens with at most 3 of each, expected"
+    ):
+        calibrate(llm, TEXTS, ratios=(2,), tokens=15)
 
 
 def test_texts_without_a_row_compare_nothing(llm):

@@ -128,7 +128,7 @@ def test_what_was_meant_is_said(open_tiny):
     llm = open_tiny()
     for prompts, params, text in (
         (5, None, "prompts is 5, expected a text, or a list of prompts"),
-        ([1, 2], None, "prompt is 1, expected a list of token ids"),
+        ([1, 2], None, "prompt is 1, expected a text or a list of token ids"),
         ("a", {"max_tokens": 1}, "params is {'max_tokens': 1}, expected SamplingParams, or a list"),
     ):
         with pytest.raises(ParameterError, match=re.escape(text)):
@@ -159,6 +159,7 @@ def test_repr_says_what_it_is(tiny_paths):
     assert repr(llm) == (
         f'LLM({str(path)!r}, device="cpu", kv_dtype="int8:head", weights="stored", context=20)'
     )
+    assert len(repr(llm.file)) < 200  # no vocabulary
 
 
 def test_a_spec_is_a_kv_dtype(open_tiny):

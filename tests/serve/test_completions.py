@@ -314,6 +314,8 @@ def test_generate_of_m40_llm(serve):
     )
     status, answer = client.post("/generate", prompt=5)
     assert status == 400 and answer["error"].startswith("prompt is 5, expected")
+    status, answer = client.post("/generate", prompt={"x": "y" * 100})
+    assert status == 400 and "yyy..., expected" in answer["error"]
     status, answer = client.post("/generate", prompt="x", n=2)
     assert status == 400 and answer["error"].startswith("n is 2, expected")
 

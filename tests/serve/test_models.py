@@ -274,10 +274,11 @@ def test_who_waits_is_told_that_the_engine_died(command):
         os.kill(engine_of(process), signal.SIGKILL)
         while b"[DONE]" not in body:
             body += connection.recv(1 << 16)
-    assert b"the server is stopping" in body
+    assert b"the engine has ended: start the server again" in body
     for path, data in (("/health", None), (TEXT, b'{"prompt": "x"}')):
-        with pytest.raises(urllib.error.HTTPError, match="503"):
+        with pytest.raises(urllib.error.HTTPError, match="503") as refused:
             urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", data, timeout=60)
+        assert b"the engine has ended: start the server again" in refused.value.read()
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 2
     said = log.read_text()

@@ -20,7 +20,7 @@ from pykv.llm.language import Language
 from pykv.llm.prompts import Order, known_ids, order
 from pykv.llm.sampling import SamplingParams
 from pykv.number_texts import counted, whole_of
-from pykv.serve.constraints import Grammars
+from pykv.serve.constraints import check_grammar
 from pykv.serve.fields import ApiError, Fields, wrong
 from pykv.serve.tools import (
     OPENING,
@@ -84,7 +84,6 @@ class Protocol:
     def __init__(self, language: Language, names: list[str]) -> None:
         self.language, self.names = language, names
         self._template = template_of(language.file, tools=False) or ""
-        self._grammars = Grammars(language.tokenizer, language.config.vocab)
 
     def chat(self, body: dict[str, Any]) -> Asked:
         """A body of /v1/chat/completions."""
@@ -313,13 +312,14 @@ class Protocol:
         )
         return SamplingParams(**given, **more)
 
-    def _check(self, rule: Rule | None) -> None:
+    @staticmethod
+    def _check(rule: Rule | None) -> None:
         """Refuse a rule that the engine could not follow."""
         if rule is None:
             return
         try:
-            self._grammars.constraint(*rule)
-        except ParameterError as error:
+            check_grammar(rule.grammar)
+        except UnsupportedError as error:
             param = "tools" if "call" in rule.grammar else "response_format"
             raise ApiError(400, f"{param}: {error}", param=param) from None
 

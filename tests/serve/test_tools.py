@@ -7,9 +7,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from pykv.errors import UnsupportedError
+from pykv.serve import constraints
 from pykv.serve.fields import Fields
-from pykv.serve.tools import CallReader, Tools, read_messages
-from tests.serve.conftest import PLAIN, TOOLS
+from pykv.serve.tools import CallReader, Tools, grammar, read_messages
+from tests.serve.conftest import PLAIN, TOOLS, Scripted, make_tiny_server
 
 USER = [{"role": "user", "content": "Hi"}]
 CHAT = "/v1/chat/completions"
@@ -90,6 +92,41 @@ def test_ignore_eos_and_a_schema_exclude_each_other(serve):
     assert (status, error["param"]) == (400, "ignore_eos")
 
 
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "objekt"},
+        {"type": "array", "uniqueItems": True},
+        {"type": "integer", "minimum": 3, "maximum": 2},
+        {"allOf": [{"type": "string", "pattern": f"^{letter}$"} for letter in "ab"]},
+        {"enum": [str(n) * 5 for n in range(100_000)]},  # beyond what a lexer may have
+        SCHEMA | {"properties": {f"{n}": SCHEMA for n in range(20_000)}},  # nor items
+        SCHEMA,
+    ],
+    ids=lambda schema: str(schema)[:40],
+)
+def test_a_check_refuses_what_the_engine_would(llms, monkeypatch, schema):
+    """By the same words, and without a vocabulary, which takes a second to make."""
+    from pykv.serve.constraints import Grammars, check_grammar
+
+    def said_by(check):
+        try:
+            check(grammar(None, schema).grammar)
+        except UnsupportedError as error:
+            return str(error)
+
+    tokenizer = llms().tokenizer
+    said = said_by(Grammars(tokenizer, 300).constraint)
+    monkeypatch.setattr(type(tokenizer), "token_bytes", None)
+    assert said_by(check_grammar) == said and (said is None) is (schema is SCHEMA)
+
+
+def test_a_body_with_a_schema_is_read_without_a_vocabulary(llms, monkeypatch):
+    protocol = make_tiny_server(llms(), Scripted(llms(), lambda s: "x")).protocol
+    monkeypatch.setattr(type(llms().tokenizer), "token_bytes", None)
+    assert protocol.chat(dict(messages=USER, response_format=STRICT)).rule is not None
+
+
 def test_a_mask_by_hand(llms):
     """Of the bytes of {"a": 1 or 2}, by a model whose tokens are bytes."""
     from pykv.serve.constraints import Grammars
@@ -165,6 +202,8 @@ def test_what_a_parser_says_of_itself_is_left_out(serve):
     status, error = serve(lambda s: []).refused(CHAT, messages=USER, response_format=form)
     assert status == 400 and error["message"].startswith("the schema cannot be followed")
     assert "<state>" not in error["message"] and "\n" not in error["message"]
+    panic = "panic: assertion failed: x\n<backtrace>\n   0: <unknown>\n</backtrace>"
+    assert constraints._reason(panic) == "panic: assertion failed: x"
 
 
 # --- Calls ---

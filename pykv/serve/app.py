@@ -315,7 +315,7 @@ async def detokenize(server: Server, request: Request) -> Response:
 
 async def health(server: Server, _: Request) -> Response:
     if not server.desk.is_alive:
-        raise ApiError(503, "the engine has stopped", code="stopping")
+        raise server.desk.refusal()
     return JSONResponse({"status": "ok"})
 
 

@@ -16,7 +16,7 @@ from typing import Protocol
 
 from pykv.llm.prompts import Order
 from pykv.number_texts import counted
-from pykv.serve.engine import Delta, Report, Request, State, stopping
+from pykv.serve.engine import Delta, Report, Request, State, ended, stopping
 from pykv.serve.fields import ApiError
 from pykv.serve.metrics import Metrics
 from pykv.serve.tools import Rule
@@ -117,12 +117,13 @@ class Desk:
         metrics: counts what happens.
         state: how the engine was when it reported last.
         is_alive: requests get answers.
+        refusal: makes the error of those that get none.
     """
 
     def __init__(self, link: Link, *, limit: int) -> None:
         self.link, self.limit = link, limit
         self.metrics, self.state = Metrics(), State()
-        self.is_alive = False
+        self.is_alive, self.refusal = False, stopping
         self._open: dict[int, tuple[Choice, Work]] = {}  # that run and wait
         self._next = 0  # number of a sequence
         self._ended = asyncio.Event()
@@ -147,11 +148,12 @@ class Desk:
         """Take a request, or refuse it at once. Waits for no step.
 
         Raises:
-            ApiError: 503, there are too many, or the server stops; 400, they always would be.
+            ApiError: 503, there are too many, or the server stops, or its engine has ended; 400,
+                they always would be.
         """
         count, running = len(work.choices), len(self._open)
         if not self.is_alive:
-            raise stopping()
+            raise self.refusal()
         if count > self.limit:
             raise ApiError(
                 400,
@@ -221,10 +223,11 @@ class Desk:
         """Let nobody wait: the engine has ended, or is gone."""
         if self.is_alive:
             log.error("the engine has ended: requests are refused from here on")
+            self.refusal = ended
         self.is_alive = False
         self.state = self.state._replace(waiting=0, held=0)
         for number, (choice, work) in list(self._open.items()):
-            choice.put(Delta("", [], [], "error", choice.reused, stopping()))
+            choice.put(Delta("", [], [], "error", choice.reused, self.refusal()))
             self._forget(number, "error")
             work.changed.set()
         self._ended.set()

@@ -309,5 +309,10 @@ def as_api_error(error: BaseException) -> ApiError:
 
 
 def stopping() -> ApiError:
-    """Why no request is answered any more."""
+    """Why no request is answered any more, where somebody has stopped the server."""
     return ApiError(503, "the server is stopping", code="stopping")
+
+
+def ended() -> ApiError:
+    """Why, where nobody has: a fault, or the end of its process."""
+    return ApiError(503, "the engine has ended, the server must be started again", code="ended")

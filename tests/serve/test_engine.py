@@ -150,10 +150,10 @@ def test_a_fault_of_the_engine_ends_all_who_wait(start, caplog, monkeypatch, err
         await stays.changed.wait()
         monkeypatch.setattr(desk.link.engine, "_begin", fault)
         submit(desk, order(1))
-        with pytest.raises(ApiError, match="stopping") as caught:
+        with pytest.raises(ApiError, match="engine has ended") as caught:
             await read(stays)
         assert caught.value.status == 503
-        with pytest.raises(ApiError, match="stopping"):
+        with pytest.raises(ApiError, match="engine has ended"):
             await read(submit(desk, order(1)))
         assert not desk.is_alive and desk.running == 0
         return desk

@@ -274,10 +274,13 @@ def test_who_waits_is_told_that_the_engine_died(command):
         os.kill(engine_of(process), signal.SIGKILL)
         while b"[DONE]" not in body:
             body += connection.recv(1 << 16)
-    assert b"the server is stopping" in body
+    why = dict(message="the engine has ended, the server must be started again", code="ended")
+    why |= dict(type="server_error", param=None)
+    assert json.dumps(why["message"]).encode() in body and b'"code": "ended"' in body
     for path, data in (("/health", None), (TEXT, b'{"prompt": "x"}')):
-        with pytest.raises(urllib.error.HTTPError, match="503"):
+        with pytest.raises(urllib.error.HTTPError, match="503") as caught:
             urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", data, timeout=60)
+        assert json.loads(caught.value.read()) == {"error": why}
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 2
     said = log.read_text()

@@ -11,6 +11,7 @@ import re
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,33 @@ import numpy as np
 from pykv import install
 from pykv.errors import UnsupportedError
 from pykv.llm.tokenizer import Tokenizer
+
+# llguidance's parser has 2,000 items for a token, and 4 for each property that may come next.
+MOST_OPTIONAL = 500
+
+
+def check_schema(schema: dict[str, Any]) -> None:
+    """Check that no object of a JSON schema may leave out more properties in a row than the parser
+    takes: it would give up where the object begins, and be made in seconds, by their square.
+
+    Raises:
+        UnsupportedError: one may.
+    """
+    left: list[Any] = [schema]
+    while left:
+        item = left.pop()
+        if isinstance(item, dict):
+            left += item.values()
+            properties, required = item.get("properties"), item.get("required")
+            if isinstance(properties, dict) and len(properties) > MOST_OPTIONAL:
+                must = {x for x in required if isinstance(x, str)} if required else set()
+                runs = groupby(name in must for name in properties)
+                most = max((len([*run]) for is_there, run in runs if not is_there), default=0)
+                if most > MOST_OPTIONAL:
+                    why = f"{most:,} optional properties in a row, expected at most {MOST_OPTIONAL}"
+                    raise _refused(f"an object has {why}")
+        elif isinstance(item, list):
+            left += item
 
 
 def check_grammar(grammar: str) -> None:

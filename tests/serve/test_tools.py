@@ -1,6 +1,7 @@
 """Answers that follow a schema, calls of tools, and what templates see of both."""
 
 import json
+import re
 import time
 from types import SimpleNamespace
 
@@ -150,19 +151,53 @@ def test_a_mask_by_hand(llms):
     assert allowed(first) == [""]  # the end alone
 
 
+def optional(count, required=()):
+    """The schema of an object of k0, k1, ..."""
+    keys = {f"k{i}": {"type": "integer"} for i in range(count)}
+    return dict(type="object", properties=keys, required=[*required], additionalProperties=False)
+
+
+def form_of(schema):
+    return {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_schema_that_the_parser_gives_up_is_no_answer(serve, stream):
-    """llguidance bounds its work for a token: an object of so many optional keys ends there, and
-    half of it is not what was asked for."""
-    keys = {f"k{i}": {"type": "integer"} for i in range(600)}
-    schema = {"type": "object", "properties": keys, "additionalProperties": False}
-    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    """llguidance bounds its work for a token: beside each other so many objects are too much, and
+    half of an answer is not what was asked for."""
+    schema = {"anyOf": [optional(200), optional(300), optional(400)]}
     client = serve(lambda s: [*b"{"])
-    data = json.dumps(dict(messages=USER, response_format=form, stream=stream))
+    data = json.dumps(dict(messages=USER, response_format=form_of(schema), stream=stream))
     status, _, answer = client.request("POST", CHAT, data)
     assert status == (200 if stream else 400)
     assert b"the schema cannot be followed to its end: " in answer and b'"stop"' not in answer
     assert client.scheduler.is_idle
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_too_many_optional_properties_are_refused_before_anything_begins(serve, stream):
+    """An object of 10,000 kept the engine from all orders for four seconds."""
+    client = serve(lambda s: [*b'{"k0": 1, "k499": 2}'])
+    begun = time.process_time()
+    tool = {"type": "function", "function": {"name": "f", "parameters": optional(10_000)}}
+    nested = {"type": "array", "items": optional(501)}
+    for body, param in (
+        (dict(response_format=form_of(nested)), "response_format"),
+        (dict(response_format=form_of(optional(1200, ["k600"]))), "response_format"),
+        (dict(tools=[tool], tool_choice="required"), "tools"),
+    ):
+        status, error = client.refused(CHAT, messages=USER, stream=stream, **body)
+        assert (status, error["param"]) == (400, param)
+        assert re.search(r"an object has [\d,]+ optional properties in a row", error["message"])
+    assert time.process_time() - begun < 2
+    for schema in (optional(500), optional(1000, ["k0", "k499"])):
+        assert client.ask(CHAT, messages=USER, response_format=form_of(schema))["choices"]
+
+
+def test_a_schema_that_names_a_call_is_no_tool(serve):
+    form = form_of({"type": "object", "properties": {"callback": {"type": "none"}}})
+    error = serve().refused(CHAT, messages=USER, response_format=form)[1]
+    assert error["param"] == "response_format"
 
 
 @pytest.mark.parametrize("once", [False, True])

@@ -23,6 +23,8 @@ from pykv.serve.tools import Rule
 
 log = logging.getLogger("pykv.serve")
 
+STEP_SECONDS = 3.0  # of the step at which the engine is stopped, and that may hang
+
 
 class Link(Protocol):
     """The way to an engine."""
@@ -134,9 +136,11 @@ class Desk:
         self.link.start(self.deliver)
 
     def stop(self) -> None:
-        """End all sequences by an error, and the engine, after the step that it computes."""
+        """End all sequences by an error, and the engine, after the step that it computes; readers
+        do not wait longer than STEP_SECONDS for that."""
         self.is_alive = False
         self.link.stop()
+        asyncio.get_running_loop().call_later(STEP_SECONDS, self._refuse_all)
 
     async def wait(self, seconds: float) -> None:
         """Wait for the end of the engine, so long at most."""
@@ -194,6 +198,8 @@ class Desk:
         self.state, deltas = report
         works, now = set(), time.perf_counter()
         for number, facts in deltas:
+            if number not in self._open:  # its reader was told that the server stops
+                continue
             choice, work = self._open[number]
             self._count(choice, delta := Delta(*facts), now)
             choice.put(delta)
@@ -226,8 +232,12 @@ class Desk:
             self.refusal = ended
         self.is_alive = False
         self.state = self.state._replace(waiting=0, held=0)
+        self._refuse_all()
+        self._ended.set()
+
+    def _refuse_all(self) -> None:
+        """End what is open by an error."""
         for number, (choice, work) in list(self._open.items()):
             choice.put(Delta("", [], [], "error", choice.reused, self.refusal()))
             self._forget(number, "error")
             work.changed.set()
-        self._ended.set()

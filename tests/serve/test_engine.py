@@ -4,6 +4,7 @@ goes wrong."""
 import asyncio
 import pickle
 import threading
+import time
 from contextlib import nullcontext
 from multiprocessing import Pipe
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from pykv.llm.answer import Answer
 from pykv.llm.prompts import Order
 from pykv.llm.sampling import SamplingParams
 from pykv.llm.sequence import Sequence
+from pykv.serve import desk as desk_module
 from pykv.serve.desk import Desk, Work
 from pykv.serve.engine import Delta, Engine, Job, State
 from pykv.serve.engine_process import _take_orders
@@ -133,6 +135,32 @@ def test_an_abort_that_fails_is_of_no_others_concern(start):
         return found
 
     assert within(run()) == (["two" * 30], [["stop"]])
+
+
+def test_readers_do_not_wait_for_an_engine_that_hangs(start, monkeypatch):
+    """When the server stops; what it says later is nobody's any more."""
+    monkeypatch.setattr(desk_module, "STEP_SECONDS", 0.1)
+
+    async def run():
+        desk = start({1: "one" * 100}, seconds=0.01)
+        scheduler, work = desk.link.engine.scheduler, submit(desk, order(1))
+        await work.changed.wait()
+        scheduler.gate.clear()
+        await asyncio.sleep(0.2)  # until a step hangs there
+        begun = time.monotonic()
+        desk.stop()
+        with pytest.raises(ApiError, match="stopping") as caught:
+            await read(work)
+        assert caught.value.status == 503 and time.monotonic() - begun < 5
+        await desk.wait(0.1)
+        assert desk.running == 0 and not desk._ended.is_set()
+        scheduler.gate.set()
+        faults = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, what: faults.append(what))
+        await desk.wait(10)
+        assert desk._ended.is_set() and not faults
+
+    within(run())
 
 
 class Panic(BaseException):

@@ -7,6 +7,7 @@ CuPy array has imported it already.
 from __future__ import annotations
 
 import sys
+import threading
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
@@ -64,10 +65,22 @@ def check_writeable(op: str, name: str, array: Any) -> None:
     """
     if isinstance(array, np.ndarray):
         is_read_only = not array.flags.writeable
+        if noted.writes is not None:
+            noted.writes.append((op, name, array))
     else:
         is_read_only = type(array) in read_only_classes.values()
     if is_read_only:
         raise ParameterError(f"{op}: {name} is read-only, expected an array that may be written")
+
+
+class _Noted(threading.local):
+    """The arguments of this thread's checks of NumPy arrays, while `prepare` records a call: their
+    flags may change before the call is made, but not the class of a GPU's arrays."""
+
+    writes: list[tuple[str, str, Any]] | None = None
+
+
+noted = _Noted()
 
 
 def to_host(array: Any) -> Any:

@@ -18,7 +18,7 @@ from pykv.kinds import SCALE_DTYPES
 from pykv.number_texts import counted
 from pykv.ops import paged_append, paged_decode, paged_qkv, prefill, qkv_decode
 from pykv.options import check_number, check_whole, page_ids
-from pykv.page_arrays import moving_arrays
+from pykv.page_arrays import check_may_write, moving_arrays
 from pykv.shared_scales import SharedScales
 from pykv.specs import POOLS, KVSpec, as_spec
 
@@ -151,6 +151,7 @@ class PagedKVCache:
             stream: see pykv.cuda.on_stream.
 
         Raises:
+            ParameterError: the cache's arrays are read-only.
             UnsupportedError: the call is being prepared or captured.
             As BlockManager.extend else.
 
@@ -158,6 +159,7 @@ class PagedKVCache:
         """
         why = "each call takes pages of its own"
         cuda.refuse_repeat("PagedKVCache.extend", why, self.k, stream)
+        check_may_write("PagedKVCache.extend", "cache", self)
         copy = self.manager.extend(pages, start, stop)
         if copy is not None:
             source, destination = copy

@@ -8,6 +8,7 @@ import pytest
 
 import pykv
 from pykv import cuda, kinds
+from pykv.arrays import as_read_only
 from pykv.errors import CapacityError, DtypeError, ParameterError, ShapeError, UnsupportedError
 from pykv.ops import norm, paged_append, paged_decode, paged_qkv, prefill, rope
 from pykv.pool import PagedKVCache
@@ -606,6 +607,21 @@ def test_what_would_be_captured_is_refused(rng):
     want[:, forked[0]] = want[:, pages[0]]
     assert pages != forked
     assert_same_bits(cache.k, want)
+
+
+@pytest.mark.parametrize("name", ["k", "v_scales"])
+def test_a_read_only_cache_keeps_its_books(xp, name):
+    """Whoever is given a page of one's own must find there what the shared one holds."""
+    cache = PagedKVCache(1, 3, 1, 8, page_size=4, spec="int8", xp=xp)
+    pages = cache.manager.allocate(6)
+    forked = cache.manager.fork(pages)
+    if xp is np:
+        getattr(cache, name).flags.writeable = False
+    else:
+        setattr(cache, name, as_read_only(getattr(cache, name)))
+    with pytest.raises(ParameterError, match=rf"extend: cache\.{name} is read-only, expected"):
+        cache.extend(forked, 6, 7)
+    assert forked == pages == [0, 1] and cache.manager.num_free == 1
 
 
 # --- What wrappers pass on ---

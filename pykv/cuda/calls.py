@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from pykv.arrays import load_cupy
+from pykv.arrays import check_writeable, load_cupy, noted
 from pykv.cuda.devices import check_stream, current_device, on_stream, synchronize
 from pykv.errors import CudaError, DeviceError, DtypeError, ParameterError, UnsupportedError
 from pykv.number_texts import counted
@@ -39,6 +39,7 @@ class _Recording:
     device: int | None = None  # GPU that the steps need
     has_work: bool = False  # some step does work; `look` steps only check contents
     is_idle: bool = False  # the op said by `skip` that there is nothing to do
+    written: list[tuple[str, str, Any]] = field(default_factory=list)  # see pykv.arrays.noted
 
 
 class _State(threading.local):
@@ -259,12 +260,12 @@ class Prepared:
         result: the op's result: the same objects after each call, filled anew.
     """
 
-    __slots__ = ("_current_device", "_device", "_held", "_steps", "result")
+    __slots__ = ("_current_device", "_device", "_held", "_steps", "_written", "result")
     __reduce_ex__ = refuse_copy
 
     def __init__(self, recording: _Recording, result: Any) -> None:
         self._steps, self._held, self.result = recording.steps, recording.held, result
-        self._device = recording.device
+        self._device, self._written = recording.device, recording.written
         if self._device is not None:  # GPU number looked up in `prepare`, to save time here
             self._current_device = load_cupy().cuda.runtime.getDevice
 
@@ -283,12 +284,13 @@ class Prepared:
 
         Raises:
             DeviceError: the current GPU is not the one that the call was prepared on.
-            ParameterError: a check of contents, which the op was told to make, found a wrong entry.
+            ParameterError: a check of contents, which the op was told to make, found a wrong entry;
+                an array of the host that is written has become read-only.
             DtypeError, ParameterError: `stream` is no stream.
         """
         if self._device is None:
             if self._steps:
-                run_on_host(self._take_steps, stream=stream)
+                run_on_host(self._take_steps_of_host, stream=stream)
             else:
                 check_stream(stream)
             return self.result
@@ -305,6 +307,11 @@ class Prepared:
         """A method, so that whoever keeps it keeps what the steps need."""
         for step in self._steps:
             step()
+
+    def _take_steps_of_host(self) -> None:
+        for written in self._written:
+            check_writeable(*written)
+        self._take_steps()
 
 
 def prepare(op: Callable[..., Any], /, *args: Any, **options: Any) -> Prepared:
@@ -350,10 +357,11 @@ def prepare(op: Callable[..., Any], /, *args: Any, **options: Any) -> Prepared:
         raise UnsupportedError("prepare: a graph is being captured, expected calls prepared before")
     recording = _Recording([op, args, options])
     outer, state.recording = state.recording, recording
+    outer_writes, noted.writes = noted.writes, recording.written
     try:
         result = op(*args, **options)
     finally:
-        state.recording = outer
+        state.recording, noted.writes = outer, outer_writes
     # No step was recorded: an op of pykv had nothing to do, or the function works at once, as a
     # reference does.
     is_op = module.startswith("pykv.") and not str(name).startswith("reference")

@@ -11,13 +11,53 @@ import re
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import groupby
 from typing import Any
 
 import numpy as np
 
 from pykv import install
-from pykv.errors import ParameterError
+from pykv.errors import UnsupportedError
 from pykv.llm.tokenizer import Tokenizer
+
+# llguidance's parser has 2,000 items for a token, and 4 for each property that may come next.
+MOST_OPTIONAL = 500
+
+
+def check_schema(schema: dict[str, Any]) -> None:
+    """Check that no object of a JSON schema may leave out more properties in a row than the parser
+    takes: it would give up where the object begins, and be made in seconds, by their square.
+
+    Raises:
+        UnsupportedError: one may.
+    """
+    left: list[Any] = [schema]
+    while left:
+        item = left.pop()
+        if isinstance(item, dict):
+            left += item.values()
+            properties, required = item.get("properties"), item.get("required")
+            if isinstance(properties, dict) and len(properties) > MOST_OPTIONAL:
+                must = {x for x in required if isinstance(x, str)} if required else set()
+                runs = groupby(name in must for name in properties)
+                most = max((len([*run]) for is_there, run in runs if not is_there), default=0)
+                if most > MOST_OPTIONAL:
+                    why = f"{most:,} optional properties in a row, expected at most {MOST_OPTIONAL}"
+                    raise _refused(f"an object has {why}")
+        elif isinstance(item, list):
+            left += item
+
+
+def check_grammar(grammar: str) -> None:
+    """Check a grammar of Grammars.constraint, in about half the time and without a vocabulary.
+
+    Raises:
+        UnsupportedError: it is no grammar, or too large a one.
+    """
+    from llguidance import LLMatcher
+
+    if said := LLMatcher.validate_grammar(grammar):
+        raise _refused(said)
 
 
 class Grammars:
@@ -46,13 +86,13 @@ class Grammars:
             once: the answer ends where it held for the first time.
 
         Raises:
-            ParameterError: it is no grammar, or too large a one.
+            UnsupportedError: it is no grammar, or too large a one.
         """
         from llguidance import LLMatcher
 
         matcher = LLMatcher(self._llguidance(), grammar)
         if matcher.is_error():
-            raise ParameterError(f"the schema cannot be followed: {_reason(matcher)}")
+            raise _refused(matcher.get_error())
         ends = np.zeros(-(-self._vocab // 32), np.uint32)
         for i in self._tokenizer.stop_ids:
             ends[i // 32] |= np.uint32(1 << i % 32)
@@ -93,9 +133,14 @@ class _Vocabulary:
         return self._tokenizer.encode(text, bos=False)
 
 
-def _reason(matcher: Any) -> str:
-    """Why a matcher gave up, on one line, without the place in the grammar around a schema."""
-    said = re.split(r"\n +\d+ \| |\s<state>", matcher.get_error().strip())[0]
+def _refused(said: str) -> UnsupportedError:
+    return UnsupportedError(f"the schema cannot be followed: {_reason(said)}")
+
+
+def _reason(said: str) -> str:
+    """What llguidance says of an error, on one line, without the place in the grammar around a
+    schema."""
+    said = re.split(r"\n +\d+ \| |\s<(?:state|backtrace)>", said.strip())[0]
     return " ".join(re.sub(r"^at \d+\(\d+\): ", "", said).split())
 
 
@@ -129,7 +174,7 @@ class Constraint:
         did not."""
         if self._matcher is None or not self._matcher.is_error():
             return ""
-        return _reason(self._matcher)
+        return _reason(self._matcher.get_error())
 
     def mask(self) -> np.ndarray | None:
         """Bits of the tokens that may follow, [ceil(vocab / 32)] int32; None: all of them."""

@@ -16,12 +16,14 @@ from typing import Protocol
 
 from pykv.llm.prompts import Order
 from pykv.number_texts import counted
-from pykv.serve.engine import Delta, Report, Request, State, stopped, stopping
+from pykv.serve.engine import Delta, Report, Request, State, ended, stopping
 from pykv.serve.fields import ApiError
 from pykv.serve.metrics import Metrics
 from pykv.serve.tools import Rule
 
 log = logging.getLogger("pykv.serve")
+
+STEP_SECONDS = 3.0  # of the step at which the engine is stopped, and that may hang
 
 
 class Link(Protocol):
@@ -117,14 +119,13 @@ class Desk:
         metrics: counts what happens.
         state: how the engine was when it reported last.
         is_alive: requests get answers.
-        refusal: makes the error that they get otherwise.
+        refusal: makes the error of those that get none.
     """
 
     def __init__(self, link: Link, *, limit: int) -> None:
         self.link, self.limit = link, limit
         self.metrics, self.state = Metrics(), State()
-        self.is_alive = False
-        self.refusal = stopping
+        self.is_alive, self.refusal = False, stopping
         self._open: dict[int, tuple[Choice, Work]] = {}  # that run and wait
         self._next = 0  # number of a sequence
         self._ended = asyncio.Event()
@@ -135,9 +136,11 @@ class Desk:
         self.link.start(self.deliver)
 
     def stop(self) -> None:
-        """End all sequences by an error, and the engine, after the step that it computes."""
+        """End all sequences by an error, and the engine, after the step that it computes; readers
+        do not wait longer than STEP_SECONDS for that."""
         self.is_alive = False
         self.link.stop()
+        asyncio.get_running_loop().call_later(STEP_SECONDS, self._refuse_all)
 
     async def wait(self, seconds: float) -> None:
         """Wait for the end of the engine, so long at most."""
@@ -149,7 +152,8 @@ class Desk:
         """Take a request, or refuse it at once. Waits for no step.
 
         Raises:
-            ApiError: 503, there are too many, or the server stops; 400, they always would be.
+            ApiError: 503, there are too many, or the server stops, or its engine has ended; 400,
+                they always would be.
         """
         count, running = len(work.choices), len(self._open)
         if not self.is_alive:
@@ -194,6 +198,8 @@ class Desk:
         self.state, deltas = report
         works, now = set(), time.perf_counter()
         for number, facts in deltas:
+            if number not in self._open:  # its reader was told that the server stops
+                continue
             choice, work = self._open[number]
             self._count(choice, delta := Delta(*facts), now)
             choice.put(delta)
@@ -223,11 +229,15 @@ class Desk:
         """Let nobody wait: the engine has ended, or is gone."""
         if self.is_alive:
             log.error("the engine has ended: requests are refused from here on")
-            self.refusal = stopped
+            self.refusal = ended
         self.is_alive = False
         self.state = self.state._replace(waiting=0, held=0)
+        self._refuse_all()
+        self._ended.set()
+
+    def _refuse_all(self) -> None:
+        """End what is open by an error."""
         for number, (choice, work) in list(self._open.items()):
             choice.put(Delta("", [], [], "error", choice.reused, self.refusal()))
             self._forget(number, "error")
             work.changed.set()
-        self._ended.set()

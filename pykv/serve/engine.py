@@ -309,10 +309,10 @@ def as_api_error(error: BaseException) -> ApiError:
 
 
 def stopping() -> ApiError:
-    """Why no request is answered any more, as the server was told to end."""
+    """Why no request is answered any more, where somebody has stopped the server."""
     return ApiError(503, "the server is stopping", code="stopping")
 
 
-def stopped() -> ApiError:
-    """The same, where the engine has ended and nobody asked it to."""
-    return ApiError(503, "the engine has ended: start the server again", code="stopped")
+def ended() -> ApiError:
+    """Why, where nobody has: a fault, or the end of its process."""
+    return ApiError(503, "the engine has ended, the server must be started again", code="ended")

@@ -17,6 +17,7 @@ from contextlib import suppress
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
+from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
@@ -33,6 +34,7 @@ log = logging.getLogger("pykv.serve")
 
 SLOT_TOKENS = 2048  # of the pool for each slot, if memory allows
 REPORTS = 64  # delivered in one go: readers must have their turn, however fast an engine is
+EXIT_SECONDS = 10.0  # of a process from which nothing comes any more
 SHARE = 0.5  # of the free memory: limit of the pool, unless one context needs more
 
 
@@ -84,7 +86,10 @@ class EngineProcess:
         self._connection = Connection(ours.detach())
         self._deliver: Callable[[Report | None], None] | None = None
         self._has_ended = False  # the last report was delivered
-        self._send((args, slots))
+        self._orders: SimpleQueue[Any] = SimpleQueue()  # for the process; None is the last
+        self._sender = threading.Thread(target=self._send, name="pykv-orders", daemon=True)
+        self._sender.start()
+        self._orders.put((args, slots))
 
     def file(self) -> Path:
         """Wait for the model's file, which is being loaded then. Raises: as `ready`."""
@@ -114,13 +119,13 @@ class EngineProcess:
         asyncio.get_running_loop().add_reader(self._connection.fileno(), self._read)
 
     def put(self, request: Request) -> None:
-        self._send(request)
+        self._orders.put(request)
 
     def abort(self, numbers: list[int]) -> None:
-        self._send(numbers)
+        self._orders.put(numbers)
 
     def stop(self) -> None:
-        self._send(None)
+        self._orders.put(None)
 
     def _read(self) -> None:
         """Deliver the reports that are there, all before a reader of them wakes: what the engine
@@ -143,12 +148,20 @@ class EngineProcess:
             return None
 
     def _died(self) -> TransportError:
-        status = self._process.wait()
-        return TransportError(f"serve: the process of the model has ended with status {status}")
+        """Why nothing comes any more."""
+        try:
+            how = f"ended with status {self._process.wait(EXIT_SECONDS)}"
+        except subprocess.TimeoutExpired:
+            how = f"fallen silent, and not ended within {EXIT_SECONDS:g} s"
+        return TransportError(f"serve: the process of the model has {how}")
 
-    def _send(self, message: Any) -> None:
+    def _send(self) -> None:
+        """Send orders, of a thread: that waits while the process reads none, as one that reads a
+        large schema, or is stopped, and answers go on meanwhile."""
         with suppress(OSError):  # it has ended, which is read from it
-            self._connection.send(message)
+            for order in iter(self._orders.get, None):
+                self._connection.send(order)
+            self._connection.send(None)
 
     def __enter__(self) -> Self:
         return self
@@ -164,12 +177,14 @@ class EngineProcess:
                 self.stop()
                 while not self._has_ended:
                     self._has_ended = self._receive() is None
-                said = self._receive()
-                if said is not None or self._process.wait():
-                    raise said or self._died()
+                said, died = self._receive(), self._died()
+                if said is not None or self._process.returncode != 0:
+                    raise said or died
         finally:
             self._process.kill()
             self._process.wait()
+            self.stop()
+            self._sender.join()
             self._connection.close()
 
 
@@ -181,6 +196,7 @@ def main(descriptor: int) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):  # the server ends it
         signal.signal(number, signal.SIG_IGN)
     warnings.showwarning = show_warning
+    os.set_inheritable(descriptor, False)  # or the server would not see the end of this process
     connection = Connection(descriptor)
     args, slots = connection.recv()
     logging.basicConfig(level=args.log_level.upper(), format=LOG_FORMAT)

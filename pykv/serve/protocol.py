@@ -20,7 +20,7 @@ from pykv.llm.language import Language
 from pykv.llm.prompts import Order, known_ids, order
 from pykv.llm.sampling import SamplingParams
 from pykv.number_texts import counted, whole_of
-from pykv.serve.constraints import Grammars
+from pykv.serve.constraints import check_grammar, check_schema
 from pykv.serve.fields import ApiError, Fields, wrong
 from pykv.serve.tools import (
     OPENING,
@@ -84,7 +84,6 @@ class Protocol:
     def __init__(self, language: Language, names: list[str]) -> None:
         self.language, self.names = language, names
         self._template = template_of(language.file, tools=False) or ""
-        self._grammars = Grammars(language.tokenizer, language.config.vocab)
 
     def chat(self, body: dict[str, Any]) -> Asked:
         """A body of /v1/chat/completions."""
@@ -98,7 +97,7 @@ class Protocol:
             logprobs = None
         most = fields.whole("max_tokens", None, 1)
         most = fields.whole("max_completion_tokens", most, 1)
-        rule = grammar(tools, schema)
+        rule = _rule(tools, schema)
         asked = self._asked(fields, most or self.language.context, logprobs, rule, tools=tools)
         return asked([templated()], param="messages")
 
@@ -115,7 +114,7 @@ class Protocol:
         echo = fields.flag("echo")
         if echo and logprobs is not None:
             raise wrong("echo", True, "no logprobs beside it: prompts have none")
-        asked = self._asked(fields, most, logprobs, grammar(None, schema))(prompts, special)
+        asked = self._asked(fields, most, logprobs, _rule(None, schema))(prompts, special)
         if not echo:
             return asked
         texts = [self._text(prompt) for prompt in prompts for _ in range(asked.n)]
@@ -257,7 +256,6 @@ class Protocol:
             raise wrong("min_tokens", params.min_tokens, "0 beside tools or a response_format")
         refuse_unmet(fields)
         self._note_unknown(fields)
-        self._check(rule)
 
         def asked(prompts: list[Any], special: bool = False, param: str = "prompt") -> Asked:
             if len(prompts) * n > MAX_CHOICES:
@@ -313,16 +311,6 @@ class Protocol:
         )
         return SamplingParams(**given, **more)
 
-    def _check(self, rule: Rule | None) -> None:
-        """Refuse a rule that the engine could not follow."""
-        if rule is None:
-            return
-        try:
-            self._grammars.constraint(*rule)
-        except ParameterError as error:
-            param = "tools" if "call" in rule.grammar else "response_format"
-            raise ApiError(400, f"{param}: {error}", param=param) from None
-
     def _text(self, prompt: str | list[int]) -> str:
         return prompt if isinstance(prompt, str) else self.language.detokenize(prompt)
 
@@ -366,6 +354,21 @@ class Protocol:
         if new and len(_LOGGED) < 1000:
             _LOGGED.update(new)
             log.warning("fields that are ignored: %s", ", ".join(map(ascii, sorted(new)))[:400])
+
+
+def _rule(tools: Tools | None, schema: dict[str, Any] | None) -> Rule | None:
+    """What an answer keeps to. Refuses what the engine could not follow."""
+    schemas = [*([] if schema is None else [schema]), *(tools.functions.values() if tools else ())]
+    try:
+        for one in schemas:
+            check_schema(one)
+        rule = grammar(tools, schema)
+        if rule is not None:
+            check_grammar(rule.grammar)
+    except UnsupportedError as error:
+        param = "response_format" if tools is None else "tools"
+        raise ApiError(400, f"{param}: {error}", param=param) from None
+    return rule
 
 
 def _reseeded(params: SamplingParams, choice: int) -> SamplingParams:

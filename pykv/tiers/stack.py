@@ -223,9 +223,8 @@ class Tiers:
     def _write_refused(self) -> None:
         """Have rows of the host tier written that files did not take when they fell."""
         for rows in self._rows:
-            rows.moves.wait()
             for key, slot in rows.host.items():
-                self._threads.write(rows, key, slot, Moved(0.0))
+                self._threads.write(rows, key, slot, rows.moves.outs())
 
     # --- Up ---
 
@@ -296,8 +295,7 @@ class Tiers:
     def most_ahead(self, place: int) -> int:
         """Pages that each fetch has in rows ahead of those that it needs next. All fetches together
         leave half of the rows, or each has one: so none waits for a row that another keeps."""
-        sharing = sum(not fetch.is_over for fetch in self._fetches)
-        return max(1, self._rows_of(place).moves.most // max(1, sharing))
+        return max(1, self._rows_of(place).moves.most // max(1, len(self._fetches)))
 
     @property
     def is_busy(self) -> bool:

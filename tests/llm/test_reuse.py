@@ -10,7 +10,7 @@ from pykv.llm.prompt_steps import PromptSteps
 from pykv.llm.prompts import answer_to
 from pykv.llm.sequence_pages import SequencePages
 from pykv.ops import paged_check
-from tests.helpers import assert_same_bits, to_numpy, without_simt
+from tests.helpers import assert_same_bits, swept, to_numpy, without_simt
 from tests.llm.test_model import greedy
 
 P = 16
@@ -46,6 +46,36 @@ def check_the_text(open_llm, rng, name, **options):
         assert llm.stats.cached_tokens == len(prompt) + 3  # the last token has no entry
     assert plain.cache.manager.num_cached == 0
     assert llm.cache.manager.num_free == llm.cache.manager.num_pages
+
+
+# Of log probabilities, by what the cache holds: products of a batch round otherwise than those of
+# one prompt, by 1e-6; a code that this turns to the next one is a 127th, of e4m3 an eighth, of an
+# element, and tiny's logits follow.
+NEAR = {"fp32": 1e-4, "fp16": 2e-2, "int8": 0.2, "fp8:HND": 0.4}
+
+
+@pytest.mark.parametrize("name", ["gemma3", *swept(["llama"])])
+@pytest.mark.parametrize("kv_dtype", NEAR)
+@pytest.mark.parametrize("eviction", [None, *swept(["streaming:24"])])
+def test_ways_of_running_part_at_ties_alone(tiny_paths, rng, name, kv_dtype, eviction):
+    """Alone or in a batch, in little room, from the prefix cache: where greedy answers part, both
+    ways have two tokens that are nearly equal, and until then log probabilities are."""
+    options = dict(device="cpu", kv_dtype=kv_dtype, eviction=eviction)
+    alone, crowd = (
+        LLM(tiny_paths / f"{name}.gguf", **options, **more)
+        for more in (dict(prefix_cache=False), dict(pool_tokens=160))
+    )
+    start, params = tokens_of(rng, 40), SamplingParams(temperature=0, max_tokens=30, logprobs=2)
+    prompts = [start[:n] + tokens_of(rng, more) for n, more in ((40, 9), (33, 20), (20, 3), (0, 7))]
+    want = [alone.generate([prompt], params)[0].logprobs for prompt in prompts]
+    for _ in range(2):
+        for one, answer in zip(want, crowd.generate(prompts, params), strict=True):
+            for x, y in zip(one, answer.logprobs, strict=True):
+                if x.token_id != y.token_id:
+                    gaps = [abs(np.subtract(*z.top.values())) for z in (x, y)]
+                    assert max(gaps) < NEAR[kv_dtype]
+                    break
+                assert abs(x.logprob - y.logprob) < NEAR[kv_dtype]
 
 
 @without_simt

@@ -7,6 +7,7 @@ from contextlib import suppress
 import numpy as np
 import pytest
 
+import pykv
 from pykv.arrays import as_read_only
 from pykv.errors import DtypeError, ParameterError, PykvError
 from pykv.ops import (
@@ -61,6 +62,24 @@ def test_what_is_written_may_not_be_read_only(rng, op, arguments):
         for n, x in given.items():
             if isinstance(x, np.ndarray):
                 assert frozen[n].tobytes() == x.tobytes()
+
+
+@pytest.mark.parametrize("op, arguments", OPS, ids=lambda x: getattr(x, "__name__", ""))
+def test_what_a_prepared_call_writes_may_not_become_read_only(rng, op, arguments):
+    """Refused at the call, before any is written, in place of NumPy's own error."""
+    given, written = with_outputs(op, arguments, rng)
+    for name in written:
+        frozen = copies(given)
+        prepared = pykv.prepare(op, **frozen)
+        frozen[name].flags.writeable = False
+        with pytest.raises(ParameterError, match=f"{op.__name__}: {name} is read-only, expected"):
+            prepared()
+        for n, x in given.items():
+            if isinstance(x, np.ndarray):
+                assert frozen[n].tobytes() == x.tobytes()
+        frozen[name].flags.writeable = True
+        prepared()
+        assert frozen[name].tobytes() != given[name].tobytes()
 
 
 def overlapping(given, written, other, shift, xp):

@@ -131,6 +131,9 @@ def test_errors_name_the_argument(xp, rng):
     ):
         with pytest.raises(error, match=text):
             run(xp, spec, cache, tables | change)
+    cache |= {name: cache[name][:, :0].copy() for name in POOLS[:2]}
+    with pytest.raises(ShapeError, match="k_pool has P=0, expected at least 1"):
+        run(xp, spec, cache, tables)
 
 
 def test_rows_go_to_pages_of_their_own(xp):

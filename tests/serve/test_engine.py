@@ -4,8 +4,10 @@ goes wrong."""
 import asyncio
 import pickle
 import threading
+import time
 from contextlib import nullcontext
 from multiprocessing import Pipe
+from queue import SimpleQueue
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +17,7 @@ from pykv.llm.answer import Answer
 from pykv.llm.prompts import Order
 from pykv.llm.sampling import SamplingParams
 from pykv.llm.sequence import Sequence
+from pykv.serve import desk as desk_module
 from pykv.serve.desk import Desk, Work
 from pykv.serve.engine import Delta, Engine, Job, State
 from pykv.serve.engine_process import EngineProcess, _take_orders
@@ -135,6 +138,32 @@ def test_an_abort_that_fails_is_of_no_others_concern(start):
     assert within(run()) == (["two" * 30], [["stop"]])
 
 
+def test_readers_do_not_wait_for_an_engine_that_hangs(start, monkeypatch):
+    """When the server stops; what it says later is nobody's any more."""
+    monkeypatch.setattr(desk_module, "STEP_SECONDS", 0.1)
+
+    async def run():
+        desk = start({1: "one" * 100}, seconds=0.01)
+        scheduler, work = desk.link.engine.scheduler, submit(desk, order(1))
+        await work.changed.wait()
+        scheduler.gate.clear()
+        await asyncio.sleep(0.2)  # until a step hangs there
+        begun = time.monotonic()
+        desk.stop()
+        with pytest.raises(ApiError, match="stopping") as caught:
+            await read(work)
+        assert caught.value.status == 503 and time.monotonic() - begun < 5
+        await desk.wait(0.1)
+        assert desk.running == 0 and not desk._ended.is_set()
+        scheduler.gate.set()
+        faults = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, what: faults.append(what))
+        await desk.wait(10)
+        assert desk._ended.is_set() and not faults
+
+    within(run())
+
+
 class Panic(BaseException):
     """As pyo3 has those of an extension in Rust."""
 
@@ -150,10 +179,10 @@ def test_a_fault_of_the_engine_ends_all_who_wait(start, caplog, monkeypatch, err
         await stays.changed.wait()
         monkeypatch.setattr(desk.link.engine, "_begin", fault)
         submit(desk, order(1))
-        with pytest.raises(ApiError, match="the engine has ended") as caught:
+        with pytest.raises(ApiError, match="engine has ended") as caught:
             await read(stays)
         assert caught.value.status == 503
-        with pytest.raises(ApiError, match="the engine has ended"):
+        with pytest.raises(ApiError, match="engine has ended"):
             await read(submit(desk, order(1)))
         assert not desk.is_alive and desk.running == 0
         return desk
@@ -292,6 +321,7 @@ def test_reports_that_gathered_are_one_piece():
     async def run():
         link = object.__new__(EngineProcess)  # whose process is here
         link._connection, engine = Pipe()
+        link._orders = SimpleQueue()
         desk = Desk(link, limit=1)
         desk.start()
         work = submit(desk, order())

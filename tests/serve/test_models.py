@@ -19,10 +19,12 @@ from pathlib import Path
 import pytest
 
 from pykv import cli
+from pykv.errors import TransportError
 from pykv.llm import LLM, SamplingParams, models
 from pykv.llm.scheduler import Scheduler
 from pykv.llm.sequence import Sequence
 from pykv.serve import command as command_module
+from pykv.serve import engine_process
 from pykv.serve.command import run
 from pykv.serve.engine_process import EngineProcess, open_model
 from tests.llm import tiny
@@ -274,11 +276,13 @@ def test_who_waits_is_told_that_the_engine_died(command):
         os.kill(engine_of(process), signal.SIGKILL)
         while b"[DONE]" not in body:
             body += connection.recv(1 << 16)
-    assert b"the engine has ended: start the server again" in body
+    why = dict(message="the engine has ended, the server must be started again", code="ended")
+    why |= dict(type="server_error", param=None)
+    assert json.dumps(why["message"]).encode() in body and b'"code": "ended"' in body
     for path, data in (("/health", None), (TEXT, b'{"prompt": "x"}')):
-        with pytest.raises(urllib.error.HTTPError, match="503") as refused:
+        with pytest.raises(urllib.error.HTTPError, match="503") as caught:
             urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", data, timeout=60)
-        assert b"the engine has ended: start the server again" in refused.value.read()
+        assert json.loads(caught.value.read()) == {"error": why}
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 2
     said = log.read_text()
@@ -321,15 +325,58 @@ def test_a_signal_before_the_server_listens_ends_it(llms, monkeypatch, number):
     assert before == {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
 
 
-def test_who_has_no_patience_with_an_engine_ends_it(path):
-    """Ctrl-C, where it hangs."""
+@pytest.fixture
+def engine(path):
+    """The process of a model, that is ready; not entered."""
     words = ["serve", str(path), "--device", "cpu", "--kv-dtype", "fp16"]
     engine = EngineProcess(cli._parser().parse_args(words), 1)
-    pid = engine._process.pid
-    with pytest.raises(KeyboardInterrupt), engine:
-        engine.file()
+    process = engine._process
+    engine.file()
+    engine.ready()
+    yield engine
+    process.kill()
+    process.wait()
+
+
+def test_an_engine_that_reads_no_orders_keeps_nobody_waiting(engine):
+    """More than the system keeps for it; as where it reads a large schema, or is stopped."""
+    os.kill(engine._process.pid, signal.SIGSTOP)
+    thread = threading.Thread(target=engine.abort, args=([*range(10**6)],), daemon=True)
+    thread.start()
+    thread.join(20)
+    assert not thread.is_alive()
+    os.kill(engine._process.pid, signal.SIGCONT)
+    with engine:  # reads them all, and ends well
+        pass
+    assert engine._process.returncode == 0 and not engine._sender.is_alive()
+
+
+def test_an_engine_that_is_silent_is_not_waited_for(engine, monkeypatch):
+    monkeypatch.setattr(engine_process, "EXIT_SECONDS", 0.2)
+    engine._process.kill()
+    engine._process.wait()
+    engine._process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    why = "fallen silent, and not ended within 0.2 s"
+    with pytest.raises(TransportError, match=why):
         engine.ready()
-        os.kill(pid, signal.SIGSTOP)
+    with pytest.raises(TransportError, match=why), engine:
+        pass
+    assert engine._process.returncode == -signal.SIGKILL and not engine._sender.is_alive()
+
+
+def test_children_of_an_engine_do_not_hold_its_connection(engine):
+    """The server would not see it die."""
+    folder = Path(f"/proc/{engine._process.pid}")
+    for link in (folder / "fd").iterdir():
+        if os.readlink(link).startswith("socket:"):
+            flags = re.search(r"flags:\s+(\d+)", (folder / "fdinfo" / link.name).read_text())[1]
+            assert int(flags, 8) & os.O_CLOEXEC
+
+
+def test_who_has_no_patience_with_an_engine_ends_it(engine):
+    """Ctrl-C, where it hangs."""
+    with pytest.raises(KeyboardInterrupt), engine:
+        os.kill(engine._process.pid, signal.SIGSTOP)
         threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
     assert engine._process.returncode == -signal.SIGKILL
 

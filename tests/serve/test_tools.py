@@ -1,15 +1,18 @@
 """Answers that follow a schema, calls of tools, and what templates see of both."""
 
 import json
+import re
 import time
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from pykv.errors import UnsupportedError
+from pykv.serve import constraints
 from pykv.serve.fields import Fields
-from pykv.serve.tools import CallReader, Tools, read_messages
-from tests.serve.conftest import PLAIN, TOOLS
+from pykv.serve.tools import CallReader, Tools, grammar, read_messages
+from tests.serve.conftest import PLAIN, TOOLS, Scripted, make_tiny_server
 
 USER = [{"role": "user", "content": "Hi"}]
 CHAT = "/v1/chat/completions"
@@ -90,6 +93,41 @@ def test_ignore_eos_and_a_schema_exclude_each_other(serve):
     assert (status, error["param"]) == (400, "ignore_eos")
 
 
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "objekt"},
+        {"type": "array", "uniqueItems": True},
+        {"type": "integer", "minimum": 3, "maximum": 2},
+        {"allOf": [{"type": "string", "pattern": f"^{letter}$"} for letter in "ab"]},
+        {"enum": [str(n) * 5 for n in range(100_000)]},  # beyond what a lexer may have
+        SCHEMA | {"properties": {f"{n}": SCHEMA for n in range(20_000)}},  # nor items
+        SCHEMA,
+    ],
+    ids=lambda schema: str(schema)[:40],
+)
+def test_a_check_refuses_what_the_engine_would(llms, monkeypatch, schema):
+    """By the same words, and without a vocabulary, which takes a second to make."""
+    from pykv.serve.constraints import Grammars, check_grammar
+
+    def said_by(check):
+        try:
+            check(grammar(None, schema).grammar)
+        except UnsupportedError as error:
+            return str(error)
+
+    tokenizer = llms().tokenizer
+    said = said_by(Grammars(tokenizer, 300).constraint)
+    monkeypatch.setattr(type(tokenizer), "token_bytes", None)
+    assert said_by(check_grammar) == said and (said is None) is (schema is SCHEMA)
+
+
+def test_a_body_with_a_schema_is_read_without_a_vocabulary(llms, monkeypatch):
+    protocol = make_tiny_server(llms(), Scripted(llms(), lambda s: "x")).protocol
+    monkeypatch.setattr(type(llms().tokenizer), "token_bytes", None)
+    assert protocol.chat(dict(messages=USER, response_format=STRICT)).rule is not None
+
+
 def test_a_mask_by_hand(llms):
     """Of the bytes of {"a": 1 or 2}, by a model whose tokens are bytes."""
     from pykv.serve.constraints import Grammars
@@ -113,19 +151,53 @@ def test_a_mask_by_hand(llms):
     assert allowed(first) == [""]  # the end alone
 
 
+def optional(count, required=()):
+    """The schema of an object of k0, k1, ..."""
+    keys = {f"k{i}": {"type": "integer"} for i in range(count)}
+    return dict(type="object", properties=keys, required=[*required], additionalProperties=False)
+
+
+def form_of(schema):
+    return {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_schema_that_the_parser_gives_up_is_no_answer(serve, stream):
-    """llguidance bounds its work for a token: an object of so many optional keys ends there, and
-    half of it is not what was asked for."""
-    keys = {f"k{i}": {"type": "integer"} for i in range(600)}
-    schema = {"type": "object", "properties": keys, "additionalProperties": False}
-    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    """llguidance bounds its work for a token: beside each other so many objects are too much, and
+    half of an answer is not what was asked for."""
+    schema = {"anyOf": [optional(200), optional(300), optional(400)]}
     client = serve(lambda s: [*b"{"])
-    data = json.dumps(dict(messages=USER, response_format=form, stream=stream))
+    data = json.dumps(dict(messages=USER, response_format=form_of(schema), stream=stream))
     status, _, answer = client.request("POST", CHAT, data)
     assert status == (200 if stream else 400)
     assert b"the schema cannot be followed to its end: " in answer and b'"stop"' not in answer
     assert client.scheduler.is_idle
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_too_many_optional_properties_are_refused_before_anything_begins(serve, stream):
+    """An object of 10,000 kept the engine from all orders for four seconds."""
+    client = serve(lambda s: [*b'{"k0": 1, "k499": 2}'])
+    begun = time.process_time()
+    tool = {"type": "function", "function": {"name": "f", "parameters": optional(10_000)}}
+    nested = {"type": "array", "items": optional(501)}
+    for body, param in (
+        (dict(response_format=form_of(nested)), "response_format"),
+        (dict(response_format=form_of(optional(1200, ["k600"]))), "response_format"),
+        (dict(tools=[tool], tool_choice="required"), "tools"),
+    ):
+        status, error = client.refused(CHAT, messages=USER, stream=stream, **body)
+        assert (status, error["param"]) == (400, param)
+        assert re.search(r"an object has [\d,]+ optional properties in a row", error["message"])
+    assert time.process_time() - begun < 2
+    for schema in (optional(500), optional(1000, ["k0", "k499"])):
+        assert client.ask(CHAT, messages=USER, response_format=form_of(schema))["choices"]
+
+
+def test_a_schema_that_names_a_call_is_no_tool(serve):
+    form = form_of({"type": "object", "properties": {"callback": {"type": "none"}}})
+    error = serve().refused(CHAT, messages=USER, response_format=form)[1]
+    assert error["param"] == "response_format"
 
 
 @pytest.mark.parametrize("once", [False, True])
@@ -165,6 +237,8 @@ def test_what_a_parser_says_of_itself_is_left_out(serve):
     status, error = serve(lambda s: []).refused(CHAT, messages=USER, response_format=form)
     assert status == 400 and error["message"].startswith("the schema cannot be followed")
     assert "<state>" not in error["message"] and "\n" not in error["message"]
+    panic = "panic: assertion failed: x\n<backtrace>\n   0: <unknown>\n</backtrace>"
+    assert constraints._reason(panic) == "panic: assertion failed: x"
 
 
 # --- Calls ---

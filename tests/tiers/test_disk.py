@@ -130,15 +130,22 @@ def test_what_a_killed_process_left_beside_the_counters_goes(tmp_path):
     assert not left.exists()
 
 
-def test_foreign_files_stay(tmp_path):
+def test_foreign_files_stay(tmp_path, tmp_path_factory):
     files = tier(tmp_path, 10_000)
     names = ["notes", "x.page", f"{'0' * 32}/ab/notes", f"{'0' * 32}/x.page"]
     for name in names:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(bytes(50_000))
+    sub = tmp_path / ("0" * 32) / "ab"
+    (sub / "x.page").mkdir()
+    (sub / "y.page").symlink_to(tmp_path / "notes")
+    (elsewhere := tmp_path_factory.mktemp("elsewhere") / "x.page").write_bytes(bytes(50_000))
+    sub.with_name("cd").symlink_to(elsewhere.parent)
     for key in KEYS:
         files.write(key, row(key))
     assert all((tmp_path / name).stat().st_size == 50_000 for name in names)
+    assert (sub / "x.page").is_dir() and (sub / "y.page").is_symlink()
+    assert elsewhere.exists()
     assert holds(tier(tmp_path), KEYS[-1])
 
 

@@ -1,5 +1,6 @@
 """Tiers: a page that comes back is the one that fell, whatever happens in between."""
 
+import errno
 import shutil
 import tempfile
 import threading
@@ -368,6 +369,37 @@ def test_a_gpu_copies_while_the_host_goes_on(device, monkeypatch):
     world.end([1] * 8, pages, fetch, publish=True)
     world.tiers.settle()
     assert not world.tiers._fetches and world.ask([1] * 8) == 4
+
+
+def test_rows_are_written_late_once_they_are_there(device, monkeypatch, tmp_path):
+    """Which files did not take when they fell, and which may be on their way over the link."""
+    if not hasattr(device, "enqueue"):
+        pytest.skip("of a runtime that is made up")
+    world = World(pages=4, xp=device, host=100 * ROW, disk=f"{tmp_path}:1MB")
+    tiers, waited, write = world.tiers, [], disk.DiskTier.write
+    world.ask([1] * 8)
+    with monkeypatch.context() as patch:
+        patch.setattr(disk.DiskTier, "write", refuse_to_write)
+        tiers.fall(world.cache.manager.published)
+        tiers._finish()
+    assert tiers.counters.refused == 4
+    link = tiers._rows[-1].moves._down.end
+
+    def note(event):
+        waited.append(event)
+
+    def written(*given):
+        assert link in waited
+        write(*given)
+
+    monkeypatch.setattr(device.cuda.Event, "synchronize", note)
+    monkeypatch.setattr(disk.DiskTier, "write", written)
+    tiers.flush()
+    assert tiers.counters.to_disk.pages == 4
+
+
+def refuse_to_write(*_):
+    raise OSError(errno.ENOSPC, "planted")
 
 
 def test_a_page_that_came_back_costs_no_copy_to_fall_again():

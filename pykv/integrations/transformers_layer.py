@@ -112,6 +112,42 @@ class Store:
         return k.device.type == "cpu" and spec.layout == "NHD" and (spec.k, spec.v) == kinds
 
 
+class Handle(torch.Tensor):  # type: ignore[misc]
+    """What "pykv" finds a layer's pages by: a tensor [B, H, 0, D] without memory, in the place of
+    keys or values. A model that computes with it would lose what it computes, so it is refused.
+
+    Attributes:
+        layer: of the cache.
+        part: "key" or "value".
+    """
+
+    @staticmethod
+    def of(layer: Layer, part: str, new: Any) -> Handle:
+        B, H, _, D = new.shape
+        made: Handle = torch.empty((B, H, 0, D), dtype=new.dtype, device="meta").as_subclass(Handle)
+        made.layer, made.part = layer, part
+        return made
+
+    @classmethod
+    def __torch_function__(cls, function: Any, _: Any, args: Any = (), words: Any = None) -> Any:
+        name = getattr(function, "__name__", str(function))
+        with torch._C.DisableTorchFunctionSubclass():
+            if name == "__get__":  # a fact of it, or a tensor that is no handle
+                return function(*args, **(words or {}))
+            try:
+                result = function(*args, **(words or {}))
+            except RuntimeError:  # as it has no rows
+                result = None
+        if not name.endswith("_") and result is not None:  # nothing was written to it
+            made = result if isinstance(result, list | tuple) else [result]
+            if all(x is args[0] or not torch.is_tensor(x) for x in made):
+                return result
+        raise UnsupportedError(
+            f"Cache.update: the model calls {name} on keys or values that lie in pages, expected "
+            "that it only attends to them: take 'sdpa' or 'eager' for this model"
+        )
+
+
 class Layer(CacheLayerMixin):  # type: ignore[misc]
     """One layer of a `Cache`, as transformers calls it."""
 
@@ -138,9 +174,7 @@ class Layer(CacheLayerMixin):  # type: ignore[misc]
             B, H, n, D = k.shape
             if store.attends:
                 self.new = k, v
-                handle = torch.empty((B, H, 0, D), dtype=k.dtype, device="meta")
-                handle.pykv_layer = self
-                return handle, handle
+                return Handle.of(self, "key", k), Handle.of(self, "value", v)
             step = batch.begin("Cache.update", self.index, n)
             if not step.is_whole:
                 raise UnsupportedError(

@@ -289,8 +289,83 @@ def test_no_cache_and_transformers_own():
     assert torch.allclose(got, want, atol=1e-6)
     dynamic = transformers.DynamicCache()
     logits(model, dynamic, ids)
-    with pytest.raises(ShapeError, match="attention_mask has shape"):
-        logits(model, dynamic, ids[:, :1])  # keys from elsewhere, of which pykv knows no order
+    for once in range(2):  # keys from elsewhere, of which pykv knows no order
+        with pytest.raises(UnsupportedError, match="key has .* from another cache than pykv's"):
+            logits(model, dynamic, ids[:, : 1 + once])
+    window = model_of("Mistral", "pykv", sliding_window=9)
+    dynamic = transformers.DynamicCache(config=window.config)
+    logits(window, dynamic, ids)
+    with pytest.raises(UnsupportedError, match="kv_offset is 4, expected 0 as of a pykv Cache"):
+        logits(window, dynamic, ids[:, :1])
+
+
+def test_assistants_have_caches_of_their_own():
+    """Of another attention, or a refusal that says so."""
+    own, dynamic, model, cache = both("pykv")
+    inputs = dict(input_ids=torch.randint(5, 99, (1, 20)))
+    helper = model_of("Llama", "sdpa")
+    want = generate(own, dynamic, inputs)
+    assert torch.equal(generate(model, cache, inputs, assistant_model=helper), want)
+    helper.set_attn_implementation("pykv")
+    with pytest.raises(UnsupportedError, match="'sdpa' for a model that makes its own"):
+        generate(model, Cache(model.config), inputs, assistant_model=helper)
+
+
+@pytest.mark.parametrize(
+    "name, sizes", [("DiffLlama", {}), ("JetMoe", dict(num_local_experts=2)), ("Doge", {})]
+)
+def test_models_that_compute_with_what_a_cache_gives(name, sizes):
+    """Of keys and values in pages they are refused; of those that are read back they are right."""
+    sizes = dict(sizes, kv_channels=16, head_dim=16, num_experts_per_tok=2)
+    if not hasattr(transformers, f"{name}Config"):
+        pytest.skip(f"transformers {transformers.__version__} has no {name}")
+    own, dynamic, model, cache = both("pykv", name, **sizes)
+    ids = torch.randint(5, 99, (2, 12))
+    with pytest.raises(UnsupportedError, match="the model calls .* take 'sdpa' or 'eager'"):
+        logits(model, cache, ids)
+    model.set_attn_implementation("eager")
+    assert torch.equal(logits(model, cache, ids), logits(own, dynamic, ids))
+
+
+@pytest.mark.parametrize("B", [1, 2])
+def test_queries_as_they_lie(B):
+    """Heads outside of tokens, or within, and spread."""
+    attention = ours.pykv.integrations.transformers_attention
+    x = torch.randn(B, 2, 5, 16)
+    mask = attention.mask(batch_size=B, kv_length=5)
+    want = torch.nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True)
+    within = x.transpose(1, 2).contiguous().transpose(1, 2)
+    for q in (x, within, torch.stack((x, x), -1)[..., 0]):
+        for pair in ((x, x), (within, within)):
+            got, _ = attention.attention(torch.nn.Module(), q, *pair, mask)
+            assert torch.allclose(got, want.transpose(1, 2), atol=1e-6)
+
+
+def test_keys_and_values_reach_attention_as_they_were_given():
+    attention = ours.pykv.integrations.transformers_attention
+    config = transformers.LlamaConfig(num_hidden_layers=1)
+    config._attn_implementation = "pykv"
+    cache, x = Cache(config), torch.randn(1, 2, 5, 16)
+    mask = attention.mask(batch_size=1, kv_length=5)
+
+    def attend(key, value):
+        return attention.attention(torch.nn.Module(), x, key, value, mask)[0]
+
+    k, v = cache.update(x, 2 * x, 0)
+    assert k.shape == (1, 2, 0, 16) and k.dtype == x.dtype and k.contiguous() is k
+    for pair in ((v, k), (k, k), (k, x), (x, v)):
+        with pytest.raises(UnsupportedError, match="was changed behind Cache.update"):
+            attend(*pair)
+    assert v.to(x.dtype) is v and v.dim() == len(v.stride()) == 4
+    changes = (
+        *(lambda: v * 2, lambda: v.chunk(2, 1), lambda: torch.cat((v, x)), lambda: v.view(2, -1)),
+        *(lambda: v.add_(1), lambda: v.__setitem__(0, 1)),
+    )
+    for change in changes:
+        with pytest.raises(UnsupportedError, match="the model calls"):
+            change()
+    want = torch.nn.functional.scaled_dot_product_attention(x, x, 2 * x, is_causal=True)
+    assert torch.allclose(attend(k, v), want.transpose(1, 2), atol=1e-6)
 
 
 def test_dtypes_that_come_later():

@@ -28,7 +28,7 @@ install.require("transformers", "torch", "transformers")
 from transformers import PretrainedConfig, cache_utils  # noqa: E402
 
 import pykv.integrations.transformers_attention  # noqa: E402, F401  registers "pykv"
-from pykv.integrations.transformers_layer import Layer, Store  # noqa: E402
+from pykv.integrations.transformers_layer import Layer, Store, refuse_copies  # noqa: E402
 
 LAYERS = ("full_attention", "sliding_attention")  # types in a config that a `Cache` holds
 TAKES_LENGTH = "max_length" in signature(cache_utils.Cache.crop).parameters
@@ -111,6 +111,15 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
     @property
     def pool(self) -> PagedKVCache | None:
         return self._store.pool
+
+    def __reduce__(self) -> Any:
+        return refuse_copies(self)
+
+    def update(self, key_states: Any, value_states: Any, layer_idx: int, *_: Any, **__: Any) -> Any:
+        """Append a layer's new rows; see the layer's `update`."""
+        last = len(self.layers) - 1
+        layer = self.layers[check_whole("Cache.update", "layer_idx", layer_idx, 0, last)]
+        return layer.update(key_states, value_states)
 
     def __deepcopy__(self, memo: Any) -> Cache:
         """A cache of the same tokens, which shares pages until either writes to them."""

@@ -15,6 +15,7 @@ from pykv.arrays import load_cupy
 from pykv.errors import DeviceError, DtypeError, ShapeError, UnsupportedError
 from pykv.foreign import named_array
 from pykv.integrations.batch import Batch, Step, rows_of
+from pykv.options import check_type
 from pykv.pool import PagedKVCache
 from pykv.specs import KVSpec
 
@@ -112,6 +113,14 @@ class Store:
         return k.device.type == "cpu" and spec.layout == "NHD" and (spec.k, spec.v) == kinds
 
 
+def refuse_copies(x: Any) -> Any:
+    """What pickle and copy.copy call."""
+    raise UnsupportedError(
+        f"transformers.{type(x).__name__}: pickle and copy.copy would part or share its pages, "
+        "expected deepcopy of a Cache, or its pool"
+    )
+
+
 class Handle(torch.Tensor):  # type: ignore[misc]
     """What "pykv" finds a layer's pages by: a tensor [B, H, 0, D] without memory, in the place of
     keys or values. A model that computes with it would lose what it computes, so it is refused.
@@ -138,10 +147,11 @@ class Handle(torch.Tensor):  # type: ignore[misc]
                 result = function(*args, **(words or {}))
             except RuntimeError:  # as it has no rows
                 result = None
-        if not name.endswith("_") and result is not None:  # nothing was written to it
-            made = result if isinstance(result, list | tuple) else [result]
-            if all(x is args[0] or not torch.is_tensor(x) for x in made):
-                return result
+        if result is args[0] and not name.endswith("_"):  # nothing was written to it
+            return result
+        made = result if isinstance(result, list | tuple) else [result]
+        if result is not None and not any(map(torch.is_tensor, made)):
+            return result
         raise UnsupportedError(
             f"Cache.update: the model calls {name} on keys or values that lie in pages, expected "
             "that it only attends to them: take 'sdpa' or 'eager' for this model"
@@ -161,6 +171,19 @@ class Layer(CacheLayerMixin):  # type: ignore[misc]
         self.new: tuple[Any, Any] | None = None  # keys and values that `attention` will append
         self.step: Step | None = None  # where the last rows were appended
 
+    def __reduce__(self) -> Any:
+        return refuse_copies(self)
+
+    @property
+    def keys(self) -> Any:
+        raise UnsupportedError("Cache.layers: keys and values lie in pages, see Cache.pool")
+
+    @keys.setter
+    def keys(self, _: None) -> None:
+        """Nothing: CacheLayerMixin has none when it is made."""
+
+    values = keys
+
     def lazy_initialization(self, *_: Any) -> None:
         """Nothing: pools are made for the first keys."""
 
@@ -169,6 +192,11 @@ class Layer(CacheLayerMixin):  # type: ignore[misc]
         for "pykv" tensors without memory that lead to this layer. Keys and values may be the
         memory of pages, which later calls write to."""
         k, v, store = key_states, value_states, self.store
+        for name, x in (("key_states", k), ("value_states", v)):
+            check_type("Cache.update", name, x, torch.Tensor, "a tensor [B, H, n, D]")
+            if x.ndim != 4:
+                given = tuple(x.shape)
+                raise ShapeError(f"Cache.update: {name} has shape {given}, expected [B, H, n, D]")
         with place_of("Cache.update", key_states=k, value_states=v):
             batch = store.batch_for(k, v)
             B, H, n, D = k.shape

@@ -2,6 +2,7 @@
 say with transformers' own caches and attention."""
 
 import copy
+import pickle
 from inspect import signature
 
 import ml_dtypes
@@ -356,7 +357,7 @@ def test_keys_and_values_reach_attention_as_they_were_given():
     for pair in ((v, k), (k, k), (k, x), (x, v)):
         with pytest.raises(UnsupportedError, match="was changed behind Cache.update"):
             attend(*pair)
-    assert v.to(x.dtype) is v and v.dim() == len(v.stride()) == 4
+    assert v.to(x.dtype) is v and "meta" in repr(v) and v.dim() == len(v.stride()) == 4
     changes = (
         *(lambda: v * 2, lambda: v.chunk(2, 1), lambda: torch.cat((v, x)), lambda: v.view(2, -1)),
         *(lambda: v.add_(1), lambda: v.__setitem__(0, 1)),
@@ -472,6 +473,34 @@ def test_masks_of_other_forms():
             mask_function=sliding,
             attention_mask=torch.tensor([[True, False, True]]),
         )
+
+
+def test_wrong_calls_of_update():
+    """Whoever calls it: a model with more layers than the config among them."""
+    cache, x = sdpa_caches()[1], torch.ones(1, 2, 3, 16)
+    for layer in (-1, 2):
+        with pytest.raises(ParameterError, match=f"layer_idx is {layer}, expected 0 to 1"):
+            cache.update(x, x, layer)
+    with pytest.raises(ShapeError, match=r"value_states has shape \(2, 3, 16\), expected \[B"):
+        cache.update(x, x[0], 0)
+    with pytest.raises(DtypeError, match="key_states is a NoneType, expected a tensor"):
+        cache.update(None, x, 0)
+    assert cache.get_seq_length() == 0 and cache.pool is None
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_copies_that_are_refused(cached):
+    cache = sdpa_caches()[1]
+    if cached:
+        update((cache,), 1, 3)
+    for call in (pickle.dumps, copy.copy):
+        for x in (cache, cache.layers[0]):
+            with pytest.raises(UnsupportedError, match="expected deepcopy of a Cache, or its pool"):
+                call(x)
+    for part in ("keys", "values"):  # not None, as of a cache without tokens
+        with pytest.raises(UnsupportedError, match="keys and values lie in pages"):
+            getattr(cache.layers[0], part)
+    assert copy.deepcopy(cache).get_seq_length() == cache.get_seq_length() == 3 * cached
 
 
 def test_rows_are_moved_as_bits():

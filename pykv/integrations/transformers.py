@@ -44,7 +44,8 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
         page_size: P, tokens a page.
         pages: of each layer; None: as many as it takes, doubled when they are used up. On a CPU
             they are twice what the first tokens take, of which the system backs what is written.
-        margin: for scales that heads or tensors share, see PagedKVCache.
+        margin: for scales that heads or tensors share, see PagedKVCache. What exceeds them is
+            clamped, which no call waits to see: ask `clamped`.
 
     Attributes:
         pool: the PagedKVCache; None before the first tokens.
@@ -128,6 +129,13 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
         other._store = self._store.fork()
         other.layers = [Layer(other._store, i) for i in range(len(self.layers))]
         return other
+
+    def clamped(self) -> Any:
+        """The shares of elements at the largest code, in pages of all sequences: what
+        PagedKVCache.clamped says of shared scales. None before the first tokens. Waits for a GPU.
+        """
+        batch = self._store.batch
+        return None if batch is None else batch.pool.clamped(batch.used_pages)
 
     def reset(self) -> None:
         """Forget all tokens; their pages stay with the cache, for other sequences."""

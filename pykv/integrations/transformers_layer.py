@@ -232,9 +232,11 @@ class Layer(CacheLayerMixin):  # type: ignore[misc]
         batch = self.store.batch_for(*self.new)
         start = batch.columns[self.index]
         if seen.shape != (batch.size, start + n):
+            failed = "; after a failed call crop or reset the cache"
             raise ShapeError(
                 f"{op}: attention_mask has shape {seen.shape}, expected "
                 f"{batch.size, start + n} for {n} tokens behind {start}"
+                f"{failed if start < max(batch.columns) else ''}"
             )
         step = batch.begin(op, self.index, n, seen[:, start:], past=seen[:, :start])
         batch.append(self.index, *_rows(*self.new, step.rows), step)

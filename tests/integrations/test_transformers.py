@@ -475,6 +475,42 @@ def test_masks_of_other_forms():
         )
 
 
+@implementations
+def test_shared_scales_that_prove_too_small_can_be_seen(implementation):
+    """Of tokens that are there: not of those that were forgotten."""
+    model = model_of("Llama", implementation)
+    cache, ids = Cache(model.config, "int8:head", page_size=4, margin=1.5), torch.arange(10)[None]
+    assert cache.clamped() is None
+    logits(model, cache, ids)
+    shares = cache.clamped()
+    assert shares.shape == (2, 2) and shares.max() == 0
+    model.model.layers[1].self_attn.v_proj.weight.mul_(1000)
+    logits(model, cache, ids)
+    shares = cache.clamped()
+    assert shares[1, 1] > 0.3 and shares[0].max() == shares[1, 0] == 0
+    cache.crop(-12)
+    assert cache.clamped().max() == 0
+
+
+def test_an_interrupted_call_says_what_helps():
+    model = model_of("Llama", "pykv")
+    cache, ids = Cache(model.config), torch.arange(6)[None]
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    logits(model, cache, ids)
+    hook = model.model.layers[1].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        logits(model, cache, ids)
+    hook.remove()
+    with pytest.raises(ShapeError, match="after a failed call crop or reset the cache"):
+        logits(model, cache, ids)
+    cache.crop(6 - cache.get_seq_length())
+    want = logits(model, Cache(model.config), torch.cat((ids, ids), 1))[:, 6:]
+    assert torch.allclose(logits(model, cache, ids), want, atol=1e-6)
+
+
 def test_wrong_calls_of_update():
     """Whoever calls it: a model with more layers than the config among them."""
     cache, x = sdpa_caches()[1], torch.ones(1, 2, 3, 16)

@@ -27,6 +27,9 @@ that of ideal scales
                 which half a step of int8 exceeds where max |x| > 127 * 2^-24 = 7.6e-6, of int4
                 where max |x| > 4.2e-7
 
+up to 65504 * largest with float16 scales (int4 4.6e5, int8 8.3e6, e4m3 2.9e7, e5m2 3.8e9), beyond
+which float32 and bfloat16 rows are clamped to that.
+
 A row with a NaN or an infinity gets the scale NaN and codes 0: all of it decodes to NaN, as visible
 as in a cache of floats. Scales for a whole head or tensor are given, not found: x beyond what they
 cover is clamped, infinities too; NaN becomes 0x7f in fp8, which is NaN, and 0 in int8 and int4.

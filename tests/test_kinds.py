@@ -90,6 +90,22 @@ def test_a_row_is_encoded_as_by_hand(rng, row, kind, scale_dtype):
 
 
 @pytest.mark.parametrize("kind", CODES, ids=lambda kind: kind.name)
+def test_rows_up_to_the_largest_float16_scale(kind):
+    """Are not clamped; what lies beyond is, but for float32 scales."""
+    most = 65504 * kind.largest
+    stated = dict(int4=4.6e5, int8=8.3e6, e4m3=2.9e7, e5m2=3.8e9)[kind.name]
+    assert abs(most / stated - 1) < 0.02
+    x = np.float32([0.99, -0.5, 0.25, 0, 0, 0, 0, 0]) * np.float32(most)
+    for factor, scale_dtype in ((1, np.float16), (100, np.float32)):
+        codes = kinds.quantize(factor * x, kind, scale_dtype=np.dtype(scale_dtype))
+        got = kinds.dequantize(*insert(codes, kind))
+        assert np.abs(got / factor - x).max() < 0.15 * 0.99 * most
+        assert abs(got[0] / factor / x[0] - 1) < 2e-3
+    codes = kinds.quantize(100 * x, kind, scale_dtype=np.dtype(np.float16))
+    assert kinds.dequantize(*insert(codes, kind))[0] == np.float32(most)
+
+
+@pytest.mark.parametrize("kind", CODES, ids=lambda kind: kind.name)
 def test_a_row_decodes_to_within_half_a_step(rng, kind):
     x = rng.standard_normal((7, 5, 64)).astype(np.float32)
     y = kinds.dequantize(*insert(kinds.quantize(x, kind), kind))

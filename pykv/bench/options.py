@@ -246,29 +246,29 @@ def own_cases(cases: Sequence[Case], change: Case) -> list[Case]:
 
 
 def _keep(bench: str, cases: Sequence[Case], filters: Sequence[str]) -> list[Case]:
-    """The cases that one of the filters fits; all where there is none."""
+    """The cases that one of the filters fits; each must fit some. All where there is no filter."""
     if not filters:
         return list(cases)
     wanted = [[word.partition("=")[::2] for word in text.split()] for text in filters]
-    kept = [
-        case
-        for case in cases
-        if any(
-            words and all(name in case and str(case[name]) == value for name, value in words)
-            for words in wanted
-        )
+    fits = [
+        [
+            bool(words) and all(name in case and str(case[name]) == value for name, value in words)
+            for case in cases
+        ]
+        for words in wanted
     ]
-    if not kept:
+    unknown = [text for text, some in zip(filters, fits, strict=True) if not any(some)]
+    if unknown:
         values: dict[str, dict[str, None]] = {}
         for case in cases:
             for name, value in case.items():
                 values.setdefault(name, {})[str(value)] = None
         there = " ".join(f"{name}={','.join(some)}" for name, some in values.items())
         raise ParameterError(
-            f"bench {bench}: --case {', '.join(map(repr, filters))} fits no case, expected values "
+            f"bench {bench}: --case {', '.join(map(repr, unknown))} fits no case, expected values "
             f"of {there}"
         )
-    return kept
+    return [case for i, case in enumerate(cases) if any(some[i] for some in fits)]
 
 
 def check_folder(op: str, folder: str) -> str:

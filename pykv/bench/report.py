@@ -137,13 +137,15 @@ def check_outputs(command: str, outputs: Mapping[str, str | None]) -> None:
         outputs: by option, the path that it is given, if any; "-" is standard output.
 
     Raises:
-        ParameterError: two options name the same file.
+        ParameterError: two options name the same file, or one names none.
         OSError: one cannot be written.
     """
     known: dict[str, tuple[str, str]] = {}
     for option, path in outputs.items():
         if path is None:
             continue
+        if not path:
+            raise ParameterError(f"{command}: {option} is empty, expected a path")
         other, first = known.setdefault(os.path.realpath(path), (option, path))
         if other != option:
             raise ParameterError(

@@ -243,9 +243,18 @@ class Batch:
 
     def _forks(self, indices: Any) -> list[list[int]]:
         """Second sequences on pages that hold tokens."""
-        manager, tokens = self.pool.manager, tokens_of(self.seen, self.seen.shape[1])
-        used = [self._pages[i][: manager.pages_for(tokens[i])] for i in indices]
-        return [manager.fork(pages) if pages else [] for pages in used]
+        used = self._used()
+        return [self.pool.manager.fork(used[i]) if used[i] else [] for i in indices]
+
+    def _used(self) -> list[list[int]]:
+        """Of each sequence, the pages that hold tokens."""
+        pages_for, tokens = self.pool.manager.pages_for, tokens_of(self.seen, self.seen.shape[1])
+        return [pages[: pages_for(n)] for pages, n in zip(self._pages, tokens, strict=True)]
+
+    @property
+    def used_pages(self) -> list[int]:
+        """Pages that hold tokens, each once."""
+        return sorted({page for pages in self._used() for page in pages})
 
 
 def rows_of(x: Any, rows: Any) -> Any:

@@ -26,7 +26,9 @@ from pykv.arrays import FLOATS, is_numpy
 from pykv.errors import CapacityError, DtypeError, ParameterError, ShapeError
 from pykv.foreign import named_array
 from pykv.integrations.tensors import place_of  # its error names the missing extra
-from pykv.options import check_whole
+from pykv.options import check_type, check_whole
+
+from torch import is_tensor  # isort: skip
 
 SCALE_BYTES = 2  # a float16
 
@@ -98,6 +100,7 @@ class Serde:
             DtypeError: one is no list of whole numbers.
             ParameterError, ShapeError: a size is negative, or rows are of an odd size, or of none.
         """
+        check_type("lmcache.Serde", "shapes", shapes, Iterable, "a list of shapes")
         return sum(self._size("lmcache.Serde", "shapes", shape) for shape in shapes)
 
     def _size(self, op: str, name: str, shape: Any) -> int:
@@ -125,7 +128,7 @@ class Serde:
 
 def _on_host(op: str, src: Any, dst: Any) -> Any:
     for name, x in (("src", src), ("dst", dst)):
-        if getattr(x, "tensor", None) is None:
+        if not is_tensor(getattr(x, "tensor", None)):
             raise DtypeError(f"{op}: {name} has no tensor, expected a MemoryObj that holds one")
     return place_of(op, src=src.tensor, dst=dst.tensor)
 

@@ -51,7 +51,7 @@ class Storage(HiCacheStorage):  # type: ignore[misc]
     Raises:
         ParameterError: `folder` or `limit` is missing or wrong, or there is another word.
         ShapeError, ParameterError: later, a page is not of the registered pool's bytes, or not in
-            one piece.
+            one piece, or there are not as many pages as keys.
 
     Its methods wait for the disk, and may be called from several threads.
     """
@@ -150,14 +150,12 @@ class Storage(HiCacheStorage):  # type: ignore[misc]
         return self._tier is not None and _key(key) in self._tier
 
     def batch_get(self, keys: Any, target_locations: Any = None, target_sizes: Any = None) -> Any:
-        places = [None] * len(keys) if target_locations is None else target_locations
-        return [self.get(*pair) for pair in zip(keys, places, strict=True)]
+        return [self.get(*pair) for pair in _pairs("target_locations", keys, target_locations)]
 
     def batch_set(
         self, keys: Any, values: Any = None, target_locations: Any = None, target_sizes: Any = None
     ) -> bool:
-        pages = [None] * len(keys) if values is None else values
-        return all([self.set(*pair) for pair in zip(keys, pages, strict=True)])
+        return all([self.set(*pair) for pair in _pairs("values", keys, values)])
 
     def clear(self) -> None:
         """Delete the pages of the model, rank and pool that are registered; of others none.
@@ -167,6 +165,16 @@ class Storage(HiCacheStorage):  # type: ignore[misc]
         """
         if self._tier is not None:
             self._tier.clear()
+
+
+def _pairs(name: str, keys: Any, pages: Any) -> list[tuple[str, Any]]:
+    """Keys with their pages, all of which are None where `pages` is."""
+    pages = [None] * len(keys) if pages is None else pages
+    if len(pages) != len(keys):
+        raise ShapeError(
+            f"sglang.Storage: {name} has {len(pages)} pages, expected {len(keys)} as there are keys"
+        )
+    return list(zip(keys, pages, strict=True))
 
 
 def _facts(config: Any) -> dict[str, str]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from pykv.foreign import named_array
 from pykv.integrations.tensors import codes_of, place_of  # first: names the extra that is missing
 from pykv.ops import paged_append, paged_decode
 from pykv.ops import prefill as paged_prefill
@@ -132,13 +131,14 @@ def _attend(
     how: dict[str, Any],
 ) -> Tensor:
     """What an op of attention makes of tensors by its names, and of options `how`."""
-    out = _like_queries(given["q"])
     with place_of(op, **given, k_scales=k_scales, v_scales=v_scales):
+        arrays = [codes_of(op, name, x) for name, x in given.items()]
+        out = _like_queries(given["q"])
         attend(
-            *(codes_of(op, name, x) for name, x in given.items()),
+            *arrays,
             **_cache(op, given["k_pool"], given["v_pool"], k_scales, v_scales, spec),
             **how,
-            out=named_array(op, "out", out),
+            out=codes_of(op, "out", out),
         )
     return out
 

@@ -28,7 +28,7 @@ install.require("transformers", "torch", "transformers")
 from transformers import PretrainedConfig, cache_utils  # noqa: E402
 
 import pykv.integrations.transformers_attention  # noqa: E402, F401  registers "pykv"
-from pykv.integrations.transformers_layer import Layer, Store  # noqa: E402
+from pykv.integrations.transformers_layer import Layer, Store, refuse_copies  # noqa: E402
 
 LAYERS = ("full_attention", "sliding_attention")  # types in a config that a `Cache` holds
 TAKES_LENGTH = "max_length" in signature(cache_utils.Cache.crop).parameters
@@ -44,7 +44,8 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
         page_size: P, tokens a page.
         pages: of each layer; None: as many as it takes, doubled when they are used up. On a CPU
             they are twice what the first tokens take, of which the system backs what is written.
-        margin: for scales that heads or tensors share, see PagedKVCache.
+        margin: for scales that heads or tensors share, see PagedKVCache. What exceeds them is
+            clamped, which no call waits to see: ask `clamped`.
 
     Attributes:
         pool: the PagedKVCache; None before the first tokens.
@@ -112,6 +113,15 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
     def pool(self) -> PagedKVCache | None:
         return self._store.pool
 
+    def __reduce__(self) -> Any:
+        return refuse_copies(self)
+
+    def update(self, key_states: Any, value_states: Any, layer_idx: int, *_: Any, **__: Any) -> Any:
+        """Append a layer's new rows; see the layer's `update`."""
+        last = len(self.layers) - 1
+        layer = self.layers[check_whole("Cache.update", "layer_idx", layer_idx, 0, last)]
+        return layer.update(key_states, value_states)
+
     def __deepcopy__(self, memo: Any) -> Cache:
         """A cache of the same tokens, which shares pages until either writes to them."""
         other = self.__class__.__new__(self.__class__)
@@ -119,6 +129,13 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
         other._store = self._store.fork()
         other.layers = [Layer(other._store, i) for i in range(len(self.layers))]
         return other
+
+    def clamped(self) -> Any:
+        """The shares of elements at the largest code, in pages of all sequences: what
+        PagedKVCache.clamped says of shared scales. None before the first tokens. Waits for a GPU.
+        """
+        batch = self._store.batch
+        return None if batch is None else batch.pool.clamped(batch.used_pages)
 
     def reset(self) -> None:
         """Forget all tokens; their pages stay with the cache, for other sequences."""

@@ -62,7 +62,7 @@ def mask(
     window = _window_of(op, mask_function)
     shape = batch_size, kv_length
     if kv_offset:
-        raise UnsupportedError(f"{op}: kv_offset is {kv_offset}, expected 0: all keys in pages")
+        raise UnsupportedError(f"{op}: kv_offset is {kv_offset}, expected 0 as of a pykv Cache")
     if attention_mask is None:
         attention_mask = torch.ones(shape, dtype=torch.bool)
     if tuple(attention_mask.shape) != shape:
@@ -174,18 +174,27 @@ def attention(
             "mask has it"
         )
     options = dict(scale=scaling, window=sliding_window, logits_soft_cap=softcap)
-    layer = getattr(key, "pykv_layer", None)
-    if layer is None:
-        layer = _without_cache(key, value)
+    layer = _layer_of(op, query, key, value)
     with place_of(op, query=query, sinks=s_aux):
         return _attend(layer, query, seen, s_aux, options), None
 
 
-def _without_cache(key: Any, value: Any) -> Layer:
-    """A layer of its own for keys and values that are in no cache."""
-    if key.device.type == "meta":
+def _layer_of(op: str, query: Any, key: Any, value: Any) -> Layer:
+    """The layer of a `Cache` that keys and values lead to; of those that are in none, one of its
+    own."""
+    parts = [getattr(x, "part", None) for x in (key, value)]
+    if parts == ["key", "value"] and key.layer is value.layer:
+        found: Layer = key.layer
+        return found
+    if parts != [None, None]:
         raise UnsupportedError(
-            "attention: key was changed behind Cache.update, expected what that gave"
+            f"{op}: key or value was changed behind Cache.update, expected what that gave"
+        )
+    if key.shape[2] != query.shape[2]:
+        raise UnsupportedError(
+            f"{op}: key has {key.shape[2]} tokens for {query.shape[2]} queries, from another cache "
+            "than pykv's: expected a pykv Cache, or 'sdpa' for a model that makes its own, as "
+            "generate has it for an assistant_model or guidance_scale"
         )
     layer = Layer(Store(1), 0)
     layer.new = key, value
@@ -196,7 +205,8 @@ def _attend(layer: Layer, query: Any, seen: Any, sinks: Any, options: dict[str, 
     """The output [B, n, HQ, D] of queries [B, HQ, n, D] behind a layer's keys and its new ones."""
     op, (B, HQ, n, D) = "attention", query.shape
     step = layer.append(op, n, seen)
-    q = named_array(op, "query", query.transpose(1, 2).flatten(0, 1))
+    q = query.transpose(1, 2).flatten(0, 1).contiguous()  # of one sequence, flatten leaves strides
+    q = named_array(op, "query", q)
     make = query.new_empty if step.rows is None else query.new_zeros
     out, lse = make((B * n, HQ, D)), make((B * n, HQ), dtype=torch.float32)
     arrays = [named_array(op, "out", x) for x in (out, lse)]

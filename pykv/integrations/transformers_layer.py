@@ -15,6 +15,7 @@ from pykv.arrays import load_cupy
 from pykv.errors import DeviceError, DtypeError, ShapeError, UnsupportedError
 from pykv.foreign import named_array
 from pykv.integrations.batch import Batch, Step, rows_of
+from pykv.options import check_type
 from pykv.pool import PagedKVCache
 from pykv.specs import KVSpec
 
@@ -112,6 +113,51 @@ class Store:
         return k.device.type == "cpu" and spec.layout == "NHD" and (spec.k, spec.v) == kinds
 
 
+def refuse_copies(x: Any) -> Any:
+    """What pickle and copy.copy call."""
+    raise UnsupportedError(
+        f"transformers.{type(x).__name__}: pickle and copy.copy would part or share its pages, "
+        "expected deepcopy of a Cache, or its pool"
+    )
+
+
+class Handle(torch.Tensor):  # type: ignore[misc]
+    """What "pykv" finds a layer's pages by: a tensor [B, H, 0, D] without memory, in the place of
+    keys or values. A model that computes with it would lose what it computes, so it is refused.
+
+    Attributes:
+        layer: of the cache.
+        part: "key" or "value".
+    """
+
+    @staticmethod
+    def of(layer: Layer, part: str, new: Any) -> Handle:
+        B, H, _, D = new.shape
+        made: Handle = torch.empty((B, H, 0, D), dtype=new.dtype, device="meta").as_subclass(Handle)
+        made.layer, made.part = layer, part
+        return made
+
+    @classmethod
+    def __torch_function__(cls, function: Any, _: Any, args: Any = (), words: Any = None) -> Any:
+        name = getattr(function, "__name__", str(function))
+        with torch._C.DisableTorchFunctionSubclass():
+            if name == "__get__":  # a fact of it, or a tensor that is no handle
+                return function(*args, **(words or {}))
+            try:
+                result = function(*args, **(words or {}))
+            except RuntimeError:  # as it has no rows
+                result = None
+        if result is args[0] and not name.endswith("_"):  # nothing was written to it
+            return result
+        made = result if isinstance(result, list | tuple) else [result]
+        if result is not None and not any(map(torch.is_tensor, made)):
+            return result
+        raise UnsupportedError(
+            f"Cache.update: the model calls {name} on keys or values that lie in pages, expected "
+            "that it only attends to them: take 'sdpa' or 'eager' for this model"
+        )
+
+
 class Layer(CacheLayerMixin):  # type: ignore[misc]
     """One layer of a `Cache`, as transformers calls it."""
 
@@ -125,6 +171,19 @@ class Layer(CacheLayerMixin):  # type: ignore[misc]
         self.new: tuple[Any, Any] | None = None  # keys and values that `attention` will append
         self.step: Step | None = None  # where the last rows were appended
 
+    def __reduce__(self) -> Any:
+        return refuse_copies(self)
+
+    @property
+    def keys(self) -> Any:
+        raise UnsupportedError("Cache.layers: keys and values lie in pages, see Cache.pool")
+
+    @keys.setter
+    def keys(self, _: None) -> None:
+        """Nothing: CacheLayerMixin has none when it is made."""
+
+    values = keys
+
     def lazy_initialization(self, *_: Any) -> None:
         """Nothing: pools are made for the first keys."""
 
@@ -133,14 +192,17 @@ class Layer(CacheLayerMixin):  # type: ignore[misc]
         for "pykv" tensors without memory that lead to this layer. Keys and values may be the
         memory of pages, which later calls write to."""
         k, v, store = key_states, value_states, self.store
+        for name, x in (("key_states", k), ("value_states", v)):
+            check_type("Cache.update", name, x, torch.Tensor, "a tensor [B, H, n, D]")
+            if x.ndim != 4:
+                given = tuple(x.shape)
+                raise ShapeError(f"Cache.update: {name} has shape {given}, expected [B, H, n, D]")
         with place_of("Cache.update", key_states=k, value_states=v):
             batch = store.batch_for(k, v)
             B, H, n, D = k.shape
             if store.attends:
                 self.new = k, v
-                handle = torch.empty((B, H, 0, D), dtype=k.dtype, device="meta")
-                handle.pykv_layer = self
-                return handle, handle
+                return Handle.of(self, "key", k), Handle.of(self, "value", v)
             step = batch.begin("Cache.update", self.index, n)
             if not step.is_whole:
                 raise UnsupportedError(
@@ -170,9 +232,11 @@ class Layer(CacheLayerMixin):  # type: ignore[misc]
         batch = self.store.batch_for(*self.new)
         start = batch.columns[self.index]
         if seen.shape != (batch.size, start + n):
+            failed = "; after a failed call crop or reset the cache"
             raise ShapeError(
                 f"{op}: attention_mask has shape {seen.shape}, expected "
                 f"{batch.size, start + n} for {n} tokens behind {start}"
+                f"{failed if start < max(batch.columns) else ''}"
             )
         step = batch.begin(op, self.index, n, seen[:, start:], past=seen[:, :start])
         batch.append(self.index, *_rows(*self.new, step.rows), step)

@@ -356,6 +356,8 @@ def test_without_a_name_all_are_listed(capsys):
         (["append", "--kv", "int8:head"], "has 'int8:head', expected a kind that finds a scale.*"),
         (["decode", "--dtype", "int8"], "--dtype has 'int8', expected one of fp16, bf16, fp32"),
         (["decode", "--case", "kv=zz"], "'kv=zz' fits no case, expected values of HQ=32,.*"),
+        (["decode", "--quick", "--case", "B=2", "--case", "z"], "--case 'z' fits no case"),
+        (["decode", "--json", ""], "bench: --json is empty, expected a path"),
         (["permute", "--case", "zz"], "--case 'zz' fits no case, expected values of src=NHD,.*"),
         (["copy", "--case", ""], "--case '' fits no case, expected values of direction=d2d,.*"),
     ],

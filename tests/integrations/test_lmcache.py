@@ -72,6 +72,18 @@ def test_chunks_without_rows_and_shapes_that_are_none():
                 serde.nbytes([shape])
 
 
+def test_what_holds_no_tensors():
+    serde, x = Serde("int8"), torch.ones(1, 8)
+    raw = torch.zeros(serde.nbytes([(1, 8)]), dtype=torch.uint8)
+    for other in (None, x.numpy(), x.tolist()):
+        with pytest.raises(DtypeError, match="src has no tensor, expected a MemoryObj"):
+            serde.serialize(memory(other), memory(raw))
+        with pytest.raises(DtypeError, match="dst has no tensor, expected a MemoryObj"):
+            serde.deserialize(memory(raw), memory(other))
+    with pytest.raises(DtypeError, match="shapes is a NoneType, expected a list of shapes"):
+        serde.nbytes(None)
+
+
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_bytes_of_another_shape(kind):
     """Their scales lie elsewhere."""

@@ -176,6 +176,12 @@ def test_ranks_of_an_mla_model_share_what_the_first_writes(made):
 def test_single_pages(made):
     storage, page = made(), torch.randn(12).bfloat16()
     assert storage.set("k", page) and storage.batch_set(["l"], [page * 2])
+    for pages in ([page], [page] * 3):  # else the first would have been written
+        with pytest.raises(ShapeError, match=f"values has {len(pages)} pages, expected 2 as ther"):
+            storage.batch_set(["x", "y"], pages)
+        with pytest.raises(ShapeError, match="target_locations has . pages, expected 2"):
+            storage.batch_get(["k", "l"], pages)
+    assert not storage.exists("x")
     assert torch.equal(storage.get("k", torch.zeros_like(page)), page)
     pages = storage.batch_get(["l", "none"], [torch.zeros_like(page) for _ in range(2)])
     assert torch.equal(pages[0], page * 2) and pages[1] is None

@@ -115,6 +115,10 @@ def test_refusals():
         ours.place_of("pykv.decode", q=given["q"], lengths=given["lengths"].to("meta")).__enter__()
     with pytest.raises(DtypeError, match="paged_decode.decode: lengths has dtype int64"):
         ours.decode(**given | dict(lengths=given["lengths"].long()))
+    with pytest.raises(UnsupportedError, match="pykv.decode: q has layout torch.sparse_coo"):
+        ours.decode(**given | dict(q=given["q"].to_sparse()))
+    with pytest.raises(DtypeError, match="paged_decode.decode: q has dtype uint8"):
+        ours.decode(**given | dict(q=given["q"].to(torch.float8_e5m2)))
     with pytest.raises(ValueError, match="scales for e4m3"):
         ours.append(**made("e4m3")["append"] | dict(k_scales=None))
 

@@ -2,6 +2,7 @@
 say with transformers' own caches and attention."""
 
 import copy
+import pickle
 from inspect import signature
 
 import ml_dtypes
@@ -289,8 +290,83 @@ def test_no_cache_and_transformers_own():
     assert torch.allclose(got, want, atol=1e-6)
     dynamic = transformers.DynamicCache()
     logits(model, dynamic, ids)
-    with pytest.raises(ShapeError, match="attention_mask has shape"):
-        logits(model, dynamic, ids[:, :1])  # keys from elsewhere, of which pykv knows no order
+    for once in range(2):  # keys from elsewhere, of which pykv knows no order
+        with pytest.raises(UnsupportedError, match="key has .* from another cache than pykv's"):
+            logits(model, dynamic, ids[:, : 1 + once])
+    window = model_of("Mistral", "pykv", sliding_window=9)
+    dynamic = transformers.DynamicCache(config=window.config)
+    logits(window, dynamic, ids)
+    with pytest.raises(UnsupportedError, match="kv_offset is 4, expected 0 as of a pykv Cache"):
+        logits(window, dynamic, ids[:, :1])
+
+
+def test_assistants_have_caches_of_their_own():
+    """Of another attention, or a refusal that says so."""
+    own, dynamic, model, cache = both("pykv")
+    inputs = dict(input_ids=torch.randint(5, 99, (1, 20)))
+    helper = model_of("Llama", "sdpa")
+    want = generate(own, dynamic, inputs)
+    assert torch.equal(generate(model, cache, inputs, assistant_model=helper), want)
+    helper.set_attn_implementation("pykv")
+    with pytest.raises(UnsupportedError, match="'sdpa' for a model that makes its own"):
+        generate(model, Cache(model.config), inputs, assistant_model=helper)
+
+
+@pytest.mark.parametrize(
+    "name, sizes", [("DiffLlama", {}), ("JetMoe", dict(num_local_experts=2)), ("Doge", {})]
+)
+def test_models_that_compute_with_what_a_cache_gives(name, sizes):
+    """Of keys and values in pages they are refused; of those that are read back they are right."""
+    sizes = dict(sizes, kv_channels=16, head_dim=16, num_experts_per_tok=2)
+    if not hasattr(transformers, f"{name}Config"):
+        pytest.skip(f"transformers {transformers.__version__} has no {name}")
+    own, dynamic, model, cache = both("pykv", name, **sizes)
+    ids = torch.randint(5, 99, (2, 12))
+    with pytest.raises(UnsupportedError, match="the model calls .* take 'sdpa' or 'eager'"):
+        logits(model, cache, ids)
+    model.set_attn_implementation("eager")
+    assert torch.equal(logits(model, cache, ids), logits(own, dynamic, ids))
+
+
+@pytest.mark.parametrize("B", [1, 2])
+def test_queries_as_they_lie(B):
+    """Heads outside of tokens, or within, and spread."""
+    attention = ours.pykv.integrations.transformers_attention
+    x = torch.randn(B, 2, 5, 16)
+    mask = attention.mask(batch_size=B, kv_length=5)
+    want = torch.nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True)
+    within = x.transpose(1, 2).contiguous().transpose(1, 2)
+    for q in (x, within, torch.stack((x, x), -1)[..., 0]):
+        for pair in ((x, x), (within, within)):
+            got, _ = attention.attention(torch.nn.Module(), q, *pair, mask)
+            assert torch.allclose(got, want.transpose(1, 2), atol=1e-6)
+
+
+def test_keys_and_values_reach_attention_as_they_were_given():
+    attention = ours.pykv.integrations.transformers_attention
+    config = transformers.LlamaConfig(num_hidden_layers=1)
+    config._attn_implementation = "pykv"
+    cache, x = Cache(config), torch.randn(1, 2, 5, 16)
+    mask = attention.mask(batch_size=1, kv_length=5)
+
+    def attend(key, value):
+        return attention.attention(torch.nn.Module(), x, key, value, mask)[0]
+
+    k, v = cache.update(x, 2 * x, 0)
+    assert k.shape == (1, 2, 0, 16) and k.dtype == x.dtype and k.contiguous() is k
+    for pair in ((v, k), (k, k), (k, x), (x, v)):
+        with pytest.raises(UnsupportedError, match="was changed behind Cache.update"):
+            attend(*pair)
+    assert v.to(x.dtype) is v and "meta" in repr(v) and v.dim() == len(v.stride()) == 4
+    changes = (
+        *(lambda: v * 2, lambda: v.chunk(2, 1), lambda: torch.cat((v, x)), lambda: v.view(2, -1)),
+        *(lambda: v.add_(1), lambda: v.__setitem__(0, 1)),
+    )
+    for change in changes:
+        with pytest.raises(UnsupportedError, match="the model calls"):
+            change()
+    want = torch.nn.functional.scaled_dot_product_attention(x, x, 2 * x, is_causal=True)
+    assert torch.allclose(attend(k, v), want.transpose(1, 2), atol=1e-6)
 
 
 def test_dtypes_that_come_later():
@@ -397,6 +473,70 @@ def test_masks_of_other_forms():
             mask_function=sliding,
             attention_mask=torch.tensor([[True, False, True]]),
         )
+
+
+@implementations
+def test_shared_scales_that_prove_too_small_can_be_seen(implementation):
+    """Of tokens that are there: not of those that were forgotten."""
+    model = model_of("Llama", implementation)
+    cache, ids = Cache(model.config, "int8:head", page_size=4, margin=1.5), torch.arange(10)[None]
+    assert cache.clamped() is None
+    logits(model, cache, ids)
+    shares = cache.clamped()
+    assert shares.shape == (2, 2) and shares.max() == 0
+    model.model.layers[1].self_attn.v_proj.weight.mul_(1000)
+    logits(model, cache, ids)
+    shares = cache.clamped()
+    assert shares[1, 1] > 0.3 and shares[0].max() == shares[1, 0] == 0
+    cache.crop(-12)
+    assert cache.clamped().max() == 0
+
+
+def test_an_interrupted_call_says_what_helps():
+    model = model_of("Llama", "pykv")
+    cache, ids = Cache(model.config), torch.arange(6)[None]
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    logits(model, cache, ids)
+    hook = model.model.layers[1].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        logits(model, cache, ids)
+    hook.remove()
+    with pytest.raises(ShapeError, match="after a failed call crop or reset the cache"):
+        logits(model, cache, ids)
+    cache.crop(6 - cache.get_seq_length())
+    want = logits(model, Cache(model.config), torch.cat((ids, ids), 1))[:, 6:]
+    assert torch.allclose(logits(model, cache, ids), want, atol=1e-6)
+
+
+def test_wrong_calls_of_update():
+    """Whoever calls it: a model with more layers than the config among them."""
+    cache, x = sdpa_caches()[1], torch.ones(1, 2, 3, 16)
+    for layer in (-1, 2):
+        with pytest.raises(ParameterError, match=f"layer_idx is {layer}, expected 0 to 1"):
+            cache.update(x, x, layer)
+    with pytest.raises(ShapeError, match=r"value_states has shape \(2, 3, 16\), expected \[B"):
+        cache.update(x, x[0], 0)
+    with pytest.raises(DtypeError, match="key_states is a NoneType, expected a tensor"):
+        cache.update(None, x, 0)
+    assert cache.get_seq_length() == 0 and cache.pool is None
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_copies_that_are_refused(cached):
+    cache = sdpa_caches()[1]
+    if cached:
+        update((cache,), 1, 3)
+    for call in (pickle.dumps, copy.copy):
+        for x in (cache, cache.layers[0]):
+            with pytest.raises(UnsupportedError, match="expected deepcopy of a Cache, or its pool"):
+                call(x)
+    for part in ("keys", "values"):  # not None, as of a cache without tokens
+        with pytest.raises(UnsupportedError, match="keys and values lie in pages"):
+            getattr(cache.layers[0], part)
+    assert copy.deepcopy(cache).get_seq_length() == cache.get_seq_length() == 3 * cached
 
 
 def test_rows_are_moved_as_bits():

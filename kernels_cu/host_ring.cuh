@@ -1,11 +1,11 @@
-// host_ring.cuh: words that a kernel and the host exchange while it runs, in pinned memory of the host
-// that the GPU sees (layout and the host's side: pykv/host_rings.py).
+// host_ring.cuh: ring buffers in pinned memory, by which host and kernel exchange messages while the
+// kernel runs (layout and the host's side: pykv/host_rings.py).
 //
 // A slot is 8 words of 8 bytes. The low half of a word is payload, the high half the number of its
-// message: a word is stored at once, so whoever finds the number that it waits for in every word has
-// the whole message, without a fence. Messages are numbered from 1 on, modulo 2^32; message n lies
-// in slot n % RING_SLOTS. What else the message speaks of, in memory of the GPU, needs a fence of the
-// system ahead of the words.
+// message. Stores of a word are atomic, so a reader that finds the expected number in every word has
+// the whole message, without a fence. Messages are numbered from 1 on, modulo 2^32; message n lies in
+// slot n % RING_SLOTS. Data in GPU memory that a message refers to needs a system fence before the
+// message.
 #include "ptx.cuh"
 
 #if !defined(RING_SLOTS)
@@ -14,8 +14,8 @@
 static_assert(RING_SLOTS > 0 && (RING_SLOTS & (RING_SLOTS - 1)) == 0, "numbers wrap around at a whole round");
 
 constexpr int SLOT_WORDS = 8, LINE_WORDS = 16;  // each side writes its own line of 128 bytes
-constexpr int BEAT = 0, ABORT = 1;              // the host's line: it counts calls; 1 ends the kernel
-constexpr int STATE = LINE_WORDS, TAKEN = STATE + 1;  // the kernel's line; commands that it has taken
+constexpr int BEAT = 0, ABORT = 1;              // the host's line: heartbeat; 1 ends the kernel
+constexpr int STATE = LINE_WORDS, TAKEN = STATE + 1;  // the kernel's line: state; commands taken
 constexpr int COMMANDS = 2 * LINE_WORDS, RESULTS = COMMANDS + RING_SLOTS * SLOT_WORDS;
 
 enum State {
@@ -24,9 +24,9 @@ enum State {
     OVER = 5, SPENT = 6, NO_PAGES = 7,  // of resident_program.cu alone
 };
 
-// One look of a whole warp: RUNNING if command `number` is there, its words in lanes 0 to 7; SILENT if
-// the host has done nothing for `limit` ns; ABORTED; or STARTING. `beat` is what the warp saw last of
-// the host's, and `heard` when that changed.
+// A warp polls once. Returns RUNNING if command `number` is complete (its words in lanes 0 to 7),
+// SILENT if the heartbeat has stood still for `limit` ns, ABORTED, or STARTING if nothing is new.
+// `beat` is the last heartbeat seen, `heard` the time of its last change.
 __device__ __forceinline__ State look(u32& payload, u64& beat, u64& heard, const u64* host,
                                       u32 number, u64 limit) {
     const int lane = threadIdx.x % WARP;
@@ -44,7 +44,7 @@ __device__ __forceinline__ State look(u32& payload, u64& beat, u64& heard, const
     return __any_sync(FULL_MASK, now - heard > limit && now > heard) ? SILENT : STARTING;
 }
 
-// Looks until a command, silence or the abort comes.
+// Polls until a command, silence or an abort.
 __device__ __forceinline__ State await_command(u32& payload, u64& beat, const u64* host, u32 number,
                                                u64 limit) {
     u64 heard = global_timer();
@@ -62,7 +62,7 @@ __device__ __forceinline__ void post_result(u64* host, u32 number, u32 payload) 
                (u64)number << 32 | payload);
 }
 
-// A store on its way to the host is what the next fence waits for: not for every job.
+// Not to be called for every job: the next fence waits for this store to reach the host.
 __device__ __forceinline__ void post_state(u64* host, State state) {
     if (threadIdx.x == 0) store_host(host + STATE, state);
 }

@@ -1,4 +1,4 @@
-// kv_compact.cu: kept rows of a paged cache move together, in place: row kept[j] to slot j.
+// kv_compact.cu: compacts a paged cache in place: row kept[j] moves to slot j.
 //
 // Arrays (letters as in pykv/ops/kv_compact.py); strides of page, token and head in bytes:
 //   k_pool, v_pool         [N, P, H, D] in any order, K_T and V_T, rows of K_UNITS * K_UNIT bytes (V
@@ -6,10 +6,9 @@
 //   k_scales, v_scales     [N, P, H], likewise, SCALE_T; null where nothing moves
 //   words                  [B * H, 1 + chunks] u32, zeros at first: a ticket, then whether a chunk is
 //                          read; chunks = ceil(C / ROWS)
-//   page_table      const  [B, M] int   pages that rows are read from
-//   out_table       const  [B, M] int   pages that they are written to: the same, or pages that hold
-//                                       nothing, see below
-//   kept            const  [B, A, C] int  ascending; A = 1: the same rows of all heads, or A = H
+//   page_table      const  [B, M] int   pages to read from
+//   out_table       const  [B, M] int   pages to write to: the same, or unused pages, see below
+//   kept            const  [B, A, C] int  ascending; A = 1: the same rows for all heads, or A = H
 //   counts          const  [B, A] int
 // Scalars:  kept_head = C where A = H, else 0; counts_head likewise 1 or 0; turns: chunks that a block
 //           takes at most, at least chunks / W
@@ -21,13 +20,12 @@
 //           of a copy of the rows
 // Order:    bit-exact, whichever block takes which chunk
 //
-// A row never moves to a later slot: kept[j] >= j. So a chunk of rows may be written once the rows of
-// all chunks before it are read, and reading needs to wait for nothing. Blocks take chunks in order by
-// ticket, load one into registers, say that it is read, wait until those before it are, and store.
-// Whoever is waited for has its ticket, and so runs, and waits for nobody before it reads: the first
-// unread chunk of all is always on its way. A block holds two tickets at most, a chunk that waits and
-// the one after it. So it suffices to look at the 2 W chunks before: were an earlier one unread, the
-// 2 W + 1 from that one on would all be held by W blocks.
+// A row never moves to a later slot: kept[j] >= j. So a chunk may be written once all chunks before it
+// are read, and reads never wait. Blocks take chunks in order by ticket, load one into registers, mark
+// it as read, wait until those before it are read, and store it. No deadlock: a chunk that is waited
+// for has a ticket, so its block is running and reads without waiting. A block holds two tickets at
+// most, a chunk that waits and the next one. So it suffices to look at the 2 W chunks before: if an
+// earlier one were unread, W blocks would hold the 2 W + 1 chunks from that one on.
 #include "ptx.cuh"
 
 #if !defined(K_T) || !defined(V_T) || !defined(SCALE_T) || !defined(K_UNIT) || !defined(V_UNIT) || \

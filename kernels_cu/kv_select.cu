@@ -1,19 +1,18 @@
-// kv_select.cu: which rows of a cache are kept: those of the largest scores, of equal ones the
-// first, and always sinks and the recent ones.
+// kv_select.cu: selects the rows of a cache to keep: those of the largest scores, ties by position, and
+// always sinks and recent rows.
 //
 // Arrays, row-major (letters as in pykv/ops/kv_select.py):
-//   kept             [R, S, C] int  slots that are kept, ascending, then -1
-//   counts           [R, S] int     how many of each segment
+//   kept             [R, S, C] int  slots to keep, ascending, then -1
+//   counts           [R, S] int     number of slots to keep
 //   scores    const  [R, S, C] float
 //   lengths   const  [R, S] int     clamped to 0 .. C
 //   budgets   const  [R] int        rows that the S segments keep together; null: no limit
-//   tallies          [R, PASSES * DIGITS] int  of long groups: zeros at first; how often rows have
-//                                          each digit
-//   pairs            [R, S, parts] u64     of long groups: rows above the last one that is kept in
-//                                          the upper half, and of its order, of each part
-// Scalars:  sinks, recent: the first and the last rows of a segment, which pass before all others;
-//           has_threshold, threshold: others are kept where their score exceeds it alone; slice:
-//           scores of a part, whole tiles; digit: which one is counted
+//   tallies          [R, PASSES * DIGITS] int  of long groups: histogram of digits, zeros at first
+//   pairs            [R, S, parts] u64     of long groups, for each part: in the upper half the rows
+//                                          above the last score that is kept, in the lower those equal
+// Scalars:  sinks, recent: how many first and last rows of a segment rank before all others;
+//           has_threshold, threshold: keep other rows only if their score exceeds it; slice: scores
+//           of a part, whole tiles; digit: which digit is counted
 // Defines:  BLOCK = threads, a power of two from 128 to 1024; ITEMS, scores that each has at once;
 //           TALLIES = PASSES * DIGITS
 // Launch:   block (BLOCK). kv_select: grid (R). Of long groups grid (parts, S, R), parts = ceil(C /

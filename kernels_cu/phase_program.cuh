@@ -1,10 +1,10 @@
-// phase_program.cuh: phases of a model's step and how the blocks of a cooperative launch do them: what
-// phase_program.cu and resident_program.cu share.
+// phase_program.cuh: phases of a model's step, and how the blocks of a cooperative launch run them;
+// shared by phase_program.cu and resident_program.cu.
 //
-// Each phase has tiles, which blocks take in turn. Phases that need nothing of each other make a stage,
-// behind which all blocks wait for each other; meanwhile the weights of a block's next tile are on
-// their way, and so is the next phase. No block may arrive for a stage before it has waited for the one
-// ahead: the counter knows how many have arrived, not who.
+// Each phase has tiles, which blocks take in turn. Independent phases form a stage, and a grid barrier
+// ends each stage; while a block waits there, the weights of its next tile and the next phase are
+// being copied. A block may not arrive at a barrier before it has waited at the one before: the counter
+// knows how many blocks have arrived, not which.
 #if !defined(KINDS) || !defined(X_T) || !defined(B_T) || !defined(BLOCK) || !defined(ROWS) || \
     !defined(OUTS)
 #error "phase_program.cuh needs KINDS, X_T, B_T, BLOCK, ROWS and OUTS"
@@ -28,7 +28,7 @@
 
 enum Op { PRODUCT, EMBED, ADD_NORM, APPEND, ATTEND, PEAKS, ARGMAX, ADJUST, FILTER, DRAW, LOGPROBS };
 
-// What a phase reads and writes; the host packs the same (pykv/ops/phase_program.py).
+// Arguments of a phase, as pykv/ops/phase_program.py packs them.
 struct Product {
     X_T* out;
     const X_T* x;
@@ -39,7 +39,7 @@ struct Product {
     i64 x_stride, out_stride;
     int parts, held, tiles, accumulate, gate;
     float eps;
-    const float* states;  // of attention whose splits x is made of, or null
+    const float* states;  // attention states of splits, which merge into x; null: x is stored
     int splits;
 };
 
@@ -47,7 +47,7 @@ struct Embed {
     X_T* out;
     const u8* w;
     const int* ids;
-    int O, I, W;  // rows of w, elements and bytes of one
+    int O, I, W;  // rows of w; elements and bytes of a row
     float scale;
 };
 
@@ -60,7 +60,7 @@ struct AddNorm {
     float eps;
 };
 
-// The index of the largest of V logits: of `parts` parts of a row first.
+// The index of the largest of V logits; first of each of `parts` parts of a row.
 struct Argmax {
     int* out;
     const float* logits;
@@ -73,17 +73,17 @@ struct Argmax {
 struct Attention {
     Append append;
     Attend attend;
-    int merges;  // 1: the last block of a head merges its splits; 0: products do as they read them
+    int merges;  // 1: the last block of a head merges its splits; 0: products merge while they read
 };
 
-// Whether both are one phase: a block has all query rows of a KV head, and a group of lanes for each
-// of its heads. Else there is a phase for each.
+// Whether append and attention are one phase: a block has all query rows of a KV head, and a group of
+// lanes for each of its heads. Else they are two phases.
 constexpr bool AT_ONCE = HQ / H <= QUERY_ROWS && GROUPS >= HQ / H + 2;
 #endif
 
 struct Phase {
     int op, kind;  // of KINDS
-    int stage;     // how many are over before, 0 of the first; it grows by 1 at most
+    int stage;     // number of its stage, from 0; grows by 1 at most from phase to phase
     int tiles;
     union {
         u64 words[64];
@@ -103,7 +103,7 @@ struct Phase {
 };
 static_assert(sizeof(Phase) == 528, "as the host packs it");
 
-// Rows of x, or those that splits of attention make.
+// Rows of x: stored, or merged from splits of attention.
 struct SourceRows {
     StoredRows stored;
     const float* states;  // [T, HQ, splits, D + 2]
@@ -120,7 +120,7 @@ struct SourceRows {
     }
 
 #ifdef HEAD_DIM
-    // As merge_splits does for all elements of a head.
+    // What merge_splits does for all elements of a head.
     __device__ __forceinline__ void merge(float (&values)[4], const float* state, int d) const {
         float peak = -INF, sum = 0.0f;
 #pragma unroll 4
@@ -145,8 +145,8 @@ struct SourceRows {
 #endif
 };
 
-// Calls work.run<K>() for kind number `kind` of several; a struct, as NVRTC 13.0 refuses lambdas that
-// are templates.
+// Calls work.run<K>() with the type of kind number `kind`. `work` is a struct because NVRTC 13.0
+// refuses template lambdas.
 template <typename K, typename... Others, typename Work>
 __device__ __forceinline__ void with_kind(int kind, const Work& work) {
     if constexpr (sizeof...(Others) > 0) {
@@ -167,7 +167,7 @@ struct Quad {
     }
 };
 
-// A thread writes a quad of the row of a token.
+// Embedding: a thread writes four elements of a token's row.
 __device__ __forceinline__ void embed_tile(const Embed& p, int kind, int tile) {
     const int tiles = (p.I / 4 + BLOCK - 1) / BLOCK;  // of a row
     const int token = tile / tiles, i = (tile % tiles * BLOCK + threadIdx.x) * 4;
@@ -182,7 +182,7 @@ __device__ __forceinline__ void embed_tile(const Embed& p, int kind, int tile) {
     store4(p.out + (i64)token * p.I + i, values);
 }
 
-// A block adds the row of a token.
+// AddNorm for one token, by a block.
 __device__ __forceinline__ void add_norm_tile(const AddNorm& p, int token, float* of_warps) {
     const X_T* y = p.y + (i64)token * p.I;
     X_T* x = p.x + (i64)token * p.I;
@@ -203,7 +203,7 @@ __device__ __forceinline__ void add_norm_tile(const AddNorm& p, int token, float
     }
 }
 
-// The largest logit of a part of a row and the lowest index that has it, as a key.
+// The key of a part of a row: its largest logit, and the lowest index of that.
 __device__ __forceinline__ void peak_tile(const Argmax& p, int tile, u64* of_warps) {
     const int token = tile / p.parts, share = (p.V + p.parts - 1) / p.parts;
     const int begin = tile % p.parts * share, end = min(begin + share, p.V);
@@ -216,7 +216,7 @@ __device__ __forceinline__ void peak_tile(const Argmax& p, int tile, u64* of_war
     if (threadIdx.x == 0) p.keys[tile] = key;
 }
 
-// -1 where the largest logit is infinite, or all are NaN.
+// The token of a row; -1 if its largest logit is infinite, or all are NaN.
 __device__ __forceinline__ void argmax_tile(const Argmax& p, int token, u64* of_warps) {
     u64 key = 0;
     for (int i = threadIdx.x; i < p.parts; i += BLOCK) {
@@ -230,8 +230,8 @@ __device__ __forceinline__ void argmax_tile(const Argmax& p, int token, u64* of_
 }
 
 #ifdef HEAD_DIM
-// What the threads of a block tell each other about heads of a share. It lies where products have
-// theirs, in dynamic shared memory: an SM may lack room for both.
+// Shared memory of attention. It overlays that of products, in dynamic shared memory: an SM may lack
+// room for both.
 struct AttentionShared {
     AppendShared append;
     AttendShared attend;
@@ -240,7 +240,7 @@ struct AttentionShared {
 };
 static_assert(sizeof(AttentionShared) <= ATTENTION_BYTES, "as the host reckons");
 
-// Makes the queries of a share; whoever has the last key also makes its row and that of its value.
+// Makes the queries of a share. The share with the last key also writes the new row of key and value.
 __device__ __forceinline__ const Q_T* make_queries(AttentionShared& shared, const Append& p,
                                                    const KeyShare& share) {
     constexpr u32 G = HQ / H;
@@ -266,7 +266,7 @@ __device__ __forceinline__ const Q_T* make_queries(AttentionShared& shared, cons
     return &shared.queries[0][0];
 }
 
-// Asks for the rows of a share, all of which but the last were written long ago, for L2.
+// Prefetches the rows of a share into L2; all but the last were written by earlier launches or stages.
 __device__ __forceinline__ void ask_for_rows(const Attend& p, const KeyShare& share) {
     constexpr int LINE = 128;
     for (int key = share.begin + threadIdx.x; key < share.end; key += THREADS) {
@@ -280,8 +280,8 @@ __device__ __forceinline__ void ask_for_rows(const Attend& p, const KeyShare& sh
     }
 }
 
-// A split of an attention; the block that ends last merges those of its query rows. The workspace has
-// a counter for each tile, zero before and behind.
+// Attention over a split of the keys; the last block to finish merges the splits of its query rows. The
+// workspace has a counter for each tile, zero before and after.
 template <typename Await>
 __device__ __forceinline__ void attention_tile(AttentionShared& shared, const Attention& p, int tile,
                                                Await await) {
@@ -309,7 +309,7 @@ __device__ __forceinline__ void attention_tile(AttentionShared& shared, const At
 #endif
 
 #if __CUDA_ARCH__ >= 700
-// The block asks for phase i; cp_async_wait and a barrier come before it is read.
+// The block starts to copy phase i; it may be read after cp_async_wait and a barrier.
 __device__ __forceinline__ void ask_for(Phase& held, const u64* program, int i) {
     constexpr int PIECES_OF_PHASE = sizeof(Phase) / 16;
     if (threadIdx.x < PIECES_OF_PHASE) {
@@ -319,7 +319,7 @@ __device__ __forceinline__ void ask_for(Phase& held, const u64* program, int i) 
     cp_async_commit();
 }
 
-// What the threads of a block tell each other, in phases of different ops.
+// Static shared memory of the phases.
 union Shared {
     WarpSums sums;
     u64 keys[WARPS];
@@ -342,7 +342,7 @@ template <typename Await> struct ProductTiles {
     }
 };
 
-// The block's tiles of a product.
+// Runs the block's tiles of a product.
 template <typename Await>
 __device__ __forceinline__ void multiply_tiles(const Phase& p, float* staged, WarpSums& sums,
                                                const Await& await) {
@@ -350,7 +350,7 @@ __device__ __forceinline__ void multiply_tiles(const Phase& p, float* staged, Wa
     with_kind<KINDS>(p.kind, ProductTiles<Await>{p.product, staged, sums, await});
 }
 
-// A tile of a phase that is no product. `await` comes before it reads what other phases write.
+// Runs a tile of any other phase. Calls `await` before it reads what other phases write.
 template <typename Await>
 __device__ __forceinline__ void run_tile(const Phase& p, int tile, float* staged, Shared& shared,
                                          Await await) {
@@ -380,14 +380,14 @@ __device__ __forceinline__ void run_tile(const Phase& p, int tile, float* staged
 #endif
 }
 
-// The block's part of all phases, of which it has asked for the first, behind `over` stages of the
-// launch that it has waited for. Returns how many it has waited for then.
+// Runs the block's tiles of all phases; ask_for() has begun to copy the first. `over` counts the
+// barriers that the launch has passed. Returns the count after these phases.
 __device__ __forceinline__ int run_phases(Phase (&held)[2], float* staged, Shared& shared,
                                           const u64* program, u32* counters, int phases, int over) {
     int stage = 0;
     for (int i = 0; i < phases; i++) {
         cp_async_wait<0>();
-        __syncthreads();  // phase i has come, and all are done with the one ahead
+        __syncthreads();  // phase i has arrived, and all threads are done with the one before
         if (i + 1 < phases) ask_for(held[(i + 1) % 2], program, i + 1);
         const Phase& p = held[i % 2];
         bool waits = p.stage != stage;
@@ -397,7 +397,7 @@ __device__ __forceinline__ int run_phases(Phase (&held)[2], float* staged, Share
             if (waits) {
                 grid_wait(counters, over + stage);
             } else {
-                __syncthreads();  // all have read what the block's last tile kept in shared memory
+                __syncthreads();  // all threads have read the last tile's shared memory
             }
             waits = false;
         };
@@ -408,7 +408,7 @@ __device__ __forceinline__ int run_phases(Phase (&held)[2], float* staged, Share
                 run_tile(p, tile, staged, shared, await);
             }
         }
-        if (waits) await();  // also without a tile
+        if (waits) await();  // for a block without tiles
     }
     return over + stage;
 }

@@ -1,54 +1,54 @@
-// resident_program.cu: tokens of a few sequences, one after another in one launch: phases of a model's
-// step, and between two tokens what the host else does: it draws, ends and starts sequences and tells
-// the host.
+// resident_program.cu: a persistent decode loop: each token runs the phases of a model's step; between
+// two tokens the kernel itself takes the drawn tokens, ends and starts sequences and reports to the
+// host.
 //
 // Arrays (letters as in pykv/ops/resident_program.py):
-//   program, counters   as of phase_program.cu; the phases leave `peaks`
+//   program, counters   as of phase_program.cu; the phases write `peaks`
 //   ids, positions, slots, lengths
-//                       [T] int each, what the phases read of a token; of the next one behind it. A
-//                       sequence that has ended has length 0 and slot -1
-//   control             [4] u32: the numbers of the first result and of the first command, tokens of
-//                       the launch at most, and whether a token follows, which the kernel says
-//   host                u64, pinned memory of the host (host_ring.cuh): commands, which
-//                       pykv/resident_commands.py describes; a result for each token, of whose words
-//                       i is that of row i: from the lowest bit on the token in 24, a `Why` in 3, and
-//                       in 5 how many sequences were started in the row before, modulo 32
-//   told                [RING_SLOTS, T, W] u64, pinned memory of the host: in the low halves what
-//                       phases have left in `found` of each result; null where W = 0
+//                       [T] int each, inputs of the phases; overwritten with those of the next token.
+//                       A free row has length 0 and slot -1
+//   control             [4] u32: numbers of the first result and of the first command, most tokens of
+//                       the launch; the kernel writes whether another token follows
+//   host                u64, pinned memory of the host (host_ring.cuh): commands, see
+//                       pykv/resident_commands.py, and a result for each token. Word i of a result is
+//                       of row i: the token in the low 24 bits, a `Why` in 3, and in 5 the epoch, the
+//                       number of sequences started in the row, modulo 32
+//   told                [RING_SLOTS, T, W] u64, pinned memory of the host: `found` of each result, in
+//                       the low halves; null where W = 0
 //   page_table          [T, M] int, -1 where a sequence has no page
-//   peaks        const  [T] int, the token drawn for each, -1 where logits are not finite
-//   found        const  [T, W] int, what phases found of the tokens beside; null where W = 0
-//   limits              [T] int, tokens of prompt and answer together at most
+//   peaks        const  [T] int, the token drawn for each row, -1 where logits are not finite
+//   found        const  [T, W] int, log probabilities of the phases; null where W = 0
+//   limits              [T] int, most tokens of prompt and answer together
 //   ends                [T, E] int, tokens that end a sequence; -1 is none
-//   params              [N] int, words that phases read of how tokens are drawn; null where N = 0
+//   params              [N] int, sampling parameters that phases read; null where N = 0
 // Scalars:  phases as of phase_program.cu; T <= 8; M; P = tokens of a page; E; W; N; limit = ns of
-//           silence of the host after which the kernel ends behind a token
-// Defines:  those of phase_program.cu; RING_SLOTS = slots of either ring, a power of two, and results
-//           that the host has granted and not read at most: the kernel waits for nobody to read them
+//           silence of the host after which the kernel ends at the next token
+// Defines:  those of phase_program.cu; RING_SLOTS = slots of either ring, a power of two; at least the
+//           results that the host has granted and not read, so that the kernel never waits for a reader
 // Launch:   as of phase_program.cu
 // Traffic:  that of the phases for each token
 // Order:    as of phase_program.cu
-// Stack: 104 bytes, on sm_80, for the reason that phase_program.cu has
+// Stack: 104 bytes, on sm_80, for the reason given in phase_program.cu
 #include "host_ring.cuh"
 #include "phase_program.cuh"
 
-// PARAMS and START change what blocks read for a token under way, even in rows that nobody has.
+// PARAMS and START change what blocks read for the token under way, even in free rows.
 enum Command { STOP = 1, GRANT, PAGES, ENDS, PARAMS, START };
-// Of a sequence behind a token: it goes on, or its row is nobody's from now on.
+// NEXT: the sequence goes on; else its row is free from now on.
 enum Why { NEXT, ENDED, FULL, OUT_OF_PAGES, TAKEN_BACK, NOT_FINITE, NOBODY };
 constexpr int TOKEN_BITS = 24, WHY_BITS = 3, MOST_ROWS = 8;
 enum Control { NUMBER, COMMAND, TOKENS, GOES_ON };
 
 #if __CUDA_ARCH__ >= 700
-// What the first warp of the first block keeps from token to token.
+// State that the first warp of the first block keeps from token to token.
 struct Talk {
     u64 beat, heard;
-    u32 number, command, left;  // of the next result and command; tokens, with the one under way
+    u32 number, command, left;  // of the next result, of the next command; tokens left, this one too
     u32 stopped;                // a bit for each row whose sequence the host stops
-    u32 epochs[MOST_ROWS];      // of the sequences that rows have
+    u32 epochs[MOST_ROWS];      // of the rows' sequences
 };
 
-// What the kernel is given, beside phases.
+// Arguments of the kernel, besides the phases.
 struct Sequences {
     int *ids, *positions, *slots, *lengths;
     u32* control;
@@ -58,14 +58,14 @@ struct Sequences {
     int T, M, P, E, W, N;
 };
 
-// A warp gives a row that nobody has to a sequence, whose words have come: {START, row, token, length,
-// pages, ends, limit, epoch}. Lane `row` writes what it reads of the row's inputs.
+// A warp starts a sequence in a free row, by the command {START, row, token, length, pages, ends,
+// limit, epoch}. Lane `row`, which later reads the row's inputs, writes them.
 __device__ __forceinline__ void start(Talk& talk, const Sequences& s, u32 payload) {
     const auto word = [&](int i) { return (int)__shfl_sync(FULL_MASK, payload, i); };
     const int lane = threadIdx.x, row = word(1), token = word(2), at = word(3) - 1;
     const int pages = word(4), ends = word(5), limit = word(6), epoch = word(7);
     int* const table = s.page_table + row * s.M;
-    for (int i = pages + lane; i < s.M; i += WARP) table[i] = -1;  // the last one's, now of others
+    for (int i = pages + lane; i < s.M; i += WARP) table[i] = -1;  // drop the last sequence's pages
     for (int i = ends + lane; i < s.E; i += WARP) s.ends[row * s.E + i] = -1;
     if (lane != row) return;
     s.ids[row] = token;
@@ -76,10 +76,10 @@ __device__ __forceinline__ void start(Talk& talk, const Sequences& s, u32 payloa
     talk.epochs[row] = epoch;
 }
 
-// What the host says. While blocks compute a token, `is_between` false, this stops ahead of a command
-// that must wait for them: then the state is RUNNING.
+// Takes commands until none is left. While blocks compute a token (`is_between` is false), it stops
+// ahead of a command that must wait for them, and returns RUNNING.
 __device__ __forceinline__ State listen(Talk& talk, const Sequences& s, u64 limit, bool is_between) {
-    constexpr int FIRST_WORD = 4;  // of a command that writes words of an array, of which it has 4
+    constexpr int FIRST_WORD = 4;  // PAGES, ENDS and PARAMS have up to 4 words to write, from here on
     u64 beat = talk.beat, heard = talk.heard;
     u32 payload, command = talk.command, granted = 0, stopped = talk.stopped;
     State state;
@@ -98,10 +98,10 @@ __device__ __forceinline__ State listen(Talk& talk, const Sequences& s, u64 limi
         }
         if (kind == START && row < (u32)s.T) {
             start(talk, s, payload);
-            stopped &= ~(1u << row);  // that was meant for the row's last one
+            stopped &= ~(1u << row);  // a STOP before was for the row's last sequence
         }
         command++;
-        __syncwarp();  // the next one may read or write what other lanes have written
+        __syncwarp();  // the next command may access what other lanes have written
     }
     __syncwarp();
     if (threadIdx.x == 0) {
@@ -116,7 +116,7 @@ __device__ __forceinline__ State listen(Talk& talk, const Sequences& s, u64 limi
     return state;
 }
 
-// What follows a token for the sequence of a lane.
+// Whether the sequence of a lane goes on after a token.
 __device__ __forceinline__ Why why_of(int peak, int length, bool is_stopped, int limit, const int* ends,
                                       int E, int page) {
     if (is_stopped) return TAKEN_BACK;
@@ -128,8 +128,8 @@ __device__ __forceinline__ Why why_of(int peak, int length, bool is_stopped, int
     return page < 0 ? OUT_OF_PAGES : NEXT;
 }
 
-// A warp makes the inputs of the next token and tells the host of this one; a lane for each row.
-// `state` is what the host said.
+// A warp writes the inputs of the next token and reports this one to the host; one lane a row. `state`
+// is the result of listen().
 __device__ __forceinline__ void advance(Talk& talk, State state, const Sequences& s, u64 limit) {
     const int lane = threadIdx.x;
     const int length = lane < s.T ? s.lengths[lane] : 0;  // with this token
@@ -150,13 +150,13 @@ __device__ __forceinline__ void advance(Talk& talk, State state, const Sequences
         s.lengths[lane] = goes_on ? length + 1 : 0;
     }
     const bool lacks_page = __any_sync(FULL_MASK, why == OUT_OF_PAGES);
-    __syncwarp();  // all know who is stopped
+    __syncwarp();  // all lanes have read `stopped`
     if (lane == 0) talk.stopped = 0;
     if (state == RUNNING) {
         state = STARTING;
-        if (!is_last && !lacks_page) {  // else a sequence would have a row and no token of it
+        if (!is_last && !lacks_page) {  // else no token follows for a sequence to start with
             __syncwarp();
-            listen(talk, s, limit, true);  // the next token's look sees silence, too
+            listen(talk, s, limit, true);  // silence is left to the next token's listen()
             goes_on = lane < s.T && s.lengths[lane] > 0;
         }
     }
@@ -164,8 +164,8 @@ __device__ __forceinline__ void advance(Talk& talk, State state, const Sequences
     if (state == STARTING) state = lacks_page ? NO_PAGES : is_last ? SPENT : RUNNING;
     u64* const told = s.told + (i64)(talk.number % RING_SLOTS) * s.T * s.W;
     for (int i = lane; i < s.T * s.W; i += WARP) store_host(told + i, (u32)s.found[i]);
-    __syncwarp();            // the lanes that post the result order what all have stored
-    __threadfence_system();  // that, and rows of this token, ahead of the result
+    __syncwarp();            // fences are cumulative: they order the stores of all lanes
+    __threadfence_system();  // log probabilities and this token's rows before the result
     if (why >= TAKEN_BACK) token = 0;
     post_result(s.host, talk.number, epoch << (TOKEN_BITS + WHY_BITS) | (u32)why << TOKEN_BITS | token);
     if (state != RUNNING) post_state(s.host, state);
@@ -203,7 +203,7 @@ resident_program(const u64* program, u32* counters, int* ids, int* positions, in
         grid_arrive(counters);
         ask_for(held[0], program, 0);
         State state = STARTING;
-        if (talks) state = listen(talk, sequences, limit, false);  // while others are waited for
+        if (talks) state = listen(talk, sequences, limit, false);  // while other blocks arrive
         grid_wait(counters, ++over);
         if (talks) advance(talk, state, sequences, limit);
         __syncthreads();

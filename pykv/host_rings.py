@@ -1,20 +1,20 @@
-"""Rings of messages between the host and a kernel that stays on the GPU, in pinned memory.
+"""Ring buffers between the host and a persistent kernel, in pinned memory.
 
-Layout, in words of 8 bytes (kernels_cu/host_ring.cuh has the kernel's side):
+Layout, in words of 8 bytes (kernels_cu/host_ring.cuh is the kernel's side):
 
-    0    beat       counts the host's calls: where it stands still for too long, the kernel ends
+    0    beat       heartbeat of the host: the kernel ends if it stops for too long
     1    abort      1: the kernel ends before its next command
     16   state      a `State`
     17   taken      commands that a ResidentProgram's kernel has taken since it began
     32   commands   SLOTS slots of 8 words, host to kernel
     ...  results    SLOTS slots of 8 words, kernel to host
 
-A word of a slot is payload in its low half and the number of the message in its high half: message
-n, from 1 on, lies in slot n % SLOTS, and is whole when all its words have its number. NCCL's
-protocol LL numbers its words likewise. What does not fit into a slot is several messages, which are
-taken in order: the one that makes the others count comes last, and says how many words there are.
-What a message speaks of in other memory is written before it. Neither side has more than SLOTS
-messages out that the other may not have taken, so no slot is written again too soon.
+The low half of a slot's word is payload, the high half the number of the message. Message n, from 1
+on, lies in slot n % SLOTS and is complete when all of its words have its number, as in NCCL's LL
+protocol. Longer data is sent as several messages, which are taken in order; the last one has the
+number of words and makes them effective. Data in other memory is written before the message that
+refers to it. Neither side has more than SLOTS messages outstanding, so no slot is overwritten
+before it is read.
 """
 
 from __future__ import annotations
@@ -41,24 +41,24 @@ _LOW = 0xFFFFFFFF
 
 
 class State(enum.IntEnum):
-    """What a kernel says of itself."""
+    """The state that a kernel reports."""
 
     STARTING = 0
     RUNNING = 1
-    STOPPED = 2  # the host told it to end
-    SILENT = 3  # the host has said nothing for too long
+    STOPPED = 2  # by a command
+    SILENT = 3  # the host's heartbeat stopped
     ABORTED = 4
-    OVER = 5  # every sequence has ended; this and what follows are a ResidentProgram's
-    SPENT = 6  # it has drawn as many tokens as a launch may
+    OVER = 5  # all sequences have ended; this and the next two are a ResidentProgram's
+    SPENT = 6  # all granted tokens are drawn
     NO_PAGES = 7  # a sequence has no page for its next token
 
 
 class Pinned:
-    """An array of pinned memory, zero, that a kernel may touch while the host does.
+    """A zeroed array in pinned memory, which host and kernel may access at the same time.
 
     Attributes:
-        host: as NumPy's.
-        on_gpu: as the kernel's argument.
+        host: the NumPy array.
+        on_gpu: the kernel's argument.
     """
 
     def __init__(self, shape: tuple[int, ...], dtype: Any) -> None:
@@ -70,35 +70,35 @@ class Pinned:
 
 
 class Rings:
-    """Both rings and the words beside them; for one thread of the host at a time.
+    """Both rings and their control words. Not thread-safe.
 
     Attributes:
-        on_gpu: the words as the kernel's argument.
+        on_gpu: the kernel's argument.
     """
 
     def __init__(self) -> None:
         words = Pinned((_SIZE,), np.uint64)
-        self._words = words.host.data  # a word takes a tenth of the time that NumPy's takes
+        self._words = words.host.data  # a memoryview: a tenth of NumPy's time for a word
         self.on_gpu = words.on_gpu
 
     def begin(self) -> None:
-        """Forget how a kernel ended, before another; messages are numbered on."""
+        """Reset the state before a launch; the numbering of messages goes on."""
         self._words[_ABORT], self._words[_STATE], self._words[_TAKEN] = 0, State.STARTING, 0
 
     def beat(self) -> None:
-        """Tell the kernel that the host lives."""
+        """Send a heartbeat."""
         self._words[_BEAT] = (self._words[_BEAT] + 1) & _LOW
 
     def abort(self) -> None:
-        """Have the kernel end before its next command."""
+        """Make the kernel end before its next command."""
         self._words[_ABORT] = 1
 
     def state(self) -> State:
-        """What the kernel said last of itself."""
+        """The kernel's last reported state."""
         return State(self._words[_STATE])
 
     def taken(self) -> int:
-        """How many commands the kernel has taken since it began, at least."""
+        """A lower bound of the commands that the kernel has taken since it began."""
         return int(self._words[_TAKEN])
 
     def post(self, number: int, payload: Sequence[int]) -> None:
@@ -109,7 +109,7 @@ class Rings:
             self._words[at + i] = of_message | (payload[i] if i < len(payload) else 0)
 
     def result(self, number: int) -> list[int] | None:
-        """The 8 integers of 32 bits of a result; None where it has not come yet."""
+        """The 8 integers of 32 bits of a result; None if it has not arrived."""
         at = _RESULTS + number % SLOTS * _WORDS
         number &= _LOW
         if self._words[at] >> 32 != number:
@@ -121,15 +121,15 @@ class Rings:
 
 
 class RingKernel:
-    """A kernel that talks by rings while it runs, on a stream of its own that waits for no other.
+    """A kernel that exchanges messages with the host while it runs, on a stream of its own.
 
     Args:
         op: for messages.
 
     Attributes:
-        rings: its words.
+        rings: its ring buffers.
 
-    One that nobody waits for is ended with this object, as its memory must outlive it.
+    Deleting this object ends a running kernel, whose memory it owns.
     """
 
     def __init__(self, op: str) -> None:
@@ -139,11 +139,11 @@ class RingKernel:
         weakref.finalize(self, _end, self.rings, self._stream, self._kept)
 
     def launch(self, launch: cuda.Launch, arrays: Mapping[str, Any], kept: Any = None) -> None:
-        """Start it on `arrays` and the words, `host`, behind what is enqueued on the current
-        stream, which this waits for. One that ran before has ended.
+        """Wait for the current stream, then launch the kernel with `arrays`, and the rings as
+        `host`. The launch before must have ended.
 
         Args:
-            kept: what else must outlive it, such as arrays that `arrays` have the addresses of.
+            kept: what else must outlive the kernel, such as arrays whose addresses `arrays` hold.
         """
         cuda.synchronize()
         self._kept[:] = arrays, kept
@@ -152,18 +152,18 @@ class RingKernel:
             launch({**arrays, "host": self.rings.on_gpu})
 
     def let_current_wait(self) -> None:
-        """Have what is enqueued on the current stream from now on wait for its end."""
+        """Make the current stream wait for the kernel's end."""
         cuda.order_streams(self._stream, load_cupy().cuda.get_current_stream())
 
     def has_ended(self) -> bool:
-        """As the driver says, which takes as long as a message."""
+        """Whether the kernel has ended. Asks the driver, which takes as long as a message."""
         try:
             return bool(self._stream.done)
         except load_cupy().cuda.runtime.CUDARuntimeError:
             return True  # it failed; `wait` raises the reason
 
     def wait(self) -> None:
-        """Return when it has ended.
+        """Wait until the kernel has ended.
 
         Raises:
             CudaError: it has failed.
@@ -175,6 +175,6 @@ class RingKernel:
 
 
 def _end(rings: Rings, stream: Any, kept: Any) -> None:
-    """End a kernel that may still run, and keep its memory until it has ended."""
+    """End a kernel that may still run; `kept` keeps its memory alive until then."""
     rings.abort()
     stream.synchronize()

@@ -1,26 +1,24 @@
-"""What the host tells a launch of ops/resident_program.py between two tokens.
+"""Commands from the host to a launch of ops/resident_program.py.
 
 A command is up to 8 integers of 32 bits, a message of pykv/host_rings.py:
 
-    STOP    row                                 end its sequence
-    GRANT   tokens                              draw so many more
+    STOP    row                                 end the row's sequence
+    GRANT   tokens                              draw so many more tokens
     PAGES   row, place, count, words            write up to 4 entries of `page_table`,
     ENDS    row, place, count, words            of `ends`,
-    PARAMS  0, place, count, words              or of `params`, from a place on
-    START   row, token, length, pages,          give a row that nobody has to a sequence
+    PARAMS  0, place, count, words              or of `params`, from `place` on
+    START   row, token, length, pages,          start a sequence in a free row
             ends, limit, epoch
 
-What a sequence starts with may take many commands: its START is the last of them and counts what
-came ahead, and commands are taken in order; so a launch that finds a START has all that it needs.
-PARAMS and START wait until all blocks have computed the token under way, as these read what they
-change.
-A START is taken up by a launch that goes on behind that token, or not at all.
+Starting a sequence may take many commands. START is the last of them and has the numbers of pages
+and ends; as commands are taken in order, a launch that finds a START has everything it needs.
+PARAMS and START wait until all blocks have computed the token under way, because blocks read what
+they change. A launch that ends after that token ignores the START.
 
-`epoch` says how many sequences the host has started in the row in this launch. Results repeat that
-of the sequence that has the row when they are made: the host can tell those that were on their way
-when it started another one.
+`epoch` counts the sequences that the host has started in the row during this launch. Results repeat
+the epoch of the row's sequence, so the host can tell results of the sequence before.
 
-Dimensions: T rows; M pages of each at most; E tokens that end a sequence; N words of `params`.
+Dimensions: T rows; M pages a sequence at most; E tokens that end a sequence; N words of `params`.
 """
 
 from __future__ import annotations
@@ -43,7 +41,7 @@ Command = list[int]
 
 
 def of_launch(op: str, T: int, limits: Any, ends: Any) -> np.ndarray:
-    """What a launch begins with: limits of T sequences, then their ends, MOST_ENDS each, int32."""
+    """The words that a launch begins with, int32: limits [T], then ends [T, MOST_ENDS]."""
     for name, given in (("limits", limits), ("ends", ends)):
         if len(listed(op, name, given)) != T:
             raise ParameterError(
@@ -58,8 +56,12 @@ def of_launch(op: str, T: int, limits: Any, ends: Any) -> np.ndarray:
 
 
 def of_pages(op: str, pages: Any, table: tuple[int, ...], num_pages: int) -> list[Command]:
-    """Commands that write (row, place, pages), several such, of a pool of so many, into a table of
-    [T, M]."""
+    """Commands that write page ids into a table [T, M].
+
+    Args:
+        pages: (row, place, ids) for each run of entries.
+        num_pages: of the pool, a bound of the ids.
+    """
     (T, M), commands = table, []
     for given in listed(op, "pages", pages):
         is_three = isinstance(given, (list, tuple)) and len(given) == 3
@@ -88,8 +90,8 @@ def of_start(
     """Commands that start a sequence, see ResidentProgram.start.
 
     Args:
-        pool: its pages, and tokens of each.
-        epochs: of the last sequences started in rows.
+        pool: number of pages, and tokens a page.
+        epochs: [T], of the sequence started last in each row.
     """
     (T, M), (num_pages, page_size) = inputs.page_table.shape, pool
     row = check_whole(op, "row", row, 0, T - 1)
@@ -105,7 +107,7 @@ def of_start(
         )
     if len(listed(op, "params", params)) > 0 and inputs.params is None:
         raise ParameterError(f"{op}: inputs has no params, expected some where a start has them")
-    # PARAMS come behind what a launch takes while blocks compute.
+    # PARAMS come last: a launch takes the others while blocks compute.
     commands = _writes(PAGES, row, 0, ids) + _writes(ENDS, row, 0, tokens)
     for given in params:
         is_two = isinstance(given, (list, tuple)) and len(given) == 2
@@ -129,7 +131,7 @@ def of_ends(op: str, given: Any) -> list[int]:
 
 
 def listed(op: str, name: str, given: Any) -> Any:
-    """A list or tuple."""
+    """`given`, which must be a list or tuple."""
     if not isinstance(given, (list, tuple)):
         raise DtypeError(f"{op}: {name} is a {type(given).__name__}, expected a list")
     return given
@@ -149,7 +151,7 @@ def _writes(kind: int, row: int, place: int, words: list[int]) -> list[Command]:
 
 
 def reference(command: Command, inputs: Inputs, page_size: int, limits: Any, ends: Any) -> None:
-    """What a launch does at a command, in NumPy; a GRANT changes none of these arrays.
+    """What the kernel does at a command, in NumPy; a GRANT changes none of these arrays.
 
     Args:
         limits, ends: [T] and [T, E] int32.

@@ -1,7 +1,6 @@
-"""What a launch of ops/resident_program.py does between two tokens: the inputs of phases, and what
-follows a token.
+"""Tokens of ops/resident_program.py: inputs of the phases, and what follows a token.
 
-Dimensions: T rows, each of a sequence or of nobody; M pages of each at most; N words.
+Dimensions: T rows, each of a sequence or free; M pages a sequence at most; N words of `params`.
 """
 
 from __future__ import annotations
@@ -18,19 +17,19 @@ from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError, Uns
 from pykv.overlaps import place_of, share
 from pykv.phases import Argmax, Attention
 
-TOKEN_BITS, _WHY_BITS, _EPOCH_BITS = 24, 3, 5  # of a word that tells of a token, from the lowest on
+TOKEN_BITS, _WHY_BITS, _EPOCH_BITS = 24, 3, 5  # fields of a result's word, from the lowest bit on
 
 
 class Inputs(NamedTuple):
-    """What phases of a token read and leave, int32.
+    """Inputs and outputs of the phases of a token, int32.
 
     Attributes:
-        ids, positions, slots, lengths: [T], of the token that is computed, as phases have them;
-            a sequence of length 0 is none. Those of the next one are written here.
+        ids, positions, slots, lengths: [T], of the token to compute, as phases read them; then
+            overwritten with those of the next token. A row of length 0 is free.
         page_table: [T, M], -1 where a sequence has no page.
-        peaks: [T], the token that phases draw for each, -1 where none can be.
-        params: [N], words that phases read of how a sequence's tokens are drawn, which one that
-            starts in the midst of a launch may set; None: there are none.
+        peaks: [T], the token drawn for each row, -1 if the logits are not finite.
+        params: [N], sampling parameters that phases read, as words; a sequence that starts during a
+            launch may set them. None: phases read none.
     """
 
     ids: Any
@@ -57,7 +56,7 @@ _check = checker(
 
 
 def check_inputs(op: str, inputs: Any, phases: Sequence[Any], page_size: int) -> dict[str, int]:
-    """The sizes of inputs of phases, of which one leaves `peaks` and none writes another.
+    """Check inputs, of which phases must write `peaks` and nothing else. Returns their sizes.
 
     Raises: as ResidentProgram.
     """
@@ -88,25 +87,25 @@ def check_inputs(op: str, inputs: Any, phases: Sequence[Any], page_size: int) ->
 
 
 class Why(enum.IntEnum):
-    """What follows a token for its sequence."""
+    """Why a sequence goes on or ends after a token."""
 
-    NEXT = 0  # another token
-    ENDED = 1  # it was one that ends the sequence
-    FULL = 2  # it was the last up to the sequence's limit
-    OUT_OF_PAGES = 3  # no page for the next one, which ends the launch
-    TAKEN_BACK = 4  # the host had stopped the sequence
-    NOT_FINITE = 5  # there is no token
-    NOBODY = 6  # the sequence has ended before, or there is none
+    NEXT = 0  # it goes on
+    ENDED = 1  # the token is one that ends it
+    FULL = 2  # it has reached its limit
+    OUT_OF_PAGES = 3  # it has no page for the next token; this ends the launch
+    TAKEN_BACK = 4  # the host had stopped it; there is no token
+    NOT_FINITE = 5  # its logits are not finite; there is no token
+    NOBODY = 6  # the row is free; there is no token
 
 
 class Drawn(NamedTuple):
-    """A token of a sequence, of no meaning if `why` says that there is none.
+    """A token drawn for a row; meaningless if `why` says that there is none.
 
     Attributes:
-        epoch: how many sequences were started in the row before in this launch, this one among
-            them: 0 of the one that it began with.
-        logprob, top: if the phases have a Logprobs: the token's log probability, and those of the
-            likeliest tokens, likeliest first.
+        epoch: how many sequences this launch had started in the row, the token's own included; 0 of
+            the sequence that the launch began with.
+        logprob, top: with a Logprobs among the phases: the token's log probability, and those of
+            the likeliest tokens, likeliest first.
     """
 
     token: int
@@ -117,11 +116,11 @@ class Drawn(NamedTuple):
 
 
 def of_word(word: int, epoch: int) -> Drawn:
-    """What a word of a result tells of a row.
+    """Decode a row's word of a result.
 
     Args:
-        epoch: of the sequence that the host has started last in the row; the word may have been
-            written before the launch took it up, and then is the last one's.
+        epoch: of the sequence that the host started last in the row. A word written before the
+            launch took up that sequence belongs to the one before.
     """
     token, why = word & (1 << TOKEN_BITS) - 1, word >> TOKEN_BITS & (1 << _WHY_BITS) - 1
     is_of_it = word >> TOKEN_BITS + _WHY_BITS == epoch % (1 << _EPOCH_BITS)
@@ -129,7 +128,7 @@ def of_word(word: int, epoch: int) -> Drawn:
 
 
 def reference(inputs: Inputs, page_size: int, limits: Any, ends: Any) -> list[Drawn]:
-    """What follows a token, in NumPy: writes the inputs of the next one."""
+    """What the kernel does after a token, in NumPy: writes the inputs of the next one."""
     drawn = []
     for row, length in enumerate(inputs.lengths.tolist()):
         token, page = int(inputs.peaks[row]), -1
@@ -156,7 +155,7 @@ def reference(inputs: Inputs, page_size: int, limits: Any, ends: Any) -> list[Dr
 
 
 def with_logprobs(drawn: list[Drawn], found: Any) -> list[Drawn]:
-    """Results with their log probabilities, as a Logprobs left them in [T, 1 + 2 K] int32."""
+    """Results with their log probabilities, from the [T, 1 + 2 K] int32 of a Logprobs."""
     K = found.shape[1] // 2
     rows = zip(drawn, found.tolist(), found.view(np.float32).tolist(), strict=True)
     return [
@@ -169,6 +168,6 @@ def with_logprobs(drawn: list[Drawn], found: Any) -> list[Drawn]:
 
 
 def clear(inputs: Inputs, row: int) -> None:
-    """Nobody's inputs, of which nothing is written or read."""
+    """Make a row free: phases neither read nor write for it."""
     for array, value in zip(inputs, (0, 0, -1, 0), strict=False):
         array[row] = value

@@ -1,11 +1,11 @@
-"""Attention to the best blocks of a cache and to its recent rows, of which nothing is evicted.
+"""Sparse attention to the best blocks of a cache and to its recent rows. Evicts nothing.
 
 Dimensions: as in pykv/eviction; K blocks that a sequence can have.
 
-Of each block the mean of its keys is kept, head by head. A step scores the blocks that lie before
-the recent rows by q.mean, takes the best, and attends to their rows and to all rows behind the
-blocks that could be chosen, of each KV head its own: a page table of chosen pages, so that the
-kernels of dense attention read these alone. Source: the exact block selection of m40llm.
+The mean key of each block is kept for each head. For each KV head a step scores the blocks before
+the recent rows by q.mean, and attends to the rows of the best ones and to all recent rows. A page
+table with the chosen pages lets the kernels of dense attention read these alone. Source: the exact
+block selection of m40llm.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ class BlockSelection:
     """Which blocks a step attends to.
 
     Args:
-        blocks: of each KV head, the best.
+        blocks: how many blocks each KV head chooses.
         block: rows of a block, a multiple of the cache's page size.
-        recent: the last rows, which are always attended to, as is a block that reaches into them.
+        recent: how many of the last rows are always attended to; so is a block that overlaps them.
 
     Raises:
-        ParameterError: a size is not positive, or `recent` negative.
-        DtypeError: one is no whole number.
+        ParameterError: a size is not positive, or `recent` is negative.
+        DtypeError: a size is no whole number.
     """
 
     blocks: int = 16
@@ -62,15 +62,15 @@ def block_means(
     *,
     means: Any = None,
 ) -> Any:
-    """The mean keys of the blocks of a layer; or of `means` those that the last rows changed.
+    """The mean keys of the blocks of a layer; given `means`, updates those of the last rows.
 
     Args:
-        cache, layer: where.
+        cache, layer: of the rows.
         table: [B, M] int32; the page table.
         lengths: [B] int32; rows of each sequence.
-        selection: whose blocks they are.
-        means: [B, H, K, D] float32 of the same call before the last row of each sequence: the block
-            of that row is computed anew. None: all blocks are.
+        selection: sizes of the blocks.
+        means: [B, H, K, D] float32 from before the last row of each sequence; only the block of
+            that row is computed, in place. None: all blocks are computed.
 
     Returns:
         means, or a new array with K = ceil(M * P / block).
@@ -110,13 +110,13 @@ def decode_blocks(
     """Attention of the last query of each sequence to the best blocks and the recent rows.
 
     Args:
-        cache, layer: where.
+        cache, layer: of the rows.
         q: [B, HQ, D].
         table: [B, M] int32; the page table.
         lengths: [B] int32; rows of each sequence, that of the query included.
-        means: what `block_means` gave; of blocks before the recent rows at least.
-        selection: how many blocks.
-        scale, logits_soft_cap, fixed_split, check: as of `paged_decode.decode`.
+        means: of `block_means`; must be valid for blocks before the recent rows.
+        selection: numbers and sizes of blocks.
+        scale, logits_soft_cap, fixed_split, check: see `paged_decode.decode`.
         out: [B, HQ, D] in the dtype of `q`; allocated if None.
 
     Returns:
@@ -125,8 +125,8 @@ def decode_blocks(
     Raises: as `block_means` and `paged_decode.decode`.
 
     A block's score is the mean of q.k over its keys and the query heads of the KV head; of equal
-    blocks the first is taken. On a GPU only enqueues, on CuPy's current stream, three launches
-    where heads share scales or have none; graphs capture it.
+    blocks the first is taken. On a GPU only enqueues, on CuPy's current stream: three launches,
+    unless each head has a scale of its own. Graphs capture it.
     """
     op = "eviction.decode_blocks"
     cuda.refuse_prepare(op, "it has memory for each call")
@@ -170,7 +170,7 @@ def decode_blocks(
 
 
 class _Arrays(NamedTuple):
-    """Of a call; `memory` is for what lies between launches."""
+    """Arrays of a call; `memory` holds intermediate results between launches."""
 
     q: Any
     table: Any
@@ -181,8 +181,8 @@ class _Arrays(NamedTuple):
 
 
 class _Scratch(NamedTuple):
-    """What the heads of a part need between launches, by names: where it lies in scratch memory,
-    its shape and dtype. And the bytes of all."""
+    """Scratch memory of a part's heads: the slice, shape and dtype of each array by name, and the
+    bytes of all."""
 
     sections: dict[str, tuple[slice, tuple[int, ...], Any]]
     size: int
@@ -197,7 +197,7 @@ def _scratch(
     means: Any,
     dims: Dims,
 ) -> _Scratch:
-    """What a call of these layouts needs, which is checked as far as letters do not."""
+    """The scratch memory for arrays of these layouts. Checks sizes that letters do not."""
     B, HQ, H, D, K, M = (dims[letter] for letter in ("B", "HQ", "H", "D", "K", "M"))
     _check_means(op, means, cache, M, selection)
     if HQ % H:
@@ -255,7 +255,7 @@ def _attend(
 
 
 def _attend_some(attend: Callable[[_Arrays], None], part: Part, arrays: _Arrays) -> None:
-    """`_attend` of a part that has some of the heads of q, means and out."""
+    """`_attend` for a part with only some of the heads of q, means and out."""
     q, means = arrays.q, arrays.means
     xp, G = module_of(q), q.shape[1] // means.shape[1]
     of_part = slice(part.first * G, (part.first + part.n) * G)
@@ -289,7 +289,7 @@ def _decode_checker(spec: KVSpec) -> Callable[..., Dims]:
 
 
 def _check(op: str, cache: PagedKVCache, layer: int, selection: BlockSelection) -> None:
-    """Check what is no array."""
+    """Check the arguments that are no arrays."""
     check_cache(op, cache, layer)
     check_type(op, "selection", selection, BlockSelection)
     if selection.block % cache.page_size:
@@ -300,7 +300,7 @@ def _check(op: str, cache: PagedKVCache, layer: int, selection: BlockSelection) 
 
 
 def _look(op: str, check: Any, cache: PagedKVCache, table: Any, lengths: Any) -> None:
-    """Check contents on the host, and where asked for."""
+    """Check contents on the host, or on request."""
     pool = cache.k.shape[1], cache.page_size
     if paged_check.enabled(op, check):
         paged_check.check_page_table(table, lengths, *pool, op=op)

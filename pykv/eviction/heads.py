@@ -1,4 +1,4 @@
-"""Attention over, and rows for, heads that hold different numbers of rows.
+"""Decode and append for caches whose heads hold different numbers of rows.
 
 Dimensions: as in pykv/eviction.
 """
@@ -45,16 +45,17 @@ def decode(
     """Attention of the last queries over a layer whose heads hold different numbers of rows.
 
     Args:
-        cache, layer: where.
+        cache, layer: of the rows.
         q: [B, HQ, D] or [B, T, HQ, D].
         page_table: [B, M] int32.
         lengths: [B, H] int32 on the cache's device; rows of each head, those of the queries
             included.
-        positions: [B, H, M * P] int32; of each row, ascending: what `Evicted.positions` has, and
-            those of rows appended since. Needed with a window or ALiBi.
-        alibi_slopes, sinks: [HQ] float32, as of `paged_decode.decode`; each head is a launch of its
-            own then, as where each head has a scale.
-        return_lse, options: others of `paged_decode.decode`, but `out`, `lse` and `workspace`.
+        positions: [B, H, M * P] int32; the position of each row, ascending: `Evicted.positions`,
+            then those of rows appended later. Required with a window or ALiBi.
+        alibi_slopes, sinks: [HQ] float32, see `paged_decode.decode`; then, as where each head has a
+            scale, each head is a launch of its own.
+        return_lse, options: further options of `paged_decode.decode`, except `out`, `lse` and
+            `workspace`.
         stream: see pykv.cuda.on_stream.
 
     Returns, Raises: as `paged_decode.decode`, whose kernels run; ParameterError where positions are
@@ -114,17 +115,17 @@ def append(
     stream: Any = None,
     **options: Any,
 ) -> None:
-    """Write one row of each sequence behind the rows that each head holds, in one layer.
+    """Append one row of each sequence to each head of a layer.
 
     Args:
-        cache, layer: where.
-        k, v: [B, H, D], as of `paged_append.append`, whose `options` the others are.
-        page_table: [B, M] int32; pages are there, see `PagedKVCache.extend`.
-        lengths: [B, H] int32 on the cache's device; rows of each head before this one.
+        cache, layer: of the rows.
+        k, v: [B, H, D], see `paged_append.append`, which takes further `options`.
+        page_table: [B, M] int32, with a page for the row, see `PagedKVCache.extend`.
+        lengths: [B, H] int32 on the cache's device; rows of each head without this one.
 
-    Raises: as `paged_append.append`; on the host, or when checking, CapacityError where no page is
-    left for a row and ParameterError where it does not exist; ParameterError where the layer's
-    shared scales are unset; UnsupportedError where the call is being prepared.
+    Raises: as `paged_append.append`. On the host, or when checking: CapacityError if the table has
+    no entry for a row, ParameterError if the page does not exist. ParameterError if the layer's
+    shared scales are unset; UnsupportedError if the call is being prepared.
     """
     op = "eviction.append"
     cuda.refuse_prepare(op, "it makes slots for each call")
@@ -165,15 +166,15 @@ def attention_mass(
     logits_soft_cap: float | None = None,
     stream: Any = None,
 ) -> Any:
-    """How much attention the last queries gave to each row of a layer; what `H2O` sums up.
+    """The attention of the last queries to each row of a layer, which `H2O` accumulates.
 
     Args:
-        cache, layer: where.
+        cache, layer: of the rows.
         q: [B, T, HQ, D] of the last T tokens of each sequence, rotated as for attention.
         page_table: [B, M] int32.
         lengths: [B, H] int32 on the cache's device; rows of each head, those of the queries
             included.
-        before: [B, H, C] float32, C at most M * P; what earlier queries gave, which is added.
+        before: [B, H, C] float32, C at most M * P; the sum of earlier queries, which is added.
         scale, logits_soft_cap: of the model's attention.
         stream: see pykv.cuda.on_stream.
 
@@ -185,7 +186,7 @@ def attention_mass(
         ShapeError, DtypeError, DeviceError: an array is of another shape, dtype or device.
         UnsupportedError: the call is being prepared.
 
-    On a GPU only enqueues. Twice the attention of T queries a sequence.
+    On a GPU only enqueues. Costs twice the attention of T queries a sequence.
     """
     op = "eviction.attention_mass"
     cuda.refuse_prepare(op, "it makes tables for each call")
@@ -250,9 +251,8 @@ def _check_table(
     stream: Any,
     positions: Any = None,
 ) -> None:
-    """Check pages and positions on the host, or if asked: pages of heads are multiples of them,
-    which may wrap around and be pages again. That lengths [B, H] fit is for the ops of parts to
-    see."""
+    """Check pages and positions on the host, or on request. The ops cannot: page ids of heads are
+    multiples of these, and a wrong one may wrap around to a valid id. They do check lengths."""
 
     def look() -> None:
         most = min(page_table.shape[1] * cache.page_size, 2**31 - 1)
@@ -267,14 +267,14 @@ def _check_table(
 
 
 def _check_pages(op: str, cache: PagedKVCache, page_table: Any, longest: Any) -> None:
-    """Check pages of sequences whose longest heads have so many rows, [B] on the host."""
+    """Check the pages of sequences; `longest` [B] on the host are rows of their longest heads."""
     pool = cache.k.shape[1], cache.page_size
     longest = module_of(page_table).asarray(longest)
     paged_check.check_page_table(page_table, longest, *pool, op=op)
 
 
 def _check_heads(op: str, cache: PagedKVCache, made: list[Part], dims: Dims) -> None:
-    """Check KV heads and their size, and where there are queries their heads."""
+    """Check the number and size of KV heads, and the number of query heads."""
     held, H = sum(part.n for part in made), dims["H"]
     if H != held:
         raise ShapeError(f"{op}: lengths has H={H}, expected the {held} heads of the cache")

@@ -1,4 +1,4 @@
-"""KV heads as sequences of their own: pools of one head, and what policies see of them.
+"""KV heads as sequences of their own: pools of one head, and the rows that policies score.
 
 Dimensions: as in pykv/eviction; N pages in the pool, n heads of a part.
 """
@@ -22,11 +22,11 @@ SLOTS = 2**31  # limit: slots are int32
 
 
 class Part(NamedTuple):
-    """KV heads of a layer as pools of one head.
+    """Some KV heads of a layer, as pools of one head.
 
     Attributes:
-        first, n, heads: of the layer; the last as a slice.
-        pools: k_pool, v_pool, k_scales, v_scales and spec, as ops of caches take them.
+        first, n: the heads first ... first + n - 1 of the layer.
+        pools: k_pool, v_pool, k_scales, v_scales and spec, arguments of ops.
         unit: head h of page p is page p * unit + h - first of these pools.
     """
 
@@ -40,12 +40,12 @@ class Part(NamedTuple):
         return slice(self.first, self.first + self.n)
 
     def rows_of(self, x: Any) -> Any:
-        """[B * n, ...], contiguous, of these heads' part of an array [B, H, ...]."""
+        """This part of an array [B, H, ...], as contiguous [B * n, ...]."""
         rows = module_of(x).ascontiguousarray(x[:, self.heads])
         return rows.reshape(len(x) * self.n, *x.shape[2:])
 
     def table(self, page_table: Any) -> Any:
-        """The page table [B * n, M] of these heads, of one [B, M]."""
+        """The page table [B * n, M] of these heads, from that of the sequences, [B, M]."""
         if self.n == 1:
             return page_table
         xp = module_of(page_table)
@@ -55,8 +55,8 @@ class Part(NamedTuple):
 
 
 def parts(cache: PagedKVCache, layer: int, together: bool = True) -> list[Part]:
-    """All heads of a layer in one part, unless each has a scale of its own or they shall not be
-    `together`: then a part for each."""
+    """The heads of a layer: in one part if `together`, unless each has a scale of its own; else a
+    part for each head."""
     spec, pools = cache.spec, cache.pools(layer)
     arrays = {name: pools[name] for name in POOLS}
     P, (N, *_) = cache.page_size, cache.layers[layer][0].shape
@@ -79,7 +79,7 @@ def parts(cache: PagedKVCache, layer: int, together: bool = True) -> list[Part]:
 
 
 def most_pages(spec: KVSpec, page_size: int, heads: int) -> int | None:
-    """Pages of a cache of which slots of 32 bits tell the rows of all heads, see Part.unit; None
+    """The most pages of a cache whose rows of all heads have slots of 32 bits, see Part.unit; None
     where each head is a part of its own."""
     if _are_apart(spec, heads):
         return None
@@ -122,7 +122,7 @@ def _head(spec: KVSpec, x: Any, h: int) -> Any:
 
 
 def of_heads(q: Any, H: int, heads: slice) -> Any:
-    """Queries [B * n, T, G, D] of n KV heads, of q [B, T, HQ, D]."""
+    """Queries [B * n, T, G, D] of n KV heads, from q [B, T, HQ, D]."""
     B, T, HQ, D = q.shape
     grouped = q.reshape(B, T, H, HQ // H, D)[:, :, heads].swapaxes(1, 2)
     n = grouped.shape[1]
@@ -130,7 +130,7 @@ def of_heads(q: Any, H: int, heads: slice) -> Any:
 
 
 def of_sequences(x: Any, B: int, n: int, ndim: int) -> Any:
-    """[B, n * G, ...] or [B, T, n * G, ...] of results [B * n, T, G, ...]."""
+    """Results [B * n, T, G, ...] as [B, T, n * G, ...], or as [B, n * G, ...] of T = 1."""
     T, G = x.shape[1:3]
     found = x.reshape(B, n, T, G, *x.shape[3:]).swapaxes(1, 2)
     found = module_of(x).ascontiguousarray(found).reshape(B, T, n * G, *x.shape[3:])
@@ -138,13 +138,13 @@ def of_sequences(x: Any, B: int, n: int, ndim: int) -> Any:
 
 
 def check_cache(op: str, cache: Any, layer: Any = 0) -> int:
-    """Check a cache and which of its layers is meant, and return that."""
+    """Check a cache and the index of a layer; returns the index."""
     check_type(op, "cache", cache, PagedKVCache)
     return check_whole(op, "layer", layer, 0, len(cache.layers) - 1)
 
 
 def refuse_own(op: str, options: dict[str, Any], *others: str) -> None:
-    """Refuse options that are the cache's own, or made by the call as these `others` are."""
+    """Refuse options that the call sets itself: those of the cache, and `others`."""
     if given := {*POOLS, "spec", *others} & options.keys():
         raise ParameterError(
             f"{op}: {', '.join(sorted(given))} given, expected none: they are the call's own"
@@ -152,7 +152,7 @@ def refuse_own(op: str, options: dict[str, Any], *others: str) -> None:
 
 
 class Rows(NamedTuple):
-    """What policies score: rows of n heads of B sequences, each head a sequence of its own."""
+    """The rows that a policy scores: of n heads of B sequences, each head a sequence of its own."""
 
     xp: Any
     layer: int
@@ -170,7 +170,7 @@ class Rows(NamedTuple):
 
     @property
     def keys(self) -> dict[str, Any]:
-        """As `kv_scores` takes them."""
+        """Arguments of `kv_scores` for keys."""
         of_keys = dict(pool=self.pools["k_pool"], scales=self.pools["k_scales"])
         return of_keys | dict(spec=self.pools["spec"], **self.tables)
 
@@ -194,19 +194,19 @@ class Rows(NamedTuple):
         return found.reshape(self.B, self.n, -1)
 
     def mass(self, window: int) -> Any:
-        """The attention [B, n, C] that the last `window` queries gave to each row."""
+        """The attention [B, n, C] of the last `window` queries to each row."""
         q = self.xp.ascontiguousarray(self.queries[:, -window:])
         found = mass_of(self.pools, q, self.tables, self.options)
         return found.reshape(self.B, self.n, -1)
 
 
 def mass_of(pools: dict[str, Any], q: Any, tables: dict[str, Any], options: dict[str, Any]) -> Any:
-    """The attention [B * n, 1, C] that queries [B * n, T, G, D] of heads gave to their rows.
+    """The attention [B * n, 1, C] of queries [B * n, T, G, D] of heads to their rows.
 
     Args:
         pools: of a Part.
         tables: page_table [B * n, M] and lengths [B * n].
-        options: scale and logits_soft_cap of attention; None: as where they are left out.
+        options: scale and logits_soft_cap of attention; None means the default.
     """
     given = {name: x for name, x in options.items() if x is not None}
     _, lse = paged_decode.decode(q, **pools, **tables, return_lse=True, **given)

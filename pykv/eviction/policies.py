@@ -1,4 +1,4 @@
-"""Policies: what rows of a cache are worth, and how many stay.
+"""Policies: the scores of a cache's rows, and how many rows stay.
 
 Dimensions: as in pykv/eviction; n heads, that is B * n sequences of one head.
 """
@@ -18,12 +18,12 @@ from pykv.ops import kv_scores
 from pykv.options import check_number, check_type, check_whole, hold_python_numbers
 from pykv.terminal import meant
 
-_RUN = 512  # rows that KeyDiff averages in one sum
+_RUN = 512  # rows in each partial mean of KeyDiff
 _MOST = 2**31 - 1
 _MOST_SLOTS = 2**24  # float32 represents all whole numbers up to here
 _ALWAYS = ("sinks", "recent")  # fields: rows that always stay
 _FRACTIONS = ("ratio", "threshold", "epsilon")  # fields that are no whole numbers
-_FAR = np.float32(1e38)  # bound of logits, so that float32 holds their differences
+_FAR = np.float32(1e38)  # bound of logits, so that their differences are finite in float32
 _MOST_AHEAD = 1 << 16  # limit of positions whose rotations the host averages
 
 
@@ -41,19 +41,20 @@ class Policy:
     """Which rows stay; the base of all policies.
 
     Args:
-        budget: rows that each head of a sequence keeps at most.
-        ratio: or the share of its rows, above 0 and at most 1, rounded up. Less than half a
-            thousandth of a row adds none: .55 of 100 rows are 55, though the float is above .55.
-        threshold: only rows are kept whose score is above it, sinks and recent ones aside.
-        sinks, recent: first and last rows that always stay.
+        budget: most rows that each head of a sequence keeps.
+        ratio: instead of `budget`, the share of its rows, above 0 and at most 1, rounded up. Less
+            than half a thousandth of a row is ignored: .55 of 100 rows are 55, though the float is
+            above .55.
+        threshold: keep only rows with a higher score, besides sinks and recent rows.
+        sinks, recent: numbers of first and last rows that always stay.
 
-    A row that is worth NaN goes first, as one whose key is NaN does, which changes the worth of no
-    other: but to policies that look at attention, where the query that sees it gives NaN to all.
-    Of rows that are worth the same, as all of these, the first stay.
+    Rows with score NaN, such as those with a NaN in their key, go first, and do not change other
+    scores; except that with policies that use attention, a query that sees such a key gives NaN to
+    all rows. Of rows with equal scores, NaN included, the first stay.
 
     Raises:
-        ParameterError: there is neither budget nor ratio nor threshold, or both of the first; one
-            is out of its range; or `budget` is below `sinks` + `recent`.
+        ParameterError: budget, ratio and threshold are all None, or both budget and ratio are
+            given; one is out of its range; or `budget` is below `sinks` + `recent`.
         DtypeError: an argument is no number.
     """
 
@@ -63,9 +64,9 @@ class Policy:
     sinks: int = 0
     recent: int = 0
 
-    per_head: ClassVar[bool] = True  # each KV head keeps rows of its own; else all of a layer agree
-    needs: ClassVar[str] = ""  # name of the argument of `evict` that it scores by
-    looks_ahead: ClassVar[bool] = False  # it needs `rotary` as well
+    per_head: ClassVar[bool] = True  # KV heads choose rows separately; else once for a layer
+    needs: ClassVar[str] = ""  # the argument of `evict` that it scores by
+    looks_ahead: ClassVar[bool] = False  # whether it also needs `rotary`
 
     def __post_init__(self) -> None:
         op = type(self).__name__
@@ -93,21 +94,21 @@ class Policy:
 
     @property
     def last(self) -> int:
-        """The last rows that always stay."""
+        """How many last rows always stay."""
         return self.recent
 
     @property
     def always(self) -> int:
-        """Rows that always stay."""
+        """How many rows always stay."""
         return self.sinks + self.last
 
     @property
     def asked(self) -> int:
-        """The last queries that are looked at."""
+        """How many of the last queries it uses."""
         return getattr(self, "window", 1) if self.needs == "queries" else 0
 
     def counts(self, lengths: Any) -> Any:
-        """Of heads that hold `lengths` rows how many stay at most, int32."""
+        """The most rows that stay, int32, of heads that hold `lengths` rows."""
         if self.budget is not None:
             return np.minimum(lengths, self.budget).astype(np.int32)
         if self.ratio is None:
@@ -116,12 +117,13 @@ class Policy:
         return np.clip(kept, np.minimum(max(self.always, 1), lengths), lengths).astype(np.int32)
 
     def score(self, rows: Rows) -> Any:
-        """What `rows` are worth, [B, n, C] float32 of n heads; larger is better."""
+        """The scores of `rows`, [B, n, C] float32; larger is better."""
         raise NotImplementedError
 
 
 class Streaming(Policy):
-    """The first `sinks` rows and the last ones: StreamingLLM. Without a budget, `recent` of them.
+    """StreamingLLM: the first `sinks` rows and the last ones. The budget defaults to `sinks` +
+    `recent`.
 
     Args, Raises: as `Policy`.
 
@@ -136,10 +138,10 @@ class Streaming(Policy):
         super().__post_init__()
 
     def score(self, rows: Rows) -> Any:
-        """Slots: the last rows are worth most.
+        """The slot: later rows score higher.
 
         Raises:
-            UnsupportedError: there are more than float32 tells apart.
+            UnsupportedError: there are more slots than float32 represents.
         """
         if rows.capacity > _MOST_SLOTS:
             raise UnsupportedError(
@@ -151,10 +153,10 @@ class Streaming(Policy):
 
 @dataclass(frozen=True, kw_only=True)
 class Random(Policy):
-    """Any rows; what a policy must be better than.
+    """Random rows; the baseline of other policies.
 
     Args:
-        seed: of the numbers that rows get; the others as of `Policy`.
+        seed: of the scores; the others as of `Policy`.
     """
 
     seed: int = 0
@@ -164,14 +166,14 @@ class Random(Policy):
         check_whole("Random", "seed", self.seed, 0)
 
     def score(self, rows: Rows) -> Any:
-        """The same numbers for the same seed, layer and sizes."""
+        """Random numbers; equal for equal seed, layer and sizes."""
         rng = np.random.default_rng([self.seed, rows.layer, rows.first])
         return rows.send(rng.random((rows.B, rows.n, rows.capacity), np.float32))
 
 
 class KeyNorm(Policy):
-    """Keys of the smallest Euclidean norm. It fails where others do not, as on prompts whose
-    answer is a single passage: a baseline to be warned by, no advice.
+    """Keys of the smallest Euclidean norm. A baseline, not a recommendation: it fails where others
+    do not, as on prompts whose answer is in a single passage.
 
     Args, Raises: as `Policy`.
     """
@@ -182,7 +184,7 @@ class KeyNorm(Policy):
 
 
 class Largest(Policy):
-    """Keys by their largest magnitude, with a `threshold` those above it.
+    """Keys of the largest magnitude; with a `threshold`, those above it.
 
     Args, Raises: as `Policy`.
     """
@@ -193,7 +195,7 @@ class Largest(Policy):
 
 
 class KeyDiff(Policy):
-    """Keys that differ most, by their cosine, from the mean direction of all that are finite.
+    """Keys with the smallest cosine to the mean direction of all finite keys.
 
     Args, Raises: as `Policy`.
     """
@@ -215,17 +217,17 @@ class Scores(Policy):
     needs = "scores"
 
     def score(self, rows: Rows) -> Any:
-        """What was given for the rows."""
+        """The scores that were given for `rows`."""
         return rows.given
 
 
 @dataclass(frozen=True, kw_only=True)
 class H2O(Scores):
-    """Heavy hitters: rows by the attention that they got from all queries so far, and recent ones,
-    which had no time to get any.
+    """Heavy hitters: rows with the most attention from all queries so far, and recent rows, which
+    had no time to collect any.
 
-    `scores` are those of `attention_mass`, or of `attention_scores.score(..., accumulate=True)`,
-    call for call. Rows that move take theirs along: see `Evicted.moved`.
+    `scores` come from `attention_mass`, or `attention_scores.score(..., accumulate=True)`, summed
+    over all calls. After an eviction move them along with their rows by `Evicted.moved`.
 
     Args, Raises: as `Policy`.
     """
@@ -235,8 +237,8 @@ class H2O(Scores):
 
 @dataclass(frozen=True, kw_only=True)
 class TOVA(Policy):
-    """Rows by the attention that the last query gave them, on average over the heads: all heads of
-    a layer keep the same.
+    """Rows with the most attention from the last query, on average over heads; all heads of a layer
+    keep the same rows.
 
     Args, Raises: as `Policy`.
     """
@@ -245,18 +247,18 @@ class TOVA(Policy):
     needs = "queries"
 
     def score(self, rows: Rows) -> Any:
-        """The mass that rows got from the last query."""
+        """The attention of the last query."""
         return rows.mass(1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SnapKV(Policy):
-    """Rows by the attention that the last `window` queries gave them and their neighbours. These
-    queries' own rows always stay.
+    """Rows with the most attention from the last `window` queries, after max-pooling over
+    neighbours. The rows of these queries always stay.
 
     Args:
-        window: of `queries`, that are asked; where there are fewer, all are.
-        pooling: rows, an odd number, of which each counts as the best. The others as of `Policy`.
+        window: how many of the last `queries` are used; if there are fewer, all.
+        pooling: odd number of rows in a max-pooling window. The others as of `Policy`.
     """
 
     window: int = 16
@@ -276,9 +278,9 @@ class SnapKV(Policy):
         return max(self.recent, self.window)
 
     def score(self, rows: Rows) -> Any:
-        """The largest mass of `pooling` neighbours."""
+        """Max-pooled attention of the window's queries."""
         mass = rows.mass(self.window)
-        # The window's rows stay anyway; pooling must not spread what they gave each other.
+        # The window's own rows stay anyway; pooling must not spread their scores to others.
         slots, ends = np.arange(rows.capacity), (rows.lengths - self.window)[:, None]
         mass = mass * rows.send((slots < ends).astype(np.float32).reshape(rows.B, rows.n, -1))
         best = mass.copy()
@@ -290,18 +292,18 @@ class SnapKV(Policy):
 
 @dataclass(frozen=True, kw_only=True)
 class ExpectedAttention(Policy):
-    """Rows by the attention that queries to come are expected to give them, and by the norms of
-    their values.
+    """Rows by the attention expected from future queries, times the norms of their values.
 
-    Queries to come are taken to be normal, with the mean and the covariance of the last `window`
-    ones before their rotation, rotated as the next `future` positions do on average: exp(q.k) of
-    such a q is exp(mean.k + k.covariance.k / 2) on average. A row is worth |v| times its share of
-    that among all rows but the sinks, plus `epsilon`: where that is far above a share, norms decide
-    alone, and where it is 0, rows that nobody is expected to see go whatever they hold.
+    Future queries are modelled as normal, with the mean and the covariance of the last `window`
+    queries before their rotation, times the mean rotation of the next `future` positions. For such
+    a q the expectation of exp(q.k) is exp(mean.k + k.covariance.k / 2). A row's share is this
+    divided by the sum over all rows but the sinks; its score is |v| * (share + `epsilon`). A large
+    `epsilon` lets norms decide alone; with 0, rows without expected attention go whatever their
+    values.
 
     Args:
-        window: of `queries`, that are looked at; where there are fewer, all are.
-        future: positions behind the last one.
+        window: how many of the last `queries` are used; if there are fewer, all.
+        future: how many positions after the last one.
         epsilon: at least 0. The others as of `Policy`.
     """
 
@@ -326,19 +328,19 @@ class ExpectedAttention(Policy):
         xp = rows.xp
         queries = rows.queries[:, -self.window :].astype(np.float32) * np.float32(rows.scale)
         queries = ahead(queries, rows.layer, rows.rotary, self.future)
-        # Queries before a sequence begins are none, whatever they hold.
+        # Ignore queries at positions before the sequence begins.
         T, none = queries.shape[1], np.float32(0)
         is_query = rows.send(np.arange(T) >= T - rows.lengths[:, None])[:, :, None, None]
         counts = np.clip(rows.lengths, 1, T)[:, None, None]
         mean = xp.where(is_query, queries, none).sum(1) / rows.send(counts.astype(np.float32))
-        # k.covariance.k / 2 is a sum of squares: of k times each query's deviation from the mean.
+        # k.covariance.k / 2 is half the mean of (k . (query - mean))^2 over the queries.
         roots = rows.send(np.sqrt(0.5 / counts[..., None]).astype(np.float32))
         factors = xp.where(is_query, queries - mean[:, None], none).swapaxes(1, 2) * roots
         given = dict(vectors=mean, factors=xp.ascontiguousarray(factors))
         found = kv_scores.score(**rows.keys, measure="squares", **given)
         slots = np.arange(rows.capacity)
         is_there = (slots >= self.sinks) & (slots < rows.lengths[:, None])
-        # Beyond float32 all are worth as much; NaN, as of two infinities, is worth nothing.
+        # Clip values beyond float32; NaN, such as inf - inf, gets no share.
         found = xp.where(found == found, xp.clip(found, -_FAR, _FAR), np.float32(-np.inf))
         found = xp.where(rows.send(is_there)[:, None], found, np.float32(-np.inf))
         peak = xp.maximum(found.max(-1)[..., None], -_FAR)
@@ -350,17 +352,16 @@ class ExpectedAttention(Policy):
 
 @dataclass(frozen=True)
 class AdaKV:
-    """The heads of a layer share their budget: rows compete across heads, by the scores of another
+    """One budget for all heads of a layer: rows compete across heads, by the scores of another
     policy.
 
     Args:
-        policy: whose scores, budget, sinks and recent rows these are; each head keeps rows of its
-            own.
-        floor: the share of its budget that each head keeps in any case, from 0 to 1; of rows to
-            thousandths, as a `ratio`, but rounded down.
+        policy: gives scores, budget, sinks and recent rows; its heads must choose separately.
+        floor: the share of its own budget that each head keeps in any case, from 0 to 1; to
+            thousandths of rows, as `ratio`, but rounded down.
 
     Raises:
-        ParameterError: `floor` is out of its range, or heads of the policy keep the same rows.
+        ParameterError: `floor` is out of its range, or all heads of `policy` keep the same rows.
         DtypeError: an argument has another type.
     """
 
@@ -377,12 +378,12 @@ class AdaKV:
             raise ParameterError(f"AdaKV: floor is {self.floor}, expected 0 to 1")
 
     def floors(self, budgets: Any) -> Any:
-        """Of heads with such `budgets` how many rows each keeps in any case, int32."""
+        """The rows that heads with these `budgets` keep in any case, int32."""
         return np.floor(_share_of(budgets, self.floor)).astype(np.int32)
 
 
 def base_of(policy: Policy | AdaKV) -> Policy:
-    """The policy whose scores and budget these are.
+    """The policy that gives scores and budget: that of an AdaKV, or the policy itself.
 
     >>> pykv.eviction.policies.base_of(pykv.eviction.parse("adakv:random:8")).budget
     8
@@ -391,7 +392,7 @@ def base_of(policy: Policy | AdaKV) -> Policy:
 
 
 def as_policy(op: str, given: Any, name: str = "policy") -> Policy | AdaKV:
-    """The policy that is given as such or as its text; `op` and `name` are for messages.
+    """The policy `given` as such or as its text; `op` and `name` are for messages.
 
     Raises:
         ParameterError: as `parse`.
@@ -412,8 +413,8 @@ POLICIES: dict[str, type[Policy]] = {
 
 
 def parse(text: str) -> Policy | AdaKV:
-    """The policy that a text names: a name, then after colons a budget, or a ratio with a point in
-    it, and fields of the policy; "adakv:" before it lets heads share.
+    """Parse a policy: its name, then, each after a colon, a budget (a ratio if it has a decimal
+    point) and fields as name=value; the prefix "adakv:" makes it an AdaKV.
 
     Raises:
         ParameterError: the name or a field is unknown, or a value is out of its range.

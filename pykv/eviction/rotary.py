@@ -1,4 +1,4 @@
-"""Queries that are still to come, as far as a rotation tells: those there are, turned further.
+"""Future queries, predicted by rotating past ones to later positions.
 
 Dimensions: as in pykv/eviction; F rotated pairs of a head.
 """
@@ -22,9 +22,9 @@ class Rotary(NamedTuple):
     """How a model rotates queries and keys, see `rope.rotate`.
 
     Attributes:
-        inv_freq: by layer, [F] float32 on the host, radians a position; F = 0 where none rotates.
+        inv_freq: by layer, [F] float32 on the host, radians a position; F = 0: no rotation.
         pairing: of the elements of a head.
-        hadamard: whether heads are multiplied by `paged_qkv.hadamard_matrix` after.
+        hadamard: whether heads are then multiplied by `paged_qkv.hadamard_matrix`.
 
     >>> pykv.eviction.Rotary([pykv.ops.rope.frequencies(64, 10000.0)] * 2).pairing
     'half'
@@ -36,12 +36,12 @@ class Rotary(NamedTuple):
 
 
 def check_rotary(op: str, rotary: Any, layers: Iterable[int], D: int) -> None:
-    """Check for `op` what `layers` of heads of D elements need of a `rotary`.
+    """Check for `op` that a `rotary` fits these layers, with heads of D elements.
 
     Raises:
-        DtypeError: it is no Rotary, or frequencies are no list of arrays of floats.
-        DeviceError: these are on a GPU.
-        ShapeError: more elements are to be rotated than heads have, or frequencies are no vector.
+        DtypeError: it is no Rotary, or its frequencies are no list of float arrays.
+        DeviceError: frequencies are on a GPU.
+        ShapeError: frequencies are no vector, or rotate more elements than heads have.
         ParameterError: a layer has no frequencies, or the pairing is unknown.
     """
     check_type(op, "rotary", rotary, Rotary, "a pykv Rotary")
@@ -64,19 +64,18 @@ _check = checker("eviction.evict", **{"rotary.inv_freq": ("F", FLOAT32)})
 
 
 def ahead(q: Any, layer: int, rotary: Rotary, future: int) -> Any:
-    """The last T queries of sequences, each turned from its own position to the `future` ones that
-    come next, on average over these.
+    """The last T queries of sequences, each rotated on from its position to the next `future`
+    positions, on average over these.
 
     Args:
-        q: [N, T, G, D] float32, rotated, of T positions in a row, of which the last is that of the
-            last token.
-        layer: which frequencies of `rotary`.
-        future: positions.
+        q: [N, T, G, D] float32, rotated, of T consecutive positions up to that of the last token.
+        layer: selects the frequencies of `rotary`.
+        future: number of positions.
 
     Returns:
-        The mean over j = 1 ... future of R(j + T - 1 - t) q[:, t], with R(n) the rotation by n
-        positions: rotations add up, so nobody needs to know where the queries stand. The mean and
-        the covariance of these are those of unrotated queries times the mean rotation.
+        The mean over j = 1 ... future of R(j + T - 1 - t) q[:, t], where R(n) rotates by n
+        positions. As rotations add up, absolute positions do not matter. Mean and covariance of the
+        result are those of the unrotated queries, times the mean rotation.
     """
     xp, (T, D) = module_of(q), (q.shape[1], q.shape[3])
     frequencies = np.asarray(rotary.inv_freq[layer], np.float64)

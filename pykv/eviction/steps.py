@@ -37,15 +37,15 @@ from pykv.pool import PagedKVCache
 
 @dataclass(frozen=True)
 class Evicted:
-    """What `evict` left.
+    """The result of `evict`.
 
     Attributes:
         lengths: [L, B, H] int32 on the host; rows that each head holds now.
-        kept: of each layer [B, H, C] int32 on the cache's device: the slot that row j had before;
-            behind the rows, -1. None of layers that were left alone.
-        positions: the same as positions in the sequences: `kept` where no `positions` were given.
-        freed_pages: pages that went back to the manager, less new ones in place of shared ones.
-        freed_bytes: the bytes of these.
+        kept: for each layer [B, H, C] int32 on the cache's device: the former slot of row j; -1
+            behind the rows. None for layers that were left alone.
+        positions: the same as positions in the sequences; `kept` if no `positions` were given.
+        freed_pages: pages that went back to the manager, less copies of shared ones.
+        freed_bytes: their bytes.
     """
 
     lengths: Any = field(repr=False)
@@ -55,12 +55,12 @@ class Evicted:
     freed_bytes: int
 
     def moved(self, layer: int, x: Any, fill: Any = 0) -> Any:
-        """What belongs to rows of a layer, `x` [B, H, C] where the cache is, in their new slots;
-        `fill` behind.
+        """Data of a layer's rows, `x` [B, H, C] on the cache's device, moved to their new slots;
+        `fill` behind the rows.
 
         Raises:
             ParameterError: there is no such `layer`.
-            ShapeError, DtypeError, DeviceError: `x` is no such array.
+            ShapeError, DtypeError, DeviceError: `x` has another shape, dtype or device.
         """
         op = "eviction.Evicted.moved"
         kept = self.kept[check_whole(op, "layer", layer, 0, len(self.kept) - 1)]
@@ -94,19 +94,19 @@ def evict(
     """Keep the rows of sequences that a policy chooses, in place, and free the pages behind them.
 
     Args:
-        cache: where they are.
-        sequences: B page lists of the cache's manager, which shrink.
-        lengths: [B] rows of each, or [L, B, H] of each head, as `Evicted.lengths`.
-        policy: an object of this module, or a text that `parse` reads; or by layer, of those that
-            rows are evicted from. Pages go back when no layer has rows in them.
-        queries: by layer, [B, T, HQ, D] of the last T tokens of each sequence, rotated as they were
-            for attention, which `SnapKV`, `TOVA` and `ExpectedAttention` ask for. Of a head with
-            fewer rows than T only as many of the last ones count.
-        scores: by layer, [B, H, C] float32 with C = M * P of the longest sequence, for `Scores` and
-            `H2O`.
-        positions: by layer, [B, H, C] int32, what `Evicted.positions` was; None: slots are
+        cache: of the sequences.
+        sequences: B page lists of the cache's manager, which shrink in place.
+        lengths: [B] rows of each sequence, or [L, B, H] of each head, as in `Evicted.lengths`.
+        policy: an object of this module, or a text for `parse`; or a dict of those by layer, which
+            leaves other layers alone. A page is freed when no layer has rows in it.
+        queries: by layer, [B, T, HQ, D] of the last T tokens of each sequence, rotated as for
+            attention; required by `SnapKV`, `TOVA` and `ExpectedAttention`. A head with fewer rows
+            than T uses only that many of the last queries.
+        scores: by layer, [B, H, C] float32 with C = M * P of the longest sequence; required by
+            `Scores` and `H2O`.
+        positions: by layer, [B, H, C] int32, the last `Evicted.positions`; None: slots are
             positions.
-        scale, logits_soft_cap: of the model's attention, where `queries` are given.
+        scale, logits_soft_cap: of the model's attention, with `queries`.
         rotary: how the model rotates queries, for `ExpectedAttention`.
         stream: see pykv.cuda.on_stream.
 
@@ -114,18 +114,17 @@ def evict(
         Evicted.
 
     Raises:
-        ParameterError: a sequence is none of the manager's or is there twice, a length exceeds its
-            pages, `queries`, `scores` or `rotary` that policies need are missing or not wanted, a
-            layer does not exist, or one is read-only.
+        ParameterError: a sequence is unknown to the manager or listed twice, a length exceeds its
+            pages, `queries`, `scores` or `rotary` are missing or not used by the policies, a layer
+            does not exist or is read-only.
         ShapeError, DtypeError, DeviceError: an array is of another shape, dtype or device.
-        CapacityError: the pool has too few free pages for copies of shared ones; nothing is lost.
-        UnsupportedError: the call is being prepared, or a CUDA graph captured; heads have more than
-            512 elements; or sequences have more than 2^24 slots, which `Streaming` does not tell
-            apart.
+        CapacityError: the pool has too few free pages for copies of shared ones; nothing changed.
+        UnsupportedError: the call is being prepared, or captured in a CUDA graph; heads have more
+            than 512 elements; or `Streaming` has sequences of more than 2^24 slots.
 
-    Copies page tables to a GPU and waits for it where lengths that are left depend on scores (a
-    threshold, AdaKV). Work of other streams on freed pages must wait for this one. Two evictions in
-    a row leave what both keep.
+    Copies page tables to the GPU, and synchronises if the remaining lengths depend on scores (a
+    threshold, AdaKV). Work of other streams on freed pages must wait for this stream. Evictions
+    compose: two in a row leave the rows that both keep.
 
     >>> cache = pykv.PagedKVCache(layers=1, pages=4, heads=1, head_dim=8, page_size=2)
     >>> pages = cache.manager.allocate(tokens=7)
@@ -156,7 +155,7 @@ def evict(
 
 
 def _policies(op: str, given: Any, L: int) -> dict[int, Policy | AdaKV]:
-    """By layer."""
+    """Policies by layer."""
     by_layer = given if isinstance(given, Mapping) else dict.fromkeys(range(L), given)
     found = {}
     for layer, policy in by_layer.items():
@@ -166,7 +165,7 @@ def _policies(op: str, given: Any, L: int) -> dict[int, Policy | AdaKV]:
 
 
 class _Work:
-    """One call of `evict`, in its two steps."""
+    """One call of `evict`: checks its arguments, then `select` and `compact`."""
 
     def __init__(
         self,
@@ -192,7 +191,7 @@ class _Work:
                 )
 
     def arrays(self, **given: Any) -> dict[int, Any]:
-        """By layer that rows are evicted from: the array that its policy needs, or None."""
+        """The array that the policy of each layer needs, or None, by layer."""
         op, (B, H, _), found = self.op, self.shape, dict[int, Any]()
         bases = {layer: base_of(policy) for layer, policy in self.policies.items()}
         for name, x in given.items():
@@ -218,7 +217,7 @@ class _Work:
         return {layer: found.get(layer) for layer in bases}
 
     def check_rotary(self, rotary: Any) -> None:
-        """Check that it is given where a policy looks ahead, and nowhere else."""
+        """Check that `rotary` is given if and only if a policy looks ahead."""
         bases = {layer: base_of(policy) for layer, policy in self.policies.items()}
         wanted = [layer for layer, base in bases.items() if base.looks_ahead]
         self._check_given("rotary", "is", rotary, "how the model rotates" if wanted else None)
@@ -226,7 +225,8 @@ class _Work:
             check_rotary(self.op, rotary, wanted, self.cache.sizes[2])
 
     def _check_given(self, name: str, verb: str, x: Any, expected: str | None) -> None:
-        """Check that an argument is there where policies ask for what is expected, else None."""
+        """Check that an argument is given if and only if policies use it; then `expected` says
+        what it should be."""
         if (x is None) == (expected is not None):
             wrong = "missing" if x is None else "given"
             bases = sorted({type(base_of(policy)).__name__ for policy in self.policies.values()})
@@ -236,12 +236,12 @@ class _Work:
             )
 
     def positions(self, given: Any) -> dict[int, Any]:
-        """By layer, checked."""
+        """Checked positions by layer."""
         found = _of_layers(self.op, "positions", given, range(len(self.lengths)))
         for layer, x in found.items():
             checker(self.op, **{f"positions[{layer}]": ("B H C", INT32)})(x)
             _check_place(self.op, f"positions[{layer}]", x, self.cache.k)
-            if x.shape[2] > self.shape[2]:  # made before an eviction, for more pages
+            if x.shape[2] > self.shape[2]:  # of an earlier eviction, with more pages
                 found[layer] = x = self.xp.ascontiguousarray(x[..., : self.shape[2]])
             check_shape(self.op, f"positions[{layer}]", x, self.shape)
         return found
@@ -249,8 +249,8 @@ class _Work:
     def select(
         self, arrays: dict[int, Any], options: dict[str, Any], rotary: Rotary | None
     ) -> tuple[list[Any], Any]:
-        """What each layer keeps, [B, H, C] on the device, or None where it is left alone, and how
-        many rows that are, [L, B, H] on the host."""
+        """The slots that each layer keeps, [B, H, C] on the device, or None if it is left alone;
+        and their counts, [L, B, H] on the host."""
         kept: list[Any] = [None] * len(self.lengths)
         counts = self.lengths.copy()
         if 0 in self.shape:
@@ -268,7 +268,7 @@ class _Work:
     def _scores(
         self, layer: int, array: Any, options: dict[str, Any], rotary: Rotary | None
     ) -> Any:
-        """[B, H, C] of a layer."""
+        """Scores [B, H, C] of a layer."""
         (B, H, C), xp, base = self.shape, self.xp, base_of(self.policies[layer])
         found = []
         for part in parts(self.cache, layer):
@@ -286,7 +286,7 @@ class _Work:
         return found[0] if len(found) == 1 else xp.concatenate(tuple(found), 1)
 
     def _select(self, layer: int, scores: Any) -> tuple[Any, Any, Any]:
-        """Rows that are kept, how many on the device, and how many on the host at most."""
+        """The slots to keep, their counts on the device, and upper bounds of these on the host."""
         xp, policy = self.xp, self.policies[layer]
         base = base_of(policy)
         B, H, C = scores.shape
@@ -308,8 +308,10 @@ class _Work:
             if floors.any():
                 flat = xp.ascontiguousarray(scores).reshape(B * H, 1, C)
                 first, _ = choose(flat, lengths.reshape(-1, 1), floors)
-                spare = xp.zeros((B * H, 1, 1), np.float32)  # a column that -1, no row, points to
-                largest = np.float32(np.finfo(np.float32).max)  # below the floors
+                spare = xp.zeros(
+                    (B * H, 1, 1), np.float32
+                )  # column -1, where index -1 (no row) goes
+                largest = np.float32(np.finfo(np.float32).max)  # below the infinity of floor rows
                 flat = xp.concatenate((xp.minimum(flat, largest), spare), 2)
                 flat[xp.arange(B * H)[:, None], 0, first[:, 0]] = np.float32(np.inf)
                 scores = flat[..., :C].reshape(B, H, C)
@@ -328,7 +330,7 @@ class _Work:
         return kept.reshape(B, H, C), counts.reshape(B, H), limits
 
     def compact(self, kept: list[Any], counts: Any, positions: Any) -> Evicted:
-        """Move rows and give up pages."""
+        """Move rows, and free pages."""
         cache, manager, xp = self.cache, self.cache.manager, self.xp
         before = manager.num_free
         is_less = (counts < self.lengths).any((0, 2))  # for each sequence
@@ -346,7 +348,7 @@ class _Work:
             of_layer = kept[layer]
             if not shrinking or (of_layer is None and not is_copied):
                 continue
-            if of_layer is None:  # rows stay in their slots, some in other pages
+            if of_layer is None:  # rows keep their slots, but shared pages were replaced by copies
                 of_layer = xp.asarray(_all_rows(self.lengths[layer], self.shape[2]))
             kv_compact.compact(
                 **cache.pools(layer),
@@ -363,7 +365,7 @@ class _Work:
 
 
 def _check_may_move(op: str, cache: PagedKVCache) -> None:
-    """Check that rows can move in all layers: when they do, pages have gone back already."""
+    """Check first that rows can move in all layers: pages are freed before rows move."""
     check_head_dim(op, "cache", cache.sizes[2], MAX_HEAD_DIM, "head_dim")
     for layer in range(len(cache.layers)):
         pools = cache.pools(layer)
@@ -378,7 +380,7 @@ def _all_rows(lengths: Any, C: int) -> Any:
 
 
 def _of_layers(op: str, name: str, given: Any, layers: Iterable[int]) -> dict[int, Any]:
-    """What an argument has for each of these layers."""
+    """The entries of an argument for these layers."""
     check_type(op, name, given, list | tuple | dict, "a list of an array for each layer, or a dict")
     known = given if isinstance(given, dict) else dict(enumerate(given))
     for layer in layers:
@@ -388,14 +390,14 @@ def _of_layers(op: str, name: str, given: Any, layers: Iterable[int]) -> dict[in
 
 
 def _check_place(op: str, name: str, x: Any, beside: Any) -> None:
-    """Check that an array is on a GPU if an array of the cache is, or else on the host."""
+    """Check that an array is on a GPU if and only if `beside`, an array of the cache, is."""
     if on_gpu(x) != on_gpu(beside):
         is_on, expected = ("a GPU", "the host")[:: 1 if on_gpu(x) else -1]
         raise DeviceError(f"{op}: {name} is on {is_on}, expected {expected} like the cache")
 
 
 def _check_lengths(op: str, lengths: Any, shape: tuple[int, int, int]) -> Any:
-    """Rows of each head, [L, B, H] int32, of those of each sequence or head."""
+    """Lengths [L, B, H] int32, from those of sequences [B] or of heads [L, B, H]."""
     if isinstance(lengths, np.ma.MaskedArray):
         raise not_an_array(op, "lengths", lengths)
     try:

@@ -36,79 +36,78 @@ class LLM(Language):
     """A model, its tokenizer and its paged cache.
 
     Args:
-        model: the path of a GGUF file, or what is fetched at the first use: "smollm2-135m",
-            "gemma3-270m", "hf:owner/repo/file.gguf" or an address, see pykv.llm.models.fetch.
+        model: the path of a GGUF file, or a model to download at the first use: "smollm2-135m",
+            "gemma3-270m", "hf:owner/repo/file.gguf" or a URL, see pykv.llm.models.fetch.
         device: "cuda" (CuPy's current GPU), "cuda:1" and the like, "cpu", or "auto": the GPU of the
-            highest SM with room for the weights, else the CPU. Weights, cache and work stay there,
-            whichever GPU is the current one when a method is called, and that one stays current.
-        prefill_device: another GPU, such as "cuda:1", that computes prompts; see
-            pykv/llm/README.md. It has the weights and a cache of as many pages once more. Tokens
-            are those of one GPU. Not with an `eviction`. None: `device` computes them.
-        kv_dtype: what the cache stores: a KVSpec, or "fp16", "int8", "fp8", "k8v4", ... Each
-            token and head has a scale; one that heads or tensors share ("int8:head") is found when
-            the model is loaded, and stays; a call warns where it clamps more than a thousandth of a
-            layer's keys or values, and loading where its steps are too coarse.
-        weights: what the file's matrices are rounded to, "fp16", "bf16" or "fp32"; or "stored":
-            they stay the blocks of the file, in as much memory, and products dequantise them on the
-            way. Their numbers are those of "fp32". On the host that is many times slower than the
-            others, on a GPU it reads less; with a `kv_dtype` of int8 or int4 attention's output
-            matrix is float32.
-        context: tokens of prompt and answer at most; None takes the model's own limit.
-        pool_tokens: tokens that the cache holds in all. What finds no room waits, and what has come
-            last gives its pages up and is computed again later; an answer that fills the pool alone
-            ends with "length". None makes the cache as large as each call needs.
+            highest SM with room for the weights, else the CPU. Weights, cache and work stay on that
+            device, whichever GPU is current when a method is called; the current GPU is restored.
+        prefill_device: another GPU, such as "cuda:1", that computes prompts, see
+            pykv/llm/README.md. It holds a second copy of the weights and a cache of equal size. Tokens are
+            those of one GPU. Excludes `eviction`. None: `device` computes prompts.
+        kv_dtype: element kind of the cache: a KVSpec, or "fp16", "int8", "fp8", "k8v4", ... Each
+            token and head has a scale. Scales shared by heads or tensors ("int8:head") are found
+            when the model is loaded, and stay; loading warns if their steps are too coarse, and
+            calls warn if they clamp more than a thousandth of a layer's keys or values.
+        weights: dtype of the matrices, "fp16", "bf16" or "fp32"; or "stored": they stay in the
+            blocks of the file and take as much memory; products dequantise them on the fly, to the
+            numbers of "fp32". That reads less on a GPU, but is many times slower on the host. With
+            a `kv_dtype` of int8 or int4 attention's output matrix is float32.
+        context: most tokens of prompt and answer; None: the model's limit.
+        pool_tokens: capacity of the cache in tokens. When it is full, new sequences wait, and the
+            latest one gives up its pages and is computed again later; an answer that fills the pool
+            alone ends with "length". None: the cache grows as calls need.
         page_size: tokens a page.
-        prefix_cache: keep the pages of finished calls, as long as no call needs them, for prompts
-            that begin alike; pykv/llm/README.md says what that does to the last bits of logits.
-            None: yes, unless `eviction` is H2O, which must see all queries of a prompt, and refuses
-            one.
-        eviction: which rows the cache keeps of a prompt once it is read, and of a growing answer: a
-            policy of pykv.eviction, or a text such as "snapkv:512". A `budget` holds from then on,
-            give or take EVERY rows; a `ratio` is of the prompt alone. Policies that ask for queries
-            get a prompt's last ones, of tokens that the prefix cache is not asked for, and later
-            the last one; H2O gets all. Heads that share a budget (AdaKV) hold up to H times it,
-            and so many pages are set aside. Layers with a sliding window keep their last rows.
-            Pages of prompts stay in the prefix cache as they were; rows are evicted from copies.
-            `logits` and `perplexity` see all tokens. None: all rows stay.
-        host_cache: bytes of the host's memory for full pages that the prefix cache would forget, of
-            which prompts find as many again as they begin with: "4GiB", an integer, with "4GiB:lfu"
-            those that are used most often, or with a codec "4GiB:int8", "4GiB:int4" or
-            "4GiB:FILE:RATIO" of an artefact of pykv.kvtc. None: they are forgotten.
-        disk_cache: a folder, and bytes, for pages that are in the host's memory, which other
-            processes with an equal model, weights, kv_dtype and page_size find as well:
-            "DIR:50GiB", or with policy and codec likewise; see `flush` and pykv/tiers/README.md.
-        decode: how a GPU computes the next token of each answer: as a CUDA "graph" of a step's
-            launches; "persistent", all of the step by one launch, of up to 8 answers, from sm_70
-            on, else "graph"; or as "steps", a launch after the other. "auto" is a graph, or what
-            pykv.llm.calibrate found to be faster here. Tokens are the same up to sums in another
-            order. See pykv/llm/README.md.
-        max_tokens_resident: tokens of each answer that a launch of "persistent" draws at most.
-            Other work of the GPU waits for its end, prompts of this LLM only for that of a token.
-        max_sms_resident: SMs that it takes at most; None: all.
-        progress: show a bar on stderr while weights are read.
-        require_sm: refuse a device that is no GPU of at least this SM, such as 80.
+        prefix_cache: keep the pages of finished calls, until others need them, for prompts with the
+            same beginning; pykv/llm/README.md describes the effect on the last bits of logits.
+            None: yes, unless `eviction` is H2O, which needs all queries of a prompt and excludes a
+            prefix cache.
+        eviction: which rows stay in the cache after a prompt, and as an answer grows: a policy of
+            pykv.eviction, or a text such as "snapkv:512". A `budget` holds from then on, give or
+            take EVERY rows; a `ratio` applies to the prompt alone. Policies with queries get the
+            last ones of the prompt, which are always computed, and later the last one; H2O gets
+            all. Heads that share a budget (AdaKV) may hold up to H times the budget, and pages for
+            that are reserved. Layers with a sliding window keep their last rows. Rows are evicted
+            from copies; the prefix cache keeps the pages of prompts unchanged. `logits` and
+            `perplexity` see all tokens. None: all rows stay.
+        host_cache: size of host memory for full pages that the prefix cache would forget, for later
+            prompts with the same beginning: "4GiB" or an integer; "4GiB:lfu" keeps those used most
+            often; "4GiB:int8", "4GiB:int4" or "4GiB:FILE:RATIO", an artefact of pykv.kvtc, store
+            codes. None: pages are forgotten.
+        disk_cache: folder and size for pages of host memory, which other processes with equal
+            model, weights, kv_dtype and page_size find as well: "DIR:50GiB", with policy and codec
+            as above; see `flush` and pykv/tiers/README.md.
+        decode: how a GPU computes the next token of each answer: "graph", a CUDA graph of a step's
+            launches; "persistent", one launch for a whole step or several, of up to 8 answers, from
+            sm_70 on, else "graph"; or "steps", separate launches. "auto": a graph, or what
+            pykv.llm.calibrate found to be faster here. Tokens are equal up to the order of sums.
+            See pykv/llm/README.md.
+        max_tokens_resident: most tokens of each answer that a "persistent" launch draws. Other work
+            on the GPU waits for its end; prompts of this LLM wait for the token under way only.
+        max_sms_resident: most SMs of a "persistent" launch; None: all.
+        progress: show a progress bar on stderr while weights are read.
+        require_sm: refuse devices other than GPUs of at least this SM, such as 80.
 
     Raises:
-        FetchError: the model cannot be had.
-        FormatError, UnsupportedError: the file is damaged, or not for pykv.
+        FetchError: the model cannot be downloaded.
+        FormatError, UnsupportedError: the file is damaged, or not supported.
         CapacityError: weights and cache need more memory than is free.
-        DeviceError: `device` is "cuda" and no GPU is usable, there is no such GPU, it is older than
-            `require_sm`, or `prefill_device` is the same one, or has no direct way to it.
+        DeviceError: `device` is "cuda" and no GPU is usable, the GPU does not exist or is older
+            than `require_sm`, or `prefill_device` is the same GPU or has no peer access to it.
         ParameterError: an option is unknown or out of its range.
         DtypeError: an argument has another type.
         InstallError: a package of the extra `llm` is not installed.
 
     Attributes:
-        runner: computes the steps; another Scheduler may plan them, between this one's, as that of
+        runner: computes the steps; further Schedulers may use it in turns with this LLM's, as
             `pykv serve` does.
-        prefix_cache: whether prompts find pages of others.
-        is_exact: whether all pages that they find are as they were computed: none came back from
-            codes, of a tier or a session.
+        prefix_cache: whether prompts reuse pages of others.
+        is_exact: whether reused pages are bit for bit as computed: none came from codes of a tier
+            or a session.
 
-    Calls may come from several threads: their sequences are decoded as one batch, of which each
-    step is done by one of the threads under a lock. A step has up to 512 tokens, on a GPU up to
-    2,048, with one of each answer. A stream goes on while other calls step. `stats` are of all
-    since the call that began last.
+    Thread-safe: sequences of concurrent calls are decoded as one batch; one of the threads runs
+    each step, under a lock. A step has up to 512 tokens, on a GPU up to 2,048, one of each answer
+    among them. Streams advance while other calls step. `stats` cover all calls since the latest
+    began.
     Sources: GGUF, vLLM's paged attention.
     """
 
@@ -162,7 +161,7 @@ class LLM(Language):
         opened = open_runner(self.file, self.config, self.tokenizer, device, self.xp, wanted)
         self._device, self.runner, most_of_pool = opened
         with cuda.use_device(self._device):
-            # Taken now: the file may change or go before a session is saved.
+            # Now, as the file may change or go before a session is saved.
             self.fingerprint = fingerprint(self.file, self.model)
             self.contents = contents(self.file)
             self._done = None if self.xp is np else self.xp.cuda.Event(disable_timing=True)
@@ -209,22 +208,22 @@ class LLM(Language):
 
     @property
     def pages(self) -> SequencePages:
-        """Whose the pages are; for work beside calls, in a `turn`."""
+        """Which sequence holds which pages; for work between calls, in a `turn`."""
         return self._scheduler.pages
 
     @property
     def stats(self) -> Stats:
-        """Tokens and seconds since the last call began: its own, if no other ran beside it."""
+        """Tokens and seconds since the latest call began; its own, if no other ran meanwhile."""
         return self._scheduler.stats
 
     @contextmanager
     def turn(self) -> Iterator[None]:
-        """While the block runs no other thread's call does a step, and the model's GPU is the
-        current one; for work on `model` and `cache` beside calls. What it enqueues on the current
-        stream, which each thread has its own of, comes behind what the turn before did.
+        """A context for work on `model` and `cache` between steps: no other thread runs a step, and
+        the model's GPU is current. Work enqueued on this thread's current stream waits for that of
+        the turn before.
 
         Raises:
-            UnsupportedError: this thread is in the midst of a step, and a signal handler asks.
+            UnsupportedError: a signal handler interrupted a step of this thread.
         """
         with self._lock:
             scheduler = getattr(self, "_scheduler", None)  # None: the LLM is being made
@@ -252,8 +251,8 @@ class LLM(Language):
         Args:
             prompts: a text or several; a prompt may also be a list of token ids.
             params: for all prompts or one for each; None is greedy with 128 tokens.
-            special: read control tokens such as <|im_start|> in prompts as what they are. Leave it
-                False where a prompt holds words of somebody else: they may forge a turn.
+            special: parse control tokens such as <|im_start|> in prompts. Leave it False if a
+                prompt has text of others, which could forge a turn.
 
         Returns:
             One Completion a prompt, in order.
@@ -262,7 +261,7 @@ class LLM(Language):
             ParameterError: a prompt is empty or holds no token ids, or params do not match the
                 prompts.
             CapacityError: a prompt is longer than the context or the pool, or the pool cannot grow;
-                no token has been computed then.
+                no token has been computed.
             NumberError: logits are not finite.
             UnsupportedError: the call is being prepared by pykv.prepare.
         """
@@ -303,10 +302,10 @@ class LLM(Language):
         """Answer a conversation, formatted by the file's own chat template.
 
         Args:
-            messages: {"role": ..., "content": ...} each; roles are the template's, usually
-                system, user and assistant. What a message says is text, never a control token.
+            messages: {"role": ..., "content": ...} each; the template defines the roles, usually
+                system, user and assistant. Contents are text, never control tokens.
             params: as `generate`.
-            template_variables: what else the template knows, for example
+            template_variables: further variables of the template, for example
                 {"enable_thinking": False} or {"tools": [...]}.
 
         Raises:

@@ -1,11 +1,11 @@
-"""Which tokens a step computes: continuous batching over a paged cache.
+"""The scheduler: continuous batching over a paged cache.
 
-A step decodes a token of every answer and fills what is left of its tokens with pieces of prompts.
-Sequences come and go between any two steps, first come first served. They get pages one by one;
-where none is left the youngest gives up its own, waits in its old place, and is computed again from
-its prompt and its answer so far. Pages that a tier has come back while others are computed. No
-text, no arrays and no model here: pykv.llm.runner has these. Sources: Orca's iteration-level
-scheduling; vLLM's preemption by recomputing.
+A step decodes one token of every running answer, and fills the rest of its token budget with chunks
+of prompts. Sequences start and end between any two steps, first come first served. They get pages
+one by one. When none is left, the youngest sequence is preempted: it gives up its pages, keeps its
+place in the queue, and is later recomputed from its prompt and its answer so far. Pages in tiers
+are fetched while other sequences are computed. Text, arrays and the model are left to
+pykv.llm.runner. Sources: Orca's iteration-level scheduling; vLLM's preemption by recomputation.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from pykv.number_texts import counted
 
 @dataclass
 class Stats:
-    """Tokens and seconds of all sequences since the scheduler began, or somebody replaced this.
+    """Tokens and seconds of all sequences since this object was made.
 
-    Of the prompts' tokens, `reused_tokens` were in the cache; the seconds are those of the others.
-    `cached_tokens` are what the cache held of sequences when they ended, `preemptions` how often
-    one gave its pages up.
+    `reused_tokens` of the prompts' tokens were in the cache; `prompt_seconds` were spent on the
+    others. `cached_tokens` counts the rows that sequences held when they ended, `preemptions` how
+    often one was preempted.
     """
 
     prompt_tokens: int = 0
@@ -47,32 +47,32 @@ class Stats:
 
 
 class Scheduler:
-    """Decides who runs, on which pages.
+    """Decides which sequences run, and on which pages.
 
     Args:
         runner: computes the steps.
-        cache: the pages that it computes on.
-        may_grow: grow the cache, so that whoever is added can reach its limit.
-        prefix_cache: keep pages of prompts and answers, as long as nobody needs them, for prompts
-            that begin alike. A prompt that begins as one that is being computed waits for it.
-        slots: sequences that run at once, at most; None: as many as have pages.
-        tiers: where pages that the cache forgot come back from; None: nowhere.
+        cache: holds the pages.
+        may_grow: grow the cache, so that every sequence can reach its limit.
+        prefix_cache: keep pages of prompts and answers, until others need them, for prompts with
+            the same beginning. A prompt waits while another computes pages that it shares.
+        slots: most sequences that run at once; None: as many as have pages.
+        tiers: keep pages that the cache forgets; None: without tiers.
         most_pages: that the cache may grow to; None: as memory allows.
 
     Attributes:
-        running, waiting: sequences, in the order in which they came.
+        running, waiting: sequences, in order of arrival.
         pages: of the sequences.
-        stats: what was done; may be replaced by new ones.
-        failed: sequences of the model's call that raised, if it did in the last step.
+        stats: totals; may be replaced by a new object.
+        failed: the sequences of the model's call that raised in the last step, if one did.
         is_stepping: whether a step is being computed.
-        abandoned: sequences that finalizers gave up, of any thread, for `abort_abandoned`.
+        abandoned: sequences that finalizers gave up, in any thread, for `abort_abandoned`.
 
-    Not thread-safe. A piece of a prompt ends where a page does, and the tokens behind the last full
-    page are a step of their own, whether the pages are found or computed: what a step sums in which
-    order depends on how many tokens it has. Of sequences that are added by one call none goes on to
-    these tokens before the others' pages are there, and none to any while pages of one come from a
-    tier; so the call, when it is repeated and finds its pages, runs the same steps but for those
-    that computed them. Source: vLLM's deterministic prefix caching.
+    Not thread-safe. The order of sums depends on the number of tokens in a step, so steps are cut
+    the same way whether pages are found or computed: a chunk of a prompt ends at the end of a page,
+    and the tokens behind the last full page are a step of their own. Sequences added by one call
+    start at all only once tiers have brought the pages of all, and start those last tokens only
+    once the full pages of all are there. So a repeated call, which finds its pages, runs the same
+    steps except those that computed them. Source: vLLM's deterministic prefix caching.
     """
 
     def __init__(
@@ -109,15 +109,15 @@ class Scheduler:
         """Whether `step` has anything to do."""
         return bool(self.running or self.waiting)
 
-    # --- What callers ask for ---
+    # --- For callers ---
 
     @interrupts.finished
     def add(self, *sequences: Sequence) -> None:
-        """Let sequences wait for their turn: all of them, or none where an error is raised.
+        """Queue sequences: all of them, or none if it raises.
 
         Raises:
-            CapacityError: a prompt and a token can never fit into the pool, or it cannot grow as
-                far as the sequences may.
+            CapacityError: a prompt and one token exceed the pool, or the pool cannot grow to the
+                limits of the sequences.
         """
         if self.pages.may_grow:
             self.pages.grow_for((*self.running, *self.waiting, *sequences))
@@ -126,19 +126,19 @@ class Scheduler:
         group = next(self._counter)
         for s in sequences:
             s.order, s.group = next(self._counter), group
-            self.pages.name(s)
+            self.pages.set_keys(s)
             self.waiting.append(s)
             self.stats.prompt_tokens += len(s.prompt)
 
     @interrupts.finished
     def abort(self, sequence: Sequence) -> None:
-        """Give a sequence up, wherever it is; one that has ended stays as it is."""
+        """End a sequence that runs or waits; no effect on one that has ended."""
         sequence.finish_reason = sequence.finish_reason or "abort"
         self._end(sequence)
 
     @interrupts.finished
     def abort_abandoned(self) -> None:
-        """Give up what finalizers could not."""
+        """End the sequences that finalizers gave up."""
         while self.abandoned:
             self.abort(self.abandoned.popleft())
 
@@ -147,10 +147,10 @@ class Scheduler:
         """Compute one step of the model.
 
         Returns:
-            The sequences that got a token or ended. None may, as in the midst of a long prompt.
+            The sequences that got a token or ended; maybe none, as within a long prompt.
 
-        Whatever a model raises leaves the sequences of its step waiting, to be computed again from
-        their beginning; none is lost, and none reuses what the step may have left unwritten.
+        If the model raises, the sequences of its step go back to the queue and are recomputed from
+        their beginning. None is lost, and none reuses rows that the step may not have written.
         """
         self.is_stepping = True
         try:
@@ -165,7 +165,7 @@ class Scheduler:
         changed = [s for s in (*self.running, *self.waiting) if s.finish_reason]
         for s in changed:
             self._end(s)
-        self._see_fetches()
+        self._advance_fetches()
         self._give_pages(changed)
         try:
             self._run(changed)
@@ -178,8 +178,8 @@ class Scheduler:
         return changed
 
     def _run(self, changed: list[Sequence]) -> None:
-        """Compute a step, and add those that got a token to `changed`. Waits for what tiers bring
-        where there is nothing else to do."""
+        """Compute a step, and add the sequences that got a token to `changed`. Waits for fetches
+        from tiers if there is nothing else to do."""
         decoding: list[Sequence] = []
         pieces: list[Piece] = []
         while not (decoding or pieces):
@@ -187,7 +187,7 @@ class Scheduler:
             decoding = [s for s in self.running if s.decodes and not s.finish_reason]
             if len(decoding) < len(self.running):
                 pieces = self._pieces(self._runner.most - len(decoding), held_back)
-            if not (decoding or pieces or self._see_fetches(wait=True)):
+            if not (decoding or pieces or self._advance_fetches(wait=True)):
                 return
         if decoding:
             started = time.perf_counter()
@@ -203,8 +203,8 @@ class Scheduler:
             self.stats.prompt_seconds += time.perf_counter() - started
 
     def _pieces(self, room: int, held_back: set[int]) -> list[Piece]:
-        """What a step computes of prompts, for which it has room for so many tokens; a page at
-        least, and the tokens that belong together, however many answers it decodes."""
+        """The chunks of prompts in a step with `room` for so many tokens. However many answers the
+        step decodes, that is at least a page, and at least the tokens that must stay together."""
         P, last = self._manager.page_size, self._runner.last
         room = max(room, last, min(P, steps.PREFILL_TOKENS))
         running = [s for s in self.running if not s.finish_reason]
@@ -217,7 +217,7 @@ class Scheduler:
                 n = min(s.prefix - s.cached, room)
                 whole = (s.cached + n) // P * P - s.cached
                 n = whole if whole > 0 or pieces else n  # a page may exceed a step: then part of it
-            elif s.decodes or s.group in held_back:
+            elif s.decodes or s.group in held_back:  # its last tokens wait for the group
                 continue
             elif last == 1 or s.due <= min(room, last):
                 n = min(room, s.due)
@@ -228,17 +228,17 @@ class Scheduler:
                 room -= n
         return pieces
 
-    def _see_fetches(self, *, wait: bool = False) -> bool:
-        """Go on with what tiers bring; of the first sequence that waits for them until it is there.
-        Returns whether there was any."""
+    def _advance_fetches(self, *, wait: bool = False) -> bool:
+        """Advance fetches from tiers; with `wait` that of the first sequence, to its end. Returns
+        whether there was any."""
         fetching = [s for s in self.running if s.fetch is not None and not s.finish_reason]
         for s in fetching[:1] if wait else fetching:
-            self._see(s, wait)
+            self._advance_fetch(s, wait)
         return bool(fetching)
 
-    def _see(self, s: Sequence, wait: bool = False) -> None:
+    def _advance_fetch(self, s: Sequence, wait: bool = False) -> None:
         try:
-            came = self.pages.see(s, wait=wait)
+            came = self.pages.advance_fetch(s, wait=wait)
         except BaseException:
             self.failed = [s]
             self._wait_again(s, publish=False)
@@ -248,46 +248,47 @@ class Scheduler:
             self.stats.reused_tokens += came
 
     def _prompts(self, pieces: list[Piece]) -> list[int]:
-        """Compute pieces of prompts, and offer the pages that are full."""
+        """Compute chunks of prompts, and publish full pages."""
         tokens = self._runner.prompts(pieces)
         for s, _ in pieces:
-            self.pages.offer(s)
+            self.pages.publish_full(s)
         return tokens
 
     def _compute(
         self, run: Callable[[], list[int]], drawn: list[Sequence], sequences: list[Sequence]
     ) -> list[Sequence]:
-        """Run a part of a step, in which `drawn` of its sequences get a token. Returns these."""
+        """Run a part of a step, in which the sequences `drawn` get a token. Returns these."""
         try:
             for s, token in zip(drawn, run(), strict=True):
-                if not s.finish_reason:  # else somebody has ended it meanwhile
+                if not s.finish_reason:  # else it was ended meanwhile
                     s.append(token)
         except BaseException:
             self.failed = list(sequences)
-            with ExitStack() as leaving:  # each of them, whatever another raises
+            with ExitStack() as leaving:  # all of them, even if one raises
                 for s in sequences:
                     leaving.callback(self._wait_again, s, publish=False)
             raise
         return drawn
 
     def _end(self, s: Sequence) -> None:
-        """Take an ended sequence out, and give its pages back."""
+        """Remove an ended sequence, and free its pages."""
         queue = self.running if s in self.running else self.waiting
         if s not in queue:
             return
         queue.remove(s)
         self.stats.cached_tokens += s.held
-        with ExitStack() as ending:  # each of these, whatever another raises
+        with ExitStack() as ending:  # all of these, even if one raises
             ending.callback(s.read)
             ending.callback(self.pages.give_up, s, publish=s.finish_reason != "error")
             ending.callback(self._runner.end, s)
             self._runner.leave(s)
 
-    # --- Who runs ---
+    # --- Admission and preemption ---
 
     def _admit(self, changed: list[Sequence]) -> set[int]:
-        """Let those run that wait and find pages, in their order. A prompt waits for one that
-        computes its pages; others may pass it meanwhile. Returns the groups that have such."""
+        """Start waiting sequences, in order, as far as pages are free. A prompt waits while another
+        computes pages that it shares; later ones may overtake it. Returns the groups of such
+        prompts."""
         followed: set[int] = set()
         if not self.waiting:
             return followed
@@ -311,13 +312,14 @@ class Scheduler:
             self.waiting.remove(s)
             insort(self.running, s, key=_order)
             if s.fetch is not None:
-                self._see(s)
+                self._advance_fetch(s)
             computed.update(s.keys[s.cached // P :])
         return followed
 
     def _place(self, s: Sequence) -> bool:
-        """Give a sequence pages for all of its tokens, if there are as many. A pool that cannot
-        grow shall have a spare page for each of the others, too, or this would soon have to go."""
+        """Give a sequence pages for all of its tokens, if enough are free. In a pool that cannot
+        grow, that leaves a spare page for each running sequence, or this one would soon be
+        preempted."""
         manager = self._manager
         spare = 0 if self.pages.may_grow else len(self.running)
         if self.running and s.wanted + spare > manager.num_free:
@@ -342,11 +344,11 @@ class Scheduler:
         return True
 
     def _give_pages(self, changed: list[Sequence]) -> None:
-        """A page for the next row of each answer; the oldest get theirs first. An answer that fills
-        the pool alone is as long as fits, as at the end of a context."""
+        """Give each answer a page for its next row, the oldest first. An answer that fills the pool
+        alone ends, as at the end of a context."""
         P = self._manager.page_size
         for s in list(self.running):
-            if s.finish_reason or not s.decodes:  # a preempted one has more tokens due
+            if s.finish_reason or not s.decodes:  # still in its prompt, or just preempted
                 continue
             while s.held == len(s.pages) * P:
                 try:
@@ -368,10 +370,10 @@ class Scheduler:
             self._give_pages_ahead(decoding, ahead)
 
     def _give_pages_ahead(self, sequences: list[Sequence], ahead: int) -> None:
-        """Pages for tokens that may be begun at once, if there are as many for all: then nobody
-        lacks one that another has too early."""
+        """Give answers pages for the tokens that one launch may draw, but only if enough are free
+        for all: no answer shall lack a page that another does not need yet."""
         manager = self._manager
-        rows = {s: min(s.held + ahead, s.limit - 1) for s in sequences}  # the last has no row
+        rows = {s: min(s.held + ahead, s.limit - 1) for s in sequences}  # the last token has no row
         wanted = {s: manager.pages_for(rows[s]) - len(s.pages) for s in sequences}
         wanted = {s: n for s, n in wanted.items() if n > 0}
         if sum(wanted.values()) <= manager.num_free:
@@ -379,26 +381,26 @@ class Scheduler:
                 self._cache.extend(s.pages, s.held, rows[s])
 
     def _extend(self, s: Sequence) -> None:
-        """A page for the next row of a sequence."""
+        """Give a sequence a page for its next row."""
         if len(self.running) == 1:
             self.pages.make_room(1)
         self._cache.extend(s.pages, s.held, s.held + 1)
 
     def _wait_again(self, s: Sequence, *, publish: bool) -> None:
-        """Put a running sequence back to its place in the queue, to be computed again."""
+        """Return a running sequence to its place in the queue, to be recomputed."""
         if s in self.running:
             self.running.remove(s)
             s.preemptions += 1
-            del s.logprobs[len(s.generated) :]  # of a token that was drawn, but given to nobody
-            with ExitStack() as leaving:  # each of these, whatever another raises
+            del s.logprobs[len(s.generated) :]  # of a token that was drawn, but not appended
+            with ExitStack() as leaving:  # all of these, even if one raises
                 leaving.callback(insort, self.waiting, s, key=_order)
-                leaving.callback(self.pages.name, s)
+                leaving.callback(self.pages.set_keys, s)
                 leaving.callback(self.pages.give_up, s, publish=publish)
                 self._runner.leave(s)
 
     def _refuse(self, s: Sequence) -> None:
-        """End a sequence that finds too few pages although nobody runs. Its answer so far is as
-        long as the pool allows; that others hold pages, who are no sequences, is an error."""
+        """End a sequence that finds too few pages although no other runs. If its tokens fill the
+        pool, the reason is "length"; if pages are held outside of the scheduler, an error."""
         manager = self._manager
         if manager.pages_for(len(s.tokens)) > manager.num_pages:
             s.finish_reason = "length"

@@ -1,7 +1,5 @@
-"""Pages of sequences: how many each needs, which it finds computed, and who gets them back.
-
-The scheduler decides who runs; this is what it asks for pages, and what else reads or writes the
-pages of a cache between its steps.
+"""Pages of sequences: how many each needs, which are found in the cache or in tiers, and when they
+are freed. Used by the scheduler, and by other work on a cache's pages between its steps.
 """
 
 from __future__ import annotations
@@ -37,16 +35,16 @@ class Tiers(Protocol):
 
 
 class SequencePages:
-    """The pages of a cache, as sequences come, grow and go.
+    """Allocates, finds, publishes and frees the pages of sequences.
 
     Args:
-        cache: the pages.
-        runner: says how many rows a sequence takes, and how many tokens at the end of a prompt are
-            computed whether their pages are found or not; lets pages come, and the cache grow.
-        may_grow: grow the cache where pages are missing.
-        prefix_cache: keep pages of prompts and answers, as long as nobody needs them, for prompts
-            that begin alike.
-        tiers: where pages that the cache forgot come back from; None: nowhere.
+        cache: holds the pages.
+        runner: knows how many rows a sequence takes, and how many tokens at the end of a prompt are
+            always computed; `join` and `grow` act on the cache.
+        may_grow: grow the cache when pages are missing.
+        prefix_cache: keep pages of prompts and answers, until others need them, for prompts with
+            the same beginning.
+        tiers: keep pages that the cache forgets; None: without tiers.
         most_pages: that the cache may grow to; None: as memory allows.
     """
 
@@ -63,12 +61,12 @@ class SequencePages:
         self.cache, self.may_grow, self.prefix_cache = cache, may_grow, prefix_cache
         self._runner, self._tiers, self._most_pages = runner, tiers, most_pages
 
-    # --- Beside sequences ---
+    # --- For work between steps ---
 
     @contextmanager
     def known(self, tokens: list[int]) -> Iterator[list[int]]:
-        """The pages of the longest prefix of tokens that is computed, which stay as they are while
-        the block runs."""
+        """A context with the pages of the longest computed prefix of these tokens, which do not
+        change meanwhile."""
         self._runner.join()
         if self._tiers is not None:
             self._tiers.fetch(tokens)
@@ -82,8 +80,8 @@ class SequencePages:
 
     @contextmanager
     def new(self, tokens: list[int]) -> Iterator[list[int]]:
-        """Pages for these tokens while the block runs, which writes them. Then prompts that begin
-        alike may reuse those that are full.
+        """A context with pages for these tokens, for its block to write. At the end the full pages
+        are published for prompts with the same beginning.
 
         Raises:
             CapacityError: the pool is too small.
@@ -99,11 +97,11 @@ class SequencePages:
         finally:
             manager.free(pages)
 
-    # --- How many ---
+    # --- Numbers of pages ---
 
     def rows(self, s: Sequence) -> int:
-        """Rows that must be free before a sequence runs: its tokens and the next, which an answer
-        that fills the pool does not get."""
+        """Rows that a sequence needs before it runs: its tokens, and the next one unless the answer
+        fills the pool."""
         rows, tokens = self._runner.room(s), len(s.prompt) + len(s.generated)
         if rows is None:
             fills = tokens == self.cache.manager.num_pages * self.cache.manager.page_size
@@ -111,7 +109,7 @@ class SequencePages:
         return rows
 
     def check_fits(self, s: Sequence) -> None:
-        """Raise a CapacityError for a prompt that never fits into the pool with a token."""
+        """Raise a CapacityError if a prompt and one token exceed the pool."""
         manager = self.cache.manager
         wanted = manager.pages_for(self.rows(s))
         if wanted > manager.num_pages:
@@ -122,7 +120,7 @@ class SequencePages:
             )
 
     def grow_for(self, sequences: Iterable[Sequence]) -> None:
-        """Make the pool as large as all of these sequences need to reach their limits."""
+        """Grow the pool until all of these sequences can reach their limits."""
         manager, found = self.cache.manager, []
         wanted = 0
         try:
@@ -140,7 +138,7 @@ class SequencePages:
                 manager.free(pages)
 
     def make_room(self, wanted: int) -> None:
-        """So many free pages, or a CapacityError."""
+        """Make sure that so many pages are free, or raise a CapacityError."""
         manager = self.cache.manager
         missing = wanted - manager.num_free
         if missing > 0 and self.may_grow:
@@ -157,11 +155,11 @@ class SequencePages:
             self._runner.grow(pages)
         manager.require(wanted)
 
-    # --- Whose ---
+    # --- Pages of a sequence ---
 
     def find(self, s: Sequence) -> int:
-        """Give a sequence that has no pages those which others have computed of it. Returns the
-        rows that it needs in all, and notes in `wanted` how many pages these lack."""
+        """Give a sequence without pages those of its tokens that are in the cache. Returns the rows
+        that it needs in all, and sets `wanted` to the number of pages still missing."""
         manager = self.cache.manager
         if self.prefix_cache:
             s.pages = manager.reuse(s.tokens[: -self._runner.last])
@@ -171,34 +169,34 @@ class SequencePages:
         return rows
 
     def fetch(self, s: Sequence) -> None:
-        """Begin to bring back from tiers what the pages of a sequence lack, which then are extended
-        for its tokens."""
+        """Start to fetch missing pages of a sequence from tiers. The caller then extends its
+        pages."""
         if self._tiers is not None:
             s.fetch = self._tiers.begin(s.tokens[: -self._runner.last], s.pages)
 
-    def see(self, s: Sequence, *, wait: bool = False) -> int:
-        """Go on with what a sequence fetches; once that is over, others find it, too. Returns how
-        many tokens came. On a GPU the host waits for files alone.
+    def advance_fetch(self, s: Sequence, *, wait: bool = False) -> int:
+        """Advance the fetch of a sequence, and publish its pages once it is over. Returns how many
+        tokens it has brought, 0 until then. On a GPU the host waits for files alone.
 
         Args:
-            wait: until it is over.
+            wait: for the end of the fetch.
         """
         assert s.fetch is not None
         done, before = s.fetch.advance(wait=wait), s.cached
         if s.fetch.is_over:
             s.fetch, s.cached = None, done * self.cache.manager.page_size
-            self.offer(s)
+            self.publish_full(s)
         return s.cached - before
 
-    def offer(self, s: Sequence) -> None:
-        """Let others find the full pages of a prompt that is being computed."""
+    def publish_full(self, s: Sequence) -> None:
+        """Publish the full pages of a prompt that is being computed."""
         if s.prefix and s.cached <= s.prefix:
             self.cache.manager.publish(s.pages, s.tokens[: s.cached])
 
     def give_up(self, s: Sequence, *, publish: bool) -> None:
-        """Give the pages of a sequence back; what was computed on them may be reused."""
+        """Free the pages of a sequence; with `publish` prompts may reuse those that are full."""
         manager, fetch = self.cache.manager, s.fetch
-        is_whole = not s.dropped and s.behind is None  # after an eviction slots hold other tokens
+        is_whole = not s.dropped and s.behind is None  # else an eviction has moved rows
         try:
             if fetch is not None:
                 fetch.cancel()
@@ -208,11 +206,15 @@ class SequencePages:
                 manager.publish(s.pages, s.tokens[: s.cached])
         finally:
             manager.free(s.pages)
-            s.pages, s.cached, s.dropped = [], 0, 0  # a new list: tables go by identity
+            s.pages, s.cached, s.dropped = (
+                [],
+                0,
+                0,
+            )  # a new list: page tables are cached by identity
             s.behind, s.mass, s.unsummed, s.fetch, s.is_sent = None, {}, [], None, False
 
-    def name(self, s: Sequence) -> None:
-        """Note the full pages that a sequence publishes before its last tokens."""
+    def set_keys(self, s: Sequence) -> None:
+        """Set the keys of the full pages that a sequence publishes before its last tokens."""
         P = self.cache.manager.page_size
         if self.prefix_cache:
             s.keys = page_keys(s.tokens[: -self._runner.last], P)

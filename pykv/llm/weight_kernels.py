@@ -67,8 +67,8 @@ def _tensor_core_jobs(
             for end in gates
         ]
     if linear_wgmma.multiplies(kind, False, 1, 1, 1, None, arch):
-        # It leaves more tokens of matrices of few elements; tiles are largest for most of both.
-        most, elements = linear_wgmma.MOST, linear_wgmma.FEW_ELEMENTS
+        # linear_mma keeps more tokens, and small matrices: MOST and SMALL_MATRIX bound its tiles.
+        most, elements = linear_wgmma.MOST, linear_wgmma.SMALL_MATRIX
         shapes = [(most, elements // I, I) for I in lengths]
         largest = max(linear_mma.choose(kind, False, x, sm, num_sms).TILE_T for x in shapes)
         tilings = [one for one in tilings if 8 < one.TILE_T <= largest]

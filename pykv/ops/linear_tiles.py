@@ -1,5 +1,5 @@
-"""The tensor-core kernel of `pykv.ops.block_linear` and `pykv.ops.linear` for many tokens, where
-activations are 16-bit or may be rounded to that: its sizes and launches.
+"""The tensor-core kernel of `pykv.ops.block_linear` and `pykv.ops.linear` for many tokens, with
+activations that are 16-bit or may be rounded to it: tiling and launch.
 
 Dimensions: T tokens, I features in, O features out, W bytes of a row of weights.
 Kernel: kernels_cu/linear_tiles.cu.
@@ -31,9 +31,9 @@ class Tiling(NamedTuple):
 
 
 def most_of_registers(kind: str, sm: int) -> int | None:
-    """Tokens up to which linear_mma.cu is faster, which reads weights straight to registers; None:
-    any number. From timings on an H200. Of mma, unlike wgmma, blocks keep warps that make halves of
-    them waiting."""
+    """Up to how many tokens linear_mma.cu is faster, which reads weights straight to registers;
+    None: any number. From timings on an H200. With mma, unlike wgmma, the warps that convert GGUF
+    blocks to halves stall the products."""
     if sm == 90:
         return 32 if kind in FLOAT_KINDS else 128
     return 64 if kind in FLOAT_KINDS and sm >= 80 else None
@@ -45,14 +45,14 @@ SHORT = 512
 
 
 def multiplies(kind: str, exact: bool, T: int, sm: int) -> bool:
-    """Whether T tokens are for this kernel."""
+    """Whether this kernel multiplies T tokens."""
     few = most_of_registers(kind, sm)
     return not exact and few is not None and T > few
 
 
 def tilings(sm: int) -> list[Tiling]:
-    """What blocks multiply, the largest first. The stages are those that shared memory has room
-    for, with two blocks of the middle tiling on an SM and three of the smallest."""
+    """Tilings, the largest first, with as many stages as fit into shared memory with one, two and
+    three blocks on an SM."""
     is_large = 90 <= sm < 120
     return [
         Tiling(256, 128, 256, 4, 4 if is_large else 3 if sm in (80, 87) else 2, 1),
@@ -107,13 +107,13 @@ def product(
     eps: float = 1e-6,
     early: bool = False,
 ) -> Callable[[dict[str, Any], Any], None]:
-    """The function of arrays by name (out, x, w, bias, norm) and a stream that enqueues
-    `x @ w.T + bias`, or with a gate what that makes of pairs of columns, as linear_mma.product does
-    where it need not be exact.
+    """A function of arrays by name (out, x, w, bias, norm) and a stream, which enqueues
+    `x @ w.T + bias`, or its gate over pairs of columns; the same as linear_mma.product without
+    `exact`.
 
     Args:
-        tiling, parts: other than those that are chosen.
-        gate, eps, early: as of block_linear.multiply.
+        tiling, parts: override the choice.
+        gate, eps, early: see block_linear.multiply.
     """
     (T, I), R = x.shape, len(w)
     num_sms, sm = cuda.num_sms(x.data.device_id), cuda.current_sm()

@@ -1,5 +1,5 @@
-"""The kernel of `pykv.ops.block_linear` for GGUF blocks and 3 to 128 tokens on the tensor cores of
-sm_90, where activations are 16-bit or may be rounded to that: its sizes and launches.
+"""The sm_90 tensor-core kernel of `pykv.ops.block_linear` for GGUF blocks and 3 to 128 tokens, with
+activations that are 16-bit or may be rounded to it: tiling and launch.
 
 Dimensions: T tokens, I features in, O features out, R rows of weights, W bytes of a row.
 Kernel: kernels_cu/linear_wgmma.cu.
@@ -30,59 +30,58 @@ class Tiling(NamedTuple):
 
     @property
     def rows(self) -> int:
-        """Of weights, of a block."""
+        """Rows of weights of a block."""
         return self.BLOCK // 2
 
 
-# Tokens that this kernel multiplies at most, and of matrices of few elements, where linear_mma.cu
-# waits for less, with a gate in a launch of its own. From timings on an H200.
+# Most tokens of this kernel: for large matrices; for matrices of up to SMALL_MATRIX elements, where
+# linear_mma.cu has less latency, without and with a gate. From timings on an H200.
 MOST = 128
-FEW_ELEMENTS, _MOST_OF_FEW, _MOST_OF_FEW_GATES = 4 << 20, 16, 32
-# Bytes that a block reaches by offsets of 32 bits: of its rows of weights, which are so many at
-# most, and with a gate of all.
+SMALL_MATRIX, _MOST_OF_SMALL, _MOST_OF_SMALL_GATED = 4 << 20, 16, 32
+# A block addresses its rows of weights, at most 256, by offsets of 32 bits; with a gate all rows.
 _REACH, _MOST_ROWS = 1 << 32, 256
 
 
 def multiplies(kind: str, exact: bool, T: int, R: int, I: int, gate: str | None, arch: str) -> bool:
-    """Whether T tokens and a matrix are for this kernel. R and I are those of the weights; `arch`
-    is as of cuda.current_arch: cubins of sm_90 have wgmma, PTX of compute_90 has not."""
+    """Whether this kernel multiplies T tokens by weights [R, I]. `arch` is cuda.current_arch():
+    cubins of sm_90 have wgmma, PTX of compute_90 does not."""
     if exact or arch != "sm_90" or kind not in planes.FORMATS:
         return False
     if (R if gate else min(R, _MOST_ROWS)) * planes.row_bytes(kind, I) > _REACH:
         return False
-    most_of_few = _MOST_OF_FEW_GATES if gate else _MOST_OF_FEW
-    return T <= (MOST if R * I > FEW_ELEMENTS else most_of_few)
+    most_of_small = _MOST_OF_SMALL_GATED if gate else _MOST_OF_SMALL
+    return T <= (MOST if R * I > SMALL_MATRIX else most_of_small)
 
 
-_COPIERS = 64  # threads of a block that copy, besides its BLOCK
-_ROOM = 224 << 10  # bytes of shared memory of an SM, less what blocks take besides
+_COPIERS = 64  # producer threads of a block, besides its BLOCK
+_ROOM = 224 << 10  # bytes of an SM's shared memory for stages
 _MOST_STAGES = 6
 
 
 def _tiling(kind: str, tokens: int, block: int, resident: int) -> Tiling:
-    """With as many stages of weights as there is room for beside those of tokens, at least three:
-    where these are too large, of one block of 256 threads, for which every kind has room."""
-    of_tokens = 3 if tokens < 32 else 2
-    room = _ROOM // resident - of_tokens * _token_bytes(tokens)
+    """A tiling with as many stages of weights as fit beside those of tokens. If fewer than three
+    fit: one resident block of 256 threads, which has room for three of every kind."""
+    x_stages = 3 if tokens < 32 else 2
+    room = _ROOM // resident - x_stages * _token_bytes(tokens)
     stages = min(room // _weight_bytes(kind, block), _MOST_STAGES)
     if stages < 3:
         return _tiling(kind, tokens, 256, 1)
-    return Tiling(tokens, block, stages, of_tokens, resident)
+    return Tiling(tokens, block, stages, x_stages, resident)
 
 
 def _token_bytes(tokens: int) -> int:
-    """Of a stage, as of weights."""
+    """Bytes of a stage of tokens."""
     return tokens * DEPTH * 2
 
 
 def _weight_bytes(kind: str, block: int) -> int:
+    """Bytes of a stage of weights."""
     return block // 2 * planes.row_bytes(kind, DEPTH)
 
 
 def tilings(kind: str) -> dict[int, list[Tiling]]:
-    """What blocks multiply, by their tokens: for matrices of few elements, for more, and for so
-    many tiles that some blocks wait for others to end. From timings of the shapes of models on an
-    H200."""
+    """Tilings by tokens of a tile: for small matrices, for larger ones, and for more tiles than
+    SMs. From timings of the shapes of models on an H200."""
     sizes = {
         8: ((128, 3), (256, 2), (256, 2)),
         16: ((128, 3), (256, 2), (256, 2)),
@@ -96,19 +95,19 @@ def tilings(kind: str) -> dict[int, list[Tiling]]:
 
 
 def choose(kind: str, T: int, R: int, I: int, num_sms: int) -> Tiling:
-    """The tiling for so many tokens; R and I are those of the weights."""
+    """The tiling for T tokens and weights [R, I]."""
     tokens = next((n for n in (8, 16, 32) if n >= T), 64)
-    few, more, many = tilings(kind)[tokens]
-    if R * I <= FEW_ELEMENTS:
-        return few
-    return more if _num_tiles(more, T, R) <= num_sms else many
+    small, large, many_tiles = tilings(kind)[tokens]
+    if R * I <= SMALL_MATRIX:
+        return small
+    return large if _num_tiles(large, T, R) <= num_sms else many_tiles
 
 
 def _num_tiles(tiling: Tiling, T: int, R: int) -> int:
     return -(-T // tiling.TILE_T) * -(-R // tiling.rows)
 
 
-_MOST_PARTS = 8  # that I is cut into
+_MOST_PARTS = 8  # of a split of I
 
 
 def defines(
@@ -135,13 +134,13 @@ def product(
     eps: float = 1e-6,
     early: bool = False,
 ) -> Callable[[dict[str, Any], Any], None]:
-    """The function of arrays by name (out, x, w, bias, norm) and a stream that enqueues
-    `x @ w.T + bias`, or with a gate what that makes of pairs of columns, as linear_mma.product does
-    where it need not be exact.
+    """A function of arrays by name (out, x, w, bias, norm) and a stream, which enqueues
+    `x @ w.T + bias`, or its gate over pairs of columns; the same as linear_mma.product without
+    `exact`.
 
     Args:
-        tiling, parts: other than those that are chosen.
-        gate, eps, early: as of block_linear.multiply.
+        tiling, parts: override the choice.
+        gate, eps, early: see block_linear.multiply.
     """
     (T, I), R, num_sms = x.shape, len(w), cuda.num_sms(x.data.device_id)
     tiling = tiling or choose(kind, T, R, I, num_sms)

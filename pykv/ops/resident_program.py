@@ -1,8 +1,9 @@
-"""Tokens of a few sequences, one after another in one launch, which the host reads meanwhile.
+"""A persistent decode loop: one launch computes many tokens of a few sequences, and the host reads
+them while it runs.
 
-Dimensions: T rows, each of a sequence or of nobody; M pages of each at most; E tokens that end one.
-Kernel: kernels_cu/resident_program.cu; pykv/host_rings.py describes how host and kernel talk,
-pykv/resident_commands.py what the host says.
+Dimensions: T rows, each of a sequence or free; M pages a sequence at most; E tokens that end a
+sequence. Kernel: kernels_cu/resident_program.cu. Messages: pykv/host_rings.py; commands of the
+host: pykv/resident_commands.py.
 """
 
 from __future__ import annotations
@@ -33,18 +34,18 @@ from pykv.resident_tokens import (
     with_logprobs,
 )
 
-MOST_TOKENS = SLOTS  # that are not taken: the ring holds all results, so a launch waits for nobody
+MOST_TOKENS = SLOTS  # granted and not taken: all results fit into the ring, so a launch never waits
 ENDS = resident_commands.MOST_ENDS
 _MOST_SECONDS = 3600.0
-_LOOKS = 64  # at the ring between two at the kernel's stream, which takes longer
+_LOOKS = 64  # polls of the ring between two of the kernel's stream, which take longer
 
-# Of one program, which draws; its phases are those of phase_program, which has more.
+# One program, which draws; phase_program has the other variants of these phases.
 VARIANTS: list[dict[str, Any]] = [phase_program.VARIANTS[-2] | dict(RING_SLOTS=SLOTS, DRAWS=1)]
 VARIANTS_SMS = range(0)  # none at import: compiled by the first program of its kinds
 
 
 class Counts(NamedTuple):
-    """Launches, tokens of sequences that the host took, and how often launches ended in a state."""
+    """Launches, tokens that the host has taken, and how often launches ended in each state."""
 
     launches: int
     tokens: int
@@ -52,30 +53,30 @@ class Counts(NamedTuple):
 
 
 class ResidentProgram:
-    """Phases of a token, done again and again by one launch, which draws the tokens of sequences,
-    ends these and makes the inputs of the next token without the host. Others may start meanwhile
-    in rows of sequences that have ended.
+    """Runs the phases of a token repeatedly in one launch, which draws tokens, ends sequences and
+    writes the inputs of the next token without the host. Meanwhile other sequences may start in
+    rows whose sequences have ended.
 
     Args:
-        phases: of one token, as of PhaseProgram; they read `inputs`, and an Argmax or a Draw leaves
-            `peaks`. Results have the log probabilities that a Logprobs has left.
+        phases: of one token, see PhaseProgram. They read `inputs`, and an Argmax or a Draw writes
+            `peaks`. With a Logprobs, results have log probabilities.
         inputs: of T sequences, 1 to 8.
         page_size: tokens of a page.
         blocks: of the launch at most; None: as many as the GPU runs at once and have work.
-        silence: seconds without a call of a method after which a launch ends behind a token. One
-            that pauses for longer loses nothing: it launches again.
+        silence: seconds without a method call after which a launch ends at the next token. Nothing
+            is lost: launch again.
 
     Raises:
         As PhaseProgram of `phases`, and ShapeError, DtypeError, DeviceError of `inputs`.
         ParameterError: `page_size` or `silence` is out of its range, pools have pages of another
-            size, a phase writes what is read of the host, or none writes `peaks`.
+            size, a phase writes an input other than `peaks`, or none writes `peaks`.
         UnsupportedError: the vocabulary has more than 2^24 tokens.
 
-    A launch waits for nobody: it has a bound of tokens, which `extend` may move while it runs;
-    results of all of them have room, and what it lacks ends it. What is enqueued on the stream that
-    was current in `launch` waits for its end. Made on a GPU it synchronises once. One thread at a
-    time may use a program. NumPy arrays have no kernel: tokens are computed as they are waited for.
-    Idea of a decode loop on the GPU, fed by rings: the project m40-llm.
+    A launch never waits for the host. It draws a bounded number of tokens, which `extend` raises
+    while it runs; the ring has room for all results; a missing page ends it. Later work on the
+    stream that was current in `launch` waits for its end. Creating a program on a GPU synchronises
+    once. Not thread-safe. With NumPy arrays there is no kernel: tokens are computed when they are
+    waited for. The idea of a decode loop on the GPU that is fed by rings is from m40-llm.
 
     >>> ids, positions, slots, lengths, peaks = np.array([[3], [0], [-1], [1], [0]], np.int32)
     >>> table, x, logits = np.zeros((1, 4), np.int32), np.ones((1, 8), "f4"), np.ones((1, 8), "f4")
@@ -119,14 +120,14 @@ class ResidentProgram:
         self._launches = self._tokens = 0
         self._ends: Counter[State] = Counter()
         self._number = self._command = 1  # numbers of the next result and command
-        self._epochs = [0] * self._T  # of the last sequences started in rows
-        self._busy = set(range(self._T))  # rows whose last sequences may go on
+        self._epochs = [0] * self._T  # of the sequence started last in each row
+        self._busy = set(range(self._T))  # rows that are not known to be free
         self._kernel: RingKernel | None = None
         if on_gpu(inputs.ids):
             self._prepare(dims, blocks, seconds)
 
     def _prepare(self, dims: dict[str, int], blocks: int | None, seconds: float) -> None:
-        """All that a launch needs: its kernel is loaded and its memory there."""
+        """Load the kernel and allocate the memory of launches."""
         T = self._T
         packed = phase_program.pack(_OP, self._phases)
         W = 0 if self._found is None else int(self._found.shape[1])
@@ -144,20 +145,18 @@ class ResidentProgram:
         self._kernel = RingKernel(_OP)
 
     def launch(self, tokens: int, limits: Sequence[int], ends: Sequence[Sequence[int]]) -> None:
-        """Begin to draw from what `inputs` holds.
+        """Start a launch from the present contents of `inputs`. Waits for the current stream.
 
         Args:
             tokens: of each sequence at most, up to 64.
-            limits: of each sequence; it ends when it has so many tokens, its prompt among them.
+            limits: total tokens, prompt included, at which each sequence ends.
             ends: tokens that end each sequence, up to 32.
 
         Raises:
             ParameterError: an argument is out of its range, or there is not one for each sequence.
-            DtypeError: `limits` or `ends` is no list of such.
+            DtypeError: `limits` or `ends` has another type.
             DeviceError: a launch has not ended, or its results are not taken.
             UnsupportedError: the call is being prepared or captured.
-
-        Waits for the current stream.
         """
         cuda.refuse_prepare(_OP, "how many tokens are drawn depends on them")
         cuda.refuse_capture(_OP, "how many tokens are drawn depends on them")
@@ -167,7 +166,7 @@ class ResidentProgram:
             raise DeviceError(f"{_OP}: a launch is not over, expected all of its results taken")
         self._left, self._limits = tokens, told[: self._T]
         self._ends_of = told[self._T :].reshape(self._T, ENDS)
-        self._due = tokens  # results that have not come
+        self._due = tokens  # results that have not arrived
         self._epochs, self._busy = [0] * self._T, set(range(self._T))
         self._posted = 0  # commands
         if self._kernel is not None:
@@ -186,7 +185,7 @@ class ResidentProgram:
         self._kernel.let_current_wait()
 
     def await_result(self) -> bool:
-        """Whether another result comes; waits until that is known.
+        """Wait for the next result. False: the launch has ended, and there is none.
 
         Raises:
             UnsupportedError: the call is being prepared.
@@ -198,10 +197,10 @@ class ResidentProgram:
         return bool(self._results)
 
     def take(self) -> list[Drawn]:
-        """The next token of each sequence, in the order in which they were drawn.
+        """The next result: a token for each row. Waits for it.
 
         Raises:
-            DeviceError: the launch has ended, and all its results are taken; or there was none.
+            DeviceError: there is no launch, or it has ended and all its results are taken.
             UnsupportedError: the call is being prepared.
             CudaError: the kernel has failed.
         """
@@ -215,8 +214,8 @@ class ResidentProgram:
         return drawn
 
     def stop(self, row: int) -> None:
-        """End a sequence. When this returns nothing of it is written any more, but results that
-        came before may have more of its tokens.
+        """End a sequence. Once this returns, nothing is written for it any more; earlier results
+        that are not taken yet may still have tokens of it.
 
         Args:
             row: of the sequence.
@@ -245,34 +244,32 @@ class ResidentProgram:
         pages: Sequence[int],
         params: Sequence[tuple[int, Sequence[int]]] = (),
     ) -> int:
-        """Give a row to another sequence while the launch runs, which goes on as if it had begun
-        with it.
+        """Start a sequence in a free row while the launch runs, as if the launch had begun with it.
 
         Args:
-            row: that a result of the launch says to be nobody's by now.
-            token: the last one of the sequence, which the cache does not hold yet; below the rows
-                of an Embed.
-            length: tokens of it, this one among them.
-            limit: the sequence ends when it has so many tokens, its prompt among them.
+            row: a row whose sequence has ended, according to a result of this launch.
+            token: the last token of the sequence, which the cache does not hold yet; below the
+                number of rows of an Embed.
+            length: tokens of the sequence, `token` included.
+            limit: total tokens, prompt included, at which the sequence ends.
             ends: tokens that end it, up to 32.
-            pages: that it has, at least those of `length` tokens; they become its row of
-                `page_table`. The cache holds the tokens ahead.
-            params: (place, words) sets words of `params` from a place on, as int32.
+            pages: its pages, enough for `length` tokens; they become its row of `page_table`. The
+                cache holds all tokens before `token`.
+            params: (place, words) sets words of `params` from `place` on, as int32.
 
         Returns:
-            The `epoch` that its results have, from 1 on; 0 if the launch was not told, as it has
-            ended. One that ends before it takes the sequence up has no result of that epoch; the
-            row's pages and `params` may have been written all the same, the row's other inputs not.
+            The `epoch` of its results, from 1 on; 0 if the launch is known to have ended. A launch
+            that ends before it takes up the sequence gives no result of that epoch; it may have
+            written the row's pages and `params`, but no other inputs of the row.
 
         Raises:
-            ParameterError: an argument is out of its range, or no result says that the row's
-                sequence has ended.
-            DtypeError: it is of another type.
+            ParameterError: an argument is out of its range, or the row is not known to be free.
+            DtypeError: an argument has another type.
             UnsupportedError: phases have an Adjust, whose tallies and biases no command sets.
             CudaError: the kernel has failed.
 
-        Waits, by tokens, only where the launch has no room for what it is told: of a sequence with
-        more than 200 pages, or behind many other commands.
+        Waits only while the command ring is full: for more than 200 pages, or after many other
+        commands.
         """
         row = check_whole(_OP, "row", row, 0, self._T - 1)
         for p in self._phases:
@@ -287,26 +284,26 @@ class ResidentProgram:
             return 0
         if row in self._busy:
             raise ParameterError(f"{_OP}: row is {row}, whose sequence goes on, expected another")
-        self._epochs[row] += 1  # first: whatever interrupts the rest, `stop` ends what was told
+        self._epochs[row] += 1  # first: after an interrupt, `stop` still ends the sequence
         self._busy.add(row)
         return self._epochs[row] if all(map(self._tell, commands)) else 0
 
     def extend(self, tokens: int, pages: Sequence[tuple[int, int, Sequence[int]]] = ()) -> bool:
-        """Let the launch draw more tokens, if it has not ended by then.
+        """Let the launch draw more tokens.
 
         Args:
-            tokens: of each sequence, beyond those granted so far; up to 64 are granted and not
+            tokens: of each sequence, beyond those granted so far; at most 64 may be granted and not
                 taken.
-            pages: further entries of `page_table`: (row, place, pages) sets those of a row from a
-                place on, which its sequence has not reached yet.
+            pages: (row, place, pages) sets entries of `page_table` from `place` on, which the row's
+                sequence has not reached yet.
 
         Returns:
-            Whether the launch was told: not if it is known to have ended, or if so many commands
-            wait for it that there is no room.
+            Whether the commands were sent: not if the launch is known to have ended, or if the
+            command ring has too little room.
 
         Raises:
             ParameterError: an argument is out of its range, or there is no such row or place.
-            DtypeError: it is of another type.
+            DtypeError: an argument has another type.
         """
         room = MOST_TOKENS - self._due - len(self._results) if self._runs else MOST_TOKENS
         tokens = check_whole(_OP, "tokens", tokens, 0, room)
@@ -315,19 +312,19 @@ class ResidentProgram:
         commands.append([resident_commands.GRANT, tokens])
         if not self._runs or not self._has_room(len(commands)):
             return False
-        self._due += tokens  # first: an interrupt must not have more granted than has room
+        self._due += tokens  # first: an interrupt must not leave more granted than fits the ring
         for command in commands:
             self._tell(command)
         return True
 
     def _has_room(self, commands: int) -> bool:
-        """Whether so many commands can be told at once."""
+        """Whether the command ring has room for so many."""
         if self._kernel is None:
             return True
         return self._posted - self._kernel.rings.taken() + commands <= SLOTS
 
     def _tell(self, command: Command) -> bool:
-        """Whether the launch could be told; waits until there is room."""
+        """Send a command, waiting for room. False: the launch has ended."""
         while self._runs and not self._has_room(1):
             self._advance()
         if not self._runs:
@@ -338,13 +335,13 @@ class ResidentProgram:
             self._left += command[1] if command[0] == resident_commands.GRANT else 0
         else:
             number, self._command = self._command, self._command + 1
-            self._posted += 1  # first: an interrupt must not have the number used again
+            self._posted += 1  # first: an interrupt must not let the number be used twice
             self._kernel.rings.beat()
             self._kernel.rings.post(number, [word & 0xFFFFFFFF for word in command])
         return True
 
     def end(self) -> None:
-        """End the launch behind the token under way; results that were not taken stay.
+        """End the launch after the token under way; results that are not taken stay.
 
         Raises:
             CudaError: the kernel has failed.
@@ -359,21 +356,21 @@ class ResidentProgram:
             self._advance()
 
     def drop(self) -> None:
-        """End the launch, and forget results that were not taken."""
+        """End the launch, and discard results that are not taken."""
         self.end()
         self._results.clear()
 
     @property
     def state(self) -> State:
-        """How the last launch ended, as far as that is known; RUNNING until then."""
+        """How the last launch ended; RUNNING until that is known."""
         return self._state
 
     def counts(self) -> Counts:
-        """What was done so far."""
+        """Totals so far."""
         return Counts(self._launches, self._tokens, dict(self._ends))
 
     def _advance(self) -> None:
-        """Note results that have come, or that the launch has ended."""
+        """Poll for a result or for the launch's end; on NumPy compute a token."""
         if self._kernel is None:
             self._advance_on_host()
             return
@@ -392,7 +389,7 @@ class ResidentProgram:
         time.sleep(0)  # lets other threads run
 
     def _receive(self) -> bool:
-        """Note a result; whether one had come."""
+        """Take a result from the ring. False: none has arrived."""
         assert self._kernel is not None
         words = self._kernel.rings.result(self._number)
         if words is None:

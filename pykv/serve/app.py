@@ -30,7 +30,7 @@ _T = TypeVar("_T")
 
 BODY_BYTES = 8 << 20  # of a request; a context of a million tokens fits
 BODY_SECONDS = 30.0  # within which a body must arrive
-END_SECONDS = 10.0  # of a step that is being computed when the server ends
+END_SECONDS = 10.0  # for the step under way when the server ends
 _PAGE = {"/": ("index.html", "text/html"), "/chat.js": ("chat.js", "text/javascript")}
 _PAGE |= {"/style.css": ("style.css", "text/css")}
 _CSP = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
@@ -38,7 +38,7 @@ _CSP += "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'no
 
 
 class Server(NamedTuple):
-    """What the endpoints share."""
+    """State that the endpoints share."""
 
     language: Language
     desk: Desk
@@ -47,18 +47,18 @@ class Server(NamedTuple):
 
     @property
     def model(self) -> str:
-        """The name that answers carry."""
+        """The model's name in responses."""
         return self.protocol.names[0]
 
 
 def make_server(language: Language, link: Link, names: list[str], *, limit: int) -> Server:
-    """What answers, not started yet.
+    """A server that is not started yet.
 
     Args:
         language: of the model.
-        link: to the engine that has it.
-        names: of the model, in requests; answers carry the first.
-        limit: sequences that may run and wait.
+        link: to the model's engine.
+        names: of the model in requests; the first is its name in responses.
+        limit: sequences that may run or wait.
     """
     desk = Desk(link, limit=limit)
     return Server(language, desk, Protocol(language, names), int(time.time()))
@@ -71,13 +71,13 @@ def create_app(
     loopback: bool = True,
     origins: Sequence[str] = (),
 ) -> ASGIApp:
-    """The application.
+    """The ASGI application.
 
     Args:
-        server: what answers.
-        api_key: that requests must carry, if any.
-        loopback: other machines cannot connect, so that names of theirs are refused.
-        origins: of other sites, whose pages may ask as well.
+        server: the server.
+        api_key: required of requests, if given.
+        loopback: whether the server listens on this machine alone; then foreign Hosts are refused.
+        origins: other sites whose pages may send requests.
     """
 
     @asynccontextmanager
@@ -112,7 +112,7 @@ def create_app(
     if not origins:
         return app
     ways: dict[str, Any] = dict(allow_methods=("GET", "POST"), allow_headers=("*",))
-    ways["allow_private_network"] = True  # a page of the internet may be named, too
+    ways["allow_private_network"] = True  # an origin may be a site on the internet
     return CORSMiddleware(app, allow_origins=origins, **ways)
 
 
@@ -147,7 +147,7 @@ async def _complete(
 
 
 async def generate(server: Server, request: Request) -> Response:
-    """m40-llm's endpoint: the text so far in each line, and what is new of it."""
+    """m40-llm's endpoint: each line has the text so far, and the new part."""
     asked, work = await _begin(server, request, server.protocol.generate)
 
     async def lines() -> AsyncIterator[dict[str, Any]]:
@@ -176,7 +176,7 @@ async def generate(server: Server, request: Request) -> Response:
 async def _begin(
     server: Server, request: Request, read: Callable[[dict[str, Any]], Asked]
 ) -> tuple[Asked, Work]:
-    """Read a body and let the engine begin."""
+    """Read a body and submit its sequences."""
     asked = await _read(request, read)
     work = Work(asked.orders, asked.rule)
     server.desk.submit(work)
@@ -194,7 +194,7 @@ async def _whole(
 
 
 class Stream(Response):
-    """A body that is sent as it comes, until its client goes away."""
+    """A streamed response; ends its sequences when the client disconnects."""
 
     def __init__(
         self,
@@ -231,16 +231,16 @@ class Stream(Response):
 
 
 async def _unless_gone(receive: Receive, work: Coroutine[Any, Any, _T]) -> _T:
-    """What `work` returns.
+    """The result of `work`, which is cancelled if the client disconnects.
 
     Raises:
-        ClientGone: the client went away before.
+        ClientGone: the client disconnected first.
     """
 
     task = asyncio.create_task(work)
 
     async def gone() -> bool:
-        """Wait for the end of the connection; whether `work` was not done by then."""
+        """Wait for the end of the connection. Returns whether `work` was unfinished."""
         while (await receive())["type"] != "http.disconnect":
             pass
         return not task.done()
@@ -260,7 +260,7 @@ async def _unless_gone(receive: Receive, work: Coroutine[Any, Any, _T]) -> _T:
 
 
 async def _read(request: Request, read: Callable[[dict[str, Any]], _T]) -> _T:
-    """What a body asks for; it is read beside the loop, as it takes the processor."""
+    """Parse a body in a thread, as that may take long."""
     data = await _body(request)
 
     def made() -> _T:
@@ -273,10 +273,11 @@ async def _read(request: Request, read: Callable[[dict[str, Any]], _T]) -> _T:
 
 
 async def _body(request: Request) -> bytes:
-    """The body, if it is small enough and arrives in time.
+    """The bytes of a body.
 
     Raises:
-        ClientGone: the client went away before its end.
+        ApiError: it is too large, encoded, or late.
+        ClientGone: the client disconnected before its end.
     """
     too_large = ApiError(413, f"the body is larger than {BODY_BYTES} bytes", code="too_large")
     if whole_of(request.headers.get("content-length", "0"), most=BODY_BYTES) is None:

@@ -22,44 +22,44 @@ from pykv.terminal import note
 if TYPE_CHECKING:
     from pykv.serve.engine_process import EngineProcess
 
-STOP_SECONDS = 30  # for running answers to end after SIGTERM
-ERROR_SECONDS = 5  # behind these, for the others to reach their clients as errors
-QUEUE = 8  # sequences that may wait, for each slot
+STOP_SECONDS = 30  # for running answers to finish after SIGTERM
+ERROR_SECONDS = 5  # after that, for errors to reach the clients of the others
+QUEUE = 8  # sequences that may wait, per slot
 GPU_SLOTS, HOST_SLOTS = 64, 16
 LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
 
 
 def add_serve(serve: argparse.ArgumentParser) -> None:
-    """The options of `pykv serve`, beside those of a model's place and cache."""
+    """Add the options of `pykv serve`; model_options adds those of model and cache."""
     serve.add_argument("--host", default="127.0.0.1", help="to listen on (%(default)s)")
     serve.add_argument("--port", type=int, default=8000, help="0 takes a free one (%(default)s)")
     serve.add_argument(
         "--api-key",
         metavar="KEY",
-        help="that requests must carry; PYKV_API_KEY keeps it off the command line",
+        help="required of requests; PYKV_API_KEY keeps it off the command line",
     )
     serve.add_argument(
         "--allow-origin",
         action="append",
         metavar="ORIGIN",
-        help="a site whose pages may ask, such as http://localhost:3000; several are named in turn",
+        help="a site whose pages may send requests, as http://localhost:3000; may be repeated",
     )
     serve.add_argument(
         "--slots",
         type=int,
-        help=f"sequences decoded together at most ({GPU_SLOTS}, or {HOST_SLOTS} on a CPU)",
+        help=f"most sequences decoded together ({GPU_SLOTS}, or {HOST_SLOTS} on a CPU)",
     )
     serve.add_argument(
         "--served-model-name",
         action="append",
         metavar="NAME",
-        help="that requests call the model by, instead of its own; several are one model",
+        help="the model's name in requests, instead of its own; may be repeated",
     )
     serve.add_argument(
         "--log-level",
         default="info",
         choices=("debug", "info", "warning", "error"),
-        help="info is a line for each request, never its text (%(default)s)",
+        help="info logs a line for each request, never its text (%(default)s)",
     )
     serve.set_defaults(run=_serve)
 
@@ -77,7 +77,7 @@ def _serve(args: argparse.Namespace) -> None:
             "serve: the API key has blanks around it, or line ends, expected what a header can hold"
         )
     for name in args.served_model_name or ():
-        if not name or not name.isprintable():  # bytes that are no UTF-8 are not printable either
+        if not name or not name.isprintable():  # bytes that are not UTF-8 are not printable either
             raise ParameterError(f"serve: --served-model-name is {name!r}, expected letters")
     for origin in args.allow_origin or ():
         if not re.fullmatch(r"https?://[^/\s]+", origin):
@@ -106,7 +106,7 @@ def _serve(args: argparse.Namespace) -> None:
 
 
 def open_server(args: argparse.Namespace, engine: EngineProcess) -> tuple[Any, str]:
-    """What answers by the engine of a model, once that is ready, and what to say of it."""
+    """The server of an engine, and a description of it. Waits until the engine is ready."""
     from pykv.llm import models
     from pykv.llm.language import Language
     from pykv.serve.app import make_server
@@ -120,20 +120,20 @@ def open_server(args: argparse.Namespace, engine: EngineProcess) -> tuple[Any, s
 
 
 def _options(args: argparse.Namespace) -> argparse.Namespace:
-    """What the process of the model needs to know."""
+    """The options that the engine's process needs."""
     names = ("model", "log_level", *model_options.ALL)
     return argparse.Namespace(**{name: getattr(args, name) for name in names})
 
 
 def run(server: Any, listening: socket.socket, ready: str, **access: Any) -> None:
-    """Answer requests at a socket until SIGTERM or SIGINT; running answers end first, by an error
-    after STOP_SECONDS, or at a second signal.
+    """Serve requests until SIGTERM or SIGINT. Then running answers may finish; after STOP_SECONDS,
+    or at a second signal, they end with an error.
 
     Args:
         server: a pykv.serve.app.Server.
         listening: the socket.
         ready: printed on stderr once requests are answered.
-        access: who may ask, see create_app.
+        access: see create_app.
     """
     import uvicorn
 
@@ -152,8 +152,8 @@ def run(server: Any, listening: socket.socket, ready: str, **access: Any) -> Non
 
         def handle_exit(self, number: int, frame: FrameType | None) -> None:
             if self.should_exit and server.desk.is_alive:
-                self.loop.call_soon_threadsafe(server.desk.stop)  # not in the midst of a message
-            else:  # the first signal, or one of somebody who cannot wait for the clients either
+                self.loop.call_soon_threadsafe(server.desk.stop)  # not in the middle of a message
+            else:  # the first signal, or one after the answers have ended, which drops the clients
                 super().handle_exit(number, frame)
 
     app = create_app(server, **access)
@@ -162,8 +162,8 @@ def run(server: Any, listening: socket.socket, ready: str, **access: Any) -> Non
     def end(*_: Any) -> None:
         announced.should_exit = True
 
-    # Until uvicorn sets its own handlers; it raises the signal again once it has stopped. Behind it
-    # signals mean what they did: who waits for the process of the model may lose patience.
+    # Until uvicorn sets its own handlers; it raises the signal again once it has stopped. After
+    # that, a signal must be able to interrupt the wait for the engine's process.
     before = {n: signal.signal(n, end) for n in (signal.SIGTERM, signal.SIGINT)}
     try:
         announced.run(sockets=[listening])
@@ -173,7 +173,7 @@ def run(server: Any, listening: socket.socket, ready: str, **access: Any) -> Non
 
 
 def http_config(app: Any) -> Any:
-    """How uvicorn runs an application: its limits and timeouts."""
+    """uvicorn's limits and timeouts."""
     import uvicorn
 
     from pykv.serve.connection import Connection
@@ -187,7 +187,7 @@ def http_config(app: Any) -> Any:
         log_config=None,
         access_log=False,
         server_header=False,
-        proxy_headers=False,  # anyone can write X-Forwarded-For, and the log would repeat it
+        proxy_headers=False,  # anyone can send X-Forwarded-For, and the log would show it
         timeout_keep_alive=75,
         timeout_graceful_shutdown=STOP_SECONDS + ERROR_SECONDS,
         h11_max_incomplete_event_size=HEADER_BYTES,

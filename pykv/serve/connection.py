@@ -1,5 +1,5 @@
-"""A connection that must send its headers in time, and take what it is sent, where uvicorn alone
-would wait for ever. Broken HTTP gets an error of the usual form, and no traceback in the log."""
+"""Timeouts for clients that send no header or read no answer; uvicorn alone would wait for ever.
+Malformed HTTP gets an error in the API's form, and no traceback in the log."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from pykv.serve.fields import ApiError
 
 HEADER_SECONDS = 30.0  # from the connection, or a header's first byte, to its end; see _watch
-SEND_SECONDS = 60.0  # within which a client must take some of what waits for it
+SEND_SECONDS = 60.0  # within which a client must read some of the data that waits for it
 
 
 class Connection(H11Protocol):
-    """uvicorn's, closed where a header does not end or nothing is taken."""
+    """uvicorn's connection with these timeouts."""
 
     _timer: asyncio.TimerHandle | None = None
     _taking: asyncio.TimerHandle | None = None
@@ -44,8 +44,8 @@ class Connection(H11Protocol):
         self._stop_taking()
 
     def send_400_response(self, msg: str) -> None:
-        """Answer broken HTTP with an error in the usual form. Where an answer has begun already, as
-        one that refuses a request before its body is read, only close the connection."""
+        """Answer malformed HTTP with an error in the API's form. If an answer has begun already,
+        such as a refusal before the body was read, only close the connection."""
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             body = json.dumps(ApiError(400, msg, code="invalid_http").body()).encode()
             facts = {"content-type": "application/json", "content-length": str(len(body))}
@@ -56,11 +56,11 @@ class Connection(H11Protocol):
         self.transport.close()
 
     def _unsupported_upgrade_warning(self) -> None:
-        """Nothing: anyone may ask for another protocol, and is answered in this one."""
+        """Log nothing: clients may ask for another protocol, and are answered in this one."""
 
     def _watch(self) -> None:
-        """Let the time run while a header is waited for, or the rest of a body whose request has
-        been refused: many clients read their answer only once they have sent all of it."""
+        """Run the timer while a header is due, or the rest of the body of a refused request: many
+        clients read the answer only once they have sent all of it."""
         state = self.conn.their_state
         is_refused = state is h11.SEND_BODY and self.conn.our_state is h11.DONE
         if state is not h11.IDLE and not is_refused:
@@ -69,7 +69,8 @@ class Connection(H11Protocol):
             self._timer = self.loop.call_later(HEADER_SECONDS, self.transport.close)
 
     def _expect_taking(self) -> None:
-        """Look again whether less waits then, as long as there is too much."""
+        """Abort the connection unless the write buffer shrinks within SEND_SECONDS; repeat until
+        it is small enough."""
         before = self.transport.get_write_buffer_size()
 
         def look() -> None:

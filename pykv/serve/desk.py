@@ -1,7 +1,7 @@
-"""Where requests of clients become orders to an engine, and its reports pieces of answers.
+"""Hands requests of clients to an engine, and its reports to the readers of answers.
 
-All of it is of one event loop. What is new of a sequence waits here until its reader takes it: a
-client that is behind holds nobody up, and gets what has come meanwhile as one piece.
+Runs on one event loop. Deltas of a sequence are queued until its reader takes them, so a slow
+client delays nobody, and gets the queue as one piece.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ STEP_SECONDS = 3.0  # of the step at which the engine is stopped, and that may h
 
 
 class Link(Protocol):
-    """The way to an engine."""
+    """A connection to an engine."""
 
     def start(self, deliver: Callable[[Report | None], None]) -> None:
-        """Let the engine begin; `deliver` is called on the running event loop with each report,
-        and with None once it has ended."""
+        """Start the engine. `deliver` is called on the running event loop with each report, and
+        with None once the engine has ended."""
 
     def put(self, request: Request) -> None: ...
 
@@ -41,28 +41,28 @@ class Link(Protocol):
 
 
 class Choice:
-    """One sequence of a request, as OpenAI calls it.
+    """One sequence of a request; OpenAI's term.
 
     Attributes:
         prompt_tokens, answer_tokens: so far.
         reused: tokens of the prompt that the cache held.
-        is_over: its end has come.
+        is_over: whether its last delta has arrived.
     """
 
     def __init__(self, prompt_tokens: int) -> None:
         self.prompt_tokens, self.answer_tokens, self.reused = prompt_tokens, 0, 0
         self.is_over = False
-        self.began = self.last = time.perf_counter()  # `last`: its newest token came
+        self.began = self.last = time.perf_counter()  # `last`: when its newest token arrived
         self._waiting: list[Delta] = []  # for its reader
 
     def put(self, new: Delta) -> None:
-        """Add what has come to what waits."""
+        """Queue a delta."""
         self.answer_tokens += len(new.tokens)
         self.reused, self.is_over = new.reused, bool(new.finish_reason)
         self._waiting.append(new)
 
     def take(self) -> Delta | None:
-        """All that waits, as one; None: nothing does."""
+        """All queued deltas, joined; None: there are none."""
         if len(waiting := self._waiting) < 2:
             return waiting.pop() if waiting else None
         self._waiting = []
@@ -76,18 +76,18 @@ class Work:
     """The sequences of one request, for the reader of their answers.
 
     Args:
-        orders: one for each.
-        rule: which texts they may take; None: any.
+        orders: one for each sequence.
+        rule: constrains their texts; None: any text.
     """
 
     def __init__(self, orders: list[Order], rule: Rule | None = None) -> None:
         self.orders, self.rule = orders, rule
         self.choices = [Choice(len(order.prompt)) for order in orders]
         self.changed = asyncio.Event()
-        self.numbers: range = range(0)  # of the choices, once the engine has them
+        self.numbers: range = range(0)  # of the choices, in the engine; set by Desk.submit
 
     async def deltas(self) -> AsyncIterator[tuple[int, Delta]]:
-        """What comes, with the number of its sequence in the request, until all have ended.
+        """Deltas, each with the index of its choice, until all choices have ended.
 
         Raises:
             ApiError: a sequence failed.
@@ -100,7 +100,7 @@ class Work:
                 if (delta := choice.take()) is None:
                     continue
                 if delta.error is not None:
-                    if delta.tokens or delta.text:  # that came before
+                    if delta.tokens or delta.text:  # from before the error
                         yield index, delta._replace(finish_reason="", error=None)
                     raise delta.error
                 if delta.finish_reason:
@@ -112,48 +112,48 @@ class Desk:
     """Hands requests to an engine, and reports to readers.
 
     Args:
-        link: the way to the engine.
-        limit: sequences that may run and wait; more are refused.
+        link: the connection to the engine.
+        limit: sequences that may run or wait; more are refused.
 
     Attributes:
-        metrics: counts what happens.
-        state: how the engine was when it reported last.
-        is_alive: requests get answers.
-        refusal: makes the error of those that get none.
+        metrics: counters of the server.
+        state: of the engine, as last reported.
+        is_alive: whether requests are answered.
+        refusal: makes the error of those that are not.
     """
 
     def __init__(self, link: Link, *, limit: int) -> None:
         self.link, self.limit = link, limit
         self.metrics, self.state = Metrics(), State()
         self.is_alive, self.refusal = False, stopping
-        self._open: dict[int, tuple[Choice, Work]] = {}  # that run and wait
-        self._next = 0  # number of a sequence
+        self._open: dict[int, tuple[Choice, Work]] = {}  # sequences that run or wait, by number
+        self._next = 0  # number of the next sequence
         self._ended = asyncio.Event()
 
     def start(self) -> None:
-        """Let the engine begin, on the running event loop."""
+        """Start the engine, on the running event loop."""
         self.is_alive = True
         self.link.start(self.deliver)
 
     def stop(self) -> None:
-        """End all sequences by an error, and the engine, after the step that it computes; readers
-        do not wait longer than STEP_SECONDS for that."""
+        """End the engine after the step under way, and all sequences with an error, at the latest
+        after STEP_SECONDS."""
         self.is_alive = False
         self.link.stop()
         asyncio.get_running_loop().call_later(STEP_SECONDS, self._refuse_all)
 
     async def wait(self, seconds: float) -> None:
-        """Wait for the end of the engine, so long at most."""
+        """Wait until the engine has ended, or `seconds` have passed."""
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._ended.wait()
 
     def submit(self, work: Work) -> None:
-        """Take a request, or refuse it at once. Waits for no step.
+        """Take a request, or refuse it at once. Does not wait for a step.
 
         Raises:
-            ApiError: 503, there are too many, or the server stops, or its engine has ended; 400,
-                they always would be.
+            ApiError: 503: too many sequences, or the server stops, or its engine has ended; 400:
+                it alone has too many.
         """
         count, running = len(work.choices), len(self._open)
         if not self.is_alive:
@@ -181,17 +181,17 @@ class Desk:
             self.metrics.prompt_tokens += choice.prompt_tokens
 
     def abort(self, work: Work) -> None:
-        """End what is left of a request, as nobody waits for it. Waits for no step."""
+        """End those sequences of a request that still run. Does not wait for a step."""
         if left := [number for number in work.numbers if number in self._open]:
             self.link.abort(left)
 
     @property
     def running(self) -> int:
-        """Sequences that have begun."""
+        """Sequences that are not waiting."""
         return max(0, len(self._open) - self.state.waiting)
 
     def deliver(self, report: Report | None) -> None:
-        """Take what an engine tells: readers wake once all of it is there, and counted."""
+        """Take a report of the engine. Readers wake once all of it is queued and counted."""
         if report is None:
             self._end()
             return
@@ -226,7 +226,7 @@ class Desk:
         self.metrics.count_finished(reason, choice.prompt_tokens, choice.reused)
 
     def _end(self) -> None:
-        """Let nobody wait: the engine has ended, or is gone."""
+        """End all requests with an error: the engine has ended."""
         if self.is_alive:
             log.error("the engine has ended: requests are refused from here on")
             self.refusal = ended

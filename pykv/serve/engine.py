@@ -1,8 +1,8 @@
-"""The engine of a server: one thread that alone calls a scheduler.
+"""The engine of a server: the one thread that calls a scheduler.
 
-It turns tokens into text, as stop strings end sequences, and reports once a step what is new of
-each. Orders come from a pykv.serve.desk.Desk, and reports go there: in the server the two are
-processes, as the interpreter that makes and sends events would keep the next step waiting.
+It detokenizes, because stop strings end sequences, and after each step reports what is new. Its
+peer is a pykv.serve.desk.Desk, which sends orders and takes reports. In the server the two are
+processes: in one, making and sending events would delay the next step.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ log = logging.getLogger("pykv.serve")
 
 
 class Steps(Protocol):
-    """What the engine asks of a scheduler, see pykv.llm.scheduler.Scheduler."""
+    """What the engine needs of a pykv.llm.scheduler.Scheduler."""
 
     waiting: list[Sequence]
     failed: list[Sequence]
@@ -37,11 +37,11 @@ class Steps(Protocol):
 
 
 class Request(NamedTuple):
-    """Sequences that begin together.
+    """Sequences that start together.
 
     Attributes:
-        orders: of each, by a number that no other sequence of this engine has.
-        rule: which texts they may take; None: any.
+        orders: of each sequence, by a number that is unique in this engine.
+        rule: constrains their texts; None: any text.
     """
 
     orders: dict[int, Order]
@@ -52,12 +52,12 @@ class Delta(NamedTuple):
     """What is new of a sequence.
 
     Attributes:
-        text: that no stop string can take back any more.
+        text: final text, which no stop string can take back.
         tokens: ids; their text may come later.
-        logprobs: of these tokens, where they were asked for.
+        logprobs: of these tokens, if requested.
         finish_reason: "stop", "length", "abort" or "error"; empty while it goes on.
         reused: tokens of the prompt that the cache held.
-        error: why, where the reason is "error".
+        error: the reason for "error".
     """
 
     text: str
@@ -69,13 +69,13 @@ class Delta(NamedTuple):
 
 
 class State(NamedTuple):
-    """How an engine is.
+    """Gauges and counters of an engine.
 
     Attributes:
-        waiting: sequences that have no slot or no pages.
-        preemptions: how often one gave way to others.
-        pages, held: of the cache; held by sequences.
-        tiers: counters by name; none without tiers.
+        waiting: sequences without a slot or pages.
+        preemptions: of sequences, so far.
+        pages, held: pages of the cache; those that sequences hold.
+        tiers: counters by name; empty without tiers.
     """
 
     waiting: int = 0
@@ -85,11 +85,11 @@ class State(NamedTuple):
     tiers: tuple[tuple[str, float], ...] = ()
 
 
-Report = tuple[State, list[tuple[int, tuple[Any, ...]]]]  # deltas by numbers, as plain tuples
+Report = tuple[State, list[tuple[int, tuple[Any, ...]]]]  # (number, fields of a Delta) each
 
 
 class Job:
-    """One sequence on its way; of the engine's thread.
+    """A running sequence. Used by the engine's thread alone.
 
     Args:
         answer: its text.
@@ -98,12 +98,12 @@ class Job:
     def __init__(self, answer: Answer) -> None:
         self.answer, self.sequence = answer, answer.sequence
         self.constraint: Constraint | None = None  # which tokens it may take
-        self.error: ApiError | None = None  # why it failed, unless the sequence says so
-        self._tokens = self._characters = 0  # that were told
-        self._followed = 0  # tokens that the constraint knows
+        self.error: ApiError | None = None  # why it failed, unless the sequence has the error
+        self._tokens = self._characters = 0  # already reported
+        self._followed = 0  # tokens that the constraint has seen
 
     def read(self) -> None:
-        """Take what a step has added; a stop string or the constraint may end the sequence."""
+        """Take the tokens of a step; a stop string or the constraint may end the sequence."""
         self.answer.read()
         if self.constraint is None:
             return
@@ -115,12 +115,12 @@ class Job:
             s.fail(UnsupportedError(f"the schema cannot be followed to its end: {why}"))
 
     def fail(self, error: Exception) -> None:
-        """End it by an error, unless its end is there."""
+        """End the sequence with an error, unless it has ended."""
         if not self.sequence.finish_reason:
             self.error, self.sequence.finish_reason = as_api_error(error), "error"
 
     def news(self) -> Delta:
-        """What is new since this was asked before."""
+        """What is new since the last call."""
         s, answer = self.sequence, self.answer
         start, at = self._tokens, self._characters
         self._tokens, self._characters = stop, end = len(s.generated), answer.num_certain
@@ -133,13 +133,13 @@ class Engine:
     """Runs requests through a scheduler.
 
     Args:
-        scheduler: which no one else calls.
-        turn: a context in which it may step, as LLM.turn.
+        scheduler: called by this engine alone.
+        turn: the context in which it may step, see LLM.turn.
         answer: makes the answer to an order.
-        constraint: makes one of the fields of a Rule.
-        state: counts pages, beside what the scheduler knows.
-        counters: of tiers; asked for where a sequence has ended.
-        tell: takes reports, and None once the engine has ended; it does not wait for readers.
+        constraint: makes a constraint from the fields of a Rule.
+        state: counts pages; the engine adds what the scheduler knows.
+        counters: of tiers; called when a sequence has ended.
+        tell: takes reports, and None once the engine has ended; must not block.
     """
 
     def __init__(
@@ -157,23 +157,24 @@ class Engine:
         self._turn, self._state, self._counters, self._tell = turn, state, counters, tell
         self._answer, self._constraint = answer, constraint
         self._lock = threading.Condition()
-        self._inbox: list[Callable[[], None]] = []  # what the thread shall do before its next step
+        self._inbox: list[Callable[[], None]] = []  # run by the thread before its next step
         self._stopping = False
         # Used by the thread alone.
-        self._jobs: dict[int, Job] = {}  # running ones
-        self._changed: dict[int, Job] = {}  # of which something is new
-        self._refused: dict[int, ApiError] = {}  # that never began
-        self._told = State()
+        self._jobs: dict[int, Job] = {}  # running
+        self._changed: dict[int, Job] = {}  # with something to report
+        self._refused: dict[int, ApiError] = {}  # never started
+        self._told = State()  # as last reported
 
     def put(self, request: Request) -> None:
-        """Take a request. Does not wait for a step; a rule is read here, in milliseconds mostly."""
+        """Take a request. Does not wait for a step, but compiles the grammar of a rule, mostly in
+        milliseconds."""
         try:
             jobs = {number: Job(self._answer(order)) for number, order in request.orders.items()}
             if request.rule is not None:
                 constraint = self._constraint(*request.rule)
                 for job in jobs.values():
                     job.constraint = constraint.copy()
-        except BaseException as error:  # a panic of Rust is no Exception, and of this request alone
+        except BaseException as error:  # a panic in Rust is no Exception; only this request fails
             log.error("a request cannot begin: %s: %s", type(error).__name__, error)
             self._send(
                 partial(self._refused.update, dict.fromkeys(request.orders, as_api_error(error)))
@@ -182,11 +183,11 @@ class Engine:
             self._send(partial(self._begin, jobs))
 
     def abort(self, numbers: list[int]) -> None:
-        """End what is left of these sequences, as nobody waits for them. Does not wait."""
+        """End those of these sequences that still run: their client is gone. Does not wait."""
         self._send(partial(self._abort, numbers))
 
     def stop(self) -> None:
-        """End all sequences, and `run`, after the step that is being computed. Does not wait."""
+        """End all sequences, and `run`, after the step under way. Does not wait."""
         with self._lock:
             self._stopping = True
             self._lock.notify()
@@ -196,24 +197,24 @@ class Engine:
             self._inbox.append(do)
             self._lock.notify()
 
-    # --- Of the thread ---
+    # --- In the engine's thread ---
 
     def run(self) -> bool:
-        """Answer requests until the engine is stopped; False: it has a fault."""
+        """Answer requests until the engine is stopped. False: a fault ended it."""
         try:
             while self._go_on():
                 pass
             self._fail(self._jobs, stopping())
             self._report()
             return True
-        except BaseException:  # a fault, or a panic of Rust, must leave no client waiting for ever
+        except BaseException:  # also a panic in Rust: no client may wait for ever
             log.exception("the engine ends")
             return False
         finally:
-            self._tell(None)  # which also ends what is not known here
+            self._tell(None)  # also ends sequences that are still in the inbox
 
     def _go_on(self) -> bool:
-        """Do what has come, and a step; False: the engine stops."""
+        """Empty the inbox, run a step, report. False: the engine stops."""
         with self._lock:
             while not (self._inbox or self._stopping or self._jobs):
                 self._lock.wait()
@@ -228,7 +229,7 @@ class Engine:
         return True
 
     def _begin(self, jobs: dict[int, Job]) -> None:
-        self._jobs |= jobs  # from here on they end with the others
+        self._jobs |= jobs  # first: from here on a fault ends these, too
         for number, job in jobs.items():
             job.sequence.read = partial(self._read, number, job)
             job.sequence.mask = job.constraint.mask if job.constraint else None
@@ -247,25 +248,25 @@ class Engine:
         try:
             with self._turn():
                 self.scheduler.step()
-        except Exception as error:  # a retry would fail again, so end its sequences
+        except Exception as error:  # a retry would fail again, so end the sequences of the step
             log.error("a step failed: %s: %s", type(error).__name__, error)
             failed = {n: x for n, x in self._jobs.items() if x.sequence in self.scheduler.failed}
             self._fail(failed or self._jobs, error)
 
     def _read(self, number: int, job: Job) -> None:
-        """Called by the scheduler when a sequence has got a token or ended."""
+        """Called by the scheduler when a sequence has a new token or has ended."""
         if number in self._jobs:
             job.read()
             self._changed[number] = job
 
     def _fail(self, jobs: dict[int, Job], error: Exception) -> None:
-        """End sequences by an error; those that have ended are told to their end."""
+        """End sequences with an error; those that have ended keep their own end."""
         for number, job in list(jobs.items()):
             job.fail(error)
             self._drop(number)
 
     def _drop(self, number: int) -> None:
-        """Take a sequence from the scheduler. What that raises is of no other's concern."""
+        """Remove a sequence from the scheduler. An exception there ends this sequence alone."""
         job = self._jobs[number]
         s = job.sequence
         try:
@@ -273,16 +274,16 @@ class Engine:
                 self.scheduler.abort(s)
         except Exception as error:
             log.error("a sequence was not ended well: %s: %s", type(error).__name__, error)
-            job.fail(error)  # then the next step ends it
+            job.fail(error)  # its finish_reason makes the next step remove it
         self._changed[number] = job
         del self._jobs[number]
 
     def _report(self) -> None:
-        """Tell what is new, and forget what has ended."""
+        """Report what is new, and forget sequences that have ended."""
         changed, self._changed = self._changed, {}
         refused, self._refused = self._refused, {}
         deltas = [(number, tuple(job.news())) for number, job in changed.items()]
-        deltas += [(n, (*Delta("", [], [], "error", 0, error),)) for n, error in refused.items()]
+        deltas += [(n, tuple(Delta("", [], [], "error", 0, why))) for n, why in refused.items()]
         ended = [number for number, job in changed.items() if job.sequence.finish_reason]
         for number in ended:
             self._jobs.pop(number, None)
@@ -296,7 +297,7 @@ class Engine:
 
 
 def as_api_error(error: BaseException) -> ApiError:
-    """An exception of the engine as clients see it."""
+    """The error that a client gets for an exception of the engine."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, UnsupportedError):
@@ -309,10 +310,10 @@ def as_api_error(error: BaseException) -> ApiError:
 
 
 def stopping() -> ApiError:
-    """Why no request is answered any more, where somebody has stopped the server."""
+    """The error of requests that the end of the server cuts off."""
     return ApiError(503, "the server is stopping", code="stopping")
 
 
 def ended() -> ApiError:
-    """Why, where nobody has: a fault, or the end of its process."""
+    """The error of requests after a fault of the engine, or the end of its process."""
     return ApiError(503, "the engine has ended, the server must be started again", code="ended")

@@ -17,13 +17,13 @@ _TYPES |= {float: "number", int: "integer"}
 
 
 class ApiError(Exception):
-    """What a request is answered instead of a result.
+    """An error response.
 
     Attributes:
         status: of HTTP.
-        param: the field that is wrong, if one is.
-        code: a word for programs, such as "context_length_exceeded".
-        headers: beside the usual ones.
+        param: the wrong field, if it is one field.
+        code: for programs, such as "context_length_exceeded".
+        headers: additional ones.
     """
 
     def __init__(
@@ -39,27 +39,26 @@ class ApiError(Exception):
         self.status, self.param, self.code = status, param, code
         self.headers = headers or {}
 
-    def __reduce__(self) -> Any:  # the engine's process sends errors
+    def __reduce__(self) -> Any:  # pickled by the engine's process
         facts: dict[str, Any] = dict(param=self.param, code=self.code, headers=self.headers)
         return partial(ApiError, **facts), (self.status, str(self))
 
     def body(self) -> dict[str, Any]:
-        """The JSON object that OpenAI's clients make an exception of."""
+        """The JSON object that OpenAI's clients turn into an exception."""
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
         facts = {"message": str(self), "type": kind, "param": self.param, "code": self.code}
         return {"error": facts}
 
 
 def wrong(param: str, has: object, expected: str) -> ApiError:
-    """The error of a field that has another value than it may, or None."""
+    """The error of a field whose value is not `expected`, or None: missing."""
     given = "missing" if has is None else repr(has)
     given = given if len(given) <= 80 else f"{given[:77]}..."
     return ApiError(400, f"{param} is {given}, expected {expected}", param=param)
 
 
 def loads(text: str | bytes) -> Any:
-    """A value of JSON. ValueError for what is none, and for numbers beyond float64, which would
-    come out of it as an infinity."""
+    """Parse JSON. Raises ValueError for invalid JSON, and for numbers that overflow float64."""
 
     def refuse(word: str) -> None:
         raise ValueError(f"{word:.40} is no number of JSON")
@@ -84,14 +83,14 @@ def parse(data: bytes) -> dict[str, Any]:
 
 
 class Fields:
-    """The fields of an object of JSON; `null` is the same as none.
+    """The fields of a JSON object; `null` means missing.
 
-    What is asked of each field is noted, so that `schema` says what a body may hold by the calls
-    that check it.
+    Every check of a field is recorded, so that `schema` can describe the body by the code that
+    checks it.
 
     Args:
         body: the object.
-        where: what stands before a field's name in errors, such as "stream_options.".
+        where: prefix of field names in errors, such as "stream_options.".
     """
 
     def __init__(self, body: dict[str, Any], where: str = "") -> None:
@@ -101,7 +100,7 @@ class Fields:
 
     @property
     def unknown(self) -> set[str]:
-        """Fields that nobody has taken, those of objects within as "messages.x"."""
+        """Fields that were never read; those of nested objects as "messages.x"."""
         names = {name for name in self.body.keys() - self._asked if self.body[name] is not None}
         for name, asked in self._asked.items():
             parts = [asked] if isinstance(asked, Fields) else asked
@@ -110,7 +109,7 @@ class Fields:
         return names
 
     def schema(self) -> dict[str, Any]:
-        """The fields that were asked for, as a JSON schema."""
+        """A JSON schema of the fields that were read."""
         properties: dict[str, Any] = {}
         for name, asked in self._asked.items():
             if isinstance(asked, Fields):
@@ -128,14 +127,14 @@ class Fields:
     def take(
         self, name: str, *kinds: type, default: Any = None, required: bool = False, **facts: Any
     ) -> Any:
-        """A field of one of these types, of any without them.
+        """The value of a field.
 
         Args:
             name: of the field.
-            kinds: of its value.
-            default: where there is none.
-            required: there must be one.
-            facts: what else holds for it, as JSON schemas say it; the caller checks these.
+            kinds: types that its value may have; none: any type.
+            default: returned if the field is missing.
+            required: whether it is an error if the field is missing.
+            facts: further keywords of its JSON schema; the caller checks them.
         """
         self._note(name, kinds, default, required, facts)
         value = self.body.get(name)
@@ -147,7 +146,7 @@ class Fields:
         return value
 
     def each(self, name: str) -> list[Fields]:
-        """The objects of a field that is a list of at least one."""
+        """The objects in a field that is a non-empty list."""
         given = self.take(name, list, required=True)
         if not given:
             raise wrong(self.where + name, given, "a list of at least one")
@@ -161,7 +160,7 @@ class Fields:
         return made
 
     def ignore(self, *names: str) -> None:
-        """Fields that change nothing here, whatever they have."""
+        """Accept fields without effect, whatever their values."""
         for name in names:
             self._asked[name] = {}
 
@@ -184,7 +183,7 @@ class Fields:
         return self._checked(name, default, check, (int,), facts)
 
     def choice(self, name: str, default: Any, *choices: str) -> Any:
-        """One of some words; there must be one where `default` is None."""
+        """One of some words; required if `default` is None."""
         check = partial(check_choice, "", name, choices=choices)
         required = default is None
         values = [*choices] if required else [*choices, None]

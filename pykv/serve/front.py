@@ -1,4 +1,4 @@
-"""What every request passes: who may ask, errors as JSON, a line in the log."""
+"""The outermost layer of the application: access checks, errors as JSON, the log."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from pykv.serve.metrics import Metrics
 
 log = logging.getLogger("pykv.serve")
 
-_OPEN = ("/", "/chat.js", "/style.css", "/health")  # need no key
+_OPEN = ("/", "/chat.js", "/style.css", "/health")  # no key required
 HEADER_BYTES = 32 << 10
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 class ClientGone(Exception):
-    """Nobody waits for the answer any more."""
+    """The client closed the connection before the answer was complete."""
 
 
 class App:
-    """An application behind these checks.
+    """Wraps an application in these checks.
 
     Args:
-        app: answers what passes.
-        metrics: counts answers.
-        api_key: that requests must carry, if any.
-        loopback: the server listens on this machine alone.
-        origins: of other sites, whose pages may ask as well.
+        app: the application.
+        metrics: counts responses.
+        api_key: required of requests, if given.
+        loopback: whether the server listens on this machine alone.
+        origins: other sites whose pages may send requests.
     """
 
     def __init__(
@@ -69,8 +69,8 @@ class App:
             try:
                 self._check(scope)
                 await self._app(scope, receive, noted)
-            except (ClientGone, asyncio.CancelledError):  # or one that stays when the server goes
-                status = 499  # as nginx calls it
+            except (ClientGone, asyncio.CancelledError):  # the latter when the server ends first
+                status = 499  # nginx's code
             except HTTPException as error:  # no such path, or method
                 headers = dict(error.headers or {})
                 message = f"{scope['method']} {scope['path']!r:.200}: {error.detail}, "
@@ -83,9 +83,9 @@ class App:
             except ApiError as error:
                 await self._refuse(error, scope, receive, noted)
             except Exception as error:
-                log.exception("a fault at %.100r", scope["path"])  # quoted: it may hold line ends
+                log.exception("a fault at %.100r", scope["path"])  # quoted: it may have line ends
                 if status:
-                    raise  # the answer has begun, so the connection is closed
+                    raise  # the response has begun: close the connection
                 fault = ApiError(500, f"a fault inside the server: {type(error).__name__}")
                 await self._refuse(fault, scope, receive, noted)
         finally:
@@ -93,10 +93,10 @@ class App:
             self._log(scope, status, time.perf_counter() - began)
 
     def _check(self, scope: Scope) -> None:
-        """Refuse what may not be asked.
+        """Refuse requests without access.
 
-        A page of another site can let its reader's browser ask a server on the same machine: such
-        requests carry an Origin, or, after DNS rebinding, another Host.
+        A page of another site can make a browser send requests to a server on the same machine.
+        Such requests have a foreign Origin or, after DNS rebinding, a foreign Host.
         """
         size = len(scope["raw_path"]) + len(scope["query_string"])
         size += sum(len(k) + len(v) for k, v in scope["headers"])
@@ -121,15 +121,15 @@ class App:
                 raise ApiError(401, message, code="invalid_api_key", headers=advice)
 
     async def _refuse(self, error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
-        # m40-llm's endpoint has the message alone.
+        # m40-llm's endpoint sends the message alone.
         plain = scope["path"] == "/generate"
         body: dict[str, Any] = {"error": str(error)} if plain else error.body()
-        if error.status == 408:  # nobody waits for the rest of the body
+        if error.status == 408:  # the rest of the body is not read
             error.headers["Connection"] = "close"
         await JSONResponse(body, error.status, error.headers)(scope, receive, send)
 
     def _log(self, scope: Scope, status: int, seconds: float) -> None:
-        """One line, without any text of the request."""
+        """Log one line, without any text of the request."""
         client = (scope.get("client") or ["-"])[0]
         facts = f"{client} {scope['method']} {scope['path']!r:.100} {status} {seconds:.3f} s"
         if (work := scope.get("pykv.work")) is not None:
@@ -141,7 +141,7 @@ class App:
 
 
 def _netloc(url: str) -> str | None:
-    """Host and port of a URL; None: it is none."""
+    """Host and port of a URL; None if it is invalid."""
     try:
         return urlsplit(url).netloc
     except ValueError:
@@ -149,7 +149,7 @@ def _netloc(url: str) -> str | None:
 
 
 def _hostname(netloc: str) -> str | None:
-    """The host alone of a host and port; None: they are none."""
+    """The host of "host:port"; None if that is invalid."""
     try:
         return urlsplit(f"//{netloc}").hostname
     except ValueError:

@@ -1,6 +1,5 @@
-"""What the server counts, in Prometheus' text format, under vLLM's names.
-
-Dashboards and load tools look for these names; what vLLM has no name for begins with pykv.
+"""The server's metrics, in Prometheus' text format, under vLLM's names, which dashboards and load
+tools expect. Metrics that vLLM does not have begin with "pykv:".
 """
 
 from __future__ import annotations
@@ -28,13 +27,13 @@ END_TO_END = (
 
 
 class Histogram:
-    """How often seconds fell below each bound."""
+    """A histogram of seconds."""
 
     def __init__(self, bounds: tuple[float, ...]) -> None:
         self.bounds, self.counts, self.sum = bounds, [0] * (len(bounds) + 1), 0.0
 
     def observe(self, seconds: float, count: int = 1) -> None:
-        """Count `count` events that together took so long."""
+        """Count `count` events that took `seconds` together."""
         self.counts[bisect_left(self.bounds, seconds / count)] += count
         self.sum += seconds
 
@@ -48,7 +47,7 @@ class Histogram:
 
 
 class Metrics:
-    """Counters of one server, of its event loop."""
+    """Counters of one server. Used on its event loop alone."""
 
     def __init__(self) -> None:
         self.time_to_first_token = Histogram(FIRST_TOKEN)
@@ -66,12 +65,12 @@ class Metrics:
         self.prefix_hits += reused_tokens
 
     def text(self, model: str, state: State, *, running: int) -> str:
-        """All of them.
+        """The exposition text.
 
         Args:
-            model: name of the label.
+            model: value of the label `model_name`.
             state: of the engine.
-            running: sequences.
+            running: number of running sequences.
         """
         pages, held, waiting = state.pages, state.held, state.waiting
         label = 'model_name="' + model.replace("\\", r"\\").replace('"', r"\"") + '"'

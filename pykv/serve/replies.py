@@ -17,18 +17,18 @@ from pykv.serve.engine import Delta
 from pykv.serve.protocol import Asked
 from pykv.serve.tools import Call, CallReader
 
-LEAST = -9999.0  # stands for -inf, which JSON lacks, as OpenAI has it
+LEAST = -9999.0  # OpenAI's stand-in for -inf, which JSON lacks
 
 
 class Reply:
-    """The answers to one request, in the form of chat completions or of completions.
+    """The reply to one request.
 
     Args:
-        asked: what the body says.
-        work: the sequences.
+        asked: the request.
+        work: its sequences.
         model: name of the model.
         tokenizer: spells the tokens of logprobs.
-        chat: the form.
+        chat: in the form of chat completions; else of completions.
     """
 
     def __init__(
@@ -42,10 +42,10 @@ class Reply:
             "created": int(time.time()),
             "model": model,
         }
-        self._head = json.dumps(head)[:-1]  # common beginning of all chunks
+        self._head = json.dumps(head)[:-1]  # beginning of every chunk
         self._readers = [CallReader(asked.tools) if asked.tools else None for _ in work.choices]
-        self._offsets = [0] * len(work.choices)  # of the next token in the text, for logprobs
-        self._decoders = [tokenizer.stream_decoder() for _ in work.choices]  # find the offsets
+        self._offsets = [0] * len(work.choices)  # text offset of the next token, for logprobs
+        self._decoders = [tokenizer.stream_decoder() for _ in work.choices]  # to find the offsets
         self._spellings: dict[int, tuple[str, list[int]]] = {}
         self._entries: dict[int, tuple[str, str]] = {}  # JSON around a token's logprob
 
@@ -70,19 +70,19 @@ class Reply:
             body = f'{self._head}, "choices": [{choices}], "usage": {counts}}}'
             return Response(body, media_type="application/json")
 
-        # Logprobs of long answers take seconds; other answers must go on meanwhile.
+        # Logprobs of long answers take seconds to encode; other answers must go on meanwhile.
         return await asyncio.to_thread(encoded)
 
     @staticmethod
     def _message(text: str, calls: list[Call]) -> dict[str, Any]:
-        """All that was said in a choice."""
+        """The message of a choice."""
         if not calls:
             return {"role": "assistant", "content": text}
         made = [_call(call) for call in calls]
         return {"role": "assistant", "content": text or None, "tool_calls": made}
 
     async def chunks(self) -> AsyncIterator[str]:
-        """The answer, piece by piece, as JSON."""
+        """The chunks of the stream, as JSON."""
         for index in range(len(self._work.choices)):
             if self._chat:
                 yield self._chunk(index, {"role": "assistant", "content": ""}, [])
@@ -110,8 +110,8 @@ class Reply:
         return f'{self._head}, "choices": [{choice}]{more}}}'
 
     def _choice(self, index: int, said: Any, logprobs: list[Any], reason: str) -> str:
-        """A choice, or what is new of it. JSON is written here rather than by json.dumps of all,
-        as most of it is the same every time."""
+        """A choice, or its delta. Written by hand instead of json.dumps, as most of it never
+        changes."""
         name = "text" if not self._chat else "delta" if self._asked.stream else "message"
         named = self._asked.logprobs is not None and (logprobs or not self._asked.stream)
         found = self._of_choice(index, logprobs) if named else "null"
@@ -121,7 +121,7 @@ class Reply:
         )
 
     def _read(self, index: int, delta: Delta) -> tuple[str, list[Call], str]:
-        """Text, calls and the reason of the end of a delta, as clients see them."""
+        """Text, calls and finish reason of a delta, as clients see them."""
         reader, text, calls = self._readers[index], delta.text, list[Call]()
         if reader:
             text, calls = reader.push(text, bool(delta.finish_reason))
@@ -133,11 +133,11 @@ class Reply:
     # --- Logprobs ---
 
     def _logprobs(self, delta: Delta) -> list[Any]:
-        """A TokenLogprobs for each token, where they are asked for."""
+        """A TokenLogprobs for each token, if requested."""
         return [] if self._asked.logprobs is None else delta.logprobs
 
     def _of_choice(self, index: int, found: list[Any]) -> str:
-        """The logprobs of a choice, as the endpoint has them."""
+        """The logprobs of a choice, in the endpoint's form."""
         count = self._asked.logprobs
         if self._chat:
             entry = self._entry
@@ -161,7 +161,7 @@ class Reply:
         return json.dumps(facts)
 
     def _entry(self, token: int, logprob: float) -> str:
-        """A token with its logprob, of chat completions."""
+        """A token with its logprob, in the form of chat completions."""
         if token not in self._entries:
             text, data = self._spelling(token)
             head = f'{{"token": {json.dumps(text)}, "logprob": '
@@ -173,8 +173,8 @@ class Reply:
         return self._spelling(token)[0]
 
     def _spelling(self, token: int) -> tuple[str, list[int]]:
-        """A token as OpenAI spells it, a part of a character by its bytes, which differ; and its
-        bytes."""
+        """OpenAI's spelling of a token, and its bytes. A token that is a part of a character is
+        spelled by its bytes, so that spellings differ."""
         if token not in self._spellings:
             data = self._tokenizer.token_bytes(token)
             try:

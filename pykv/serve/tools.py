@@ -1,7 +1,7 @@
-"""Messages and tools as chat templates have them, and calls of tools in what models answer.
+"""Messages and tools in the form of chat templates, and tool calls in answers.
 
-Models that were trained on tools have them in their template, and mark calls as <tool_call> ...
-</tool_call>; others are told in the system message to answer with JSON alone. Both write
+Templates of models that were trained on tools list them, and these models mark calls as <tool_call>
+... </tool_call>. Other models are told in the system message to answer with JSON alone. Both write
 {"name": ..., "arguments": {...}}.
 """
 
@@ -19,9 +19,9 @@ from pykv.serve.fields import Fields, loads, wrong
 OPENING, CLOSING = "<tool_call>", "</tool_call>"
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 _NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
-# A function whose parameters are left out has none, as OpenAI has it.
+# The schema of a function that states no parameters; OpenAI's rule.
 _NOTHING = {"type": "object", "properties": {}, "additionalProperties": False}
-# A part of a message's content, for the description of bodies.
+# The schema of a part of a message's content.
 _TEXT = {kind: {"type": "string"} for kind in ("text", "refusal")}
 _PART = {"type": "object", "properties": {"type": {"enum": [*_TEXT]}, **_TEXT}}
 _PART |= {"required": ["type"]}
@@ -40,11 +40,11 @@ class Call(NamedTuple):
 
 
 class Dialect(NamedTuple):
-    """How a template has tools.
+    """How a template treats tools.
 
     Attributes:
-        variable: the one that it lists them from; empty: it knows none.
-        writes_calls: it writes the calls of earlier answers; else their text must hold them.
+        variable: the template variable that lists tools; empty: it has no tools.
+        writes_calls: it writes the calls of earlier answers; else their text must contain them.
     """
 
     variable: str = ""
@@ -52,11 +52,11 @@ class Dialect(NamedTuple):
 
 
 def find_dialect(write: Callable[[list[dict[str, Any]], dict[str, Any]], str]) -> Dialect:
-    """How a template has tools, by what it makes of some. Their names in its code would not show
-    that it reads them: SmolLM3's lists `xml_tools`, and leaves calls out of what it repeats.
+    """Find out how a template treats tools, by rendering a sample. Searching its code for names
+    would not do: SmolLM3's template lists `xml_tools`, but leaves out the calls of earlier answers.
 
     Args:
-        write: the prompt of messages and variables; raises PykvError where there is none.
+        write: renders messages and variables; raises PykvError if the template refuses them.
     """
     listed, called, result = "zq_listed", "zq_called", "zq_result"
     schema = {"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"]}
@@ -86,16 +86,16 @@ def find_dialect(write: Callable[[list[dict[str, Any]], dict[str, Any]], str]) -
 def read_messages(
     fields: Fields, *, native: bool, writes_calls: bool = True
 ) -> list[dict[str, Any]]:
-    """The messages of a body, as templates have them.
+    """The messages of a body, in the form that templates take.
 
     Args:
         fields: of the body.
-        native: whether the template knows tools; else calls and results become text.
-        writes_calls: whether one that does writes calls; else they become text.
+        native: whether the template has tools; else calls and results become text.
+        writes_calls: whether it also writes calls; else calls become text.
     """
     messages: list[dict[str, Any]] = []
     names: dict[str, str] = {}  # by id of a call: the function's name
-    behind_result = False
+    after_result = False
     for message in fields.each("messages"):
         role = message.choice("role", None, *_ROLES)
         calls = _read_calls(message) if role == "assistant" else []
@@ -116,11 +116,11 @@ def read_messages(
             made["content"] = _said(made["content"], calls, marked=native)
         if role == "tool" and not native:
             made = {"role": "user", "content": f"Result of {made['name']}: {made['content']}"}
-        if behind_result and role == "tool" and not native:  # many templates want roles in turns
+        if after_result and role == "tool" and not native:  # many templates want alternating roles
             messages[-1]["content"] += f"\n{made['content']}"
         else:
             messages.append(made)
-        behind_result = role == "tool"
+        after_result = role == "tool"
     return messages
 
 
@@ -140,15 +140,15 @@ def _content(message: Fields, *, required: bool) -> str | None:
 
 
 def _thoughts(message: Fields) -> str | None:
-    """What an assistant thought before it answered, which some templates repeat; vLLM's clients
-    call it `reasoning`, others `reasoning_content`."""
+    """The reasoning of an assistant, which some templates repeat; vLLM's clients send it as
+    `reasoning`, others as `reasoning_content`."""
     thoughts: str | None = message.take("reasoning", str)
     thoughts = message.take("reasoning_content", str, default=thoughts)
     return thoughts
 
 
 def _read_calls(message: Fields) -> list[dict[str, Any]]:
-    """The calls of an assistant's message, with arguments as objects: templates write them so."""
+    """The calls of an assistant's message, with arguments as objects, as templates expect."""
     made = []
     if (legacy := message.take("function_call", enum=[None])) is not None:
         raise wrong(f"{message.where}function_call", legacy, "tool_calls, which took its place")
@@ -165,7 +165,7 @@ def _read_calls(message: Fields) -> list[dict[str, Any]]:
             except (ValueError, RecursionError):
                 raise wrong(f"{where}.function.arguments", given, "JSON") from None
         arguments = {} if arguments in (None, []) else arguments  # PHP writes {} as []
-        if not isinstance(arguments, dict):  # templates go through its items
+        if not isinstance(arguments, dict):  # templates iterate over its items
             raise wrong(f"{where}.function.arguments", given, "an object of JSON")
         call_id = call.get("id")
         if not isinstance(call_id, str | None):
@@ -176,14 +176,14 @@ def _read_calls(message: Fields) -> list[dict[str, Any]]:
 
 
 def _said(text: str, calls: list[dict[str, Any]], *, marked: bool) -> str:
-    """What an assistant has said, with the calls in it."""
+    """The text of an assistant's message with its calls appended."""
     each = [_prompt_json(call["function"]) for call in calls]
     each = [f"{OPENING}\n{one}\n{CLOSING}" for one in each] if marked else each
     return "\n".join([text, *each]).strip()
 
 
 def _prompt_json(value: dict[str, Any]) -> str:
-    """JSON for a model to read, with letters of any script as they are."""
+    """JSON for a model to read: no escapes for letters of other scripts."""
     return json.dumps(value, ensure_ascii=False)
 
 
@@ -192,14 +192,14 @@ def _prompt_json(value: dict[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Tools:
-    """What a request lets a model call.
+    """The tools of a request.
 
     Attributes:
-        functions: by name, with their schemas of parameters.
+        functions: the schema of the parameters of each function, by name.
         given: the field itself, for templates.
-        forced: the answer is a call.
-        native: the template knows tools.
-        parallel: an answer may be several calls.
+        forced: the answer must be a call.
+        native: the template has tools.
+        parallel: an answer may have several calls.
     """
 
     functions: dict[str, dict[str, Any]]
@@ -209,7 +209,7 @@ class Tools:
     parallel: bool = True
 
     def instruct(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Messages that tell a model of the tools which its template does not know."""
+        """Messages whose system message describes the tools, unless the template does."""
         if self.native:
             return messages
         described = "\n".join(_prompt_json(tool["function"]) for tool in self.given)
@@ -262,7 +262,7 @@ def read_tools(fields: Fields, *, native: bool) -> Tools | None:
 
 
 class Rule(NamedTuple):
-    """Arguments of pykv.serve.constraints.Grammars.constraint."""
+    """The arguments of pykv.serve.constraints.Grammars.constraint."""
 
     grammar: str
     trigger: str = ""
@@ -275,7 +275,7 @@ def read_format(fields: Fields) -> dict[str, Any] | None:
     kind = asked.choice("type", "text", "text", "json_object", "json_schema")
     if kind == "text":
         return None
-    if kind == "json_object":  # with the schema in it, as llama.cpp's clients send it
+    if kind == "json_object":  # llama.cpp's clients send a schema in it
         return asked.take("schema", dict) or {"type": "object"}
     part = asked.part("json_schema")
     part.ignore("name", "description", "strict")
@@ -286,7 +286,7 @@ def read_format(fields: Fields) -> dict[str, Any] | None:
 
 
 def grammar(tools: Tools | None, schema: dict[str, Any] | None) -> Rule | None:
-    """What an answer keeps to; None: any text will do."""
+    """The grammar of an answer; None: any text."""
     if tools is None:
         return None if schema is None else Rule(f"start: {_json(schema)}")
     names = list(tools.functions)
@@ -300,7 +300,7 @@ def grammar(tools: Tools | None, schema: dict[str, Any] | None) -> Rule | None:
         start, trigger = f"start: {marked}", ""
     elif schema is not None:
         start, trigger = f"start: answer | {marked}\nanswer: {_json(schema)}", ""
-    elif tools.native:  # any text, and calls wherever one is begun
+    elif tools.native:  # any text; the grammar applies once a call is opened
         start, trigger = f'start: /\\s*/ call /\\s*/ "{CLOSING}"', OPENING
     else:
         start, trigger = "start: TEXT | /\\s*/ call\nTEXT: /\\s*([^{\\s](.|\\n)*)?/", ""
@@ -308,7 +308,7 @@ def grammar(tools: Tools | None, schema: dict[str, Any] | None) -> Rule | None:
 
 
 def _json(schema: dict[str, Any]) -> str:
-    """A schema as a rule of llguidance's Lark."""
+    """A schema as a rule in llguidance's dialect of Lark."""
     return "%json " + json.dumps({"x-guidance": _COMPACT, **schema})
 
 
@@ -326,7 +326,7 @@ _QUOTE_OR_ESCAPE = re.compile(r'"|\\.', re.DOTALL)  # in a string
 
 
 class CallReader:
-    """Tells text from calls while an answer comes.
+    """Separates text from calls while an answer streams in.
 
     Args:
         tools: what may be called.
@@ -334,12 +334,12 @@ class CallReader:
 
     def __init__(self, tools: Tools) -> None:
         self._tools, self._held = tools, ""
-        self._is_text = self._is_behind_call = False
-        self._looked, self._in_string = 0, False  # characters of a call that `_closing` has seen
+        self._is_text = self._is_after_call = False
+        self._looked, self._in_string = 0, False  # how far `_closing` has scanned the call
         self.num_calls = 0
 
     def push(self, text: str, ended: bool) -> tuple[str, list[Call]]:
-        """What is certain with this text: text of the answer, and calls."""
+        """Add text; returns the text and the calls that are now certain."""
         self._held += text
         read = self._read_marked if self._tools.native else self._read_bare
         said, calls = read(ended)
@@ -347,7 +347,7 @@ class CallReader:
         return said, calls
 
     def _read_bare(self, ended: bool) -> tuple[str, list[Call]]:
-        """A call is all of the answer."""
+        """Without marks: a call is the whole answer."""
         if not self._is_text and self._held.lstrip()[:1] in ("", "{") and not ended:
             return "", []
         call = None if self._is_text else self._call(self._held)
@@ -355,7 +355,7 @@ class CallReader:
         return ("", [call]) if call else (said, [])
 
     def _read_marked(self, ended: bool) -> tuple[str, list[Call]]:
-        """Calls stand between marks; blanks around them are no part of the text."""
+        """Calls stand between marks; blanks around them are dropped."""
         said, calls = "", []
         while (start := self._held.find(OPENING)) >= 0:
             stop = self._closing(start, ended)
@@ -370,7 +370,7 @@ class CallReader:
                 calls.append(call)
                 before = before[:start].rstrip()
             said += self._unless_blank(before)
-            self._is_behind_call = call is not None
+            self._is_after_call = call is not None
         keep = 0
         if start >= 0:
             keep = len(self._held) - len(self._held[:start].rstrip())
@@ -382,8 +382,8 @@ class CallReader:
         return said + self._unless_blank(text), calls
 
     def _closing(self, start: int, ended: bool) -> int:
-        """Where the mark is that ends the call, which strings of its arguments may hold as well;
-        below 0: not there yet. Goes on behind what it has seen, as calls may be long."""
+        """The index of the mark that ends the call, or -1. Skips marks in strings of its arguments.
+        Continues where the last scan stopped, as calls may be long."""
         while found := (_QUOTE_OR_ESCAPE if self._in_string else _QUOTE_OR_CLOSING).search(
             self._held, start + self._looked
         ):
@@ -396,19 +396,19 @@ class CallReader:
         return self._held.find(CLOSING, start) if ended else -1
 
     def _unless_blank(self, text: str) -> str:
-        """A text, without its first blanks where it stands behind a call."""
-        text = text.lstrip() if self._is_behind_call else text
-        self._is_behind_call = self._is_behind_call and not text
+        """The text, without leading blanks if it follows a call."""
+        text = text.lstrip() if self._is_after_call else text
+        self._is_after_call = self._is_after_call and not text
         return text
 
     def _call(self, text: str) -> Call | None:
-        """A call, if a text is one of a function that may be called. Its arguments stay as they
-        are written: float64 has fewer digits than numbers of JSON may have."""
+        """The call that a text is, or None. Arguments keep their spelling: numbers in JSON may have
+        more digits than float64."""
         try:
             found = _AS_WRITTEN.decode(text)
             name, arguments = found["name"], found["arguments"]
-            behind = _ARGUMENTS.search(text)
-            start = behind.end() if behind else 0
+            key = _ARGUMENTS.search(text)
+            start = key.end() if key else 0
             given, stop = _AS_WRITTEN.raw_decode(text, start)
         except (ValueError, LookupError, TypeError, RecursionError):
             return None
@@ -419,5 +419,5 @@ class CallReader:
 
 
 def _overlap(text: str, mark: str) -> int:
-    """Characters at the end of a text with which a mark begins."""
+    """How many characters at the end of a text are the beginning of a mark."""
     return next((n for n in range(len(mark) - 1, 0, -1) if text.endswith(mark[:n])), 0)

@@ -1,4 +1,4 @@
-"""Beyond a cache's memory: pages that it forgets fall to the host's memory and on to a disk."""
+"""Tiers below a cache: pages that it forgets are kept in host memory and on disk."""
 
 from pykv.tiers.counters import Counters, Flow
 from pykv.tiers.stack import Tiers

@@ -1,12 +1,12 @@
-"""Pages outside their cache as coded tokens of KVTC: rows of bytes, of a codec of pykv.kvtc.
+"""The form of pages coded by KVTC (pykv.kvtc): rows of bytes.
 
 Dimensions: P tokens a page, B bytes of a coded token.
 
-    row  coded tokens [P, B], see pykv.kvtc.stream; none of them is kept otherwise
+    row  coded tokens [P, B], see pykv.kvtc.stream; no token is stored uncoded
 
-Keys are coded without their rotation, so it matters where in its sequence a page is: its `place`,
-how many pages come before it. Pages of the first tokens, of which KVTC keeps some as they are, are
-no business of this form: see `exact_pages`.
+KVTC removes the rotation of keys before it codes them, so coding needs a page's `place`: the number
+of pages before it in its sequence. It stores the first tokens of a sequence uncoded; their pages
+keep the plain form, see `exact_pages`.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from pykv.pool import PagedKVCache
 
 
 class CodedRows:
-    """Rows of this form.
+    """Rows of coded tokens.
 
     Attributes:
-        rows: [N, P * B] uint8, of the host, or behind `head` bytes of a device's memory.
-        memory: [head + N * P * B] uint8 of the device, None of the host.
+        rows: [N, P * B] uint8 on the host, or the end of `memory`.
+        memory: [header + N * P * B] uint8 on the device; None on the host.
     """
 
     def __init__(self, rows: Any, memory: Any = None) -> None:
         self.rows, self.memory = rows, memory
 
     def data(self, count: int, nbytes: int) -> Any:
-        """Memory for so many bytes of Coded.data, the last of which are the first `count` rows
-        where these are on a device."""
+        """Memory for `nbytes` of Coded.data. On a device it ends with the first `count` rows, so
+        the codec reads and writes them in place."""
         if self.memory is None:
             return np.empty(nbytes, np.uint8)
         end = self.memory.size - self.rows[count:].size
@@ -45,23 +45,23 @@ class CodedRows:
 
 
 class CodedForm:
-    """How pages of a cache lie in rows.
+    """The layout of a coded page in a row; the same methods as Form.
 
     Args:
-        op, name: for messages, the latter of the argument that names the codec.
+        op, name: for messages; `name` is the argument that names the codec.
         codec: of the cache's model.
-        cache: whose pages these are.
-        hadamard: as of Codec.compress.
+        cache: the cache.
+        hadamard: see Codec.compress.
 
     Attributes:
-        name: what tells its rows from those of other forms.
+        name: the form's name in the identity of files.
         nbytes: of a row.
-        exact_pages: the first pages of a sequence, which another form keeps.
+        exact_pages: how many first pages of a sequence keep the plain form.
 
     Raises:
         ParameterError: heads or tensors of the cache share scales.
 
-    Calls may come from several threads: the codec has them take turns.
+    Thread-safe: the codec serialises calls.
     """
 
     def __init__(
@@ -79,11 +79,11 @@ class CodedForm:
 
     @property
     def heads_shape(self) -> tuple[int, int]:
-        """Of a page in a file: one, as a token's code mixes its heads."""
+        """One head of all bytes: a token's code mixes its heads."""
         return 1, self.nbytes
 
     def to_heads(self, row: np.ndarray) -> np.ndarray:
-        """The bytes [1, nbytes] of a row."""
+        """A row as [1, nbytes]."""
         return row[None]
 
     def from_heads(self, heads: np.ndarray, row: np.ndarray) -> None:
@@ -95,7 +95,7 @@ class CodedForm:
         return CodedRows(rows)
 
     def staging(self, cache: Any, count: int) -> tuple[Any, CodedRows]:
-        """Rows of the device for so many pages, and as this form sees them."""
+        """New rows on the device for `count` pages, and their view."""
         size, tokens = count * self.nbytes, count * self._page_size
         whole = self._header(tokens, cache.spec).nbytes
         memory = load_cupy().empty(whole, np.uint8)
@@ -105,7 +105,8 @@ class CodedForm:
     def put(
         self, source: Any, target: CodedRows, ids: list[int], slots: list[int], places: list[int]
     ) -> None:
-        """Code pages of a cache, whose places rise, to rows; of a device to its first ones."""
+        """Code pages of a cache, of ascending places, into rows; on a device into the first
+        ones."""
         table, positions = self._sequence(ids, places)
         header = self._header(len(positions), source.spec)
         how: dict[str, Any] = dict(sinks=0, window=0, hadamard=self._hadamard, check=False)
@@ -117,7 +118,7 @@ class CodedForm:
     def take(
         self, source: CodedRows, target: Any, slots: list[int], ids: list[int], places: list[int]
     ) -> None:
-        """Decode rows, of a device its first ones, to pages of a cache, whose places rise."""
+        """Decode rows, on a device the first ones, into pages of a cache, of ascending places."""
         table, positions = self._sequence(ids, places)
         header = self._header(len(positions), target.spec)
         coded = Coded(header, source.data(len(ids), header.nbytes))
@@ -134,8 +135,8 @@ class CodedForm:
         return self._codec.header(tokens, spec, sinks=0, window=0)
 
     def _sequence(self, ids: list[int], places: list[int]) -> tuple[Any, Any]:
-        """A page table that has pages at their places, of a length that is a power of two, for few
-        layouts; and the positions of their tokens."""
+        """A page table with the pages at their places, and the positions of their tokens. Its
+        length is a power of two, so that few layouts are made."""
         table = np.zeros(1 << places[-1].bit_length(), np.int32)
         table[places] = ids
         offsets = np.arange(self._page_size, dtype=np.int32)
@@ -146,7 +147,7 @@ class CodedForm:
 def rising(
     pages: Sequence[tuple[bytes, int]], place_of: Callable[[int], int]
 ) -> list[list[tuple[bytes, int]]]:
-    """Pages in groups, in each of which places rise; as few as can be."""
+    """Pages in as few groups as possible, with strictly ascending places in each."""
     groups: list[list[tuple[bytes, int]]] = []
     seen: Counter[int] = Counter()
     for key, page in sorted(pages, key=lambda pair: place_of(pair[1])):

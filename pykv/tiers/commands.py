@@ -13,10 +13,10 @@ from pykv.tiers.sizes import parse_disk
 
 
 def describe(given: str) -> str:
-    """Lines about a folder: its pages, and what all processes did that have ended well.
+    """Lines about a folder: its pages, and the counters of all processes that ended normally.
 
     Args:
-        given: the folder, or "DIR:SIZE" as the commands that use it take it.
+        given: the folder, or "DIR:SIZE" as in `--disk-cache`.
 
     Raises:
         ParameterError: there is no such folder.

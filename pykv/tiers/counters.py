@@ -1,5 +1,4 @@
-"""What tiers did: pages found and not found, how many bytes went which way in which time, and how
-long others waited."""
+"""Counters of tiers: hits and misses, bytes and seconds in each direction, and waits."""
 
 from __future__ import annotations
 
@@ -16,8 +15,8 @@ _MOST = 1 << 62  # limit of each count
 
 @dataclass
 class Flow:
-    """Pages that went one way, their bytes there, and the seconds that copies took, which may
-    overlap with each other and with the model's work."""
+    """Pages copied in one direction, their bytes at the target, and the seconds of the copies,
+    which may overlap with each other and with the model's work."""
 
     pages: int = 0
     bytes: int = 0
@@ -32,15 +31,16 @@ class Flow:
 
 @dataclass
 class Counters:
-    """Counters of one process's tiers, or of all that a folder has served.
+    """Counters of one process's tiers, or of all processes that used a folder.
 
     Attributes:
-        host_hits, disk_hits: pages that a prompt found there.
+        host_hits, disk_hits: pages that prompts found in host memory, on disk.
         misses: full pages of prompts that neither the cache nor a tier had.
-        refused: pages that fell and found no room, or that the system did not let us write.
-        damaged: files that were not what their name says, or could not be read; each is a miss.
-        waits, waited_seconds: how often, and how long, a prompt had to wait for a file or a copy,
-            with nothing else to compute; or pages that fell for rows that were written to files.
+        refused: pages that fell and found no row, or could not be written to a file.
+        damaged: files that could not be read, or whose metadata or checksum did not match; each is
+            also a miss.
+        waits, waited_seconds: how often and how long the model's thread waited: prompts for files
+            and copies, with nothing else to compute; falling pages for rows being written.
         to_host, from_host: between the cache and the host tier.
         to_disk, from_disk: between the host tier and files.
     """
@@ -68,7 +68,7 @@ class Counters:
             self.waited_seconds += time.perf_counter() - began
 
     def as_dict(self) -> dict[str, Any]:
-        """Flat, by name: a flow has pages, bytes and seconds of its own."""
+        """A flat dict; a flow gives `<name>_pages`, `<name>_bytes` and `<name>_seconds`."""
         flat: dict[str, Any] = {}
         for name, value in asdict(self).items():
             parts = value.items() if isinstance(value, dict) else [("", value)]
@@ -77,10 +77,10 @@ class Counters:
 
     @staticmethod
     def from_dict(flat: dict[str, Any]) -> Counters:
-        """Of what `as_dict` gave.
+        """The inverse of `as_dict`.
 
         Raises:
-            ValueError: it is something else.
+            ValueError: a name or a number is not one of `as_dict`.
         """
         counters = Counters()
         known = counters.as_dict()
@@ -102,7 +102,7 @@ class Counters:
         return Counters.from_dict({name: min(n + more[name], _MOST - 1) for name, n in flat})
 
     def since(self, before: Counters) -> Counters:
-        """What came since these were `before`."""
+        """The difference to these counters at an earlier time."""
         less = before.as_dict()
         flat = self.as_dict().items()
         return Counters.from_dict({name: max(n - less[name], 0) for name, n in flat})  # sums round

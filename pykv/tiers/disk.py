@@ -1,17 +1,18 @@
 """The disk tier: one folder of files, a page in each, which several processes share.
 
     DIR/<identity>/<2 digits>/<key>.page   a file of pykv.tensor_files with the array `page`
-                   .../<key>-<first>-<n>.page   likewise, of n heads alone, by a rank that has these
+                   .../<key>-<first>-<n>.page   the same with n heads only, from a rank with these
     DIR/counters.json                      what tiers of this folder did, in all processes
-    DIR/lock                               held while one process makes room, or writes the former
+    DIR/lock                               held while a process makes room or writes the counters
 
-`identity` is a hash of all that a page's contents depend on beside its tokens, `key` the hash of
-these and of all before. So a file never changes: it is written whole under a name of its own, then
-renamed. A process that is killed leaves what it had renamed, and a hidden file that the next one
-removes. A reader believes no file: its facts and its checksum must hold. When the folder is full
-the files that were used least recently go, by their time of modification, whoever wrote them, or by
-the policy "lfu" those of the fewest uses, which are their time of access, in nanoseconds; before
-these such as have a time to come, of a clock that was put back.
+`identity` is a hash of everything that a page's contents depend on besides tokens; `key` is the
+hash of a page's tokens and of all tokens before them. So a file never changes. It is written under
+a temporary name, then renamed; the next process removes temporary files that a killed one left. A
+reader trusts no file: its metadata and its checksum must match.
+
+A full folder evicts the least recently used files of any process, by their time of modification.
+The policy "lfu" evicts the files of the fewest uses; the time of access holds their number, in
+nanoseconds. Files with a time in the future, after a clock was set back, go before all others.
 """
 
 from __future__ import annotations
@@ -39,24 +40,24 @@ FORMAT = "pykv.tier.2"  # part of a tier's identity: change it with the layout o
 FLOOR = 1 << 30  # bytes of the disk that are left free
 SUFFIX = ".page"
 _OP = "tiers.disk"
-_HEADER, _SUM = 1024, 65  # bytes of a file beside its page, at most, and for each head
+_HEADER, _SUM = 1024, 65  # most bytes of a file besides its page, in all and for each head
 _KEEP = 0.9  # making room goes down to this share of the limit
 _AHEAD = 60  # seconds by which the clocks of hosts that share a folder may differ
 _STEP = 20_000_000  # nanoseconds between pages of a sequence: more than writing one takes
-_SECOND = 10**9  # nanoseconds; no time of access is as early
-_LOOK = 1 / 16  # of the limit: after writing so much, count others' files again
+_SECOND = 10**9  # nanoseconds; a true time of access is later
+_LOOK = 1 / 16  # share of the limit after whose writing others' files are counted again
 
 
 class Heads(NamedTuple):
-    """Heads of a model that a cache has: `number` from `first` on, of `total`."""
+    """The heads of a model that a cache has: `number` from `first` on, out of `total`."""
 
     first: int
     number: int
     total: int
 
     def covers(self) -> list[list[tuple[int, int]]]:
-        """Parts that hold these heads together, (first, number) each: our own, and those of any
-        number of ranks."""
+        """Sets of files that together hold these heads, as (first, number) of each file: one file
+        of exactly these heads, then the files of every possible world size."""
         found = [[(self.first, self.number)]]
         for n in range(self.total, 0, -1):
             begin, end = self.first // n * n, self.first + self.number
@@ -68,7 +69,7 @@ class Heads(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """A file of a folder of tiers."""
+    """A page's file in the folder of a tier."""
 
     time: float
     nbytes: int
@@ -77,7 +78,7 @@ class Entry(NamedTuple):
 
 
 def size_of(nbytes: int, heads: int) -> int:
-    """Bytes of a file with a page of `nbytes`, at most."""
+    """Upper bound of the bytes of a file with a page of `nbytes`."""
     return nbytes + _HEADER + _SUM * heads
 
 
@@ -88,21 +89,21 @@ class DiskTier:
     """Pages in files.
 
     Args:
-        folder: made for its owner alone where it does not exist.
-        limit: bytes of all files in it, of any identity; exceeded by no more than what each other
-            process writes until it counts again, a sixteenth of this.
+        folder: created for its owner alone if it does not exist.
+        limit: bytes of all files in it, of any identity. Each other process may exceed it by a
+            sixteenth, which it writes before it counts again.
         identity: what contents depend on, by name.
         nbytes: of a page.
-        heads: which heads its pages have; None: those of a page are not told apart by readers.
-        policy: which go first, as of HostTier.
+        heads: which heads the pages have; None: a page is read and written as one.
+        policy: which file goes first, see HostTier.
 
     Raises:
-        PermissionError: others can write there.
+        PermissionError: others can write to the folder.
         OSError: the folder cannot be made or read.
 
-    A page is [heads, bytes of each] uint8, or [bytes]; those of other ranks are found as well, as
-    far as their files hold all heads that are asked for. Methods may be called from several
-    threads. What they raise leaves the folder as it was, but for files that went to make room.
+    A page is [heads, bytes of each] uint8, or [bytes]. Files of other ranks are read too, if they
+    hold all heads wanted. Thread-safe. A method that raises leaves the folder as it was, except for
+    files deleted to make room.
     """
 
     def __init__(
@@ -115,7 +116,7 @@ class DiskTier:
         policy: str = "lru",
     ) -> None:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        check_private(folder)  # whoever writes there could change what models say
+        check_private(folder)  # whoever can write to it could change what models say
         facts = identity | dict(format=FORMAT, page_bytes=str(nbytes))
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
         self.folder, self.limit = folder, limit
@@ -127,9 +128,9 @@ class DiskTier:
         check_private(self._own)
         self._lock = threading.Condition()  # guards the counts below
         self._known: set[bytes] = set()
-        self._total = self._written = 0  # bytes of all files; our own since a count
+        self._total = self._written = 0  # bytes of all files; of our own since the last count
         self._pending = 0  # bytes that threads are about to write
-        self._added = 0  # bytes that they have written since making room began
+        self._added = 0  # bytes that threads have written in all
         self._count()
         for place in (str(folder), *(sub for x in _folders(folder) for sub in _folders(x))):
             whole_files.clear(Path(place))
@@ -145,12 +146,12 @@ class DiskTier:
         return found
 
     def read(self, key: bytes, page: np.ndarray, place: int = 0) -> bool:
-        """Fill a page, the one at `place` of its sequence; False where there is no such file any
-        more, and the page holds anything.
+        """Fill a page, the one at `place` of its sequence. False: the file is gone, and the page's
+        contents are undefined.
 
         Raises:
-            FormatError: a file was damaged or is another's; it is gone now.
-            OSError: it cannot be read.
+            FormatError: a file was damaged or has another identity; it has been deleted.
+            OSError: a file cannot be read.
         """
         rows = page.reshape(-1, page.shape[-1])
         for cover in self._covers:
@@ -164,7 +165,7 @@ class DiskTier:
         return False
 
     def _read(self, key: bytes, part: tuple[int, int] | None, rows: np.ndarray, place: int) -> None:
-        """Fill those rows of a page that a part has."""
+        """Fill the rows of a page that are in the file of one part."""
         path, first = self._path(key, part), 0
         if part is not None and self._heads is not None:
             begin = max(part[0], self._heads.first)
@@ -186,7 +187,7 @@ class DiskTier:
         self._note_use(path, place, uses + 1)
 
     def write(self, key: bytes, page: np.ndarray, place: int = 0) -> None:
-        """Keep a page, the one at `place` of its sequence.
+        """Write a page, the one at `place` of its sequence.
 
         Raises:
             OSError: the system refuses, or too little of the disk would stay free.
@@ -196,7 +197,7 @@ class DiskTier:
         with self._room_for(size):
             if shutil.disk_usage(self.folder).free < FLOOR + size:
                 raise OSError(errno.ENOSPC, f"less than {FLOOR:,} bytes would stay free", str(path))
-            for above in (self._own, path.parent):  # somebody may have removed both
+            for above in (self._own, path.parent):  # may have been removed
                 above.mkdir(mode=0o700, exist_ok=True)
             how: dict[str, bool] = dict(private=True, durable=False, by_row=True)
             tensor_files.write(path, self._facts(key, part), {"page": rows}, **how)
@@ -208,7 +209,7 @@ class DiskTier:
                 self._added += size
 
     def clear(self) -> None:
-        """Delete all pages of this identity; one that is written meanwhile may stay.
+        """Delete all pages of this identity; one being written may stay.
 
         Raises:
             OSError: the system refuses.
@@ -219,13 +220,13 @@ class DiskTier:
         self._count()
 
     def leave_to_parent(self) -> None:
-        """In a forked child: forget what the parent's threads were at, and the locks they held."""
+        """In a forked child: forget the parent's pending writes and the locks its threads held."""
         global _making_room
         _making_room, self._lock = threading.Lock(), threading.Condition()
         self._pending = 0
 
     def note(self, counters: Counters) -> bool:
-        """Add counters to those of the folder; False where another process is at it.
+        """Add counters to those of the folder. False: another process holds the lock.
 
         Raises:
             OSError: the system refuses.
@@ -250,7 +251,7 @@ class DiskTier:
             self._known.discard(key)
 
     def _facts(self, key: bytes, part: tuple[int, int] | None) -> dict[str, str]:
-        name = self._path(key, part).stem  # of its key, and its heads
+        name = self._path(key, part).stem  # names the key, and the heads if not all
         return dict(format=FORMAT, identity=self._identity, key=name)
 
     def _path(self, key: bytes, part: tuple[int, int] | None = None) -> Path:
@@ -258,14 +259,14 @@ class DiskTier:
         return self._own / name[:2] / f"{name}{self._tail(part)}{SUFFIX}"
 
     def _tail(self, part: tuple[int, int] | None) -> str:
-        """What follows the key in the name of a file."""
+        """The part of a file's name that follows the key."""
         is_whole = part is None or self._heads is None or part == (0, self._heads.total)
         return "" if is_whole or part is None else f"-{part[0]}-{part[1]}"
 
     # --- Room ---
 
     def _count(self) -> list[Entry]:
-        """Look at all files. What threads write meanwhile may not be seen, and is added."""
+        """Count all files. Bytes that threads write meanwhile are added, seen or not."""
         before = self._added
         found = entries(self.folder)
         own = {e.path.stem for e in found if e.path.parent.parent == self._own}
@@ -283,11 +284,11 @@ class DiskTier:
 
     @contextmanager
     def _room_for(self, size: int) -> Iterator[None]:
-        """Room for a file while the block writes it. One thread waits for another, but no process
-        for another.
+        """Reserve room for a file while the `with` block writes it. Threads wait for each other,
+        processes do not.
 
         Raises:
-            OSError: there is none.
+            OSError: there is no room.
         """
         with _making_room:
             with self._lock:
@@ -304,8 +305,8 @@ class DiskTier:
                 self._lock.notify_all()
 
     def _make_room(self, size: int) -> None:
-        """Delete what goes first, if files would exceed the limit; one process at a time, or each
-        would delete as much.
+        """Evict files if they would exceed the limit; one process at a time, or each would delete
+        as much.
 
         Raises:
             OSError: there is no room.
@@ -326,7 +327,7 @@ class DiskTier:
 
             found = sorted(self._count(), key=order)
             wanted = self._total + self._pending + size
-            if wanted > self.limit:  # nobody made room meanwhile
+            if wanted > self.limit:  # no other process made room meanwhile
                 excess = wanted - _KEEP * self.limit
                 for entry in found:
                     if excess > 0:
@@ -337,27 +338,27 @@ class DiskTier:
 
     def _note_use(self, path: Path, place: int, uses: int) -> None:
         """Set the time of use of a page's file to now, minus a step for each page before it, so
-        that the last page of a sequence goes first: pages behind a missing one are of no use."""
+        that the last page of a sequence goes first: pages behind a missing one are useless."""
         now = time.time_ns()
         with suppress(OSError):
             os.utime(path, ns=(uses if self._counts_uses else now, now - place * _STEP))
 
 
 def _uses_of(facts: os.stat_result) -> int:
-    """Uses of a file; 0 of one whose time of access is such a time."""
+    """Number of uses of a file; 0 if its time of access is a true time."""
     return facts.st_atime_ns if 0 <= facts.st_atime_ns < _SECOND else 0
 
 
 def _open_unnoted(path: str, flags: int) -> int:
-    """Open a file so that reading it does not change its time of access, where the system lets us:
-    some refuse that of files that others own, as disks in a network may say that all are."""
+    """Open a file so that reading it does not change its time of access. Systems may refuse that
+    for files of other owners, and network disks may claim that of all files."""
     with suppress(PermissionError):
         return os.open(path, flags | getattr(os, "O_NOATIME", 0))
     return os.open(path, flags)
 
 
 def entries(folder: Path) -> list[Entry]:
-    """All pages of a folder of tiers."""
+    """All pages in the folder of a tier."""
     found = []
     for identity in _folders(folder):
         for sub in _folders(identity):
@@ -372,7 +373,7 @@ def entries(folder: Path) -> list[Entry]:
 
 
 def read_counters(folder: Path) -> Counters:
-    """What tiers of a folder did, in all processes that have said so."""
+    """Counters of a folder, summed over the processes that have added theirs."""
     path = folder / "counters.json"
     try:
         if path.is_file():

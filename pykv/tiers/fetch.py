@@ -1,13 +1,14 @@
 """Pages of one sequence on their way back from tiers, while the model computes others.
 
-    begin     Tiers.begin finds them; from then on their rows of the host tier stay, but for those
-              far ahead that files have as well
-    advance   between two steps: files that are there become rows, rows go to the cache, and those
-              behind are read; what fails ends the fetch there, and the rest is computed
-    cancel    the sequence goes: what is on its way comes to an end, and nobody waits for it
+    begin     Tiers.begin finds the pages; from then on their rows of the host tier are held, except
+              those far ahead that are in files as well
+    advance   between two steps: takes files that were read, copies rows to the cache, and has
+              threads read the next files. A page that fails ends the fetch there; the model
+              computes the rest
+    cancel    the sequence goes away: copies under way finish, and nobody waits for them
 
-Threads read files. On a GPU copies are enqueued, and are there when their events say so: the host
-waits for files alone, and only where it is asked to.
+Threads read files. On a GPU, copies are asynchronous and complete by events: the host waits for
+files alone, and only on request.
 """
 
 from __future__ import annotations
@@ -26,15 +27,15 @@ class Fetch:
     """Pages that tiers have, and the sequence that waits for them.
 
     Args:
-        tiers: where they are.
-        keys: of the pages behind those that the sequence has.
-        pages: of the sequence, in place: the caller extends it, and these become the pages of keys,
-            as far as it reaches then.
+        tiers: where the pages are.
+        keys: of the pages to bring back, which follow those that the sequence has.
+        pages: the sequence's page list. The caller extends it in place; the pages behind the
+            present ones receive the contents, in the order of `keys`.
 
     Attributes:
-        done: pages of the sequence that are there, those before among them, for what is enqueued on
-            the current stream.
-        stop: where it ends.
+        done: how many pages of the sequence, from its start, hold their contents for work enqueued
+            on the current stream.
+        stop: what `done` will be at the end.
     """
 
     def __init__(self, tiers: Tiers, keys: list[bytes], pages: list[int]) -> None:
@@ -51,11 +52,11 @@ class Fetch:
         return self.done >= self.stop
 
     def holds(self, key: bytes) -> bool:
-        """Whether the row of a page must stay as it is."""
+        """Whether the row of a page must not be evicted."""
         i = self._index.get(key)
         if i is None or not self._released <= self._start + i < self.stop:
             return False
-        # Unless its turn is near, earlier pages may take the row: a file brings this page back.
+        # Earlier pages may take the row of a page that is far ahead and can be read from a file.
         at, tiers = self._start + i, self._tiers
         return at < self._sent + tiers.most_ahead(at) or not tiers.has_file(key)
 
@@ -65,13 +66,13 @@ class Fetch:
         return self._sent - sum(count for count, _ in self._moving)
 
     def advance(self, *, wait: bool = False) -> int:
-        """Go on. Returns `done`.
+        """Make progress. Returns `done`.
 
         Args:
-            wait: until it is over. On a GPU the host waits for files, and the current stream for
-                copies.
+            wait: go on until the fetch is over. On a GPU the host waits for files, and the current
+                stream for copies.
 
-        Whatever it raises leaves a fetch that can be cancelled.
+        After an exception the fetch can still be cancelled.
         """
         while True:
             self._tiers.settle()
@@ -94,19 +95,19 @@ class Fetch:
         self._moving[0][1].wait()
 
     def join(self) -> None:
-        """Have what is enqueued on the current stream from now on wait for copies."""
+        """Make the current stream wait for copies."""
         for _, moved in self._moving:
             moved.join()
 
     def release(self) -> bool:
-        """Let go of rows that were copied. Returns whether there is nothing left to hold."""
+        """Release rows whose copies are done. Returns whether none is held any more."""
         while self._moving and self._moving[0][1].is_done:
             self._moving.popleft()
         return self.is_over and not self._moving
 
     def cancel(self) -> None:
-        """Bring no more. The pages may go to others: what is enqueued on the current stream from
-        now on waits for copies to them. Whatever it raises, they are there, and it is over."""
+        """End the fetch. The current stream waits for copies under way, so the pages may be given
+        to others. Even if this raises, the copies are done and the fetch is over."""
         self.stop = self.done = self._sent
         try:
             self.join()
@@ -116,7 +117,7 @@ class Fetch:
             raise
 
     def end_before(self, key: bytes) -> None:
-        """Do without a page, which nobody can bring, and those behind it."""
+        """End ahead of a page that cannot be read."""
         i = self._index.get(key)
         if i is not None and self._sent <= self._start + i < self.stop:
             self._end_at(self._start + i)
@@ -127,12 +128,12 @@ class Fetch:
 
     @property
     def has_next(self) -> bool:
-        """Whether the next page is in a row, or will be."""
+        """Whether the next page is in a row, or being read into one."""
         at = self._sent
         return at < self.stop and self._tiers.has_row(self._keys[at - self._start], at)
 
     def send(self) -> None:
-        """Copy what is in rows, as far as the sequence has pages."""
+        """Copy pages that are in rows, as far as the sequence has pages for them."""
         self._end_at(min(self.stop, len(self._pages)))
         while self._sent < self.stop:
             at = self._sent
@@ -142,19 +143,19 @@ class Fetch:
                 return
             self._moving.append(moved)
             self._sent += moved[0]
-            if self._sent == self.stop:  # rows were filled in order, but the last shall go first
+            if self._sent == self.stop:  # the last page shall be evicted first
                 self._tiers.touch(self._keys[: self.stop - self._start], is_use=False)
         self.release()
 
     def _read_ahead(self) -> None:
-        """Have threads read files of the pages that come next."""
+        """Have threads read the files of the next pages."""
         tiers, at = self._tiers, self._sent
         while at < min(self._sent + tiers.most_ahead(at), self.stop):
             key = self._keys[at - self._start]
             if not tiers.has_row(key, at):
                 if not tiers.read_later(key, at):
                     if at == self._sent and not tiers.is_busy:
-                        self._end_at(at)  # no row is left for it
+                        self._end_at(at)  # no row can become free
                     return
                 self._asked.add(key)
             at += 1

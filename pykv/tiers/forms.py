@@ -1,17 +1,18 @@
-"""The form of a page outside its cache: one contiguous row of bytes that holds all its layers, as
-it is or in another kind. (Codes of KVTC: pykv.tiers.coded.)
+"""The form of a page outside its cache: one contiguous row of bytes with all layers of the page, in
+the cache's kind or as codes of another. (Pages coded by KVTC: pykv.tiers.coded.)
 
-Dimensions: L layers, N pages, P tokens a page, H KV heads, D head size.
+Dimensions: L layers, N pages, P tokens a page, H KV heads, D head size, W elements that D codes
+take.
 
-    row    layer by layer its keys [P, H, W], values, then their scales [P, H] where each token and
-           head has one; NHD or HND as the spec. Each begins at a multiple of PART bytes, a layer at
-           one of ALIGNMENT
-    heads  in files: for each head its keys [L, P, W], values, and their scales [L, P], without gaps
+    row    for each layer: keys [P, H, W], values, then scales [P, H] where each token and head has
+           one; NHD or HND as the spec says. Arrays begin at multiples of PART bytes, layers at
+           multiples of ALIGNMENT
+    heads  in files: for each head: keys [L, P, W], values, then scales [L, P], without gaps
 
-Heads are whole, whatever the layout, so NHD reads what HND wrote, and a rank of a tensor-parallel
-model the heads that it has. Exactly: fp16, bf16 and fp32; codes with a scale for each token and
-head, which goes with them. Not so, and refused with a part of the heads: scales that heads or
-tensors share, which belong to a cache; coded tokens of KVTC, which mix all heads.
+Files store whole heads, so NHD reads what HND wrote, and a rank of a tensor-parallel model reads
+the heads that it has. This is bit-exact for fp16, bf16 and fp32, and for codes with a scale for
+each token and head. A part of the heads is refused where scales are shared by heads or tensors
+(they belong to a cache), and for tokens coded by KVTC (a code mixes all heads).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -36,12 +37,12 @@ PART, ALIGNMENT = 16, 128  # bytes
 
 @dataclass(frozen=True)
 class Form:
-    """How pages of a cache lie in rows.
+    """The layout of a page in a row.
 
     Attributes:
-        spec: what rows hold.
+        spec: kinds, scales and layout of the row.
         nbytes: of a row.
-        layer: bytes of a layer in it.
+        layer: bytes of a layer.
         parts: name, offset in a layer, shape [L, ...] and dtype of each array of a page.
     """
 
@@ -49,15 +50,16 @@ class Form:
     nbytes: int
     layer: int
     parts: tuple[tuple[str, int, tuple[int, ...], Any], ...]
+    exact_pages: ClassVar[int] = 0  # as of CodedForm
 
     @property
     def name(self) -> str:
-        """What tells its pages in files from those of other forms."""
+        """The form's name in the identity of files."""
         return str(replace(self.spec, layout="NHD"))
 
     @property
     def heads_shape(self) -> tuple[int, int]:
-        """Heads, and bytes of each, of a page in a file."""
+        """Number of heads of a page in a file, and bytes of each."""
         axis, count = self._head_axis, 0
         for _, _, shape, dtype in self.parts:
             count += prod(shape) * dtype.itemsize // shape[axis]
@@ -92,8 +94,8 @@ class Form:
             x[...] = y
 
     def view(self, rows: Any, cache: Any) -> Pages:
-        """Rows [N, nbytes] uint8 as pages, without a copy; scales that heads or tensors share are
-        the cache's own."""
+        """Rows [N, nbytes] uint8 as Pages, without a copy; scales shared by heads or tensors are
+        the cache's."""
         made = dict.fromkeys(ARRAYS) | given_scales(cache)
         for name, offset, (L, *page), dtype in self.parts:
             strides = (self.layer, self.nbytes, *_steps(page, dtype))
@@ -105,33 +107,33 @@ class Form:
         return Pages(**made, spec=self.spec)
 
     def staging(self, cache: Any, count: int) -> tuple[Any, Pages]:
-        """Rows of the device for so many pages, and these."""
+        """New rows on the device for `count` pages, and their view."""
         rows = load_cupy().empty((count, self.nbytes), np.uint8)
         return rows, self.view(rows, cache)
 
     @staticmethod
     def put(source: Any, target: Any, ids: list[int], slots: list[int], places: Any = None) -> None:
-        """Copy pages of a cache to others on its device, or convert them where specs differ."""
+        """Copy pages on one device; converts them where specs differ."""
         move_known(source, target, ids, slots)
 
     take = put
 
 
 def _steps(page: Sequence[int], dtype: Any) -> list[int]:
-    """Strides, in bytes, of a page's contiguous array."""
+    """Strides, in bytes, of a contiguous array of this shape."""
     return [dtype.itemsize * prod(page[i:]) for i in range(1, len(page) + 1)]
 
 
 def form_of(op: str, name: str, cache: PagedKVCache, codec: str) -> Form:
-    """The form of a cache's pages by a codec of sizes.CODECS.
+    """The form of a cache's pages with a codec of sizes.CODECS.
 
     Args:
-        op, name: for messages, the latter of the argument that names the codec.
+        op, name: for messages; `name` is the argument that names the codec.
 
     Raises:
         ParameterError: the codec would make pages no smaller.
     """
-    plain = _form(cache, cache.spec)
+    plain = plain_form(cache)
     if codec == "none":
         return plain
     words = dict(scale_dtype=cache.spec.scale_dtype, layout=cache.spec.layout)
@@ -141,6 +143,11 @@ def form_of(op: str, name: str, cache: PagedKVCache, codec: str) -> Form:
             f"{op}: {name} has the codec {codec}, expected none: the cache holds {cache.spec}"
         )
     return coded
+
+
+def plain_form(cache: PagedKVCache) -> Form:
+    """The form that keeps pages as the cache has them."""
+    return _form(cache, cache.spec)
 
 
 def _form(cache: PagedKVCache, spec: KVSpec) -> Form:

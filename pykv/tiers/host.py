@@ -1,6 +1,6 @@
-"""The host tier: rows of memory, and which page is in which. Of pages of as many uses the least
-recently used goes first, and of one sequence the last, since pages behind a missing one are of no
-use."""
+"""The host tier: rows of memory, and which page is in which row. Among pages of equal uses the
+least recently used is evicted first, and of one sequence the last page, as pages behind a missing
+one are useless."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class HostTier:
 
     Args:
         rows: [N, bytes of a page] uint8.
-        policy: "lru" counts no uses; by "lfu" the page of the fewest goes first. There a page that
-            comes counts as many as the one that went last, so that what is used no more does not
-            stay for ever.
+        policy: "lru" counts no uses; "lfu" evicts the page of the fewest uses. With "lfu" a new
+            page begins with the uses of the page evicted last, so that pages that were popular once
+            do not stay for ever.
 
     Not thread-safe. Source of counts that begin above 0: Arlitt et al., "Evaluating Content
     Management Techniques for Web Proxy Caches", 1999.
@@ -34,7 +34,7 @@ class HostTier:
         self._uses: dict[bytes, int] = {}
         self._by_uses: dict[int, OrderedDict[bytes, None]] = {}  # the oldest first
         self._each_use = int(policy == "lfu")
-        self._least = 0  # uses of the page that went last
+        self._least = 0  # uses of the page that was evicted last
         self._free = list(range(len(rows)))[::-1]
 
     def __len__(self) -> int:
@@ -44,15 +44,15 @@ class HostTier:
         return key in self._slots
 
     def items(self) -> list[tuple[bytes, int]]:
-        """(key, row) of all pages, that which would go first being the first."""
+        """(key, row) of all pages, in order of eviction."""
         return [(key, self._slots[key]) for key in self._in_order()]
 
     def _in_order(self) -> Iterator[bytes]:
         return chain.from_iterable(self._by_uses[uses] for uses in sorted(self._by_uses))
 
     def touch(self, keys: Sequence[bytes], *, is_use: bool = True) -> None:
-        """Note that pages of a sequence, given in its order, are used now, or again what they were
-        used for; keys of pages that are not here are passed over."""
+        """Mark pages of a sequence, given in its order, as the most recently used; with `is_use`
+        also count a use. Ignores keys that are not here."""
         more = self._each_use if is_use else 0
         for key in reversed(keys):
             uses = self._uses.get(key)
@@ -73,7 +73,7 @@ class HostTier:
         return uses
 
     def find_first(self, keys: Iterable[bytes]) -> list[int]:
-        """The rows of the first of these pages, until one is not here."""
+        """The rows of these pages, up to the first that is not here."""
         slots: list[int] = []
         for key in keys:
             slot = self._slots.get(key)
@@ -83,8 +83,8 @@ class HostTier:
         return slots
 
     def claim(self, count: int, is_held: Callable[[bytes], bool] = lambda key: False) -> list[int]:
-        """Rows for `count` pages, or fewer; what goes first makes room, unless it is held. They
-        belong to nobody until `add` or `release`."""
+        """Up to `count` rows, evicting pages that are not held. The caller owns them until `add` or
+        `release`."""
         wanted = count - len(self._free)
         going: list[bytes] = []
         for key in self._in_order() if wanted > 0 else ():
@@ -98,7 +98,7 @@ class HostTier:
         return [self._free.pop() for _ in range(min(count, len(self._free)))]
 
     def add(self, key: bytes, slot: int) -> None:
-        """Note the page that a claimed row holds now."""
+        """Record the page that a claimed row now holds."""
         self._slots[key] = slot
         self._put_last(key, self._least)
 
@@ -113,12 +113,12 @@ class HostTier:
         self._free += slots
 
 
-_MEMORY_PAGE = 4096  # the system maps memory in pages of at least so many bytes
+_MEMORY_PAGE = 4096  # bytes; the smallest page of memory that systems map
 
 
 def allocate(op: str, name: str, xp: Any, count: int, nbytes: int) -> np.ndarray:
-    """[count, nbytes] uint8 of host memory, pinned for `cupy`: of exactly that size, which CuPy's
-    pool would round up to a power of two.
+    """[count, nbytes] uint8 of host memory; for `cupy` pinned, and not from CuPy's pool, which
+    would round the size up to a power of two.
 
     Raises:
         CapacityError: the host has no such memory.
@@ -127,7 +127,7 @@ def allocate(op: str, name: str, xp: Any, count: int, nbytes: int) -> np.ndarray
     try:
         if xp is np:
             rows = np.empty((count, nbytes), np.uint8)
-            rows.reshape(-1)[::_MEMORY_PAGE] = 0  # takes the memory now, not as rows fill
+            rows.reshape(-1)[::_MEMORY_PAGE] = 0  # commits the memory now, not as rows fill
             return rows
         cuda = load_cupy().cuda
         try:

@@ -1,4 +1,4 @@
-"""Whose pages files hold: what their contents depend on, and which heads of a model a cache has."""
+"""Whose pages files hold: the identity of their contents, and which heads of a model they have."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from pykv.tiers.coded import CodedForm
 from pykv.tiers.disk import Heads
 from pykv.tiers.forms import Form
 
-MOST_HEADS = 1 << 16  # limit: files of ranks of every size are looked for
+MOST_HEADS = 1 << 16  # limit: lookups try the files of every world size
 
 
 def check_identity(given: Any) -> None:
-    """Whether what contents depend on is told as texts, under names that tiers have no use for.
+    """Check that an identity maps names to texts, and that no name is reserved.
 
     Raises:
         DtypeError: it is no dict of texts.
-        ParameterError: a name is one of ours.
+        ParameterError: a name is reserved for tiers.
     """
     if given is None:
         return
@@ -34,11 +34,11 @@ def check_identity(given: Any) -> None:
 def heads_of(
     cache: PagedKVCache, given: tuple[int, int] | None, form: Form | CodedForm
 ) -> Heads | None:
-    """The heads of a cache; None where its pages in files are not told apart by heads.
+    """The heads of a cache; None where files do not store heads separately.
 
     Raises:
-        ParameterError: there are no such heads, or a form has no heads of its own.
-        DtypeError: they are not two whole numbers.
+        ParameterError: `given` is out of range, or files do not store heads separately.
+        DtypeError: it is not two whole numbers.
     """
     _, count, _ = cache.sizes
     is_coded = isinstance(form, CodedForm)

@@ -1,34 +1,37 @@
-"""Rows of host memory with pages of one form, and what threads do with them and files."""
+"""Rows of host memory: the forms of their pages, and their way to files and back."""
 
 from __future__ import annotations
 
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from pykv.arrays import load_cupy, on_gpu
 from pykv.errors import ParameterError
+from pykv.kvtc import Codec
 from pykv.pool import PagedKVCache
 from pykv.tiers.coded import CodedForm
 from pykv.tiers.disk import DiskTier
-from pykv.tiers.forms import Form
+from pykv.tiers.forms import Form, form_of, plain_form
 from pykv.tiers.host import HostTier, allocate
 from pykv.tiers.moves import Moved, Moves
-from pykv.tiers.sizes import Limit
+from pykv.tiers.sizes import Limit, artefact_of
 
-EXACT_SHARE = 4  # with a codec, 1 / 4 of host memory holds exact first pages
+Opener = Callable[[str, str, Any], Codec]  # of an argument, a codec FILE:RATIO, an array module
+EXACT_SHARE = 4  # with an artefact, 1 / 4 of host memory holds the first pages, uncoded
 
 
 class Rows:
-    """Rows of host memory of one form.
+    """Rows of host memory that hold pages of one form.
 
     Attributes:
-        form, file_form: of the rows, and of files that are made of them.
-        is_coded: only pages whose places rise can go at once.
-        host: which pages are in them.
-        moves: to the cache and back.
-        places: of the page in each row.
+        form, file_form: of rows, and of the files written from them.
+        is_coded: by KVTC; then one move takes pages of ascending places alone.
+        host: which page is in which row.
+        moves: copies between rows and the cache.
+        places: for each row, where in its sequence its page is.
     """
 
     def __init__(
@@ -51,7 +54,7 @@ class Rows:
         self.places = [0] * count
 
     def add(self, key: bytes, slot: int, place: int) -> None:
-        """Note the page that a claimed row holds now."""
+        """Record the page that a claimed row now holds."""
         self.host.add(key, slot)
         self.places[slot] = place
 
@@ -60,7 +63,7 @@ class Rows:
         return self.form if place < self._exact_pages else self.file_form
 
     def write(self, files: DiskTier, key: bytes, slot: int, moved: Moved) -> float:
-        """Write a row to a file, of a thread, once it was moved there. Returns seconds.
+        """Write a row to a file once `moved` has filled it. Runs in a thread. Returns seconds.
 
         Raises:
             OSError: the system refuses.
@@ -79,11 +82,11 @@ class Rows:
     def read(
         self, files: DiskTier, key: bytes, slot: int, place: int, before: Moved
     ) -> float | None:
-        """Read a file into a claimed row, of a thread, once what was copied there `before` is.
-        Returns seconds; None if there is no file any more.
+        """Read a file into a claimed row once `before`, copies out of it, is done. Runs in a
+        thread. Returns seconds; None if the file is gone.
 
         Raises:
-            FormatError, OSError: it is damaged, or cannot be read.
+            FormatError, OSError: the file is damaged, or cannot be read.
         """
         before.wait()
         began = time.perf_counter()
@@ -99,12 +102,72 @@ class Rows:
         return time.perf_counter() - began if found else None
 
 
-def counts_of(limit: Limit, plain: Form, form: Form | CodedForm) -> list[int]:
-    """Rows that host memory has room for; where they are coded, of pages as they are first.
+class Forms(NamedTuple):
+    """The forms of pages in tiers.
+
+    Attributes:
+        plain: without a codec.
+        rows: of host memory.
+        files: of the disk tier; that of rows without one.
+    """
+
+    plain: Form
+    rows: Form | CodedForm
+    files: Form | CodedForm
+
+    @property
+    def exact_pages(self) -> int:
+        """How many first pages of a sequence stay plain."""
+        return max(x.exact_pages for x in (self.rows, self.files))
+
+
+def choose_forms(
+    cache: PagedKVCache,
+    host: Limit,
+    disk: Limit | None,
+    open_codec: Opener | None,
+    hadamard: bool,
+) -> Forms:
+    """The forms that codecs of both tiers ask for.
 
     Raises:
-        ParameterError: none.
+        ParameterError: a codec cannot be had, or is of no use.
     """
+
+    def form(name: str, codec: str, xp: Any) -> Form | CodedForm:
+        if artefact_of(codec) is None:
+            return form_of("Tiers", name, cache, codec)
+        if open_codec is None:
+            raise ParameterError(f"Tiers: {name}'s codec is {codec!r}, expected a model's")
+        return CodedForm("Tiers", name, open_codec(name, codec, xp), cache, hadamard)
+
+    plain = plain_form(cache)
+    rows = form("host_cache", host.codec, load_cupy() if on_gpu(cache.k) else np)
+    if disk is None or disk.codec == host.codec:
+        return Forms(plain, rows, rows)
+    files = form("disk_cache", disk.codec, np)
+    is_smaller = files.nbytes < rows.nbytes
+    if not is_smaller and disk.codec != "none":
+        raise ParameterError(
+            f"Tiers: disk_cache has the codec {disk.codec}, {files.nbytes:,} bytes a page, "
+            f"expected none or one of less than the {rows.nbytes:,} of host_cache's {host.codec}: "
+            "what that lost does not come back"
+        )
+    if is_smaller and isinstance(rows, CodedForm):
+        raise ParameterError(
+            f"Tiers: disk_cache has the codec {disk.codec}, expected none or {host.codec}: "
+            "what an artefact coded is not coded again"
+        )
+    return Forms(plain, rows, files if is_smaller else rows)
+
+
+def counts_of(limit: Limit, forms: Forms) -> list[int]:
+    """How many rows fit into host memory: of each form, the plain one first if rows are coded.
+
+    Raises:
+        ParameterError: no row fits.
+    """
+    plain, form = forms.plain, forms.rows
     if not isinstance(form, CodedForm):
         check_fits("host_cache", limit.nbytes, form.nbytes)
         return [limit.nbytes // form.nbytes]
@@ -122,7 +185,7 @@ def check_fits(name: str, limit: int, nbytes: int) -> None:
     """Check that a tier has room for a page.
 
     Raises:
-        ParameterError: it has not.
+        ParameterError: a page is larger.
     """
     if limit < nbytes:
         raise ParameterError(

@@ -1,9 +1,9 @@
-"""What a user says of a tier, as texts: "4GiB", "4GiB:lfu", "4GiB:int8", "DIR:50GiB:lfu:CODEC".
+"""Parses a tier's options: "4GiB", "4GiB:lfu", "4GiB:int8", "DIR:50GiB:lfu:CODEC".
 
-Sizes are read as `docker run --memory` reads them: K, M, G and T are powers of 1024, with B, iB or
-nothing behind them, in either case. "64M", "64mb" and "64MiB" are one size, "512" are bytes.
+Sizes follow `docker run --memory`: K, M, G and T are powers of 1024, upper or lower case, with B,
+iB or nothing after them. "64M", "64mb" and "64MiB" are the same size; "512" is in bytes.
 
-A policy, one of POLICIES, says which page goes first, where none is given the least recently used.
+A policy, one of POLICIES, says which page is evicted first; the default is the least recently used.
 A codec is one of CODECS, or "FILE:RATIO" of an artefact of pykv.kvtc, such as "smollm2.kvtc:16".
 """
 
@@ -25,7 +25,7 @@ _POWERS = "BKMGT"  # of 1024
 _NUMBER = r"[0-9]{1,18}(?:\.[0-9]{1,9})?"
 _UNIT = r"(?:[KMGTkmgt](?:[iI]?[bB])?|[bB])"
 _SIZE = re.compile(rf"(?P<number>{_NUMBER})(?: ?(?P<unit>{_UNIT}))?")
-# A number alone is no size here, but the ratio of a codec "FILE:16".
+# The unit is required: a plain number is the ratio of a codec "FILE:16".
 _OPTION = re.compile(
     rf"(?:(?P<folder>.+):)?(?P<size>{_NUMBER} ?{_UNIT})"
     rf"(?::(?P<policy>{'|'.join(POLICIES)}))?(?::(?P<codec>.+))?",
@@ -37,14 +37,14 @@ _EXPECTED = "expected a size such as '4GiB' or '64M'"
 
 
 class Limit(NamedTuple):
-    """How large a tier may be, and how pages go there.
+    """The options of a tier.
 
     Attributes:
-        nbytes: at most.
-        codec: "none" keeps a page bit for bit, "int8" and "int4" as codes with a scale for each
-            token and head, "FILE:RATIO" as that artefact of pykv.kvtc codes it.
-        folder: of a disk; None of the host's memory.
-        policy: which page goes first, one of POLICIES.
+        nbytes: its size at most.
+        codec: "none" keeps a page bit for bit; "int8" and "int4" as codes with a scale for each
+            token and head; "FILE:RATIO" codes it by that artefact of pykv.kvtc.
+        folder: of the disk tier; None for the host tier.
+        policy: which page is evicted first, one of POLICIES.
     """
 
     nbytes: int
@@ -54,15 +54,16 @@ class Limit(NamedTuple):
 
 
 def parse_bytes(op: str, name: str, value: Any) -> int:
-    """A positive number of bytes, of an integer or a text such as "4GiB", "64M", "1.5 gb" or "512".
+    """A positive number of bytes, from an integer or a text such as "4GiB", "64M", "1.5 gb" or
+    "512".
 
     Args:
         op, name: for messages.
         value: as given.
 
     Raises:
-        DtypeError: it is neither.
-        ParameterError: it is no such text, or not positive.
+        DtypeError: it is neither an integer nor a text.
+        ParameterError: the text is no size, or the size is not positive.
     """
     if not isinstance(value, str):
         if isinstance(value, bool) or not hasattr(value, "__index__"):
@@ -78,7 +79,7 @@ def parse_bytes(op: str, name: str, value: Any) -> int:
 
 
 def parse_host(op: str, name: str, value: Any) -> Limit:
-    """The limit of host memory: bytes, "4GiB", "64M", "4GiB:lfu" or "4GiB:int8".
+    """The options of the host tier: bytes, "4GiB", "64M", "4GiB:lfu" or "4GiB:int8".
 
     Raises: as `parse_bytes`; ParameterError also for an unknown codec.
     """
@@ -93,11 +94,11 @@ def parse_host(op: str, name: str, value: Any) -> Limit:
 
 
 def parse_disk(op: str, name: str, value: Any) -> Limit:
-    """The limit of a folder: "DIR:50GiB", "DIR:50GiB:lfu" or "DIR:50GiB:int8"; ~ is the user's
-    home.
+    """The options of the disk tier: "DIR:50GiB", "DIR:50GiB:lfu" or "DIR:50GiB:int8"; ~ is the
+    user's home.
 
-    Raises: as `parse_host`; ParameterError also where the folder is something else, or is not
-    there, nor what it would be in.
+    Raises: as `parse_host`; ParameterError also if DIR is not a folder, or neither it nor its
+    parent exists.
     """
     if not isinstance(value, str):
         given = type(value).__name__
@@ -119,7 +120,7 @@ def parse_disk(op: str, name: str, value: Any) -> Limit:
 
 
 def artefact_of(codec: str) -> tuple[str, int] | None:
-    """The file and the ratio that a codec names; None where it is another."""
+    """The file and the ratio of a codec "FILE:RATIO"; None for other codecs."""
     path, _, text = codec.rpartition(":")
     ratio = whole_of(text)
     return (path, ratio) if path and ratio is not None else None

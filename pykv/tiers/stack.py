@@ -1,78 +1,71 @@
 """Tiers of one cache: its pages fall to host memory and on to disk, and come back from there.
 
-Pages go by their keys, see pykv.blocks.prefix_keys: whoever has a key has the tokens and all before
-them.
+Pages are identified by their keys (pykv.blocks.prefix_keys), a hash of a page's tokens and of all
+tokens before them.
 
-    fall    the block manager is about to forget pages: those that the host tier lacks are copied
-            there, and on to files, by threads
-    begin   before a prompt is computed: pages of it that the cache lacks come back, as far as the
-            tiers have them without a gap, while others are computed: pykv.tiers.fetch
+    fall    before the block manager forgets pages: copies those that the host tier lacks into it;
+            threads write them to files
+    begin   before a prompt is computed: starts to bring back the pages that the cache lacks, up to
+            the first that no tier has, while other prompts are computed (pykv.tiers.fetch)
 
-A page that came back stays where it was, so that it costs no copy to fall again. Files become
-pages of the host tier when they are read.
+A page that comes back also keeps its row, so the next fall needs no copy. Reading a file makes its
+page one of the host tier.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
-from typing import Any
-
-import numpy as np
 
 from pykv import interrupts
-from pykv.arrays import load_cupy, on_gpu
 from pykv.blocks import prefix_keys
 from pykv.errors import ParameterError
-from pykv.kvtc import Codec
 from pykv.pool import PagedKVCache
-from pykv.tiers.coded import CodedForm, rising
+from pykv.tiers.coded import rising
 from pykv.tiers.counters import Counters, Flow
 from pykv.tiers.disk import DiskTier, size_of
 from pykv.tiers.fetch import Fetch
-from pykv.tiers.forms import Form, form_of
+from pykv.tiers.forms import plain_form
 from pykv.tiers.moves import Moved
 from pykv.tiers.ownership import check_identity, heads_of
-from pykv.tiers.rows import Rows, check_fits, counts_of
-from pykv.tiers.sizes import Limit, artefact_of, parse_disk, parse_host
+from pykv.tiers.rows import Forms, Opener, Rows, check_fits, choose_forms, counts_of
+from pykv.tiers.sizes import Limit, parse_disk, parse_host
 from pykv.tiers.threads import FileThreads
 
 BUFFER_BYTES = 64 << 20  # of host memory, if there is only a disk tier
 _MOST_NOTED = 64  # untimed copies that may collect before their times are read
-
-Opener = Callable[[str, str, Any], Codec]
 
 
 class Tiers:
     """The tiers of a cache.
 
     Args:
-        cache: whose block manager is asked to say what it forgets.
-        host: bytes of the host's memory, "4GiB", "4GiB:int8" or another codec of pykv.tiers.sizes;
-            None: none but what passes on its way to the disk.
-        disk: "DIR:50GiB" or "DIR:50GiB:int8" likewise; None: none.
-        identity: all that contents depend on beside tokens, by name: files of others are not seen.
-        open_codec: opens a codec "FILE:RATIO" of the cache's model, of an argument's name, the
-            text and an array module; None: there is none.
-        hadamard: the cache holds Hadamard-rotated heads, as of Codec.compress.
-        heads: (first, total): the cache has heads of a model from `first` on, of `total`, as a rank
-            of a tensor-parallel one. Ranks of any number find each other's files, see forms.py.
-            None: it has all.
+        cache: the cache; its block manager calls `fall`.
+        host: size of the host tier, in bytes or as "4GiB" or "4GiB:int8" (see pykv.tiers.sizes);
+            None: only a buffer for pages on their way to the disk.
+        disk: folder and size of the disk tier, as "DIR:50GiB" or "DIR:50GiB:int8"; None: no files.
+        identity: what page contents depend on besides tokens, by name. Files of another identity
+            are ignored.
+        open_codec: opens the codec of an artefact "FILE:RATIO" for the cache's model, given the
+            argument's name, the text and an array module; None: such codecs are refused.
+        hadamard: the cache holds Hadamard-rotated heads, see Codec.compress.
+        heads: (first, total) on a rank of a tensor-parallel model: the cache holds the heads from
+            `first` on, out of `total`. Files are shared between ranks of any world size, see
+            forms.py. None: the cache holds all heads.
 
     Attributes:
-        counters: what was done so far.
+        counters: pages, bytes and seconds so far.
         folder: of the disk tier; None without one.
-        is_exact: pages come back bit for bit.
+        is_exact: whether pages come back bit for bit.
 
     Raises:
-        ParameterError: a text is none, a tier smaller than a page, a codec of no use or not to be
-            had, the folder something else, `heads` wrong or without files, or a name of `identity`
-            one of ours.
-        DtypeError: an argument is neither.
-        CapacityError: the host has not as much memory, or none that can be pinned; or starts no
-            threads for files.
-        OSError: the folder cannot be made or read, or others can write there.
+        ParameterError: a text cannot be read, a tier is smaller than a page, a codec is unavailable
+            or saves nothing, the folder is not a folder, `heads` is out of range or given without
+            files, or `identity` uses a reserved name.
+        DtypeError: an argument has another type.
+        CapacityError: the host cannot allocate or pin the memory, or cannot start threads.
+        OSError: the folder cannot be made or read, or others can write to it.
 
     Not thread-safe: whoever calls the cache's manager calls this. Sources: LMCache, SGLang's
     hierarchical cache, Dynamo's block manager.
@@ -90,94 +83,58 @@ class Tiers:
         heads: tuple[int, int] | None = None,
     ) -> None:
         limit = None if disk is None else parse_disk("Tiers", "disk_cache", disk)
-        plain = form_of("Tiers", "host_cache", cache, "none")
         if host is None:
-            own = Limit(max(BUFFER_BYTES, 2 * plain.nbytes), "none")
+            own = Limit(max(BUFFER_BYTES, 2 * plain_form(cache).nbytes), "none")
         else:
             own = parse_host("Tiers", "host_cache", host)
-        self._cache = cache
-
-        def form(name: str, codec: str, xp: Any) -> Form | CodedForm:
-            if artefact_of(codec) is None:
-                return form_of("Tiers", name, cache, codec)
-            if open_codec is None:
-                raise ParameterError(f"Tiers: {name}'s codec is {codec!r}, expected a model's")
-            made = open_codec(name, codec, xp)
-            return CodedForm("Tiers", name, made, cache, hadamard)
-
-        if heads is not None and (limit is None or limit.folder is None):
+        if heads is not None and limit is None:
             raise ParameterError(
                 f"Tiers: heads is {heads}, expected None without a disk_cache: it says whose heads "
                 "are in files"
             )
         check_identity(identity)
-        of_rows = form("host_cache", own.codec, load_cupy() if on_gpu(cache.k) else np)
-        of_files = of_rows
-        if limit is not None and limit.codec != own.codec:
-            of_files = form("disk_cache", limit.codec, np)
-            is_larger = of_files.nbytes >= of_rows.nbytes
-            if is_larger and limit.codec != "none":
-                raise ParameterError(
-                    f"Tiers: disk_cache has the codec {limit.codec}, {of_files.nbytes:,} bytes a "
-                    f"page, expected none or one of less than the {of_rows.nbytes:,} of "
-                    f"host_cache's {own.codec}: what that lost does not come back"
-                )
-            if is_larger:
-                of_files = of_rows  # without a codec files hold what rows hold
-            elif isinstance(of_rows, CodedForm):
-                raise ParameterError(
-                    f"Tiers: disk_cache has the codec {limit.codec}, expected none or {own.codec}: "
-                    "what an artefact coded is not coded again"
-                )
-        self._exact_pages: int = max(getattr(x, "exact_pages", 0) for x in (of_rows, of_files))
-        counts = counts_of(own, plain, of_rows)
-        self._files: DiskTier | None = None
-        if limit is not None and limit.folder is not None:
-            forms = (of_files, plain) if self._exact_pages else (of_files,)
-            largest = max(size_of(x.nbytes, x.heads_shape[0]) for x in forms)
-            part = heads_of(cache, heads, of_files)
-            facts = (identity or {}) | dict(form=of_files.name, host=of_rows.name)
-            check_fits("disk_cache", limit.nbytes, largest)
-            nbytes = of_files.heads_shape[1] * (1 if part is None else part.total)
-            self._files = DiskTier(limit.folder, limit.nbytes, facts, nbytes, part, limit.policy)
-        make = partial(Rows, cache, exact_pages=self._exact_pages, policy=own.policy)
-        self._rows = [make(of_rows, of_files, counts[-1])]
+        forms = choose_forms(cache, own, limit, open_codec, hadamard)
+        counts = counts_of(own, forms)
+        self._files = None if limit is None else _open_disk(cache, forms, limit, identity, heads)
+        self._cache, self._exact_pages = cache, forms.exact_pages
+        make = partial(Rows, cache, exact_pages=forms.exact_pages, policy=own.policy)
+        self._rows = [make(forms.rows, forms.files, counts[-1])]
         if len(counts) > 1:
-            self._rows.insert(0, make(plain, plain, counts[0]))
+            self._rows.insert(0, make(forms.plain, forms.plain, counts[0]))
         self.counters = Counters()
-        self.folder = None if limit is None else limit.folder
+        self.folder = None if self._files is None else self._files.folder
         self.is_exact = {own.codec, limit.codec if limit else "none"} == {"none"}
-        self._noted = Counters()  # what has been written to the folder's counters
+        self._noted = Counters()  # already added to the folder's counters
         self._threads = FileThreads(self._files, self.counters, self._lost)
-        self._moving: list[tuple[Flow, int, int, Moved]] = []  # copies that are not timed yet
+        self._moving: list[tuple[Flow, int, int, Moved]] = []  # copies whose times are not read yet
         self._fetches: list[Fetch] = []  # those that hold rows
         cache.manager.on_forget = self.fall
 
     def _rows_of(self, place: int) -> Rows:
-        """Where pages go that are at a place of their sequences."""
+        """The rows for pages at this place of their sequences."""
         return self._rows[0 if place < self._exact_pages else -1]
 
     # --- Down ---
 
     def fall(self, pages: Sequence[tuple[bytes, int]]) -> None:
-        """Keep pages of the cache, (key, page) each, which may be written to once this returns; on
-        a GPU by what is enqueued on the current stream from then on."""
+        """Keep pages of the cache, (key, page) each. They may be overwritten once this returns; on
+        a GPU, by work enqueued on the current stream after it."""
         if len(self._moving) > _MOST_NOTED:
             self.settle()
         place_of = self._cache.manager.place_of
         for rows in self._rows:
             some = [pair for pair in pages if self._rows_of(place_of(pair[1])) is rows]
             missing = [pair for pair in some if pair[0] not in rows.host]
-            fallen = [key for key, _ in reversed(some)]  # they fall the last one first
+            fallen = [key for key, _ in reversed(some)]  # pages fall last page first
             rows.host.touch(fallen, is_use=False)
             for group in rising(missing, place_of) if rows.is_coded else [missing]:
                 for piece in _pieces(group, rows.moves.most):
                     self._fall(rows, piece)
 
     def _fall(self, rows: Rows, pages: Sequence[tuple[bytes, int]]) -> None:
-        """Copy pages that go at once, whose places rise."""
+        """Copy pages of ascending places in one move."""
         slots = self._claim(rows, len(pages))
-        # It may have waited, and files that were read meanwhile have rows of their own.
+        # While _claim waited, reading files may have given rows to some of these pages.
         pages = [pair for pair in pages if pair[0] not in rows.host]
         rows.host.release(slots[len(pages) :])
         slots = slots[: len(pages)]
@@ -199,8 +156,8 @@ class Tiers:
             self._threads.write(rows, key, slot, moved)
 
     def flush(self) -> None:
-        """Write all published pages of the cache and the host tier to files, and the counters; for
-        who wants them in another process. Waits. Without a disk tier it does nothing."""
+        """Write all published pages of the cache and the host tier, and the counters, to files, for
+        other processes to use. Blocks until done; does nothing without a disk tier."""
         if self._files is None:
             return
         self._write_refused()
@@ -214,14 +171,14 @@ class Tiers:
                 self._noted = self._noted.plus(new)
 
     def clear_host(self) -> None:
-        """Forget what host memory holds, once it is in files; these stay."""
+        """Forget the pages in host memory once they are in files; the files stay."""
         self._finish()
         for rows in self._rows:
             rows.moves.wait()
             rows.host.clear()
 
     def _write_refused(self) -> None:
-        """Have rows of the host tier written that files did not take when they fell."""
+        """Write rows of the host tier that were refused by files when they fell."""
         for rows in self._rows:
             for key, slot in rows.host.items():
                 self._threads.write(rows, key, slot, rows.moves.outs())
@@ -231,13 +188,13 @@ class Tiers:
     def begin(
         self, tokens: Sequence[int], pages: list[int], *, salt: str | bytes = b""
     ) -> Fetch | None:
-        """Find what a sequence lacks of the full pages of its tokens, and count what it does not
-        find; None where there is nothing.
+        """Look up the full pages that a sequence lacks, and count misses. None: no tier has the
+        first of them.
 
         Args:
             tokens: of the sequence, from its start.
-            pages: of the sequence, with those of its first tokens; see Fetch, which goes on.
-            salt: as of BlockManager.publish, which the pages fell with.
+            pages: the sequence's pages so far; the Fetch fills those behind them.
+            salt: the one that the pages were published with, see BlockManager.publish.
         """
         start, P = len(pages), self._cache.page_size
         if start >= len(tokens) // P:
@@ -253,11 +210,11 @@ class Tiers:
 
     @interrupts.finished
     def fetch(self, tokens: Sequence[int], *, salt: str | bytes = b"") -> None:
-        """Bring back what the cache lacks of the full pages of tokens, and publish it, for
-        BlockManager.reuse with this salt to find; as far as pages are free.
+        """Bring back the full pages of these tokens that the cache lacks, as far as pages are free,
+        and publish them, so that BlockManager.reuse with this salt finds them.
 
-        On a GPU pages are there for what is enqueued on the current stream from then on; the host
-        waits for files.
+        The host waits for files. On a GPU, work enqueued on the current stream after this sees the
+        pages.
         """
         manager, P = self._cache.manager, self._cache.page_size
         pages = manager.reuse(tokens, salt=salt)
@@ -271,12 +228,13 @@ class Tiers:
                 manager.publish(pages, tokens[: fetch.advance(wait=True) * P], salt=salt)
 
     def join(self) -> None:
-        """Have the current stream wait for pages on their way: the cache moves to other memory."""
+        """Make the current stream wait for pages on their way, before the cache's arrays move."""
         for fetch in self._fetches:
             fetch.join()
 
     def find(self, keys: list[bytes], start: int) -> int:
-        """How many of the first of these pages tiers have; the first is at place `start`."""
+        """How many of these pages, counted from the first (at place `start`), tiers have without a
+        gap."""
         count = 0
         for key in keys:
             if not (self.has_row(key, start + count) or self.has_file(key)):
@@ -286,25 +244,25 @@ class Tiers:
         return count
 
     def touch(self, keys: list[bytes], *, is_use: bool = True) -> None:
-        """Note that pages of a sequence, in its order, are used now, see HostTier.touch."""
+        """Mark pages of a sequence, in its order, as just used, see HostTier.touch."""
         for rows in self._rows:
             rows.host.touch(keys, is_use=is_use)
 
-    # What a Fetch does:
+    # --- For Fetch ---
 
     def most_ahead(self, place: int) -> int:
-        """Pages that each fetch has in rows ahead of those that it needs next. All fetches together
-        leave half of the rows, or each has one: so none waits for a row that another keeps."""
+        """How many pages a fetch may hold in rows ahead of its next one. All fetches together leave
+        half of the rows free, or hold one row each, so none waits for a row that another holds."""
         return max(1, self._rows_of(place).moves.most // max(1, len(self._fetches)))
 
     @property
     def is_busy(self) -> bool:
-        """Whether rows will become free, or be filled."""
+        """Whether waiting can free or fill a row."""
         going_on = any(fetch.is_moving or fetch.has_next for fetch in self._fetches)
         return self._threads.are_busy or going_on
 
     def has_row(self, key: bytes, place: int) -> bool:
-        """Whether a page is in a row, or will be."""
+        """Whether a page is in a row, or being read into one."""
         return key in self._threads.reading or key in self._rows_of(place).host
 
     def has_file(self, key: bytes) -> bool:
@@ -314,9 +272,9 @@ class Tiers:
     def bring_back(
         self, keys: list[bytes], asked: set[bytes], pages: list[int], start: int
     ) -> tuple[int, Moved] | None:
-        """Copy the first of these pages, as far as they are in rows and one copy goes, to pages
-        start ... of a sequence; returns how many, and the copy. None: the first is in no row.
-        Those that were `asked` for came from files."""
+        """Copy as many of these pages as are in rows and fit into one copy to the sequence's pages
+        from `start` on. Returns their number and the copy; None if the first is in no row. Keys in
+        `asked` count as hits of the disk."""
         rows = self._rows_of(start)
         most = rows.moves.most
         if start < self._exact_pages:
@@ -333,7 +291,7 @@ class Tiers:
         return count, moved
 
     def read_later(self, key: bytes, place: int) -> bool:
-        """Have a thread read the file of a page into a row; whether there are files, and a row."""
+        """Have a thread read the file of a page into a row. False: no files, or no free row."""
         if self._files is None:
             return False
         rows = self._rows_of(place)
@@ -343,8 +301,8 @@ class Tiers:
         return bool(slots)
 
     def wait_for_one(self) -> None:
-        """Wait until a file is read or written; or else for the first copy that a row waits for.
-        Where there is none either, rows are of pages that others have not copied yet."""
+        """Wait until a file is read or written; without one, for the first copy out of a row;
+        without that, start the copies of other fetches, which hold the rows."""
         if self._threads.are_busy:
             with self.counters.waiting():
                 self._threads.wait_for_one()
@@ -358,11 +316,11 @@ class Tiers:
     # --- Rows and counters ---
 
     def _is_held(self, key: bytes) -> bool:
-        """Whether the row of a page must stay as it is."""
+        """Whether the row of a page is in use and must not be evicted."""
         return key in self._threads.writing or any(fetch.holds(key) for fetch in self._fetches)
 
     def _claim(self, rows: Rows, count: int) -> list[int]:
-        """Rows for so many pages; waits for files, from which rows become free."""
+        """Up to `count` rows; waits for files being written, as their rows become free."""
         slots: list[int] = []
         try:
             while True:
@@ -382,12 +340,12 @@ class Tiers:
         self.settle()
 
     def _lost(self, key: bytes) -> None:
-        """No fetch gets a page that cannot be read."""
+        """End fetches ahead of a page that could not be read."""
         for fetch in self._fetches:
             fetch.end_before(key)
 
     def settle(self) -> None:
-        """Note what is done."""
+        """Account for files and copies that are done, and release their rows."""
         self._threads.settle()
         left = []
         for flow, count, nbytes, moved in self._moving:
@@ -400,6 +358,24 @@ class Tiers:
 
     def _note(self, flow: Flow, rows: Rows, count: int, moved: Moved) -> None:
         self._moving.append((flow, count, count * rows.form.nbytes, moved))
+
+
+def _open_disk(
+    cache: PagedKVCache,
+    forms: Forms,
+    limit: Limit,
+    identity: dict[str, str] | None,
+    heads: tuple[int, int] | None,
+) -> DiskTier:
+    """The disk tier of a cache; arguments as of Tiers."""
+    written = (forms.files, forms.plain) if forms.exact_pages else (forms.files,)
+    part = heads_of(cache, heads, forms.files)
+    largest = max(size_of(form.nbytes, form.heads_shape[0]) for form in written)
+    check_fits("disk_cache", limit.nbytes, largest)
+    facts = (identity or {}) | dict(form=forms.files.name, host=forms.rows.name)
+    page_bytes = forms.files.heads_shape[1] * (1 if part is None else part.total)
+    assert limit.folder is not None  # parse_disk sets it
+    return DiskTier(limit.folder, limit.nbytes, facts, page_bytes, part, limit.policy)
 
 
 def _pieces(pages: Sequence[tuple[bytes, int]], most: int) -> Iterator[Sequence[tuple[bytes, int]]]:

@@ -20,14 +20,14 @@ THREADS = min(8, 2 * (os.cpu_count() or 1))
 
 
 class _Writing(NamedTuple):
-    """A row on its way to a file of so many bytes."""
+    """A row being written to a file of `nbytes`."""
 
     future: Future[float]
     nbytes: int
 
 
 class _Reading(NamedTuple):
-    """A file that a thread reads into a claimed row, for a page at a place."""
+    """A file being read into a claimed row, for a page at `place` of its sequence."""
 
     future: Future[float | None]
     rows: Rows
@@ -36,21 +36,21 @@ class _Reading(NamedTuple):
 
 
 class FileThreads:
-    """Threads between rows and files.
+    """A thread pool that moves pages between rows and files.
 
     Args:
-        files: of pages; None: there are none.
-        counters: of what is done.
-        lost: is told the key of each page that could not be read.
+        files: of pages; None: without a disk tier.
+        counters: to add to.
+        lost: called with the key of each page that could not be read.
 
     Attributes:
-        writing, reading: what threads are at, by the keys of pages.
+        writing, reading: operations under way, by the key of the page.
 
     Raises:
-        CapacityError: the system starts no threads.
+        CapacityError: the system cannot start the threads.
 
-    Not thread-safe: who calls Tiers calls this. In a forked child, which has none of its parent's
-    threads, others start at the first use, and what was being read is lost.
+    Not thread-safe: only the caller of Tiers calls this. A forked child has none of its parent's
+    threads: it starts new ones at the first use, and reads under way are lost.
     """
 
     def __init__(
@@ -68,15 +68,15 @@ class FileThreads:
         return bool(self.writing or self.reading)
 
     def write(self, rows: Rows, key: bytes, slot: int, moved: Moved) -> None:
-        """Have a row written, once it was moved there, unless there is such a file. It must stay as
-        it is while its key is in `writing`."""
+        """Write a row to a file once `moved` has filled it, unless the file exists. The row must
+        not change while its key is in `writing`."""
         files = self._files
         if files is None or key in self.writing or key in files:
             return
         nbytes = rows.file_form_at(rows.places[slot]).nbytes
         written: Future[float] = Future()
         try:
-            # First: an interrupt between the two must not leave a thread with an unknown row.
+            # First: an interrupt in between must not leave a thread with a row we do not know of.
             self.writing[key] = _Writing(written, nbytes)
             self._submit(written, rows.write, files, key, slot, moved)
         except BaseException:
@@ -85,7 +85,7 @@ class FileThreads:
             raise
 
     def read(self, rows: Rows, key: bytes, slot: int, place: int) -> None:
-        """Have the file of a page read into a claimed row, which then has it, or is free."""
+        """Read the file of a page into a claimed row; `settle` adds the page, or frees the row."""
         read: Future[float | None] = Future()
         try:
             self.reading[key] = _Reading(read, rows, slot, place)
@@ -103,7 +103,7 @@ class FileThreads:
         self._pool.submit(_fulfil, future, *work)
 
     def leave_to_parent(self) -> None:
-        """In a forked child: leave to its parent what threads are at."""
+        """In a forked child: forget the operations of the parent's threads."""
         self._pool = None
         self.writing.clear()
         for key, reading in self.reading.items():
@@ -118,7 +118,7 @@ class FileThreads:
         wait(self._futures(), return_when=FIRST_COMPLETED)
 
     def wait_for_written(self) -> None:
-        """Wait until the file is written that was begun first."""
+        """Wait until the oldest write is done."""
         wait([next(iter(self.writing.values())).future])
 
     def wait_for_all(self) -> None:
@@ -130,8 +130,8 @@ class FileThreads:
         return [*(reading.future for reading in self.reading.values()), *written]
 
     def settle(self) -> None:
-        """Note what is done. What a thread raises is counted, and raised here unless it is of the
-        system or of a damaged file; what is left is noted by the next call."""
+        """Account for operations that are done. Errors of the system and damaged files are counted;
+        any other exception of a thread is raised, and the next call accounts for the rest."""
         for key, (written, nbytes) in list(self.writing.items()):
             if written.done():
                 self._keep_written(key, written, nbytes)
@@ -140,7 +140,7 @@ class FileThreads:
                 self._keep_read(key, reading)
 
     def _keep_written(self, key: bytes, written: Future[float], nbytes: int) -> None:
-        """Count a file, or a page that was refused."""
+        """Count a file that was written, or a page that was refused."""
         del self.writing[key]
         try:
             self._counters.to_disk.count(1, nbytes, written.result())
@@ -150,7 +150,7 @@ class FileThreads:
                 raise
 
     def _keep_read(self, key: bytes, reading: _Reading) -> None:
-        """Make a page of the host tier of a file that was read, if it was right."""
+        """Add the page of a file to the host tier if the read succeeded; else free its row."""
         del self.reading[key]
         read, rows, slot, place = reading
         error = read.exception()
@@ -160,7 +160,7 @@ class FileThreads:
             self._counters.from_disk.count(1, rows.file_form_at(place).nbytes, seconds)
             return
         rows.host.release([slot])
-        if key not in rows.host:  # else it has fallen again meanwhile
+        if key not in rows.host:  # else the page has fallen meanwhile
             self._lost(key)
         self._counters.damaged += error is not None
         if error is not None and not isinstance(error, FormatError | OSError | MemoryError):
@@ -168,7 +168,7 @@ class FileThreads:
 
 
 def _fulfil(future: Future[Any], work: Callable[..., Any], *given: Any) -> None:
-    """Do the work of a future, of a thread, unless it was cancelled."""
+    """Run the work of a future, unless it was cancelled. Runs in a thread."""
     if not future.set_running_or_notify_cancel():
         return
     try:
@@ -178,8 +178,8 @@ def _fulfil(future: Future[Any], work: Callable[..., Any], *given: Any) -> None:
 
 
 def _start(count: int) -> ThreadPoolExecutor:
-    """Threads that run already. One that the system refused later would leave its task with the
-    others, who would write a row when it holds another page.
+    """A pool whose threads all run. If the system refused one later, `submit` would raise with the
+    task queued, and another thread would write the row when it holds another page.
 
     Raises:
         CapacityError: the system refuses.

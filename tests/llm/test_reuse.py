@@ -354,16 +354,16 @@ def test_an_error_while_pages_are_reserved_leaks_none(open_llm, rng, monkeypatch
 @without_simt
 def test_a_step_that_fails_behind_its_draw_leaves_no_log_probability(open_llm, rng, monkeypatch):
     """The token is drawn again, when another thread's call goes on."""
-    llm, offer = open_llm(), SequencePages.offer
+    llm, publish_full = open_llm(), SequencePages.publish_full
     answer = answer_to(llm, tokens_of(rng, 20), SamplingParams(max_tokens=3, logprobs=1))
     s = answer.sequence
 
     def failing(pages, sequence):
         if sequence.logprobs and not sequence.generated and not sequence.preemptions:
             raise RuntimeError("planted")
-        offer(pages, sequence)
+        publish_full(pages, sequence)
 
-    monkeypatch.setattr(SequencePages, "offer", failing)
+    monkeypatch.setattr(SequencePages, "publish_full", failing)
     with llm.turn():
         llm._scheduler.add(s)
         llm._scheduler.step()

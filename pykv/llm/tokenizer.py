@@ -17,6 +17,7 @@ from pykv.llm.token_types import (
     NORMAL,
     SHOWN,
     UNKNOWN,
+    UNUSED,
     USER_DEFINED,
     Finder,
     endings,
@@ -68,7 +69,8 @@ class Tokenizer:
         vocab_size: number of tokens.
         control: finds control tokens, and the unknown one, in a text.
         hidden_ids: tokens that are no part of a text: control tokens, but for those that mark
-            thoughts and calls, and the unknown one.
+            thoughts and calls, the unknown one, and those that fill a vocabulary up ([PAD151936]),
+            which a hot draw may hit.
         suppressed_ids: tokens that the file wants in no answer.
     """
 
@@ -111,7 +113,8 @@ class Tokenizer:
         )
         self.suppressed_ids = self._ids(file, _SUPPRESSED)
         special = [i for i, kind in enumerate(types) if kind in (CONTROL, UNKNOWN)]
-        self.hidden_ids = {i for i in special if self._tokens[i] not in SHOWN}
+        unused = [i for i, kind in enumerate(types) if kind == UNUSED]
+        self.hidden_ids = {i for i in (*special, *unused) if self._tokens[i] not in SHOWN}
         control = {self._tokens[i]: i for i in special}
         user_defined = {self._tokens[i]: i for i, kind in enumerate(types) if kind == USER_DEFINED}
         self._encoder = ENCODERS[name](file, self._tokens, types)
@@ -199,7 +202,7 @@ class Tokenizer:
 
         Args:
             ids: token ids.
-            skip_special: leave out control tokens and the unknown token, see `hidden_ids`.
+            skip_special: leave out control tokens and others that are no text, see `hidden_ids`.
             continues: the ids carry on an earlier text, so that a leading blank is a real one.
                 Matters to models that encode a text with one blank more in front.
 

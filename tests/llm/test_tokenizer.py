@@ -327,6 +327,16 @@ def test_marks_of_thoughts_and_calls_are_shown(path, kind, name):
     assert (264 in t.encode(name)) == (kind == 4) and t.decode(t.encode(name)) == name
 
 
+def test_tokens_that_fill_a_vocabulary_up_are_no_text(path):
+    """As transformers and llama.cpp have it; the letters of one are letters."""
+    tokens, types = [*BYTES, *MERGED, "[PAD264]"], [1] * 264 + [5]
+    t = build(path, "gpt2", tokens, merges=MERGES, token_type=types)
+    assert t.decode([259, 264, 259]) == "hellohello" and t.hidden_ids == {264}
+    assert t.decode([264], skip_special=False) == "[PAD264]"
+    for special in (False, True):
+        assert t.encode("[PAD264]", special=special) == [*b"[PAD264]"]
+
+
 def test_two_tokens_of_one_text(path):
     """Gemma 4 has some: the last is what texts become, and both are what they are."""
     tokens, types = [*BYTES, *MERGED, "<pad>", "hello", "<pad>"], [1] * 264 + [3, 1, 3]

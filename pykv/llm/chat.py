@@ -83,7 +83,7 @@ def chat_ids(
     said = list(_strings(list(given.values())))
     characters = frozenset().union(*said)
     if tokenizer.control_signs.isdisjoint(characters):
-        return tokenizer.encode(plain.text, special=True, limit=limit)
+        return tokenizer.encode(plain.text, special=True, limit=limit, name="prompt")
 
     used = characters | set(source)
     unused = (c for c in map(chr, range(0x1F700, 0x30000)) if c.isprintable() and c not in used)
@@ -92,9 +92,9 @@ def chat_ids(
     safe = _marked(template, plain, given, stand_ins, tokenizer)
     own = _control_ids(tokenizer, safe)
     if own == _control_ids(tokenizer, plain.text) and not _control_ids(tokenizer, *said):
-        return tokenizer.encode(plain.text, special=True, limit=limit)
+        return tokenizer.encode(plain.text, special=True, limit=limit, name="prompt")
     back = {ord(stand_in): sign for sign, stand_in in stand_ins.items()}
-    return tokenizer.encode(safe, special=True, stand_ins=back, limit=limit)
+    return tokenizer.encode(safe, special=True, stand_ins=back, limit=limit, name="prompt")
 
 
 def _marked(

@@ -157,7 +157,7 @@ def run(args: argparse.Namespace) -> None:
     if "" in prompts:
         raise ParameterError("prompt is empty, expected at least one character")
     for prompt in prompts:
-        check_text(prompt)
+        check_text(prompt, "prompt")
     llm, params = open_model(args, chat=args.chat)
     if not (args.chat or args.special or args.json) and llm.has_chat_template:
         note("this model has a chat template: --chat answers a prompt, else it is continued")

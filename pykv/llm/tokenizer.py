@@ -37,19 +37,19 @@ ENCODERS: dict[str, type[bpe.Encoder] | type[spm.Encoder]] = {
 }
 
 
-def check_text(text: str) -> None:
-    """Check that a text is one.
+def check_text(text: str, name: str = "encode: text") -> None:
+    """Check that a text is one, which errors call `name`.
 
     Raises:
         ParameterError: it is no string, or has lone surrogates.
     """
     if not isinstance(text, str):
-        raise ParameterError(f"encode: text has type {type(text).__name__}, expected str")
+        raise ParameterError(f"{name} has type {type(text).__name__}, expected str")
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise ParameterError(
-            f"encode: text has {text[error.start]!r} at position {error.start}, "
+            f"{name} has {text[error.start]!r} at position {error.start}, "
             "expected no lone surrogates; Python reads bytes that are not UTF-8 as such"
         ) from None
 
@@ -153,6 +153,7 @@ class Tokenizer:
         special: bool = False,
         stand_ins: Mapping[int, str] | None = None,
         limit: int | None = None,
+        name: str = "encode: text",
     ) -> list[int]:
         """Ids of a text.
 
@@ -165,6 +166,7 @@ class Tokenizer:
             stand_ins: characters of the text that stand for others, as `str.translate` takes them:
                 they are put back once control tokens are found, so they are part of none.
             limit: tokens at most; a text whose length alone exceeds it is not encoded first.
+            name: what errors call the text.
 
         Raises:
             ParameterError: the text is not valid, or BOS is asked for and the model has none.
@@ -173,7 +175,7 @@ class Tokenizer:
         An EOS is never added: a prompt is there to be continued. A file that asks for one
         (tokenizer.ggml.add_eos_token) is warned of when it is opened.
         """
-        check_text(text)
+        check_text(text, name)
         bos = None if bos is None else check_flag("encode", "bos", bos)
         if bos and self.bos_id is None:
             raise ParameterError("encode: bos has True, but this model has no BOS token")
@@ -181,7 +183,7 @@ class Tokenizer:
             whole = self._encoder.normalize(text.translate(stand_ins or {}))
             if (fewest := self._encoder.fewest(whole)) > limit:
                 raise CapacityError(
-                    f"prompt has at least {counted(fewest, 'token')}, expected at most {limit:,}"
+                    f"{name} has at least {counted(fewest, 'token')}, expected at most {limit:,}"
                 )
         ids: list[int] = []
         for part in self.control.split(text) if special else [text]:

@@ -636,7 +636,7 @@ def test_a_text_that_is_much_too_long_is_not_encoded(byte_tokenizer, pair):
             continue  # no bytes: any run of such characters is one token
         started = time.process_time()
         with pytest.raises(
-            CapacityError, match=r"prompt has at least [0-9,]+ tokens, expected at most 99"
+            CapacityError, match=r"text has at least [0-9,]+ tokens, expected at most 99"
         ):
             t.encode("Hello, world. " * 700_000, limit=99)
         assert time.process_time() - started < 1

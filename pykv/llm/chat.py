@@ -4,13 +4,15 @@ What a template writes itself may be control tokens; what messages say never is.
 rendered with the messages as they are, and, where they hold signs that control tokens are spelled
 with, again with another character for each such sign. Control tokens of the second text are the
 template's own. Where the first has the same ones, it is the prompt, as it is for any harmless
-message; else the second is, and its signs are put back once its control tokens are found.
+message; else the second is, and its signs are put back once its control tokens are found. Where
+the template itself looks for signs, such as those of </think>, it looks for the other characters.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -74,27 +76,53 @@ def chat_ids(
     Args, Raises: as `chat_prompt`; CapacityError, see Tokenizer.encode for `limit`.
     """
     template = _template(model, template_variables)
-    name, source, tokens = template.name, template.source, dict(template.tokens)
+    source, tokens = template.source, dict(template.tokens)
     variables = _as_wanted(template, _variables(messages, template_variables, tokens))
     plain = _rendered(template, variables)
     given = {key: value for key, value in variables.items() if key not in tokens}
     said = list(_strings(list(given.values())))
     characters = frozenset().union(*said)
-    signs = sorted(tokenizer.control_signs & characters)
-    if not signs:
-        return tokenizer.encode(plain.text, special=True, limit=limit)
+    if tokenizer.control_signs.isdisjoint(characters):
+        return tokenizer.encode(plain.text, special=True, limit=limit, name="prompt")
 
     used = characters | set(source)
     unused = (c for c in map(chr, range(0x1F700, 0x30000)) if c.isprintable() and c not in used)
-    stand_ins = dict(zip(signs, unused, strict=False))
-    marker = _marker(stand_ins, plain.strings, tokenizer)
-    marked = {key: _mapped(value, marker) for key, value in given.items()} | tokens
-    safe = render(name, source, marked, raw="".join(stand_ins.values())).text
+    # Of all signs, so that the template is compiled once for most messages.
+    stand_ins = dict(zip(sorted(tokenizer.control_signs), unused, strict=False))
+    safe = _marked(template, plain, given, stand_ins, tokenizer)
     own = _control_ids(tokenizer, safe)
     if own == _control_ids(tokenizer, plain.text) and not _control_ids(tokenizer, *said):
-        return tokenizer.encode(plain.text, special=True, limit=limit)
-    back = str.maketrans({stand_in: sign for sign, stand_in in stand_ins.items()})
-    return tokenizer.encode(safe, special=True, stand_ins=back, limit=limit)
+        return tokenizer.encode(plain.text, special=True, limit=limit, name="prompt")
+    back = {ord(stand_in): sign for sign, stand_in in stand_ins.items()}
+    return tokenizer.encode(safe, special=True, stand_ins=back, limit=limit, name="prompt")
+
+
+def _marked(
+    template: _Template,
+    plain: Rendered,
+    given: dict[str, Any],
+    stand_ins: dict[str, str],
+    tokenizer: Tokenizer,
+) -> str:
+    """What a template writes where variables have stand-ins for signs, and where it looks for signs
+    in them, too. Should that be another text, as it keeps what it looks for in a variable or sees a
+    token such as bos_token, only variables have stand-ins."""
+    name, source, tokens = template.name, template.source, dict(template.tokens)
+    raw, spell = "".join(stand_ins.values()), str.maketrans(stand_ins)
+    back = {ord(stand_in): sign for sign, stand_in in stand_ins.items()}
+    marked = {
+        key: _mapped(value, lambda text: text.translate(spell)) for key, value in given.items()
+    }
+    sought = {
+        text: text.translate(spell) for text in plain.strings if text.translate(spell) != text
+    }
+    with suppress(FormatError, ParameterError):  # perhaps for what it does not find
+        safe = render(name, source, marked | tokens, raw, sought).text
+        if safe.translate(back) == plain.text:
+            return safe
+    marker = _marker(stand_ins, plain.strings, tokenizer)
+    marked = {key: _mapped(value, marker) for key, value in given.items()}
+    return render(name, source, marked | tokens, raw).text
 
 
 def _as_wanted(template: _Template, variables: dict[str, Any]) -> dict[str, Any]:

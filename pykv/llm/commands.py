@@ -157,7 +157,7 @@ def run(args: argparse.Namespace) -> None:
     if "" in prompts:
         raise ParameterError("prompt is empty, expected at least one character")
     for prompt in prompts:
-        check_text(prompt)
+        check_text(prompt, "prompt")
     llm, params = open_model(args, chat=args.chat)
     if not (args.chat or args.special or args.json) and llm.has_chat_template:
         note("this model has a chat template: --chat answers a prompt, else it is continued")
@@ -336,7 +336,7 @@ def _answer(llm: Any, params: Any, messages: list[dict[str, str]], message: str)
     except KeyboardInterrupt:
         note("stopped; the message was not sent")
         return
-    if dropped := (len(messages) + 1 - len(kept)) // 2:
+    if dropped := _turns(messages) + 1 - _turns(kept):
         oldest = "turn was" if dropped == 1 else f"{dropped} turns were"
         note(f"the context of {llm.context} tokens is full: the oldest {oldest} dropped")
     stream = llm.stream(ids, params)
@@ -349,6 +349,10 @@ def _answer(llm: Any, params: Any, messages: list[dict[str, str]], message: str)
     print(f"({', '.join(facts)})", file=sys.stderr, flush=True)
 
 
+def _turns(messages: list[dict[str, str]]) -> int:
+    return sum(message["role"] == "user" for message in messages)
+
+
 def _assistant(completion: Any) -> dict[str, str]:
     return {"role": "assistant", "content": completion.text}
 
@@ -356,15 +360,17 @@ def _assistant(completion: Any) -> dict[str, str]:
 def _fit(
     llm: Any, params: Any, messages: list[dict[str, str]]
 ) -> tuple[list[int], list[dict[str, str]]]:
-    """A conversation without as many of its oldest turns, a question and its answer each, as must
-    go to leave a quarter of the context, or max_tokens, to the answer; its token ids first.
+    """A conversation without as many of its oldest turns, what a user says and all up to the next
+    time, as must go to leave a quarter of the context, or max_tokens, to the answer; its token ids
+    first. The last message is a user's.
 
     Raises:
         CapacityError: the last message alone is too long.
     """
     room = min(params.max_tokens, llm.context // 4)
     first = _first_turn(messages)
-    for start in range(first, len(messages), 2):
+    later = range(first + 1, len(messages))
+    for start in (first, *(n for n in later if messages[n]["role"] == "user")):
         kept = messages[:first] + messages[start:]
         is_last = start == len(messages) - 1
         try:

@@ -153,7 +153,7 @@ def _frequencies(
 ) -> tuple[tuple[np.ndarray, ...], float]:
     """Rotary frequencies of each layer, and the magnitude of rotated queries and keys.
 
-    Only layers that see all keys are scaled. As llama.cpp has it, a factor without a type is
+    Layers with a base of their own are not scaled. As llama.cpp has it, a factor without a type is
     linear, and YaRN multiplies by 1 + 0.1 ln(factor), `attn_factor` besides.
     """
     path, kind = keys.file.path, config.kind
@@ -173,11 +173,6 @@ def _frequencies(
     magnitude = keys.get("rope.scaling.attn_factor", 1.0)
     if scaling == "yarn" and factor > 1:
         magnitude *= 1 + 0.1 * math.log(factor)
-    if magnitude != 1 and (dim < config.head_dim or any(windows)):
-        raise UnsupportedError(
-            f"{path}: {keys.name}.rope.scaling changes the magnitude of some elements or layers, "
-            "and not of others, which does not run here"
-        )
     trained = 8192 if scaling == "llama3" else config.context
     divisors = keys.file.tensors.get("rope_freqs.weight")
     if scaling == "llama3" and divisors is not None:  # the tensor holds what Llama 3 divides by
@@ -202,12 +197,17 @@ def _frequencies(
         local = rope.frequencies(dim, local_base) if local_base else scaled
     except (ParameterError, ShapeError) as error:
         raise FormatError(f"{path}: the keys of {keys.name}.rope: {error}") from None
-    rotated = keys.optional("rope.scaling.finetuned", True)
     still = np.zeros_like(scaled)  # frequencies of layers that do not rotate
     every = kind.unrotated_every
-    return tuple(
-        still
-        if not rotated or (every and (i + 1) % every == 0)
-        else (scaled if window is None else local)
+    if not keys.optional("rope.scaling.finetuned", True):
+        return (still,) * len(windows), 1.0
+    inv_freq = tuple(
+        still if every and (i + 1) % every == 0 else (scaled if window is None else local)
         for i, window in enumerate(windows)
-    ), magnitude
+    )
+    if magnitude != 1 and (dim < config.head_dim or any(x is not scaled for x in inv_freq)):
+        raise UnsupportedError(
+            f"{path}: {keys.name}.rope.scaling changes the magnitude of some elements or layers, "
+            "and not of others, which does not run here"
+        )
+    return inv_freq, magnitude

@@ -42,8 +42,8 @@ class LLM(Language):
             highest SM with room for the weights, else the CPU. Weights, cache and work stay on that
             device, whichever GPU is current when a method is called; the current GPU is restored.
         prefill_device: another GPU, such as "cuda:1", that computes prompts, see
-            pykv/llm/README.md. It holds a second copy of the weights and a cache of equal size. Tokens are
-            those of one GPU. Excludes `eviction`. None: `device` computes prompts.
+            pykv/llm/README.md. It holds a second copy of the weights and a cache of equal size.
+            Tokens are those of one GPU. Excludes `eviction`. None: `device` computes prompts.
         kv_dtype: element kind of the cache: a KVSpec, or "fp16", "int8", "fp8", "k8v4", ... Each
             token and head has a scale. Scales shared by heads or tensors ("int8:head") are found
             when the model is loaded, and stay; loading warns if their steps are too coarse, and

@@ -30,7 +30,10 @@ def answers_to(language: Language, prompts: Any, params: Any, special: bool) -> 
         raise ParameterError(
             f"generate: params has {len(params)}, expected one for each of {len(prompts)} prompts"
         )
-    return [answer_to(language, *pair, special) for pair in zip(prompts, params, strict=True)]
+    pairs = enumerate(zip(prompts, params, strict=True))
+    places = len(prompts) > 1
+    orders = [order(language, *pair, special, f"[{n}]" if places else "") for n, pair in pairs]
+    return [begin(language, each) for each in orders]
 
 
 def answer_to(
@@ -49,17 +52,25 @@ class Order(NamedTuple):
     end_ids: frozenset[int]
 
 
-def order(language: Language, prompt: Any, params: SamplingParams, special: bool = False) -> Order:
-    """What a prompt asks for. Args, Raises: see LLM.generate."""
+def order(
+    language: Language,
+    prompt: Any,
+    params: SamplingParams,
+    special: bool = False,
+    place: str = "",
+) -> Order:
+    """What a prompt asks for; `place` is what errors call its place among several, such as "[1]".
+    Args, Raises: see LLM.generate."""
+    name = f"prompts{place}" if place else "prompt"
     if not isinstance(params, SamplingParams):
-        raise ParameterError(f"params has {params!r}, expected SamplingParams")
-    check_vocabulary("params", params, language.config.vocab)
+        raise ParameterError(f"params{place} has {params!r:.80}, expected SamplingParams")
+    check_vocabulary(f"params{place}", params, language.config.vocab)
     if banned := dict.fromkeys(language.tokenizer.suppressed_ids, -100.0):
         params = replace(params, logit_bias=dict(params.logit_bias) | banned)
-    ids = read_ids(language, "prompt", prompt, special)
+    ids = read_ids(language, name, prompt, special)
     if len(ids) == language.context:
         raise CapacityError(
-            f"prompt has {counted(len(ids), 'token')}, expected fewer than the context of "
+            f"{name} has {counted(len(ids), 'token')}, expected fewer than the context of "
             f"{language.context:,}: the answer needs room"
         )
     limit = min(language.context, len(ids) + params.max_tokens)
@@ -80,7 +91,8 @@ def read_ids(language: Language, name: str, prompt: Any, special: bool = False) 
     if isinstance(prompt, str):
         if not prompt:
             raise ParameterError(f"{name} is empty, expected at least one character")
-        ids = language.tokenizer.encode(prompt, special=special, limit=language.context)
+        limit = language.context
+        ids = language.tokenizer.encode(prompt, special=special, limit=limit, name=name)
     else:
         ids = known_ids(language, name, items(name, prompt, "a text or a list of token ids"))
     if not ids:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Iterator
 from datetime import datetime
 from functools import lru_cache
 from typing import Any, NoReturn
@@ -16,6 +17,13 @@ from typing import Any, NoReturn
 MEMORY = 1 << 29  # limit of address space in bytes, where the system can enforce one
 LENGTH = 1 << 25  # characters of a rendered template
 raw = ""  # characters that `tojson` never escapes
+# Methods and filters whose first argument is looked for in a text.
+METHODS = {
+    *("split", "rsplit", "partition", "rpartition", "startswith", "endswith", "find", "rfind"),
+    *("index", "rindex", "count", "replace", "strip", "lstrip", "rstrip", "removeprefix"),
+    "removesuffix",
+}
+FILTERS = {"replace", "trim"}
 
 
 class Refusal(Exception):
@@ -23,8 +31,9 @@ class Refusal(Exception):
 
 
 @lru_cache(8)
-def compiled(source: str) -> tuple[Any, list[str]]:
-    """The template, and the strings that it writes out."""
+def compiled(source: str, sought: tuple[tuple[str, str], ...]) -> tuple[Any, list[str]]:
+    """The template, and the strings that it writes out. Where it looks for the first of two strings
+    in a text, it looks for the second."""
     from jinja2 import nodes
     from jinja2.ext import Extension
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -45,9 +54,30 @@ def compiled(source: str) -> tuple[Any, list[str]]:
     environment.filters["tojson"] = to_json
     environment.globals["raise_exception"] = refuse
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    constants = environment.parse(source).find_all(nodes.Const)
+    tree, others = environment.parse(source), dict(sought)
+    constants = tree.find_all(nodes.Const)
     strings = {node.value for node in constants if isinstance(node.value, str)}
-    return environment.from_string(source), sorted(strings)
+    for node in looked_for(tree):
+        if isinstance(node.value, str):
+            node.value = others.get(node.value, node.value)
+    return environment.from_string(tree), sorted(strings)
+
+
+def looked_for(tree: Any) -> Iterator[Any]:
+    """Constants that are compared with something, or looked for in it; none is written out."""
+    from jinja2 import nodes
+
+    for node in tree.find_all((nodes.Compare, nodes.Call, nodes.Filter)):
+        if isinstance(node, nodes.Compare):
+            found = [node.expr, *(operand.expr for operand in node.ops)]
+        elif isinstance(node, nodes.Call):
+            is_method = isinstance(node.node, nodes.Getattr) and node.node.attr in METHODS
+            found = node.args[:1] if is_method else []
+        else:
+            found = node.args[:1] if node.name in FILTERS else []
+        for value in found:
+            items = value.items if isinstance(value, nodes.List | nodes.Tuple) else [value]
+            yield from (item for item in items if isinstance(item, nodes.Const))
 
 
 def to_json(
@@ -79,7 +109,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     global raw
     raw = request["raw"]
     try:
-        template, strings = compiled(request["source"])
+        template, strings = compiled(request["source"], tuple(request["sought"].items()))
         pieces, length = [], 0
         for piece in template.generate(request["variables"]):
             pieces.append(piece)

@@ -16,6 +16,7 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +39,13 @@ class Rendered:
     strings: list[str]
 
 
-def render(name: str, source: str, variables: dict[str, Any], raw: str = "") -> Rendered:
+def render(
+    name: str,
+    source: str,
+    variables: dict[str, Any],
+    raw: str = "",
+    sought: Mapping[str, str] | None = None,
+) -> Rendered:
     """Render a template; threads take turns.
 
     Args:
@@ -46,6 +53,7 @@ def render(name: str, source: str, variables: dict[str, Any], raw: str = "") -> 
         source: its text.
         variables: what it sees; only what JSON can hold.
         raw: characters that `tojson` does not escape.
+        sought: what the template looks for instead of strings of its code that it looks for.
 
     Raises:
         ParameterError: the template refuses its variables, or JSON cannot hold them.
@@ -56,7 +64,7 @@ def render(name: str, source: str, variables: dict[str, Any], raw: str = "") -> 
     """
     try:
         _check_keys(variables)
-        facts = dict(source=source, variables=variables, raw=raw)
+        facts = dict(source=source, variables=variables, raw=raw, sought=dict(sought or {}))
         request = json.dumps(facts, allow_nan=False).encode()
     except (TypeError, ValueError, RecursionError) as error:
         raise ParameterError(

@@ -13,7 +13,7 @@ NORMAL = 1
 UNKNOWN = 2
 CONTROL = 3  # never made from plain text: <|im_start|>
 USER_DEFINED = 4  # found in any text before it is cut and merged
-UNUSED = 5
+UNUSED = 5  # [PAD151936]: stands for no text
 BYTE = 6  # <0x0A>
 
 # Ids of files with a SentencePiece vocabulary that name none, as in llama.cpp.

@@ -17,6 +17,7 @@ from pykv.llm.token_types import (
     NORMAL,
     SHOWN,
     UNKNOWN,
+    UNUSED,
     USER_DEFINED,
     Finder,
     endings,
@@ -36,19 +37,19 @@ ENCODERS: dict[str, type[bpe.Encoder] | type[spm.Encoder]] = {
 }
 
 
-def check_text(text: str) -> None:
-    """Check that a text is one.
+def check_text(text: str, name: str = "encode: text") -> None:
+    """Check that a text is one, which errors call `name`.
 
     Raises:
         ParameterError: it is no string, or has lone surrogates.
     """
     if not isinstance(text, str):
-        raise ParameterError(f"encode: text has type {type(text).__name__}, expected str")
+        raise ParameterError(f"{name} has type {type(text).__name__}, expected str")
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise ParameterError(
-            f"encode: text has {text[error.start]!r} at position {error.start}, "
+            f"{name} has {text[error.start]!r} at position {error.start}, "
             "expected no lone surrogates; Python reads bytes that are not UTF-8 as such"
         ) from None
 
@@ -68,7 +69,8 @@ class Tokenizer:
         vocab_size: number of tokens.
         control: finds control tokens, and the unknown one, in a text.
         hidden_ids: tokens that are no part of a text: control tokens, but for those that mark
-            thoughts and calls, and the unknown one.
+            thoughts and calls, the unknown one, and those that fill a vocabulary up ([PAD151936]),
+            which a hot draw may hit.
         suppressed_ids: tokens that the file wants in no answer.
     """
 
@@ -111,7 +113,8 @@ class Tokenizer:
         )
         self.suppressed_ids = self._ids(file, _SUPPRESSED)
         special = [i for i, kind in enumerate(types) if kind in (CONTROL, UNKNOWN)]
-        self.hidden_ids = {i for i in special if self._tokens[i] not in SHOWN}
+        unused = [i for i, kind in enumerate(types) if kind == UNUSED]
+        self.hidden_ids = {i for i in (*special, *unused) if self._tokens[i] not in SHOWN}
         control = {self._tokens[i]: i for i in special}
         user_defined = {self._tokens[i]: i for i, kind in enumerate(types) if kind == USER_DEFINED}
         self._encoder = ENCODERS[name](file, self._tokens, types)
@@ -150,6 +153,7 @@ class Tokenizer:
         special: bool = False,
         stand_ins: Mapping[int, str] | None = None,
         limit: int | None = None,
+        name: str = "encode: text",
     ) -> list[int]:
         """Ids of a text.
 
@@ -162,6 +166,7 @@ class Tokenizer:
             stand_ins: characters of the text that stand for others, as `str.translate` takes them:
                 they are put back once control tokens are found, so they are part of none.
             limit: tokens at most; a text whose length alone exceeds it is not encoded first.
+            name: what errors call the text.
 
         Raises:
             ParameterError: the text is not valid, or BOS is asked for and the model has none.
@@ -170,7 +175,7 @@ class Tokenizer:
         An EOS is never added: a prompt is there to be continued. A file that asks for one
         (tokenizer.ggml.add_eos_token) is warned of when it is opened.
         """
-        check_text(text)
+        check_text(text, name)
         bos = None if bos is None else check_flag("encode", "bos", bos)
         if bos and self.bos_id is None:
             raise ParameterError("encode: bos has True, but this model has no BOS token")
@@ -178,7 +183,7 @@ class Tokenizer:
             whole = self._encoder.normalize(text.translate(stand_ins or {}))
             if (fewest := self._encoder.fewest(whole)) > limit:
                 raise CapacityError(
-                    f"prompt has at least {counted(fewest, 'token')}, expected at most {limit:,}"
+                    f"{name} has at least {counted(fewest, 'token')}, expected at most {limit:,}"
                 )
         ids: list[int] = []
         for part in self.control.split(text) if special else [text]:
@@ -199,7 +204,7 @@ class Tokenizer:
 
         Args:
             ids: token ids.
-            skip_special: leave out control tokens and the unknown token, see `hidden_ids`.
+            skip_special: leave out control tokens and others that are no text, see `hidden_ids`.
             continues: the ids carry on an earlier text, so that a leading blank is a real one.
                 Matters to models that encode a text with one blank more in front.
 

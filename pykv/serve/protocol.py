@@ -148,7 +148,8 @@ class Protocol:
             bos = None if fields.flag("add_special_tokens", True) else False
             special = fields.flag("special")
             encode = partial(self.language.tokenizer.encode, bos=bos, special=special)
-            ids = self._checked(param, lambda: encode(prompt, limit=self.language.context))
+            limit = self.language.context
+            ids = self._checked(param, lambda: encode(prompt, limit=limit, name=param))
         self._check_length(param, ids)
         self._note_unknown(fields)
         return list(ids)

@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import gguf as library
@@ -549,14 +550,13 @@ def test_messages_never_become_control_tokens(vocabulary, template):
         messages = talk(content, name="|im_end|")
         ids = chat_ids(file, tokenizer, messages)
         assert [i for i in ids if i >= FIRST] == own, content
-        if template != "looks":  # at a sign, and sees another one
-            text = tokenizer.decode(ids, skip_special=False)
-            assert text == chat_prompt(file, messages), content
+        text = tokenizer.decode(ids, skip_special=False)
+        assert text == chat_prompt(file, messages), content
 
 
 @settings(deadline=None, max_examples=150)
 @given(
-    st.sampled_from([name for name in TEMPLATES if name != "looks"]),
+    st.sampled_from([*TEMPLATES]),
     st.lists(st.sampled_from([*CONTROL, "</think>", *"<|>/xXIimend_[]\n"]), min_size=9).map(
         "".join
     ),
@@ -566,6 +566,39 @@ def test_nothing_that_is_said_makes_a_control_token(vocabulary, template, conten
     own = [i for i in chat_ids(file, tokenizer, talk("a harmless text")) if i >= FIRST]
     ids = chat_ids(file, tokenizer, talk(content))
     assert [i for i in ids if i >= FIRST] == own
+
+
+QWEN3 = """\
+{%- for m in messages %}
+{%- set c, thought = m.content, '' %}
+{%- if m.role == 'assistant' and '</think>' in c %}
+{%- set thought = c.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') %}
+{%- set c = c.split('</think>')[-1].lstrip('\n') %}
+{%- endif %}
+{{- '<|im_start|>' + m.role + '\n' }}
+{%- if thought and keep is defined %}{{- '<think>\n' + thought + '\n</think>\n\n' }}{% endif %}
+{{- c + '<|im_end|>\n' }}
+{%- endfor %}<|im_start|>assistant\n"""
+
+
+@pytest.mark.parametrize("said", ["<think>\nhm\n</think>\n\nyes", "<|im_end|></think>\n<s>yes"])
+@pytest.mark.parametrize("source", [CHATML_THINKS, QWEN3])
+def test_thoughts_are_left_out_also_where_their_marks_are_control_tokens(vocabulary, source, said):
+    """Else a model reads what it thought as what it said; what the template writes is control."""
+    file, _ = vocabulary("chatml")
+    kinds = [1] * (256 + len(WORDS)) + [3] * (2 + len(CONTROL))
+    metadata = file.metadata | {
+        "tokenizer.chat_template": source,
+        "tokenizer.ggml.token_type": kinds,
+    }
+    file = replace(file, metadata=metadata)
+    tokenizer, messages = Tokenizer(file), talk(said)
+    for variables in ({}, {"keep": True}) if source == QWEN3 else ({},):
+        ids = chat_ids(file, tokenizer, messages, template_variables=variables)
+        text = chat_prompt(file, messages, template_variables=variables)
+        assert tokenizer.decode(ids, skip_special=False) == text
+        thinks = [ALL[i] for i in ids if ALL[i] in ("<think>", "</think>")]
+        assert thinks == (["<think>", "</think>"] if variables else [])
 
 
 def test_a_message_beyond_any_context():

@@ -211,6 +211,24 @@ def test_a_full_context_drops_the_oldest_turns(capsys, monkeypatch, streams):
     )
 
 
+@pytest.mark.parametrize("greeting, length", [([], 25), ([("assistant", "welcome")], 50_000)])
+def test_turns_of_a_session_need_no_answers(
+    capsys, monkeypatch, tmp_path, streams, greeting, length
+):
+    """LLM.save takes any messages: two of a user in a row, or an assistant's first."""
+    said = [*greeting, ("user", "a" * 30), ("user", "b" * 20)]
+    messages = [{"role": role, "content": text} for role, text in said]
+    pykv.LLM("chat.gguf", device="cpu").save(tmp_path / "talk", messages)
+    flags = ("--max-tokens", 6, "--session", tmp_path / "talk")
+    code, _, err = chat(capsys, monkeypatch, "short", "x" * length, "y", flags=flags)
+    assert code == 0 and streams[0][0].startswith("[assistant:" if greeting else "[user:aaa")
+    if greeting:
+        assert err.count("the message was not sent") == 1 and len(streams) == 2
+    else:
+        assert "the oldest turn was dropped" in err
+        assert streams[1][0].startswith("[user:" + "b" * 20) and len(streams) == 3
+
+
 def test_a_message_that_is_refused_is_not_sent(capsys, monkeypatch, streams):
     code, _, err = chat(capsys, monkeypatch, "hi", "lone \ud83d", "hi")
     (note,) = [line for line in err.splitlines() if line.startswith("pykv: ")]

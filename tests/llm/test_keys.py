@@ -213,6 +213,16 @@ CASES = {
         replace(LLAMA, frequencies=[[0.0] * 8] * 2),
         {".rope.scaling.finetuned": False},
     ),
+    "granite without rotation, yarn": (
+        "granite",
+        replace(LLAMA, frequencies=[[0.0] * 8] * 2),
+        YARN | FROM_32 | {".rope.scaling.finetuned": False},
+    ),
+    "gemma2, yarn": (
+        "gemma2",
+        magnified(GEMMA2, 4, frequencies=[yarn(32, 5e3, 4, 32)] * 4),
+        YARN | FROM_32,
+    ),
 }
 SAME = ("scale of 0 is the usual", "a factor of type none")
 
@@ -317,8 +327,10 @@ def test_keys_that_change_nothing(tmp_path, key):
         )
 
 
-def test_yarn_beside_windows_does_not_run(tmp_path):
-    refused(tmp_path, UnsupportedError, "changes the magnitude", arch="gemma3", keys=YARN)
+@pytest.mark.parametrize("arch", ["gemma3", "smollm3"])
+def test_yarn_beside_layers_that_it_leaves_alone_does_not_run(tmp_path, arch):
+    """Those with a base of their own, and those that do not rotate."""
+    refused(tmp_path, UnsupportedError, "changes the magnitude", arch=arch, keys=YARN)
 
 
 @pytest.mark.parametrize(

@@ -128,7 +128,11 @@ def test_what_was_meant_is_said(open_tiny):
     llm = open_tiny()
     for prompts, params, text in (
         (5, None, "prompts is 5, expected a text, or a list of prompts"),
-        ([1, 2], None, "prompt is 1, expected a text or a list of token ids"),
+        ([1, 2], None, "prompts[0] is 1, expected a text or a list of token ids"),
+        (["a", ""], None, "prompts[1] is empty, expected at least one character"),
+        (["a", [1, -1]], None, "prompts[1] has token id -1, expected 0 to"),
+        (["a", "\ud800"], None, "prompts[1] has '\\ud800' at position 0"),
+        (["a", "b"], [SamplingParams(), None], "params[1] has None, expected SamplingParams"),
         ("a", {"max_tokens": 1}, "params is {'max_tokens': 1}, expected SamplingParams, or a list"),
     ):
         with pytest.raises(ParameterError, match=re.escape(text)):
@@ -261,8 +265,15 @@ def test_a_prompt_that_is_much_too_long_is_refused_at_once(open_tiny):
     llm = open_tiny()
     text = "hello " * 2_000_000
     started = time.process_time()
-    for method in (llm.generate, llm.stream, llm.logits, llm.perplexity):
-        with pytest.raises(CapacityError, match=r"at least [0-9,]+ tokens, expected at most 128"):
+    for method, name in (
+        (llm.generate, "prompt"),
+        (lambda text: llm.generate(["a", text]), r"prompts\[1\]"),
+        (llm.stream, "prompt"),
+        (llm.logits, "token_ids"),
+        (llm.perplexity, "text_or_ids"),
+    ):
+        wanted = f"^{name} has at least [0-9,]+ tokens, expected at most 128$"
+        with pytest.raises(CapacityError, match=wanted):
             method(text)
     assert time.process_time() - started < 2
 

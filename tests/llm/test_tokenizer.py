@@ -327,6 +327,16 @@ def test_marks_of_thoughts_and_calls_are_shown(path, kind, name):
     assert (264 in t.encode(name)) == (kind == 4) and t.decode(t.encode(name)) == name
 
 
+def test_tokens_that_fill_a_vocabulary_up_are_no_text(path):
+    """As transformers and llama.cpp have it; the letters of one are letters."""
+    tokens, types = [*BYTES, *MERGED, "[PAD264]"], [1] * 264 + [5]
+    t = build(path, "gpt2", tokens, merges=MERGES, token_type=types)
+    assert t.decode([259, 264, 259]) == "hellohello" and t.hidden_ids == {264}
+    assert t.decode([264], skip_special=False) == "[PAD264]"
+    for special in (False, True):
+        assert t.encode("[PAD264]", special=special) == [*b"[PAD264]"]
+
+
 def test_two_tokens_of_one_text(path):
     """Gemma 4 has some: the last is what texts become, and both are what they are."""
     tokens, types = [*BYTES, *MERGED, "<pad>", "hello", "<pad>"], [1] * 264 + [3, 1, 3]
@@ -626,7 +636,7 @@ def test_a_text_that_is_much_too_long_is_not_encoded(byte_tokenizer, pair):
             continue  # no bytes: any run of such characters is one token
         started = time.process_time()
         with pytest.raises(
-            CapacityError, match=r"prompt has at least [0-9,]+ tokens, expected at most 99"
+            CapacityError, match=r"text has at least [0-9,]+ tokens, expected at most 99"
         ):
             t.encode("Hello, world. " * 700_000, limit=99)
         assert time.process_time() - started < 1

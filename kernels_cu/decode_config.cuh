@@ -46,6 +46,7 @@ constexpr bool Q_HAS_LOW = sizeof(Q_T) == 4 || (IS_BF16<KM> && !IS_BF16<Q_T>);
 constexpr bool Q_HAS_REST = sizeof(Q_T) == 4 && IS_BF16<KM>;
 constexpr float P_HEADROOM = IS_BF16<VM> ? 0.0f : HEADROOM;  // headroom of the weights
 constexpr bool P_HAS_REST = sizeof(Q_T) == 4 && IS_BF16<VM>;
+constexpr float P_LOW = sizeof(Q_T) == 4 && !IS_BF16<VM> ? REMAINDER_FACTOR : 1.0f;
 
 // Results of 16-bit queries are rounded to 16 bits. Then sums may stay in the mma, which truncates
 // below their last place, and integer codes may be read as subnormal f16.

@@ -143,6 +143,7 @@ __device__ __forceinline__ void add_values(Sums& sums, const float (&weights)[KE
     for (int n = 0; n < KEYS / 8; n++) {
         float two[2] = {weights[2 * n], weights[2 * n + 1]};
         high[n] = split_halves<VM>(two);
+        two[0] *= P_LOW, two[1] *= P_LOW;
         low[n] = split_halves<VM>(two);
         if constexpr (P_HAS_REST) rest[n] = split_halves<VM>(two);
     }
@@ -176,7 +177,10 @@ __device__ __forceinline__ void add_values(Sums& sums, const float (&weights)[KE
                         mma_16x16<VM>(d, rest[n], 0, rest[n + 1], 0, b[n][p], b[n + 1][p]);
                     }
                 }
-                if constexpr (!Q_IS_16BIT) x[0] += d[0] + d[2], x[1] += d[1] + d[3];
+                if constexpr (!Q_IS_16BIT) {
+                    x[0] += fmaf(d[2], 1.0f / P_LOW, d[0]);
+                    x[1] += fmaf(d[3], 1.0f / P_LOW, d[1]);
+                }
             }
         }
     }

@@ -3,9 +3,11 @@
 // Tensor cores take weights 2^(score - b) of values as f16, or their products with the scales of
 // rows that have one each. So the base b of a query row is the largest score of the keys that it
 // sees, or the largest sum of score and exponent of the scale, less HEADROOM: its largest operand is
-// at least 2^6, and below 2^15 while b lags behind by up to 2^8. What f16 flushes is below 2^-25, half
-// of its last place: 2^-31 of the row's own largest operand, less than a sum of floats loses. Keys
-// that the row does not see, or hardly weighs, do not enter.
+// at least 2^6, and at most 2^15 while b lags behind by up to 2^8. What f16 flushes is below 2^-25, half
+// of its last place: 2^-31 of the row's own largest operand, less than a sum of floats loses. But
+// values that are f16 themselves may exceed others by 2^30, so that a float32 result is a small weight
+// times a large value: there remainders of operands are taken times REMAINDER_FACTOR, and what is
+// flushed is 2^-42 of the largest. Keys that the row does not see, or hardly weighs, do not enter.
 #include "types.cuh"
 
 constexpr float LOG2_E = 1.442695040888963f;
@@ -21,6 +23,7 @@ __device__ __forceinline__ float weight_of(float rest) { return exp2f(rest > 0.0
 
 constexpr float HEADROOM = 7.0f;  // as a binary logarithm
 constexpr float LAG = 8.0f;       // also a binary logarithm; with it, sums are seldom rescaled
+constexpr float REMAINDER_FACTOR = 2048.0f;  // remainders of f16 up to 2^15 are at most 2^4
 
 // The exponent of the power of two above |scale|, from -64 to 107: the base follows it, and sums of
 // weights must stay floats of full precision. Larger scales, of values above 1e34, overflow f16.

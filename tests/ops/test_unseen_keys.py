@@ -113,6 +113,20 @@ def test_a_large_value_of_tiny_weight(xp, rng, spec, q, ratio, T):
     judge(xp, queries, *store(rng, spec, k, v)[:2])
 
 
+@pytest.mark.parametrize("T", [1, 4])
+@pytest.mark.parametrize("weight", [1e-5, 1e-7, 1e-8])
+def test_a_large_float_of_small_weight(xp, rng, weight, T):
+    """Values that have no scale: 2e4 beside 1e-3, of a key that makes much of the result."""
+    L, H, G, large = 150, 1, 3, 30
+    direction = normal(rng, (D,))
+    k, v = 0.01 * normal(rng, (2, L, H, D))
+    v *= 0.1
+    k[large] = direction * (np.log(weight) * D**0.5 / (direction @ direction))
+    v[large] = 2e4 * normal(rng, (H, D)).clip(-3, 3)
+    shape = (T, G, D) if T > 4 else (1, T, G, D)
+    judge(xp, direction + 0.01 * normal(rng, shape), *store(rng, "fp16", k, v)[:2])
+
+
 @pytest.mark.parametrize("T", [1, 70])
 @pytest.mark.parametrize("spec", ["int8", "k8v4"])
 @pytest.mark.parametrize("step", [-1, 1])

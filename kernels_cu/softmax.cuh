@@ -6,8 +6,9 @@
 // at least 2^6, and at most 2^15 while b lags behind by up to 2^8. What f16 flushes is below 2^-25, half
 // of its last place: 2^-31 of the row's own largest operand, less than a sum of floats loses. But
 // values that are f16 themselves may exceed others by 2^30, so that a float32 result is a small weight
-// times a large value: there remainders of operands are taken times REMAINDER_FACTOR, and what is
-// flushed is 2^-42 of the largest. Keys that the row does not see, or hardly weighs, do not enter.
+// times a large value: there decode takes remainders of operands times REMAINDER_FACTOR, and what is
+// flushed is 2^-42 of the largest (prefill does not, see tools/results/h200/limits.md). Keys that the
+// row does not see, or hardly weighs, do not enter.
 #include "types.cuh"
 
 constexpr float LOG2_E = 1.442695040888963f;

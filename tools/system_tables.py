@@ -314,8 +314,7 @@ def engine_steps(records):
     ]
     text = (
         "Milliseconds that a step of the engine takes besides the model: scheduler, pages, text "
-        "and waking readers, while the event\nloop makes events of the tokens before. Aim: 0.3 for "
-        "64 answers. Late: by how much it goes on later than a model of 2 ms is done, as the event "
-        "loop has the interpreter."
+        "and reports to another process.\nAim: 0.3 for 64 answers. Late: by how much it goes on "
+        "later than a model of 2 ms is done."
     )
     return text, ["answers", "time", "late"], rows

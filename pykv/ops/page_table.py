@@ -62,6 +62,7 @@ def from_lists(
             given; on the host, `indptr` does not rise from 0 to at most I, or a last page has more
             than P tokens.
         CapacityError: on the host, a request has more than M pages, or 2^31 tokens.
+        UnsupportedError: on a GPU, there are more than 65,535 requests.
 
     Runs where the arrays are; on a GPU it only enqueues, and contents are not checked. Source:
     get_seq_lens of FlashInfer for the lengths.

@@ -87,8 +87,9 @@ def decode(
             scores (ALiBi).
         sinks: [HQ] float32; a score for each head whose weight has no value (attention sink), and
             which `lse` counts.
-        tree: [B, T] uint64, T <= 64; query t sees the last T keys whose bits are set, and all
-            before them. Where None, query t sees the keys up to its own.
+        tree: [B, T] uint64, T <= 64; of the last T keys query t sees those whose bits are set,
+            whatever `window` is, and of the keys before them all that `window` lets it see. Where
+            None, query t sees the keys up to its own.
         key_positions: [B, M * P] int32; where keys stand in the sequence, ascending, for windows
             and ALiBi where some were evicted, see pykv.eviction; on CUDA cores. None: key s at s.
         causal: where False, every query stands behind the last key, as queries of many sequences

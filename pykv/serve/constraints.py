@@ -38,7 +38,8 @@ def check_schema(schema: dict[str, Any]) -> None:
             left += item.values()
             properties, required = item.get("properties"), item.get("required")
             if isinstance(properties, dict) and len(properties) > MOST_OPTIONAL:
-                must = {x for x in required if isinstance(x, str)} if required else set()
+                names = required if isinstance(required, list) else []
+                must = {x for x in names if isinstance(x, str)}
                 runs = groupby(name in must for name in properties)
                 most = max((len([*run]) for is_there, run in runs if not is_there), default=0)
                 if most > MOST_OPTIONAL:

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from multiprocessing.connection import Connection
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from queue import SimpleQueue
 from types import TracebackType
@@ -86,10 +87,10 @@ class EngineProcess:
         self._connection = Connection(ours.detach())
         self._deliver: Callable[[Report | None], None] | None = None
         self._has_ended = False  # the last report was delivered
-        self._orders: SimpleQueue[Any] = SimpleQueue()  # for the process; None is the last
+        self._orders: SimpleQueue[Any] = SimpleQueue()  # pickled; None ends the process
         self._sender = threading.Thread(target=self._send, name="pykv-orders", daemon=True)
         self._sender.start()
-        self._orders.put((args, slots))
+        self._order((args, slots))
 
     def file(self) -> Path:
         """Wait for the model's file, which is being loaded then. Raises: as `ready`."""
@@ -119,18 +120,18 @@ class EngineProcess:
         asyncio.get_running_loop().add_reader(self._connection.fileno(), self._read)
 
     def put(self, request: Request) -> None:
-        self._orders.put(request)
+        self._order(request)
 
     def abort(self, numbers: list[int]) -> None:
-        self._orders.put(numbers)
+        self._order(numbers)
 
     def stop(self) -> None:
         self._orders.put(None)
 
     def _read(self) -> None:
-        """Deliver the reports that are there, all before a reader of them wakes: what the engine
-        told while readers were busy becomes one piece for each, and the engine, whose way to here
-        holds little, never waits. None is the last, also where the process has died."""
+        """Deliver all reports that have arrived, before any reader wakes. So a reader that was busy
+        gets one piece, and the engine never waits for readers at a full socket. None is the last
+        report, also if the process has died."""
         assert self._deliver is not None
         for _ in range(REPORTS):
             if (report := self._receive()) is None:
@@ -155,12 +156,16 @@ class EngineProcess:
             how = f"fallen silent, and not ended within {EXIT_SECONDS:g} s"
         return TransportError(f"serve: the process of the model has {how}")
 
+    def _order(self, message: Any) -> None:
+        """Queue a message. What cannot be pickled is an error here, of the request alone."""
+        self._orders.put(ForkingPickler.dumps(message))
+
     def _send(self) -> None:
-        """Send orders, of a thread: that waits while the process reads none, as one that reads a
-        large schema, or is stopped, and answers go on meanwhile."""
-        with suppress(OSError):  # it has ended, which is read from it
-            for order in iter(self._orders.get, None):
-                self._connection.send(order)
+        """Send queued messages, on a thread: it blocks while the process does not read, as during a
+        large schema, or when stopped; answers continue meanwhile."""
+        with suppress(OSError):  # the process has ended, which `_receive` notices
+            for message in iter(self._orders.get, None):
+                self._connection.send_bytes(message)
             self._connection.send(None)
 
     def __enter__(self) -> Self:

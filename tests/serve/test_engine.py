@@ -332,3 +332,13 @@ def test_reports_that_gathered_are_one_piece():
             return [delta async for delta in work.deltas()], desk.is_alive
 
     assert within(run()) == ([(0, Delta("abcd", [0, 1, 2, 3], [], "stop", 0))], False)
+
+
+def test_an_order_that_cannot_be_sent_is_an_error_of_its_own():
+    """And not of the thread that sends, which all later ones need."""
+    link = object.__new__(EngineProcess)
+    link._orders = SimpleQueue()
+    with pytest.raises((AttributeError, pickle.PicklingError)):
+        link.put(lambda: None)
+    link.abort([3])
+    assert pickle.loads(link._orders.get()) == [3] and link._orders.empty()

@@ -184,6 +184,7 @@ def test_too_many_optional_properties_are_refused_before_anything_begins(serve, 
     for body, param in (
         (dict(response_format=form_of(nested)), "response_format"),
         (dict(response_format=form_of(optional(1200, ["k600"]))), "response_format"),
+        (dict(response_format=form_of(optional(501) | {"required": True})), "response_format"),
         (dict(tools=[tool], tool_choice="required"), "tools"),
     ):
         status, error = client.refused(CHAT, messages=USER, stream=stream, **body)

@@ -1,7 +1,6 @@
 """The CUDA layer: sources, cubins and their cache without a GPU; launches and streams with one."""
 
 import hashlib
-import itertools
 import json
 import os
 import re
@@ -707,32 +706,23 @@ def test_a_kernel_keeps_the_most_shared_memory_that_a_launch_asked_for(monkeypat
 
 
 @pytest.mark.parametrize(
-    "grid, cluster, clusters",
+    "grid, cluster, sizes",
     [
-        ((2, 3, 16), (1, 1, 8), (2, 3, 2)),
-        (16, (8,), (2,)),
-        (16, (8, 1, 1), (2, 1, 1)),
-        ((4, 6), (2,), (2, 6)),
+        ((2, 3, 16), (1, 1, 8), ((2, 3, 16), (1, 1, 8))),
+        (16, (8,), ((16, 1, 1), (8, 1, 1))),
+        ((4, 6), (2,), ((4, 6, 1), (2, 1, 1))),
         ((2, 3, 12), (1, 1, 8), None),
         (16, (1, 1, 8), None),
         (16, (0,), None),
     ],
 )
-def test_cuda_core_counts_a_grid_in_clusters(monkeypatch, grid, cluster, clusters):
-    pytest.importorskip("cuda.core")
-    monkeypatch.setattr("cuda.core.LaunchConfig", dict)
-    config = cuda.driver._config.__wrapped__
-    for early, together in itertools.product((False, True), repeat=2):
-        sizes = dict(block=128, shmem_size=64, programmatic_stream_serialization=early)
-        sizes |= dict(is_cooperative=True) if together else {}
-        assert config(grid, 128, 64, None, early, together) == dict(grid=grid, **sizes)
-        if clusters:
-            want = dict(grid=clusters, cluster=cluster, **sizes)
-            assert config(grid, 128, 64, cluster, early, together) == want
-    if clusters:
+def test_a_cluster_divides_its_grid(grid, cluster, sizes):
+    if sizes:
+        config = cuda.driver.configure(None, grid, 128, 0, cluster)
+        assert (config.grid, config.cluster) == sizes
         return
     with pytest.raises(ParameterError, match=re.escape(f"cluster is {cluster}, expected sizes")):
-        config(grid, 128, 64, cluster, False, False)
+        cuda.driver.configure(None, grid, 128, 0, cluster)
 
 
 def test_stream_handles_of_every_library():

@@ -1,6 +1,7 @@
 """Kernels and launches by name: what a .cu file declares, and what a Launch makes of it."""
 
 import re
+from contextlib import nullcontext
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
@@ -161,7 +162,6 @@ SCALARS = dict(n=1, seed=2, stride=3, bits=4, scale=0.5)
 )
 def test_kernels_overlap_where_gpu_and_driver_let_them(monkeypatch, sm, version, overlaps):
     """Code for an older SM, by PYKV_ARCH on a new GPU as well, would not wait."""
-    pytest.importorskip("cuda.core")
     cupy = ModuleType("cupy")
     cupy.cuda = ModuleType("cuda")
     cupy.cuda.runtime = ModuleType("runtime")
@@ -169,7 +169,7 @@ def test_kernels_overlap_where_gpu_and_driver_let_them(monkeypatch, sm, version,
     monkeypatch.setattr(cuda.driver, "load_cupy", lambda: cupy)
     monkeypatch.setattr(cuda.driver, "current_sm", lambda: sm)
     made = [cuda.driver.configure(None, 7, 8, 0, None, early) for early in (True, False)]
-    assert [x.programmatic_stream_serialization for x in made] == [overlaps, False]
+    assert [x.early for x in made] == [overlaps, False]
 
 
 @pytest.mark.parametrize(
@@ -184,9 +184,7 @@ def test_kernels_overlap_where_gpu_and_driver_let_them(monkeypatch, sm, version,
     ids=str,
 )
 def test_a_captured_kernel_overlaps_kernels_alone(monkeypatch, ahead, early):
-    pytest.importorskip("cuda.core")
-    bindings = pytest.importorskip("cuda.bindings").driver
-    from cuda.core import LaunchConfig
+    bindings = pytest.importorskip("cuda.bindings.driver")
 
     def capture_info(handle):
         assert handle == 7
@@ -196,20 +194,92 @@ def test_a_captured_kernel_overlaps_kernels_alone(monkeypatch, ahead, early):
         kinds = bindings.CUgraphNodeType
         return bindings.CUresult.CUDA_SUCCESS, getattr(kinds, f"CU_GRAPH_NODE_TYPE_{node}")
 
-    launched = []
-    stream = SimpleNamespace(ptr=7)
-    functions = lambda *args: launched.append(args), lambda: stream, lambda: 0
-    monkeypatch.setattr(cuda.driver, "_launcher", lambda: functions)
-    monkeypatch.setattr(cuda.driver, "core_stream", lambda handle, device: handle)
+    launched = seen_by_the_driver(monkeypatch)
     monkeypatch.setattr(cuda.driver, "is_capturing", lambda: ahead is not None)
     monkeypatch.setattr(bindings, "cuStreamGetCaptureInfo", capture_info)
     monkeypatch.setattr(bindings, "cuGraphNodeGetType", kind_of)
-    sizes = dict(grid=(3, 2), block=64, shmem_size=9)
-    config = LaunchConfig(**sizes, programmatic_stream_serialization=True)
-    cuda.driver.bind("kernel", config, [None], (np.int32(5),))()
-    ((stream, config, *rest),) = launched
-    assert (stream, rest) == (7, ["kernel", 0, np.int32(5)])
-    assert config == LaunchConfig(**sizes, programmatic_stream_serialization=early)
+    config = cuda.driver.Config((3, 2, 1), (64, 1, 1), 9, None, True, False)
+    cuda.driver.bind(SimpleNamespace(handle=2), config, [None], (6,))()
+    ((_, attributes, _, _),) = launched
+    overlap = bindings.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    assert attributes == ({overlap: 1} if early else {})
+
+
+def seen_by_the_driver(monkeypatch, statuses=()):
+    """What cuLaunchKernelEx is given from now on, on a stream with the handle 7: sizes and stream,
+    attributes, the kernel, and the parameters' words. It answers `statuses` first."""
+    cffi = pytest.importorskip("cffi").FFI()
+    bindings = pytest.importorskip("cuda.bindings.driver")
+    ids, seen, answers = bindings.CUlaunchAttributeID, [], list(statuses)
+
+    def launch(config, kernel, parameters, extra):
+        sizes = [
+            getattr(config, f"{what}Dim{axis}") for what in ("grid", "block") for axis in "XYZ"
+        ]
+        attributes = {}
+        for x in config.attrs[: config.numAttrs]:
+            dim = x.value.clusterDim
+            attributes[x.id] = {
+                ids.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION: (dim.x, dim.y, dim.z),
+                ids.CU_LAUNCH_ATTRIBUTE_COOPERATIVE: x.value.cooperative,
+            }.get(x.id, x.value.programmaticStreamSerializationAllowed)
+        of_kernel = cffi.cast("uint64_t**", parameters)
+        words = [of_kernel[i][0] for i in range(kernel)]  # the tests' kernels are their number
+        seen.append(
+            ([*sizes, config.sharedMemBytes, int(config.hStream)], attributes, extra, words)
+        )
+        return (answers.pop(0) if answers else bindings.CUresult.CUDA_SUCCESS,)
+
+    functions = launch, lambda: SimpleNamespace(ptr=7)
+    monkeypatch.setattr(cuda.driver, "_launcher", lambda: functions)
+    return seen
+
+
+def test_the_driver_gets_sizes_attributes_and_parameters(monkeypatch):
+    seen = seen_by_the_driver(monkeypatch)
+    ids = pytest.importorskip("cuda.bindings.driver").CUlaunchAttributeID
+    arrays = [None, SimpleNamespace(data=SimpleNamespace(ptr=2**63 + 40))]
+    scalars = 3, 2**64 - 1, 2**32 - 2
+    kernel = SimpleNamespace(handle=len(arrays) + len(scalars))
+    configs = (
+        cuda.driver.configure(kernel, (8, 6), (32, 2, 4), 0, (2, 3), False, True),
+        cuda.driver.configure(kernel, 70000, 96, 0, None, False, False),
+        cuda.driver.configure(kernel, 1, 96, 0, None, False, True),
+    )
+    for config, offsets in zip(configs, (None, [8, 16], None), strict=True):
+        cuda.driver.bind(kernel, config, arrays, scalars, offsets)()
+    cluster = {ids.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION: (2, 3, 1)}
+    assert [x[0] for x in seen] == [
+        [8, 6, 1, 32, 2, 4, 0, 7],
+        [70000, 1, 1, 96, 1, 1, 0, 7],
+        [1, 1, 1, 96, 1, 1, 0, 7],  # one block waits for nobody: not cooperative
+    ]
+    assert [x[1] for x in seen] == [cluster | {ids.CU_LAUNCH_ATTRIBUTE_COOPERATIVE: 1}, {}, {}]
+    assert [x[2] for x in seen] == [0, 0, 0]
+    plain = [0, 2**63 + 40, *scalars]
+    assert [x[3] for x in seen] == [plain, [8, 2**63 + 56, *scalars], plain]
+
+
+def test_a_thread_without_a_context_launches_again(monkeypatch):
+    result = pytest.importorskip("cuda.bindings.driver").CUresult
+    runtime = SimpleNamespace(getDevice=lambda: 3, setDevice=lambda device: made.append(device))
+    cupy = SimpleNamespace(cuda=SimpleNamespace(runtime=runtime))
+    monkeypatch.setattr(cuda.driver, "load_cupy", lambda: cupy)
+    monkeypatch.setattr(cuda.driver, "_launch_error", lambda status, config: CudaError(status.name))
+    lacks, refused = result.CUDA_ERROR_INVALID_CONTEXT, result.CUDA_ERROR_INVALID_VALUE
+    config = cuda.driver.Config((1, 1, 1), (32, 1, 1), 0, None, False, False)
+    for statuses, launches, contexts, error in (
+        ([lacks], 2, [3], None),
+        ([lacks, refused], 2, [3], "INVALID_VALUE"),
+        ([lacks, lacks], 2, [3], "INVALID_CONTEXT"),
+        ([refused], 1, [], "INVALID_VALUE"),
+    ):
+        made = []
+        seen = seen_by_the_driver(monkeypatch, statuses)
+        enqueue = cuda.driver.bind(SimpleNamespace(handle=1), config, [None], ())
+        with pytest.raises(CudaError, match=error) if error else nullcontext():
+            enqueue()
+        assert (len(seen), made) == (launches, contexts)
 
 
 @pytest.mark.gpu
@@ -250,9 +320,12 @@ def test_arguments_reach_the_driver_in_the_kernels_order_and_types(bound):
     ((handle, config, arrays, scalars),) = bound
     config_of = 7, (8, 2), 9, (1,), True, True
     assert handle == ("sm_90", "some", "one") and config == (handle, *config_of)
-    assert arrays == [None, "x"] and scalars == list(SCALARS.values())
+    assert arrays == [None, "x"]
     types = [np.int32, np.uint32, np.int64, np.uint64, np.float32]
-    assert [type(x) for x in scalars] == types
+    for word, given, dtype in zip(scalars, SCALARS.values(), types, strict=True):
+        dtype = np.dtype(dtype)
+        assert np.array([word], np.uint64).view(dtype)[0] == given
+        assert word < 2 ** (8 * dtype.itemsize)
 
 
 @pytest.mark.parametrize(
@@ -296,7 +369,7 @@ def test_grids_that_no_gpu_has(bound, grid):
 @pytest.mark.parametrize("value", [2**31 - 1, -(2**31), np.int64(5), np.uint8(5), True])
 def test_whole_numbers_of_any_kind_are_taken(bound, value):
     cuda.Launch(cuda.kernel("some", "one"), 1, 32, SCALARS | {"n": value})(dict(out=None, x=None))
-    assert bound[0][3][0] == value
+    assert bound[0][3][0] == int(value) % 2**32  # the low bits of a word
 
 
 def test_names_must_be_the_kernels(bound):
@@ -324,7 +397,7 @@ def test_defines_may_be_dtypes(bound):
 
 
 def test_arrays_must_be_arrays_of_a_gpu(monkeypatch):
-    monkeypatch.setattr(cuda.driver, "_launcher", lambda: (None, None, None))
+    monkeypatch.setattr(cuda.driver, "_launcher", lambda: (None, None))
     for array in (np.zeros(3), 3, "x"):
         name = type(array).__name__
         with pytest.raises(

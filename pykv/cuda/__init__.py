@@ -3,7 +3,7 @@
     devices    which GPUs there are, which one is current, streams of any library
     compiler   kernels_cu/<stem>.cu to a cubin for an SM, kept in the cache folder
     launch     kernels by name and their launches, whose parameters the .cu file names
-    driver     launches by cuda.core: the one seam, where tests put another machine
+    driver     launches by the driver: the one seam, where tests put another machine
     calls      plain and prepared calls
     graphs     calls of many launches as CUDA graphs
     replay     calls of several launches, found once for each layout

@@ -64,7 +64,7 @@ def architectures() -> list[str]:
 
 
 def load_core() -> Any:
-    """The package cuda.core, by which kernels are compiled and launched.
+    """The package cuda.core, which compiles and loads kernels.
 
     Raises:
         DeviceError: it is not installed, or broken.
@@ -97,7 +97,7 @@ def array_module(device: str) -> Any:
         return np
     try:
         cupy = import_cupy()
-        from cuda.core import Device  # noqa: F401 - launches need the package
+        from cuda.core import Device  # noqa: F401 - kernels need the package
     except ImportError as error:
         if not has_driver():
             raise DeviceError(

@@ -1,4 +1,7 @@
-"""The launches of cuda.core, and the one seam where tests replace them.
+"""The driver's launches, and the one seam where tests replace them.
+
+Kernels are loaded by cuda.core and launched by cuda.bindings: cuda.core's own `launch` looks at
+every argument anew, which takes the host several times as long as the driver's call.
 
 pykv.cuda.launch knows kernels and parameters by name, and asks this module for five functions.
 tests/simt/machine.py has the same five, and stands in for this module where there is no GPU.
@@ -7,20 +10,41 @@ tests/simt/machine.py has the same five, and stands in for this module where the
 from __future__ import annotations
 
 import threading
+from array import array
 from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
-from itertools import zip_longest
-from typing import Any
+from typing import Any, NamedTuple
 
 from pykv.arrays import load_cupy
 from pykv.cuda.calls import is_capturing
 from pykv.cuda.compiler import compile
-from pykv.cuda.devices import core_stream, current_sm, num_sms
+from pykv.cuda.devices import current_sm, num_sms
 from pykv.errors import CudaError, DtypeError, ParameterError
 
 SHARED_BYTES = 48 << 10  # static and dynamic, that a block gets without opting in
 
 _lock = threading.Lock()
+
+Sizes = tuple[int, int, int]
+
+
+class Config(NamedTuple):
+    """The configuration of a launch.
+
+    Attributes:
+        grid, block: sizes in blocks and threads.
+        shared_bytes: dynamic shared memory of a block.
+        cluster: blocks of a cluster; None: the launch has none.
+        early: the kernel may start before the one ahead of it has ended.
+        cooperative: all blocks are on the GPU at once.
+    """
+
+    grid: Sizes
+    block: Sizes
+    shared_bytes: int
+    cluster: Sizes | None
+    early: bool
+    cooperative: bool
 
 
 @cache
@@ -49,7 +73,7 @@ def configure(
     cluster: tuple[int, ...] | None,
     early: bool = False,
     cooperative: bool = False,
-) -> Any:
+) -> Config:
     """The configuration of a launch of these sizes on the current GPU, for `bind`; with `early` one
     that may overlap the kernel ahead of it, where the GPU and the driver have that. A cooperative
     one has all its blocks on the GPU at once; of one block that asks nothing of the GPU.
@@ -60,15 +84,25 @@ def configure(
     """
     if shared_bytes:
         _allow_shared(kernel, shared_bytes, load_cupy().cuda.runtime.getDevice())
-    together = cooperative and grid not in (1, (1,))
-    return _config(grid, block, shared_bytes, cluster, early and _has_early(), together)
+    blocks, clustered = _three(grid), None if cluster is None else _three(cluster)
+    if clustered and any(n < 1 or size % n for size, n in zip(blocks, clustered, strict=True)):
+        raise ParameterError(
+            f"cuda.Launch: cluster is {cluster}, expected sizes that divide those of grid {grid}"
+        )
+    together = cooperative and blocks != (1, 1, 1)
+    return Config(blocks, _three(block), shared_bytes, clustered, early and _has_early(), together)
+
+
+def _three(sizes: int | tuple[int, ...]) -> Sizes:
+    x, y, z = (*(sizes if isinstance(sizes, tuple) else (sizes,)), 1, 1)[:3]
+    return x, y, z
 
 
 def bind(
     kernel: Any,
-    config: Any,
+    config: Config,
     arrays: Sequence[Any],
-    scalars: tuple[Any, ...],
+    scalars: Sequence[int],
     offsets: Sequence[int] | None = None,
 ) -> Any:
     """A function without arguments that enqueues the kernel on CuPy's current stream.
@@ -78,10 +112,14 @@ def bind(
         config: the result of `configure`.
         arrays: CuPy arrays, whose addresses are read here and which live as long as the function,
             or None for a null pointer.
-        scalars: NumPy scalars, the kernel's parameters behind those.
+        scalars: the kernel's parameters behind those, each as a word of 64 bits, of which the
+            kernel reads as many low bits as it declares.
         offsets: bytes from the address of each array on; None: none.
+
+    Calls of the function raise CudaError where the driver refuses the launch, or reports an earlier
+    kernel's failure.
     """
-    core_launch, current_stream, current_device = _launcher()
+    launch, current_stream = _launcher()
     try:
         values = [0 if x is None else x.data.ptr for x in arrays]
     except AttributeError as error:
@@ -91,19 +129,54 @@ def bind(
         ) from error
     if offsets is not None:
         values = [value + offset for value, offset in zip(values, offsets, strict=True)]
-    early = bool(config.programmatic_stream_serialization)
+    # The driver takes the address of an array of the parameters' addresses.
+    words = array("Q", (*values, *scalars))
+    start, count = words.buffer_info()
+    pointers = array("Q", range(start, start + 8 * count, 8))
+    parameters, handle = pointers.buffer_info()[0], kernel.handle
 
-    def enqueue(_kept: Any = arrays) -> None:
-        handle = current_stream().ptr
-        stream = core_stream(handle, current_device())
-        chosen = _in_turn(config) if early and _is_captured_behind_others(handle) else config
-        try:
-            core_launch(stream, chosen, kernel, *values, *scalars)
-        except Exception as error:
-            _give_context(error, chosen)
-            core_launch(stream, chosen, kernel, *values, *scalars)
+    def enqueue(_kept: Any = (arrays, words, pointers)) -> None:
+        stream = current_stream().ptr
+        chosen = config
+        if config.early and _is_captured_behind_others(stream):
+            chosen = config._replace(early=False)
+        (status,) = launch(_on_stream(chosen, stream), handle, parameters, 0)
+        if status:
+            _give_context(status, chosen)
+            (status,) = launch(_on_stream(chosen, stream), handle, parameters, 0)
+            if status:
+                raise _launch_error(status, chosen)
 
     return enqueue
+
+
+@lru_cache(maxsize=4096)
+def _on_stream(config: Config, stream: int) -> Any:
+    """A configuration as the driver has it; made once, because making one costs more than a
+    launch. Nobody changes it, so threads may share it."""
+    from cuda.bindings import driver
+
+    made = driver.CUlaunchConfig()
+    made.gridDimX, made.gridDimY, made.gridDimZ = config.grid
+    made.blockDimX, made.blockDimY, made.blockDimZ = config.block
+    made.sharedMemBytes = config.shared_bytes
+    made.hStream = driver.CUstream(stream)
+    ids, attributes = driver.CUlaunchAttributeID, []
+    if config.cluster is not None:
+        attributes.append(of_cluster := driver.CUlaunchAttribute())
+        of_cluster.id = ids.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+        dim = of_cluster.value.clusterDim
+        dim.x, dim.y, dim.z = config.cluster
+    if config.early:
+        attributes.append(overlap := driver.CUlaunchAttribute())
+        overlap.id = ids.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        overlap.value.programmaticStreamSerializationAllowed = 1
+    if config.cooperative:
+        attributes.append(together := driver.CUlaunchAttribute())
+        together.id = ids.CU_LAUNCH_ATTRIBUTE_COOPERATIVE
+        together.value.cooperative = 1
+    made.attrs, made.numAttrs = attributes, len(attributes)
+    return made
 
 
 def _is_captured_behind_others(handle: int) -> bool:
@@ -122,29 +195,27 @@ def _is_captured_behind_others(handle: int) -> bool:
     return {driver.cuGraphNodeGetType(node)[1] for node in ahead} != {kernel}
 
 
-@lru_cache(maxsize=4096)
-def _in_turn(config: Any) -> Any:
-    """An early launch's configuration, without that."""
-    from cuda.core import LaunchConfig
-
-    names = ("grid", "cluster", "block", "shmem_size", "is_cooperative")
-    return LaunchConfig(**{name: getattr(config, name) for name in names})
-
-
-def _give_context(error: Exception, config: Any) -> None:
+def _give_context(status: Any, config: Config) -> None:
     """Let a launch be tried again that failed because its thread had no context of the GPU, as one
     has none whose first act is a launch.
 
     Raises:
         CudaError: the launch was refused for another reason.
     """
-    if type(error).__name__ != "CUDAError":  # cuda.core does not export the class
-        raise error
-    if "CUDA_ERROR_INVALID_CONTEXT" not in str(error):
-        sizes = f"grid {config.grid} and block {config.block}"
-        raise CudaError(f"launch of {sizes}: {error}") from error
+    from cuda.bindings import driver
+
+    if status != driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:
+        raise _launch_error(status, config)
     runtime = load_cupy().cuda.runtime
     runtime.setDevice(runtime.getDevice())
+
+
+def _launch_error(status: Any, config: Config) -> CudaError:
+    from cuda.bindings import driver
+
+    _, text = driver.cuGetErrorString(status)
+    said = f"{status.name}: {text.decode()}" if text else status.name
+    return CudaError(f"launch of grid {config.grid} and block {config.block}: {said}")
 
 
 def active_clusters(kernel: Any, block: int, cluster: tuple[int, ...], shared_bytes: int) -> int:
@@ -157,10 +228,14 @@ def active_clusters(kernel: Any, block: int, cluster: tuple[int, ...], shared_by
 def _active_clusters(
     kernel: Any, block: int, cluster: tuple[int, ...], shared_bytes: int, device: int
 ) -> int:
-    _, current_stream, _ = _launcher()
-    config = configure(kernel, cluster, block, shared_bytes, cluster)
-    stream = core_stream(current_stream().ptr, device)
-    return int(kernel.occupancy.max_active_clusters(config, stream=stream))
+    from cuda.bindings import driver
+
+    load_cupy().cuda.runtime.setDevice(device)  # gives a new thread its context
+    config = _on_stream(configure(kernel, cluster, block, shared_bytes, cluster), 0)
+    status, count = driver.cuOccupancyMaxActiveClusters(kernel.handle, config)
+    if status:
+        raise CudaError(f"cuOccupancyMaxActiveClusters: {status.name}")
+    return int(count)
 
 
 def cooperative_blocks(kernel: Any, block: int, shared_bytes: int) -> int:
@@ -178,12 +253,11 @@ def _cooperative_blocks(kernel: Any, block: int, shared_bytes: int, device: int)
 
 
 @cache
-def _launcher() -> tuple[Callable[..., None], Callable[[], Any], Callable[[], int]]:
+def _launcher() -> tuple[Callable[..., tuple[Any]], Callable[[], Any]]:
     """Functions that a launch needs, looked up once: an import costs as much as a launch."""
-    from cuda.core import launch
+    from cuda.bindings import driver
 
-    cuda = load_cupy().cuda
-    return launch, cuda.get_current_stream, cuda.runtime.getDevice
+    return driver.cuLaunchKernelEx, load_cupy().cuda.get_current_stream
 
 
 _allowed: dict[tuple[Any, int], int] = {}  # bytes, by kernel and device
@@ -221,29 +295,3 @@ def _has_early() -> bool:
     for older SMs does not wait for the kernel ahead of it."""
     version = load_cupy().cuda.runtime.driverGetVersion()
     return current_sm() >= 90 and bool(version >= 12030)
-
-
-@lru_cache(maxsize=4096)
-def _config(
-    grid: Any,
-    block: Any,
-    shared_bytes: int,
-    cluster: tuple[int, ...] | None,
-    early: bool,
-    together: bool,
-) -> Any:
-    from cuda.core import LaunchConfig
-
-    options = dict(block=block, shmem_size=shared_bytes, programmatic_stream_serialization=early)
-    if together:
-        options |= dict(is_cooperative=True)
-    if cluster is None:
-        return LaunchConfig(grid=grid, **options)
-    blocks = grid if isinstance(grid, tuple) else (grid,)
-    sizes = tuple(zip_longest(blocks, cluster, fillvalue=1))
-    if any(size < 1 or n % size for n, size in sizes):
-        raise ParameterError(
-            f"cuda.Launch: cluster is {cluster}, expected sizes that divide those of grid {grid}"
-        )
-    clusters = tuple(n // size for n, size in sizes)  # in these cuda.core counts the grid then
-    return LaunchConfig(grid=clusters, cluster=cluster, **options)

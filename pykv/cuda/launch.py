@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import operator
 import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any, NamedTuple
@@ -146,7 +147,7 @@ class Launch:
         cooperative: bool = False,
     ) -> None:
         self.kernel = kernel
-        self._scalars = _typed(kernel, scalars or {})
+        self._scalars = _words(kernel, scalars or {})
         sizes = grid if isinstance(grid, tuple) else (grid,)
         if any(size > most for size, most in zip(sizes, MOST_BLOCKS, strict=False)):
             raise UnsupportedError(
@@ -176,13 +177,12 @@ class Launch:
         return driver.bind(self.kernel.handle, self._config, arrays, self._scalars, offsets)
 
 
-def _typed(kernel: Kernel, scalars: Mapping[str, Any]) -> tuple[np.generic, ...]:
-    """Scalars in the kernel's order, of its types."""
+def _words(kernel: Kernel, scalars: Mapping[str, Any]) -> tuple[int, ...]:
+    """Scalars in the kernel's order, of its types, each in the low bits of a word of 64."""
     if scalars.keys() != kernel.scalars.keys():
         raise _names_error(kernel, "scalars", scalars, kernel.scalars)
-    return tuple(
-        _cast(kernel, name, c_type, scalars[name]) for name, c_type in kernel.scalars.items()
-    )
+    typed = (_cast(kernel, name, c_type, scalars[name]) for name, c_type in kernel.scalars.items())
+    return tuple(int.from_bytes(x.tobytes(), sys.byteorder) for x in typed)
 
 
 def _cast(kernel: Kernel, name: str, c_type: str, value: Any) -> Any:

@@ -302,10 +302,16 @@ def configure(kernel, grid, block, shared_bytes, cluster, early=False, cooperati
 
 def bind(kernel, config, arrays, scalars, offsets=None):
     """As pykv.cuda.driver.bind, with arrays of tests/simt/cupy.py."""
+    kinds = [kind for _, kind in kernel.parameters]
     if offsets is not None:
-        kinds = [kind for _, kind in kernel.parameters]
         arrays = list(map(_from, arrays, offsets, kinds))
-    return partial(cupy.enqueue, _run, kernel, config, *arrays, *scalars)
+    typed = map(_scalar, scalars, kinds[len(arrays) :])
+    return partial(cupy.enqueue, _run, kernel, config, *arrays, *typed)
+
+
+def _scalar(word, kind):
+    """The scalar in the low bits of a word, of the type that a kernel declares."""
+    return np.array([word], np.uint64).view(DTYPES[kind])[0]
 
 
 def _from(array, offset, kind):

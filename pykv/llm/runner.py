@@ -10,26 +10,27 @@ from __future__ import annotations
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterator
+from collections.abc import Sequence as Several
 from typing import Any
 
 import numpy as np
 
 from pykv import cuda, interrupts
-from pykv.arrays import copy_into
 from pykv.errors import UnsupportedError
 from pykv.eviction import AdaKV, Policy
 from pykv.llm import memory, steps, token_program
 from pykv.llm.decode_ways import DecodeWays, Times
-from pykv.llm.drawing import asked_of
+from pykv.llm.decoder import Decoder
 from pykv.llm.evictor import Evictor
 from pykv.llm.head_rows import HeadRows
-from pykv.llm.model import Batch, forward, graph_rows, step_of
+from pykv.llm.model import forward, graph_rows
 from pykv.llm.prefill_device import PrefillDevice
 from pykv.llm.prompt_steps import PromptSteps, Span, of_spans
 from pykv.llm.residency import Residency, can_stay
 from pykv.llm.sampler import Sampler
 from pykv.llm.sequence import Sequence
 from pykv.llm.steps import Piece
+from pykv.llm.steps_ahead import StepsAhead, can_go_on
 from pykv.llm.weights import Model
 from pykv.ops import paged_check
 from pykv.ops.resident_program import MOST_TOKENS
@@ -94,11 +95,12 @@ class ModelRunner:
 
             self._ways = DecodeWays(model, cache, *bounds, make)
         self._residency: Residency | None = None
+        self._ahead: StepsAhead | None = None
         self._evictor = None if eviction is None else Evictor(eviction, model, cache)
         # The last tokens of a prompt are a step of their own: somebody must make their logits, and
         # the queries that eviction asks for.
         self.last = max(1, self._evictor.asked if self._evictor else 0)
-        self._decoders: OrderedDict[tuple[int, int], _Decoder] = OrderedDict()
+        self._decoders: OrderedDict[tuple[int, int], Decoder] = OrderedDict()
         self._pool: Any = None  # the pool that the decoders were made for
         # Steps follow each other, so their graphs share what they need meanwhile.
         self._memory = None if xp is np else cuda.GraphMemory()
@@ -145,29 +147,41 @@ class ModelRunner:
         return tokens
 
     def ahead(self, sequences: list[Sequence]) -> int:
-        """How many tokens of each answer a launch may draw before the host looks at them."""
-        rows = graph_rows(len(sequences), self.xp)
-        can_go_on = self._max_resident > 1 and self._way(rows) == "persistent"
-        if not can_go_on or not all(map(can_stay, sequences)):
-            return 1
-        return min(self._max_resident, MOST_TOKENS)
+        """How many tokens of each answer may be begun before the host looks at the first."""
+        if self._stays(sequences):
+            return min(self._max_resident, MOST_TOKENS)
+        return 2 if self._overlaps(sequences) else 1
 
-    def decode(self, sequences: list[Sequence], alone: bool) -> list[int]:
-        """Put the last token of every answer into the cache, and draw the next."""
+    def _stays(self, sequences: list[Sequence]) -> bool:
+        """Whether answers go on by a launch that draws token after token."""
+        way = self._way(graph_rows(len(sequences), self.xp))
+        return self._max_resident > 1 and way == "persistent" and all(map(can_stay, sequences))
+
+    def _overlaps(self, sequences: list[Sequence]) -> bool:
+        """Whether a step of answers may be launched ahead. What eviction keeps is known only once a
+        step's queries are; where all page tables are looked at, the host waits anyway."""
+        is_launch = self.xp is not np and self._decode != "steps" and not paged_check.ALWAYS
+        return is_launch and self._evictor is None and all(map(can_go_on, sequences))
+
+    def decode(self, sequences: list[Sequence], alone: bool) -> Several[int | None]:
+        """Put the last token of answers into the cache, and draw the next."""
         if self._pool is not self.cache.k:  # the cache has grown or was replaced
             self._end_residency()
             self._decoders.clear()
-            self._pool = self.cache.k
-        tokens = None if self._residency is None else self._residency.take(sequences)
+            self._ahead, self._pool = None, self.cache.k
+        tokens = self._begun(sequences)
         if tokens is None:
             self._end_residency()
+            self._ahead = None
             decoder = interrupts.allowing(self._decoder_for, sequences)
-            if alone and self.ahead(sequences) > 1:
+            if alone and self._stays(sequences):
                 self._residency = decoder.stay(sequences, self._max_resident)
-                tokens = self._residency.take(sequences)
+            elif self._overlaps(sequences):
+                self._ahead = StepsAhead(decoder, self._sampler, sequences)
+            tokens = self._begun(sequences)
         if tokens is not None:
-            for s in sequences:
-                s.cached += 1
+            for s, token in zip(sequences, tokens, strict=True):
+                s.cached += token is not None
             return tokens
         logits = decoder.run(sequences)
         for i, s in enumerate(sequences):
@@ -176,6 +190,13 @@ class ModelRunner:
                 queries = decoder.queries
                 self._evictor.see_answer(s, None if queries is None else queries[:, i : i + 1])
         return self._draw(sequences, logits, decoder.peaks)
+
+    def _begun(self, sequences: list[Sequence]) -> Several[int | None] | None:
+        """The tokens of a launch or a step that is under way; None if there is none of these
+        sequences."""
+        if self._residency is not None:
+            return self._residency.take(sequences)
+        return None if self._ahead is None else self._ahead.take(sequences)
 
     def times(self, count: int, *, force: bool) -> Times | None:
         """Microseconds of a step of so many answers by each way, for "auto"; None where there is no
@@ -192,6 +213,7 @@ class ModelRunner:
                 has = "has an eviction, expected none"
             raise UnsupportedError(f"llm.calibrate: llm {has}")
         self._end_residency()
+        self._ahead = None
         self._decoders.clear()  # they may go another way from now on
         rows = graph_rows(count, self.xp)
         has_choice = rows <= token_program.TOKENS and not paged_check.ALWAYS
@@ -222,6 +244,8 @@ class ModelRunner:
         """Write no more to the pages of a sequence."""
         if self._residency is not None:
             self._residency.leave(sequence)
+        if self._ahead is not None:
+            self._ahead.leave(sequence)
 
     def end(self, sequence: Sequence) -> None:
         """Say so where scales that heads or tensors share do not fit a sequence."""
@@ -270,7 +294,7 @@ class ModelRunner:
             self._residency.drop()
             self._residency = None
 
-    def _decoder_for(self, sequences: list[Sequence]) -> _Decoder:
+    def _decoder_for(self, sequences: list[Sequence]) -> Decoder:
         """One with rows and pages enough."""
         most = max(len(s.pages) for s in sequences)
         rows = graph_rows(len(sequences), self.xp)
@@ -287,7 +311,7 @@ class ModelRunner:
         shape = config.num_layers, tokens, config.heads, config.head_dim
         return self.xp.empty(shape, np.float32)
 
-    def _decoder(self, rows: int, width: int) -> _Decoder:
+    def _decoder(self, rows: int, width: int) -> Decoder:
         evictor, queries, heads = self._evictor, None, None
         if evictor is not None and (evictor.asked or evictor.sums):
             queries = self._queries(rows)
@@ -295,7 +319,7 @@ class ModelRunner:
             heads = HeadRows(self.cache, self.model.config.heads, rows, width, self.xp)
         way = self._way(rows), self._max_sms
         sizes, memory = (rows, width), self._memory
-        return _Decoder(self.model, self.cache, self.xp, sizes, queries, heads, memory, way)
+        return Decoder(self.model, self.cache, self.xp, sizes, queries, heads, memory, way)
 
     def _way(self, rows: int) -> str:
         """How so many answers are decoded."""
@@ -304,93 +328,3 @@ class ModelRunner:
         if self._decode == "auto":
             return "graph" if self._ways is None else self._ways.fastest(rows)
         return self._decode
-
-
-class _Decoder:
-    """Decodes up to `rows` sequences of up to `width` pages by one step, on a GPU a CUDA graph or
-    one launch: rows that nobody has are not written, and see no keys.
-
-    Args:
-        model, cache, xp: of the runner.
-        size: rows and width.
-        queries: where the step puts those of its tokens, or None.
-        heads: what stands for the cache, where heads hold different numbers of rows.
-        memory: for the graph; None on the host.
-        way: one of DECODES, and SMs of a launch of "persistent" at most, or None.
-
-    Attributes:
-        peaks: where a step puts the index of the largest of each row of logits, or None.
-    """
-
-    def __init__(
-        self,
-        model: Model,
-        cache: PagedKVCache,
-        xp: Any,
-        size: tuple[int, int],
-        queries: Any,
-        heads: HeadRows | None,
-        memory: cuda.GraphMemory | None,
-        way: tuple[str, int | None],
-    ) -> None:
-        rows, _ = size
-        name, sms = way
-        self.queries, self._heads = queries, heads
-        self._page_size = cache.page_size
-        self._inputs = xp.empty((4, rows), np.int32)  # one transfer for all four
-        self._table = xp.full(size, -1, np.int32)
-        self._packed = np.empty((4, rows), np.int32)
-        self._pages = np.full(size, -1, np.int32)  # the table, on the host
-        # Of each row: the list of its pages, how many of them are in the table, rows evicted.
-        self._shown: list[tuple[list[int] | None, int, int, Any]] = [(None, 0, 0, None)] * rows
-        ids, positions, slots, lengths = self._inputs
-        batch = Batch(ids, positions, slots, None, self._table, lengths)
-        self.peaks: Any = None
-        self._step: Any
-        if name == "persistent":
-            self._step = token_program.TokenStep(model, batch, cache, sms)
-            self.peaks = self._step.peaks
-        else:
-            of_step = dict(queries=queries, memory=memory, by_graph=name != "steps")
-            self._step = step_of(model, batch, heads or cache, **of_step)
-
-    def run(self, sequences: list[Sequence]) -> Any:
-        """Logits after the last token of each sequence, [n, V]."""
-        self._fill_inputs(sequences)
-        return interrupts.allowing(self._step)[: len(sequences)]
-
-    def stay(self, sequences: list[Sequence], tokens: int) -> Residency:
-        """Begin to draw from the last token of each sequence on."""
-        self._fill_inputs(sequences)
-        program, draw = interrupts.allowing(self._step.resident, asked_of(sequences))
-        draw.fill(sequences)
-        return Residency(program, sequences, self._pages.shape, tokens)
-
-    def _fill_inputs(self, sequences: list[Sequence]) -> None:
-        """Show the step the last token and the pages of each sequence."""
-        P, packed = self._page_size, self._packed
-        packed[:] = [[0], [0], [-1], [0]]
-        for i, s in enumerate(sequences):
-            slot = s.pages[s.held // P] * P + s.held % P
-            packed[:, i] = s.generated[-1], s.cached, slot, s.held + 1
-        copy_into(self._inputs, packed)
-        is_new = self._show(sequences)
-        if is_new:
-            copy_into(self._table, self._pages)
-        if self._heads is not None:
-            self._heads.show(sequences, self._pages, is_new)
-
-    def _show(self, sequences: list[Sequence]) -> bool:
-        """Note the pages that have come; whether there are any."""
-        is_new = False
-        for i, s in enumerate(sequences):
-            pages, count, dropped, behind = self._shown[i]
-            is_same = pages is s.pages and dropped == s.dropped and behind is s.behind
-            if not is_same or count > len(s.pages):
-                count = 0
-                self._pages[i] = -1
-            if count < len(s.pages):
-                self._pages[i, count : len(s.pages)] = s.pages[count:]
-                self._shown[i] = s.pages, len(s.pages), s.dropped, s.behind
-                is_new = True
-        return is_new

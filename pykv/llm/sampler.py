@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence, Set
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -28,6 +28,36 @@ class Drawing(Protocol):
     prompt: list[int]
     generated: list[int]
     end_ids: Set[int]
+
+
+class Drawn(NamedTuple):
+    """Tokens that a GPU may still be drawing.
+
+    Attributes:
+        ids: [B] int32, the tokens, on the device of the logits.
+        words: [W] int32 there, all that `read` needs; the tokens come first.
+        wanted: how many of the likeliest tokens each sequence asks for; -1: no log probabilities.
+    """
+
+    ids: Any
+    words: Any
+    wanted: list[int]
+
+    def read(self, host: np.ndarray) -> tuple[list[int], list[TokenLogprobs | None]]:
+        """What Sampler.draw returns, from `words` on the host."""
+        B, K = len(self.wanted), max(self.wanted, default=-1)
+        tokens: list[int] = host[:B].tolist()
+        found: list[TokenLogprobs | None] = [None] * B
+        if K < 0:
+            return tokens, found
+        of_host = host[B:].view(np.float32).tolist()
+        top_ids, top_values = host[2 * B : (2 + K) * B].tolist(), of_host[(1 + K) * B :]
+        for b, count in enumerate(self.wanted):
+            if count >= 0:
+                span = slice(b * K, b * K + count)
+                pairs = zip(top_ids[span], top_values[span], strict=True)
+                found[b] = TokenLogprobs(tokens[b], of_host[b], {i: x for i, x in pairs if i >= 0})
+        return tokens, found
 
 
 class Sampler:
@@ -76,32 +106,41 @@ class Sampler:
         What a sequence gets does not depend on the others. Synchronises: tokens and log
         probabilities come to the host in one transfer.
         """
+        drawn = self.begin(logits, sequences, masks, peaks)
+        return drawn.read(drawn.words if self._xp is np else drawn.words.get())
+
+    def begin(
+        self,
+        logits: Any,
+        sequences: Sequence[Drawing],
+        masks: Sequence[Any] | None = None,
+        peaks: Any = None,
+        steps: list[int] | None = None,
+    ) -> Drawn:
+        """As `draw`, but does not wait for the tokens.
+
+        Args:
+            logits, sequences, masks, peaks: as of `draw`.
+            steps: index of the token that each draws; None: of the one behind `generated`, which is
+                what penalties and `min_tokens` go by in any case.
+        """
         params = [s.params for s in sequences]
-        steps = [len(s.generated) for s in sequences]
+        steps = [len(s.generated) for s in sequences] if steps is None else steps
         adjusted = self._adjusted(logits, sequences, masks)
-        wanted = np.array([-1 if p.logprobs is None else p.logprobs for p in params], np.int32)
-        B, K = len(params), int(wanted.max(initial=-1))
+        wanted = [-1 if p.logprobs is None else p.logprobs for p in params]
+        B, K = len(params), max(wanted, default=-1)
         if K < 0:
             if peaks is not None and adjusted is logits and all(p.temperature == 0 for p in params):
                 ids = peaks[:B]
             else:
                 ids = choose(adjusted, params, steps, self._xp)
-            return [int(i) for i in ids.tolist()], [None] * B
+            return Drawn(ids, ids, wanted)
         words = self._xp.empty(B * (2 + 2 * K), np.int32)
         ids = choose(adjusted, params, steps, self._xp, out=words[:B])
         of_tokens, tops = words[B : 2 * B].view(np.float32), words[2 * B :].reshape(2, B, K)
         given = dict(out=of_tokens, top_ids=tops[0], top_logprobs=tops[1].view(np.float32))
-        logprobs.top(logits, ids, self._xp.asarray(wanted), K, **given)
-        host = words if self._xp is np else words.get()
-        tokens = [int(i) for i in host[:B]]
-        of_host = host[B:].view(np.float32).tolist()
-        top_ids, top_values = host[2 * B : (2 + K) * B].tolist(), of_host[(1 + K) * B :]
-        found: list[TokenLogprobs | None] = [None] * B
-        for b in np.flatnonzero(wanted >= 0).tolist():
-            span = slice(b * K, b * K + int(wanted[b]))
-            pairs = zip(top_ids[span], top_values[span], strict=True)
-            found[b] = TokenLogprobs(tokens[b], of_host[b], {i: x for i, x in pairs if i >= 0})
-        return tokens, found
+        logprobs.top(logits, ids, self._xp.asarray(np.array(wanted, np.int32)), K, **given)
+        return Drawn(ids, words, wanted)
 
     def _adjusted(self, logits: Any, sequences: Sequence[Drawing], masks: Any) -> Any:
         """The logits after penalties, biases and masks; those given, if nobody asks for any."""

@@ -14,6 +14,7 @@ import time
 from bisect import insort
 from collections import deque
 from collections.abc import Callable
+from collections.abc import Sequence as Several
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -192,8 +193,9 @@ class Scheduler:
         if decoding:
             started = time.perf_counter()
             decode = partial(self._runner.decode, decoding, alone=not pieces)
-            changed += self._compute(decode, decoding, decoding)
-            self.stats.decode_tokens += len(decoding)
+            drawn = self._compute(decode, decoding, decoding)
+            changed += drawn
+            self.stats.decode_tokens += len(drawn)
             self.stats.decode_seconds += time.perf_counter() - started
         if pieces:
             started = time.perf_counter()
@@ -255,11 +257,19 @@ class Scheduler:
         return tokens
 
     def _compute(
-        self, run: Callable[[], list[int]], drawn: list[Sequence], sequences: list[Sequence]
+        self,
+        run: Callable[[], Several[int | None]],
+        due: list[Sequence],
+        sequences: list[Sequence],
     ) -> list[Sequence]:
-        """Run a part of a step, in which the sequences `drawn` get a token. Returns these."""
+        """Run a part of a step, in which the sequences `due` get a token, or None. Returns those
+        that got one."""
+        drawn: list[Sequence] = []
         try:
-            for s, token in zip(drawn, run(), strict=True):
+            for s, token in zip(due, run(), strict=True):
+                if token is None:
+                    continue
+                drawn.append(s)
                 if not s.finish_reason:  # else it was ended meanwhile
                     s.append(token)
         except BaseException:
@@ -363,10 +373,11 @@ class Scheduler:
                     self._wait_again(youngest, publish=True)
                     if youngest is s:
                         break
-        if self.waiting:
-            return
         decoding = [s for s in self.running if s.decodes and not s.finish_reason]
-        if decoding and (ahead := self._runner.ahead(decoding)) > 1:
+        ahead = self._runner.ahead(decoding) if decoding else 1
+        if self.waiting:  # they need pages sooner than tokens that are far off
+            ahead = min(ahead, 2)
+        if ahead > 1:
             self._give_pages_ahead(decoding, ahead)
 
     def _give_pages_ahead(self, sequences: list[Sequence], ahead: int) -> None:

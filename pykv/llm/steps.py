@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Several
 from typing import Protocol
 
 from pykv.llm.sequence import Sequence
@@ -13,8 +14,8 @@ Piece = tuple[Sequence, int]  # a sequence, and how many of its due tokens a ste
 
 class Runner(Protocol):
     """What computes the steps, in a block of pykv.interrupts.held: it allows Ctrl-C where it can be
-    left at any point. Both calls move `cached` of their sequences on, and give tokens
-    that are drawn, -1 where logits are not finite.
+    left at any point. Both calls move `cached` on of the sequences that they give a token, and give
+    tokens that are drawn, -1 where logits are not finite.
 
     Attributes:
         last: tokens at the end of a prompt that are computed in one step.
@@ -35,9 +36,10 @@ class Runner(Protocol):
     def ahead(self, sequences: list[Sequence]) -> int:
         """Tokens of each that `decode` may begin at once, on pages that they have."""
 
-    def decode(self, sequences: list[Sequence], alone: bool) -> list[int]:
-        """A token for each; the next ones may be begun, too, if they are `alone`: the step computes
-        nothing else."""
+    def decode(self, sequences: list[Sequence], alone: bool) -> Several[int | None]:
+        """A token for each of some of them at least, None for the others, whose token the next call
+        gives. The next tokens may be begun, too; if they are `alone`, so that the step computes
+        nothing else, more than one of each."""
 
     def leave(self, sequence: Sequence) -> None:
         """Write no more to the pages of a sequence, which are given back."""

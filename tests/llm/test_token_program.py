@@ -55,12 +55,12 @@ def test_tokens_are_those_of_steps(open_both, rng, monkeypatch, name, options, c
     logits = {}
     for llm in (steps, persistent):
         kept = logits[llm] = []
-        draw = llm.runner._draw
+        begin = llm.runner._sampler.begin
         monkeypatch.setattr(
-            llm.runner,
-            "_draw",
-            lambda s, x, *p, kept=kept, draw=draw: (
-                kept.append(to_numpy(x).copy()) or draw(s, x, *p)
+            llm.runner._sampler,
+            "begin",
+            lambda x, *given, kept=kept, begin=begin, **options: (
+                kept.append(to_numpy(x).copy()) or begin(x, *given, **options)
             ),
         )
     prompts = [rng.integers(3, 200, n).tolist() for n in (5, 18, 33)[:count]]

@@ -68,7 +68,7 @@ class ndarray:
     def data(self):
         return MemoryPointer(self.host)
 
-    def get(self):
+    def get(self, stream=None):
         _refuse_capture("get")
         return self.host.copy()
 

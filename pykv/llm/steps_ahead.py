@@ -1,0 +1,120 @@
+"""Steps ahead: the GPU computes the next tokens of answers while the host reads the last ones.
+
+A step needs the tokens of the one before it, which are on the GPU as soon as they are drawn; where
+their rows go is known before. So a step is launched before the tokens of the one under way are
+read. What a step computes of an answer that has ended meanwhile is forgotten: its row is written to
+pages that the answer had then, ahead of all that their next owner enqueues.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from pykv.arrays import load_cupy
+from pykv.llm.decoder import Decoder
+from pykv.llm.sampler import Drawn, Sampler
+from pykv.llm.sampling import NO_PENALTIES
+from pykv.llm.sequence import Sequence
+
+
+class _UnderWay(NamedTuple):
+    """A step whose tokens are not read yet.
+
+    Attributes:
+        drawn: its tokens.
+        done: the event behind them.
+        rows: the sequences that get a token, each with the row and the index of that token.
+    """
+
+    drawn: Drawn
+    done: Any
+    rows: dict[Sequence, tuple[int, int]]
+
+
+def can_go_on(s: Sequence) -> bool:
+    """Whether its next draw needs nothing of the host."""
+    p = s.params
+    is_plain = p.penalties == NO_PENALTIES and not p.logit_bias
+    return is_plain and s.mask is None and len(s.generated) >= p.min_tokens
+
+
+class StepsAhead:
+    """Steps of a decoder, each launched before the tokens of the one ahead of it are read.
+
+    Args:
+        decoder: computes them.
+        sampler: draws.
+        sequences: the rows of the first step, which is launched here.
+    """
+
+    def __init__(self, decoder: Decoder, sampler: Sampler, sequences: list[Sequence]) -> None:
+        self._decoder, self._sampler = decoder, sampler
+        self._sequences = list(sequences)  # of each row, also those that have ended
+        # Tokens come by a stream of their own, on which they do not wait for the next step.
+        self._link = load_cupy().cuda.Stream(non_blocking=True)
+        rows = {s: (row, len(s.generated)) for row, s in enumerate(sequences)}
+        self._under_way: _UnderWay | None = self._draw(decoder.run(sequences), rows)
+
+    def take(self, sequences: list[Sequence]) -> list[int | None] | None:
+        """The next token of each sequence, -1 where logits are not finite; log probabilities are
+        appended to the sequence. None for those that have come since the step under way began: they
+        have a row in the next one. None altogether if there is no step under way of any of them.
+
+        Launches the next step, if that can be, and then waits for the tokens.
+        """
+        now, self._under_way = self._under_way, None
+        if now is None:
+            return None
+        rows = {s: now.rows[s] for s in sequences if s in now.rows}
+        rows = {s: (row, index) for s, (row, index) in rows.items() if index == len(s.generated)}
+        if not rows:
+            return None
+        self._under_way = self._next(sequences, rows, now.drawn.ids)
+        self._link.wait_event(now.done)
+        drawn, found = now.drawn.read(now.drawn.words.get(self._link))
+        tokens: list[int | None] = [None] * len(sequences)
+        for i, s in enumerate(sequences):
+            if s not in rows:
+                continue
+            row, _ = rows[s]
+            tokens[i] = drawn[row]
+            logprobs = found[row]
+            if logprobs is not None:
+                s.logprobs.append(logprobs)
+        return tokens
+
+    def leave(self, s: Sequence) -> None:
+        """Give a sequence no token of the step under way: it has given up its pages."""
+        if self._under_way is not None:
+            self._under_way.rows.pop(s, None)
+
+    def _next(
+        self, sequences: list[Sequence], rows: dict[Sequence, tuple[int, int]], ids: Any
+    ) -> _UnderWay | None:
+        """Launch the step behind the one under way, in which `rows` get the tokens `ids`; sequences
+        that have come since get rows behind them. None if that cannot be."""
+        if not all(map(can_go_on, sequences)):
+            return None
+        come = [s for s in sequences if s not in rows]
+        self._sequences = self._sequences[: len(ids)] + come
+        next_rows = {s: (row, index + 1) for s, (row, index) in rows.items() if not _ends(s)}
+        next_rows |= {s: (len(ids) + i, len(s.generated)) for i, s in enumerate(come)}
+        if not next_rows:
+            return None
+        shown: list[Sequence | None] = [s if s in next_rows else None for s in self._sequences]
+        logits = self._decoder.run_on(shown, ids)
+        return None if logits is None else self._draw(logits, next_rows)
+
+    def _draw(self, logits: Any, rows: dict[Sequence, tuple[int, int]]) -> _UnderWay:
+        """Draw the tokens of a step."""
+        steps = [rows[s][1] if s in rows else 0 for s in self._sequences]
+        drawn = self._sampler.begin(logits, self._sequences, steps=steps)
+        cuda = load_cupy().cuda
+        done = cuda.Event(disable_timing=True)
+        done.record(cuda.get_current_stream())
+        return _UnderWay(drawn, done, rows)
+
+
+def _ends(s: Sequence) -> bool:
+    """Whether an answer is at its limit with the token under way."""
+    return len(s.prompt) + len(s.generated) + 1 >= s.limit

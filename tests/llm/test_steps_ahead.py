@@ -1,0 +1,195 @@
+"""Steps that are launched before tokens are read: the tokens are those of one step after another,
+whatever ends, comes, leaves or fails meanwhile."""
+
+import numpy as np
+import pytest
+
+from pykv.errors import NumberError
+from pykv.llm import LLM, SamplingParams, steps_ahead
+from pykv.llm.decoder import Decoder
+from tests.helpers import swept
+from tests.llm import tiny
+from tests.llm.test_model import greedy
+from tests.simt import cupy as simt
+from tests.simt import machine
+
+
+@pytest.fixture
+def open_(tmp_path, device, monkeypatch):
+    """Opens a tiny model, on the host by steps one after another."""
+    monkeypatch.setattr("pykv.cuda.array_module", lambda name: np if name == "cpu" else device)
+    if device is simt:
+        monkeypatch.setattr(machine, "ARCH", "sm_90")
+
+    def open_one(name="llama", **options):
+        tiny.write_case(tmp_path / "tiny.gguf", name)
+        return LLM(tmp_path / "tiny.gguf", **dict(decode="graph") | options)
+
+    return open_one
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Rows of each step that was launched ahead, None of those that could not be."""
+    seen, run_on = [], Decoder.run_on
+
+    def spy(self, rows, ids):
+        logits = run_on(self, rows, ids)
+        seen.append(None if logits is None else [s is not None for s in rows])
+        return logits
+
+    monkeypatch.setattr(Decoder, "run_on", spy)
+    return seen
+
+
+def facts(completions):
+    return [(x.token_ids, x.finish_reason) for x in completions]
+
+
+def prompts_of(rng, *lengths):
+    return [rng.integers(3, 200, n).tolist() for n in lengths]
+
+
+@pytest.mark.parametrize(
+    "name, options, sampled",
+    [
+        ("llama", dict(kv_dtype="int8"), False),
+        ("qwen3", dict(weights="stored", kv_dtype="fp8"), True),
+        *swept([("gemma3-keys", dict(weights="fp16"), True), ("llama", dict(page_size=1), True)]),
+    ],
+)
+def test_tokens_are_those_of_one_step_after_another(open_, launched, rng, name, options, sampled):
+    """Answers of one call that end by a limit, by a token and by a text, over the ends of pages."""
+    prompts = prompts_of(rng, 5, 15, 33)
+    more = dict(temperature=0.9, seed=3, top_k=40) if sampled else {}
+    more |= dict(logprobs=2)
+    steps = open_(name, device="cpu", **options)
+    tokens = steps.generate(prompts[:1], SamplingParams(max_tokens=6, **more))[0].token_ids
+    params = [
+        SamplingParams(max_tokens=6, stop_token_ids=(tokens[2],), **more),
+        SamplingParams(max_tokens=4, **more),
+        SamplingParams(max_tokens=6, **more),
+    ]
+    want = steps.generate(prompts, params)
+    llm = open_(name, **options)
+    got = llm.generate(prompts, params)
+    assert facts(got) == facts(want)
+    for of, to in zip(got, want, strict=True):
+        assert [x.token_id for x in of.logprobs] == [x.token_id for x in to.logprobs]
+        np.testing.assert_allclose(
+            [x.logprob for x in of.logprobs], [x.logprob for x in to.logprobs], atol=0.05
+        )
+    assert launched[:3] == [[True] * 3, [True] * 3, None]  # then rows for one are enough
+    assert [True] in launched
+    assert llm.cache.manager.num_free == llm.cache.manager.num_pages
+
+
+def test_answers_that_come_while_steps_are_under_way(open_, launched, rng):
+    """Three answers leave a row of four free: the next one takes it, and a fifth needs eight."""
+    prompts = prompts_of(rng, 5, 9, 12, 7, 3)
+    want = [open_(device="cpu").generate([p], greedy(24))[0].text for p in prompts]
+    llm = open_()
+    streams = [llm.stream(p, greedy(24)) for p in prompts]
+    texts = [""] * 5
+    for first, (i, stream) in enumerate(enumerate(streams)):
+        texts[i] += next(stream)
+        for j in range(first + 1):
+            texts[j] += next(streams[j], "")
+    for i, stream in enumerate(streams):
+        texts[i] += "".join(stream)
+    assert texts == want
+    rows = {len(x) for x in launched if x}
+    assert {1, 2, 3, 4, 5} <= rows and None in launched
+
+
+@pytest.mark.parametrize("pages", [7, *swept([9])])
+def test_answers_that_lose_their_pages_begin_again(open_, launched, rng, pages):
+    """A pool so small that some wait, and the youngest gives up its pages, with a step of it under
+    way; pages of those that ended are found again."""
+    options = dict(page_size=4, pool_tokens=4 * pages)
+    prompts = prompts_of(rng, 5, 7, 6)
+    prompts.append(prompts[0] + [9])
+    params = [
+        SamplingParams(max_tokens=n, temperature=t, seed=n, ignore_eos=True)
+        for n, t in ((9, 0), (12, 0.8), (7, 0), (10, 0.7))
+    ]
+    steps = open_(device="cpu", **options)
+    want = [steps.generate([p], x)[0].token_ids for p, x in zip(prompts, params, strict=True)]
+    llm = open_(**options)
+    for _ in range(2):
+        assert [x.token_ids for x in llm.generate(prompts, params)] == want
+    assert llm.stats.preemptions > 0 and any(launched)
+    assert llm.cache.manager.num_free == pages
+
+
+def test_what_the_host_must_see_is_not_launched_ahead(open_, launched, rng):
+    prompts = prompts_of(rng, 5, 9)
+    for asked in (
+        dict(repetition_penalty=1.3),
+        dict(presence_penalty=0.5),
+        dict(logit_bias={7: 2.0}),
+        dict(min_tokens=5),
+    ):
+        params = [SamplingParams(max_tokens=5, **asked), greedy(5)]
+        want = open_(device="cpu").generate(prompts, params)
+        assert facts(open_().generate(prompts, params)) == facts(want)
+    assert not launched
+
+
+def test_an_answer_that_is_free_from_its_min_tokens_on_goes_ahead(open_, launched, rng):
+    prompts, params = prompts_of(rng, 5), SamplingParams(max_tokens=8, min_tokens=3)
+    want = open_(device="cpu").generate(prompts, params)
+    assert facts(open_().generate(prompts, params)) == facts(want)
+    assert launched
+
+
+def test_numbers_that_are_not_finite_end_their_answer_alone(open_, rng):
+    """The row behind a token that is none has no effect on the others."""
+    prompts = prompts_of(rng, 5, 9)
+    want = open_(device="cpu").generate(prompts[1:], greedy(8))
+    llm = open_()
+    text = llm.stream(prompts[1], greedy(8))
+    first = next(text)
+    spoiled = llm.stream(prompts[0], greedy(8))
+    next(spoiled)
+    (sequence,) = [s for s in llm._scheduler.running if s.prompt == prompts[0]]
+    llm.cache.k[:, sequence.pages[0]] = np.nan
+    with pytest.raises(NumberError):
+        list(spoiled)
+    assert first + "".join(text) == want[0].text
+
+
+def test_a_launch_that_fails_loses_nothing(open_, monkeypatch, rng):
+    """The tokens of the step under way are drawn again."""
+    prompts = prompts_of(rng, 5, 9)
+    want = open_(device="cpu").generate(prompts, greedy(9))
+    llm, run_on, calls = open_(), Decoder.run_on, []
+
+    def fail(self, rows, ids):
+        calls.append(rows)
+        if len(calls) == 3:
+            raise RuntimeError("planted")
+        return run_on(self, rows, ids)
+
+    monkeypatch.setattr(Decoder, "run_on", fail)
+    with pytest.raises(RuntimeError, match="planted"):
+        llm.generate(prompts, greedy(9))
+    assert facts(llm.generate(prompts, greedy(9))) == facts(want)
+    assert llm.cache.manager.num_free == llm.cache.manager.num_pages
+
+
+def test_what_is_under_way_is_forgotten_with_its_sequence(open_, monkeypatch, rng):
+    """A sequence that has left, or was given other tokens, gets none of the step under way."""
+    llm = open_()
+    stream = llm.stream(prompts_of(rng, 5)[0], greedy(9))
+    for _ in range(3):
+        next(stream)
+    (s,), ahead = llm._scheduler.running, llm.runner._ahead
+    assert s in ahead._under_way.rows
+    s.generated.append(3)
+    assert ahead.take([s]) is None
+    s.generated.pop()
+    assert ahead.take([s]) is None  # that step is forgotten
+    llm.runner._ahead = steps_ahead.StepsAhead(ahead._decoder, ahead._sampler, [s])
+    llm.runner.leave(s)
+    assert llm.runner._ahead.take([s]) is None

@@ -225,8 +225,8 @@ def _layouts(arrays: tuple[Any, ...]) -> tuple[list[Any], list[int]]:
         else:
             memory = x.data
             at = memory.ptr
-            layouts += (x.shape, x.strides, x.dtype, memory.device_id, at % VECTOR_BYTES)
             addresses.append(at)
+            layouts += (x.shape, x.strides, x.dtype, memory.device_id, at % VECTOR_BYTES)
     if memory is not None:  # an array of a GPU, so there is one to ask
         layouts.append(sys.modules["cupy"].cuda.runtime.getDevice())
     return layouts, addresses

@@ -327,7 +327,7 @@ def _shown_spec(
     k_dtype, v_dtype = getattr(k_pool, "dtype", None), getattr(v_pool, "dtype", None)
     scales = v_scales if k_scales is None else k_scales
     granularity, scale_dtype = "token", None
-    if is_array(scales):
+    if scales is not None and is_array(scales):
         scale_dtype = scales.dtype
         if scales.ndim < 3:
             granularity = "tensor" if scales.size == 1 else "head"

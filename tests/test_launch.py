@@ -147,7 +147,7 @@ def bound(declare, monkeypatch):
 
     fake = ModuleType("driver")
     fake.load = fake.configure = lambda *args, **defines: args
-    fake.bind = bind
+    fake.bind, fake.pack = bind, list
     monkeypatch.setattr(cuda.launch, "driver", fake)
     monkeypatch.setattr(cuda.launch, "current_arch", lambda: "sm_90")
     return seen
@@ -199,7 +199,7 @@ def test_a_captured_kernel_overlaps_kernels_alone(monkeypatch, ahead, early):
     monkeypatch.setattr(bindings, "cuStreamGetCaptureInfo", capture_info)
     monkeypatch.setattr(bindings, "cuGraphNodeGetType", kind_of)
     config = cuda.driver.Config((3, 2, 1), (64, 1, 1), 9, None, True, False)
-    cuda.driver.bind(SimpleNamespace(handle=2), config, [None], (6,))()
+    cuda.driver.bind(SimpleNamespace(handle=2), config, [None], cuda.driver.pack([6]))()
     ((_, attributes, _, _),) = launched
     overlap = bindings.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
     assert attributes == ({overlap: 1} if early else {})
@@ -247,7 +247,7 @@ def test_the_driver_gets_sizes_attributes_and_parameters(monkeypatch):
         cuda.driver.configure(kernel, 1, 96, 0, None, False, True),
     )
     for config, offsets in zip(configs, (None, [8, 16], None), strict=True):
-        cuda.driver.bind(kernel, config, arrays, scalars, offsets)()
+        cuda.driver.bind(kernel, config, arrays, cuda.driver.pack(scalars), offsets)()
     cluster = {ids.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION: (2, 3, 1)}
     assert [x[0] for x in seen] == [
         [8, 6, 1, 32, 2, 4, 0, 7],
@@ -276,7 +276,7 @@ def test_a_thread_without_a_context_launches_again(monkeypatch):
     ):
         made = []
         seen = seen_by_the_driver(monkeypatch, statuses)
-        enqueue = cuda.driver.bind(SimpleNamespace(handle=1), config, [None], ())
+        enqueue = cuda.driver.bind(SimpleNamespace(handle=1), config, [None], cuda.driver.pack([]))
         with pytest.raises(CudaError, match=error) if error else nullcontext():
             enqueue()
         assert (len(seen), made) == (launches, contexts)
@@ -403,7 +403,7 @@ def test_arrays_must_be_arrays_of_a_gpu(monkeypatch):
         with pytest.raises(
             DtypeError, match=f"arrays are NoneType, {name}, expected CuPy arrays or None"
         ):
-            cuda.driver.bind(None, None, [None, array], ())
+            cuda.driver.bind(None, None, [None, array], cuda.driver.pack([]))
 
 
 @pytest.mark.gpu

@@ -3,8 +3,8 @@
 Kernels are loaded by cuda.core and launched by cuda.bindings: cuda.core's own `launch` looks at
 every argument anew, which takes the host several times as long as the driver's call.
 
-pykv.cuda.launch knows kernels and parameters by name, and asks this module for five functions.
-tests/simt/machine.py has the same five, and stands in for this module where there is no GPU.
+pykv.cuda.launch knows kernels and parameters by name, and asks this module for six functions.
+tests/simt/machine.py has the same six, and stands in for this module where there is no GPU.
 """
 
 from __future__ import annotations
@@ -98,11 +98,30 @@ def _three(sizes: int | tuple[int, ...]) -> Sizes:
     return x, y, z
 
 
+class Scalars(NamedTuple):
+    """A kernel's scalars, and where each of them is."""
+
+    words: array[int]
+    addresses: array[int]
+
+
+def pack(words: Sequence[int]) -> Scalars:
+    """Scalars for `bind`, each a word of 64 bits, of which the kernel reads as many low bits as it
+    declares."""
+    packed = array("Q", words)
+    return Scalars(packed, _addresses(packed))
+
+
+def _addresses(words: array[int]) -> array[int]:
+    start, count = words.buffer_info()
+    return array("Q", range(start, start + 8 * count, 8))
+
+
 def bind(
     kernel: Any,
     config: Config,
     arrays: Sequence[Any],
-    scalars: Sequence[int],
+    scalars: Scalars,
     offsets: Sequence[int] | None = None,
 ) -> Any:
     """A function without arguments that enqueues the kernel on CuPy's current stream.
@@ -112,8 +131,7 @@ def bind(
         config: the result of `configure`.
         arrays: CuPy arrays, whose addresses are read here and which live as long as the function,
             or None for a null pointer.
-        scalars: the kernel's parameters behind those, each as a word of 64 bits, of which the
-            kernel reads as many low bits as it declares.
+        scalars: the result of `pack`, the kernel's parameters behind those.
         offsets: bytes from the address of each array on; None: none.
 
     Calls of the function raise CudaError where the driver refuses the launch, or reports an earlier
@@ -129,21 +147,19 @@ def bind(
         ) from error
     if offsets is not None:
         values = [value + offset for value, offset in zip(values, offsets, strict=True)]
-    # The driver takes the address of an array of the parameters' addresses.
-    words = array("Q", (*values, *scalars))
-    start, count = words.buffer_info()
-    pointers = array("Q", range(start, start + 8 * count, 8))
-    parameters, handle = pointers.buffer_info()[0], kernel.handle
+    pointers = array("Q", values)
+    parameters = _addresses(pointers) + scalars.addresses  # of each: what the driver takes
+    address, handle = parameters.buffer_info()[0], kernel.handle
 
-    def enqueue(_kept: Any = (arrays, words, pointers)) -> None:
+    def enqueue(_kept: Any = (arrays, scalars, pointers, parameters)) -> None:
         stream = current_stream().ptr
         chosen = config
         if config.early and _is_captured_behind_others(stream):
             chosen = config._replace(early=False)
-        (status,) = launch(_on_stream(chosen, stream), handle, parameters, 0)
+        (status,) = launch(_on_stream(chosen, stream), handle, address, 0)
         if status:
             _give_context(status, chosen)
-            (status,) = launch(_on_stream(chosen, stream), handle, parameters, 0)
+            (status,) = launch(_on_stream(chosen, stream), handle, address, 0)
             if status:
                 raise _launch_error(status, chosen)
 

@@ -147,7 +147,7 @@ class Launch:
         cooperative: bool = False,
     ) -> None:
         self.kernel = kernel
-        self._scalars = _words(kernel, scalars or {})
+        self._scalars = driver.pack(_words(kernel, scalars or {}))
         sizes = grid if isinstance(grid, tuple) else (grid,)
         if any(size > most for size, most in zip(sizes, MOST_BLOCKS, strict=False)):
             raise UnsupportedError(

@@ -258,7 +258,7 @@ def _append(
     if on_gpu(k):
         arrays["rows"], arrays["indices"], arrays["indptr"], arrays["counts"] = where
         options = (spec, after, advance)
-        launch = dims.keep(options, partial(_launch, name, arrays, dims, *options))
+        launch = dims.keep(options, lambda: _launch(name, arrays, dims, *options))
         launch(arrays, stream)
     else:
         places_of = partial(

@@ -162,9 +162,21 @@ def decode(
             named = op, "key_positions", key_positions, lengths
             cuda.look(partial(attention.check_positions, *named))
     out, lse = attention.outputs(op, q, out, lse, return_lse)
-    arrays = dict(out=out, lse=lse, q=q, k_pool=k_pool, v_pool=v_pool, k_scales=k_scales)
-    arrays |= dict(v_scales=v_scales, page_table=page_table, lengths=lengths)
-    arrays |= dict(alibi_slopes=alibi_slopes, sinks=sinks, tree=tree, key_positions=key_positions)
+    arrays = dict(
+        out=out,
+        lse=lse,
+        q=q,
+        k_pool=k_pool,
+        v_pool=v_pool,
+        k_scales=k_scales,
+        v_scales=v_scales,
+        page_table=page_table,
+        lengths=lengths,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+        tree=tree,
+        key_positions=key_positions,
+    )
     if out.size == 0:
         pass
     elif on_gpu(q):

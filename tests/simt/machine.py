@@ -1,6 +1,6 @@
 """Runs kernels_cu on the CPU: builds a kernel file with g++ and launches it on the SIMT machine.
 
-`load`, `configure`, `bind` and `active_clusters` are those of pykv.cuda.driver, for which this
+`load`, `configure`, `pack`, `bind` and two counts are those of pykv.cuda.driver, for which this
 module stands in. Compiled files are kept in the cache folder under a hash of all that went into
 them. machine.cpp says what a kernel is held to.
 
@@ -298,6 +298,11 @@ def configure(kernel, grid, block, shared_bytes, cluster, early=False, cooperati
             )
     early = early and int(ARCH[3:]) >= 90
     return grid, block, shared_bytes, cluster or (1, 1, 1), cooperative, early
+
+
+def pack(words):
+    """As pykv.cuda.driver.pack."""
+    return words
 
 
 def bind(kernel, config, arrays, scalars, offsets=None):

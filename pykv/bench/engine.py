@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Sequence as Several
 from contextlib import nullcontext
 from functools import partial
+from itertools import chain
 from multiprocessing.connection import Connection
 from statistics import median
 from typing import Any
@@ -130,16 +131,14 @@ def make(case: Case, xp: Any, rng: np.random.Generator) -> Work:
         model.between.clear()
         model.late.clear()
         counts.clear()
-        errors: list[Exception] = []
+        told: list[list[Any]] = []
         with _Reader() as connection:
 
             def tell(report: Report | None) -> None:
                 connection.send(report)
-                for _, (_, tokens, _, finish_reason, _, error) in report[1] if report else ():
-                    counts["tokens"] += len(tokens)
-                    if finish_reason:
-                        counts["ended"] += 1
-                        errors.extend([error] if error else [])
+                deltas = [fields for _, fields in report[1]] if report else []
+                told.append(deltas)
+                counts["ended"] += sum(bool(finish_reason) for *_, finish_reason, _, _ in deltas)
                 if counts["ended"] == B:
                     engine.stop()
 
@@ -155,8 +154,10 @@ def make(case: Case, xp: Any, rng: np.random.Generator) -> Work:
             orders = [Order(prompt, params, limit, frozenset()) for prompt in prompts]
             engine.put(Request(dict(enumerate(orders)), None))
             engine.run()
-        for error in errors:
-            raise error
+        for _, tokens, _, _, _, error in chain.from_iterable(told):
+            counts["tokens"] += len(tokens)
+            if error:
+                raise error
         facts["late_us"] = round(1e6 * median(model.late), 3)
         return median(model.between)
 

@@ -91,8 +91,9 @@ class Answer:
     @property
     def num_certain(self) -> int:
         """How many of its characters no stop string can take back any more."""
-        hold = max(self._matched) if self._matched and not self._is_complete else 0
-        return len(self._text) - hold
+        if not self._matched or self._is_complete:
+            return len(self._text)
+        return len(self._text) - max(self._matched)
 
     def piece(self) -> str:
         """Text that is certain, and was not handed out yet."""

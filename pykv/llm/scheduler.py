@@ -167,9 +167,9 @@ class Scheduler:
         for s in changed:
             self._end(s)
         self._advance_fetches()
-        self._give_pages(changed)
+        decoding = self._give_pages(changed)
         try:
-            self._run(changed)
+            self._run(changed, decoding)
         finally:  # even after an error: tokens drawn must be read before the next are drawn
             for s in changed:
                 if not s.finish_reason:
@@ -178,14 +178,18 @@ class Scheduler:
                     self._end(s)
         return changed
 
-    def _run(self, changed: list[Sequence]) -> None:
-        """Compute a step, and add the sequences that got a token to `changed`. Waits for fetches
-        from tiers if there is nothing else to do."""
-        decoding: list[Sequence] = []
+    def _run(self, changed: list[Sequence], decoding: list[Sequence]) -> None:
+        """Compute a step, in which those of `decoding` and what starts now get tokens, and add the
+        sequences that got one to `changed`. Waits for fetches from tiers if there is nothing else
+        to do."""
         pieces: list[Piece] = []
-        while not (decoding or pieces):
-            held_back = self._admit(changed)
-            decoding = [s for s in self.running if s.decodes and not s.finish_reason]
+        held_back: set[int] = set()
+        is_planned = False
+        while not (is_planned and (decoding or pieces)):
+            if self.waiting:
+                held_back = self._admit(changed)
+                decoding = self._decoding()
+            is_planned = True
             if len(decoding) < len(self.running):
                 pieces = self._pieces(self._runner.most - len(decoding), held_back)
             if not (decoding or pieces or self._advance_fetches(wait=True)):
@@ -353,11 +357,15 @@ class Scheduler:
         s.wanted = 0
         return True
 
-    def _give_pages(self, changed: list[Sequence]) -> None:
+    def _decoding(self) -> list[Sequence]:
+        """Answers whose next token a step can compute."""
+        return [s for s in self.running if s.decodes and not s.finish_reason]
+
+    def _give_pages(self, changed: list[Sequence]) -> list[Sequence]:
         """Give each answer a page for its next row, the oldest first. An answer that fills the pool
-        alone ends, as at the end of a context."""
+        alone ends, as at the end of a context. Returns the answers that can be decoded."""
         P = self._manager.page_size
-        for s in list(self.running):
+        for s in [s for s in self.running if s.held == len(s.pages) * P]:
             if s.finish_reason or not s.decodes:  # still in its prompt, or just preempted
                 continue
             while s.held == len(s.pages) * P:
@@ -373,12 +381,13 @@ class Scheduler:
                     self._wait_again(youngest, publish=True)
                     if youngest is s:
                         break
-        decoding = [s for s in self.running if s.decodes and not s.finish_reason]
+        decoding = self._decoding()
         ahead = self._runner.ahead(decoding) if decoding else 1
         if self.waiting:  # they need pages sooner than tokens that are far off
             ahead = min(ahead, 2)
         if ahead > 1:
             self._give_pages_ahead(decoding, ahead)
+        return decoding
 
     def _give_pages_ahead(self, sequences: list[Sequence], ahead: int) -> None:
         """Give answers pages for the tokens that one launch may draw, but only if enough are free

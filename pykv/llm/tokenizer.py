@@ -100,6 +100,7 @@ class Tokenizer:
             )
         self.vocab_size = len(self._tokens)
         self._bytes: dict[int, bytes] = {}  # of tokens that were decoded
+        self.whole_texts: dict[int, str] = {}  # of those among them that are whole characters
         self.bos_id = self._id(file, "bos")
         self.eos_id = self._id(file, "eos")
         ends = endings(self._tokens)
@@ -256,9 +257,22 @@ class StreamDecoder:
         self._skip_special = skip_special
         self._at_start = not continues
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._is_inside = False  # a character of several tokens
 
     def push(self, i: int) -> str:
         """Text that became certain with this id; empty inside a character of several tokens."""
+        t = self._tokenizer
+        whole = t.whole_texts.get(i)
+        if whole is not None and not (self._at_start or self._is_inside):
+            return whole
+        is_first, was_inside = self._at_start, self._is_inside
+        text = self._decode(i)
+        self._is_inside = bool(self._utf8.getstate()[0])
+        if not (is_first or was_inside or self._is_inside) and i not in t.hidden_ids:
+            t.whole_texts[i] = text
+        return text
+
+    def _decode(self, i: int) -> str:
         t = self._tokenizer
         if i in t.hidden_ids:
             self._at_start = True

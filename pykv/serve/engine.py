@@ -99,7 +99,7 @@ class Job:
         self.answer, self.sequence = answer, answer.sequence
         self.constraint: Constraint | None = None  # which tokens it may take
         self.error: ApiError | None = None  # why it failed, unless the sequence has the error
-        self._tokens = self._characters = 0  # already reported
+        self._tokens = 0  # already reported
         self._followed = 0  # tokens that the constraint has seen
 
     def read(self) -> None:
@@ -119,14 +119,14 @@ class Job:
         if not self.sequence.finish_reason:
             self.error, self.sequence.finish_reason = as_api_error(error), "error"
 
-    def news(self) -> Delta:
-        """What is new since the last call."""
+    def news(self) -> tuple[Any, ...]:
+        """What is new since the last call, as the fields of a Delta."""
         s, answer = self.sequence, self.answer
-        start, at = self._tokens, self._characters
-        self._tokens, self._characters = stop, end = len(s.generated), answer.num_certain
+        start, self._tokens = self._tokens, len(s.generated)
+        tokens = s.generated[start:]
+        logprobs = s.logprobs[start : self._tokens] if s.logprobs else []
         error = self.error if s.error is None else as_api_error(s.error)
-        facts = s.finish_reason, s.reused, error
-        return Delta(answer.text[at:end], s.generated[start:stop], s.logprobs[start:stop], *facts)
+        return answer.piece(), tokens, logprobs, s.finish_reason, s.reused, error
 
 
 class Engine:
@@ -282,7 +282,7 @@ class Engine:
         """Report what is new, and forget sequences that have ended."""
         changed, self._changed = self._changed, {}
         refused, self._refused = self._refused, {}
-        deltas = [(number, tuple(job.news())) for number, job in changed.items()]
+        deltas = [(number, job.news()) for number, job in changed.items()]
         deltas += [(n, tuple(Delta("", [], [], "error", 0, why))) for n, why in refused.items()]
         ended = [number for number, job in changed.items() if job.sequence.finish_reason]
         for number in ended:

@@ -110,13 +110,13 @@ def test_a_stop_string_ends_one_of_two_choices_once():
         for index, text in ((0, "hix"), (1, "12"), (1, "3")):
             jobs[index].sequence.generated += map(ord, text)
             jobs[index].read()
-            work.choices[index].put(jobs[index].news())
+            work.choices[index].put(Delta(*jobs[index].news()))
             work.changed.set()
             await asyncio.sleep(0.01)
         assert not reader.done() and first.sequence.finish_reason == "stop"
         second.sequence.finish_reason = "length"
         second.read()
-        work.choices[1].put(second.news())
+        work.choices[1].put(Delta(*second.news()))
         work.changed.set()
         return await reader
 

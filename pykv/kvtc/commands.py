@@ -12,11 +12,11 @@ from pykv.kvtc.artefact import Artefact
 from pykv.model_options import PLACE, open_llm
 from pykv.number_texts import whole_of
 
-OPTIONS = PLACE | {"ctx": "context"}  # no cache options: its cache holds floats
+OPTIONS = PLACE | {"ctx": "context"}  # no cache options: calibration needs a cache of floats
 
 
 def add_calibrate(calibrate: argparse.ArgumentParser) -> None:
-    """The options of `pykv kvtc calibrate`, beside those of a model."""
+    """The options of `pykv kvtc calibrate`, besides those of a model."""
     _add_text(calibrate, "UTF-8; four kinds and more, of two tokens for each feature in all")
     calibrate.add_argument(
         "--out",
@@ -46,7 +46,7 @@ def _calibrate(args: argparse.Namespace) -> None:
             f"kvtc calibrate: --ratio is {args.ratio!r}, expected 8,16 or the like"
         )
     groups = whole_of(args.groups)
-    texts = _texts(args.text)  # before the model, which takes longer
+    texts = _texts(args.text)  # before the model, which takes longer to load
     artefact = calibrate(
         open_llm(args, OPTIONS),
         texts,
@@ -63,7 +63,7 @@ def _calibrate(args: argparse.Namespace) -> None:
 
 
 def add_coders(coders: argparse.ArgumentParser) -> None:
-    """The options of `pykv kvtc coders`, beside those of a model."""
+    """The options of `pykv kvtc coders`, besides those of a model."""
     _add_text(coders, "UTF-8; some thousand tokens that the calibration has not read")
     coders.add_argument("--artefact", required=True, metavar="FILE", help="of this model")
     coders.add_argument("--json", action="store_true", help="print one JSON object")
@@ -99,7 +99,7 @@ def _add_text(parser: argparse.ArgumentParser, what: str) -> None:
 
 
 def _texts(paths: list[str]) -> dict[str, str]:
-    """The contents of files by the ends of their paths."""
+    """The contents of files, by the last 96 bytes of their paths."""
     texts: dict[str, str] = {}
     for path in paths:
         name = os.fsencode(path)[-96:].decode(errors="ignore")

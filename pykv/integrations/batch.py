@@ -149,8 +149,8 @@ class Batch:
         start = self.columns[layer]
         if past is not None and (past != self.seen[:, :start]).any():
             raise UnsupportedError(
-                f"{op}: attention_mask shows or hides tokens that the cache holds, expected what "
-                "it said when they came"
+                f"{op}: attention_mask shows or hides tokens that the cache holds, expected as in "
+                "the call that added them"
             )
         step = self._step
         is_next = step is not None and (step.start, step.stop) == (start, start + n)

@@ -180,7 +180,7 @@ class _Header(NamedTuple):
             )
             raise wrong("version", version, f"{VERSION}: calibrate again, by `{again}`")
         if size != stat.st_size:
-            raise wrong("size", stat.st_size, f"the {size} that it says")
+            raise wrong("size", stat.st_size, f"the {size} of its header")
         if pairing >= len(PAIRINGS):
             raise wrong("pairing", pairing, "0 or 1")
         architecture = name.rstrip(b"\0")

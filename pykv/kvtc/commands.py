@@ -17,7 +17,7 @@ OPTIONS = PLACE | {"ctx": "context"}  # no cache options: calibration needs a ca
 
 def add_calibrate(calibrate: argparse.ArgumentParser) -> None:
     """The options of `pykv kvtc calibrate`, besides those of a model."""
-    _add_text(calibrate, "UTF-8; four kinds and more, of two tokens for each feature in all")
+    _add_text(calibrate, "UTF-8; at least four kinds, in all two tokens for each feature")
     calibrate.add_argument(
         "--out",
         required=True,
@@ -29,9 +29,9 @@ def add_calibrate(calibrate: argparse.ArgumentParser) -> None:
     calibrate.add_argument(
         "--groups",
         default="joint",
-        help="layers that share a basis: joint, windows, or so many in sequence (%(default)s)",
+        help="layers that share a basis: joint, windows, or how many in a row (%(default)s)",
     )
-    calibrate.add_argument("--rank", type=int, help="components at most (half of the features)")
+    calibrate.add_argument("--rank", type=int, help="most components (half of the features)")
     calibrate.add_argument("--json", action="store_true", help="print one JSON object")
     calibrate.set_defaults(run=_calibrate)
 
@@ -64,7 +64,7 @@ def _calibrate(args: argparse.Namespace) -> None:
 
 def add_coders(coders: argparse.ArgumentParser) -> None:
     """The options of `pykv kvtc coders`, besides those of a model."""
-    _add_text(coders, "UTF-8; some thousand tokens that the calibration has not read")
+    _add_text(coders, "UTF-8; some thousand tokens that the calibration did not read")
     coders.add_argument("--artefact", required=True, metavar="FILE", help="of this model")
     coders.add_argument("--json", action="store_true", help="print one JSON object")
     coders.set_defaults(run=_coders)

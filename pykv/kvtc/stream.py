@@ -260,7 +260,7 @@ def parse(stream: Any) -> Coded:
     if version != VERSION:
         raise wrong("version", version, VERSION)
     if size != len(data):
-        raise wrong("bytes", len(data), f"the {size} that it says")
+        raise wrong("bytes", len(data), f"the {size} of its header")
     if crc != _crc(data):
         raise FormatError(f"{op}: stream is damaged: its CRC-32 does not hold")
     try:
@@ -279,7 +279,7 @@ def parse(stream: Any) -> Coded:
     if ALIGNMENT + header.nbytes != size:
         raise wrong("bytes", size, f"{ALIGNMENT + header.nbytes}, as its counts have it")
     if header.pack(crc) != bytes(data[:ALIGNMENT]):
-        raise wrong("header", bytes(data[_HEADER.size : ALIGNMENT]), "zeros behind its fields")
+        raise wrong("header", bytes(data[_HEADER.size : ALIGNMENT]), "zeros after its fields")
     coded = Coded(header, data[ALIGNMENT:])
     _check_sections(op, coded)
     return coded

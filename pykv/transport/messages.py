@@ -116,7 +116,7 @@ def unpack(data: bytes) -> Message:
     if version != VERSION:
         raise wrong("version", version, VERSION)
     if _HEADER.size + name_bytes + fact_bytes != len(data):
-        raise wrong("bytes", len(data), "as many as it says")
+        raise wrong("bytes", len(data), "as many as its header says")
     if zlib.crc32(data[16:]) != crc:
         raise TransportError("transport: a message is damaged: its CRC-32 does not hold")
     middle = _HEADER.size + name_bytes
@@ -124,7 +124,7 @@ def unpack(data: bytes) -> Message:
         sender = check_name("transport", "sender", data[_HEADER.size : middle].decode())
         facts = json.loads(data[middle:])
     except (ValueError, RecursionError) as error:
-        raise TransportError(f"transport: a message is none: {error}") from None
+        raise TransportError(f"transport: a message is invalid: {error}") from None
     if not isinstance(facts, dict):
         raise wrong("facts", facts, "a JSON object")
     return Message(sender, facts)

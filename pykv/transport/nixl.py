@@ -84,7 +84,7 @@ class Nixl:
             listen_port=port,
             backends=[backend],
         )
-        self._agent = _call("starts not", lambda: api.nixl_agent(name, config))
+        self._agent = _call("cannot start", lambda: api.nixl_agent(name, config))
         if backend not in self._agent.backends:
             raise TransportError(f"{op}: NIXL has no backend {backend!r}")
         self._lock = threading.Lock()  # held during a transfer
@@ -152,7 +152,7 @@ class Nixl:
             del self._asked[request]  # a late answer is ignored
         address, size = where
         what = [(address, size, 0)]
-        descs = _call("takes no address", lambda: self._agent.get_xfer_descs(what, "DRAM"))
+        descs = _call("cannot describe memory", lambda: self._agent.get_xfer_descs(what, "DRAM"))
         self._reach(op, peer, end, descs)
 
         def read(parts: list[tuple[int, Any]]) -> Generator[Any, None, None]:
@@ -203,7 +203,7 @@ class Nixl:
     def _transfer(self, peer: str, lists: list[Any], i: int, land: Any) -> None:
         """Have NIXL copy item `i` of the peer's list of memory to item `i` of this process's list,
         which is `land`."""
-        agent, what = self._agent, f"reads nothing of {peer}"
+        agent, what = self._agent, f"cannot read from {peer}"
         if peer in self._landing and not self._is_over(peer):
             raise TransportError(f"transport: {peer} gave no bytes in time, and may still do so")
 
@@ -225,7 +225,7 @@ class Nixl:
         """Whether the last transfer from a peer is over; releases it then."""
         handle, _ = self._landing[peer]
         try:
-            state = _call("has no state", lambda: self._agent.check_xfer_state(handle))
+            state = _call("cannot query a transfer", lambda: self._agent.check_xfer_state(handle))
         except TransportError:
             state = "ERR"
         if state != "PROC":
@@ -234,12 +234,14 @@ class Nixl:
 
     def _let_go(self, peer: str) -> None:
         handle, _ = self._landing[peer]
-        _call("ends no transfer", lambda: self._agent.release_xfer_handle(handle))
+        _call("cannot release a transfer", lambda: self._agent.release_xfer_handle(handle))
         del self._landing[peer]
 
     def _prepare(self, peer: str, ranges: list[tuple[int, int, int]]) -> Any:
         """A list of memory ranges for transfers, of a peer or ("") of this process."""
-        return _call("takes no list", lambda: self._agent.prep_xfer_dlist(peer, ranges, "DRAM"))
+        return _call(
+            "cannot prepare memory", lambda: self._agent.prep_xfer_dlist(peer, ranges, "DRAM")
+        )
 
     # --- Messages ---
 
@@ -251,7 +253,7 @@ class Nixl:
         op = "Nixl.notify"
         self._reach(op, peer, time.monotonic() + timeout)
         data = messages.pack(Message(self.name, check_facts(op, facts)))
-        _call(f"brings no message to {peer}", lambda: self._agent.send_notif(peer, data))
+        _call(f"cannot send a message to {peer}", lambda: self._agent.send_notif(peer, data))
 
     def messages(self, timeout: float) -> list[Message]:
         """See pykv.transport.Transport.messages."""
@@ -268,7 +270,7 @@ class Nixl:
         """Receive messages, and answer requests for the region's address."""
         asking: list[Message] = []
         with self._polls:
-            found = _call("gives no messages", lambda: self._agent.get_new_notifs())
+            found = _call("cannot receive messages", lambda: self._agent.get_new_notifs())
             for sender, all_data in found.items():
                 for data in all_data:
                     with suppress(TransportError):  # invalid message
@@ -308,7 +310,7 @@ class Nixl:
         self._own, self._scratch, self._registered = range(0), {}, []
 
     def _is_known(self, peer: str, where: Any = None) -> bool:
-        what = f"knows nothing of {peer}"
+        what = f"cannot look up {peer}"
         return bool(_call(what, lambda: self._agent.check_remote_metadata(peer, where)))
 
     def _reach(self, op: str, peer: str, end: float, where: Any = None) -> None:
@@ -321,7 +323,7 @@ class Nixl:
                 self._agent.send_local_metadata(*at)
 
         def asks() -> bool:
-            _call(f"reaches no {peer}", ask)
+            _call(f"cannot reach {peer}", ask)
             again = time.monotonic() + _AGAIN
             while not (known := self._is_known(peer, where)) and time.monotonic() < again:
                 time.sleep(_PAUSE)
@@ -340,7 +342,7 @@ class Nixl:
         """Allocate memory and register it with NIXL; it lives until `close`."""
         memory = np.zeros(size, np.uint8)
         where = [(address_of(memory), size, 0, "")]
-        _call("registers no memory", lambda: self._agent.register_memory(where, "DRAM"))
+        _call("cannot register memory", lambda: self._agent.register_memory(where, "DRAM"))
         self._registered.append(memory)
         return memory
 

@@ -161,7 +161,7 @@ def _facts(ordinal: int) -> tuple[int, int]:
     gpu = Device(ordinal)
     try:
         free = int(gpu.to_system_device().memory_info.free)
-    except Exception:  # NVML supports not every GPU, and its errors share no base class
+    except Exception:  # NVML does not support every GPU, and its errors share no base class
         free = sys.maxsize
     return int(gpu.arch), free
 

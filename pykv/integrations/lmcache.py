@@ -86,7 +86,7 @@ class Serde:
             raw = _bytes_of(op, "src", x)
             codes, scales = self._parts(op, "dst", raw, out)
             used = codes.nbytes + scales.nbytes
-            if raw.size != used:  # scales stand behind all codes
+            if raw.size != used:  # scales follow all codes, so their place depends on the size
                 raise ShapeError(f"{op}: src has {raw.size} bytes, expected {used} for {out.shape}")
             out[...] = kinds.dequantize(codes, self._kind, scales).reshape(out.shape)
 

@@ -222,7 +222,7 @@ def v0_configs(
     ratio = check_whole(op, "ratio", ratio, 1)
     found = {}
     for layers, side, of_side, centred in _centred(op, model, artefact, texts, tokens):
-        # A v0 stream has no weights, so its basis spans the same components of unweighted rows.
+        # A v0 stream has no weights: its basis spans W^-1 @ basis, see Side.
         spanned = weigh(of_side.basis.T.astype(np.float32), inverse(of_side.weights)).T
         basis = orthonormal(spanned, np).astype(np.float16)
         kept = centred @ basis.astype(np.float32)
@@ -288,7 +288,7 @@ def _checked_texts(op: str, texts: Any) -> dict[str, str]:
 
 def _checked_ratios(ratios: Any) -> tuple[int, ...]:
     try:
-        given = list(islice(ratios, _MOST_RATIO))  # more do not rise
+        given = list(islice(ratios, _MOST_RATIO))  # more numbers up to that cannot rise
     except TypeError:
         raise DtypeError(f"{_OP}: ratios is {ratios!r:.80}, expected whole numbers") from None
     found = tuple(check_whole(_OP, "ratios", ratio, 2, _MOST_RATIO) for ratio in given)

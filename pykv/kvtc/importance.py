@@ -38,7 +38,7 @@ KEYS = 4.0  # factor on errors of keys, beyond the first-order change of scores
 EVERY = 4  # the directions of queries come from every fourth key
 EVEN = 0.1  # share of a head's importance that is spread evenly over its directions
 _KEYS = 16  # processed at a time, to bound memory
-_LEAST = 2.0**-40  # times the largest importance: a floor, so that logarithms exist
+_LEAST = 2.0**-40  # floor, times the largest importance, so that logarithms exist
 
 
 def measure(model: Model, ids: list[int], xp: Any) -> Any:

@@ -86,7 +86,7 @@ class Handover:
         self._llm, self._transport, self._timeout = llm, transport, timeout
         self._is_exact = llm.is_exact
         facts = identity(llm) | dict(layout=cache.spec.layout)
-        facts |= dict(exact=str(llm.is_exact))  # keeps pages that were coded out of exact caches
+        facts |= dict(exact=str(llm.is_exact))  # exact caches must not take pages of inexact ones
         self._region = transport.register(nbytes // form.nbytes, form.nbytes, facts)
         rows = self._region.rows
         self._host = HostTier(rows)

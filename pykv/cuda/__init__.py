@@ -1,15 +1,15 @@
-"""Everything pykv asks of CUDA. Importing it touches no driver.
+"""The CUDA layer: devices, compilation, launches. Importing it touches no driver.
 
-    devices    which GPUs there are, which one is current, streams of any library
+    devices    the GPUs present, the current one, streams of any library
     compiler   kernels_cu/<stem>.cu to a cubin for an SM, kept in the cache folder
-    launch     kernels by name and their launches, whose parameters the .cu file names
-    driver     launches by the driver: the one seam, where tests put another machine
+    launch     kernels by name, and launches with the parameters that the .cu file declares
+    driver     the driver's launches: the one seam, where tests substitute another machine
     calls      plain and prepared calls
     graphs     calls of many launches as CUDA graphs
-    replay     calls of several launches, found once for each layout
-    peers      from GPU to GPU: access to each other's memory, order of their streams
+    replay     calls of several launches, traced once for each layout
+    peers      several GPUs: peer access, order between their streams
 
-PYKV_ARCH replaces the SM of the current GPU: with compute_52 a newer GPU runs, by way of PTX, the
+PYKV_ARCH replaces the SM of the current GPU: with compute_52 a newer GPU runs, through PTX, the
 code that an M40 gets, `__CUDA_ARCH__` included.
 """
 

@@ -1,15 +1,15 @@
 """Three levels of calling: a plain call, `prepare`, and `graph` of pykv.cuda.graphs.
 
-A plain call checks its arguments and does its work. An op does all work through one of three
-functions, and these alone know whether a recording is open:
+A plain call checks its arguments and does its work. An op does all work through three functions;
+only these know whether a recording is open:
 
     enqueue        GPU work on CuPy's current stream: launches, copies, cuBLAS
     run_on_host    the NumPy reference
     look           a check of contents, which waits for its answer
 
-`prepare` opens a recording around an op: the three functions record their steps instead of taking
-them, but looks are taken at once as well. `graph` captures into a CUDA graph what a function
-enqueues.
+`prepare` opens a recording around an op: the three functions then record their steps instead of
+running them, except that `look` also checks at once. `graph` captures the work that a function
+enqueues into a CUDA graph.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class _Recording:
 
 
 class _State(threading.local):
-    """The recording of this thread, if one is open, and what `graph` and `replayed` observe."""
+    """The open recording of this thread, if any, and the state of `graph` and `replayed`."""
 
     recording: _Recording | None = None
     captured: Any = None  # GraphMemory of the graph being captured
@@ -55,7 +55,7 @@ state = _State()
 
 
 def enqueue(step: Step, stream: Any = None, launched: Any = None) -> None:
-    """Take a step of GPU work on a stream, or record it.
+    """Run a step of GPU work on a stream, or record it.
 
     Args:
         step: enqueues work on CuPy's current stream; it may run many times, on any stream.
@@ -76,7 +76,7 @@ def enqueue(step: Step, stream: Any = None, launched: Any = None) -> None:
     traced = state.traced
     if traced is not None:
         traced.append(launched or step if stream is None else None)
-        state.traced = None  # what a step launches is part of the step
+        state.traced = None  # launches inside of the step are part of it
     try:
         if stream is None:
             step()
@@ -88,13 +88,13 @@ def enqueue(step: Step, stream: Any = None, launched: Any = None) -> None:
 
 
 def run_on_host(compute: Step, out: Any = None, stream: Any = None) -> None:
-    """Take a step of NumPy's work, or record it. It warns of infinities and NaN no more than a
-    kernel does.
+    """Run a step of NumPy work, or record it. Like a kernel, it gives no warnings of infinities and
+    NaN.
 
     Args:
         compute: the work.
-        out: an array that receives what `compute` returns; None: the result is dropped.
-        stream: what the op was given; it is checked, and of no meaning on the host.
+        out: an array that receives the result of `compute`; None: the result is dropped.
+        stream: the op's argument; it is checked, but has no effect on the host.
 
     Raises:
         DtypeError, ParameterError: `stream` is no stream, see `on_stream`.
@@ -124,11 +124,11 @@ def run_on_host(compute: Step, out: Any = None, stream: Any = None) -> None:
 
 
 def look(check: Step) -> None:
-    """Check contents now, and again at each call if a recording is open. Behind recorded work,
-    which may make the contents, the first check is that of the first call.
+    """Check contents now, and again at each call if a recording is open. After recorded work, which
+    may write the contents, the check runs at calls only.
 
     Args:
-        check: raises where contents are wrong, and waits for the GPU; skipped while a CUDA graph is
+        check: raises if contents are wrong, and waits for the GPU; skipped while a CUDA graph is
             captured, which cannot wait.
     """
     recording, state.recording = state.recording, None
@@ -147,9 +147,8 @@ def _look_if_possible(check: Step) -> None:
 
 
 def hold(*objects: Any) -> None:
-    """Keep objects alive as long as the call that is being prepared, or the graph that is being
-    captured: arrays behind a table of addresses, for example. A plain call leaves that to its
-    caller."""
+    """Keep objects, such as the arrays of an address table, alive as long as the call being
+    prepared or the graph being captured. In a plain call that is up to the caller."""
     if state.recording is not None:
         state.recording.held += objects
     elif state.captured is not None:
@@ -157,8 +156,8 @@ def hold(*objects: Any) -> None:
 
 
 def skip() -> None:
-    """Say that an op has nothing to do though no argument is empty, as copies of 0 bytes: `prepare`
-    then makes a call of no steps."""
+    """Declare that an op has nothing to do although no argument is empty, such as a copy of 0
+    bytes: `prepare` then returns a call without steps."""
     if state.recording is not None:
         state.recording.is_idle = True
 
@@ -173,7 +172,7 @@ def refuse_capture(op: str, why: str) -> None:
         raise UnsupportedError(f"{op}: cannot be captured into a CUDA graph: {why}")
 
 
-# Why an op that uploads tables cannot be captured: a replay would read the host's memory again.
+# Why an op that uploads tables cannot be captured: a replay would read the host memory again.
 UPLOADS = "its tables are uploaded; prepare the call before, and make that in the graph"
 
 
@@ -188,10 +187,11 @@ def refuse_prepare(op: str, why: str) -> None:
 
 
 def refuse_repeat(op: str, why: str, array: Any = None, stream: Any = None) -> None:
-    """Raise where a call would be repeated without what it does on the host.
+    """Raise if a call is about to be recorded or captured: repeats would skip its host work.
 
     Args:
-        array, stream: of the work, as of `on_stream`.
+        op, why: for the message.
+        array, stream: of the work, see `on_stream`.
 
     Raises:
         UnsupportedError: `op` is being prepared, or its stream captured into a CUDA graph.
@@ -203,20 +203,20 @@ def refuse_repeat(op: str, why: str, array: Any = None, stream: Any = None) -> N
 
 
 def is_preparing() -> bool:
-    """Whether a recording is open: an op may then spend time that its calls save."""
+    """Whether a recording is open: an op may then spend time once to save it at each call."""
     return state.recording is not None
 
 
-# Answers of CUDA, by cudaError_t, where no GPU can be used and CuPy is only imported: cannot be
-# initialised, stub library, driver too old, no device, system not ready, drivers that do not fit
-# each other or the device.
+# cudaError_t values without a usable GPU, where CuPy is merely imported: initialisation failed,
+# stub library, driver too old, no device, system not ready, drivers that mismatch each other or
+# the device.
 _NO_GPU = (3, 34, 35, 100, 802, 803, 804)
 _INVALIDATED = 901  # cudaErrorStreamCaptureInvalidated
 
 
 def is_capturing() -> bool:
-    """Whether CuPy's current stream is being captured into a CUDA graph: also after an error that
-    has invalidated the capture, until it is ended.
+    """Whether CuPy's current stream is being captured into a CUDA graph; true also for a capture
+    that an error has invalidated, until it ends.
 
     Raises:
         CudaError: an earlier operation of the GPU failed.
@@ -233,7 +233,7 @@ def is_capturing() -> bool:
         if error.status == _INVALIDATED:
             return True
         raise CudaError(f"cuda.is_capturing: {error}") from error
-    except RuntimeError:  # what CuPy makes of the state "invalidated"
+    except RuntimeError:  # CuPy raises it for the status "invalidated"
         return True
 
 
@@ -245,8 +245,8 @@ def _refuse_stream() -> NoReturn:
 
 
 def refuse_copy(self: Any, protocol: Any) -> NoReturn:
-    """`__reduce_ex__` of what works on arrays that it was made with: copies of it would work on
-    the same ones, and copies of results would never change."""
+    """`__reduce_ex__` of an object bound to its arrays: copies of it would write to the same
+    arrays, and copies of its result would never change."""
     raise UnsupportedError(
         f"{type(self).__name__} works on the arrays that it was made with, expected another one "
         "made in place of a copy or a pickle"
@@ -257,7 +257,7 @@ class Prepared:
     """A call that was checked once; see `prepare`.
 
     Attributes:
-        result: the op's result: the same objects after each call, filled anew.
+        result: the op's result: the same objects at each call, overwritten each time.
     """
 
     __slots__ = ("_current_device", "_device", "_held", "_steps", "_written", "result")
@@ -274,18 +274,18 @@ class Prepared:
         return f"Prepared({counted(len(self._steps), 'step')} on {place})"
 
     def __call__(self, stream: Any = None) -> Any:
-        """Do the work again, with what the arrays hold now.
+        """Do the work again on the present contents of the arrays.
 
         Args:
-            stream: see pykv.cuda.on_stream; CuPy's current one if None.
+            stream: see pykv.cuda.on_stream; CuPy's current stream if None.
 
         Returns:
             `result`. On a GPU only enqueues, unless it checks contents.
 
         Raises:
-            DeviceError: the current GPU is not the one that the call was prepared on.
-            ParameterError: a check of contents, which the op was told to make, found a wrong entry;
-                an array of the host that is written has become read-only.
+            DeviceError: the current GPU is not that of `prepare`.
+            ParameterError: a check of contents found a wrong entry; or a host array to be written
+                has become read-only.
             DtypeError, ParameterError: `stream` is no stream.
         """
         if self._device is None:
@@ -304,7 +304,7 @@ class Prepared:
         return self.result
 
     def _take_steps(self) -> None:
-        """A method, so that whoever keeps it keeps what the steps need."""
+        """A method, so that holding it keeps alive the objects that the steps need."""
         for step in self._steps:
             step()
 
@@ -315,28 +315,28 @@ class Prepared:
 
 
 def prepare(op: Callable[..., Any], /, *args: Any, **options: Any) -> Prepared:
-    """Check a call of an op once, for many calls at about the cost of its launches.
+    """Check a call of an op once, so that repeated calls cost little more than their launches.
 
     Args:
         op: a function or method of pykv that takes arrays, such as `paged_decode.decode`,
-            `cache.append` or `plan.run`; or a function of yours that calls nothing but these.
-        args, options: those of the op but `stream`. Outputs and workspaces that are not given are
-            allocated here, for all calls.
+            `cache.append` or `plan.run`; or a function of yours that calls only these.
+        args, options: of the op, without `stream`. Outputs and workspaces that are not passed are
+            allocated here, once for all calls.
 
     Returns:
-        Prepared: `call()` does the work on the contents that the arrays have then, `call.result` is
-        what the op returns, without a meaning before the first call. The call holds the arrays that
-        it was made with: a cache that grows afterwards has new ones, which need another call.
+        Prepared: `call()` does the work on the contents that the arrays have then. `call.result` is
+        the op's result, undefined before the first call. The call holds its arrays: a cache that
+        grows later has new arrays, which need a new prepared call.
 
     Raises:
-        ParameterError: `stream` is given: that is each call's.
-        UnsupportedError: the op cannot be prepared, or recorded no work at all; or a CUDA graph is
-            being captured.
+        ParameterError: `stream` is given; pass it to each call instead.
+        UnsupportedError: the op cannot be prepared, or recorded no work; or a CUDA graph is being
+            captured.
         As the op: shapes, dtypes and devices are checked here, once. Contents are checked here and
-            at each call if the op is told to (`check=True`, PYKV_CHECK=1), and on the host.
+            at each call on the host, and on a GPU with `check=True` or PYKV_CHECK=1.
 
-    Does not touch the arrays. On a GPU waits until the tables that the op uploads have arrived, so
-    that calls may run on any stream; calls only enqueue, and a CUDA graph can capture them.
+    Does not touch the arrays. On a GPU it waits until the op's tables are uploaded, so that calls
+    may run on any stream; calls only enqueue, and a CUDA graph can capture them.
 
     >>> import numpy as np, pykv
     >>> from pykv.ops import norm
@@ -362,8 +362,8 @@ def prepare(op: Callable[..., Any], /, *args: Any, **options: Any) -> Prepared:
         result = op(*args, **options)
     finally:
         state.recording, noted.writes = outer, outer_writes
-    # No step was recorded: an op of pykv had nothing to do, or the function works at once, as a
-    # reference does.
+    # Without a recorded step, either an op of pykv had nothing to do, or the function works at
+    # once, as references do.
     is_op = module.startswith("pykv.") and not str(name).startswith("reference")
     had_none = _is_empty(result) if result is not None else _has_empty((*args, *options.values()))
     if not (recording.steps or recording.is_idle or (is_op and had_none)):
@@ -374,14 +374,14 @@ def prepare(op: Callable[..., Any], /, *args: Any, **options: Any) -> Prepared:
 
 
 def _has_empty(values: Iterable[Any]) -> bool:
-    """Whether an array or a list is without elements, of these or within lists of these."""
+    """Whether an array or a list among these, or in nested lists, has no elements."""
     return any(
         not x or _has_empty(x) if isinstance(x, list | tuple) else _is_empty(x) for x in values
     )
 
 
 def _is_empty(result: Any) -> bool:
-    """Whether all arrays that an op returned are without elements."""
+    """Whether all arrays of an op's result have no elements."""
     if isinstance(result, list | tuple):
         return all(map(_is_empty, result))
     return bool(getattr(result, "size", None) == 0)

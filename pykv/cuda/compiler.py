@@ -44,9 +44,10 @@ TYPE_NAMES = dict(zip(FLOATS, ("float", "f16", "bf16"), strict=True))
 def source(stem: str) -> str:
     """The text of kernels_cu/<stem>.cu with the headers that it includes pasted in.
 
-    Each header stands once, where it is first included. `#line` marks keep the compiler's messages
-    on the true file and line. Pasting makes the text the whole truth, so the cache key covers it,
-    no include path exists, and an edited header invalidates only the kernels that include it.
+    Each header is pasted once, at its first include. `#line` directives keep the compiler's
+    messages on the original file and line. The pasted text is complete, so the cache key covers all
+    of it, no include path exists, and an edited header invalidates only the kernels that include
+    it.
     """
     path = KERNELS / f"{stem}.cu"
     if not path.is_file():
@@ -74,14 +75,14 @@ def stems() -> list[str]:
 
 
 def macros(defines: dict[str, Any], arch: str = "sm_0") -> dict[str, int | str]:
-    """Defines as the compiler takes them for an SM: dtypes of float arrays by their names in
-    kernels_cu, and what functions of `by_sm` give."""
+    """Defines for the compiler, for one SM: replaces dtypes of float arrays by their names in
+    kernels_cu, and functions of `by_sm` by their values."""
     given = {name: x(split_arch(arch)[1]) if callable(x) else x for name, x in defines.items()}
     return {name: TYPE_NAMES[x] if isinstance(x, np.dtype) else x for name, x in given.items()}
 
 
 def by_sm(make: Callable[..., dict[str, int]], *args: Any) -> dict[str, Callable[[int], int]]:
-    """Defines `make(sm, *args)` of an SM that is not known yet, for `VARIANTS`."""
+    """Defines `make(sm, *args)` for an SM to be known later, for `VARIANTS`."""
 
     def value(name: str, sm: int) -> int:
         return make(sm, *args)[name]
@@ -100,7 +101,7 @@ def compile(stem: str, arch: str, **defines: Any) -> Any:
             function of `by_sm`.
 
     Returns:
-        cuda.core.ObjectCode, from the cache folder where it holds a sound copy.
+        cuda.core.ObjectCode, from the cache folder if that holds an intact copy.
 
     Raises:
         ParameterError: `arch` is malformed.
@@ -135,7 +136,7 @@ def _make_cubin(text: str, options: Any) -> bytes:
 
 
 def _make_ptx(text: str, options: Any) -> bytes:
-    """By NVRTC's own functions, because `Program` asks the driver before it makes PTX."""
+    """PTX through NVRTC's own functions, because `Program` needs the driver to make PTX."""
     nvrtc = _nvrtc()
     program = nvrtc.nvrtcCreateProgram(text.encode(), options.name.encode(), 0, [], [])[1]
     arguments = options.as_bytes("nvrtc")
@@ -151,10 +152,10 @@ def _make_ptx(text: str, options: Any) -> bytes:
 
 
 def _key(stem: str, arch: str, defines: dict[str, Any]) -> tuple[bytes, Any]:
-    """The cache key and the compiler's options: source, SM, defines and NVRTC version decide.
+    """The cache key, from source, SM, defines and NVRTC version; and the compiler's options.
 
-    The version is left out for PTX, so that a cache folder can bring PTX for an SM that the NVRTC
-    at hand no longer targets.
+    The key of PTX leaves out the version, so that a cache folder can supply PTX for an SM that the
+    present NVRTC no longer targets.
     """
     from cuda.core import ProgramOptions
     from cuda.core.utils import make_program_cache_key
@@ -209,7 +210,7 @@ def nvrtc_version() -> str:
 
 @cache
 def _nvrtc() -> Any:
-    """The bindings of NVRTC, whose library is present."""
+    """The bindings of NVRTC, after a check that its library is present."""
     from cuda.bindings import nvrtc
     from cuda.pathfinder import DynamicLibNotFoundError
 
@@ -230,8 +231,8 @@ def _store_at(path: Path) -> Any:
     """The store in a folder.
 
     Raises:
-        OSError: the folder cannot be had, or others can write there: cubins are code, and their
-            checksums have no key.
+        OSError: the folder cannot be made or opened, or others can write to it: cubins are code,
+            and their checksums have no key.
     """
     from cuda.core.utils import FileStreamProgramCache
 
@@ -240,7 +241,7 @@ def _store_at(path: Path) -> Any:
 
 
 def _load(key: bytes) -> bytes | None:
-    """A cubin from the cache folder whose checksum holds; a damaged one is dropped."""
+    """A cubin from the cache folder, if its checksum matches; deletes a damaged one."""
     if key in _memory:
         return _memory[key]
     try:
@@ -259,7 +260,7 @@ def _load(key: bytes) -> bytes | None:
 
 
 def _store(key: bytes, cubin: bytes) -> None:
-    """Keep a cubin, followed by its SHA-256, which tools that read ELF files overlook."""
+    """Store a cubin, followed by its SHA-256, which tools that read ELF files ignore."""
     try:
         _store_at(cubin_dir())[key] = cubin + hashlib.sha256(cubin).digest()
     except OSError as error:
@@ -281,7 +282,7 @@ def cubin_dir() -> Path:
 
 
 def clear_cubins() -> int:
-    """Delete all compiled kernels and return the bytes that they took; other files stay."""
+    """Delete all compiled kernels and return the bytes freed; other files stay."""
     freed = delete(cubins())
     emptied = [*cubin_dir().glob("entries/[0-9a-f][0-9a-f]"), cubin_dir() / "entries"]
     for folder in (*emptied, cubin_dir() / "tmp", cubin_dir()):
@@ -293,8 +294,8 @@ def clear_cubins() -> int:
 
 
 def cubins() -> list[Path]:
-    """The files of the cache folder that hold compiled kernels: those of whole entries, which
-    cuda.core names by SHA-256, and those that it was writing when it was stopped."""
+    """The files of the cache folder that hold compiled kernels: complete entries, which cuda.core
+    names by SHA-256, and files whose write was interrupted."""
     names = ("entries/[0-9a-f][0-9a-f]/*", "tmp/entry-*")
     paths = [path for name in names for path in cubin_dir().glob(name)]
     entry = re.compile(r"[0-9a-f]{62}|entry-\w+")
@@ -308,8 +309,8 @@ def variants(arch: str | None = None) -> list[tuple[str, dict[str, Any]]]:
     """Every (stem, defines) that the ops declare as `VARIANTS`: the usual specialisations.
 
     Args:
-        arch: leave out what an op does not launch on this SM, or compiles at its first call
-            alone, by its `VARIANTS_SMS`; None: all.
+        arch: leave out ops whose `VARIANTS_SMS` lacks this SM: they do not run there, or compile
+            at their first call; None: all.
     """
     from importlib import import_module
 
@@ -326,9 +327,8 @@ def variants(arch: str | None = None) -> list[tuple[str, dict[str, Any]]]:
 def warmup(archs: list[str], *, force: bool = False) -> int:
     """Compile the variants that the cache folder lacks, in parallel, and return their number.
 
-    Says so on stderr when something is compiled, and counts there on a terminal. With `force` a
-    failure raises; else it becomes one warning, so that `import pykv` works on a GPU that cannot be
-    targeted.
+    Reports on stderr that it compiles, on a terminal with a counter. With `force` a failure raises;
+    otherwise it becomes one warning, so that `import pykv` works on a GPU that NVRTC cannot target.
     """
     jobs = [(arch, stem, defines) for arch in archs for stem, defines in variants(arch)]
     started = done = 0
@@ -354,12 +354,12 @@ def warmup(archs: list[str], *, force: bool = False) -> int:
 
 
 def is_cached(arch: str, stem: str, defines: dict[str, Any]) -> bool:
-    """Whether a sound cubin is at hand."""
+    """Whether the cache holds an intact cubin."""
     _check_arch(arch)
     return _load(_key(stem, arch, defines)[0]) is not None
 
 
 def _say(text: str, *, to_terminal: bool, end: str = "\n") -> None:
-    """Write to stderr, if it is a terminal, or if it is none: a log gets no carriage returns."""
+    """Write to stderr only if it is a terminal, or only if it is not: logs get no counters."""
     if sys.stderr and sys.stderr.isatty() == to_terminal:
         print(text, end=end, file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""GPUs and streams: which there are, which one is current, and the streams of other libraries."""
+"""GPUs and streams: the GPUs present, the current GPU, and the streams of other libraries."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ NO_DRIVER = "there is no NVIDIA driver"  # shared by all messages that say so
 
 
 def why_no_gpu(error: Exception) -> str:
-    """What CUDARuntimeError means of which every call is answered."""
+    """The cause of a CUDARuntimeError that every call raises."""
     return f"the NVIDIA driver answers {error} (see `pykv doctor`)" if has_driver() else NO_DRIVER
 
 
 def architectures() -> list[str]:
-    """The SMs of the GPUs present, such as ["sm_90"], asked of NVML: no context is created.
+    """The SMs of the GPUs present, such as ["sm_90"], from NVML, without creating a context.
 
-    Empty where there is no GPU, no driver or no CUDA package, where cuda-bindings lack NVML, as
-    those before 12.9.6 and 13.2 do (torch 2.10 pins such ones), and where NVML fails, as after an
-    update of the driver, which a warning says. Kernels are then compiled at their first use.
+    Empty without a GPU, a driver or the CUDA packages; with cuda-bindings that lack NVML, those
+    before 12.9.6 and 13.2 (torch 2.10 pins such versions); and, with a warning, if NVML fails, as
+    after a driver update. Kernels are then compiled at their first use.
     """
     if not has_driver():
         return []
@@ -83,14 +83,14 @@ def array_module(device: str) -> Any:
     """The array module for a device name: `numpy`, or `cupy` with a usable GPU.
 
     Args:
-        device: "cpu", "cuda", "cuda:N" or "auto". "auto" takes the CPU where there is no GPU, and
-            says so in a warning where there is one whose packages are missing. The current GPU
-            stays as it is: `use_device` makes N current.
+        device: "cpu", "cuda", "cuda:N" or "auto". "auto" chooses the CPU without a GPU, and warns
+            if there is a GPU but its packages are missing. The current GPU does not change:
+            `use_device` makes N current.
 
     Raises:
         ParameterError: another name.
         DeviceError: no GPU is usable, there is no GPU N, or the driver does not work; the text says
-            what to do.
+            how to fix it.
     """
     kind, ordinal = _parse_device(device)
     if kind == "cpu" or (kind == "auto" and not has_driver()):
@@ -125,14 +125,14 @@ def array_module(device: str) -> Any:
 
 
 def pick_device(device: str, xp: Any, *, nbytes: int = 0, require_sm: int = 0) -> str:
-    """The one device that a name stands for: "cpu" or "cuda:N".
+    """The device that a name selects: "cpu" or "cuda:N".
 
     Args:
-        device: "auto" is the GPU of the highest SM with `nbytes` of free memory, and of equals the
-            current one; without such room, the GPU of the highest SM.
-        xp: what `array_module(device)` gave.
+        device: "auto" selects the GPU of the highest SM with `nbytes` of free memory, among equals
+            the current one; if none has that, the GPU of the highest SM.
+        xp: the result of `array_module(device)`.
         nbytes: memory that the work needs.
-        require_sm: the SM that the GPU must have at least, such as 80.
+        require_sm: the lowest SM allowed, such as 80.
 
     Raises:
         DeviceError: the device is older than `require_sm`, or the CPU.
@@ -155,19 +155,19 @@ def pick_device(device: str, xp: Any, *, nbytes: int = 0, require_sm: int = 0) -
 
 
 def _facts(ordinal: int) -> tuple[int, int]:
-    """The number of a GPU's SM, and its free bytes by NVML, which needs no context."""
+    """A GPU's SM number, and its free bytes from NVML, which needs no context."""
     from cuda.core import Device
 
     gpu = Device(ordinal)
     try:
         free = int(gpu.to_system_device().memory_info.free)
-    except Exception:  # NVML does not answer for every GPU, and has no common error; any may do
+    except Exception:  # NVML does not support every GPU, and its errors share no base class
         free = sys.maxsize
     return int(gpu.arch), free
 
 
 def use_device(device: str) -> AbstractContextManager[Any]:
-    """A context in which GPU N of "cuda:N" is the current one; any other name changes nothing."""
+    """A context in which GPU N of "cuda:N" is current; any other name changes nothing."""
     _, ordinal = _parse_device(device)
     if ordinal is None:
         return _NO_CHANGE
@@ -195,12 +195,12 @@ def device_name(xp: Any) -> str:
 
 
 def current_arch() -> str:
-    """The SM of the current GPU, such as "sm_90", or what PYKV_ARCH says instead."""
+    """The SM of the current GPU, such as "sm_90", or the value of PYKV_ARCH."""
     return _arch(current_device())
 
 
 def current_sm() -> int:
-    """The number in `current_arch`, such as 90, by which ops choose between kernels."""
+    """The number in `current_arch`, such as 90; ops choose kernels by it."""
     return split_arch(current_arch())[1]
 
 
@@ -251,11 +251,11 @@ def on_stream(stream: Any, array: Any = None) -> AbstractContextManager[Any]:
             `__cuda_stream__`, or an integer handle.
         array: of the work; with a NumPy array nothing changes, as the host has no streams.
 
-    Inside of `on_stream(torch.cuda.current_stream())` the work of pykv and torch is in order, with
-    conversions both ways and the memory of outputs.
+    Inside of `on_stream(torch.cuda.current_stream())`, work of pykv and torch runs in order, and so
+    do conversions between them and the reuse of output memory.
 
     Raises:
-        DtypeError, ParameterError: `stream` is none of these; with NumPy arrays, too.
+        DtypeError, ParameterError: `stream` is none of these, even with NumPy arrays.
     """
     if stream is None:
         return _NO_CHANGE
@@ -269,7 +269,7 @@ def on_stream(stream: Any, array: Any = None) -> AbstractContextManager[Any]:
 
 
 def check_stream(stream: Any) -> None:
-    """Check that a stream is None or one that `on_stream` takes, where nothing is enqueued.
+    """Check that `on_stream` would accept a stream, for work that enqueues nothing.
 
     Raises:
         DtypeError, ParameterError: as `stream_handle`.
@@ -302,17 +302,17 @@ def stream_handle(stream: Any) -> int:
 
 @lru_cache(maxsize=256)
 def core_stream(handle: int, device: int) -> Any:
-    """A cuda.core stream over a handle; made once, because making one costs more than a launch."""
+    """A cuda.core stream for a handle; cached, because making one costs more than a launch."""
     return load_core().Stream.from_handle(handle)
 
 
 @contextmanager
 def behind(event: Any) -> Iterator[None]:
-    """A context whose work on CuPy's current stream comes behind that of the context before with
-    the same event, whatever thread and stream that was of.
+    """A context that orders work on CuPy's current stream after the work of the previous context
+    with the same event, even of another thread or stream.
 
     Args:
-        event: of cuda.Event; None: on the host nothing is to be done.
+        event: a cuda.Event; None, on the host: does nothing.
     """
     if event is None:
         yield
@@ -326,12 +326,12 @@ def behind(event: Any) -> Iterator[None]:
 
 
 def order_streams(first: Any, then: Any) -> None:
-    """Let CuPy's stream `then` wait for what `first` holds by now."""
+    """Make CuPy's stream `then` wait for the work enqueued on `first` so far."""
     done = load_cupy().cuda.Event(disable_timing=True)
     done.record(first)
     then.wait_event(done)
 
 
 def synchronize() -> None:
-    """Wait until CuPy's current stream has passed."""
+    """Wait until CuPy's current stream has run all its work."""
     load_cupy().cuda.get_current_stream().synchronize()

@@ -1,4 +1,4 @@
-"""Functions as CUDA graphs, and the memory between their kernels."""
+"""Functions as CUDA graphs, and the memory for intermediate arrays of their kernels."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ _ON_HOST = np.empty(0)
 
 
 class GraphMemory:
-    """Memory that kernels of graphs use between them: of one graph, or of several that never run at
-    the same time, as those on one stream. It stays as large as the largest of them needs, the first
-    call of their functions included.
+    """Memory for intermediate arrays of one graph, or of several that never run at the same time,
+    such as graphs on one stream. Its size is what the largest of them needs, including the first
+    call of its function.
 
-    What a capture frees it gives to later kernels, of that graph or another. So a graph keeps none
-    of it alive but its result, which holds until another graph runs. Its chunks live as long as
-    this object, also when CUDA is short of memory.
+    Memory that a capture frees is reused by later kernels of that graph or another. So only a
+    graph's result is valid after it runs, until another graph runs. Chunks live as long as this
+    object, even when CUDA runs out of memory.
     """
 
     def __init__(self) -> None:
         cupy = load_cupy()
         cuda = cupy.cuda
         self._chunks: list[Any] = []
-        self._held: list[Any] = []  # by the graph being captured
-        self._made: set[int] = set()  # addresses that its function was given
+        self._held: list[Any] = []  # objects of the graph being captured
+        self._made: set[int] = set()  # addresses allocated by its function
 
         def allocate(size: int) -> Any:
             try:
@@ -43,16 +43,16 @@ class GraphMemory:
             return cuda.MemoryPointer(self._chunks[-1], 0)
 
         self._pool = cuda.MemoryPool(allocate)
-        self._stream = cuda.Stream(non_blocking=True)  # CuPy gives memory back to its stream alone
+        self._stream = cuda.Stream(non_blocking=True)  # CuPy reuses memory only on its own stream
 
     def hold(self, objects: Iterable[Any]) -> None:
         """Keep objects alive as long as the graph being captured, except arrays that its function
-        makes in this memory."""
+        allocates in this memory."""
         self._held += [x for x in objects if not self._is_own(x)]
 
     def capture(self, function: Callable[[], Any]) -> tuple[Any, Any, list[Any]]:
-        """The graph of what a function enqueues, the function's result, and all that the graph
-        needs alive beside this memory and the result."""
+        """Capture the work that a function enqueues. Returns the graph, the function's result, and
+        the objects to keep alive for the graph besides this memory and the result."""
         cuda = load_cupy().cuda
 
         def noted(size: int) -> Any:
@@ -72,8 +72,8 @@ class GraphMemory:
         return captured, result, held
 
     def run(self, function: Callable[[], Any]) -> Any:
-        """Call a function and return its result. Its work takes memory from here, and runs between
-        what is enqueued on CuPy's current stream before and after."""
+        """Call a function and return its result. Its work allocates in this memory, and is ordered
+        between earlier and later work on CuPy's current stream."""
         cuda = load_cupy().cuda
         current, turn = cuda.get_current_stream(), cuda.Event(disable_timing=True)
         turn.record(current)
@@ -122,8 +122,8 @@ class Graph:
             return self._result
 
     def _on(self, stream: Any) -> AbstractContextManager[Any]:
-        """`on_stream`, with a stream that means nothing to a function which works on the host: so
-        does the first call of one where no GPU is usable."""
+        """`on_stream`; a function that works on the host ignores the stream. So does a first call
+        without a usable GPU."""
         try:
             return on_stream(stream, _ON_HOST if self._is_host else None)
         except DeviceError:
@@ -132,7 +132,8 @@ class Graph:
             return on_stream(stream, _ON_HOST)
 
     def _warm_up(self) -> Any:
-        """The function itself, which compiles what it needs; repeated if it fails."""
+        """Call the function itself, which compiles its kernels; after an error the next call
+        repeats this."""
         outer, state.used_gpu = state.used_gpu, False
         result = self._memory.run(self._function) if self._memory else self._function()
         self._is_host = not state.used_gpu
@@ -144,31 +145,31 @@ class Graph:
 
 
 def graph(function: Callable[[], Any], memory: GraphMemory | None = None) -> Graph:
-    """A function as a CUDA graph, which costs the host one launch however many kernels it has.
+    """A function as a CUDA graph, which costs the host one launch for any number of kernels.
 
     Args:
-        function: takes nothing, enqueues the same at each call, and goes by nothing that changes
-            but the contents of arrays. cuBLAS cannot be captured: `linear` leaves it out then.
-        memory: a pykv.cuda.GraphMemory, shared with graphs that never run at the same time; what
-            one of them returned is overwritten when another runs. None: memory of its own.
+        function: takes no arguments and enqueues the same work at each call; only the contents of
+            arrays may change. cuBLAS cannot be captured: `linear` uses its own kernels then.
+        memory: a pykv.cuda.GraphMemory, shared with graphs that never run at the same time; running
+            one overwrites the results of the others. None: memory of its own.
 
     Returns:
-        A function of `stream` (see pykv.cuda.on_stream) that enqueues the work and returns what
-        `function` returned. The first call is `function` itself, which compiles; the second
-        captures it. From then on the arrays that it made are the same ones, filled anew by each
-        call; those that it reads and writes are held. A function in which no op of pykv works on a
-        GPU, as on NumPy arrays, is called itself each time.
+        A function of `stream` (see pykv.cuda.on_stream) that enqueues the work and returns the
+        result of `function`. The first call runs `function` itself, which compiles; the second
+        captures it. From then on its new arrays are the same objects, overwritten by each call; the
+        arrays that it reads and writes are kept alive. If no op of pykv works on a GPU, as with
+        NumPy arrays, each call runs `function` itself.
 
     Raises:
-        DtypeError: `function` cannot be called, or `memory` is something else.
+        DtypeError: `function` is not callable, or `memory` is not a GraphMemory.
 
     Calls raise:
         DtypeError, ParameterError: `stream` is no stream.
         DeviceError: the current GPU is not that of the first call.
-        UnsupportedError: ops work on arrays of the host and of a GPU, an op uploads tables from the
-            host, or the call is made while another graph is captured.
+        UnsupportedError: ops work on host and GPU arrays, an op uploads tables from the host, or
+            another graph is being captured.
 
-    Only enqueues. Checks of contents cannot wait inside of a graph and are left out.
+    Only enqueues. Skips checks of contents, which cannot wait inside of a graph.
 
     >>> import numpy as np, pykv
     >>> from pykv.ops import activation

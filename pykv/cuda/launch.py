@@ -1,8 +1,8 @@
 """Kernels and their launches, by name.
 
-The .cu file alone declares a kernel's parameters: `kernel` reads their names, order and types
-there, and `Launch` takes arrays and scalars by name. So host and kernel cannot disagree about an
-order, and every number reaches the kernel at the width that it declares.
+Only the .cu file declares a kernel's parameters: `kernel` reads their names, order and types there,
+and `Launch` takes arrays and scalars by name. So host and kernel cannot disagree about the order,
+and every number is passed at its declared width.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pykv.cuda.compiler import macros, source
 from pykv.cuda.devices import current_arch
 from pykv.errors import DtypeError, ParameterError, UnsupportedError
 
-SCALARS: dict[str, type[Any]] = {  # types that a kernel's scalars may have
+SCALARS: dict[str, type[Any]] = {  # allowed types of a kernel's scalars
     "int": np.int32,
     "u32": np.uint32,
     "i64": np.int64,
@@ -30,7 +30,7 @@ SCALARS: dict[str, type[Any]] = {  # types that a kernel's scalars may have
     "float": np.float32,
 }
 
-MOST_BLOCKS = 2**31 - 1, 65_535, 65_535  # of a grid, along x, y and z; of every GPU
+MOST_BLOCKS = 2**31 - 1, 65_535, 65_535  # of a grid, along x, y and z; the same on every GPU
 
 _PARAMETERS = f"arrays first, then scalars of {', '.join(SCALARS)}"
 
@@ -74,8 +74,8 @@ def signature(stem: str, name: str) -> Signature:
     """The parameters of a kernel.
 
     Raises:
-        UnsupportedError: the file has no such kernel, or declares it as none may be: with a scalar
-            before an array, or of a type that is none of `SCALARS`.
+        UnsupportedError: the file has no such kernel, or one with a scalar before an array, or with
+            a scalar of a type outside of `SCALARS`.
     """
     text = re.sub(r"//[^\n]*|/\*.*?\*/", "", source(stem), flags=re.DOTALL)
     bounds = r"(?:__launch_bounds__\([^)]*\)\s*)?"
@@ -107,15 +107,15 @@ class Launch:
     Args:
         kernel: the result of `kernel`.
         grid, block: sizes in blocks and threads.
-        scalars: the kernel's scalars by its names for them, plain numbers; they travel as the types
-            that the kernel declares.
+        scalars: plain numbers by the kernel's parameter names; passed as the types that the kernel
+            declares.
         shared_bytes: dynamic shared memory of a block.
-        cluster: blocks that share a cluster, sizes that divide the grid's; from sm_90 on.
-        early: the kernel may start before the one ahead of it in the stream has ended (programmatic
-            dependent launch); it calls `await_previous` before it reads what others write, or
-            writes. Without effect below sm_90, and in a graph behind anything but kernels.
-        cooperative: all blocks are on the GPU at once, so that they may wait for each other; at
-            most `cooperative_blocks`.
+        cluster: cluster size in blocks, which must divide the grid; from sm_90 on.
+        early: the kernel may start before the previous kernel of the stream has ended (programmatic
+            dependent launch); it calls `await_previous` before it reads others' results, or writes.
+            No effect below sm_90, or in a graph after a node that is not a kernel.
+        cooperative: all blocks are resident at once, so that they may wait for each other; at most
+            `cooperative_blocks`.
 
     Raises:
         ParameterError: a scalar is missing, unknown or beyond its type, or the cluster does not
@@ -124,8 +124,8 @@ class Launch:
         UnsupportedError: the grid has more than MOST_BLOCKS.
         CudaError: the GPU has less shared memory.
 
-    Called with the kernel's arrays by its names for them (CuPy arrays, or None for a null pointer)
-    and a stream, see `on_stream`, it enqueues the kernel and does not synchronise; while `prepare`
+    A call takes arrays by the kernel's parameter names (CuPy arrays, or None for a null pointer)
+    and a stream, see `on_stream`. It enqueues the kernel without synchronising; while `prepare`
     records, it is recorded instead. The call raises:
         ParameterError: an array is missing or unknown.
         DtypeError: an argument is no array.
@@ -172,7 +172,7 @@ class Launch:
 
         Args:
             arrays: in the kernel's order.
-            offsets: bytes from their addresses on; None: none.
+            offsets: bytes to add to their addresses; None: zeros.
         """
         return driver.bind(self.kernel.handle, self._config, arrays, self._scalars, offsets)
 
@@ -186,8 +186,8 @@ def _words(kernel: Kernel, scalars: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def _cast(kernel: Kernel, name: str, c_type: str, value: Any) -> Any:
-    """A number as the type that a kernel declares. NumPy's own conversions would cut off fractions,
-    and turn None into NaN, in silence."""
+    """A number as the type that a kernel declares. NumPy's own conversions would silently truncate
+    fractions, and turn None into NaN."""
     argument = f"cuda.Launch: {kernel.label}: {name}"
     try:
         if c_type != "float":
@@ -223,7 +223,7 @@ def cooperative_blocks(kernel: Kernel, block: int, shared_bytes: int = 0) -> int
 
 
 def divisor(name: str, n: int) -> dict[str, int]:
-    """The scalars that a kernel divides by a number with, from 1 to 2^31 - 1: it and, with its name
-    before them, the `magic` and `shift` of kernels_cu/divide.cuh. Exact for numbers below 2^31."""
+    """The scalars with which a kernel divides by `n`, from 1 to 2^31 - 1: `name`, and `name`_magic
+    and `name`_shift of kernels_cu/divide.cuh. Exact for dividends below 2^31."""
     shift = (n - 1).bit_length()
     return {name: n, f"{name}_magic": -(-(2 ** (31 + shift)) // n), f"{name}_shift": shift}

@@ -1,9 +1,9 @@
-"""GPUs of one host beside each other: access to memory of another one, and the order of streams.
+"""Several GPUs of one host: peer access to each other's memory, and order between their streams.
 
-A kernel reaches memory of another GPU, and a copy engine takes the direct way there, once its own
-GPU has been given access to all of it: at the first need, for the rest of the process. Memory of
-stream-ordered pools is given apart. Other allocators, such as those that map memory by themselves,
-give access to theirs on their own.
+Kernels and copy engines reach memory of another GPU directly once their own GPU has peer access to
+it. pykv enables that at the first need, for the rest of the process, and separately for
+stream-ordered memory pools. Other allocators, such as those that map memory themselves, must give
+access to their own memory.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ _enabling = threading.Lock()
 
 
 def enable_peer_access(device: int, other: int) -> None:
-    """Let kernels and copies of one GPU reach all memory of another, plain allocations and those of
-    its default and current stream-ordered pool, for the rest of the process.
+    """Give one GPU peer access to the memory of another for the rest of the process: to plain
+    allocations, and to its default and current stream-ordered pool.
 
     Args:
-        device: ordinal of the GPU that is to reach.
-        other: ordinal of the GPU whose memory it is.
+        device: ordinal of the GPU that gets access.
+        other: ordinal of the GPU that owns the memory.
 
-    Moves of arrays between GPUs call this by themselves. It is for tables of addresses that are on
-    a GPU, which nobody looks into. A stream-ordered pool that becomes current later is given access
-    by its owner (cuMemPoolSetAccess). Waits for nothing; makes a context on a GPU that has none.
-    Once for each ordered pair, from any thread; the current GPU stays as it is.
+    Moves of arrays between GPUs call this themselves. Call it for address tables on a GPU, whose
+    contents pykv does not inspect. A stream-ordered pool that becomes current later needs
+    cuMemPoolSetAccess by its owner. Does not wait; creates a context on a GPU without one. Takes
+    effect once for each ordered pair, from any thread; the current GPU does not change.
 
     Raises:
-        DeviceError: there is no such GPU, the two are one, or they have no direct way.
+        DeviceError: there is no such GPU, the two are one, or they have no peer access.
         CudaError: the driver failed otherwise.
     """
     pair = device, other
@@ -64,7 +64,7 @@ def enable_peer_access(device: int, other: int) -> None:
 
 
 def can_reach(device: int, other: int) -> bool:
-    """Whether a GPU has a direct way to memory of another."""
+    """Whether the hardware gives a GPU peer access to another's memory."""
     return bool(load_cupy().cuda.runtime.deviceCanAccessPeer(device, other))
 
 
@@ -85,7 +85,7 @@ def _open_contexts(op: str, device: int, other: int) -> None:
 
 
 def _open_pools(device: int, other: int) -> None:
-    """Of the other GPU; those that hold nothing, and what they hold later, included."""
+    """Give access to the other GPU's memory pools, including their later allocations."""
     driver = _driver()
     access = driver.CUmemAccessDesc()
     access.location.type = driver.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
@@ -124,8 +124,8 @@ def _answer(name: str, *args: Any) -> Any:
 
 
 def link(device: int, other: int) -> str:
-    """The direct way from a GPU to memory of another: "NVLink" or "PCIe", "direct" where NVML does
-    not tell, "none" where there is none. Makes no context."""
+    """The peer link from a GPU to another's memory: "NVLink" or "PCIe"; "direct" if NVML does not
+    tell which, "none" without one. Creates no context."""
     if not can_reach(device, other):
         return "none"
     from cuda.core import Device, system
@@ -133,7 +133,7 @@ def link(device: int, other: int) -> str:
     try:
         ends = (Device(i).to_system_device() for i in (device, other))
         found = str(system.get_p2p_status(*ends, "nvlink"))
-    except Exception:  # NVML does not answer everywhere, and has no common error; any may do
+    except Exception:  # NVML may be unsupported, and its errors share no base class
         return "direct"
     return "NVLink" if found == "ok" else "PCIe"
 
@@ -142,7 +142,7 @@ def link(device: int, other: int) -> str:
 
 
 def homes(arrays: Iterable[tuple[str, Any]]) -> dict[int, str]:
-    """The GPUs that arrays lie on, with the name of the first on each."""
+    """The GPUs of arrays, each with the name of its first array."""
     names: dict[int, str] = {}
     for name, x in arrays:
         if on_gpu(x):
@@ -153,16 +153,16 @@ def homes(arrays: Iterable[tuple[str, Any]]) -> dict[int, str]:
 def gpu_pair(
     op: str, sources: Mapping[int, str], destinations: Mapping[int, str], *, anywhere: bool = False
 ) -> tuple[int, int] | None:
-    """The GPU that a move reads from and the one that it writes to, where these are two; where both
-    have sources, or both destinations, the current one and the other.
+    """The GPU that a move reads from, and the GPU that it writes to; None for a move on one GPU. If
+    both have sources, or both destinations: the current GPU and the other.
 
     Args:
         op: name for messages.
-        sources, destinations: by GPU, what of them lies there; see `homes`.
-        anywhere: all may lie on one GPU that is not the current one, which is no move between two.
+        sources, destinations: the names of arrays by GPU, see `homes`.
+        anywhere: allow all arrays on one GPU that is not the current one; also None.
 
     Raises:
-        DeviceError: nothing is on the current GPU, or there is a third one.
+        DeviceError: no array is on the current GPU, or there is a third GPU.
     """
     names = {**destinations, **sources}
     if not names or (anywhere and len(names) == 1):
@@ -184,8 +184,8 @@ def gpu_pair(
 
 
 def uses_others() -> bool:
-    """Whether this process has a context of a GPU besides the current one, so that addresses may be
-    memory of that."""
+    """Whether this process has a context on a GPU besides the current one, so that addresses may
+    belong to that GPU."""
     runtime = load_cupy().cuda.runtime
     count = runtime.getDeviceCount()
     if count < 2:
@@ -195,7 +195,7 @@ def uses_others() -> bool:
 
 
 def beside(array: Any) -> AbstractContextManager[Any]:
-    """A context in which the GPU of an array is the current one; what is no array of a GPU changes
+    """A context in which the GPU of an array is current; for anything but a GPU array it changes
     nothing."""
     if not is_array(array) or not on_gpu(array):
         return nullcontext()
@@ -215,16 +215,16 @@ def cross(
     *,
     by_engine: bool = False,
 ) -> None:
-    """Enqueue work of one GPU on memory of two, of which one is the current one: behind what the
-    current streams of both hold, and ahead of what comes to them later.
+    """Enqueue work of one GPU on memory of two GPUs, one of them the current one. The work is
+    ordered after earlier and before later work on the current streams of both.
 
     Args:
         op: name for messages.
-        runner: the GPU that is to work.
-        peer: the other one.
-        call: enqueues, on the current stream of the current GPU, which then is the runner.
-        stream: of the current GPU, see `on_stream`; of the other one it is CuPy's current one.
-        by_engine: copy engines do it, which without a direct way go by the host.
+        runner: the GPU that does the work.
+        peer: the other GPU.
+        call: enqueues the work on the current stream; the runner is the current GPU then.
+        stream: of the current GPU, see `on_stream`; the other GPU uses CuPy's current stream.
+        by_engine: copy engines do the work; without peer access they copy through the host.
 
     Raises:
         UnsupportedError: a CUDA graph is being captured.
@@ -247,8 +247,9 @@ def cross(
 
 @contextmanager
 def crossing(runner: int, peer: int) -> Iterator[None]:
-    """A context in which GPU `runner` is the current one, its stream behind that of `peer`; when it
-    ends, that stream is behind the runner's. Streams are CuPy's current ones of this thread."""
+    """A context in which GPU `runner` is current and its stream waits for that of `peer`; at its
+    end, the stream of `peer` waits for the runner's. Streams are CuPy's current ones of this
+    thread."""
     follow(peer, runner)
     try:
         with load_cupy().cuda.Device(runner):
@@ -258,7 +259,7 @@ def crossing(runner: int, peer: int) -> Iterator[None]:
 
 
 def follow(first: int, then: int) -> None:
-    """Let the current stream of GPU `then` wait for what that of GPU `first` holds by now."""
+    """Make the current stream of GPU `then` wait for the work on that of GPU `first` so far."""
     cuda = load_cupy().cuda
     with cuda.Device(first):
         done = cuda.Event(disable_timing=True)

@@ -1,8 +1,8 @@
-"""Calls of several launches, which are found once for each layout of their arrays.
+"""Calls of several launches, traced once for each layout of their arrays.
 
-An op that is made of others checks the same layouts, slices the same workspaces and looks up the
-same launches at each call. `replayed` makes the call once, and notes which of its arrays each
-launch took, and from which byte on; equal layouts then cost a lookup and the launches themselves.
+An op that calls other ops checks the same layouts, slices the same workspaces and looks up the same
+launches at each call. `replayed` traces the call once: for each launch, which arrays of the call it
+takes, and at which byte offsets. Later calls with equal layouts cost a lookup and the launches.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from pykv.cuda.launch import Launch
 
 
 class _Moved(NamedTuple):
-    """A launch whose arrays lie in those of a call."""
+    """A launch on arrays that are parts of the arrays of a call."""
 
     launch: Launch
-    sources: tuple[int | None, ...]  # for each of its arrays: which array of the call it lies in
-    offsets: tuple[int, ...]  # and how many bytes behind that one's address
+    sources: tuple[int | None, ...]  # for each of its arrays: index of the call's array
+    offsets: tuple[int, ...]  # and the offset in bytes from that array's address
 
 
 class _Plan:
-    """What a call of a layout enqueues, and which of its arrays are to lie apart: those that its
-    launches write, from all that they take. Empty where it cannot be told what is taken."""
+    """The steps that a call of one layout enqueues, and which of its arrays must not overlap: those
+    that launches write, with all that they take. No steps if the arrays of a launch are unknown."""
 
     def __init__(self, steps: list[Any], arrays: Sequence[Any]) -> None:
         self.steps = [] if None in steps else steps
@@ -45,7 +45,7 @@ class _Plan:
         self._apart: set[tuple[int, ...]] = set()  # addresses of arrays that are apart
 
     def fits(self, arrays: Sequence[Any]) -> bool:
-        """Whether the launches may take these arrays: none that they write shares memory."""
+        """Whether the launches may take these arrays: no written array overlaps another."""
         addresses = tuple([0 if x is None else x.data.ptr for x in arrays])
         if addresses not in self._apart:
             if overlaps.find_shared(self._pairs, arrays, addresses) is not None:
@@ -56,22 +56,22 @@ class _Plan:
 
 
 def replayed(dims: Dims, key: Any, arrays: Sequence[Any], call: Callable[[], None]) -> None:
-    """Enqueue on a GPU what `call` enqueues, from the second time on without calling it.
+    """Enqueue on a GPU the work of `call`, from the second time on without calling it.
 
     Args:
-        dims: of a checker, whose arrays are those of `arrays` whose layouts may differ.
-        key: hashable; all else that `call` goes by.
-        arrays: all arrays, or None, that launches of `call` take, whole or in parts.
-        call: enqueues launches, and other steps if they touch none of the `arrays` but those that
-            are the same at each call. It does nothing else: what CuPy does by itself is not seen.
+        dims: of a checker for those `arrays` whose layouts may differ; caches the plans.
+        key: hashable; everything else that `call` depends on.
+        arrays: all arrays, or None, that launches of `call` take, whole or in part.
+        call: enqueues launches; and other steps, if the `arrays` that they touch are the same at
+            each call. It must do nothing else: CuPy's own operations are not traced.
 
     Raises: as `call`, which checks.
 
-    `call` is made each time where that would be wrong: while it is prepared, a graph captured, or
-    a call traced that this one is part of; if a launch has a stream of its own, or takes an array
-    that lies in none of `arrays`, such as one that `call` allocates, or in two of them, so that it
-    cannot be told which is meant; and where arrays share memory with one that is written, so that
-    it is `call` which allows or refuses that.
+    Replay is not always valid. `call` is made each time while it is being prepared, a graph is
+    being captured, or an outer call is being traced; if a launch has a stream of its own; if a
+    launch takes an array that is part of none of `arrays`, such as one that `call` allocates, or of
+    two, which is ambiguous; and if an array overlaps a written one, which `call` then allows or
+    refuses.
     """
     if is_preparing() or is_capturing() or state.traced is not None:
         call()
@@ -109,8 +109,8 @@ def replayed(dims: Dims, key: Any, arrays: Sequence[Any], call: Callable[[], Non
 
 @contextmanager
 def _traced() -> Iterator[list[Any]]:
-    """A context that lists the steps that are taken inside: (launch, arrays) of each Launch, other
-    steps as they are, None for one with a stream of its own."""
+    """A context that lists the steps run inside: (launch, arrays) for a Launch, other steps as they
+    are, None for a step with a stream of its own."""
     state.traced = []
     try:
         yield state.traced
@@ -119,7 +119,7 @@ def _traced() -> Iterator[list[Any]]:
 
 
 def _moved(launch: Launch, taken: Sequence[Any], arrays: Sequence[Any]) -> _Moved | None:
-    """Where a launch's arrays lie; None where that is not to be told."""
+    """A launch with the places of its arrays in `arrays`; None if one is unknown or ambiguous."""
     sources: list[int | None] = []
     offsets = []
     for x in taken:
@@ -136,7 +136,7 @@ def _moved(launch: Launch, taken: Sequence[Any], arrays: Sequence[Any]) -> _Move
 
 
 def _lies_in(x: Any, array: Any) -> bool:
-    """Whether an array is another, or part of a contiguous one."""
+    """Whether `x` is `array`, or part of it if `array` is contiguous."""
     if array is None:
         return False
     begin, at = array.data.ptr, x.data.ptr

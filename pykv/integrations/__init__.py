@@ -1,1 +1,1 @@
-"""pykv inside other programs: a file for each library, imported by nobody but its users."""
+"""pykv inside other programs: modules for each library, which pykv itself never imports."""

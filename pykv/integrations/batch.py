@@ -1,8 +1,8 @@
-"""A batch of sequences of one cache, addressed by columns as libraries of padded batches do.
+"""A batch of sequences in one cache, addressed by columns, as libraries with padded batches do.
 
-Column c is the c-th token that every sequence was given. Where a sequence was padded, nothing is
-stored: its later tokens move up, and `seen` remembers which columns it has. Padding so takes no
-memory, and attention needs no mask.
+Column c is the c-th token given to every sequence. Padding is not stored: later tokens of the
+sequence move up, and `seen` records which columns it has. So padding takes no memory, and attention
+needs no mask.
 
 Dimensions: B sequences, n new columns, T = B * n rows less those of padding, H KV heads, HQ query
 heads, D head size, M pages a sequence can have.
@@ -26,19 +26,19 @@ from pykv.pool import PagedKVCache
 
 
 class Step:
-    """Columns that all layers get one after the other; arrays are where the cache is, and are made
-    when they are asked for.
+    """New columns, which all layers append one after the other. Arrays are on the cache's device,
+    and are made at their first use.
 
     Args:
         pool: the cache.
         pages: of each sequence, with room for these columns.
-        start: the first of the new columns.
-        seen: [B, stop] bool, on the host; which columns up to `stop` each sequence has.
+        start: the first new column.
+        seen: [B, stop] bool, on the host; which columns below `stop` each sequence has.
 
     Attributes:
         start, stop, seen: as given.
-        is_whole: whether sequences have all columns.
-        tensors: what a caller made of it.
+        is_whole: whether every sequence has all columns.
+        tensors: for the caller: tensors derived from this step.
     """
 
     def __init__(self, pool: PagedKVCache, pages: list[list[int]], start: int, seen: Any):
@@ -49,8 +49,8 @@ class Step:
 
     @cached_property
     def run(self) -> tuple[int, int] | None:
-        """The first page and a step from sequence to sequence, if all pages that a sequence needs
-        follow each other, and sequences are equally far apart; else None."""
+        """The first page and the distance between sequences, if the pages of each sequence are
+        contiguous and all distances are equal; else None."""
         num_pages = self._pool.manager.pages_for(self.stop)
         first = [pages[0] for pages in self._pages if pages]
         step = first[1] - first[0] if len(first) > 1 else 0
@@ -64,13 +64,13 @@ class Step:
 
     @cached_property
     def rows(self) -> Any:
-        """[T] which rows of [B * n] are stored; None: all."""
+        """[T] the rows of [B * n] that are stored; None: all."""
         new = self.seen[:, self.start :]
         return None if new.all() else self._xp.asarray(np.flatnonzero(new))
 
     @cached_property
     def slots(self) -> Any:
-        """[T] int32; where they are stored."""
+        """[T] int32; the slots of the stored rows."""
         starts, stops = (tokens_of(self.seen, n) for n in (self.start, self.stop))
         sequences = zip(self._pages, starts, stops, strict=True)
         flat = [slots(*x, self._pool.page_size) for x in sequences]
@@ -78,43 +78,43 @@ class Step:
 
     @cached_property
     def table(self) -> Any:
-        """[B, M] int32, the pages of sequences with these columns."""
+        """[B, M] int32, the page table."""
         return self._xp.asarray(page_table(self._pages, max(map(len, self._pages))))
 
     @cached_property
     def pages(self) -> Any:
-        """[B * m] int32, of a step that is whole; the pages with these columns, one sequence's
-        behind the other's."""
+        """[B * m] int32: the pages up to column `stop`, sequence by sequence; only if the step is
+        whole."""
         num_pages = self._pool.manager.pages_for(self.stop)
         return self._xp.ascontiguousarray(self.table[:, :num_pages]).reshape(-1)
 
     @cached_property
     def lengths(self) -> Any:
-        """[B] int32, their tokens."""
+        """[B] int32, the tokens of each sequence."""
         return self._xp.asarray(self.seen.sum(1, dtype=np.int32))
 
     @cached_property
     def starts(self) -> Any:
-        """[B + 1] int32; where each sequence's rows begin among T."""
+        """[B + 1] int32; the offset of each sequence's rows in T."""
         counts = self.seen[:, self.start :].sum(1)
         return self._xp.asarray(np.append(0, np.cumsum(counts)).astype(np.int32))
 
 
 class Batch:
-    """The sequences of a batch, and the cache that holds them, which forks share.
+    """The sequences of a batch, and their cache, which forks share.
 
     Args:
-        pool: the cache; may be that of other batches.
+        pool: the cache; other batches may use it too.
         size: B.
-        grows: whether the cache may take more memory when its pages are used up.
-        in_runs: whether it shares all pages out among its sequences, so that those of each follow
-            each other as far as they can: until two of them share a page, or there is a fork.
+        grows: whether the cache may grow when its pages are used up.
+        in_runs: whether to divide all pages among the sequences, so that each has contiguous pages;
+            ends when sequences share a page, or at a fork.
 
     Attributes:
         seen: [B, columns] bool; which columns each sequence has.
-        columns: of each layer, how many it was given.
+        columns: how many columns each layer was given.
 
-    Gives its pages back when nothing refers to it any more, and somebody asks for free ones.
+    Once nothing refers to it any more, its pages are freed at the next request for free pages.
     """
 
     def __init__(self, pool: PagedKVCache, size: int, *, grows: bool, in_runs: bool = False):
@@ -132,25 +132,25 @@ class Batch:
         return len(self._pages)
 
     def begin(self, op: str, layer: int, n: int, new: Any = None, *, past: Any = None) -> Step:
-        """Make room for columns of a layer; the layers behind it share what is made for the first.
+        """Make room for new columns of a layer; later layers share the first layer's step.
 
         Args:
             op: of the caller, for errors.
-            layer: its number.
+            layer: its index.
             n: new columns of every sequence.
             new: [B, n] bool, which of them hold tokens; None: all.
-            past: [B, columns] bool, what the caller takes the earlier ones for; None: not checked.
+            past: [B, columns] bool, the caller's mask of the earlier ones; None: not checked.
 
         Raises:
-            UnsupportedError: `past` is not what was stored.
+            UnsupportedError: `past` differs from the stored columns.
             ParameterError: the layer was given fewer columns than another one.
-            CapacityError: the cache is full and does not grow, or the memory cannot be had.
+            CapacityError: the cache is full and may not grow, or its memory cannot be allocated.
         """
         start = self.columns[layer]
         if past is not None and (past != self.seen[:, :start]).any():
             raise UnsupportedError(
-                f"{op}: attention_mask shows or hides tokens that the cache holds, expected what "
-                "it said when they came"
+                f"{op}: attention_mask shows or hides tokens that the cache holds, expected as in "
+                "the call that added them"
             )
         step = self._step
         is_next = step is not None and (step.start, step.stop) == (start, start + n)
@@ -165,7 +165,7 @@ class Batch:
                 f"{op}: layer {layer} has {start} tokens and is given {n}, expected as others, "
                 f"which have {max(self.columns)}; after a failed call crop or reset the cache"
             )
-        self._step = None  # gives up the tensors that were made of it, before memory is wanted
+        self._step = None  # frees its tensors before the cache may grow
         starts, stops = tokens_of(self.seen, start), tokens_of(seen, seen.shape[1])
         for pages, first, last in zip(self._pages, starts, stops, strict=True):
             self._extend(pages, first, last)
@@ -186,7 +186,7 @@ class Batch:
 
     @interrupts.finished
     def _share_out(self) -> None:
-        """Give each sequence its part of all pages, in order, if no other batch has any."""
+        """Give each sequence an equal, contiguous part of all pages, if no other batch has any."""
         pool, manager, old = self.pool, self.pool.manager, sum(self._pages, [])
         if not self._in_runs or manager.num_free + len(old) < manager.num_pages:
             return
@@ -198,9 +198,9 @@ class Batch:
         for pages, numbers in zip(self._pages, parts, strict=True):
             manager.extend(pages, 0, len(numbers) * pool.page_size)
         for pages, numbers, n in zip(self._pages, parts, counts, strict=True):
-            pages[:] = numbers  # which it was given makes no difference, as together they have all
+            pages[:] = numbers  # together they hold all pages, so any assignment is valid
             new += pages[:n]
-        for array in (*pool.k, *pool.v):  # one layer's at a time, which the right side copies
+        for array in (*pool.k, *pool.v):  # by layer: the right side is a copy
             array[new] = array[old]
 
     def append(self, layer: int, k: Any, v: Any, step: Step) -> None:
@@ -209,8 +209,8 @@ class Batch:
         self.columns[layer] = step.stop
 
     def gather(self, layer: int, k_out: Any, v_out: Any, step: Step) -> None:
-        """Read a layer's first pages of each sequence, of a step that is whole, into
-        [B, M, P, H, D] of floats."""
+        """Read the pages of a layer up to column `stop`, of a whole step, into [B, M, P, H, D]
+        floats."""
         k_out, v_out = (x.reshape(-1, *x.shape[2:]) for x in (k_out, v_out))
         pools = self.pool.pools(layer)
         paged_convert.gather(**pools, pages=step.pages, k_out=k_out, v_out=v_out)
@@ -218,12 +218,12 @@ class Batch:
     # --- Sequences that come and go ---
 
     def crop(self, columns: int) -> None:
-        """Forget all columns from this one on; their pages stay set aside."""
+        """Forget all columns from `columns` on; their pages stay with the sequences."""
         self.columns = [min(n, columns) for n in self.columns]
         self.seen, self._step = self.seen[:, :columns], None
 
     def select(self, indices: Any) -> None:
-        """Make sequence i what sequence indices[i] was; pages are shared until they are written."""
+        """Replace sequence i by sequence indices[i]; pages are shared until they are written."""
         if len(indices) and not (0 <= min(indices) and max(indices) < self.size):
             raise ShapeError(
                 f"Batch.select: indices are {indices}, expected sequences below {self.size}"
@@ -234,7 +234,7 @@ class Batch:
         self.seen, self._step = self.seen[indices], None
 
     def fork(self) -> Batch:
-        """A second batch of the same tokens, in the same pages until either writes to them."""
+        """A copy of the batch, which shares pages until either writes to them."""
         other = Batch(self.pool, 0, grows=self._grows)
         other._pages += self._forks(range(self.size))
         other.seen, other.columns = self.seen.copy(), list(self.columns)
@@ -242,12 +242,12 @@ class Batch:
         return other
 
     def _forks(self, indices: Any) -> list[list[int]]:
-        """Second sequences on pages that hold tokens."""
+        """New sequences that share the used pages of sequences `indices`."""
         used = self._used()
         return [self.pool.manager.fork(used[i]) if used[i] else [] for i in indices]
 
     def _used(self) -> list[list[int]]:
-        """Of each sequence, the pages that hold tokens."""
+        """The pages of each sequence that hold tokens."""
         pages_for, tokens = self.pool.manager.pages_for, tokens_of(self.seen, self.seen.shape[1])
         return [pages[: pages_for(n)] for pages, n in zip(self._pages, tokens, strict=True)]
 
@@ -258,18 +258,18 @@ class Batch:
 
 
 def rows_of(x: Any, rows: Any) -> Any:
-    """Rows of an array, by their numbers; as bits, since CuPy computes with no bfloat16."""
+    """Rows of an array, by index; moved as integers, for CuPy's limited bfloat16 support."""
     return x.view(f"u{x.itemsize}")[rows].view(x.dtype)
 
 
 def set_rows(x: Any, rows: Any, values: Any) -> None:
-    """Write rows of an array, by their numbers; values of its dtype, likewise."""
+    """Write `values`, of the array's dtype, to rows of an array, by index; see `rows_of`."""
     bits = f"u{x.itemsize}"
     x.view(bits)[rows] = values.view(bits)
 
 
 def tokens_of(seen: Any, columns: int) -> list[int]:
-    """How many tokens each sequence has in so many columns, of `seen` [B, ...]."""
+    """The number of tokens of each sequence in the first `columns` of `seen` [B, ...]."""
     counts: list[int] = seen[:, :columns].sum(1).tolist()
     return counts
 

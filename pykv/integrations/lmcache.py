@@ -1,15 +1,15 @@
 """A serde of LMCache that stores keys and values as int8 or int4 codes.
 
 LMCache's storage adapters pass chunks through a serde on their way to a disk or another machine.
-`Serde` is its Serializer and Deserializer in one; `register()` makes two of them known to LMCache,
+`Serde` is its Serializer and Deserializer in one. `register()` registers two of them with LMCache,
 as "pykv-int8" and "pykv-int4", for `"serde": {"type": "pykv-int8"}` of an adapter. Each row of D
-elements gets codes and a float16 scale, as in pykv.kinds: D + 2 bytes, or D / 2 + 2.
+elements becomes codes and a float16 scale, as in pykv.kinds: D + 2 bytes, or D / 2 + 2.
 
-Chunks say neither at which positions their tokens stand nor how they were rotated, and a serde is
-given an object's key, which is a hash. KVTC's components need the positions, so it is not offered.
+A serde learns neither the positions of a chunk's tokens nor their rotation; an object's key is a
+hash. KVTC needs the positions, so it is not offered.
 
-Interface: lmcache.v1.distributed.serde of LMCache 0.5, whose package brings torch for CUDA; tests
-hold these classes against its documented signatures, without it, and tools/try_lmcache.py runs them
+Interface: lmcache.v1.distributed.serde of LMCache 0.5, whose package requires torch for CUDA. Tests
+call these classes through its documented signatures, without it; tools/try_lmcache.py runs them
 inside it.
 """
 
@@ -34,7 +34,7 @@ SCALE_BYTES = 2  # a float16
 
 
 class Serde:
-    """Codes of one kind for LMCache's memory objects, of which `tensor` is looked at.
+    """Codes of one kind for LMCache's memory objects; uses only their attribute `tensor`.
 
     Args:
         kind: "int8" or "int4".
@@ -42,9 +42,9 @@ class Serde:
     Raises:
         ParameterError: another kind.
 
-    Codes of all rows come first, then their scales. A row is the last dimension: the head size, or
-    heads side by side, which then share a scale. Works on the CPU, where LMCache's adapters are:
-    tensors elsewhere are a DeviceError. May be called from several threads.
+    The codes of all rows come first, then their scales. A row is the last dimension: one head, or
+    all heads, which then share a scale. Runs on the CPU, as LMCache's adapters do; tensors on other
+    devices raise a DeviceError, on a GPU a DtypeError. Thread-safe.
 
     >>> Serde("int4").nbytes([(2, 4, 256, 1024)])  # K and V, layers, tokens, heads * D
     1052672
@@ -56,11 +56,12 @@ class Serde:
         self._kind = kinds.KINDS[kind]
 
     def serialize(self, src: Any, dst: Any, key: Any = None) -> int:
-        """Write codes of `src`, floats of any shape, to the bytes of `dst`, and return how many.
+        """Write the codes of `src`, floats of any shape, to the bytes of `dst`; returns the number
+        of bytes.
 
         Raises:
-            DtypeError: `src` has no floats, or `dst` no bytes.
-            ShapeError: rows are of an odd size.
+            DtypeError: `src` holds no floats, or `dst` no bytes.
+            ShapeError: rows have an odd size.
             CapacityError: `dst` is smaller than `estimate_serialized_size`.
         """
         op = "lmcache.serialize"
@@ -75,9 +76,9 @@ class Serde:
         """Fill `dst`, floats of the shape that was serialized, from the bytes of `src`.
 
         Raises:
-            DtypeError: `src` has no bytes, or `dst` no floats.
+            DtypeError: `src` holds no bytes, or `dst` no floats.
             CapacityError: `src` has too few bytes for the shape of `dst`.
-            ShapeError: it has too many, or rows are of an odd size.
+            ShapeError: it has too many, or rows have an odd size.
         """
         op = "lmcache.deserialize"
         with _on_host(op, src, dst):
@@ -85,20 +86,20 @@ class Serde:
             raw = _bytes_of(op, "src", x)
             codes, scales = self._parts(op, "dst", raw, out)
             used = codes.nbytes + scales.nbytes
-            if raw.size != used:  # scales stand behind all codes
+            if raw.size != used:  # scales follow all codes, so their place depends on the size
                 raise ShapeError(f"{op}: src has {raw.size} bytes, expected {used} for {out.shape}")
             out[...] = kinds.dequantize(codes, self._kind, scales).reshape(out.shape)
 
     def estimate_serialized_size(self, layout_desc: Any) -> int:
-        """Bytes that objects of a MemoryLayoutDesc take, exactly."""
+        """The exact bytes that objects of a MemoryLayoutDesc take."""
         return self.nbytes(layout_desc.shapes)
 
     def nbytes(self, shapes: Iterable[Any]) -> int:
         """Bytes that arrays of these shapes take.
 
         Raises:
-            DtypeError: one is no list of whole numbers.
-            ParameterError, ShapeError: a size is negative, or rows are of an odd size, or of none.
+            DtypeError: one is not a list of whole numbers.
+            ParameterError, ShapeError: a size is negative, or rows have an odd size, or none.
         """
         check_type("lmcache.Serde", "shapes", shapes, Iterable, "a list of shapes")
         return sum(self._size("lmcache.Serde", "shapes", shape) for shape in shapes)
@@ -113,7 +114,8 @@ class Serde:
         return math.prod(sizes[:-1]) * (self._kind.row_bytes(sizes[-1]) + SCALE_BYTES)
 
     def _parts(self, op: str, name: str, raw: Any, floats: Any) -> tuple[Any, Any]:
-        """Codes [rows, W] and scales [rows] in bytes, for an array of floats that is called so."""
+        """Views of codes [rows, W] and scales [rows] in the bytes `raw`, for an array of floats
+        called `name`."""
         if floats.dtype not in FLOATS:
             expected = " or ".join(map(str, FLOATS))
             raise DtypeError(f"{op}: {name} has dtype {floats.dtype}, expected {expected}")
@@ -140,12 +142,12 @@ def _bytes_of(op: str, name: str, array: Any) -> Any:
 
 
 def register() -> None:
-    """Make the kinds known to LMCache, as "pykv-int8" and "pykv-int4"; `max_workers` beside `type`
-    in an adapter's "serde" says how many threads work at once. Once more changes nothing.
+    """Register the kinds with LMCache, as "pykv-int8" and "pykv-int4". `max_workers` besides `type`
+    in an adapter's "serde" is the number of threads. Further calls change nothing.
 
     Raises:
         ImportError: LMCache is not installed, or has no such interface.
-        ParameterError: later, an adapter gives words that are not known.
+        ParameterError: later, if an adapter passes an unknown option.
     """
     from lmcache.v1.distributed.serde import async_processor, factory
 
@@ -160,5 +162,5 @@ def register() -> None:
             workers = check_whole("lmcache", "max_workers", workers, 1)
             return async_processor.AsyncSerdeProcessor(serde, serde, max_workers=workers)
 
-        if f"pykv-{kind}" not in known:  # LMCache refuses a second
+        if f"pykv-{kind}" not in known:  # LMCache refuses to register a name twice
             factory.register_serde_factory(f"pykv-{kind}", make)

@@ -1,16 +1,16 @@
-"""HiCache's storage of SGLang over the disk tier: pages in one folder that several servers share.
+"""A storage backend for SGLang's HiCache on the disk tier: a folder of pages that servers share.
 
-SGLang loads it by name, without a change of its own:
+An unchanged SGLang loads it by name:
 
     --hicache-storage-backend dynamic --hicache-storage-backend-extra-config
     '{"backend_name": "pykv", "module_path": "pykv.integrations.sglang", "class_name": "Storage",
       "folder": "/var/cache/kv", "limit": "50GiB"}'
 
-Files are those of pykv.tiers.disk: renamed when whole, with a checksum, the least recently used
-going first. Its threads end in silence on anything but answers, so what fails on the disk is a page
-that is not there. Interface: sglang.srt.mem_cache.hicache_storage and managers.cache_controller, as
-of 0.5.23, and before, when pools knew the device's. Their `interface_v1` would copy pages as `get`
-and `set` do, so it is not offered.
+Files are those of pykv.tiers.disk: renamed when complete, with a checksum, evicted by least recent
+use. Exceptions would end SGLang's threads silently, so a disk failure counts as a missing page.
+Interface: sglang.srt.mem_cache.hicache_storage and managers.cache_controller of 0.5.23, and of
+earlier versions, whose host pools refer to the device's pool. Their `interface_v1` would copy pages
+as `get` and `set` do, so it is not offered.
 """
 
 from __future__ import annotations
@@ -32,28 +32,28 @@ from pykv.tiers.sizes import parse_bytes
 
 from sglang.srt.mem_cache.hicache_storage import HiCacheStorage  # isort: skip
 
-LOADED_BY = {"backend_name", "module_path", "class_name"}  # words for SGLang itself
+LOADED_BY = {"backend_name", "module_path", "class_name"}  # options for SGLang itself
 
 
 class Storage(HiCacheStorage):  # type: ignore[misc]
-    """Pages by their keys, texts that SGLang makes from all tokens up to their end.
+    """Pages by their keys, texts that SGLang derives from all tokens up to the page's end.
 
     Args:
-        storage_config: SGLang's HiCacheStorageConfig, of whose `extra_config` are `folder`,
-            `limit` in bytes or as "50GiB", and, for pools of bytes that do not say of which FP8
-            they are, as those of SGLang 0.5.23, `kv_cache_dtype`, such as "fp8_e4m3".
+        storage_config: SGLang's HiCacheStorageConfig. Its `extra_config` has `folder` and `limit`,
+            in bytes or as "50GiB"; and, for pools of bytes without their FP8 kind, as in SGLang
+            0.5.23, `kv_cache_dtype`, such as "fp8_e4m3".
         words: ignored.
 
     Attributes:
-        refused: pages that the disk did not take or give, for want of room or by an error.
-        damaged: files that did not hold what they should.
+        refused: pages that could not be written or read, for lack of room or by an error.
+        damaged: files whose contents did not match their checksum or metadata.
 
     Raises:
-        ParameterError: `folder` or `limit` is missing or wrong, or there is another word.
-        ShapeError, ParameterError: later, a page is not of the registered pool's bytes, or not in
-            one piece, or there are not as many pages as keys.
+        ParameterError: `folder` or `limit` is missing or wrong, or there is an unknown option.
+        ShapeError, ParameterError: later, if a page has another size than the registered pool's,
+            is not contiguous, or pages and keys differ in number.
 
-    Its methods wait for the disk, and may be called from several threads.
+    Methods block on the disk. Thread-safe.
     """
 
     def __init__(self, storage_config: Any, words: Any = None):
@@ -75,16 +75,16 @@ class Storage(HiCacheStorage):  # type: ignore[misc]
         self.refused = self.damaged = 0
 
     def register_mem_pool_host(self, mem_pool_host: Any) -> None:
-        """Open the folder for pages as this pool has them. Before, there are none.
+        """Open the folder for pages of this pool. Before this call, no page exists.
 
         Raises:
-            ParameterError: the pool holds bytes, and nobody says what they mean.
-            PermissionError: others can write in the folder.
+            ParameterError: the pool holds bytes, and `kv_cache_dtype` is missing.
+            PermissionError: others can write to the folder.
             OSError: it cannot be made or read.
         """
         super().register_mem_pool_host(mem_pool_host)
         pool = mem_pool_host
-        # The host's pool holds uint8 for either sort of FP8; later ones do not know the device's.
+        # Host pools hold uint8 for either FP8 kind; newer ones lack the device's pool.
         dtype = str((getattr(pool, "device_pool", None) or pool).dtype)
         if dtype.endswith("uint8"):
             dtype = self._kv_cache_dtype
@@ -103,7 +103,7 @@ class Storage(HiCacheStorage):  # type: ignore[misc]
         self._tier = DiskTier(self._folder, self._limit, facts, self._nbytes)
 
     def _row(self, name: str, page: Any) -> Any:
-        """The bytes of a page, shared."""
+        """The bytes of a page, as a view."""
         array = codes_of("sglang.Storage", name, page)
         if not is_numpy(array) or not array.flags.c_contiguous:
             raise ParameterError(f"sglang.Storage: {name} is not in one piece on the host")
@@ -115,7 +115,7 @@ class Storage(HiCacheStorage):  # type: ignore[misc]
         return array.reshape(-1).view(np.uint8)
 
     def get(self, key: str, target_location: Any = None, target_sizes: Any = None) -> Any:
-        """Fill `target_location` with a page and return it; None where there is none."""
+        """Fill `target_location` with a page and return it; None if the page is missing."""
         if self._tier is None or target_location is None:
             return None
         row = self._row("target_location", target_location)
@@ -132,7 +132,7 @@ class Storage(HiCacheStorage):  # type: ignore[misc]
     def set(
         self, key: str, value: Any = None, target_location: Any = None, target_sizes: Any = None
     ) -> bool:
-        """Keep the page `value`; whether it is there now."""
+        """Store the page `value`; returns whether it is stored now."""
         if self._tier is None or value is None:
             return False
         row = self._row("value", value.contiguous())
@@ -146,7 +146,7 @@ class Storage(HiCacheStorage):  # type: ignore[misc]
         return True
 
     def exists(self, key: str) -> bool:
-        """Whether there is a page as the registered pool has them."""
+        """Whether a page of the registered pool is stored."""
         return self._tier is not None and _key(key) in self._tier
 
     def batch_get(self, keys: Any, target_locations: Any = None, target_sizes: Any = None) -> Any:
@@ -158,17 +158,17 @@ class Storage(HiCacheStorage):  # type: ignore[misc]
         return all([self.set(*pair) for pair in _pairs("values", keys, values)])
 
     def clear(self) -> None:
-        """Delete the pages of the model, rank and pool that are registered; of others none.
+        """Delete the pages of the registered model, rank and pool, and no others.
 
         Raises:
-            OSError: the system refuses, where SGLang would say that it is done.
+            OSError: the system refuses; without it SGLang would report success.
         """
         if self._tier is not None:
             self._tier.clear()
 
 
 def _pairs(name: str, keys: Any, pages: Any) -> list[tuple[str, Any]]:
-    """Keys with their pages, all of which are None where `pages` is."""
+    """Pairs of a key and its page; None for each page if `pages` is None."""
     pages = [None] * len(keys) if pages is None else pages
     if len(pages) != len(keys):
         raise ShapeError(
@@ -178,17 +178,18 @@ def _pairs(name: str, keys: Any, pages: Any) -> list[tuple[str, Any]]:
 
 
 def _facts(config: Any) -> dict[str, str]:
-    """What bytes of a page depend on, beside tokens and the pool. Ranks of a tensor-parallel model
-    hold different heads, but each all of an MLA model's, of which rank 0 alone writes."""
+    """The facts that page contents depend on, besides tokens and the pool. Ranks of a
+    tensor-parallel model hold different heads. Each rank of an MLA model holds all; only rank 0
+    writes."""
     facts = dict(model_name=str(config.model_name))
     if not config.is_mla_model:
         facts |= dict(tp_rank=str(config.tp_rank), tp_size=str(config.tp_size))
-    others = ["pp_rank", "pp_size", "attn_cp_rank", "attn_cp_size"]  # not in each version
+    others = ["pp_rank", "pp_size", "attn_cp_rank", "attn_cp_size"]  # absent in some versions
     if getattr(config, "dcp_size", 1) > 1:  # ranks that hold a part of each page's tokens
         others += ["dcp_rank", "dcp_size", "logical_page_size"]
     return facts | {name: str(getattr(config, name, "")) for name in others}
 
 
 def _key(key: str) -> bytes:
-    """16 bytes, as the tier's keys are."""
+    """A 16-byte key for the tier."""
     return hashlib.sha256(key.encode()).digest()[:16]

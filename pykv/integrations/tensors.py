@@ -1,4 +1,4 @@
-"""torch's tensors on their way to ops: as arrays, on torch's current stream."""
+"""torch tensors as arguments of ops: as arrays, on torch's current stream."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ import torch  # noqa: E402
 
 @contextmanager
 def place_of(op: str, **tensors: Any) -> Iterator[None]:
-    """A context in which pykv works where tensors are: their GPU is the current one, and torch's
-    current stream is pykv's.
+    """A context for work on tensors: their GPU is the current one, and pykv uses torch's current
+    stream.
 
     Args:
         op: for errors.
-        tensors: by name; None for those that are not given.
+        tensors: by name; None for absent ones.
 
     Raises:
         DeviceError: they are on several devices, or on one that is neither a CPU nor an NVIDIA GPU.
@@ -44,7 +44,7 @@ def place_of(op: str, **tensors: Any) -> Iterator[None]:
 
 
 def codes_of(op: str, name: str, x: Any) -> Any:
-    """The array of a tensor that may be of FP8, whose codes are uint8 to pykv; None where None."""
+    """A tensor as an array; FP8 tensors become their codes, uint8. None stays None."""
     if x is None:
         return None
     is_fp8 = x.dtype in (torch.float8_e4m3fn, torch.float8_e5m2)

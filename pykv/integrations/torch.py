@@ -1,9 +1,9 @@
-"""Ops on paged caches as custom ops of torch, which torch.compile takes as they are.
+"""Ops on paged caches as custom ops of torch, which torch.compile treats as opaque calls.
 
 Importing this module registers `torch.ops.pykv.append`, `decode` and `prefill`; the functions here
-are the same. They take tensors, on a GPU on torch's current stream, and declare what they write.
-Pools of FP8 are tensors of float8_e4m3fn or float8_e5m2, or their codes as uint8 with a `spec`.
-Letters and all else: pykv.ops.paged_append, paged_decode and prefill, which check the arguments.
+are the same. They take tensors, run on torch's current stream on a GPU, and declare what they
+mutate. FP8 pools are tensors of float8_e4m3fn or float8_e5m2, or their codes as uint8 with a
+`spec`. Dimensions and arguments: pykv.ops.paged_append, paged_decode and prefill, which check them.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ def append(
 ) -> None:
     """Write rows [T, H, D] to slots [T] of pools [N, P, H, W], in place; see paged_append.append.
 
-    Scales are None where the kind of the pools has none. They have no default, as torch 2.11 looks
-    for every argument that an op writes among those that it was given.
+    Scales are None if the kind of the pools has none. They have no default, as torch 2.11 expects
+    every mutated argument to be passed.
 
     Raises:
         UnsupportedError: a tensor requires a gradient.
         DeviceError: tensors are on several devices.
-        Others as the op.
+        Otherwise as the op.
 
     >>> import torch, pykv.integrations.torch
     >>> k_pool, v_pool = torch.zeros(2, 4, 2, 1, 8).to(torch.float8_e4m3fn)  # N P H D each
@@ -63,7 +63,7 @@ def append(
 
 @append.register_fake  # type: ignore[untyped-decorator]
 def _(*_: Any, **__: Any) -> None:
-    """Nothing is made."""
+    """No output."""
 
 
 @torch.library.custom_op("pykv::decode", mutates_args=())  # type: ignore[untyped-decorator]
@@ -130,7 +130,7 @@ def _attend(
     spec: str | None,
     how: dict[str, Any],
 ) -> Tensor:
-    """What an op of attention makes of tensors by its names, and of options `how`."""
+    """The output of the op `attend`, with the tensors `given` by its names, and options `how`."""
     with place_of(op, **given, k_scales=k_scales, v_scales=v_scales):
         arrays = [codes_of(op, name, x) for name, x in given.items()]
         out = _like_queries(given["q"])
@@ -146,7 +146,7 @@ def _attend(
 def _cache(
     op: str, k_pool: Any, v_pool: Any, k_scales: Any, v_scales: Any, spec: str | None
 ) -> dict[str, Any]:
-    """Scales and spec as ops take them. FP8 says its kind here, where arrays say bytes."""
+    """Scales and spec for ops. Derives the spec of FP8 tensors, whose arrays are plain bytes."""
     k, v = ((FP8 | FLOATS).get(pool.dtype) for pool in (k_pool, v_pool))
     if spec is None and k and v and {k_pool.dtype, v_pool.dtype} & FP8.keys():
         scales = v_scales if k_scales is None else k_scales

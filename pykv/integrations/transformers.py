@@ -1,10 +1,10 @@
-"""transformers over paged caches: `Cache` holds keys and values in pages of any kind, and
-attn_implementation="pykv" attends to them where they lie.
+"""transformers on paged caches: `Cache` holds keys and values in pages of any kind, and
+attn_implementation="pykv" attends to them in place.
 
-With another implementation ("sdpa", "eager") a model is given the memory of the pages where that is
-the keys and values as they are: floats of its own dtype, on a CPU, each sequence's pages one behind
-the other. Else each layer reads all of its keys and values back as floats, in each step. Importing
-this module registers "pykv" with transformers.
+With another implementation ("sdpa", "eager") a model gets the memory of the pages itself, if that
+holds its keys and values unchanged: floats of its own dtype, on a CPU, contiguous pages for each
+sequence. Otherwise each layer reads all of its keys and values back as floats, in each step.
+Importing this module registers "pykv" with transformers.
 
 Dimensions: B sequences, n new tokens of each, S all of them, H KV heads, HQ query heads, D head
 size.
@@ -30,40 +30,41 @@ from transformers import PretrainedConfig, cache_utils  # noqa: E402
 import pykv.integrations.transformers_attention  # noqa: E402, F401  registers "pykv"
 from pykv.integrations.transformers_layer import Layer, Store, refuse_copies  # noqa: E402
 
-LAYERS = ("full_attention", "sliding_attention")  # types in a config that a `Cache` holds
+LAYERS = ("full_attention", "sliding_attention")  # layer types of a config that `Cache` supports
 TAKES_LENGTH = "max_length" in signature(cache_utils.Cache.crop).parameters
 
 
 class Cache(cache_utils.Cache):  # type: ignore[misc]
-    """A cache for models of transformers, in pages that grow with its sequences.
+    """A paged cache for models of transformers, which grows with its sequences.
 
     Args:
-        config: of the model, `model.config`: how many layers, and which attention it uses.
-        spec: a KVSpec or its text, "int8", "k8v4", ...; None: as the model's keys are, in which
-            case the model says the same as with a DynamicCache.
+        config: `model.config`, with the number of layers and the attention implementation.
+        spec: a KVSpec or its text, "int8", "k8v4", ...; None: the dtype of the model's keys; the
+            tokens then equal those with a DynamicCache.
         page_size: P, tokens a page.
-        pages: of each layer; None: as many as it takes, doubled when they are used up. On a CPU
-            they are twice what the first tokens take, of which the system backs what is written.
-        margin: for scales that heads or tensors share, see PagedKVCache. What exceeds them is
-            clamped, which no call waits to see: ask `clamped`.
+        pages: of each layer; None: as many as needed, at least doubled when they are used up. On a
+            CPU the first allocation is twice what the first tokens take; the system backs it with
+            memory as it is written.
+        margin: for scales that heads or tensors share, see PagedKVCache. Larger values are clamped;
+            calls do not wait to report it: see `clamped`.
 
     Attributes:
         pool: the PagedKVCache; None before the first tokens.
 
     Raises:
-        UnsupportedError: a layer's attention is of another sort than full or sliding; or later, in
-            a call of the model, keys and values are of different head sizes, or need gradients.
-        ParameterError: the spec is unknown, or a size is out of its range.
-        ShapeError: later; D is no multiple of 8, or the batch has another size.
-        DtypeError: later; keys or values are of no kind of float; or, without a `spec`, of another
-            one than the first keys were, also after `reset`.
+        UnsupportedError: a layer has attention other than full or sliding; or later, in a call of
+            the model, keys and values have different shapes, or need gradients.
+        ParameterError: the spec is unknown, or a size is out of range.
+        ShapeError: later; D is not a multiple of 8, or the batch has another size.
+        DtypeError: later; keys or values are not float32, float16 or bfloat16; or, without a
+            `spec`, differ in dtype from the first keys, even after `reset`.
         DeviceError: later; layers are on several devices.
-        CapacityError: later; all `pages` are used up, or memory is.
+        CapacityError: later; all `pages` or the memory is used up.
 
-    What methods of transformers do with batches costs no copies here: `reorder_cache` of a beam
-    search, `batch_repeat_interleave` of a prompt, and `copy.deepcopy` of a prefix share pages until
-    one side writes to them. Padding takes no room with "pykv". A window of sliding attention hides
-    keys, but frees no pages.
+    Batch operations of transformers copy nothing: `reorder_cache` of a beam search,
+    `batch_repeat_interleave` of a prompt, and `copy.deepcopy` of a prefix share pages until one
+    side writes to them. Padding takes no pages with "pykv". A sliding window hides keys, but frees
+    no pages.
 
     >>> import torch, transformers
     >>> cache = Cache(transformers.LlamaConfig(num_hidden_layers=2), "int8")
@@ -123,7 +124,7 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
         return layer.update(key_states, value_states)
 
     def __deepcopy__(self, memo: Any) -> Cache:
-        """A cache of the same tokens, which shares pages until either writes to them."""
+        """A copy of the cache, which shares pages until either writes to them."""
         other = self.__class__.__new__(self.__class__)
         other.__dict__.update(self.__dict__)
         other._store = self._store.fork()
@@ -131,25 +132,24 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
         return other
 
     def clamped(self) -> Any:
-        """The shares of elements at the largest code, in pages of all sequences: what
-        PagedKVCache.clamped says of shared scales. None before the first tokens. Waits for a GPU.
-        """
+        """PagedKVCache.clamped for the pages of all sequences: the shares of elements at the
+        largest code, for shared scales. None before the first tokens. Waits for a GPU."""
         batch = self._store.batch
         return None if batch is None else batch.pool.clamped(batch.used_pages)
 
     def reset(self) -> None:
-        """Forget all tokens; their pages stay with the cache, for other sequences."""
+        """Forget all tokens; the pages stay with the cache for later sequences."""
         self._store.batch = None
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens of every sequence.
 
         Args:
-            tokens_to_remove: minus how many go. Where transformers' own caches take a length, as
-                before 5.24, also how many stay.
+            tokens_to_remove: minus the number of tokens to remove. Before transformers 5.24, whose
+                own caches take a length, 0 and above is the number of tokens to keep.
 
         Raises:
-            ParameterError: it is positive, and transformers takes no lengths.
+            ParameterError: it is positive, and this transformers takes no lengths.
         """
         batch, most = self._store.batch, 2**31
         count = check_whole("Cache.crop", "tokens_to_remove", tokens_to_remove, -most, most)
@@ -160,14 +160,14 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
             batch.crop(count if is_length else max(max(batch.columns) + count, 0))
 
     def reorder_cache(self, beam_idx: Any) -> None:
-        """Let sequence i go on from sequence beam_idx[i]."""
+        """Let sequence i continue sequence beam_idx[i]."""
         self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: Any) -> None:
-        """Keep these sequences, in this order.
+        """Keep the sequences `indices`, in this order.
 
         Raises:
-            DtypeError: `indices` are no whole numbers: a mask would be taken for 0 and 1.
+            DtypeError: `indices` are not whole numbers; a mask would pass as 0 and 1.
             ShapeError: there is no such sequence.
         """
         op = "Cache.batch_select_indices"
@@ -179,7 +179,7 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
             self._store.batch.select(chosen)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Let each sequence stand `repeats` times, one after the other."""
+        """Repeat each sequence `repeats` times, copies next to each other."""
         repeats = check_whole("Cache.batch_repeat_interleave", "repeats", repeats, 0)
         if self._store.batch is not None:
             self._store.batch.select(np.arange(self._store.batch.size).repeat(repeats).tolist())

@@ -1,6 +1,6 @@
-"""attn_implementation="pykv": attention of transformers' models to keys and values in pages.
+"""attn_implementation="pykv": attention of transformers models to keys and values in pages.
 
-Models make a mask once for all layers, by `mask`, then each layer calls `attention`. Dimensions: B
+A model calls `mask` once for all layers, then each layer calls `attention`. Dimensions: B
 sequences, n new tokens of each, S all of them, HQ query heads, H KV heads, D head size.
 """
 
@@ -39,21 +39,21 @@ def mask(
     attention_mask: Any = None,
     **_: Any,
 ) -> Any:
-    """What `attention` is told of a call's tokens, made once for all layers: the mask function that
-    transformers calls for "pykv".
+    """The mask that `attention` gets, made once for all layers: the mask function that transformers
+    calls for "pykv".
 
     Args:
         batch_size, kv_length: B and S.
         kv_offset: of the first key; 0.
-        mask_function: which keys a query sees, as transformers.masking_utils has it.
-        attention_mask: [B, S] bool; False for padding, on whichever side. None: there is none.
+        mask_function: which keys a query sees, see transformers.masking_utils.
+        attention_mask: [B, S] bool; False for padding, on either side. None: no padding.
 
     Returns:
         [B, S] bool on the CPU, with attributes `window`, and `seen`, the mask as an array.
 
     Raises:
-        UnsupportedError: keys are hidden in another way than causally, with or without a window; or
-            there are windows, and padding between tokens.
+        UnsupportedError: the mask is not causal, with or without a window; or there is a window,
+            and padding after tokens.
         ShapeError: `attention_mask` has another shape.
 
     Waits for the GPU if there is an `attention_mask`.
@@ -68,7 +68,7 @@ def mask(
     if tuple(attention_mask.shape) != shape:
         given = tuple(attention_mask.shape)
         raise ShapeError(f"{op}: attention_mask has shape {given}, expected [B, S] = {shape}")
-    told = attention_mask.to("cpu", torch.bool, copy=True)  # a copy that gets attributes
+    told = attention_mask.to("cpu", torch.bool, copy=True)  # a copy: it gets attributes
     told.seen, told.window = told.numpy(), window
     if window is not None and (np.diff(told.seen.astype(np.int8)) < 0).any():
         raise UnsupportedError(
@@ -79,15 +79,15 @@ def mask(
 
 
 def _window_of(op: str, function: Any) -> int | None:
-    """The window of a mask function, which must be causal: parts of it are looked at, since no
-    sample of its results could show that it hides nothing else."""
+    """The window of a mask function, which must be causal. Inspects its parts, since no sample of
+    results could prove that it hides nothing else."""
     window, parts = None, _parts(function)
     is_known = any(part is masking_utils.causal_mask_function for part in parts)
     for part in parts:
         made_by = getattr(part, "__qualname__", "").partition(".")[0]
         if made_by == "sliding_window_overlay" and window is None:
             window = int(_closure(part)["sliding_window"])
-        elif made_by == "packed_sequence_mask_function":  # before 5.0 also where there is one each
+        elif made_by == "packed_sequence_mask_function":  # before 5.0 also for a single sequence
             packed = _closure(part)["packed_sequence_mask"]
             is_known &= packed is not None and bool((packed == packed[:, :1]).all())
         elif part is not masking_utils.causal_mask_function:
@@ -102,7 +102,7 @@ def _window_of(op: str, function: Any) -> int | None:
 
 
 def _parts(function: Any) -> list[Any]:
-    """The functions all of which must show a key."""
+    """The functions that a mask function combines by "and"."""
     if getattr(function, "__qualname__", "").partition(".")[0] != "and_masks":
         return [function]
     return [part for each in _closure(function)["mask_functions"] for part in _parts(each)]
@@ -128,27 +128,27 @@ def attention(
     is_causal: bool | None = None,
     **words: Any,
 ) -> tuple[Any, None]:
-    """Append a layer's new keys and values to its pages, and attend to all that these hold: what
-    transformers calls for "pykv".
+    """Append a layer's new keys and values to its pages, and attend to all keys in them: the
+    attention function that transformers calls for "pykv".
 
     Args:
         module: the attention layer.
         query: [B, HQ, n, D].
-        key, value: what `Cache.update` gave; without a cache [B, H, n, D].
-        attention_mask: what `mask` made.
+        key, value: from `Cache.update`; without a cache [B, H, n, D].
+        attention_mask: from `mask`.
         scaling: factor of q.k; 1 / sqrt(D) if None.
-        dropout: 0.
+        dropout: must be 0.
         softcap, sliding_window: see prefill; None for none.
-        s_aux: [HQ] a score for each head that has no value, attention's sink.
+        s_aux: [HQ] attention sinks: for each head, the score of an additional key without a value.
         is_causal: True or None.
-        words: none that changes the result.
+        words: other options; none may change the result.
 
     Returns:
-        [B, n, HQ, D] of the dtype of `query`, zeros where tokens are padding; and None for weights.
+        [B, n, HQ, D] of the dtype of `query`, zeros for padding; and None for the weights.
 
     Raises:
-        UnsupportedError: an argument asks for what pykv has not, or tensors need gradients.
-        Others as the ops.
+        UnsupportedError: pykv does not support an argument, or tensors need gradients.
+        Otherwise as the ops.
 
     Runs where the tensors are; on a GPU it only enqueues, on torch's current stream.
     """
@@ -180,8 +180,8 @@ def attention(
 
 
 def _layer_of(op: str, query: Any, key: Any, value: Any) -> Layer:
-    """The layer of a `Cache` that keys and values lead to; of those that are in none, one of its
-    own."""
+    """The layer of a `Cache` that the handles `key` and `value` refer to; for plain tensors, a new
+    layer of its own."""
     parts = [getattr(x, "part", None) for x in (key, value)]
     if parts == ["key", "value"] and key.layer is value.layer:
         found: Layer = key.layer
@@ -202,10 +202,10 @@ def _layer_of(op: str, query: Any, key: Any, value: Any) -> Layer:
 
 
 def _attend(layer: Layer, query: Any, seen: Any, sinks: Any, options: dict[str, Any]) -> Any:
-    """The output [B, n, HQ, D] of queries [B, HQ, n, D] behind a layer's keys and its new ones."""
+    """The output [B, n, HQ, D] of queries [B, HQ, n, D] on all keys of a layer, new ones too."""
     op, (B, HQ, n, D) = "attention", query.shape
     step = layer.append(op, n, seen)
-    q = query.transpose(1, 2).flatten(0, 1).contiguous()  # of one sequence, flatten leaves strides
+    q = query.transpose(1, 2).flatten(0, 1).contiguous()  # flatten keeps strides if B is 1
     q = named_array(op, "query", q)
     make = query.new_empty if step.rows is None else query.new_zeros
     out, lse = make((B * n, HQ, D)), make((B * n, HQ), dtype=torch.float32)
@@ -217,13 +217,13 @@ def _attend(layer: Layer, query: Any, seen: Any, sinks: Any, options: dict[str, 
         results = _attend_rows(layer, rows_of(q, step.rows), step, dict(return_lse=True) | options)
         for array, result in zip(arrays, results, strict=True):
             set_rows(array, step.rows, result)
-    if sinks is not None:  # one more term of each row's sum
+    if sinks is not None:  # one more term in each row's softmax sum
         out *= torch.sigmoid(lse - sinks.float())[..., None]
     return out.view(B, n, HQ, D)
 
 
 def _attend_rows(layer: Layer, q: Any, step: Step, options: dict[str, Any]) -> Any:
-    """Attention of rows [T, HQ, D] of a step."""
+    """Attention of the queries [T, HQ, D] of a step."""
     pool, places = layer.pool, (step.table, step.lengths)
     if step.rows is None and len(q) == len(step.lengths):
         return pool.decode(layer.index, q, *places, **options)

@@ -1,4 +1,4 @@
-"""The layers of a transformers cache: what models call, one layer after the other.
+"""The layers of a transformers cache, which models call one after the other.
 
 Dimensions: B sequences, n new tokens of each, S all of them, H KV heads, D head size.
 """
@@ -30,12 +30,12 @@ FLOATS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
 class Store:
-    """What layers of a cache share: how the pool is to be, and the sequences once there are any.
+    """The state that the layers of a cache share: options of the pool, the pool, and the batch.
 
     Args:
         layers: L.
-        config: of the model, which says what its attention is; None: "pykv".
-        spec, page_size, pages, margin: as of transformers.Cache.
+        config: of the model, with its attention implementation; None: "pykv".
+        spec, page_size, pages, margin: as in transformers.Cache.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Store:
 
     @property
     def attends(self) -> bool:
-        """Whether the model's attention takes pages."""
+        """Whether the model's attention is "pykv", which reads pages."""
         return self.config is None or self.config._attn_implementation == "pykv"
 
     def fork(self) -> Store:
@@ -64,7 +64,7 @@ class Store:
         return other
 
     def batch_for(self, k: Any, v: Any) -> Batch:
-        """The batch that keys and values [B, H, n, D] go to, made for the first of them."""
+        """The batch for keys and values [B, H, n, D]; the first ones create it."""
         op = "Cache.update"
         B, H, n, D = k.shape
         if k.shape != v.shape:
@@ -80,7 +80,7 @@ class Store:
                 "like the first keys, or a Cache with a spec"
             )
         if self.pool is None:
-            # A host's zeros that nobody has written take hardly any memory.
+            # On the host, zeros take hardly any memory until they are written.
             ahead = n if k.device.type == "cpu" else 1
             num_pages = B * -(-(n + ahead) // self.page_size) if self.pages is None else self.pages
             self.device, self.pool = (
@@ -107,14 +107,14 @@ class Store:
         return self.batch
 
     def keeps(self, k: Any, v: Any) -> bool:
-        """Whether pages hold keys and values as they are, where torch can read them."""
+        """Whether pages hold keys and values unchanged, in memory that torch can read."""
         assert self.pool is not None  # the first keys made it
         spec, kinds = self.pool.spec, (FLOATS[k.dtype], FLOATS.get(v.dtype))
         return k.device.type == "cpu" and spec.layout == "NHD" and (spec.k, spec.v) == kinds
 
 
 def refuse_copies(x: Any) -> Any:
-    """What pickle and copy.copy call."""
+    """`__reduce__` of classes that pickle and copy.copy must not copy."""
     raise UnsupportedError(
         f"transformers.{type(x).__name__}: pickle and copy.copy would part or share its pages, "
         "expected deepcopy of a Cache, or its pool"
@@ -122,8 +122,8 @@ def refuse_copies(x: Any) -> Any:
 
 
 class Handle(torch.Tensor):  # type: ignore[misc]
-    """What "pykv" finds a layer's pages by: a tensor [B, H, 0, D] without memory, in the place of
-    keys or values. A model that computes with it would lose what it computes, so it is refused.
+    """A reference to a layer's pages for "pykv": a tensor [B, H, 0, D] without memory, in place of
+    keys or values. Computing with it is refused, since the result would be lost.
 
     Attributes:
         layer: of the cache.
@@ -141,13 +141,13 @@ class Handle(torch.Tensor):  # type: ignore[misc]
     def __torch_function__(cls, function: Any, _: Any, args: Any = (), words: Any = None) -> Any:
         name = getattr(function, "__name__", str(function))
         with torch._C.DisableTorchFunctionSubclass():
-            if name == "__get__":  # a fact of it, or a tensor that is no handle
+            if name == "__get__":  # an attribute, or a tensor that is no handle
                 return function(*args, **(words or {}))
             try:
                 result = function(*args, **(words or {}))
-            except RuntimeError:  # as it has no rows
+            except RuntimeError:  # because it has no rows
                 result = None
-        if result is args[0] and not name.endswith("_"):  # nothing was written to it
+        if result is args[0] and not name.endswith("_"):  # the handle itself, not written
             return result
         made = result if isinstance(result, list | tuple) else [result]
         if result is not None and not any(map(torch.is_tensor, made)):
@@ -161,7 +161,7 @@ class Handle(torch.Tensor):  # type: ignore[misc]
 class Layer(CacheLayerMixin):  # type: ignore[misc]
     """One layer of a `Cache`, as transformers calls it."""
 
-    is_croppable = True  # transformers asks for it since 5.24
+    is_croppable = True  # read by transformers from 5.24 on
     is_sliding = False
     supports_early_init = False
 
@@ -180,17 +180,17 @@ class Layer(CacheLayerMixin):  # type: ignore[misc]
 
     @keys.setter
     def keys(self, _: None) -> None:
-        """Nothing: CacheLayerMixin has none when it is made."""
+        """Ignored: CacheLayerMixin's constructor sets None."""
 
     values = keys
 
     def lazy_initialization(self, *_: Any) -> None:
-        """Nothing: pools are made for the first keys."""
+        """Nothing: the first keys create the pool."""
 
     def update(self, key_states: Any, value_states: Any, *_: Any, **__: Any) -> tuple[Any, Any]:
-        """Append [B, H, n, D], and give what the model's attention takes: all keys and values, or
-        for "pykv" tensors without memory that lead to this layer. Keys and values may be the
-        memory of pages, which later calls write to."""
+        """Append [B, H, n, D]; returns the keys and values for the model's attention: all of them,
+        or for "pykv" handles of this layer. They may be views of pages, which later calls write
+        to."""
         k, v, store = key_states, value_states, self.store
         for name, x in (("key_states", k), ("value_states", v)):
             check_type("Cache.update", name, x, torch.Tensor, "a tensor [B, H, n, D]")
@@ -223,8 +223,8 @@ class Layer(CacheLayerMixin):  # type: ignore[misc]
         return keys, values
 
     def append(self, op: str, n: int, seen: Any) -> Step:
-        """Append the keys and values that `update` left, of which `seen` [B, S] tells padding. A
-        layer that shares its keys with this one comes behind it, and finds nothing left."""
+        """Append the keys and values that `update` kept; `seen` [B, S] is False for padding. A
+        later layer that shares this layer's keys calls this again, and gets the same step."""
         if self.new is None and self.step is not None and np.array_equal(seen, self.step.seen):
             return self.step
         if self.new is None:
@@ -253,18 +253,19 @@ class Layer(CacheLayerMixin):  # type: ignore[misc]
         return 0 if batch is None else batch.columns[self.index]
 
     def get_mask_sizes(self, query: Any) -> tuple[int, int]:
-        """Keys and the first of them, for so many queries, or for their positions (before 5.0)."""
+        """The number of keys and the index of the first, for a number of queries, or before 5.0 for
+        their positions."""
         return self.get_seq_length() + (query if isinstance(query, int) else len(query)), 0
 
     def get_max_length(self) -> int:
         return -1
 
-    get_max_cache_shape = get_max_length  # called so before 5.0
+    get_max_cache_shape = get_max_length  # its name before 5.0
 
 
 def _append_kept(step: Step, pool: PagedKVCache, layer: int, *new: Any) -> list[Any]:
-    """Append keys and values [B, H, n, D] that a pool on the host keeps as they are, and give all
-    [B, H, S, D]: the pages' memory if these follow each other, else a copy."""
+    """Append keys and values [B, H, n, D] to a host pool that keeps them unchanged; returns all
+    [B, H, S, D]: a view of the pages if these are contiguous, else a copy."""
     step.tensors = step.tensors or [
         _layers(step, *x) for x in zip((pool.k, pool.v), new, strict=True)
     ]
@@ -283,8 +284,8 @@ def _append_kept(step: Step, pool: PagedKVCache, layer: int, *new: Any) -> list[
 
 
 def _layers(step: Step, array: Any, new: Any) -> Any:
-    """Of each layer of a pool's array, a tensor of its memory and of the dtype of `new`:
-    [B, H, S, D] of a step whose pages follow each other, else [N, P, H, D]."""
+    """For each layer of a pool's array, a tensor that is a view of it, with the dtype of `new`:
+    [B, H, S, D] if the pages of the step are contiguous, else [N, P, H, D]."""
     L, _, P, H, D = array.shape
     x = torch.from_numpy(array.view(f"i{array.itemsize}")).view(new.dtype)  # NumPy has no bfloat16
     if step.run is not None:
@@ -295,7 +296,7 @@ def _layers(step: Step, array: Any, new: Any) -> Any:
 
 
 def _rows(k: Any, v: Any, rows: Any) -> tuple[Any, Any]:
-    """Arrays [T, H, D] of keys and values [B, H, n, D]; all rows if None."""
+    """Keys and values [B, H, n, D] as arrays [T, H, D]; `rows` of them, or all if None."""
 
     def some(name: str, x: Any) -> Any:
         array = named_array("Cache.update", name, x.transpose(1, 2).flatten(0, 1))

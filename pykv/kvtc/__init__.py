@@ -1,14 +1,14 @@
-"""KVTC: caches as few bits of their principal components, by what one calibration of a model found.
+"""KVTC: transform coding of KV caches, with a basis that one calibration of a model finds.
 
     artefact = pykv.kvtc.calibrate("smollm2-135m", texts, out="smollm2.kvtc")   once, minutes
     artefact = pykv.kvtc.Artefact.load("smollm2.kvtc")
 
-    codec = pykv.kvtc.Codec(artefact, 16, xp)         sixteen times smaller, on the CPU or a GPU
+    codec = pykv.kvtc.Codec(artefact, 16, xp)         16 times fewer bytes, on the CPU or a GPU
     coded = codec.compress(cache, table, positions)   tokens of a sequence, from its pages
     codec.decompress(pykv.kvtc.parse(coded.to_bytes()), cache, table)
 
-    v0         the operations and the stream of NVIDIA Dynamo's kvbm-kernels: rows of blocks
-    stream_v0  that stream: ranges of coefficients, sizes, headers
+    v0         the operations of NVIDIA Dynamo's kvbm-kernels: a row is a block
+    stream_v0  their stream: ranges of coefficients, sizes, headers
 
 Source: KV Cache Transform Coding (Staniszewski and Lancucki, ICLR 2026, arXiv 2511.01815).
 """
@@ -43,6 +43,6 @@ __all__ = [
 
 def __getattr__(name: str) -> _Any:
     if name in ("calibrate", "compare_coders", "v0_configs"):
-        # They need the extra `llm`, so they are imported when used.
+        # They need the extra `llm`, so their import waits for the first use.
         return getattr(_import_module("pykv.kvtc.calibration"), name)
     raise AttributeError(f"module 'pykv.kvtc' has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""What a calibration found; its file is that of artefact_file."""
+"""The artefact: what a calibration found. artefact_file has its file format."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from pykv.number_texts import counted
 from pykv.ops.rope import PAIRINGS
 from pykv.options import check_whole
 
-SINKS, WINDOW = 4, 128  # first tokens are kept exactly, the last ones as int8
+SINKS, WINDOW = 4, 128  # the first tokens stay float16, the last ones become int8
 MOST = 1 << 14  # limit of layers, heads, head size and the like, and of the ratio
-# Weights of heads; bases times these keep their precision in float16.
+# Bounds of head weights: a basis times weights in this range keeps its precision in float16.
 LIGHTEST, HEAVIEST = 2.0**-5, 2.0**5
 _LARGEST = float(np.finfo(np.float16).max)
 
 
 class Text(NamedTuple):
-    """A text that a calibration used: name, `sha256` of its UTF-8, and tokens that were read."""
+    """A calibration text: its name, the `sha256` of its UTF-8, and the number of tokens read."""
 
     name: str
     sha256: str
@@ -33,14 +33,14 @@ class Text(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Fingerprint:
-    """What a model's rows depend on.
+    """The facts of a model that its rows depend on.
 
     Attributes:
-        architecture: as its file names it.
+        architecture: its name in the model file.
         layers, kv_heads, head_dim: sizes.
         pairing: of rotated elements, see rope.rotate.
-        inv_freq: [layers, pairs] float32, radians a position; zeros where a layer is not rotated.
-        sha256: names the weights, see pykv.llm.fingerprint.
+        inv_freq: [layers, pairs] float32, radians a position; zeros for layers without rotation.
+        sha256: identifies the weights, see pykv.llm.fingerprint.
     """
 
     architecture: str
@@ -52,7 +52,8 @@ class Fingerprint:
     sha256: str
 
     def difference(self, other: Fingerprint) -> str:
-        """What differs, as "layers=30, expected 32" with the other's value last; "" if nothing."""
+        """The first difference, such as "layers=30, expected 32" with the other's value last; or
+        ""."""
         for name in ("architecture", "layers", "kv_heads", "head_dim", "pairing", "sha256"):
             mine, others = getattr(self, name), getattr(other, name)
             if mine != others:
@@ -63,13 +64,13 @@ class Fingerprint:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """How components are coded at one ratio, see pykv.kvtc.coder.
+    """How components are quantised at one ratio, see pykv.kvtc.coder.
 
     Attributes:
-        widths: how many components have 8, 7, ..., 1 bits, each a multiple of 32.
+        widths: the numbers of components with 8, 7, ..., 1 bits, each a multiple of 32.
         steps: [C'] float32, of the first C' = sum(widths) components; the others are dropped.
-        error: of rows that the calibration held out, the norm of (row - decoded row) over that of
-            (row - mean), both over all rows.
+        error: the norm of (row - decoded row) over that of (row - mean), both over all rows that
+            the calibration held out.
     """
 
     widths: tuple[int, ...]
@@ -86,14 +87,14 @@ class Plan:
 class Side:
     """Keys or values of a group of layers. A row is a token's [layer, head, dim], F elements.
 
-    Its components are ((row - mean) @ W) @ basis, where W has the weights of heads as blocks of its
-    diagonal; what they come from is (components @ basis.T) @ W^-1 + mean.
+    Forward: components = ((row - mean) @ W) @ basis, with W block-diagonal, a block for each head.
+    Back: row = (components @ basis.T) @ W^-1 + mean.
 
     Attributes:
         mean: [F] float16.
-        weights: [F / D, D, D] float16, symmetric, of heads of D elements: an error of a head counts
-            by the length of error @ weights. Eigenvalues are within LIGHTEST / 4 and
-            HEAVIEST * sqrt(D).
+        weights: [F / D, D, D] float16, symmetric: the blocks of W, for heads of D elements. An
+            error of a head counts by the length of error @ weights. Eigenvalues are between
+            LIGHTEST / 4 and HEAVIEST * sqrt(D).
         basis: [F, C] float16, orthonormal columns, by falling variance.
         plans: by ratio.
     """
@@ -106,7 +107,7 @@ class Side:
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """The `layers` that share rows, and these as `k` and `v`; keys have their rotation undone."""
+    """The `layers` that share rows, and the sides `k` and `v`; keys are before their rotation."""
 
     layers: tuple[int, ...]
     k: Side
@@ -118,11 +119,11 @@ class Artefact:
     """What a calibration found.
 
     Attributes:
-        model: whose rows these are.
-        groups: every layer is in one of them.
-        texts: what it was calibrated on.
-        sinks: first tokens of a sequence that are kept as float16.
-        window: last tokens of a sequence that are kept as int8, rotated by a Hadamard matrix.
+        model: the model of these rows.
+        groups: every layer is in exactly one.
+        texts: the calibration texts.
+        sinks: the first tokens of a sequence, which stay float16.
+        window: the last tokens of a sequence, stored as int8, rotated by a Hadamard matrix.
     """
 
     model: Fingerprint
@@ -133,22 +134,22 @@ class Artefact:
 
     @property
     def ratios(self) -> tuple[int, ...]:
-        """The ratios that it has plans for, rising."""
+        """The ratios that have plans, ascending."""
         return tuple(self.groups[0].k.plans) if self.groups else ()
 
     def row_bytes(self, ratio: int) -> int:
         """Bytes of a token's coded keys and values in all layers.
 
         Raises:
-            DtypeError: `ratio` is no whole number.
-            ParameterError: there is no plan for it; the text names those that there are.
+            DtypeError: `ratio` is not a whole number.
+            ParameterError: there is no plan for it; the text lists the ratios with plans.
         """
         ratio = self.check_ratio("Artefact.row_bytes", ratio)
         sides = [side for group in self.groups for side in (group.k, group.v)]
         return sum(side.plans[ratio].row_bytes for side in sides)
 
     def as_dict(self) -> dict[str, Any]:
-        """Its facts without arrays, as JSON has them."""
+        """Its facts without arrays, as JSON values."""
         model = {name: x for name, x in vars(self.model).items() if isinstance(x, (str, int))}
         plans = [
             {
@@ -179,7 +180,7 @@ class Artefact:
         return f"{counted(tokens, 'token')} of {counted(len(self.texts), 'text')}"
 
     def as_text(self) -> str:
-        """Bytes and held-out errors at each ratio, a line for each group of layers."""
+        """Bytes and held-out errors: a line for each ratio and group of layers."""
         lines = [f"{self.model.architecture}, {self._source}"]
         lines.append(f"{'ratio':>5}  {'bytes a token':>13}  {'K error':>7}  {'V error':>7}  layers")
         for ratio in self.ratios:
@@ -195,8 +196,8 @@ class Artefact:
         """Check a ratio for an op, and return it as an int.
 
         Raises:
-            DtypeError: `ratio` is no whole number.
-            ParameterError: there is no plan for it; the text names those that there are.
+            DtypeError: `ratio` is not a whole number.
+            ParameterError: there is no plan for it; the text lists the ratios with plans.
         """
         whole = check_whole(op, "ratio", ratio, 1)
         if whole not in self.ratios:
@@ -205,13 +206,13 @@ class Artefact:
         return whole
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a file, whole or not at all; one that exists is replaced.
+        """Write a file atomically; an existing file is replaced.
 
         Raises:
-            ParameterError: `path` is a folder, a pipe or a device, or a field of the artefact has
-                no such value.
-            DtypeError: `path` is no path.
-            OSError: the file cannot be written; what was there before is still there.
+            ParameterError: `path` is a folder, a pipe or a device, or a field of the artefact is
+                invalid, see `problems`.
+            DtypeError: `path` is not a path.
+            OSError: the file cannot be written; a previous file is unchanged.
         """
         from pykv.kvtc import artefact_file
 
@@ -219,13 +220,13 @@ class Artefact:
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Artefact:
-        """Read what `save` wrote. Arrays are read-only views of the file's bytes.
+        """Read a file of `save`. Arrays are read-only views of the file's bytes.
 
         Raises:
-            FormatError: this is no such file, it is damaged or of another version; the text names
+            FormatError: the file is no artefact, damaged, or of another version; the text names
                 the field.
             ParameterError: `path` is a folder, a pipe or a device.
-            DtypeError: `path` is no path.
+            DtypeError: `path` is not a path.
             OSError: the file cannot be read.
         """
         from pykv.kvtc import artefact_file
@@ -237,12 +238,12 @@ class Artefact:
 
 
 def problems(artefact: Artefact, *, lengths: bool = True) -> Iterator[tuple[str, Any, str]]:
-    """Fields of an artefact that no calibration gives: name, value, what is expected instead. Only
-    the first may be asked for: others may make no sense then.
+    """Invalid fields of an artefact: name, value, and the expected value as text. Take only the
+    first: the checks after it assume that it is valid.
 
     Args:
-        artefact: of any fields.
-        lengths: whether columns of bases are measured, too, which takes as long as a product.
+        artefact: with any fields.
+        lengths: also check the lengths of basis columns, which reads all of the basis.
     """
     model, groups, texts = artefact.model, artefact.groups, artefact.texts
     for name, value, least in (
@@ -348,7 +349,7 @@ def _problems_of_side(side: Side, F: int, D: int, lengths: bool) -> Iterator[tup
 
 
 def _ranges(layers: tuple[int, ...]) -> str:
-    """Layers as "0-4, 6"."""
+    """Layers as text, such as "0-4, 6"."""
     runs: list[list[int]] = []
     for i in layers:
         if runs and runs[-1][1] == i - 1:

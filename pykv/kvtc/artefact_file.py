@@ -1,6 +1,6 @@
-"""The file of an artefact.
+"""The file format of an artefact.
 
-Little-endian; each of its three parts is padded with zeros to a multiple of 64 bytes:
+Little-endian; each of the three parts is padded with zeros to a multiple of 64 bytes:
 
     header   offset  type     field
                   0  8s       magic, b"\\x89PYKVTC\\n"
@@ -8,18 +8,18 @@ Little-endian; each of its three parts is padded with zeros to a multiple of 64 
                  12  u32      pairing of rotated elements, 0 half, 1 adjacent
                  16  u64      bytes of the file
                  24  32s      SHA-256 of the file, computed with zeros here
-                 56  32s      SHA-256 that names the model
+                 56  32s      SHA-256 that identifies the model's weights
                  88  32s      its architecture, ASCII, padded with zeros
                 120  u32 each L layers, H KV heads, D head_dim, R rotated pairs of a head, G groups
                               of layers, Q ratios, T texts, sinks, window
     tables   u32 [L]           the group of each layer
              f32 [L, R]        inv_freq, radians a position
-             u32 [Q]           ratios, rising
+             u32 [Q]           ratios, ascending
              u32 [G, 2]        C, components of the bases of K and V
-             u32 [G, 2, Q, 8]  widths: how many components have 8, 7, ..., 1 bits
+             u32 [G, 2, Q, 8]  widths: numbers of components with 8, 7, ..., 1 bits
              f32 [G, 2, Q]     held-out errors
              T times           96s name, UTF-8, padded with zeros; 32s SHA-256; u64 tokens
-    arrays   of each group, of K, then of V, F = layers of the group * H * D:
+    arrays   for each group, for K, then V, with F = layers of the group * H * D:
              f16 [F]           mean
              f16 [F / D, D, D] weights, symmetric
              f16 [F, C]        basis
@@ -47,7 +47,7 @@ from pykv.kvtc.artefact import MOST, Artefact, Fingerprint, Group, Plan, Side, T
 from pykv.ops.rope import PAIRINGS
 
 MAGIC = b"\x89PYKVTC\n"
-VERSION = 3  # version 1 had no weights, version 2 one for each element
+VERSION = 3  # version 1 had no weights, version 2 a weight for each element
 _HEADER = struct.Struct("<8s2IQ32s32s32s9I")
 _TEXT = np.dtype([("name", "S96"), ("sha256", "V32"), ("tokens", "<u8")])
 _ALIGNMENT = 64
@@ -94,7 +94,7 @@ def read(op: str, path: str | os.PathLike[str]) -> Artefact:
 
 
 def _parts(artefact: Artefact) -> tuple[list[memoryview], list[memoryview]]:
-    """Tables and arrays of a file, in order."""
+    """The tables and the arrays of a file, in order."""
     model, groups = artefact.model, artefact.groups
     of_layer = np.empty(model.layers, "<u4")
     for i, group in enumerate(groups):
@@ -144,7 +144,7 @@ def _padding(parts: list[memoryview]) -> memoryview:
 
 
 class _Header(NamedTuple):
-    """Fields of the header that the rest of a file follows from."""
+    """The header fields that determine the rest of a file."""
 
     sha256: bytes
     model: bytes
@@ -162,7 +162,7 @@ class _Header(NamedTuple):
 
     @staticmethod
     def read(op: str, path: Path, data: bytes, stat: os.stat_result) -> _Header:
-        """Unpack and check; all sizes that follow are bounded by that of the file."""
+        """Unpack and check. Counts are bounded by MOST; `_Reader` bounds sizes by the file's."""
 
         def wrong(name: str, has: Any, expected: Any) -> FormatError:
             return FormatError(f"{op}: {path} has {name} {has!r:.80}, expected {expected}")
@@ -180,7 +180,7 @@ class _Header(NamedTuple):
             )
             raise wrong("version", version, f"{VERSION}: calibrate again, by `{again}`")
         if size != stat.st_size:
-            raise wrong("size", stat.st_size, f"the {size} that it says")
+            raise wrong("size", stat.st_size, f"the {size} of its header")
         if pairing >= len(PAIRINGS):
             raise wrong("pairing", pairing, "0 or 1")
         architecture = name.rstrip(b"\0")
@@ -198,7 +198,7 @@ class _Header(NamedTuple):
 
 
 class _Reader:
-    """Takes arrays from a file's bytes, and never more than there are."""
+    """Takes arrays from a file's bytes, and never reads past their end."""
 
     def __init__(self, op: str, path: Path, data: bytes) -> None:
         self.op, self.path, self.data, self.at = op, path, data, 0
@@ -221,7 +221,7 @@ class _Reader:
 
 
 def _read(op: str, path: Path, header: _Header, data: bytes) -> Artefact:
-    """The artefact of a file's bytes."""
+    """The artefact in a file's bytes."""
     digest = hashlib.sha256(data[:24] + bytes(32))
     digest.update(memoryview(data)[56:])
     if digest.digest() != header.sha256:

@@ -1,7 +1,7 @@
 """The basis of rows: their mean and their principal components, from a Gram matrix.
 
-Dimensions: n rows, F features, C components, D head size. All runs in NumPy or in CuPy; of CuPy it
-takes matrix products alone, which need cuBLAS. Small factorisations run on the host.
+Dimensions: n rows, F features, C components, D head size. Runs in NumPy or CuPy. On a GPU, matrix
+products need cuBLAS; small factorisations run on the host.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ import numpy as np
 from pykv.arrays import to_host
 from pykv.errors import NumberError
 
-Blocks = Callable[[], Iterator[Any]]  # rows [n, F] float16 of `xp`, some at a time
+Blocks = Callable[[], Iterator[Any]]  # rows [n, F] float16 of `xp`, block by block
 
-SMALL = 2048  # up to so many features the host decomposes the Gram matrix
-_LEAF = 512  # rows of a matrix that the host factorises
+SMALL = 2048  # up to this many features the host decomposes the Gram matrix
+_LEAF = 512  # up to this many rows the host factorises a matrix
 _PART = 4096  # rows of a matrix that are copied at a time
 _MOST_ITERATIONS, _TOLERANCE = 12, 0.02  # relative change of the energy that the basis misses
 
 
 def mean_of(blocks: Blocks) -> Any:
-    """The mean of rows, float16 [F], which are summed in float64."""
+    """The mean of rows, [F] float16; sums are float64."""
     total: Any = 0
     count = 0
     for rows in blocks():
@@ -33,7 +33,7 @@ def mean_of(blocks: Blocks) -> Any:
 
 
 def gram_of(blocks: Blocks, mean: Any) -> Any:
-    """The Gram matrix [F, F] float32 of rows less their mean."""
+    """The Gram matrix [F, F] float32 of centred rows (rows - mean)."""
     gram: Any = 0
     for rows in blocks():
         centred = rows.astype(np.float32)
@@ -43,36 +43,36 @@ def gram_of(blocks: Blocks, mean: Any) -> Any:
 
 
 def weigh(rows: Any, weights: Any) -> Any:
-    """Rows [n, F] whose heads are multiplied by their weights, [F / D, D, D] symmetric, in their
-    module, all of one dtype."""
+    """Rows [n, F] times weights [F / D, D, D], symmetric, head by head. Rows and weights have the
+    same array module and dtype."""
     heads = rows.reshape(len(rows), len(weights), -1).swapaxes(0, 1)
     return (heads @ weights).swapaxes(0, 1).reshape(rows.shape)
 
 
 def inverse(weights: Any) -> Any:
-    """What undoes `weigh`: float32, of weights on the host."""
+    """The inverse weights, float32, which undo `weigh`; both are on the host."""
     return np.linalg.inv(weights.astype(np.float64)).astype(np.float32)
 
 
 def weigh_gram(gram: Any, weights: Any) -> None:
-    """Make a Gram matrix, in place, that of weighted rows."""
+    """Turn the Gram matrix of rows, in place, into that of weighted rows."""
     for half in (gram, gram.T):
         for start in range(0, len(gram), _PART):
             half[start : start + _PART] = weigh(half[start : start + _PART], weights)
 
 
 def components(gram: Any, count: int, xp: Any, *, small: int = SMALL) -> Any:
-    """The `count` orthonormal columns [F, count] float32 that keep most of a Gram matrix, by
-    falling energy.
+    """The `count` orthonormal columns [F, count] float32 that span most of a Gram matrix's energy,
+    by falling energy.
 
     Args:
         gram: [F, F] float32, symmetric.
         count: at most F.
-        xp: `numpy` or `cupy`, whose arrays these are.
-        small: up to so many features the host decomposes the matrix. Above, an orthogonal iteration
-            begins with random columns; it ends where the energy that its columns miss falls by less
-            than a fiftieth. Columns of nearly equal energy come out mixed, which costs a coder
-            next to nothing: 1 % of SmolLM2's error.
+        xp: `numpy` or `cupy`, the module of the arrays.
+        small: up to this many features the host decomposes the matrix. Above, an orthogonal
+            iteration starts from random columns and stops when the energy that they miss falls by
+            at most a fiftieth, or after 12 iterations. Columns of nearly equal energy come out
+            mixed, which costs a coder 1 % of SmolLM2's error.
 
     Raises:
         NumberError: the Gram matrix has fewer directions than `count`.
@@ -90,16 +90,16 @@ def components(gram: Any, count: int, xp: Any, *, small: int = SMALL) -> Any:
         before, missed = missed, total - float((q * y).sum(dtype=np.float64))
         if before - missed <= _TOLERANCE * missed:
             break
-    return orthonormal(q, xp, least=0.5)  # they nearly are, at full rank
+    return orthonormal(q, xp, least=0.5)  # at full rank they already nearly are
 
 
 def orthonormal(y: Any, xp: Any, least: float = 0.0) -> Any:
-    """Orthonormal columns of which the first j span what the first j of `y` [F, C] float32 do, by a
-    Cholesky factorisation in float64.
+    """Orthonormal columns, the first j of which have the span of the first j of `y` [F, C] float32,
+    by a Cholesky factorisation in float64.
 
     Raises:
-        NumberError: a column has no more than `least` of its length outside the span of those
-            before it.
+        NumberError: a column has at most the share `least` of its length outside the span of the
+            columns before it.
     """
     y = y / xp.sqrt((y * y).sum(axis=0))
     products: Any = 0
@@ -113,8 +113,8 @@ def orthonormal(y: Any, xp: Any, least: float = 0.0) -> Any:
 
 
 def inverse_cholesky(a: Any, xp: Any) -> Any:
-    """The inverse of the lower Cholesky factor of `a` [n, n] float64, by halves: matrix products,
-    and factors of small matrices on the host.
+    """The inverse of the lower Cholesky factor of `a` [n, n] float64, by recursive halving: matrix
+    products on the device, small factorisations on the host.
 
     Raises:
         NumberError: `a` is not positive definite.

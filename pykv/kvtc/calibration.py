@@ -31,9 +31,9 @@ from pykv.terminal import note
 
 RATIOS = (8, 16, 32, 64)
 _MOST_RATIO = 1024
-HELD = 6  # one row of so many is held out,
-MOST_HELD = 8192  # but not more in all
-_ROWS_PER_FEATURE = 2  # a basis from fewer rows fits their noise
+HELD = 6  # one row in HELD is held out,
+MOST_HELD = 8192  # but at most this many in all
+_ROWS_PER_FEATURE = 2  # with fewer rows the basis fits their noise
 _WINDOW = 1024  # tokens
 _BLOCK = 4096  # rows on the device at a time
 _OP = "kvtc.calibrate"
@@ -51,41 +51,42 @@ def calibrate(
     rank: int | None = None,
     progress: bool = False,
 ) -> Artefact:
-    """Find the basis of a model's keys and values, and what to keep of them at each ratio.
+    """Find the basis of a model's keys and values, and the bits of its components at each ratio.
 
-    The model reads the texts in windows, each from an empty cache. Basis and mean are fitted to the
-    first five sixths of each text, steps and bits to the last sixth, whose errors the plans carry.
+    The model reads the texts in windows, each from an empty cache. The mean and the basis are
+    fitted to the first part of each text; steps and bits to the last sixth (at most 8,192 rows in
+    all), where the plans also measure their errors.
 
     Args:
-        model: an LLM, on whose device all runs, or what pykv.LLM takes.
-        texts: by name. Kinds matter more than amounts: take four and more that resemble what the
-            caches will hold. Two rows for each feature are needed: 11,520 tokens for SmolLM2 135M.
-        out: where the artefact is saved. Beside it, in `out`.rows, rows are kept until it is, so
-            that a run that was interrupted goes on where it ended. None: in memory, and not saved.
+        model: an LLM, whose device runs the calibration, or an argument for pykv.LLM.
+        texts: by name. Kinds matter more than amounts: give at least four that resemble what the
+            caches will hold. Needs two rows for each feature: 11,520 tokens for SmolLM2 135M.
+        out: path of the artefact. `out`.rows keeps the rows until it is saved, so that an
+            interrupted run resumes where it stopped. None: rows stay in memory, nothing is saved.
         ratios: of float16 rows to coded ones.
-        groups: layers that share a basis: "joint", all; "windows", those that see all keys and
-            those of each sliding window apart; a number, so many in sequence; or lists of layers.
-            More layers together need fewer bits: with groups of 5 layers of 30 the error is a third
-            larger.
-        tokens: that are read at most, an equal share of each text; None: all.
-        window: tokens of a window; None: 1,024, or the context where that is less.
+        groups: layers that share a basis: "joint", all; "windows", full-attention layers and the
+            layers of each sliding window separately; a number of consecutive layers; or lists of
+            layers. Larger groups need fewer bits: groups of 5 out of 30 layers raise the error by a
+            third.
+        tokens: to read at most, an equal share of each text; None: all.
+        window: tokens of a window; None: 1,024, or the context if that is less.
         rank: components at most, a multiple of 32; None: half of the features.
-        progress: say on stderr what memory is needed, and show bars where that is a terminal.
+        progress: print the memory needed to stderr, and show bars if that is a terminal.
 
     Returns:
         The artefact.
 
     Raises:
-        ParameterError: there is too little text, an option is out of its range, no plan reaches a
-            ratio, another process calibrates to `out`, or `out`.rows is a file of something else.
+        ParameterError: there is too little text, an option is out of range, no plan reaches a
+            ratio, another process calibrates to `out`, or `out`.rows is not a file of rows.
         DtypeError: an argument has another type.
-        CapacityError: memory, or the disk of `out`, is too small; nothing has been computed then.
+        CapacityError: memory, or the disk of `out`, is too small; nothing has been computed yet.
         InstallError: CuPy finds no cuBLAS.
         NumberError: keys or values are not finite in float16, or have fewer directions than `rank`;
             or activations are all zero, or beyond float32.
         OSError: a file cannot be written.
 
-    Waits for the GPU. Source: KVTC (arXiv 2511.01815), but for the coder, see pykv.kvtc.coder.
+    Waits for the GPU. Source: KVTC (arXiv 2511.01815), except the coder, see pykv.kvtc.coder.
     """
     check_flag(_OP, "progress", progress)
     path = None if out is None else whole_files.regular_path(_OP, out, "out")
@@ -161,14 +162,14 @@ def calibrate(
 def compare_coders(
     model: LLM, artefact: Artefact, texts: Mapping[str, str], *, tokens: int | None = None
 ) -> list[tuple[tuple[int, ...], str, groups_coder.Comparison]]:
-    """The static coder beside the paper's on rows of texts, both planned on these very rows, at the
-    final bytes of the paper's.
+    """Compare the static coder with the paper's: both are planned on the rows of `texts` and coded
+    at the bytes that the paper's takes after DEFLATE.
 
     Args:
-        model: an LLM, that the artefact is of.
-        artefact: whose bases and ratios are taken.
+        model: the LLM of the artefact.
+        artefact: gives the bases and the ratios.
         texts: by name.
-        tokens: that are read at most, an equal share of each text; None: all.
+        tokens: to read at most, an equal share of each text; None: all.
 
     Returns:
         Layers, "k" or "v", and the comparison, for each group of layers, side and ratio.
@@ -177,7 +178,7 @@ def compare_coders(
         ParameterError: the artefact is of another model, or there are too few tokens for a row.
         DtypeError: an argument has another type.
 
-    Runs on the host but for the model. Takes a minute or two for each side of 6,000 features.
+    All but the model runs on the host: a minute or two for each side of 6,000 features.
     """
     found = []
     for layers, side, of_side, centred in _centred(
@@ -200,28 +201,28 @@ def v0_configs(
     *,
     tokens: int | None = None,
 ) -> dict[tuple[tuple[int, ...], str], KvtcConfig]:
-    """Configs of v0 streams whose ranges are the paper's plan for rows of texts: pykv.kvtc.v0 codes
-    rows [n, F] of all of a group's layers by them.
+    """Configs of v0 streams with the paper's plan for rows of texts as ranges. With them,
+    pykv.kvtc.v0 codes rows [n, F] of all layers of a group.
 
     Args:
-        model, artefact, texts, tokens: as of compare_coders.
-        ratio: of float16 rows to the stream, but for its headers; any.
+        model, artefact, texts, tokens: as in compare_coders.
+        ratio: of float16 rows to the stream without its headers; any.
 
     Returns:
-        A config for layers and "k" or "v", of each group of layers. A row is [layer, head, dim],
-        keys before their rotation.
+        A config for each group of layers and side, keyed by (layers, "k" or "v"). A row is
+        [layer, head, dim], keys before their rotation.
 
     Raises:
-        ParameterError: as of compare_coders, or the ratio is out of reach.
+        ParameterError: as compare_coders, or no plan reaches the ratio.
         DtypeError: an argument has another type.
 
-    Runs as compare_coders does.
+    Runs where compare_coders does.
     """
     op = "kvtc.v0_configs"
     ratio = check_whole(op, "ratio", ratio, 1)
     found = {}
     for layers, side, of_side, centred in _centred(op, model, artefact, texts, tokens):
-        # A v0 stream has no weights, so its basis is fitted to the same rows without them.
+        # A v0 stream has no weights: its basis spans W^-1 @ basis, see Side.
         spanned = weigh(of_side.basis.T.astype(np.float32), inverse(of_side.weights)).T
         basis = orthonormal(spanned, np).astype(np.float16)
         kept = centred @ basis.astype(np.float32)
@@ -234,8 +235,8 @@ def v0_configs(
 def _centred(
     op: str, model: Any, artefact: Any, texts: Any, tokens: int | None
 ) -> Iterator[tuple[tuple[int, ...], str, Side, Any]]:
-    """Of each group and side: layers, "k" or "v", the side, and the rows of texts less their mean,
-    [n, F] float32."""
+    """For each group and side: layers, "k" or "v", the side, and the rows of texts less the
+    artefact's mean, [n, F] float32."""
     check_type(op, "artefact", artefact, Artefact, "a pykv.kvtc.Artefact")
     check_type(op, "model", model, LLM, "a pykv.LLM")
     facts = model.fingerprint
@@ -262,7 +263,7 @@ def _centred(
 
 
 def _checked_rank(rank: int | None, features: int) -> int:
-    """Components at most of the widest group, a multiple of 32."""
+    """The largest number of components of a group of so many `features`, a multiple of 32."""
     most = features // GROUP * GROUP
     if not most:
         raise ParameterError(f"{_OP}: rows have {features} features, expected at least {GROUP}")
@@ -287,7 +288,7 @@ def _checked_texts(op: str, texts: Any) -> dict[str, str]:
 
 def _checked_ratios(ratios: Any) -> tuple[int, ...]:
     try:
-        given = list(islice(ratios, _MOST_RATIO))  # more do not rise
+        given = list(islice(ratios, _MOST_RATIO))  # more numbers up to that cannot rise
     except TypeError:
         raise DtypeError(f"{_OP}: ratios is {ratios!r:.80}, expected whole numbers") from None
     found = tuple(check_whole(_OP, "ratios", ratio, 2, _MOST_RATIO) for ratio in given)
@@ -323,7 +324,7 @@ def _checked_groups(groups: Any, windows: tuple[int | None, ...]) -> list[tuple[
 def _tokens(
     op: str, llm: LLM, texts: dict[str, str], most: int | None
 ) -> tuple[list[list[int]], tuple[Text, ...]]:
-    """Ids of each text, an equal share of `most` each, and what the artefact says of them."""
+    """The ids of each text, an equal share of `most` for each, and the artefact's facts of it."""
     ids = [llm.tokenizer.encode(text, bos=False) for text in texts.values()]
     if most is not None:
         share = check_whole(op, "tokens", most, 1) // max(1, len(ids))
@@ -337,7 +338,7 @@ def _tokens(
 
 
 def _windows(llm: LLM, ids: list[list[int]], tokens: int) -> tuple[list[rows_of.Window], list[int]]:
-    """The windows of texts, and how many rows each gives."""
+    """The windows of texts, and the number of rows of each."""
     bos = llm.tokenizer.bos_id if llm.tokenizer.add_bos else None
     windows = rows_of.windows_of(ids, tokens, bos)
     return windows, [max(0, len(w.ids) - SINKS) for w in windows]
@@ -346,7 +347,11 @@ def _windows(llm: LLM, ids: list[list[int]], tokens: int) -> tuple[list[rows_of.
 def _require(
     path: Path | None, count: int, total: int, widest: int, rank: int, xp: Any, progress: bool
 ) -> None:
-    """Say what memory and disk a calibration takes, and CapacityError where they are too small."""
+    """Print the memory and disk space that a calibration takes.
+
+    Raises:
+        CapacityError: one of them is too small.
+    """
     stored = 4 * count * total  # K and V in float16
     held = min(count // HELD, MOST_HELD)
     fit = 4 * (2 * widest**2 + 5 * widest * rank + 3 * held * rank + 2 * _BLOCK * widest)
@@ -378,7 +383,7 @@ def _require(
 
 
 def _collect(llm: LLM, windows: list[rows_of.Window], rows: rows_of.Rows, progress: bool) -> None:
-    """Add the rows of all windows that are not there."""
+    """Compute and add the rows of the windows that are still missing."""
     with _bar(progress, sum(len(w.ids) for w in windows), "rows", "tok") as bar:
         bar.update(sum(len(w.ids) for w in windows[: len(rows)]))
         for window in windows[len(rows) :]:
@@ -389,7 +394,7 @@ def _collect(llm: LLM, windows: list[rows_of.Window], rows: rows_of.Rows, progre
 
 
 def _importance(llm: LLM, windows: list[rows_of.Window]) -> Any:
-    """What importance.measure says, summed over the first window of each text."""
+    """importance.measure, summed over the first window of each text."""
     first = {window.text: window.ids for window in reversed(windows)}
     total: Any = 0
     for ids in first.values():
@@ -399,7 +404,7 @@ def _importance(llm: LLM, windows: list[rows_of.Window]) -> Any:
 
 
 def _split(windows: list[rows_of.Window], counts: list[int]) -> tuple[list[slice], list[slice]]:
-    """Rows of each window that the basis sees, and those held out: the last ones of each text."""
+    """For each window, the rows to fit the basis, and the rows held out: the last of each text."""
     of_text: dict[int, int] = {}
     for window, count in zip(windows, counts, strict=True):
         of_text[window.text] = of_text.get(window.text, 0) + count
@@ -435,7 +440,7 @@ def _find(
 
 
 def _columns(layers: tuple[int, ...], width: int) -> Any:
-    """Where the elements of some layers lie in a row, a slice where they lie together."""
+    """The columns of some layers in a row; a slice if the layers are adjacent."""
     first, stop = layers[0], layers[-1] + 1
     if stop - first == len(layers):
         return slice(first * width, stop * width)
@@ -443,7 +448,7 @@ def _columns(layers: tuple[int, ...], width: int) -> Any:
 
 
 def _bar(progress: bool, total: int, what: str, unit: str) -> Any:
-    """A bar on stderr where that is a terminal, and `progress` asks for one."""
+    """A progress bar on stderr; hidden without `progress`, or if stderr is no terminal."""
     from tqdm import tqdm
 
     shown = dict(desc=what, unit=unit, leave=False, disable=None if progress else True)

@@ -1,7 +1,7 @@
-"""Tokens of a cache to coded tokens and back, by what an artefact knows of their model.
+"""The codec: tokens of a cache to coded tokens and back, with the artefact of their model.
 
-Dimensions: L layers, H KV heads, D head size, P tokens a page, M pages of a sequence, T tokens: S
-sinks, C rows, X of the window; F features of a row.
+Dimensions: L layers, H KV heads, D head size, P tokens a page, M pages of a sequence, T tokens
+(S sinks, C rows, X in the window), F features of a row.
 """
 
 from __future__ import annotations
@@ -36,27 +36,27 @@ class Codec:
 
     Args:
         artefact: a pykv.kvtc.Artefact of the model whose caches are coded.
-        ratio: one that it has plans for.
-        xp: the array module that decides where the codec works, `numpy` or `cupy`.
-        tokens: rows that are coded at a time; more are coded piece by piece. The workspace takes
-            tokens * (4 * F + 8 * components) bytes.
-        gemm: which code multiplies on a GPU, see kvtc_project.project; "own" where calls are to be
+        ratio: one of the artefact's ratios.
+        xp: the array module, `numpy` or `cupy`, which decides where the codec runs.
+        tokens: rows coded at a time; longer sequences are coded in pieces. The workspace takes
+            tokens * 4 * (F + C) bytes, for the C components of K and V together.
+        gemm: the matrix product on a GPU, see kvtc_project.project; "own" for calls that are
             captured into a graph.
 
     Attributes:
-        artefact: SHA-256 that names the artefact, in hexadecimal.
-        model: the Fingerprint of whose caches are coded.
+        artefact: the SHA-256 that identifies the artefact, in hexadecimal.
+        model: the Fingerprint of the model whose caches are coded.
         ratio: as given.
         row_bytes: of a coded token, in all layers.
-        sinks, window: how many tokens are kept otherwise, unless a call says so.
+        sinks, window: how many first and last tokens are not coded as rows, by default.
 
     Raises:
-        ParameterError: the artefact has no such ratio, holds steps beyond float16, or a field that
-            no calibration gives; `tokens` is not positive, `gemm` unknown.
-        DtypeError: `artefact` is no Artefact, or `xp` another module.
+        ParameterError: the artefact has no such ratio, steps beyond float16, or an invalid field;
+            `tokens` is not positive, or `gemm` unknown.
+        DtypeError: `artefact` is no Artefact, or `xp` is another module.
 
-    Calls share a workspace: threads take turns, and on a GPU calls on several streams need a codec
-    for each stream.
+    Calls share one workspace: threads take turns, and on a GPU each stream needs a codec of its
+    own.
     Source: KVTC (Staniszewski and Lancucki, ICLR 2026), with a static quantiser in place of its
     groups and its entropy coder.
 
@@ -99,20 +99,20 @@ class Codec:
         self._rows = self._xp.empty(rows, np.float16)
         self._coefficients = self._xp.empty(components, np.float32)
         if self._xp is not np:
-            cuda.synchronize()  # calls on any stream need what was uploaded
-        self._own = [self._rows, self._coefficients]  # arrays of our own that launches take
+            cuda.synchronize()  # later calls may use any stream, so uploads must be complete
+        self._own = [self._rows, self._coefficients]  # the codec's arrays that launches take
         for n in self._groups:
             self._own += [n.places, n.mean, n.inv_freq, *n.bases, *n.back, *n.steps]
-        self._kept = Dims()  # keeps headers, and what calls enqueue, by layout
+        self._kept = Dims()  # caches headers, and the launches of calls by layout
         self._take_turns()
-        forks.in_child(self, Codec._take_turns)  # the thread that had its turn is not in the child
+        forks.in_child(self, Codec._take_turns)  # a forked child lacks the thread with the lock
 
     def __repr__(self) -> str:
         name, size = self.model.architecture, f"{self.row_bytes:,} bytes a token"
         return f'Codec("{name}", ratio {self.ratio}, {size})'
 
     def _take_turns(self) -> None:
-        self._turn = threading.RLock()  # of the workspace
+        self._turn = threading.RLock()  # guards the workspace
 
     def header(
         self,
@@ -122,17 +122,17 @@ class Codec:
         sinks: int | None = None,
         window: int | None = None,
     ) -> Header:
-        """What a stream of so many tokens says of itself; its `nbytes` are those of the data.
+        """The header of a stream of so many tokens; its `nbytes` is the size of the data.
 
         Args:
-            tokens: T, exempt ones included.
-            spec: KVSpec of the cache that they come from, or its text.
-            sinks, window: how many of the first and of the last tokens are kept otherwise, at most
-                all; None: as many as the artefact says.
+            tokens: T, including sinks and window.
+            spec: KVSpec of the cache of these tokens, or its text.
+            sinks, window: how many first and last tokens are not coded as rows, at most all; None:
+                as many as the artefact says.
 
         Raises:
-            ParameterError: a number is negative, or larger than what is left.
-            DtypeError: one is no whole number.
+            ParameterError: a number is negative, or exceeds the tokens that are left.
+            DtypeError: one is not a whole number.
         """
         op = "Codec.header"
         T = check_whole(op, "tokens", tokens, 0, 2**31 - 1)
@@ -148,7 +148,7 @@ class Codec:
         found: Header = self._kept.keep((T, S, X, spec), make)
         return found
 
-    def compress(  # a cache, a sequence, what is kept otherwise, where it goes and how
+    def compress(  # a cache, a sequence, its uncoded tokens, the output and options
         self,
         cache: Any,
         table: Ids,
@@ -165,33 +165,33 @@ class Codec:
 
         Args:
             cache: of the artefact's model, see pykv.pages; of any spec.
-            table: [M] int32; the sequence's pages in order. A list or a NumPy array is uploaded.
-            positions: [T] int32, rising, likewise; position p lies in page table[p // P].
-            sinks, window: as of `header`. Pass sinks=0 for tokens that do not begin a sequence, and
-                window=0 for those behind which others follow.
-            hadamard: the cache holds Hadamard-rotated heads, see paged_qkv.append, as that of an
-                LLM does where KVSpec.wants_hadamard.
+            table: [M] int32; the sequence's pages in order. Lists and NumPy arrays are uploaded.
+            positions: [T] int32, ascending, likewise; position p lies in page table[p // P].
+            sinks, window: as in `header`. Pass sinks=0 for tokens that do not begin a sequence, and
+                window=0 for tokens that others follow.
+            hadamard: the cache holds Hadamard-rotated heads, see paged_qkv.append; an LLM's cache
+                does if KVSpec.wants_hadamard.
             out: uint8 of at least `header(...).nbytes`: on the codec's device, or pinned on the
                 host; for a GPU at a multiple of 16 bytes. Allocated on the device if None.
-            check: look for wrong entries first, see kvtc_rows.gather.
+            check: check table and positions first, see kvtc_rows.gather.
             stream: see pykv.cuda.on_stream.
 
         Returns:
-            Coded, with the first bytes of `out`, or a new array. On a GPU it is there when the
-            stream has passed.
+            Coded, over the first bytes of `out` or of a new array. On a GPU it is complete once the
+            stream has run the work.
 
         Raises:
-            ParameterError: the cache is of another model, an entry is wrong (where checking), or
+            ParameterError: the cache is of another model, an entry is wrong (with `check`), or
                 `out` is read-only.
             CapacityError: `out` is too small; the text says what is needed.
-            ShapeError, DtypeError, DeviceError: an array is no such array, or elsewhere.
+            ShapeError, DtypeError, DeviceError: an array has another shape, dtype or device.
             UnsupportedError: a list is to be uploaded while a CUDA graph is being captured.
 
-        A token that is coded as a row, and has a key that is not finite in float16, comes back with
-        NaN in all keys of its group of layers, and so with values. Other tokens stay right.
+        If a token coded as a row has a key that is not finite in float16, all its keys in that
+        group of layers decode to NaN; the same holds for values. Other tokens are unaffected.
 
-        On a GPU only enqueues: for up to `tokens` rows and each group of layers three launches, or
-        four with cuBLAS. Arrays of the GPU can be captured by pykv.graph, lists by preparing.
+        On a GPU only enqueues: for each group of layers and up to `tokens` rows, three launches, or
+        four with cuBLAS. pykv.graph captures calls with GPU arrays; prepare calls with lists.
         """
         op = "Codec.compress"
         spec, sizes, layouts = self._check_cache(op, cache)
@@ -219,7 +219,7 @@ class Codec:
         return coded
 
     def _compress(self, coded: Coded, table: Any, positions: Any, how: _How) -> None:
-        """`compress`, of arrays that are checked and on the codec's device."""
+        """`compress`, with arrays that are checked and on the codec's device."""
         there = coded.arrays()
         for group in self._groups:
             coded_rows = there["rows"][:, group.begin : group.end]
@@ -257,23 +257,23 @@ class Codec:
         """Write coded tokens into a cache.
 
         Args:
-            coded: what `compress` of a codec of the same artefact and ratio returned, or
+            coded: from `compress` of a codec with the same artefact and ratio, or from
                 stream.parse; data on the codec's device, or pinned on the host.
-            cache, table: as of `compress`; the cache may be of another spec. Position p goes to
-                page table[p // P].
-            positions: what the positions should be, a list or an array; None: whatever they are.
-            layers: write these alone, so that attention over the first ones can start before the
-                last ones are there; None: all.
-            hadamard, check, stream: as of `compress`.
+            cache, table: as in `compress`; the cache may have another spec. Position p goes to page
+                table[p // P].
+            positions: the expected positions, a list or an array; None: not compared.
+            layers: write only these, so that attention over the first layers can start before the
+                last are decoded; None: all.
+            hadamard, check, stream: as in `compress`.
 
         Raises:
-            FormatError: it was coded by another artefact or at another ratio, or positions differ.
+            FormatError: it was coded with another artefact or ratio, or positions differ.
             ParameterError: the cache is of another model, read-only, or its shared scales are
-                unset; there are no such layers; an entry is wrong (where checking).
-            As `compress` else.
+                unset; there are no such layers; an entry is wrong (with `check`).
+            Otherwise as `compress`.
 
-        On a GPU only enqueues, as `compress`; but waits where `positions` are to be compared, or
-        heads or tensors share scales.
+        On a GPU only enqueues, like `compress`, but waits if `positions` are given, or if heads or
+        tensors share scales.
         """
         op = "Codec.decompress"
         spec, sizes, layouts = self._check_cache(op, cache)
@@ -311,7 +311,7 @@ class Codec:
             self._enqueue(op, key, arrays, call, apart, check)
 
     def _decompress(self, coded: Coded, table: Any, layers: range, how: _How) -> None:
-        """`decompress`, of arrays that are checked and on the codec's device."""
+        """`decompress`, with arrays that are checked and on the codec's device."""
         there = coded.arrays()
         for group in self._groups:
             part = group.part(layers, self._features)
@@ -345,8 +345,8 @@ class Codec:
         apart: Callable[[], None],
         check: bool | None,
     ) -> None:
-        """Make a call of arrays that are `apart`; on a GPU what it enqueues is found once for each
-        layout of its `arrays`, and those of later calls are compared by `replayed`."""
+        """Check that arrays are `apart`, and make a call. On a GPU `replayed` records the launches
+        once for each layout of `arrays`, and checks later calls for overlaps."""
 
         def checked() -> None:
             apart()
@@ -361,7 +361,7 @@ class Codec:
     # --- Checks ---
 
     def _check_cache(self, op: str, cache: Any) -> tuple[KVSpec, Dims, tuple[Any, ...]]:
-        """As check_cache, of the artefact's model."""
+        """check_cache, for a cache of the artefact's model."""
         checked = check_cache(op, "cache", cache)
         for letter, (name, size) in zip("LHD", self._sizes.items(), strict=True):
             if (has := checked[1][letter]) != size:
@@ -392,7 +392,7 @@ class Codec:
         return layers
 
     def _indices(self, op: str, name: str, x: Any, most: int, check: Any = None) -> Any:
-        """An array of the codec's device; what the host has is checked and uploaded."""
+        """An array on the codec's device; lists and host arrays are checked and uploaded."""
         if is_array(x) and (on_gpu(x) or self._xp is np):
             return x
         ids = page_ids(op, name, x, 0, most).astype(np.int32)
@@ -413,7 +413,7 @@ class Codec:
     # --- Parts of a call ---
 
     def _how(self, cache: Any, spec: KVSpec, hadamard: bool, check: bool | None) -> dict[str, Any]:
-        """Arguments of both ops of rows that say what the cache is, and what to do."""
+        """The cache and options, as kvtc_rows.gather and scatter take them."""
         pools = dict(k_pools=cache.k, v_pools=cache.v)
         pools |= dict(k_scales=cache.k_scales, v_scales=cache.v_scales)
         return dict(pools, spec=spec, pairing=self._pairing, hadamard=hadamard, check=check)
@@ -424,7 +424,7 @@ class Codec:
         return self._rows[: 2 * n * F].reshape(2, n, F)
 
     def _coefficients_of(self, group: Loaded, n: int, dtype: Any) -> tuple[Any, Any]:
-        """Workspaces [n, C] for those of K and V."""
+        """Workspaces [n, C] for the coefficients of K and of V."""
         flat = self._coefficients.view(dtype)
         k, v = (n * sum(widths) for widths in group.widths)
         return flat[:k].reshape(n, -1), flat[k : k + v].reshape(n, -1)

@@ -1,17 +1,18 @@
-"""The static coder: components of a row to bits and back, by steps and widths that are fixed.
+"""The static coder: components of a row to bits and back, with fixed steps and widths.
 
-A row has C components, whose widths fall from 8 bits to 1. `widths` counts those of 8, 7, ..., 1
-bits, each a multiple of 32. A component x of width b and step s gets the code
+A row has C components, with widths that fall from 8 bits to 1. `widths` holds the numbers of
+components with 8, 7, ..., 1 bits, each a multiple of 32. A component x of width b and step s gets
+the code
 
     clip(floor(x / s), -h, h - 1), h = 2^(b-1),    which decodes to (code + 0.5) * s
 
-in float32, with a true division. Components of one width are packed in groups of 32: a group is b
-little-endian uint32 words, and bits [j * b, (j + 1) * b) of the integer that they form are code + h
-of its component j. So each row takes `row_bytes(widths)` bytes, whatever it holds.
+in float32, with a true division. Components of one width are packed in groups of 32. A group is b
+little-endian uint32 words; bits [j * b, (j + 1) * b) of the integer that they form are code + h of
+component j. So every row takes `row_bytes(widths)` bytes.
 
-A group of 32 components all of which have their lowest code, bits of zero, decodes to NaN: it
-stands for components of which one is not finite. Where finite ones would be such a group, the first
-of them gets the next code.
+A group whose 32 components all have the lowest code (all bits zero) decodes to NaN: it encodes a
+group with a component that is not finite. If finite components would give such a group, its first
+component gets the next code.
 
 These functions are the definition, in NumPy.
 """
@@ -30,15 +31,15 @@ from pykv.options import check_whole
 
 WIDTHS = (8, 7, 6, 5, 4, 3, 2, 1)  # bits, in the order of `widths`
 GROUP = 32  # components that are packed together
-MOST = GROUP * 0xFFFF  # components of a width: the kernel counts groups in 16 bits
+MOST = GROUP * 0xFFFF  # components of one width: the kernel counts groups in 16 bits
 
 
 def check_widths(op: str, widths: Any) -> tuple[int, ...]:
-    """Check `widths` of an op, the numbers of components of each width, and return them as ints.
+    """Check the `widths` of an op, the number of components of each width; returns ints.
 
     Raises:
-        DtypeError: one is no whole number.
-        ParameterError: they are not eight multiples of 32, or above 2 million.
+        DtypeError: one is not a whole number.
+        ParameterError: they are not eight multiples of 32, or one is above MOST, 2 million.
     """
     try:
         given = tuple(islice(widths, len(WIDTHS) + 1))
@@ -53,27 +54,27 @@ def check_widths(op: str, widths: Any) -> tuple[int, ...]:
 
 
 def bits_of(widths: Sequence[int]) -> Any:
-    """Bits of each component, uint8 [C], falling, from `widths`."""
+    """The bits of each component, uint8 [C], descending, from `widths`."""
     return np.repeat(np.array(WIDTHS, np.uint8), widths)
 
 
 def row_bytes(widths: Sequence[int]) -> int:
-    """Bytes of a packed row of these `widths`, a multiple of 4."""
+    """Bytes of a packed row with these `widths`, a multiple of 4."""
     return sum(bits * count for bits, count in zip(WIDTHS, widths, strict=True)) // 8
 
 
 def quantise(x: Any, steps: Any, widths: Sequence[int]) -> Any:
-    """Codes of components [n, C] float32, int8 [n, C].
+    """Components [n, C] float32 to codes, int8 [n, C].
 
     Args:
         x: [n, C] float32.
         steps: [C] float32, positive.
-        widths: components of 8, 7, ..., 1 bits, C in all.
+        widths: numbers of components with 8, 7, ..., 1 bits, C in all.
 
     Raises:
         ShapeError: sizes disagree.
-        DtypeError: an array is no NumPy array of its type.
-        ParameterError: `widths` are not eight multiples of 32, or a step is no positive finite
+        DtypeError: an array is not a NumPy array of its dtype.
+        ParameterError: `widths` are not eight multiples of 32, or a step is not a positive finite
             number.
 
     >>> x = np.array([[0.9] * 32 + [-3.0] * 32], np.float32)
@@ -93,7 +94,7 @@ def quantise(x: Any, steps: Any, widths: Sequence[int]) -> Any:
 
 
 def dequantise(codes: Any, steps: Any, widths: Sequence[int]) -> Any:
-    """Components float32 [n, C] of codes int8 [n, C]; arguments and errors as of `quantise`."""
+    """Codes int8 [n, C] to components, float32 [n, C]; arguments and errors as in `quantise`."""
     widths = _check("dequantise", widths, codes=codes, steps=steps)
     with np.errstate(over="ignore"):
         x = (codes + np.float32(0.5)) * steps
@@ -102,7 +103,7 @@ def dequantise(codes: Any, steps: Any, widths: Sequence[int]) -> Any:
 
 
 def pack(codes: Any, widths: Sequence[int]) -> Any:
-    """Packed rows uint8 [n, row_bytes] of codes int8 [n, C]; errors as of `quantise`."""
+    """Codes int8 [n, C] to packed rows, uint8 [n, row_bytes]; errors as in `quantise`."""
     widths = _check("pack", widths, codes=codes)
     n = len(codes)
     packed = np.empty((n, row_bytes(widths)), np.uint8)
@@ -113,7 +114,7 @@ def pack(codes: Any, widths: Sequence[int]) -> Any:
 
 
 def unpack(packed: Any, widths: Sequence[int]) -> Any:
-    """Codes int8 [n, C] of packed rows uint8 [n, row_bytes]; errors as of `quantise`."""
+    """Packed rows uint8 [n, row_bytes] to codes, int8 [n, C]; errors as in `quantise`."""
     widths = _check("unpack", widths, packed=packed)
     n = len(packed)
     codes = np.empty((n, sum(widths)), np.int8)
@@ -124,7 +125,7 @@ def unpack(packed: Any, widths: Sequence[int]) -> Any:
 
 
 def pack_fields(fields: Any, bits: int) -> Any:
-    """Rows of bytes of `fields` uint8 [n, size], each of so many `bits`, from the lowest bit on."""
+    """Pack `fields` uint8 [n, size] of `bits` bits each into rows of bytes, lowest bit first."""
     planes = np.unpackbits(fields[..., None], axis=2, count=bits, bitorder="little")
     return np.packbits(
         planes.reshape(len(fields), fields.shape[1] * bits), axis=1, bitorder="little"
@@ -132,7 +133,7 @@ def pack_fields(fields: Any, bits: int) -> Any:
 
 
 def unpack_fields(packed: Any, bits: int, size: int) -> Any:
-    """The fields uint8 [n, `size`] of `packed` rows, each of so many `bits`."""
+    """The fields uint8 [n, `size`] of `packed` rows, `bits` bits each."""
     planes = np.unpackbits(packed, axis=1, count=size * bits, bitorder="little")
     fields = np.packbits(planes.reshape(len(packed), size, bits), axis=2, bitorder="little")
     return np.ascontiguousarray(fields[..., 0])
@@ -149,7 +150,7 @@ def _grouped(x: Any) -> Any:
 
 
 def _sections(widths: Sequence[int]) -> Iterator[tuple[int, int, slice, slice]]:
-    """Of each width that occurs: bits, number of components, where these lie, and their bytes."""
+    """For each width that occurs: bits, component count, and slices of components and bytes."""
     component = byte = 0
     for bits, count in zip(WIDTHS, widths, strict=True):
         if count:
@@ -159,7 +160,7 @@ def _sections(widths: Sequence[int]) -> Iterator[tuple[int, int, slice, slice]]:
 
 
 def _check(name: str, widths: Any, **arrays: Any) -> tuple[int, ...]:
-    """Check arrays against widths, and return these."""
+    """Check arrays against widths; returns the widths as ints."""
     op = f"kvtc.coder.{name}"
     counts = check_widths(op, widths)
     C = sum(counts)
@@ -180,14 +181,14 @@ def _check(name: str, widths: Any, **arrays: Any) -> tuple[int, ...]:
 
 
 def check_steps(op: str, **steps: Any) -> None:
-    """Check steps of the host.
+    """Check arrays of steps on the host.
 
     Args:
         op: for messages.
-        steps: arrays [C], by their names.
+        steps: arrays [C], by name.
 
     Raises:
-        ParameterError: one is no positive finite number.
+        ParameterError: a step is not a positive finite number.
     """
     for name, array in steps.items():
         wrong = ~((array > 0) & (array < np.inf))

@@ -12,12 +12,12 @@ from pykv.kvtc.artefact import Artefact
 from pykv.model_options import PLACE, open_llm
 from pykv.number_texts import whole_of
 
-OPTIONS = PLACE | {"ctx": "context"}  # no cache options: its cache holds floats
+OPTIONS = PLACE | {"ctx": "context"}  # no cache options: calibration needs a cache of floats
 
 
 def add_calibrate(calibrate: argparse.ArgumentParser) -> None:
-    """The options of `pykv kvtc calibrate`, beside those of a model."""
-    _add_text(calibrate, "UTF-8; four kinds and more, of two tokens for each feature in all")
+    """The options of `pykv kvtc calibrate`, besides those of a model."""
+    _add_text(calibrate, "UTF-8; at least four kinds, in all two tokens for each feature")
     calibrate.add_argument(
         "--out",
         required=True,
@@ -29,9 +29,9 @@ def add_calibrate(calibrate: argparse.ArgumentParser) -> None:
     calibrate.add_argument(
         "--groups",
         default="joint",
-        help="layers that share a basis: joint, windows, or so many in sequence (%(default)s)",
+        help="layers that share a basis: joint, windows, or how many in a row (%(default)s)",
     )
-    calibrate.add_argument("--rank", type=int, help="components at most (half of the features)")
+    calibrate.add_argument("--rank", type=int, help="most components (half of the features)")
     calibrate.add_argument("--json", action="store_true", help="print one JSON object")
     calibrate.set_defaults(run=_calibrate)
 
@@ -46,7 +46,7 @@ def _calibrate(args: argparse.Namespace) -> None:
             f"kvtc calibrate: --ratio is {args.ratio!r}, expected 8,16 or the like"
         )
     groups = whole_of(args.groups)
-    texts = _texts(args.text)  # before the model, which takes longer
+    texts = _texts(args.text)  # before the model, which takes longer to load
     artefact = calibrate(
         open_llm(args, OPTIONS),
         texts,
@@ -63,8 +63,8 @@ def _calibrate(args: argparse.Namespace) -> None:
 
 
 def add_coders(coders: argparse.ArgumentParser) -> None:
-    """The options of `pykv kvtc coders`, beside those of a model."""
-    _add_text(coders, "UTF-8; some thousand tokens that the calibration has not read")
+    """The options of `pykv kvtc coders`, besides those of a model."""
+    _add_text(coders, "UTF-8; some thousand tokens that the calibration did not read")
     coders.add_argument("--artefact", required=True, metavar="FILE", help="of this model")
     coders.add_argument("--json", action="store_true", help="print one JSON object")
     coders.set_defaults(run=_coders)
@@ -99,7 +99,7 @@ def _add_text(parser: argparse.ArgumentParser, what: str) -> None:
 
 
 def _texts(paths: list[str]) -> dict[str, str]:
-    """The contents of files by the ends of their paths."""
+    """The contents of files, by the last 96 bytes of their paths."""
     texts: dict[str, str] = {}
     for path in paths:
         name = os.fsencode(path)[-96:].decode(errors="ignore")

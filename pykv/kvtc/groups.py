@@ -1,9 +1,9 @@
 """The coder of the KVTC paper, for comparison: groups of components, planned by a dynamic program.
 
-Components are cut into groups of 1, 16, 64, 256 or 1,024, and each is dropped, or stored as int2,
-int4 or FP8 with a float16 shift and scale of its own for each row. DEFLATE packs what is stored.
-The static coder of pykv.kvtc.coder needs neither shifts nor DEFLATE; `compare` shows what it gains.
-`v0_config` makes streams of pykv.kvtc.v0, on a GPU too, by such a plan.
+Components are cut into groups of 1, 16, 64, 256 or 1,024. Each group is dropped, or stored as int2,
+int4 or FP8 with its own float16 shift and scale in each row. DEFLATE compresses the stored bytes.
+The static coder of pykv.kvtc.coder needs neither shifts nor DEFLATE; `compare` measures its gain.
+`v0_config` turns such a plan into a config of pykv.kvtc.v0, whose streams a GPU can make too.
 
 Dimensions: n rows, C components. Source: arXiv 2511.01815, section 3.3.
 """
@@ -24,10 +24,10 @@ from pykv.kvtc.v0 import KvtcConfig
 
 SIZES = (1, 16, 64, 256, 1024)
 BITS = {"none": 0, "int2": 2, "int4": 4, "fp8": 8}
-OVERHEAD, V0_OVERHEAD = 32, 64  # bits of a row's shift and scale, or its extremes in a v0 stream
+OVERHEAD, V0_OVERHEAD = 32, 64  # bits of a row's shift and scale; of its extremes in a v0 stream
 UNIT = 2  # bits; every cost is a multiple
-ROWS = 256  # sample for errors; each is coded for every place and size of a group
-_ELEMENTS = 1 << 20  # at a time
+ROWS = 256  # sampled to measure errors; each is coded at every place and size of a group
+_ELEMENTS = 1 << 20  # coded at a time
 _FP8 = ml_dtypes.float8_e4m3fn
 _FP8_LARGEST = 448.0
 
@@ -41,7 +41,7 @@ class Range(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """Both coders at the same final bytes of the same rows; errors are relative to rows."""
+    """Both coders on the same rows at the same final bytes; errors are relative to the rows."""
 
     ratio: int
     planned_bytes: float  # a row, before DEFLATE
@@ -52,7 +52,7 @@ class Comparison(NamedTuple):
 
 
 def quantise(x: Any, kind: str) -> tuple[Any, Any, Any]:
-    """Codes uint8, shift and scale float16 of groups [..., size] float32 of components."""
+    """Groups [..., size] float32 of components to uint8 codes and a float16 shift and scale."""
     if kind == "fp8":
         scale = _float16(abs(x).max(axis=-1, keepdims=True) / np.float32(_FP8_LARGEST))
         scaled = np.clip(x / _nonzero(scale), -_FP8_LARGEST, _FP8_LARGEST)
@@ -65,18 +65,18 @@ def quantise(x: Any, kind: str) -> tuple[Any, Any, Any]:
 
 
 def dequantise(codes: Any, shift: Any, scale: Any, kind: str) -> Any:
-    """Components float32 of what `quantise` gave."""
+    """The components, float32, of the results of `quantise`."""
     values = codes.view(_FP8) if kind == "fp8" else codes
     return values.astype(np.float32) * scale.astype(np.float32) + shift.astype(np.float32)
 
 
 def group_errors(kept: Any, sizes: Sequence[int] = SIZES) -> dict[tuple[int, str], Any]:
-    """Squared errors, summed over rows and group, by size and kind: float64 [C - size + 1], of the
-    group that begins at each component.
+    """Squared errors, summed over rows and group, by size and kind: float64 [C - size + 1], one for
+    each first component of a group.
 
     Args:
         kept: [n, C] float32.
-        sizes: of groups; those above C have none.
+        sizes: of groups; sizes above C are left out.
     """
     n, C = kept.shape
     errors = {}
@@ -96,15 +96,16 @@ def group_errors(kept: Any, sizes: Sequence[int] = SIZES) -> dict[tuple[int, str
 def plan(
     errors: dict[tuple[int, str], Any], bits: int, overhead: int = OVERHEAD, codes: int = UNIT
 ) -> list[Range]:
-    """The ranges of least error that cover all components in `bits` a row, without those of "none".
+    """The stored ranges of the plan of least error that fits `bits` a row; dropped ones are left
+    out.
 
     Exact: a dynamic program over the end of the last group and the bits spent.
 
     Args:
-        errors: by size and kind, of calibration rows, see group_errors; of size 1 among others.
+        errors: by size and kind, of calibration rows, see group_errors; must include size 1.
         bits: of a row, at most.
-        overhead: bits of a row that a range takes beside its codes.
-        codes: the bits that codes of a range take are a multiple of so many.
+        overhead: bits of a row that a range takes besides its codes.
+        codes: the codes of a range take a multiple of this many bits.
     """
     costs = {
         (size, kind): (-(-BITS[kind] * size // codes) * codes + overhead) // UNIT
@@ -114,7 +115,7 @@ def plan(
     options = [(size, kind, costs.get((size, kind), 0)) for size, kind in errors]
     C, units = len(errors[1, "none"]), max(0, bits // UNIT)
     longest = max(size for size, _, _ in options)
-    # Least error of the components up to each recent end, by the units that may be spent on them.
+    # Least error of the components up to each recent end, by the units available for them.
     least = np.full((longest + 1, units + 1), np.inf)
     least[0] = 0
     taken = np.empty((C + 1, units + 1), np.uint8)
@@ -139,8 +140,8 @@ def plan(
 
 
 def encode(kept: Any, ranges: Sequence[Range]) -> bytes:
-    """Stored components of rows [n, C] float32, before DEFLATE: of each range the shifts and the
-    scales of all rows, then codes, whose rows begin at bytes."""
+    """Rows [n, C] float32 as stored bytes, before DEFLATE: for each range the shifts of all rows,
+    their scales, then their codes; the codes of each row begin at a byte."""
     parts = []
     for first, size, kind in ranges:
         codes, shift, scale = quantise(kept[:, first : first + size], kind)
@@ -149,10 +150,10 @@ def encode(kept: Any, ranges: Sequence[Range]) -> bytes:
 
 
 def decode(data: bytes, ranges: Sequence[Range], n: int, C: int) -> Any:
-    """Components [n, C] float32 of what `encode` gave; what no range holds is zero.
+    """The inverse of `encode`: components [n, C] float32, zeros outside of the ranges.
 
     Raises:
-        FormatError: the size is another.
+        FormatError: `data` has another size.
     """
     kept = np.zeros((n, C), np.float32)
     at = 0
@@ -176,13 +177,13 @@ def decode(data: bytes, ranges: Sequence[Range], n: int, C: int) -> Any:
 def compare(
     kept: Any, dropped: float, features: int, ratios: Sequence[int]
 ) -> Iterator[Comparison]:
-    """Both coders on the rows that both are planned on, at the final bytes of the paper's.
+    """Compare both coders on the rows that both are planned on, at the final bytes of the paper's.
 
     Args:
         kept: [n, C] float32, components of rows, by falling energy; C is a multiple of 32.
-        dropped: energy of the rows that no component holds.
+        dropped: energy of the rows outside of the basis.
         features: F, elements of a row.
-        ratios: of float16 rows to what the paper's plan stores.
+        ratios: of float16 rows to the bytes that the paper's plan stores, before DEFLATE.
     """
     n = len(kept)
     total = float(np.square(kept).sum(dtype=np.float64)) + dropped
@@ -197,21 +198,21 @@ def compare(
         bits = np.zeros(kept.shape[1], np.int64)
         bits[: sum(widths)] = bits_of(widths)
         static = errors[bits, np.arange(len(bits))].sum()
-        # Energies are differences of large sums, which may round to less than nothing.
+        # `dropped` is a difference of large sums, and may round to less than zero.
         lost = (max(0.0, float(x) + dropped) for x in (missed, static))
         relative = [(x / total) ** 0.5 if total > 0 else 0.0 for x in lost]
         yield Comparison(ratio, len(data) / n, packed, relative[0], row_bytes(widths), relative[1])
 
 
 def v0_config(mean: Any, basis: Any, kept: Any, ratio: int) -> KvtcConfig:
-    """The plan of rows as a config of v0 streams, which have the extremes of a range as float32.
-    Groups of "fp8" become intx of 8 bits, as many bytes: FP8 of a v0 stream has no scale, and ends
+    """The plan of rows as a config of v0 streams, which store the extremes of a range as float32.
+    Groups of "fp8" become 8-bit intx, of equal size: FP8 in a v0 stream has no scale and saturates
     at 448.
 
     Args:
         mean, basis: [F] and [F, C] float16, of rows.
         kept: [n, C] float32, their components, by falling energy.
-        ratio: of float16 rows to the stream, but for its headers.
+        ratio: of float16 rows to the stream without its headers.
 
     Raises:
         ParameterError: the ratio leaves no room for a range.
@@ -239,5 +240,5 @@ def _float16(x: Any) -> Any:
 
 
 def _nonzero(scale: Any) -> Any:
-    """Divisors: a group whose scale is zero is its shift."""
+    """Scales as divisors, 1 in place of 0: a group of scale zero equals its shift."""
     return np.where(scale == 0, np.float16(1), scale).astype(np.float32)

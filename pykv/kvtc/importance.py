@@ -1,22 +1,22 @@
-"""How much an error of keys and of values counts, by layer, head and direction.
+"""The importance of errors of keys and values, by layer, head and direction.
 
-An error of a value reaches a query's output by its attention weight, one of a key by the scores
-that it changes; the output projection adds both to the token's activations, where they count in
-proportion to these. All of this is known from a forward pass. That an error in one layer matters to
-the next ones as much as one of another layer does is assumed: against gradients of SmolLM2's
-logits, by layers, the logarithms differ by a factor that falls slowly with depth.
+An error of a value reaches a query's output by its attention weight; an error of a key, by the
+scores that it changes. The output projection adds both to the token's activations, where they count
+relative to the size of these. A forward pass gives all of this. One assumption: equal errors matter
+equally to later layers, whatever layer they arise in. Against gradients of SmolLM2's logits, layer
+by layer, the logarithms differ by a factor that falls slowly with depth.
 
-Errors of keys change attention beyond the first order. SmolLM2's keys alone, and its values alone,
-coded at 32x: the KL of the values is 2.4 to 4.6 times that of the keys on four windows, where the
-first order says 11.3. So keys count four times as much.
+Errors of keys change attention beyond the first order. With only the keys or only the values of
+SmolLM2 coded at 32x, the KL of the values is 2.4 to 4.6 times that of the keys on four windows; the
+first order predicts 11.3. So keys count four times as much.
 
 Directions differ as well: an error of a key counts by its product with queries, which lie close to
-a few directions; one of a value by what the output projection makes of it. So what an error e of a
-head counts is e^T M e, where M is a matrix of the head. Keys have their rotation undone here as in
-rows, which turns each query back by the key's position.
+a few directions; an error of a value, by its image under the output projection. So an error e of a
+head counts e^T M e, with a matrix M for each head. Keys are taken before their rotation, as in
+rows, so each query is rotated back by the key's position.
 
-Dimensions: n tokens, of which the last T ask; L layers, HQ query heads, H KV heads, G = HQ / H,
-D head size, E features of activations.
+Dimensions: n tokens, the last T of which are queries; L layers, HQ query heads, H KV heads,
+G = HQ / H, D head size, E features of activations.
 """
 
 from __future__ import annotations
@@ -33,21 +33,22 @@ from pykv.llm import matrices
 from pykv.llm.weights import Model
 from pykv.ops import paged_qkv, rope
 
-QUERIES = 256  # last tokens of a window whose queries count
+QUERIES = 256  # last tokens of a window that are queries
 KEYS = 4.0  # factor on errors of keys, beyond the first-order change of scores
-EVERY = 4  # directions of queries are found from every fourth key
+EVERY = 4  # the directions of queries come from every fourth key
 EVEN = 0.1  # share of a head's importance that is spread evenly over its directions
-_KEYS = 16  # at a time, to bound memory
-_LEAST = 2.0**-40  # times the largest importance: a floor, so that logarithms exist
+_KEYS = 16  # processed at a time, to bound memory
+_LEAST = 2.0**-40  # floor, times the largest importance, so that logarithms exist
 
 
 def measure(model: Model, ids: list[int], xp: Any) -> Any:
-    """The importance of keys and values of tokens, [2, L, H, D, D] float64 on the host, where the
-    last tokens ask for those before; the first ones, which are never coded, do not count.
+    """The importance of keys and values of tokens, [2, L, H, D, D] float64 on the host. The last
+    tokens are the queries, the tokens before them the keys; sinks, which are never coded, do not
+    count.
 
     Raises:
-        NumberError: it is not finite, as where activations are zero, or overflow in the last layer,
-            behind which no keys and values tell.
+        NumberError: it is not finite: activations are zero, or overflow, even in the last layer,
+            whose output reaches no keys or values.
     """
     config = model.config
     T = min(QUERIES, len(ids) // 2)
@@ -63,7 +64,7 @@ def measure(model: Model, ids: list[int], xp: Any) -> Any:
         k, v = (x.reshape(-1, *x.shape[2:])[: len(ids)] for x in cache.layers[i])
         if model.hadamard:
             q, k = q @ xp.asarray(mixing), k @ xp.asarray(mixing)
-        with np.errstate(all="ignore"):  # what is not finite is refused below
+        with np.errstate(all="ignore"):  # results that are not finite are refused below
             for side, of_side in enumerate(_of_layer(model, i, q, k, v, squares[i], xp)):
                 found[side, i] = to_host(of_side)
         is_known = bool(xp.isfinite(squares[i]).all()) and np.isfinite(found[:, i]).all()
@@ -79,8 +80,8 @@ def measure(model: Model, ids: list[int], xp: Any) -> Any:
 
 
 def weights_of(importance: Any) -> tuple[Any, float]:
-    """Weights of rows, see artefact.Side, of the importance [L, H, D, D] of their heads: square
-    roots, of about 1. And what a squared error of 1 of weighted rows counts."""
+    """The weights of rows, see artefact.Side: square roots of the importance [L, H, D, D] of heads,
+    scaled to about 1. And the importance of a squared error of 1 in weighted rows."""
     D = importance.shape[-1]
     matrices = np.asarray(importance, np.float64).reshape(-1, D, D)
     largest = np.trace(matrices, axis1=1, axis2=2).max() / D
@@ -97,8 +98,8 @@ def weights_of(importance: Any) -> tuple[Any, float]:
 
 
 def _of_layer(model: Model, i: int, q: Any, k: Any, v: Any, squares: Any, xp: Any) -> list[Any]:
-    """Keys' and values' [H, D, D], of queries [T, HQ, D], rows [n, H, D] and mean squares [T] of
-    the activations that attention is added to."""
+    """The importance [H, D, D] of keys and of values in layer `i`, from queries [T, HQ, D], keys
+    and values [n, H, D], and mean squares [T] of the activations that attention is added to."""
     config, layer = model.config, model.layers[i]
     (T, HQ, D), (n, H, _) = q.shape, k.shape
     by_head = xp.ascontiguousarray(q.transpose(1, 0, 2)).reshape(H, -1, D)  # [H, G * T, D]
@@ -116,10 +117,10 @@ def _of_layer(model: Model, i: int, q: Any, k: Any, v: Any, squares: Any, xp: An
 
     some = slice(SINKS, n - T)
     p2, values = (p * p)[..., some], values[:, some]
-    out = columns @ columns.swapaxes(2, 3)  # [H, G, D, D]: a value's squared length behind it
+    out = columns @ columns.swapaxes(2, 3)  # [H, G, D, D]: v @ out @ v = |projected v|^2
     of_values = ((p2.sum(axis=3) * gains).sum(axis=2)[..., None, None] * out).sum(axis=1)
 
-    # The squared length of what (value - attended) becomes, [H, G, T, n].
+    # The squared length of the projected (value - attended), [H, G, T, n].
     images = values[:, None] @ out
     away = (images * values[:, None]).sum(axis=3)[:, :, None]
     away = away - 2 * (attended @ images.swapaxes(2, 3))
@@ -132,7 +133,7 @@ def _of_layer(model: Model, i: int, q: Any, k: Any, v: Any, squares: Any, xp: An
         of_here = counts[..., xp.asarray(here - SINKS)].reshape(H, -1, len(here))
         asked = of_here.swapaxes(1, 2)[..., None] * by_head[:, None]  # [H, keys, G * T, D]
         of_keys += _turned_back(asked.swapaxes(2, 3) @ by_head[:, None], here, model, i, xp)
-    # Directions come from those keys, their total from all keys.
+    # Directions come from the sampled keys, the total from all keys.
     whole = (counts.sum(axis=3).reshape(H, -1) * (by_head * by_head).sum(axis=2)).sum(axis=1)
     traces = xp.trace(of_keys, axis1=1, axis2=2)
     of_keys *= (whole / xp.maximum(traces, np.float32(1e-30)))[:, None, None]
@@ -140,12 +141,12 @@ def _of_layer(model: Model, i: int, q: Any, k: Any, v: Any, squares: Any, xp: An
 
 
 def _turned_back(m: Any, places: Any, model: Model, i: int, xp: Any) -> Any:
-    """The sum [H, D, D] of matrices [H, keys, D, D] of queries, each turned back by the rotation of
-    its key's position."""
+    """The sum [H, D, D] of matrices [H, keys, D, D] of queries, each rotated back by the position
+    of its key."""
     H, _, D, _ = m.shape
     turns, x = xp.asarray(np.repeat(-places, D)), m.transpose(1, 2, 0, 3)
     inv_freq, pairing = model.layers[i].inv_freq, model.config.kind.pairing
-    for _ in range(2):  # columns, and then rows
+    for _ in range(2):  # columns, then rows
         x = xp.ascontiguousarray(x.swapaxes(1, 3))
         vectors = x.reshape(-1, H, D)
         rope.rotate(vectors, vectors[:, :0], turns, inv_freq, pairing=pairing)
@@ -153,7 +154,8 @@ def _turned_back(m: Any, places: Any, model: Model, i: int, xp: Any) -> Any:
 
 
 def _attention(q: Any, k: Any, T: int, config: Any, window: int | None, xp: Any) -> Any:
-    """Weights [H, G, T, n] of keys [n, H, D] for queries [H, G * T, D] of the last T tokens."""
+    """Attention weights [H, G, T, n] of queries [H, G * T, D], the last T tokens, on keys
+    [n, H, D]."""
     n = len(k)
     scores = q @ k.transpose(1, 2, 0) * np.float32(config.attention_scale)
     if config.attention_cap is not None:

@@ -1,4 +1,4 @@
-"""An artefact at one ratio, on the device where its codec works.
+"""An artefact at one ratio, on the codec's device.
 
 Dimensions: E layers of a group, F = E * H * D features of a row, C components of K or of V.
 """
@@ -16,14 +16,14 @@ from pykv.options import check_type
 
 
 class Loaded(NamedTuple):
-    """A group of layers, as ops take it.
+    """A group of layers in the form that ops take.
 
     Attributes:
-        layers: of the model, rising.
-        places, inv_freq, mean: as of kvtc_rows.gather.
-        bases, back: of K and of V, what makes components of rows, and rows of components.
-        steps, widths: likewise, without the components that have no bits.
-        begin, end: bytes of a coded token that are this group's.
+        layers: of the model, ascending.
+        places, inv_freq, mean: as in kvtc_rows.gather.
+        bases, back: for K and V, the matrices from rows to components, and back.
+        steps, widths: for K and V, of the components that have bits.
+        begin, end: this group's bytes in a coded token.
     """
 
     layers: tuple[int, ...]
@@ -39,17 +39,17 @@ class Loaded(NamedTuple):
 
     @property
     def frame(self) -> dict[str, Any]:
-        """As ops of rows take it."""
+        """Arguments of kvtc_rows.gather and scatter."""
         return dict(places=self.places, mean=self.mean, inv_freq=self.inv_freq)
 
     @property
     def coder(self) -> dict[str, Any]:
-        """As kvtc_code takes it."""
+        """Arguments of kvtc_code.encode and decode."""
         (k_steps, v_steps), (k_widths, v_widths) = self.steps, self.widths
         return dict(k_steps=k_steps, v_steps=v_steps, k_widths=k_widths, v_widths=v_widths)
 
     def part(self, layers: range, features: int) -> Loaded:
-        """The same for some layers of the model, of so many features each."""
+        """This group restricted to some `layers` of the model, with so many `features` each."""
         a, b = (sum(i < edge for i in self.layers) for edge in (layers.start, layers.stop))
         if (a, b) == (0, len(self.layers)):
             return self
@@ -63,13 +63,13 @@ class Loaded(NamedTuple):
 
 
 def load(xp: Any, group: Group, inv_freq: Any, ratio: int, begin: int) -> Loaded:
-    """Load a group of an artefact, which is checked.
+    """Load a group of an artefact that is checked.
 
     Args:
         xp: `numpy` or `cupy`.
         group, inv_freq: of the artefact.
-        ratio: of one of its plans.
-        begin: where in a coded token its bytes begin.
+        ratio: one of the artefact's ratios.
+        begin: offset of the group's bytes in a coded token.
     """
     layers = tuple(group.layers)
     distinct, of_layer = np.unique(inv_freq[list(layers)], axis=0, return_inverse=True)
@@ -94,8 +94,8 @@ def load(xp: Any, group: Group, inv_freq: Any, ratio: int, begin: int) -> Loaded
 
 
 def _both_ways(side: Side, count: int, xp: Any) -> tuple[Any, Any]:
-    """The first columns of a basis behind the weights of rows, and behind what undoes these:
-    [F, count] float16."""
+    """W @ basis and W^-1 @ basis, each [F, count] float16, of the first `count` columns; see Side.
+    The second, transposed, turns components back into rows."""
     rows = np.ascontiguousarray(side.basis[:, :count].T, np.float32)
     to, back = (
         xp.asarray(np.ascontiguousarray(weigh(rows, x).T.astype(np.float16)))
@@ -105,7 +105,7 @@ def _both_ways(side: Side, count: int, xp: Any) -> tuple[Any, Any]:
 
 
 def identify(artefact: Artefact) -> str:
-    """SHA-256 of all that coded tokens depend on, in hexadecimal: the model's name, sizes and
+    """SHA-256 of all that coded tokens depend on, in hexadecimal: the model's SHA-256, sizes and
     rotation, the groups of layers, and each side's mean, weights, basis, widths and steps.
 
     Raises:

@@ -1,7 +1,7 @@
-"""Steps and bits of components: what the static coder keeps of a row at a ratio.
+"""Plans: the steps and bits of components for the static coder, at each ratio.
 
-All of it is found on rows that the basis has not seen. With too few rows to fit a basis, those that
-it has seen promise an error several times too small.
+Plans are fitted to rows that the basis has not seen. If a basis is fitted to too few rows, its
+error on those rows is several times too small.
 """
 
 from __future__ import annotations
@@ -17,22 +17,23 @@ from pykv.kvtc.artefact import Plan, Side
 from pykv.kvtc.basis import Blocks, components, gram_of, inverse, mean_of, weigh, weigh_gram
 from pykv.kvtc.coder import GROUP, WIDTHS, bits_of
 
-# Optimal uniform steps for a Gaussian of standard deviation 1, by bits (Max, 1960), and a factor on
-# them, since components have heavier tails. Smaller steps may suit held-out rows, but clip others.
+# Optimal uniform steps for a Gaussian of standard deviation 1, by bits (Max, 1960), and the factors
+# tried on them: components have heavier tails. Factors below 1 could fit held-out rows better, but
+# would clip other rows.
 GAUSSIAN_STEPS = {1: 1.596, 2: 0.996, 3: 0.586, 4: 0.335, 5: 0.188, 6: 0.104, 7: 0.057, 8: 0.031}
 STRETCHES = (1.0, 1.1, 1.22, 1.36, 1.5, 1.75)
-_ROWS = 256  # in a pass over components, so that the rows stay in a core's cache
+_ROWS = 256  # rows of a pass over components, so that they stay in a core's cache
 
 
 class Found(NamedTuple):
-    """What one side's rows say before bits are given out.
+    """One side's fit, before bits are allocated.
 
     Attributes:
         held: rows that the basis has not seen.
         mean: [F] float16 of `xp`.
-        weights: of artefact.Side, on the host.
-        basis: [F, C] float16 of `xp`, by falling energy of held rows.
-        errors, steps: [9, C] of each component by its bits, see best_steps.
+        weights: as in artefact.Side, on the host.
+        basis: [F, C] float16 of `xp`, by falling energy of the held-out rows.
+        errors, steps: [9, C] by bits and component, see best_steps.
     """
 
     held: Blocks
@@ -44,11 +45,11 @@ class Found(NamedTuple):
 
 
 def find(seen: Blocks, held: Blocks, weights: Any, rank: int, xp: Any) -> Found:
-    """Fit a basis to weighted rows, and steps to others.
+    """Fit a basis to the weighted rows `seen`, and steps to the rows `held`.
 
     Args:
         seen, held: rows [n, F] float16 of `xp`, for the basis and for the plans.
-        weights: [B, D, D] float16 on the host, of artefact.Side.
+        weights: [F / D, D, D] float16 on the host, as in artefact.Side.
         rank: components at most, a multiple of 32.
         xp: `numpy` or `cupy`.
 
@@ -68,16 +69,16 @@ def find(seen: Blocks, held: Blocks, weights: Any, rank: int, xp: Any) -> Found:
 def plan(
     k: Found, v: Found, counts: tuple[float, float], ratios: Sequence[int], xp: Any
 ) -> tuple[Side, Side]:
-    """Give the bits of each ratio to the components of keys and of values, and measure both.
+    """Allocate the bits of each ratio to the components of keys and of values, and measure both.
 
     Args:
         k, v: of the same features.
-        counts: what a squared error of 1 of weighted keys, and of weighted values, counts.
+        counts: the importance of a squared error of 1 in weighted keys, and in weighted values.
         ratios: of float16 rows to coded ones, keys and values together.
         xp: `numpy` or `cupy`.
 
     Raises:
-        ParameterError: a ratio leaves no bit for 32 components of each.
+        ParameterError: a ratio leaves less than one bit for 32 components of each.
     """
     widths = {
         ratio: allocate_both(
@@ -90,7 +91,7 @@ def plan(
 
 
 def _side(found: Found, widths: dict[int, tuple[int, ...]], xp: Any) -> Side:
-    """A side with these widths at each ratio."""
+    """The Side with these widths at each ratio."""
     basis = xp.ascontiguousarray(found.basis[:, : max(map(sum, widths.values()))])
     steps = {r: found.steps[bits_of(x), np.arange(sum(x))] for r, x in widths.items()}
     coders = {r: (widths[r], xp.asarray(steps[r])) for r in widths}
@@ -100,10 +101,10 @@ def _side(found: Found, widths: dict[int, tuple[int, ...]], xp: Any) -> Side:
 
 
 def budget(features: int, ratio: int) -> int:
-    """Units of 32 bits of a row of F float16 at a ratio.
+    """The 32-bit units that a row of F float16 may take at a ratio.
 
     Raises:
-        ParameterError: there is none.
+        ParameterError: it is less than one unit.
     """
     units = features // (2 * ratio)
     if not units:
@@ -115,8 +116,8 @@ def budget(features: int, ratio: int) -> int:
 
 
 def best_steps(kept: Any, xp: Any) -> tuple[Any, Any]:
-    """Squared errors and steps of each component by its bits, [9, C] float64 and float32 on the
-    host; with 0 bits the error is the component's energy and the step means nothing.
+    """Squared errors and best steps by bits and component, [9, C] float64 and float32 on the host.
+    With 0 bits the error is the component's energy and the step has no meaning.
 
     Args:
         kept: [n, C] float32, components of rows.
@@ -137,7 +138,7 @@ def best_steps(kept: Any, xp: Any) -> tuple[Any, Any]:
 
 
 def _squared_errors(kept: Any, steps: Any, half: int, xp: Any) -> Any:
-    """Of each component, summed over rows: float64 [C]."""
+    """The squared error of each component, summed over rows: [C] float64."""
     total: Any = 0
     for start in range(0, len(kept), _ROWS if xp is np else len(kept)):
         x = kept[start : start + _ROWS] if xp is np else kept
@@ -147,24 +148,24 @@ def _squared_errors(kept: Any, steps: Any, half: int, xp: Any) -> Any:
 
 
 def coded(x: Any, steps: Any, half: Any, xp: Any) -> Any:
-    """What is decoded of components, as pykv.kvtc.coder defines it; `half` is 2^(bits - 1)."""
+    """Components quantised and decoded, as pykv.kvtc.coder defines; `half` is 2^(bits - 1)."""
     codes = xp.clip(xp.floor(x / steps), -half, half - 1)
     return (codes + np.float32(0.5)) * steps
 
 
 def allocate(errors: Any, units: int) -> tuple[int, ...]:
-    """Widths of least error: how many components have 8, 7, ..., 1 bits, each a multiple of 32. At
-    least one group gets a bit, even if no row differs from the mean.
+    """The widths of least error: numbers of components with 8, 7, ..., 1 bits, each a multiple of
+    32. At least one group gets a bit, even if no row differs from the mean.
 
-    Exact among widths that fall: a dynamic program over groups of 32 components, the bits of a
+    Exact among descending widths: a dynamic program over groups of 32 components, the bits of a
     group, and the units spent.
 
     Args:
-        errors: [9, C] squared error of each component by its bits; C is a multiple of 32.
+        errors: [9, C] squared errors by bits and component; C is a multiple of 32.
         units: of 32 bits, at most, for a row.
 
     >>> errors = 4.0 ** -np.arange(9)[:, None] * np.repeat([9.0, 1.0], 32)
-    >>> pykv.kvtc.plans.allocate(errors, 4)  # bits go to the larger group first
+    >>> pykv.kvtc.plans.allocate(errors, 4)  # the group of larger errors gets its bits first
     (0, 0, 0, 0, 0, 32, 0, 32)
     """
     least, came_from = _least_errors(errors, units)
@@ -182,8 +183,8 @@ def allocate(errors: Any, units: int) -> tuple[int, ...]:
 def allocate_both(
     k_errors: Any, v_errors: Any, units: int
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Widths of keys and of values, see `allocate`, that share their units so that the sum of
-    both errors is least; each gets one unit at least.
+    """The widths of keys and of values, see `allocate`, that share `units` so that the sum of both
+    errors is least; each gets at least one unit.
 
     >>> errors = 4.0 ** -np.arange(9)[:, None] * np.full(32, 9.0)
     >>> pykv.kvtc.plans.allocate_both(errors, errors / 16, 4)  # three bits and one
@@ -197,8 +198,8 @@ def allocate_both(
 
 
 def _least_errors(errors: Any, units: int) -> tuple[Any, Any]:
-    """The least error by bits of the last group and units spent, [9, units + 1] float64, and the
-    bits of the group before that it takes, for each group."""
+    """The least error by bits of the last group and units spent, [9, units + 1] float64; and for
+    each group, the bits of the group before it on the way there."""
     of_groups = np.asarray(errors, np.float64).reshape(9, -1, GROUP).sum(axis=2)
     count = of_groups.shape[1]
     least = np.full((9, units + 1), np.inf)
@@ -219,7 +220,7 @@ def _least_errors(errors: Any, units: int) -> tuple[Any, Any]:
 
 
 def _projected(rows: Blocks, mean: Any, weights: Any, basis: Any) -> Iterator[tuple[Any, Any]]:
-    """Components of weighted rows, and the rows less their mean, float32, block by block."""
+    """The components of weighted rows, and the centred rows, float32, block by block."""
     wide = basis.astype(np.float32)
     for part in rows():
         centred = part.astype(np.float32)
@@ -230,7 +231,7 @@ def _projected(rows: Blocks, mean: Any, weights: Any, basis: Any) -> Iterator[tu
 def _measure(
     rows: Blocks, mean: Any, weights: Any, basis: Any, plans: dict[int, tuple[Any, Any]], xp: Any
 ) -> dict[int, float]:
-    """The relative error of rows that are coded and decoded, by ratio; `weights` on the host."""
+    """The relative error of rows after coding and decoding, by ratio; `weights` on the host."""
     of_xp, back = xp.asarray(weights.astype(np.float32)), xp.asarray(inverse(weights))
     wide = basis.astype(np.float32)
     total, errors = 0.0, dict.fromkeys(plans, 0.0)

@@ -1,11 +1,11 @@
 """Rows of keys and values that a model computes from texts, and the file that keeps them.
 
 A row is the keys, or the values, of one token in all layers, [layer, head, dim]. Keys have their
-rotation undone: what is left depends on positions little, so that rows of all positions share a
+rotation undone: they then depend little on the position, so that rows of all positions share a
 basis.
 
-A file of rows begins with a line: "pykv.rows.1 ", and as JSON what the rows depend on. The windows
-follow, each as float16 keys [n, F], values [n, F] and the CRC-32 of both, u32, little-endian.
+A file of rows begins with a line: "pykv.rows.1 " and, as JSON, the facts that the rows depend on.
+The windows follow, little-endian: float16 keys [n, F], values [n, F], and the u32 CRC-32 of both.
 """
 
 from __future__ import annotations
@@ -34,14 +34,15 @@ _MARK = b"pykv.rows.1 "
 
 
 class Window(NamedTuple):
-    """Tokens that a model reads from an empty cache, and whose text they are."""
+    """Tokens that a model reads from an empty cache, and the index of their text."""
 
     ids: list[int]
     text: int
 
 
 def windows_of(texts: list[list[int]], length: int, bos: int | None) -> list[Window]:
-    """Tokens of texts in windows of `length` at most, equal ones of each text, behind `bos`."""
+    """Split each text into windows of equal size, at most `length`; each begins with `bos`, if
+    any."""
     found = []
     for i, ids in enumerate(texts):
         room = length - (bos is not None)
@@ -55,8 +56,8 @@ def windows_of(texts: list[list[int]], length: int, bos: int | None) -> list[Win
 def read(
     model: Model, ids: list[int], xp: Any, queries: Any = None, squares: Any = None
 ) -> PagedKVCache:
-    """A float32 cache of tokens, in order, on the model's device; `queries` and `squares`, as of
-    llm.model.forward, are filled for as many of the last tokens, STEP at most."""
+    """A float32 cache of tokens, in order, on the model's device. `queries` and `squares`, see
+    llm.model.forward, are filled for as many last tokens as they hold, at most STEP."""
     config, n = model.config, len(ids)
     last = 0 if squares is None else squares.shape[1]
     pages = -(-n // PAGE_SIZE)
@@ -75,8 +76,8 @@ def read(
 
 
 def collect(model: Model, ids: list[int], xp: Any) -> tuple[Any, Any]:
-    """Keys and values that a model computes of tokens, both [len(ids), L, H, D] float32, keys
-    before their rotation, neither mixed by a Hadamard matrix; on the model's device."""
+    """The keys and values of tokens, both [len(ids), L, H, D] float32 on the model's device; keys
+    are before their rotation, and neither is Hadamard-rotated."""
     config, n = model.config, len(ids)
     cache = read(model, ids, xp)
     sizes, positions = (config.kv_heads, config.head_dim), xp.arange(n, dtype=np.int32)
@@ -94,7 +95,7 @@ def collect(model: Model, ids: list[int], xp: Any) -> tuple[Any, Any]:
 
 
 def _hold(path: Path) -> BinaryIO:
-    """Open a file that this run alone writes to."""
+    """Open and lock a file, so that only this run writes to it."""
     while True:
         file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
         if not whole_files.lock(file):
@@ -102,35 +103,35 @@ def _hold(path: Path) -> BinaryIO:
             raise ParameterError(f"kvtc.calibrate: out: another process is writing {path}")
         if os.path.exists(path) and os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
             return file
-        file.close()  # a run that has ended removed it before the lock
+        file.close()  # another run removed it between open and lock
 
 
 class Rows:
-    """Rows of windows, in memory, or in a file that a later run goes on with.
+    """Rows of windows, in memory, or in a file with which a later run continues.
 
     Args:
         features: F, elements of a row.
         counts: rows of each window.
         path: of the file; None keeps rows in memory.
-        of: what the rows depend on, as JSON has it; a file of rows of something else is begun anew.
+        of: the facts that rows depend on, as JSON values; rows of other facts are replaced.
 
     Raises:
         ParameterError: another process writes to the file, or it is no file of rows.
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
 
     def __init__(
         self, features: int, counts: list[int], path: Path | None = None, of: Any = None
     ) -> None:
         self.features, self._path = features, path
-        self._held: list[Any] = []  # [2, n, F] of each window that is there
+        self._held: list[Any] = []  # [2, n, F] of each window so far
         self._file: BinaryIO | None = None
         if path is None:
             return
         self._file = _hold(path)
         first = _MARK + json.dumps(of, sort_keys=True).encode() + b"\n"
         found = self._file.read(len(first))
-        if found[: len(_MARK)] != _MARK[: len(found)]:  # it may be somebody's
+        if found[: len(_MARK)] != _MARK[: len(found)]:  # another program's file: keep it
             self._file.close()
             raise ParameterError(
                 f"kvtc.calibrate: {path} is no file of rows, expected none, or one of an "
@@ -147,7 +148,7 @@ class Rows:
             self._file.flush()
 
     def _take(self, counts: list[int]) -> None:
-        """Map the windows that the file has whole."""
+        """Map the windows that are complete and intact in the file."""
         assert self._path is not None
         size = os.stat(self._path).st_size
         for count in counts:
@@ -162,7 +163,7 @@ class Rows:
             self._end += nbytes + 4
 
     def __len__(self) -> int:
-        """Windows that are there."""
+        """The number of windows so far."""
         return len(self._held)
 
     def append(self, k: Any, v: Any) -> None:
@@ -188,8 +189,8 @@ class Rows:
         self._held.append(rows)
 
     def blocks(self, side: int, columns: Any, select: list[slice], most: int) -> Iterator[Any]:
-        """Float16 [n <= most, len(columns)] of keys (0) or values (1), of the rows that `select`
-        names for each window."""
+        """Blocks of keys (0) or values (1): float16 [n <= most, len(columns)], from the rows that
+        `select` names in each window."""
         for rows, chosen in zip(self._held, select, strict=True):
             of_side = rows[side, chosen]
             for start in range(0, len(of_side), most):
@@ -203,6 +204,6 @@ class Rows:
             self._file.close()
 
     def close(self) -> None:
-        """Leave the file to a later run."""
+        """Close the file and keep it for a later run."""
         if self._file is not None:
             self._file.close()

@@ -1,5 +1,4 @@
-"""Tokens of a sequence: checks of their positions and of the pages in which they lie, and pieces of
-those that are coded."""
+"""Tokens of a sequence: checks of their positions and pages, and the pieces that a codec takes."""
 
 from __future__ import annotations
 
@@ -20,17 +19,17 @@ from pykv.page_arrays import Ids
 def check_sequence(
     op: str, table: Any, positions: Any, num_pages: int, page_size: int, *, writes: bool = False
 ) -> None:
-    """Check where tokens lie; waits for a GPU.
+    """Check the places of tokens in a cache; waits for a GPU.
 
     Args:
         op: for messages.
-        table, positions: as of kvtc_rows.gather.
+        table, positions: as in kvtc_rows.gather.
         num_pages, page_size: N and P of the pools.
-        writes: whether tokens are written there.
+        writes: whether tokens are written to these pages.
 
     Raises:
-        ParameterError: positions do not rise, or lie outside of the table, or in pages that do not
-            exist, or are written to twice.
+        ParameterError: positions do not rise, or are outside the table; a page does not exist, or
+            would be written twice.
     """
     table, positions = to_host(table), to_host(positions)
     check_rising(op, positions)
@@ -47,20 +46,20 @@ def check_sequence(
 
 
 def check_rising(op: str, positions: Any) -> None:
-    """Check positions.
+    """Check that positions rise and are not negative.
 
     Raises:
-        ParameterError: they do not rise, or are negative.
+        ParameterError: they do not, or are.
     """
     if (np.diff(positions) <= 0).any() or (positions < 0).any():
         raise ParameterError(f"{op}: positions fall or are negative, expected rising ones")
 
 
 def check_distinct(op: str, pages: Any) -> None:
-    """Check that pages of a table that are written to are different ones.
+    """Check that the pages of a table to be written are distinct.
 
     Raises:
-        ParameterError: one is there twice.
+        ParameterError: a page occurs twice.
     """
     found, counts = np.unique(pages, return_counts=True)
     if (counts > 1).any():
@@ -68,10 +67,10 @@ def check_distinct(op: str, pages: Any) -> None:
 
 
 def check_entries(op: str, name: str, values: Any, size: int) -> None:
-    """Check numbers of pages, layers or rows, of which there are `size`.
+    """Check indices of pages, layers or rows against their number `size`.
 
     Raises:
-        ParameterError: one is not there.
+        ParameterError: one is out of range.
     """
     wrong = values[(values < 0) | (values >= size)]
     if len(wrong):
@@ -79,7 +78,7 @@ def check_entries(op: str, name: str, values: Any, size: int) -> None:
 
 
 def check_positions(op: str, positions: Any, expected: Ids) -> None:
-    """Compare coded positions with what they should be."""
+    """Compare coded positions with the expected ones."""
     cuda.refuse_capture(op, "positions are compared on the host")
     has = to_host(positions)
     given = to_host(expected) if is_array(expected) else expected
@@ -93,8 +92,8 @@ def check_positions(op: str, positions: Any, expected: Ids) -> None:
 
 
 def pieces(coded: Coded, tokens: int) -> Iterator[tuple[slice, range, dict[str, Any]]]:
-    """Pieces of at most `tokens` rows: their tokens, their rows, and arrays of the sinks before
-    the first and of the window behind the last."""
+    """Pieces of at most `tokens` rows: the slice of tokens, the range of rows, and the arrays of
+    the sinks (first piece) and of the window (last piece)."""
     header, there = coded.header, coded.arrays()
     T, S, X = header.tokens, header.sinks, header.window
     C = T - S - X

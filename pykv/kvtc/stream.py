@@ -1,26 +1,26 @@
 """Coded tokens, and their bytes in a file or on a wire.
 
-Dimensions: T tokens, of which the first S (sinks) are float16 and the last X (window) int8, C rows
-between them, B bytes of a row, L layers, H KV heads, D head size.
+Dimensions: T tokens: the first S (sinks) are float16, the last X (window) int8, the C between them
+are coded rows; B bytes of a row, L layers, H KV heads, D head size.
 
-A stream, little-endian; each section begins at a multiple of 128 bytes, zeros lie between them:
+A stream, little-endian; each section begins at a multiple of 128 bytes, with zeros between:
 
     header         offset  type     field
                         0  8s       magic, b"\\x89PYKVTS\\n"
                         8  u32      version, 2
                        12  u32      CRC-32 of the stream, computed with zeros here
                        16  u64      bytes of the stream
-                       24  32s      SHA-256 that names the artefact, see loaded.identify
+                       24  32s      SHA-256 that identifies the artefact, see loaded.identify
                        56  u32 each ratio, L, H, D, T, S, X, B
-                       88  32s      KVSpec of the cache that they come from, ASCII, zeros behind it
-    positions      i32 [T]                 rising
-    sinks          f16 [S, 2, L, H, D]     keys as the cache has them, then values
+                       88  32s      KVSpec of the source cache, ASCII, padded with zeros
+    positions      i32 [T]                 ascending
+    sinks          f16 [S, 2, L, H, D]     rotated keys, then values; Hadamard rotation undone
     window         i8 [X, 2, L, H, D]      codes of heads times hadamard_matrix(D)
     window_scales  f16 [X, 2, L, H]
     rows           u8 [C, B]               see pykv.ops.kvtc_code, for each group of layers in order
 
-Every row has B bytes and depends on no other: tokens can be read alone. Version 1, whose codes had
-no NaN, is refused.
+Every row has B bytes and is independent of the others, so any token can be decoded alone. Version
+1, whose codes had no NaN, is refused.
 """
 
 from __future__ import annotations
@@ -56,10 +56,10 @@ _MOST = 1 << 14  # limit of layers, heads and head size, and of the ratio
 
 
 class Section(NamedTuple):
-    """An array behind the header.
+    """An array of a stream.
 
     Attributes:
-        offset: bytes from the header's end on.
+        offset: in bytes, from the header's end.
         shape, dtype: of the array.
     """
 
@@ -74,15 +74,15 @@ class Section(NamedTuple):
 
 @dataclass(frozen=True)
 class Header:
-    """What a stream says of itself.
+    """The header of a stream.
 
     Attributes:
-        artefact: SHA-256 that names the artefact, in hexadecimal.
-        ratio: whose plans of the artefact rows were coded by.
+        artefact: the SHA-256 that identifies the artefact, in hexadecimal.
+        ratio: of the plans that coded the rows.
         layers, heads, head_dim: of the model.
-        tokens, sinks, window: how many there are, and are kept otherwise.
+        tokens, sinks, window: all tokens, and the first and last ones not coded as rows.
         row_bytes: of a coded row.
-        spec: text of the KVSpec of the cache that they come from.
+        spec: text of the KVSpec of the source cache.
     """
 
     artefact: str
@@ -120,7 +120,7 @@ class Header:
         return found
 
     def pack(self, crc: int) -> bytes:
-        """Its bytes in a stream.
+        """The header's bytes in a stream.
 
         Args:
             crc: CRC-32 of the stream.
@@ -138,8 +138,8 @@ class Header:
         """Bytes of all sections, without the header.
 
         Raises:
-            ParameterError: a field is out of its range.
-            DtypeError: it has another type.
+            ParameterError: a field is out of range.
+            DtypeError: a field has another type.
         """
         op = "Header"
         if not isinstance(self.artefact, str) or not re.fullmatch("[0-9a-f]{64}", self.artefact):
@@ -161,16 +161,16 @@ class Header:
 
 @dataclass(frozen=True, eq=False)
 class Coded:
-    """Tokens of a sequence, coded.
+    """Coded tokens of a sequence.
 
     Attributes:
-        header: what they are.
-        data: [header.nbytes] uint8, all sections, in NumPy's or CuPy's memory.
+        header: their Header.
+        data: [header.nbytes] uint8, all sections, a NumPy or CuPy array.
 
     Raises:
-        DtypeError: `header` is no Header, or `data` no array of bytes.
-        ShapeError, CapacityError: `data` have another shape, or too few bytes.
-        ParameterError: a field of the header is out of its range.
+        DtypeError: `header` is no Header, or `data` no array of uint8.
+        ShapeError, CapacityError: `data` has another shape, or too few bytes.
+        ParameterError: a field of the header is out of range.
     """
 
     header: Header
@@ -188,7 +188,7 @@ class Coded:
         }
 
     def to(self, xp: Any) -> Coded:
-        """The same in the memory of an array module, `numpy` or `cupy`; of NumPy waits for a GPU.
+        """The same tokens as an array of `xp`, `numpy` or `cupy`; copies to NumPy wait for the GPU.
 
         Raises:
             DtypeError: `xp` is another module.
@@ -197,8 +197,7 @@ class Coded:
         return Coded(self.header, to_host(self.data) if xp is np else xp.asarray(self.data))
 
     def to_bytes(self) -> bytes:
-        """The stream. Waits for a GPU where `data` are there; those pinned on the host must have
-        arrived."""
+        """The stream. Waits for the GPU if `data` is there; pinned host data must be complete."""
         header, data = self.header, to_host(self.data)
         stream = bytearray(ALIGNMENT + header.nbytes)
         for of in header.sections().values():
@@ -210,15 +209,15 @@ class Coded:
 
 
 def check_bytes(op: str, name: str, x: Any, nbytes: int) -> None:
-    """Check an array of so many bytes, or more.
+    """Check a contiguous array of at least `nbytes` uint8.
 
     Args:
         op, name: for messages.
-        x: what should be an array [nbytes] uint8, contiguous.
-        nbytes: at least.
+        x: the array.
+        nbytes: bytes needed.
 
     Raises:
-        DtypeError, ShapeError, CapacityError: it is none, has another shape, or is too small.
+        DtypeError, ShapeError, CapacityError: it has another dtype or shape, or is too small.
     """
     if not is_array(x) or x.dtype != np.uint8:
         given = getattr(x, "dtype", type(x).__name__)
@@ -230,16 +229,16 @@ def check_bytes(op: str, name: str, x: Any, nbytes: int) -> None:
 
 
 def parse(stream: Any) -> Coded:
-    """Read a stream, all of which is checked.
+    """Parse a stream and check all of it.
 
     Args:
-        stream: its bytes: `bytes`, or what has a buffer of them.
+        stream: `bytes`, or another object with a buffer of bytes.
 
     Returns:
-        Coded; its data are a read-only view of `stream`, in NumPy.
+        Coded; its data is a read-only view of `stream`, in NumPy.
 
     Raises:
-        FormatError: it is no stream, is damaged, or of another version; the text names the field.
+        FormatError: it is no stream, is damaged, or has another version; the text names the field.
         DtypeError: it has no buffer of bytes.
     """
     op = "stream.parse"
@@ -261,7 +260,7 @@ def parse(stream: Any) -> Coded:
     if version != VERSION:
         raise wrong("version", version, VERSION)
     if size != len(data):
-        raise wrong("bytes", len(data), f"the {size} that it says")
+        raise wrong("bytes", len(data), f"the {size} of its header")
     if crc != _crc(data):
         raise FormatError(f"{op}: stream is damaged: its CRC-32 does not hold")
     try:
@@ -280,14 +279,14 @@ def parse(stream: Any) -> Coded:
     if ALIGNMENT + header.nbytes != size:
         raise wrong("bytes", size, f"{ALIGNMENT + header.nbytes}, as its counts have it")
     if header.pack(crc) != bytes(data[:ALIGNMENT]):
-        raise wrong("header", bytes(data[_HEADER.size : ALIGNMENT]), "zeros behind its fields")
+        raise wrong("header", bytes(data[_HEADER.size : ALIGNMENT]), "zeros after its fields")
     coded = Coded(header, data[ALIGNMENT:])
     _check_sections(op, coded)
     return coded
 
 
 def _check_sections(op: str, coded: Coded) -> None:
-    """Check what lies between sections, and that positions rise."""
+    """Check that sections have zeros between them, and that positions rise."""
     end = 0
     for name, of in coded.header.sections().items():
         if coded.data[end : of.offset].any():
@@ -299,5 +298,5 @@ def _check_sections(op: str, coded: Coded) -> None:
 
 
 def _crc(stream: Any) -> int:
-    """CRC-32 of a stream with zeros in its place."""
+    """CRC-32 of a stream, with zeros in place of the checksum."""
     return zlib.crc32(stream[16:], zlib.crc32(bytes(4), zlib.crc32(stream[:12])))

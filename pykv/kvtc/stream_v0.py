@@ -4,14 +4,14 @@ Dimensions: B rows, C coefficients of a row, R ranges, n coefficients of a range
 
     header     i32 quant_type (0 fp8, 1 intx), i32 int_bits, u64 start_idx, u64 end_idx,
                u64 bytes of the payload, u64 bytes of the metadata; little-endian
-    metadata   intx alone: [B] float32 minima, then [B] float32 maxima
-    payload    [B, n] bytes of E4M3FN, or [B, ceil(n * int_bits / 8)] bytes of codes, the lowest
-               bits first; every row begins with a byte of its own
+    metadata   intx only: [B] float32 minima, then [B] float32 maxima
+    payload    [B, n] bytes of E4M3FN, or [B, ceil(n * int_bits / 8)] bytes of codes, lowest bits
+               first; every row begins at a byte
 
-There is no padding, so numbers have any alignment. There is no magic, version, B, C or number of
-ranges either: who reads a stream must know them. Source: kvbm-kernels of NVIDIA Dynamo, but sizes
-are those of what is written: where n does not fill whole bytes, kvbm-kernels' own helper counts
-fewer bytes than its kernel writes.
+There is no padding, so fields are unaligned. The stream holds no magic, version, B, C or number of
+ranges: its reader must know them. Source: kvbm-kernels of NVIDIA Dynamo, except that sizes here
+count the bytes written: if n does not fill whole bytes, kvbm-kernels' own helper counts fewer bytes
+than its kernel writes.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ from pykv.checker import checker
 from pykv.errors import DeviceError, DtypeError, FormatError, ParameterError
 from pykv.options import check_choice, check_type, check_whole
 
-QUANT_TYPES = ("fp8", "intx")  # by their numbers in a header
-BITS = (1, 2, 4, 8)  # of a code of intx
+QUANT_TYPES = ("fp8", "intx")  # indexed by quant_type
+BITS = (1, 2, 4, 8)  # of an intx code
 HEADER = struct.Struct("<iiQQQQ")
 FIELDS = ("quant_type", "int_bits", "start_idx", "end_idx", "packed_data_bytes", "metadata_bytes")
 MOST = 2**28 - 1  # coefficients of a row: kernels count their bits in 32 bits
 
 
 class Range(NamedTuple):
-    """Coefficients start_idx .. end_idx - 1, stored alike.
+    """Coefficients start_idx .. end_idx - 1, in one format.
 
     Attributes:
-        start_idx, end_idx: the first, and the one behind the last.
-        quant_type: "fp8": E4M3FN of the values themselves, without a scale; or "intx": codes
-            between the minimum and the maximum of each row.
-        int_bits: of a code of intx: 1, 2, 4 or 8. Of fp8 0 or 8, which the header repeats.
+        start_idx, end_idx: the first coefficient, and the one after the last.
+        quant_type: "fp8", the values as E4M3FN without a scale; or "intx", integer codes between
+            the minimum and the maximum of each row.
+        int_bits: for intx 1, 2, 4 or 8; for fp8 0 or 8, which only the header shows.
 
     >>> from pykv.kvtc.stream_v0 import Range
     >>> Range(0, 33, "intx", 2).row_bytes
@@ -71,31 +71,34 @@ class Range(NamedTuple):
 
 
 def row_bytes(n: int, bits: int) -> int:
-    """Bytes of n codes of so many `bits`."""
+    """Bytes of n codes of `bits` bits."""
     return -(-n * bits // 8)
 
 
 def check_ranges(
     op: str, ranges: Sequence[Range], features: int | None = None
 ) -> tuple[Range, ...]:
-    """The ranges, which must cover coefficients 0 .. C - 1 once each; their order is free.
+    """Check that ranges cover each coefficient 0 .. C - 1 exactly once, in any order.
 
     Args:
         op: name for messages.
-        ranges: any sequence of Range.
-        features: C; None: what they cover.
+        ranges: a list or tuple of Range.
+        features: C; None: as many as they cover.
+
+    Returns:
+        The ranges, with plain ints.
 
     Raises:
-        DtypeError: one is no Range, or has no whole numbers.
-        ParameterError: two overlap, a coefficient has none, a width is not positive, or a
-            quant_type or int_bits is unknown.
+        DtypeError: one is not a Range, or has fields that are not whole numbers.
+        ParameterError: two overlap, a coefficient has none, a width is not positive, a quant_type
+            or int_bits is unknown, or a row takes 2^31 bytes or more.
     """
     if not isinstance(ranges, list | tuple) or isinstance(ranges, Range):
         raise DtypeError(f"{op}: ranges is a {type(ranges).__name__}, expected a list of Range")
     for i, one in enumerate(ranges):
         check_type(op, f"ranges[{i}]", one, Range)
     try:
-        types = tuple(type(field) for one in ranges for field in one)  # as 1.0 == True == 1
+        types = tuple(type(field) for one in ranges for field in one)  # a key: 1.0 == True == 1
         return _checked(op, tuple(ranges), features, types)
     except TypeError as error:
         if isinstance(error, DtypeError):
@@ -139,12 +142,12 @@ def _checked(
 
 
 def _bytes_of_row(one: Range) -> int:
-    """Of the payload and the metadata."""
+    """Bytes of a row in the payload and the metadata."""
     return one.row_bytes + 8 * one.has_extremes
 
 
 def compressed_size(ranges: Sequence[Range], batch: int) -> int:
-    """Bytes of the stream of `batch` rows; no rows have no headers either.
+    """Bytes of the stream of `batch` rows; 0 for no rows, which have no headers either.
 
     >>> from pykv.kvtc.stream_v0 import Range, compressed_size
     >>> compressed_size([Range(0, 33, "intx", 2)], 8)  # 40 + 8 * 8 + 8 * 9
@@ -156,19 +159,19 @@ def compressed_size(ranges: Sequence[Range], batch: int) -> int:
 
 
 def stream_bytes(ranges: tuple[Range, ...], batch: int) -> int:
-    """`compressed_size` of ranges that are checked."""
+    """`compressed_size`, for ranges that are checked."""
     return offsets(ranges, batch)[-1] if batch else 0
 
 
 @lru_cache(maxsize=256)
 def offsets(ranges: tuple[Range, ...], batch: int) -> tuple[int, ...]:
-    """[R + 1] where the headers of `ranges` begin in a stream of `batch` rows, and its end."""
+    """[R + 1] the offsets of the headers of `ranges` in a stream of `batch` rows, and its end."""
     sizes = (HEADER.size + batch * _bytes_of_row(one) for one in ranges)
     return tuple(accumulate(sizes, initial=0))
 
 
 def row_offsets(ranges: tuple[Range, ...]) -> list[int]:
-    """[R] bytes that a row takes in the ranges before each."""
+    """[R] for each range, the bytes that a row takes in the ranges before it."""
     return list(accumulate(map(_bytes_of_row, ranges), initial=0))[:-1]
 
 
@@ -176,7 +179,7 @@ def row_offsets(ranges: tuple[Range, ...]) -> list[int]:
 
 
 def headers(ranges: tuple[Range, ...], batch: int) -> Any:
-    """[R, 40] uint8: the headers of `ranges` that are checked, for `batch` rows."""
+    """[R, 40] uint8: the headers of checked `ranges`, for `batch` rows."""
     packed = b"".join(HEADER.pack(*_fields(one, batch)) for one in ranges)
     return np.frombuffer(packed, np.uint8).reshape(-1, HEADER.size)
 
@@ -188,15 +191,15 @@ def _fields(one: Range, batch: int) -> tuple[int, ...]:
 
 
 def check_headers(op: str, found: Any, ranges: tuple[Range, ...], batch: int) -> None:
-    """Hold the headers of a stream against the ranges that it should have.
+    """Compare the headers of a stream with the expected ones.
 
     Args:
         op: name for messages.
         found: [R, 40] uint8 on the host.
-        ranges, batch: what should be there, checked.
+        ranges, batch: the expected ranges, checked, and number of rows.
 
     Raises:
-        FormatError: a field is another.
+        FormatError: a field differs.
     """
     wrong = (found != headers(ranges, batch)).any(1)
     if wrong.any():
@@ -211,16 +214,16 @@ def check_headers(op: str, found: Any, ranges: tuple[Range, ...], batch: int) ->
 
 
 def parse(data: Any, num_ranges: int, batch: int, features: int) -> tuple[Range, ...]:
-    """The ranges of a stream whose plan is not known.
+    """Read the ranges of a stream from its headers.
 
     Args:
-        data: [bytes] uint8 of the host, or bytes: the stream and no more.
-        num_ranges, batch, features: R, B and C, which a stream does not say.
+        data: [bytes] uint8 on the host, or bytes: exactly the stream.
+        num_ranges, batch, features: R, B and C, which a stream does not hold.
 
     Raises:
-        FormatError: a header cannot be that of such a stream, ranges overlap or leave a gap, or
-            there are fewer or more bytes than headers say.
-        DtypeError, ParameterError, ShapeError, DeviceError: an argument is none as above.
+        FormatError: a header is invalid, ranges overlap or leave a gap, or `data` has fewer or more
+            bytes than the headers say.
+        DtypeError, ParameterError, ShapeError, DeviceError: an argument is not as above.
     """
     op = "stream_v0.parse"
     num_ranges = check_whole(op, "num_ranges", num_ranges, 0)

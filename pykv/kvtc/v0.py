@@ -1,13 +1,13 @@
-"""Blocks of a cache as coefficients of a basis, quantised into a v0 stream, and back.
+"""Blocks of a cache to coefficients of a basis, quantised into a v0 stream, and back.
 
 Dimensions: N blocks, F features of a block, C coefficients of a row.
 
     compress    rows = blocks - mean; coefficients = rows @ projection; codes
-    decompress  the same backwards, with the transposed projection
+    decompress  the inverse steps, with the transposed projection
 
-Each is three steps on one stream: pykv.ops.kvtc_blocks, linear and kvtc_ranges. A row is a block:
-whatever lies side by side, such as a page's keys in one layer. Source: kvbm-kernels of NVIDIA
-Dynamo; stream_v0 has its format.
+Each enqueues three ops on one stream: pykv.ops.kvtc_blocks, linear and kvtc_ranges. A row is a
+block: any contiguous elements, such as a page's keys in one layer. Source: kvbm-kernels of NVIDIA
+Dynamo; stream_v0 describes the format.
 """
 
 from __future__ import annotations
@@ -35,25 +35,25 @@ __all__ = ["KvtcConfig", "Range", "compress", "compressed_size", "decompress", "
 
 
 def _wide(n: int) -> int:
-    """Elements of a row of n, as products take them."""
+    """n rounded up to a multiple of eight, as `linear` needs."""
     return -(-n // 8) * 8
 
 
 @dataclass(frozen=True, eq=False)
 class KvtcConfig:
-    """What a stream is made with, and read.
+    """The mean, basis and ranges that write and read a stream.
 
     Args:
         mean: [F] float32, of the blocks.
-        projection: [F, C] float32, float16 or bfloat16: orthonormal columns, the basis. NumPy's or
-            CuPy's, like `mean`.
-        ranges: that cover coefficients 0 .. C - 1 once each, in the order of the stream.
+        projection: [F, C] float32, float16 or bfloat16: orthonormal columns, the basis. A NumPy or
+            CuPy array, like `mean`.
+        ranges: cover each coefficient 0 .. C - 1 exactly once, in the order of the stream.
 
     Raises:
-        ShapeError, DtypeError, DeviceError: arrays are none as above.
-        ParameterError: ranges overlap, leave a gap, or are unknown.
+        ShapeError, DtypeError, DeviceError: an array is not as above.
+        ParameterError: ranges overlap, leave a gap, or are of unknown types.
 
-    Keeps the arrays, and a transposed copy of the projection, which must not change.
+    Keeps the arrays and a transposed copy of the projection; neither may change.
 
     >>> from pykv.kvtc import v0
     >>> mean, basis = np.zeros(8, np.float32), np.eye(8, 4, dtype=np.float32)
@@ -82,7 +82,7 @@ class KvtcConfig:
             raise ShapeError(f"{op}: projection has shape {(F, C)}, expected no zeros ([F C])")
         set_ = object.__setattr__
         set_(self, "ranges", check_ranges(op, self.ranges, C))
-        # `linear` wants rows of a multiple of eight elements, so both sides are padded with zeros.
+        # `linear` needs rows of a multiple of eight elements, so both are padded with zeros.
         there, back = self.projection.T, self.projection
         set_(self, "_there", _padded(there, _wide(F)))
         set_(self, "_back", back if C % 8 == 0 else _padded(back, _wide(C)))
@@ -102,19 +102,19 @@ class KvtcConfig:
         return compressed_size(self.ranges, batch)
 
     def workspace_size(self, batch: int) -> int:
-        """Bytes that `compress` and `decompress` of `batch` blocks need for their rows."""
+        """Bytes of workspace that `compress` and `decompress` of `batch` blocks need."""
         return workspace_size(self.features, self.components, batch)
 
 
 def _padded(x: Any, width: int) -> Any:
-    """A contiguous copy with rows of `width`, zeros behind."""
+    """A contiguous copy with rows padded with zeros to `width`."""
     copy = module_of(x).zeros((x.shape[0], width), x.dtype)
     copy[:, : x.shape[1]] = x
     return copy
 
 
 def workspace_size(features: int, components: int, batch: int) -> int:
-    """Bytes of float32 rows, each a multiple of eight wide.
+    """Bytes of the rows and coefficients in float32, both padded to a multiple of eight wide.
 
     Args:
         features, components, batch: F, C and N.
@@ -142,29 +142,29 @@ def compress(
     device: str = "cuda",
     stream: Any = None,
 ) -> Any:
-    """Blocks as a v0 stream.
+    """Compress blocks into a v0 stream.
 
     Args:
-        blocks, dtype, block_stride, num_blocks, device: N blocks of F elements, as
-            kvtc_blocks.gather_mean_subtract takes them.
+        blocks, dtype, block_stride, num_blocks, device: N blocks of F elements, see
+            kvtc_blocks.gather_mean_subtract.
         config: of the stream.
-        out, nonfinite: as of kvtc_ranges.quantize_ranges: [bytes] uint8 on the device or in pinned
-            memory, and [N] int32 to which rows add how many coefficients are not finite.
-        workspace: [bytes] uint8 beside the config, `config.workspace_size(N)` or more, at an
-            address that is a multiple of 16; allocated when missing.
-        gemm: "auto", "own" or "cublas", as of linear.linear.
+        out, nonfinite: see kvtc_ranges.quantize_ranges: [bytes] uint8 on the device or in pinned
+            memory, and [N] int32, to which each row adds its number of non-finite coefficients.
+        workspace: [bytes] uint8 on the config's device, at least `config.workspace_size(N)`, at an
+            address that is a multiple of 16; allocated if None.
+        gemm: "auto", "own" or "cublas", see linear.linear.
         stream: see pykv.cuda.on_stream.
 
     Returns:
-        The stream, a part of `out` or a new array. No blocks make an empty one.
+        The stream, a part of `out` or a new array. Empty if there are no blocks.
 
     Raises:
         CapacityError: `workspace` is too small.
-        ShapeError, DtypeError, ParameterError, DeviceError, UnsupportedError: as the three steps.
+        ShapeError, DtypeError, ParameterError, DeviceError, UnsupportedError: as the three ops.
 
     Runs where the config is. On a GPU it only enqueues, except at its first call, which uploads the
-    ranges; a graph takes `gemm="own"`. A block with a NaN has no coefficient that is finite, and
-    comes back as NaN; `nonfinite` tells of it before.
+    ranges; in a graph pass `gemm="own"`. A block with a NaN has no finite coefficient and decodes
+    to NaN; `nonfinite` reports it.
     """
     op = "v0.compress"
     _check_config(op, config, gemm)
@@ -205,24 +205,24 @@ def decompress(
     device: str = "cuda",
     stream: Any = None,
 ) -> None:
-    """The blocks of a v0 stream.
+    """Decompress a v0 stream into blocks.
 
     Args:
-        codes: [bytes] uint8: the stream and no more, on the device or in pinned memory.
-        config: that it was made with.
-        blocks, dtype, block_stride, num_blocks, device: N blocks of F elements, which are written,
-            as kvtc_blocks.mean_add_scatter takes them.
-        check: hold the headers against the config first, as kvtc_ranges.dequantize_ranges does.
-        workspace, gemm, stream: as of `compress`.
+        codes: [bytes] uint8: exactly the stream, on the device or in pinned memory.
+        config: of the stream.
+        blocks, dtype, block_stride, num_blocks, device: N blocks of F elements to write, see
+            kvtc_blocks.mean_add_scatter.
+        check: compare the headers with the config first, see kvtc_ranges.dequantize_ranges.
+        workspace, gemm, stream: as in `compress`.
 
     Raises:
-        FormatError: `codes` is shorter or longer than N blocks make it, or a header says something
-            else. Blocks are as they were then.
+        FormatError: `codes` has another size than N blocks give, or a header differs. The blocks
+            are unchanged.
         CapacityError: `workspace` is too small.
-        ShapeError, DtypeError, ParameterError, DeviceError, UnsupportedError: as the three steps.
+        ShapeError, DtypeError, ParameterError, DeviceError, UnsupportedError: as the three ops.
 
-    Runs where the config is. On a GPU waits for the headers, unless `check` is False; else it only
-    enqueues, as `compress` does.
+    Runs where the config is. On a GPU it waits for the headers unless `check` is False, and
+    otherwise only enqueues, like `compress`.
     """
     op = "v0.decompress"
     _check_config(op, config, gemm)
@@ -260,7 +260,7 @@ def _check_config(op: str, config: KvtcConfig, gemm: str) -> None:
 def _workspace(
     op: str, config: KvtcConfig, N: int, given: Any, wide: int, narrow: int
 ) -> tuple[Any, Any]:
-    """[N, wide] and [N, narrow] float32; those whose width is a multiple of eight first, so that
+    """[N, wide] and [N, narrow] float32. `wide` is a multiple of eight and comes first, so that
     both are aligned."""
     sizes = 4 * N * wide, 4 * N * narrow
     if given is None:

@@ -1,4 +1,4 @@
-"""What `pykv cache info --disk-cache` says of a folder of tiers."""
+"""`pykv cache info --disk-cache`: describes a folder of tiers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pykv.tiers.sizes import parse_disk
 
 
 def describe(given: str) -> str:
-    """Lines about a folder: its pages, and the counters of all processes that ended normally.
+    """A text about a folder: its pages, and the counters of all processes that ended normally.
 
     Args:
         given: the folder, or "DIR:SIZE" as in `--disk-cache`.

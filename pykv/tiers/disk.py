@@ -2,7 +2,7 @@
 
     DIR/<identity>/<2 digits>/<key>.page   a file of pykv.tensor_files with the array `page`
                    .../<key>-<first>-<n>.page   the same with n heads only, from a rank with these
-    DIR/counters.json                      what tiers of this folder did, in all processes
+    DIR/counters.json                      counters of all processes that used this folder
     DIR/lock                               held while a process makes room or writes the counters
 
 `identity` is a hash of everything that a page's contents depend on besides tokens; `key` is the
@@ -92,10 +92,10 @@ class DiskTier:
         folder: created for its owner alone if it does not exist.
         limit: bytes of all files in it, of any identity. Each other process may exceed it by a
             sixteenth, which it writes before it counts again.
-        identity: what contents depend on, by name.
+        identity: the facts that contents depend on, by name.
         nbytes: of a page.
         heads: which heads the pages have; None: a page is read and written as one.
-        policy: which file goes first, see HostTier.
+        policy: which file is evicted first, see HostTier.
 
     Raises:
         PermissionError: others can write to the folder.
@@ -116,12 +116,12 @@ class DiskTier:
         policy: str = "lru",
     ) -> None:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        check_private(folder)  # whoever can write to it could change what models say
+        check_private(folder)  # anyone who can write to it can change what models say
         facts = identity | dict(format=FORMAT, page_bytes=str(nbytes))
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
         self.folder, self.limit = folder, limit
         self._heads, self._counts_uses = heads, policy == "lfu"
-        self._least = 0  # uses of the file that we deleted last
+        self._least = 0  # uses of the file deleted last
         self._covers = [[None]] if heads is None else heads.covers()
         self._identity, self._own = digest, folder / digest[:32]
         self._own.mkdir(mode=0o700, exist_ok=True)

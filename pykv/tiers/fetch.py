@@ -5,7 +5,7 @@
     advance   between two steps: takes files that were read, copies rows to the cache, and has
               threads read the next files. A page that fails ends the fetch there; the model
               computes the rest
-    cancel    the sequence goes away: copies under way finish, and nobody waits for them
+    cancel    the sequence ends: copies under way finish, and the host does not wait for them
 
 Threads read files. On a GPU, copies are asynchronous and complete by events: the host waits for
 files alone, and only on request.

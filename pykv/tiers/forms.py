@@ -50,7 +50,7 @@ class Form:
     nbytes: int
     layer: int
     parts: tuple[tuple[str, int, tuple[int, ...], Any], ...]
-    exact_pages: ClassVar[int] = 0  # as of CodedForm
+    exact_pages: ClassVar[int] = 0  # see CodedForm
 
     @property
     def name(self) -> str:
@@ -67,7 +67,7 @@ class Form:
 
     @property
     def _head_axis(self) -> int:
-        return 1 if self.spec.layout == "HND" else 2  # behind layers
+        return 1 if self.spec.layout == "HND" else 2  # axis 0 is layers
 
     def _by_head(self, row: np.ndarray, heads: np.ndarray) -> Iterator[tuple[Any, Any]]:
         """Views of each array [H, L, P, ...] of a page: in a row, and in heads."""

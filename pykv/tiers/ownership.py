@@ -1,4 +1,4 @@
-"""Whose pages files hold: the identity of their contents, and which heads of a model they have."""
+"""What a file belongs to: the identity of its contents, and which heads of a model it holds."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from pykv.tiers.host import HostTier, allocate
 from pykv.tiers.moves import Moved, Moves
 from pykv.tiers.sizes import Limit, artefact_of
 
-Opener = Callable[[str, str, Any], Codec]  # of an argument, a codec FILE:RATIO, an array module
+Opener = Callable[[str, str, Any], Codec]  # (name of the argument, "FILE:RATIO", array module)
 EXACT_SHARE = 4  # with an artefact, 1 / 4 of host memory holds the first pages, uncoded
 
 
@@ -28,7 +28,8 @@ class Rows:
 
     Attributes:
         form, file_form: of rows, and of the files written from them.
-        is_coded: by KVTC; then one move takes pages of ascending places alone.
+        is_coded: whether rows are coded by KVTC; then one move takes only pages of ascending
+            places.
         host: which page is in which row.
         moves: copies between rows and the cache.
         places: for each row, where in its sequence its page is.
@@ -108,7 +109,7 @@ class Forms(NamedTuple):
     Attributes:
         plain: without a codec.
         rows: of host memory.
-        files: of the disk tier; that of rows without one.
+        files: of the disk tier; equals `rows` without one.
     """
 
     plain: Form
@@ -128,10 +129,10 @@ def choose_forms(
     open_codec: Opener | None,
     hadamard: bool,
 ) -> Forms:
-    """The forms that codecs of both tiers ask for.
+    """The forms for the codecs of both tiers.
 
     Raises:
-        ParameterError: a codec cannot be had, or is of no use.
+        ParameterError: a codec is unavailable, or would save nothing.
     """
 
     def form(name: str, codec: str, xp: Any) -> Form | CodedForm:
@@ -162,7 +163,7 @@ def choose_forms(
 
 
 def counts_of(limit: Limit, forms: Forms) -> list[int]:
-    """How many rows fit into host memory: of each form, the plain one first if rows are coded.
+    """How many rows of each form fit into host memory; the plain form first if rows are coded.
 
     Raises:
         ParameterError: no row fits.

@@ -367,7 +367,7 @@ def _open_disk(
     identity: dict[str, str] | None,
     heads: tuple[int, int] | None,
 ) -> DiskTier:
-    """The disk tier of a cache; arguments as of Tiers."""
+    """The disk tier of a cache; arguments as in Tiers."""
     written = (forms.files, forms.plain) if forms.exact_pages else (forms.files,)
     part = heads_of(cache, heads, forms.files)
     largest = max(size_of(form.nbytes, form.heads_shape[0]) for form in written)

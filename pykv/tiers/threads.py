@@ -76,7 +76,7 @@ class FileThreads:
         nbytes = rows.file_form_at(rows.places[slot]).nbytes
         written: Future[float] = Future()
         try:
-            # First: an interrupt in between must not leave a thread with a row we do not know of.
+            # First: an interrupt in between must not leave a thread with an unrecorded row.
             self.writing[key] = _Writing(written, nbytes)
             self._submit(written, rows.write, files, key, slot, moved)
         except BaseException:

@@ -1,8 +1,8 @@
-"""Pages from one process to another: prompts that one computes and another answers.
+"""Moves pages between processes: one computes prompts, another answers them.
 
-Local      processes of one machine, by shared memory
-Nixl       processes of several machines, by NVIDIA's NIXL
-Handover   an LLM's pages, by either
+Local      processes of one machine, through shared memory
+Nixl       processes of several machines, through NVIDIA's NIXL
+Handover   an LLM's pages, through either
 """
 
 from importlib import import_module as _import_module
@@ -20,7 +20,7 @@ if _TYPE_CHECKING:
 
 __all__ = ["Handover", "Local", "Message", "Nixl", "PeerRegion", "Region", "Transport", "wait_for"]
 
-_LATER = {"Handover": "handover", "Nixl": "nixl"}  # need the extras `llm` and `nixl`
+_LATER = {"Handover": "handover", "Nixl": "nixl"}  # lazy: need the extras `llm` and `nixl`
 
 
 def __getattr__(name: str) -> _Any:

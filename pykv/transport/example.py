@@ -1,4 +1,4 @@
-"""One process reads a prompt, another goes on with it, and its text is that of one process.
+"""One process computes a prompt, another answers it; the text is compared with a single process's.
 
 python -m pykv.transport.example
 python -m pykv.transport.example --model tiny.gguf --prompt "..." --folder DIR

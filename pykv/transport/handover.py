@@ -1,10 +1,10 @@
-"""Prompts that one process computes and another answers: the pages of their beginning move.
+"""Disaggregated prefill: one process computes prompts and hands their pages to another to answer.
 
     prefill process   Handover(llm, Local("prefill")).serve()
     decode process    Handover(llm, Local("decode")).ask("prefill", prompt), then llm.generate
 
-Both have a model of the same file, weights, kv_dtype and page_size. What goes wrong with the other
-process is a TransportError of that call; the prompt can then be computed here, as ever.
+Both need the same model file, weights, kv_dtype and page_size. A failure of the other process is a
+TransportError of that call; the prompt can then be computed here as usual.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from pykv.tiers.sizes import parse_bytes
 from pykv.transport.interface import Transport, check_engine
 from pykv.transport.messages import Message, check_seconds
 
-THREADS = min(8, os.cpu_count() or 1)  # for reading and checking pages
-_LOOK = 0.2  # seconds of silence before checking that the peer lives
-_MOST_REQUEST = 64  # characters that name a request, which an answer repeats
+THREADS = min(8, os.cpu_count() or 1)  # that read and verify pages
+_LOOK = 0.2  # seconds without a message before checking that the peer lives
+_MOST_REQUEST = 64  # characters of a request's id, which the answer repeats
 
 
 class Handover:
@@ -46,23 +46,23 @@ class Handover:
 
     Args:
         llm: with a prefix cache.
-        transport: an engine, such as pykv.transport.Local; with nothing registered.
-        size: bytes of host memory for pages that others may read, or that have come: the least
-            recently used go first. "256MiB", or an integer.
-        timeout: seconds that an answer may take, and all pages of a call of `take`.
+        transport: an engine, such as pykv.transport.Local, without a registered region.
+        size: bytes of host memory for pages offered or received; evicts the least recently used.
+            "256MiB", or an integer.
+        timeout: seconds that an answer may take, and that all pages of a call of `take` may take.
 
     Attributes:
-        taken_pages, taken_bytes: what came.
+        taken_pages, taken_bytes: pages received, and their bytes.
 
     Raises:
-        ParameterError: the size is less than two pages, the LLM has no prefix cache, or something
-            is registered.
+        ParameterError: the size is less than two pages, the LLM has no prefix cache, or the
+            transport has a region already.
         DtypeError: an argument has another type.
-        CapacityError: there is no such memory, or it cannot be page-locked for a GPU: then close
-            the transport, whose region is taken.
+        CapacityError: the memory cannot be allocated, or not page-locked for a GPU: then close the
+            transport, whose region is taken.
 
-    Not thread-safe; calls of the LLM may run beside it, and wait for no peer. For a GPU the memory
-    is page-locked until the Handover goes. Source: disaggregated prefill, as of
+    Not thread-safe. Calls of the LLM may run concurrently, and wait for no peer. For a GPU the
+    memory stays page-locked as long as the Handover lives. Source: disaggregated prefill, see
     DistServe (Zhong et al., OSDI 2024), vLLM's connectors and NVIDIA Dynamo.
     """
 
@@ -86,14 +86,14 @@ class Handover:
         self._llm, self._transport, self._timeout = llm, transport, timeout
         self._is_exact = llm.is_exact
         facts = identity(llm) | dict(layout=cache.spec.layout)
-        facts |= dict(exact=str(llm.is_exact))  # or files of tiers might take codes
+        facts |= dict(exact=str(llm.is_exact))  # exact caches must not take pages of inexact ones
         self._region = transport.register(nbytes // form.nbytes, form.nbytes, facts)
         rows = self._region.rows
         self._host = HostTier(rows)
-        self._kept: list[int] = []  # rows that a read which was given up may still write to
+        self._kept: list[int] = []  # rows that an abandoned read may still write to
         with llm.turn():
             self._moves = Moves(cache, form, rows)
-            if on_gpu(cache.k):  # pinned, so that a GPU can copy to and from it
+            if on_gpu(cache.k):  # asynchronous copies need pinned memory
                 device = f"cuda:{load_cupy().cuda.runtime.getDevice()}"
                 _pin(f"{op}: size", rows)
                 weakref.finalize(self, _unpin, device, rows, self._moves)
@@ -102,14 +102,17 @@ class Handover:
     # --- To others ---
 
     def offer(self, tokens: str | Sequence[int]) -> int:
-        """Let others read the full pages of tokens, ids or a text, that the cache holds, from the
-        first on.
+        """Let other processes read the full pages that the cache holds for `tokens`, from the first
+        on.
+
+        Args:
+            tokens: ids, or a text.
 
         Returns:
-            How many pages of these tokens others can read; as many as `size` has room for.
+            The number of pages of these tokens that others can read, as far as `size` allows.
 
         Raises:
-            ParameterError: the tokens are none, or the LLM has loaded a coded session since.
+            ParameterError: `tokens` are invalid, or the LLM has since loaded a coded session.
 
         Waits for a GPU.
         """
@@ -140,9 +143,9 @@ class Handover:
         return len(keys)
 
     def serve(self, stop: Callable[[], bool] = lambda: False) -> None:
-        """Compute prompts that others ask for, one by one, until `stop`, which is asked a few times
-        a second. What is wrong with one is said to who sent it. Messages that are no requests are
-        dropped: an answer that came too late must not be answered."""
+        """Compute the prompts that other processes request, one by one, until `stop` returns true;
+        it is called a few times a second. Errors of a request go to its sender. Messages that are
+        not requests are dropped: a late answer must not be answered."""
         if not callable(stop):
             given = type(stop).__name__
             raise DtypeError(f"Handover.serve: stop is a {given}, expected a function")
@@ -155,7 +158,7 @@ class Handover:
                 try:
                     self._transport.notify(message.sender, facts)
                 except TransportError:
-                    pass  # the peer has gone meanwhile
+                    pass  # the peer has ended meanwhile
 
     def _answer(self, message: Message) -> dict[str, Any]:
         request, tokens = message.facts["request"], message.facts.get("tokens")
@@ -179,19 +182,20 @@ class Handover:
             prompt: a text, or token ids.
 
         Returns:
-            How many of the first tokens need no computing here. The last one always does.
+            How many of the first tokens need no prefill here. The last one always does.
 
-        Messages of other processes that come meanwhile are dropped: one that asks should not serve.
+        Drops messages of other processes that arrive meanwhile: a process that asks should not
+        serve.
 
         Raises:
-            TransportError: the peer died, did not answer in time, refused, is of another version,
-                or has pages that are damaged or another model's.
+            TransportError: the peer died, did not answer in time, refused, has another version, or
+                its pages are damaged or of another model.
             CapacityError: there is no memory for the peer's table.
-            As LLM.generate for the prompt.
+            For the prompt, as LLM.generate.
         """
         ids = read_ids(self._llm, "prompt", prompt)
         request = secrets.token_hex(8)
-        self._transport.connect(peer)  # first, so that it computes nothing that cannot be taken
+        self._transport.connect(peer)  # first: no peer computes a prompt that cannot be taken
         self._transport.notify(peer, dict(request=request, tokens=ids))
         facts = self._wait_for(peer, request)
         if "error" in facts:
@@ -199,10 +203,10 @@ class Handover:
         return self.take(peer, ids[:-1]) if len(ids) > 1 else 0
 
     def _wait_for(self, peer: str, request: str) -> dict[str, Any]:
-        """What a peer answers to a request. Answers to requests that were given up are left out."""
+        """The peer's answer to a request. Drops answers to earlier, abandoned requests."""
         end = time.monotonic() + self._timeout
         while (left := end - time.monotonic()) > 0:
-            alive = self._transport.is_alive(peer)  # asked first: it may answer and then end
+            alive = self._transport.is_alive(peer)  # before reading: it may answer, then end
             for message in self._transport.messages(min(left, _LOOK)):
                 if message.sender == peer and message.facts.get("answer") == request:
                     return message.facts
@@ -211,16 +215,20 @@ class Handover:
         raise TransportError(f"Handover.ask: {peer} did not answer in {self._timeout:g} s")
 
     def take(self, peer: str, tokens: str | Sequence[int]) -> int:
-        """Read pages of tokens, ids or a text, that another process offers and this one lacks, from
-        the first on, and have calls find them.
+        """Read the pages of `tokens` that a peer offers and this cache lacks, from the first on,
+        and publish them in the prefix cache.
+
+        Args:
+            peer: the name of a process.
+            tokens: ids, or a text.
 
         Returns:
-            How many of the first tokens need no computing here, because they came or were there.
+            How many of the first tokens need no prefill here: received, or here already.
 
         Raises:
-            TransportError: as `ask`. Pages that came before stay.
+            TransportError: as `ask`. Pages received before stay.
 
-        Nothing is written to the cache unless its checksum holds. Waits for a GPU.
+        A page is written to the cache only if its checksum matches. Waits for a GPU.
         """
         llm, P = self._llm, self._llm.cache.page_size
         ids, end = read_ids(llm, "tokens", tokens), time.monotonic() + self._timeout
@@ -239,13 +247,13 @@ class Handover:
             finally:
                 self._host.release(slots)
             if done < start + most:
-                break  # the peer has the next no longer, or there is no free page
+                break  # the peer has overwritten the next page, or no page is free here
         return done * P
 
     @interrupts.finished
     def _keep(self, ids: list[int], slots: list[int], start: int) -> int:
-        """Write rows to the cache, which hold the pages of tokens from page `start` on. Returns how
-        many the cache has then: others may have computed some meanwhile, or have made it forget."""
+        """Write rows, which hold the pages of tokens from page `start` on, to the cache. Returns
+        how many first pages the cache then has: other calls may have computed or evicted some."""
         llm, manager, P = self._llm, self._llm.cache.manager, self._llm.cache.page_size
         with llm.turn():
             pages = manager.reuse(ids)
@@ -260,7 +268,7 @@ class Handover:
                     try:
                         moved.wait()
                     except BaseException:
-                        moved.join()  # wait, since the pages are given to others next
+                        moved.join()  # the pages are freed next: their next writer waits
                         raise
                     manager.publish(pages, ids[: stop * P])
                     self.taken_pages += len(rows)
@@ -270,7 +278,7 @@ class Handover:
                 manager.free(pages)
 
     def _room_for(self, wanted: int) -> int:
-        """Free pages of the cache, which grows where it may."""
+        """How many pages are free, up to `wanted`; the cache grows if it may."""
         try:
             self._llm.pages.make_room(wanted)
         except CapacityError:
@@ -278,7 +286,7 @@ class Handover:
         return min(self._llm.cache.manager.num_free, wanted)
 
     def _read(self, region: Any, keys: list[bytes]) -> list[int]:
-        """Rows with the first of these pages, as far as the peer has them still."""
+        """Rows with the first of these pages, as far as the peer still has them."""
         slots = self._claim(len(keys), ())
         rows, step = self._region.rows, -(-len(slots) // THREADS) or 1
         parts = [slice(i, i + step) for i in range(0, len(slots), step)]
@@ -292,7 +300,7 @@ class Handover:
             finally:
                 for read in reads:
                     read.cancel()  # one read failed: drop those that have not begun
-                wait(reads)  # before their rows are given back
+                wait(reads)  # before their rows are released
             came = [read.result() for read in reads if not read.cancelled()]
         except BaseException:
             self._release(slots)
@@ -306,7 +314,7 @@ class Handover:
         return slots[:count]
 
     def _claim(self, count: int, busy: Any) -> list[int]:
-        """Rows that nobody is offered any more."""
+        """Claim rows; they are no longer offered to peers."""
         self._moves.wait()
         self._release([])
         slots = self._host.claim(count, busy.__contains__)
@@ -320,8 +328,8 @@ class Handover:
 
     @interrupts.finished
     def _release(self, slots: list[int]) -> None:
-        """Give claimed rows back; those that a read which was given up may still write to stay
-        claimed until it is over."""
+        """Release claimed rows. Rows that an abandoned read may still write to stay claimed until
+        it is over."""
         slots, landing = self._kept + slots, self._transport.landing()
         rows = self._region.rows
         self._kept = [i for i in slots if any(np.may_share_memory(rows[i], x) for x in landing)]
@@ -329,10 +337,10 @@ class Handover:
 
 
 def _pin(what: str, rows: Any) -> None:
-    """Page-lock memory of the host.
+    """Page-lock host memory.
 
     Raises:
-        CapacityError: it cannot be.
+        CapacityError: the system refuses.
     """
     runtime = load_cupy().cuda.runtime
     try:
@@ -345,7 +353,7 @@ def _pin(what: str, rows: Any) -> None:
 
 
 def _unpin(device: str, rows: Any, moves: Moves) -> None:
-    """Undo `_pin` before the memory goes, which others would get as page-locked memory."""
+    """Undo `_pin` before the memory is freed; its next owner would get it page-locked."""
     with cuda.use_device(device):
         moves.wait()
         load_cupy().cuda.runtime.hostUnregister(address_of(rows))

@@ -1,4 +1,4 @@
-"""What an engine must do to bring pages from one process to another."""
+"""The interface of an engine that moves pages between processes."""
 
 from __future__ import annotations
 
@@ -14,67 +14,69 @@ class Transport(Protocol):
     """An engine: memory that other processes read, and messages between them.
 
     Attributes:
-        name: of this process, by which others know it.
+        name: of this process, under which others address it.
 
-    What goes wrong with a peer is a pykv.errors.TransportError of the call, and of no other one.
-    Not thread-safe, but for `get`. One that is closed does nothing any more.
+    A failure of a peer is a pykv.errors.TransportError of that call alone. Not thread-safe, except
+    PeerRegion.get. A closed engine cannot be used again.
     """
 
     name: str
 
     def register(self, count: int, nbytes: int, facts: dict[str, str]) -> Region:
-        """Memory of `count` rows of `nbytes` for pages, which peers read; once. `facts` are all
-        that contents depend on: pages of others are refused. Region.put offers a row.
+        """Allocate the region of this process, once: `count` rows of `nbytes` for pages, which
+        peers can read. Region.put offers a row. `facts` are all that page contents depend on;
+        regions of other facts are refused.
 
         Raises:
-            CapacityError: there is no such memory.
-            ParameterError: there is a region already, or a number is out of its range; `nbytes` are
+            CapacityError: the memory cannot be allocated.
+            ParameterError: there is a region already, a number is out of range, or `nbytes` is not
                 a multiple of 8.
-            DtypeError: one is no whole number, or `facts` are no dict that JSON can hold.
+            DtypeError: one is not a whole number, or `facts` is not a dict that JSON can hold.
         """
 
     def connect(self, peer: str) -> PeerRegion:
-        """The region of a peer as it is now, for `exists` and `get`; after an error `landing` says
-        what may still be written to.
+        """The present region of a peer, for `exists` and `get`. After an error, `landing` lists the
+        memory that may still be written to.
 
         Raises:
-            TransportError: there is no such process, it has died, or its region is none, of another
-                version, or of other pages than those that are registered here.
+            TransportError: there is no such process, it has died, or its region is invalid, of
+                another version, or of other facts or row size than the region registered here.
         """
 
     def landing(self) -> list[Any]:
-        """Memory that a `get` which was given up, or is not over, may still write to: for nobody
-        else until it is not among this any more. A closed engine writes to nothing."""
+        """Memory that an abandoned or unfinished `get` may still write to. It must not be reused
+        until it is no longer listed here. A closed engine writes to no memory."""
 
     def notify(self, peer: str, facts: dict[str, Any]) -> None:
-        """Send `peer` a message: `facts` that JSON can hold, by name.
+        """Send `peer` a message: `facts`, a dict that JSON can hold.
 
         Raises:
-            TransportError: there is no such process, it has died, or takes no message.
-            DtypeError: `facts` are none.
+            TransportError: there is no such process, it has died, or does not accept the message.
+            DtypeError: `facts` is something else.
         """
 
     def messages(self, timeout: float) -> list[Message]:
-        """What has come, once something has or `timeout` seconds have passed. A message that is
-        none is left out.
+        """The messages received; waits up to `timeout` seconds for the first. Invalid messages are
+        dropped.
 
         Raises:
-            DtypeError, ParameterError: `timeout` is no number from 0 to a year.
+            DtypeError, ParameterError: `timeout` is not a number from 0 to a year.
             TransportError: the engine itself fails.
         """
 
     def is_alive(self, peer: str) -> bool:
-        """Whether a process `peer` is there, as far as can be known."""
+        """Whether the process `peer` runs, as far as the engine can tell."""
 
     def close(self) -> None:
-        """Give memory and names back. Also done when the process ends, however it does."""
+        """Release memory and names. A process that ends, or is killed, loses its name as well; the
+        files that Local leaves then are removed by the next process that opens the folder."""
 
 
 def check_engine(op: str, transport: Any) -> None:
     """Check for `op` that `transport` is an engine.
 
     Raises:
-        DtypeError: it is something else.
+        DtypeError: it is not.
     """
     if not all(callable(getattr(transport, name, None)) for name in ("register", "connect")):
         given = type(transport).__name__
@@ -83,12 +85,13 @@ def check_engine(op: str, transport: Any) -> None:
 
 
 def wait_for(transport: Transport, peer: str, timeout: float = 60.0) -> PeerRegion:
-    """Connect to a process that may not have begun yet. Whatever is wrong is tried again meanwhile,
-    another model, too.
+    """Connect to a `peer` that may not have started yet. Retries after any TransportError, even if
+    the peer has another model, for `timeout` seconds.
 
     Raises:
-        TransportError: as Transport.connect, after so many seconds.
-        DtypeError, ParameterError: `transport` is no engine, `peer` no name, `timeout` no time.
+        TransportError: as Transport.connect, after `timeout` seconds.
+        DtypeError, ParameterError: `transport` is not an engine, `peer` not a name, or `timeout`
+            not a number from 0 to a year.
     """
     check_engine("wait_for", transport)
     end = time.monotonic() + check_seconds("wait_for", timeout)

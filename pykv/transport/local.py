@@ -1,13 +1,13 @@
 """Processes of one machine: pages in files of shared memory, messages over Unix sockets.
 
-    FOLDER/<name>.pykv-lock    held while the process lives, by the system
+    FOLDER/<name>.pykv-lock    locked (flock) while the process lives
     FOLDER/<name>.pykv-pages   its region, which it maps and others read
-    FOLDER/<name>.pykv-socket  where it is told things
+    FOLDER/<name>.pykv-socket  where it receives messages
 
-A process that is killed leaves files whose lock nobody holds: the next one that opens the folder
-removes them, and no file of another name. A forked child is no such process: what its parent holds
-is closed in it. multiprocessing.shared_memory would not do: before Python 3.13 whoever attaches a
-segment deletes it when it ends.
+A killed process leaves files whose lock nobody holds. The next process that opens the folder
+removes them, and no files with other names. A forked child does not count as a process here: it
+closes what its parent holds. multiprocessing.shared_memory does not fit: before Python 3.13, a
+process that attaches a segment deletes it when it ends.
 """
 
 from __future__ import annotations
@@ -48,11 +48,12 @@ from pykv.transport.region import PeerRegion, Region, check_region, size_of
 
 LOCK, PAGES, SOCKET = ".pykv-lock", ".pykv-pages", ".pykv-socket"
 _BACKLOG = 64  # senders that may wait to be accepted
-_PATIENCE = 60.0  # seconds to send a message to a process that may be busy, or of silence in one
+_PATIENCE = 60.0  # seconds to send a message to a busy process, or without bytes while receiving
 
 
 def default_folder() -> Path:
-    """Of this user, in memory where the system has such a folder."""
+    """This user's folder: in /dev/shm, if the system has it, else in the folder for temporary
+    files."""
     shared = Path("/dev/shm")
     base = shared if shared.is_dir() else Path(tempfile.gettempdir())
     return base / f"pykv-{os.getuid()}"
@@ -63,16 +64,16 @@ class Local:
 
     Args:
         name: of this process.
-        folder: which all of them share; None: one of this user, in memory. On a disk it works, too,
-            at the speed of the system's cache of files, but for a cache on a GPU, which needs
-            pinned memory: systems pin none of files on a disk.
+        folder: shared by all processes; None: `default_folder`, in memory. A folder on a disk works
+            too, at the speed of the page cache, but not for a cache on a GPU: that needs pinned
+            memory, and systems cannot pin files on a disk.
 
     Raises:
-        ParameterError: a living process has the name, or it or the folder's path is none.
-        DtypeError: one of them is no text or path.
-        PermissionError: others can write to the folder, or the one of this user is a link.
+        ParameterError: a living process has the name, or the name or the path is invalid.
+        DtypeError: the name is not a text, or the folder not a path.
+        PermissionError: others can write to the folder, or the default folder is a link.
         OSError: the folder cannot be made or read, or its path is too long for a socket.
-        UnsupportedError: the system has no Unix sockets.
+        UnsupportedError: the system has no Unix sockets or no file locks.
     """
 
     def __init__(self, name: str, folder: str | os.PathLike[str] | None = None) -> None:
@@ -124,7 +125,7 @@ class Local:
         size, path = size_of(count, nbytes), self._path(self.name, PAGES)
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         try:
-            if hasattr(os, "posix_fallocate"):  # else a full memory kills us later
+            if hasattr(os, "posix_fallocate"):  # fails now if memory is full; no SIGBUS later
                 os.posix_fallocate(fd, 0, size)
             else:
                 os.truncate(fd, size)
@@ -153,7 +154,7 @@ class Local:
         return PeerRegion(peer, file.read, file.size, self._facts, self._nbytes)
 
     def landing(self) -> list[Any]:
-        """See pykv.transport.Transport.landing: none, for reads are over when they return."""
+        """See pykv.transport.Transport.landing: always empty, since reads are synchronous."""
         return []
 
     # --- Messages ---
@@ -189,7 +190,7 @@ class Local:
             poll.poll(1e3 * min(left, 3600))
 
     def _accept(self) -> None:
-        """Take new senders; those that have been silent longest make room."""
+        """Accept new senders; above _BACKLOG connections, close those accepted first."""
         for _ in range(_BACKLOG):
             try:
                 peer, _ = self._socket.accept()
@@ -206,13 +207,13 @@ class Local:
         return _is_held(self._path(check_name("Local.is_alive", "peer", peer), LOCK))
 
     def close(self) -> None:
-        """See pykv.transport.Transport.close. What is mapped stays readable here."""
+        """See pykv.transport.Transport.close. Mapped memory stays readable in this process."""
         if self._lock is not None:
             self._remove(self.name)
             self._let_go()
 
     def _let_go(self) -> None:
-        """Close what this process holds open."""
+        """Close the sockets and the lock of this process."""
         self._socket.close()
         for each in self._coming:
             each.close()
@@ -235,12 +236,12 @@ class Local:
         return self._folder / f"{name}{suffix}"
 
     def _remove(self, name: str) -> None:
-        for suffix in (PAGES, SOCKET, LOCK):  # the lock last: it says who owns the files
+        for suffix in (PAGES, SOCKET, LOCK):  # the lock last: it protects the other files
             with suppress(OSError):
                 self._path(name, suffix).unlink()
 
     def _clear_dead(self) -> None:
-        """Remove what killed processes left."""
+        """Remove the files of killed processes."""
         for path in self._folder.glob(f"*{LOCK}"):
             if path.stem != self.name and is_name(path.stem) and not _is_held(path):
                 held = _hold(path)
@@ -253,7 +254,7 @@ _OPEN: weakref.WeakSet[Local] = weakref.WeakSet()
 
 
 def _leave_to_parent() -> None:
-    """In a forked child, or its parent's locks would outlive the parent."""
+    """In a forked child: close the parent's locks, or they would outlive the parent."""
     for each in list(_OPEN):
         each._let_go()
 
@@ -263,7 +264,7 @@ if hasattr(os, "register_at_fork"):
 
 
 class _Coming:
-    """A message that comes in pieces, given up where none has come for _PATIENCE seconds."""
+    """A message that arrives in pieces; dropped after _PATIENCE seconds without one."""
 
     def __init__(self, peer: socket.socket) -> None:
         peer.setblocking(False)
@@ -275,7 +276,8 @@ class _Coming:
         return self.peer.fileno() >= 0
 
     def read(self) -> Message | None:
-        """The message, once all of it is here. Closed then, and where it is none, or late."""
+        """The message, once it is complete. Closes the connection then, and if the message is
+        invalid or late."""
         with suppress(TransportError, OSError):
             try:
                 while part := self.peer.recv(1 << 20):
@@ -295,7 +297,7 @@ class _Coming:
 
 
 class _File:
-    """A peer's region, read as a file: one that is cut short, or goes, is an error, no signal."""
+    """A peer's region, read as a file, not mapped: a truncated file is an error, not a SIGBUS."""
 
     def __init__(self, peer: str, path: Path) -> None:
         self._peer, self._fd = peer, os.open(path, os.O_RDONLY)
@@ -330,8 +332,8 @@ def _as_path(op: str, folder: Any) -> Path:
 
 
 def _hold(path: Path) -> int | None:
-    """Open and lock a file until it is closed; None where another process holds it."""
-    for _ in range(20):  # a process that only looks holds the lock for a moment
+    """Open and lock a file until it is closed; None if another process holds the lock."""
+    for _ in range(20):  # `_is_held` in another process holds the lock for a moment
         fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -345,7 +347,7 @@ def _hold(path: Path) -> int | None:
 
 
 def _is_held(path: Path) -> bool:
-    """Whether a process holds a file."""
+    """Whether a process holds the lock of a file."""
     try:
         fd = os.open(path, os.O_RDWR)
     except OSError:
@@ -360,11 +362,11 @@ def _is_held(path: Path) -> bool:
 
 
 def _check_own(folder: Path) -> None:
-    """Check that a folder, whose name anybody can guess, was made by this user, and is no link to
-    another one of his.
+    """Check that a folder with a predictable name belongs to this user and is not a link to another
+    of this user's folders.
 
     Raises:
-        PermissionError: it is one.
+        PermissionError: it does not, or is.
     """
     found = folder.lstat()  # once is enough: nobody else can replace it afterwards
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():

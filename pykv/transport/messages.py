@@ -1,9 +1,9 @@
-"""What processes say to each other: facts as JSON, with a name and a checksum.
+"""Messages between processes: facts as JSON, with the sender's name and a checksum.
 
 offset  type     field, little-endian
      0  8s       magic, b"\\x89PYKVTM\\n"
      8  u32      version, 1
-    12  u32      CRC-32 of all bytes behind it
+    12  u32      CRC-32 of all bytes after it
     16  u32 x2   bytes of the sender's name, and of the facts
     24           the name, then the facts, a JSON object, both UTF-8
 """
@@ -26,10 +26,10 @@ _HEADER = struct.Struct("<8s4I")
 
 
 class Message(NamedTuple):
-    """What a process said.
+    """A message.
 
     Attributes:
-        sender: its name.
+        sender: name of the process that sent it.
         facts: by name.
     """
 
@@ -38,12 +38,12 @@ class Message(NamedTuple):
 
 
 def check_name(op: str, argument: str, name: str) -> str:
-    """Check for `op` that `argument` is the name of a process: up to 40 letters, digits,
-    dashes, underscores and dots.
+    """Check for `op` that `argument`, with the value `name`, is a process name: up to 40 letters,
+    digits, dashes, underscores and dots.
 
     Raises:
         ParameterError: it is another text.
-        DtypeError: it is no text.
+        DtypeError: it is not a text.
     """
     check_type(op, argument, name, str, "a name")
     if not is_name(name):
@@ -53,15 +53,15 @@ def check_name(op: str, argument: str, name: str) -> str:
 
 
 def is_name(name: str) -> bool:
-    """Whether a text is the name of a process."""
+    """Whether a text is a valid process name."""
     return re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,39}", name) is not None
 
 
 def check_facts(op: str, facts: Any) -> dict[str, Any]:
-    """Check `facts` for `op`, before something is written or sent.
+    """Check `facts` for `op`, before anything is written or sent.
 
     Raises:
-        DtypeError: they are no dict of names, or hold what JSON does not.
+        DtypeError: they are not a dict with texts as keys, or JSON cannot hold them.
     """
     if not isinstance(facts, dict) or not all(isinstance(name, str) for name in facts):
         raise DtypeError(f"{op}: facts is {facts!r:.80}, expected a dict of names")
@@ -73,10 +73,10 @@ def check_facts(op: str, facts: Any) -> dict[str, Any]:
 
 
 def check_seconds(op: str, timeout: Any) -> float:
-    """Check for `op` a `timeout`, how long a call may wait: up to a year.
+    """Check for `op` a `timeout` in seconds, from 0 to a year.
 
     Raises:
-        DtypeError, ParameterError: it is no number, or out of its range.
+        DtypeError, ParameterError: it is not a number, or out of range.
     """
     return check_number(op, "timeout", timeout, least=0, most=365 * 86400)
 
@@ -85,7 +85,7 @@ def pack(message: Message) -> bytes:
     """The bytes of a `message`.
 
     Raises:
-        ParameterError: they are more than a receiver takes.
+        ParameterError: they exceed MOST_BYTES, which a receiver accepts.
     """
     name, facts = message.sender.encode(), json.dumps(message.facts).encode()
     if _HEADER.size + len(name) + len(facts) > MOST_BYTES:
@@ -99,10 +99,10 @@ def pack(message: Message) -> bytes:
 
 
 def unpack(data: bytes) -> Message:
-    """The message whose bytes `data` are.
+    """The message in the bytes `data`.
 
     Raises:
-        TransportError: they are none, damaged, or of another version.
+        TransportError: they are not a message, are damaged, or of another version.
     """
 
     def wrong(name: str, has: Any, expected: Any) -> TransportError:
@@ -116,7 +116,7 @@ def unpack(data: bytes) -> Message:
     if version != VERSION:
         raise wrong("version", version, VERSION)
     if _HEADER.size + name_bytes + fact_bytes != len(data):
-        raise wrong("bytes", len(data), "as many as it says")
+        raise wrong("bytes", len(data), "as many as its header says")
     if zlib.crc32(data[16:]) != crc:
         raise TransportError("transport: a message is damaged: its CRC-32 does not hold")
     middle = _HEADER.size + name_bytes
@@ -124,7 +124,7 @@ def unpack(data: bytes) -> Message:
         sender = check_name("transport", "sender", data[_HEADER.size : middle].decode())
         facts = json.loads(data[middle:])
     except (ValueError, RecursionError) as error:
-        raise TransportError(f"transport: a message is none: {error}") from None
+        raise TransportError(f"transport: a message is invalid: {error}") from None
     if not isinstance(facts, dict):
         raise wrong("facts", facts, "a JSON object")
     return Message(sender, facts)

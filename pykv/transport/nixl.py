@@ -1,16 +1,18 @@
-"""Processes of one machine or of several, by NVIDIA's NIXL, which takes UCX between hosts.
+"""Processes of one machine or of several, through NVIDIA's NIXL, which uses UCX between hosts.
 
-The extra `nixl`. Its wheels ask for torch, gigabytes of it, and do without: `pip install --no-deps
-nixl-cu12` is 69 MB, and enough for this. Source: https://github.com/ai-dynamo/nixl, its Python API.
+Needs the extra `nixl`. Its wheels require torch, which takes gigabytes, but work without it:
+`pip install --no-deps nixl-cu12`, 69 MB, is enough. Source: the Python API of
+https://github.com/ai-dynamo/nixl.
 
-A process listens at a port, where NIXL's own thread hands out what peers need to reach its memory.
-A region's address is asked for by a message, which a thread of ours answers whatever else the
-process does. That thread also has NIXL go on with what peers read, which by TCP, and at a first
-time, needs both sides: NIXL's own one does so without a pause, and takes a core of each process.
+A process listens on a port, where NIXL's own thread serves the metadata that peers need to reach
+its memory. A peer requests the region's address by a message, which pykv's thread answers whatever
+else the process does. That thread also makes NIXL progress on reads by peers, which need both sides
+over TCP and on first contact. NIXL's own progress thread never sleeps; it takes a core of each
+process.
 
-Pages land in rows of the region, and NIXL cannot take a transfer back. So `landing` says what one
-that was given up may still write to, and no other one of that peer begins, until NIXL says that it
-is over. NIXL lets a peer that was reached write to what is registered, too.
+Pages arrive in rows of the region, and NIXL cannot cancel a transfer. So `landing` lists the memory
+that an abandoned transfer may still write to, and no other transfer from that peer starts, until
+NIXL reports it over. NIXL also lets a connected peer write to registered memory.
 """
 
 from __future__ import annotations
@@ -36,11 +38,11 @@ from pykv.transport import messages
 from pykv.transport.messages import Message, check_facts, check_name, check_seconds
 from pykv.transport.region import PeerRegion, Region, check_region, size_of
 
-_PACKAGES = ("nixl", "nixl_cu13", "nixl_cu12")  # the first one picks one of the others, by torch
-_SCRATCH = 1 << 20  # bytes of what is no page that are read at a time
-_AGAIN = 1.0  # seconds before a request to a peer is repeated, or an answer is given up
-_PAUSE = 1e-3  # seconds between polls of what peers do
-_SELDOM = 20e-3  # the same while this process reads, which waits for Python's lock meanwhile
+_PACKAGES = ("nixl", "nixl_cu13", "nixl_cu12")  # the first picks one of the others by asking torch
+_SCRATCH = 1 << 20  # bytes of a read that does not go to the region's rows
+_AGAIN = 1.0  # seconds before a request to a peer is repeated, or an answer is abandoned
+_PAUSE = 1e-3  # seconds between polls for peers
+_SELDOM = 20e-3  # the same while this process reads: each poll makes the reads wait for the GIL
 
 
 class Nixl:
@@ -48,17 +50,18 @@ class Nixl:
 
     Args:
         name: of this process.
-        port: where it listens, for peers; on all addresses of the host.
-        peers: host and port of each process that this one asks. One that only answers needs none.
+        port: to listen on for peers, on all addresses of the host.
+        peers: (host, port) of each process that this one asks, by name. A process that only answers
+            needs none.
         backend: of NIXL.
-        timeout: seconds that a peer may take to be reached, or to give a page.
+        timeout: seconds to connect to a peer, or to receive a page.
 
     Raises:
-        ParameterError: a name or port is none.
+        ParameterError: a name or the port is invalid.
         InstallError: NIXL is not installed.
         TransportError: NIXL does not start.
 
-    NIXL does not say whether a peer lives: one that has died is one that does not answer in time.
+    NIXL does not report whether a peer lives: a dead peer is one that does not answer in time.
     """
 
     def __init__(
@@ -81,16 +84,16 @@ class Nixl:
             listen_port=port,
             backends=[backend],
         )
-        self._agent = _call("starts not", lambda: api.nixl_agent(name, config))
+        self._agent = _call("cannot start", lambda: api.nixl_agent(name, config))
         if backend not in self._agent.backends:
             raise TransportError(f"{op}: NIXL has no backend {backend!r}")
         self._lock = threading.Lock()  # held during a transfer
-        self._landing: dict[str, tuple[Any, Any]] = {}  # by peer: a transfer, where it writes
+        self._landing: dict[str, tuple[Any, Any]] = {}  # by peer: a transfer and its target
         self._read_at = 0.0  # when a transfer last began
         self._polls = forks.waits_for(threading.Lock())  # held while messages are taken and sorted
         self._inbox: list[Message] = []
-        self._asked: dict[str, tuple[str, list[int]]] = {}  # by request: peer, its region
-        self._scratch: dict[str, Any] = {}  # by peer: where what is no page lands
+        self._asked: dict[str, tuple[str, list[int]]] = {}  # by request: peer, [address, size]
+        self._scratch: dict[str, Any] = {}  # by peer: the target of reads outside of the rows
         self._registered: list[Any] = []
         self._own = range(0)  # addresses of the region
         self._facts: dict[str, str] = {}
@@ -125,7 +128,7 @@ class Nixl:
         region = Region(memory, count, nbytes, facts)
         self._facts, self._nbytes = dict(facts), nbytes
         begin = address_of(memory)
-        self._own = range(begin, begin + size)  # last: peers are told of it from now on
+        self._own = range(begin, begin + size)  # last: from now on peers get this address
         return region
 
     def connect(self, peer: str) -> PeerRegion:
@@ -149,7 +152,7 @@ class Nixl:
             del self._asked[request]  # a late answer is ignored
         address, size = where
         what = [(address, size, 0)]
-        descs = _call("takes no address", lambda: self._agent.get_xfer_descs(what, "DRAM"))
+        descs = _call("cannot describe memory", lambda: self._agent.get_xfer_descs(what, "DRAM"))
         self._reach(op, peer, end, descs)
 
         def read(parts: list[tuple[int, Any]]) -> Generator[Any, None, None]:
@@ -161,12 +164,12 @@ class Nixl:
         """See pykv.transport.Transport.landing."""
         with self._lock:
             for peer in list(self._landing):
-                with suppress(TransportError):  # it stays
+                with suppress(TransportError):  # then it stays listed
                     self._is_over(peer)
             return [land for _, land in self._landing.values()]
 
     def _read(self, peer: str, parts: list[tuple[int, Any]]) -> Generator[Any, None, None]:
-        """Fill arrays from a peer's addresses, and yield each in turn."""
+        """Fill arrays from a peer's addresses, and yield each once it is full."""
         ways, here, there = [self._way(peer, out) for _, out in parts], [], []
         for (address, _), way in zip(parts, ways, strict=True):
             for i, (at, _, piece) in enumerate(way):
@@ -186,8 +189,8 @@ class Nixl:
                 each.release()
 
     def _way(self, peer: str, out: Any) -> list[tuple[int, Any, Any]]:
-        """By way of what an array is filled: addresses, memory there, pieces of the array. A row of
-        the region is written to itself; else what is registered for all that is no page."""
+        """The targets of the transfers that fill an array: (address, its memory, piece of the
+        array). A row of the region is its own target; other arrays go through scratch memory."""
         at = address_of(out)
         if at in self._own:
             return [(at, out, out)]
@@ -198,14 +201,15 @@ class Nixl:
         return [(address_of(land), land, piece) for land, piece in ways]
 
     def _transfer(self, peer: str, lists: list[Any], i: int, land: Any) -> None:
-        """Have NIXL write to `land` what item `i` of lists of memory, here and there, names."""
-        agent, what = self._agent, f"reads nothing of {peer}"
+        """Have NIXL copy item `i` of the peer's list of memory to item `i` of this process's list,
+        which is `land`."""
+        agent, what = self._agent, f"cannot read from {peer}"
         if peer in self._landing and not self._is_over(peer):
             raise TransportError(f"transport: {peer} gave no bytes in time, and may still do so")
 
         def begin() -> str:
             handle = agent.make_prepped_xfer("READ", lists[0], [i], lists[1], [i])
-            self._landing[peer] = handle, land  # until NIXL says that it is over
+            self._landing[peer] = handle, land  # until NIXL reports it over
             return str(agent.transfer(handle))
 
         self._read_at = time.monotonic()
@@ -218,10 +222,10 @@ class Nixl:
         self._let_go(peer)
 
     def _is_over(self, peer: str) -> bool:
-        """Whether the last transfer of a peer is over, which is let go of then."""
+        """Whether the last transfer from a peer is over; releases it then."""
         handle, _ = self._landing[peer]
         try:
-            state = _call("has no state", lambda: self._agent.check_xfer_state(handle))
+            state = _call("cannot query a transfer", lambda: self._agent.check_xfer_state(handle))
         except TransportError:
             state = "ERR"
         if state != "PROC":
@@ -230,12 +234,14 @@ class Nixl:
 
     def _let_go(self, peer: str) -> None:
         handle, _ = self._landing[peer]
-        _call("ends no transfer", lambda: self._agent.release_xfer_handle(handle))
+        _call("cannot release a transfer", lambda: self._agent.release_xfer_handle(handle))
         del self._landing[peer]
 
     def _prepare(self, peer: str, ranges: list[tuple[int, int, int]]) -> Any:
-        """A list of memory, of a peer or ("") of this process, of which transfers name items."""
-        return _call("takes no list", lambda: self._agent.prep_xfer_dlist(peer, ranges, "DRAM"))
+        """A list of memory ranges for transfers, of a peer or ("") of this process."""
+        return _call(
+            "cannot prepare memory", lambda: self._agent.prep_xfer_dlist(peer, ranges, "DRAM")
+        )
 
     # --- Messages ---
 
@@ -247,7 +253,7 @@ class Nixl:
         op = "Nixl.notify"
         self._reach(op, peer, time.monotonic() + timeout)
         data = messages.pack(Message(self.name, check_facts(op, facts)))
-        _call(f"brings no message to {peer}", lambda: self._agent.send_notif(peer, data))
+        _call(f"cannot send a message to {peer}", lambda: self._agent.send_notif(peer, data))
 
     def messages(self, timeout: float) -> list[Message]:
         """See pykv.transport.Transport.messages."""
@@ -261,21 +267,21 @@ class Nixl:
             time.sleep(_PAUSE)
 
     def _poll(self) -> None:
-        """Take what has come; answer who asks for the region."""
+        """Receive messages, and answer requests for the region's address."""
         asking: list[Message] = []
         with self._polls:
-            found = _call("gives no messages", lambda: self._agent.get_new_notifs())
+            found = _call("cannot receive messages", lambda: self._agent.get_new_notifs())
             for sender, all_data in found.items():
                 for data in all_data:
-                    with suppress(TransportError):  # of another sender, or none
+                    with suppress(TransportError):  # invalid message
                         message = messages.unpack(data)
                         if message.sender == sender:
                             self._sort(message, asking)
         for message in asking:
             own = self._own.start, len(self._own)
-            with suppress(TransportError):  # it has gone meanwhile
+            with suppress(TransportError):  # the peer has ended meanwhile
                 answer = {"region": message.facts["region?"], "at": own}
-                self._tell(message.sender, answer, _AGAIN)  # it has said how to reach it
+                self._tell(message.sender, answer, _AGAIN)  # it has sent its metadata before
 
     def _sort(self, message: Message, asking: list[Message]) -> None:
         asked, given = message.facts.get("region?"), message.facts.get("region")
@@ -291,24 +297,24 @@ class Nixl:
     # --- Who lives ---
 
     def is_alive(self, peer: str) -> bool:
-        """See Transport: whether it was reached."""
+        """See Transport; here, whether NIXL has the peer's metadata."""
         return self._is_known(check_name("Nixl.is_alive", "peer", peer))
 
     def close(self) -> None:
         """See pykv.transport.Transport.close."""
         self._stop()
-        for peer in list(self._landing):  # before the agent goes, and that before its memory
+        for peer in list(self._landing):  # transfers first, then the agent, then its memory
             with suppress(TransportError):
                 self._let_go(peer)
         self._landing, self._agent = {}, None
         self._own, self._scratch, self._registered = range(0), {}, []
 
     def _is_known(self, peer: str, where: Any = None) -> bool:
-        what = f"knows nothing of {peer}"
+        what = f"cannot look up {peer}"
         return bool(_call(what, lambda: self._agent.check_remote_metadata(peer, where)))
 
     def _reach(self, op: str, peer: str, end: float, where: Any = None) -> None:
-        """Know how to reach a peer, and its memory at `where`, and have it know this process."""
+        """Exchange metadata with a peer, until NIXL knows the peer and its memory `where`."""
         at = self._peers.get(peer)
 
         def ask() -> None:
@@ -317,7 +323,7 @@ class Nixl:
                 self._agent.send_local_metadata(*at)
 
         def asks() -> bool:
-            _call(f"reaches no {peer}", ask)
+            _call(f"cannot reach {peer}", ask)
             again = time.monotonic() + _AGAIN
             while not (known := self._is_known(peer, where)) and time.monotonic() < again:
                 time.sleep(_PAUSE)
@@ -333,33 +339,33 @@ class Nixl:
             time.sleep(_PAUSE)
 
     def _register(self, size: int) -> Any:
-        """Memory that NIXL may write to, which stays until it ends."""
+        """Allocate memory and register it with NIXL; it lives until `close`."""
         memory = np.zeros(size, np.uint8)
         where = [(address_of(memory), size, 0, "")]
-        _call("registers no memory", lambda: self._agent.register_memory(where, "DRAM"))
+        _call("cannot register memory", lambda: self._agent.register_memory(where, "DRAM"))
         self._registered.append(memory)
         return memory
 
 
 def _attend(engine: weakref.ref[Nixl], stop: threading.Event) -> None:
-    """Take messages and let peers read, also while the process does something else."""
+    """Receive messages and let peers read while the process does something else; a thread."""
     pause = _PAUSE
     while not stop.wait(pause) and (own := engine()) is not None:
-        with suppress(TransportError):  # who calls `messages` meets it
+        with suppress(TransportError):  # `messages` meets and raises it
             own._poll()
         pause = _SELDOM if time.monotonic() - own._read_at < _SELDOM else _PAUSE
-        del own  # or it would never go
+        del own  # or the engine would never be freed
 
 
 def _end(stop: threading.Event, thread: threading.Thread) -> None:
-    """End the thread before its engine goes."""
+    """End the thread before its engine is freed."""
     stop.set()
-    if thread is not threading.current_thread():  # which let go of the engine last
+    if thread is not threading.current_thread():  # the thread held the last reference
         thread.join()
 
 
 def _forget_thread(engine: Nixl) -> None:
-    """In a forked child, which has no such thread, but perhaps a lock of `stop` that it held."""
+    """In a forked child: never run `_end`. The thread is absent, and `stop` may be locked."""
     engine._stop.detach()
 
 
@@ -373,10 +379,10 @@ def _load() -> ModuleType:
 
 
 def _call(what: str, run: Callable[[], Any]) -> Any:
-    """What a call of NIXL returns.
+    """The result of a call of NIXL.
 
     Raises:
-        TransportError: it raises; NIXL's errors have no parent but Exception.
+        TransportError: the call raises; NIXL's errors share no base class but Exception.
     """
     try:
         return run()

@@ -1,22 +1,22 @@
-"""A region of memory that other processes read: pages by key, in rows, with a table of them.
+"""A region of memory that other processes read: rows that hold pages, and a table of their keys.
 
     header   128 bytes, little-endian
              offset  type     field
                   0  8s       magic, b"\\x89PYKVTR\\n"
-                  8  u32      version, 2
+                  8  u32      version, 3
                  12  u32      CRC-32 of the header, computed with zeros here
-                 16  u64 x2   rows, and bytes of each, a multiple of 8
-                 32  32s      SHA-256 of the facts that contents depend on
+                 16  u64 x2   number of rows, and bytes of each, a multiple of 8
+                 32  32s      SHA-256 of the facts that page contents depend on
     table    64 bytes for each row: key 16s, generation u64, checksum u64, zeros
-    rows     from a multiple of 4,096 bytes on, one behind the other
+    rows     contiguous, from the next multiple of 4,096 bytes
 
-A row's generation counts how often it was filled. Its checksum is the sum of its u64 words, each
-times one of 1,021 odd constants, in turn, and of the CRC-32 of key and generation, modulo 2^64:
-whatever happens to one word shows, and of other damage all but one in 2^63 by chance. The number of
-constants is a prime, so that words which change places show, too, unless they are a multiple of
-8,168 bytes apart, as no blocks of pages are. (Multilinear hashing: Carter and Wegman 1979; Lemire
-and Kaser 2014.) Nobody locks: a reader that was late sees another key or generation, or bytes that
-do not fit.
+A row's generation counts how often it was filled. Its checksum, modulo 2^64, is the sum of its u64
+words, each times one of 1,021 odd constants in turn, plus the CRC-32 of key and generation. It
+detects any change of one word; of other damage, one in 2^63 passes by chance. The number of
+constants is prime, so swapped words are detected too, unless their distance is a multiple of 8,168
+bytes, as that of no blocks of pages is. (Multilinear hashing: Carter and Wegman 1979; Lemire and
+Kaser 2014.) There are no locks: a late reader finds another key or generation, or bytes that do not
+match the checksum.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _HEADER = struct.Struct("<8s2I2Q32s")
 _ENTRY = np.dtype([("key", "V16"), ("generation", "<u8"), ("checksum", "<u8"), ("zeros", "V32")])
 _NO_KEY = bytes(16)
 MOST_ROWS = 1 << 22  # bounds the table that a reader allocates to 256 MiB
-# The same in all processes: NumPy keeps the streams of its bit generators.
+# The same in all processes: NumPy guarantees the streams of its bit generators.
 _CONSTANTS = np.random.PCG64(2024).random_raw(1021) | np.uint64(1)
 
 Read = Callable[[list[tuple[int, Any]]], Generator[Any, None, None]]
@@ -58,12 +58,12 @@ def size_of(count: int, nbytes: int) -> int:
 
 
 def check_region(op: str, count: Any, nbytes: Any, facts: Any) -> tuple[int, int]:
-    """Check for `op` what a region is made of, before its memory is: `count` rows of `nbytes`, and
-    `facts`; returns the numbers.
+    """Check for `op` the `count` of rows, their `nbytes` and the `facts` of a region before its
+    memory is allocated; returns the numbers as ints.
 
     Raises:
-        ParameterError: a number is out of its range, or `nbytes` no multiple of 8.
-        DtypeError: one is no whole number, or facts are none.
+        ParameterError: a number is out of range, or `nbytes` is not a multiple of 8.
+        DtypeError: one is not a whole number, or `facts` is not a dict that JSON can hold.
     """
     count = check_whole(op, "count", count, 1, MOST_ROWS)
     nbytes = check_whole(op, "nbytes", nbytes, 1, 1 << 40)
@@ -77,17 +77,17 @@ class Region:
     """A region of this process.
 
     Args:
-        memory: [size_of(count, nbytes)] or more uint8 of the host, which others can read.
+        memory: at least [size_of(count, nbytes)] uint8 on the host, which others can read.
         count, nbytes: of the rows.
-        facts: all that contents depend on, by name.
+        facts: all that page contents depend on, by name.
 
     Attributes:
-        rows: [count, nbytes] uint8; whoever fills one calls `drop` before, and `put` behind.
+        rows: [count, nbytes] uint8; call `drop` before filling a row, and `put` after.
 
     Raises:
-        DtypeError, ShapeError, CapacityError, ParameterError: memory is no such array, too small or
-            read-only.
-        As check_region else.
+        DtypeError, ShapeError, CapacityError, ParameterError: `memory` is not such an array, too
+            small or read-only.
+        Otherwise as check_region.
     """
 
     def __init__(self, memory: Any, count: int, nbytes: int, facts: dict[str, str]) -> None:
@@ -103,7 +103,7 @@ class Region:
         memory[:HEADER_BYTES] = np.frombuffer(header, np.uint8)
 
     def drop(self, slot: int) -> None:
-        """Say that row `slot` holds nothing.
+        """Mark row `slot` as empty.
 
         Raises:
             ParameterError, DtypeError: there is no such row.
@@ -112,11 +112,11 @@ class Region:
         self._table["key"][slot] = _NO_KEY
 
     def put(self, key: bytes, slot: int) -> None:
-        """Offer what row `slot` holds.
+        """Offer the page in row `slot` under `key`.
 
         Raises:
-            ParameterError, DtypeError: there is no such row, or `key` is not of 16 bytes, or of
-                zeros, which stand for none.
+            ParameterError, DtypeError: there is no such row, or `key` is not 16 bytes, or all
+                zeros, which mark an empty row.
         """
         op = "Region.put"
         slot = check_whole(op, "slot", slot, 0, len(self.rows) - 1)
@@ -131,16 +131,18 @@ class Region:
 
 
 class PeerRegion:
-    """A region of another process, none of which is believed.
+    """A region of another process; nothing in it is trusted.
 
     Args:
         peer: its name, for messages.
-        read: fills arrays, each from an offset of the region on, and yields each once it is full.
+        read: takes (offset, array) pairs, fills each array from its offset in the region, and
+            yields it once it is full.
         size: bytes of the region.
         facts, nbytes: of this process's own pages.
 
     Raises:
-        TransportError: it is no region, of another version, of other pages, or other rows.
+        TransportError: it is not a region, or has another version, other facts or rows of another
+            size.
     """
 
     def __init__(
@@ -155,10 +157,10 @@ class PeerRegion:
         self._slots: dict[bytes, tuple[int, int, int]] = {}
 
     def exists(self, keys: list[bytes]) -> list[bytes]:
-        """The first of these keys, until one is not there now.
+        """The first of these keys, up to the first that the region lacks now.
 
         Raises:
-            DtypeError: they are no list of keys of 16 bytes.
+            DtypeError: they are not a list of keys of 16 bytes.
             TransportError: the region cannot be read.
             CapacityError: there is no memory for the peer's table.
         """
@@ -168,7 +170,7 @@ class PeerRegion:
         except MemoryError as error:
             raise CapacityError(f"PeerRegion.exists: a table of {self._count} rows") from error
         self._fill(HEADER_BYTES, table.view(np.uint8))
-        words = np.ascontiguousarray(table["key"]).view("<u8")[::2]  # half a key: faster
+        words = np.ascontiguousarray(table["key"]).view("<u8")[::2]  # prefilter by half a key: fast
         found = np.flatnonzero(np.isin(words, np.frombuffer(b"".join(keys), "<u8")[::2]))
         entries = zip(found.tolist(), table[found].tolist(), strict=True)
         self._slots = {entry[0]: (i, entry[1], entry[2]) for i, entry in entries}
@@ -181,15 +183,16 @@ class PeerRegion:
 
         Args:
             keys: of pages that the last call of `exists` found.
-            rows: [nbytes] uint8 of each; those of pages that do not come hold anything.
+            rows: an array [nbytes] uint8 for each; undefined for pages that are not received.
 
         Returns:
-            How many came, from the first on, until the peer had one no longer.
+            How many pages were received, from the first on, up to one that the peer has
+            overwritten.
 
         Raises:
-            TransportError: one is not what its entry says.
-            ParameterError: `exists` has found none of a key, or rows share memory.
-            ShapeError, DtypeError: there are not as many rows as keys, or one is no such array.
+            TransportError: a page does not match its checksum.
+            ParameterError: `exists` has not found a key, or rows share memory.
+            ShapeError, DtypeError: rows and keys differ in number, or a row is not such an array.
         """
         self._check(keys, rows)
         if not keys:
@@ -197,7 +200,7 @@ class PeerRegion:
         begin, known = _begin(self._count), [self._slots[key] for key in keys]
         starts = [begin + slot * self._nbytes for slot, _, _ in known]
         with closing(self._read(list(zip(starts, rows, strict=True)))) as coming:
-            for i, row in enumerate(coming):  # while caches hold some of it
+            for i, row in enumerate(coming):  # verify it while CPU caches hold part of it
                 key, (slot, generation, checksum) = keys[i], known[i]
                 if _checksum(key, generation, row) == checksum:
                     continue
@@ -212,7 +215,7 @@ class PeerRegion:
         return len(keys)
 
     def _fill(self, at: int, out: Any) -> None:
-        """Fill an array from an offset of the region on."""
+        """Fill an array from an offset in the region."""
         for _ in self._read([(at, out)]):
             pass
 
@@ -252,7 +255,7 @@ def digest(facts: dict[str, str]) -> bytes:
 
 
 def _check_header(peer: str, header: bytes, size: int, facts: bytes, nbytes: int) -> int:
-    """Rows of a region, whose header is right."""
+    """Check a region's header; returns its number of rows."""
     magic, version, crc, count, row_bytes, sha256 = _HEADER.unpack(header[: _HEADER.size])
 
     def wrong(name: str, has: Any, expected: Any) -> TransportError:
@@ -286,7 +289,7 @@ def _header_crc(header: bytes) -> int:
 def _checksum(key: bytes, generation: int, row: Any) -> int:
     words, count = row.view("<u8"), len(_CONSTANTS)
     whole = len(words) // count * count
-    sums = words[:whole].reshape(-1, count).sum(axis=0)  # first: sums are faster than products
+    sums = words[:whole].reshape(-1, count).sum(axis=0)  # add first: faster than multiplying all
     sums[: len(words) - whole] += words[whole:]
     first = zlib.crc32(key + generation.to_bytes(8, "little"))
     return (int(np.dot(sums, _CONSTANTS)) + first) % 2**64

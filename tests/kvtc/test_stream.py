@@ -78,7 +78,7 @@ FIELDS = dict(  # offset, code, wrong values, and what the text says
     window=(80, "I", [0, 2, 4, 2**32 - 4], "window|bytes"),
     row_bytes=(84, "I", [0, 1, 4, 2**32 - 1], "row_bytes|bytes"),
     spec=(88, "32s", [b"int9", b"\xff", b"", b"fp16 \0x"], "spec"),
-    padding=(124, "I", [1], "zeros behind its fields"),
+    padding=(124, "I", [1], "zeros after its fields"),
     gap=(128 + 4 * 12, "B", [1], "bytes before sinks, expected zeros"),
     position=(128 + 4 * 3, "i", [7, -1, 2**31 - 1], "positions"),
 )

@@ -238,7 +238,9 @@ def test_transfers_that_fail(other, here, monkeypatch):
         with pytest.raises(TransportError, match="other gave no bytes: NIXL says ERR"):
             region.exists(KEYS)
         monkeypatch.setattr(Agent, "send_notif", refuse)
-        with pytest.raises(TransportError, match="NIXL brings no message to other: RuntimeError"):
+        with pytest.raises(
+            TransportError, match="NIXL cannot send a message to other: RuntimeError"
+        ):
             here.notify("other", {})
 
 
@@ -331,7 +333,7 @@ def test_a_handle_is_let_go_whatever_happens(made, other, here, monkeypatch):
     for name in ("transfer", "check_xfer_state"):
         with monkeypatch.context() as patch:
             patch.setattr(Agent, name, refuse)
-            with pytest.raises(TransportError, match="NIXL reads nothing of other: RuntimeError"):
+            with pytest.raises(TransportError, match="NIXL cannot read from other: RuntimeError"):
                 region.exists(KEYS)
     assert here.landing() == [] and Agent.released == 2 and region.exists(KEYS) == KEYS
 
@@ -344,7 +346,9 @@ def test_a_handle_that_nixl_keeps_is_kept(made, other, here, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Agent, "release_xfer_handle", refuse)
         for _ in range(2):
-            with pytest.raises(TransportError, match="NIXL ends no transfer: RuntimeError"):
+            with pytest.raises(
+                TransportError, match="NIXL cannot release a transfer: RuntimeError"
+            ):
                 region.get(KEYS, list(own.rows))
         assert len(here.landing()) == 1
     assert here.landing() == [] and region.get(KEYS, list(own.rows)) == 3

@@ -62,7 +62,7 @@ class NoModel:
             s.cached += n
         return [self._next(s) for s, _ in pieces if s.due == 0]
 
-    def decode(self, sequences: list[Sequence], alone: bool) -> list[int]:
+    def decode(self, sequences: list[Sequence], beside: int) -> list[int]:
         for s in sequences:
             s.cached += 1
         return [self._next(s) for s in sequences]
@@ -103,10 +103,10 @@ class _Timed(NoModel):
         self._left = 0.0
         return super().prompts(pieces)
 
-    def decode(self, sequences: list[Sequence], alone: bool) -> list[int]:
+    def decode(self, sequences: list[Sequence], beside: int) -> list[int]:
         if self._left:
             self.between.append(time.perf_counter() - self._left)
-        tokens = super().decode(sequences, alone)
+        tokens = super().decode(sequences, beside)
         began = time.perf_counter()
         time.sleep(STEP_SECONDS)
         now = time.perf_counter()

@@ -80,7 +80,7 @@ def calibrate(
 class Decodes(Protocol):
     """The runner that decodes by one way."""
 
-    def decode(self, sequences: list[Sequence], alone: bool) -> Several[int | None]: ...
+    def decode(self, sequences: list[Sequence], beside: int) -> Several[int | None]: ...
 
 
 class DecodeWays:
@@ -192,7 +192,7 @@ class DecodeWays:
                 s.generated, s.cached = [0], CONTEXT
             started = time.perf_counter()
             for _ in range(self._sample):
-                for s, token in zip(sequences, runner.decode(sequences, alone=True), strict=True):
+                for s, token in zip(sequences, runner.decode(sequences, beside=0), strict=True):
                     s.generated.append(max(token or 0, 0))
             samples.append(time.perf_counter() - started)
         return 1e6 * min(samples[1:]) / self._sample  # the first one compiles and captures

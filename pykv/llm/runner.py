@@ -163,22 +163,25 @@ class ModelRunner:
         is_launch = self.xp is not np and self._decode != "steps" and not paged_check.ALWAYS
         return is_launch and self._evictor is None and all(map(can_go_on, sequences))
 
-    def decode(self, sequences: list[Sequence], alone: bool) -> Several[int | None]:
-        """Put the last token of answers into the cache, and draw the next."""
+    def decode(self, sequences: list[Sequence], beside: int) -> Several[int | None]:
+        """Put the last token of answers into the cache, and draw the next. A step is not launched
+        ahead beside many tokens of prompts: who joins behind these would miss it, and wait for
+        another such step."""
+        goes_on = beside <= steps.PREFILL_TOKENS
         if self._pool is not self.cache.k:  # the cache has grown or was replaced
             self._end_residency()
             self._decoders.clear()
             self._ahead, self._pool = None, self.cache.k
-        tokens = self._begun(sequences)
+        tokens = self._begun(sequences, goes_on)
         if tokens is None:
             self._end_residency()
             self._ahead = None
             decoder = interrupts.allowing(self._decoder_for, sequences)
-            if alone and self._stays(sequences):
+            if beside == 0 and self._stays(sequences):
                 self._residency = decoder.stay(sequences, self._max_resident)
-            elif self._overlaps(sequences):
+            elif goes_on and self._overlaps(sequences):
                 self._ahead = StepsAhead(decoder, self._sampler, sequences)
-            tokens = self._begun(sequences)
+            tokens = self._begun(sequences, goes_on)
         if tokens is not None:
             for s, token in zip(sequences, tokens, strict=True):
                 s.cached += token is not None
@@ -191,12 +194,12 @@ class ModelRunner:
                 self._evictor.see_answer(s, None if queries is None else queries[:, i : i + 1])
         return self._draw(sequences, logits, decoder.peaks)
 
-    def _begun(self, sequences: list[Sequence]) -> Several[int | None] | None:
+    def _begun(self, sequences: list[Sequence], goes_on: bool) -> Several[int | None] | None:
         """The tokens of a launch or a step that is under way; None if there is none of these
-        sequences."""
+        sequences. With `goes_on` the step after that may be launched."""
         if self._residency is not None:
             return self._residency.take(sequences)
-        return None if self._ahead is None else self._ahead.take(sequences)
+        return None if self._ahead is None else self._ahead.take(sequences, goes_on)
 
     def times(self, count: int, *, force: bool) -> Times | None:
         """Microseconds of a step of so many answers by each way, for "auto"; None where there is no

@@ -196,7 +196,7 @@ class Scheduler:
                 return
         if decoding:
             started = time.perf_counter()
-            decode = partial(self._runner.decode, decoding, alone=not pieces)
+            decode = partial(self._runner.decode, decoding, beside=sum(n for _, n in pieces))
             drawn = self._compute(decode, decoding, decoding)
             changed += drawn
             self.stats.decode_tokens += len(drawn)

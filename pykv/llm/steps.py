@@ -36,10 +36,10 @@ class Runner(Protocol):
     def ahead(self, sequences: list[Sequence]) -> int:
         """Tokens of each that `decode` may begin at once, on pages that they have."""
 
-    def decode(self, sequences: list[Sequence], alone: bool) -> Several[int | None]:
+    def decode(self, sequences: list[Sequence], beside: int) -> Several[int | None]:
         """A token for each of some of them at least, None for the others, whose token the next call
-        gives. The next tokens may be begun, too; if they are `alone`, so that the step computes
-        nothing else, more than one of each."""
+        gives. The next tokens may be begun, too; more than one of each if no tokens of prompts are
+        computed `beside` them."""
 
     def leave(self, sequence: Sequence) -> None:
         """Write no more to the pages of a sequence, which are given back."""

@@ -55,12 +55,12 @@ class StepsAhead:
         rows = {s: (row, len(s.generated)) for row, s in enumerate(sequences)}
         self._under_way: _UnderWay | None = self._draw(decoder.run(sequences), rows)
 
-    def take(self, sequences: list[Sequence]) -> list[int | None] | None:
+    def take(self, sequences: list[Sequence], goes_on: bool) -> list[int | None] | None:
         """The next token of each sequence, -1 where logits are not finite; log probabilities are
         appended to the sequence. None for those that have come since the step under way began: they
         have a row in the next one. None altogether if there is no step under way of any of them.
 
-        Launches the next step, if that can be, and then waits for the tokens.
+        With `goes_on` the next step is launched, if that can be; then the tokens are waited for.
         """
         now, self._under_way = self._under_way, None
         if now is None:
@@ -69,7 +69,8 @@ class StepsAhead:
         rows = {s: (row, index) for s, (row, index) in rows.items() if index == len(s.generated)}
         if not rows:
             return None
-        self._under_way = self._next(sequences, rows, now.drawn.ids)
+        if goes_on:
+            self._under_way = self._next(sequences, rows, now.drawn.ids)
         self._link.wait_event(now.done)
         drawn, found = now.drawn.read(now.drawn.words.get(self._link))
         tokens: list[int | None] = [None] * len(sequences)

@@ -51,7 +51,7 @@ class Fake:
 
     def __init__(self, pages, last, most_ahead=1):
         self.manager, self.last, self.most = BlockManager(pages, P), last, MOST
-        self.most_ahead = most_ahead
+        self.most_ahead, self.under_way = most_ahead, set()
         self.states = {}  # the state that each slot holds
         self.computed = 0  # tokens of all steps
         self.step_tokens = self.step_answers = 0
@@ -106,7 +106,7 @@ class Fake:
         return [self.draw(s) for s, _ in pieces if s.due == 0]
 
     def leave(self, s):
-        pass
+        self.under_way.discard(s)
 
     def ahead(self, sequences):
         return self.most_ahead
@@ -118,15 +118,19 @@ class Fake:
             assert self.manager._states.is_own(page)
             self.states[self.slot(s, position)] = None
 
-    def decode(self, sequences, alone):
+    def decode(self, sequences, beside):
+        """With `most_ahead` of 2, those that come while others are under way get no token yet."""
         assert all(s.due == 1 and s.generated for s in sequences)
-        self.fail("decode", [(s, 1) for s in sequences])
-        for s in sequences:
+        under_way = [s for s in sequences if s in self.under_way]
+        self.under_way = set(sequences) if self.most_ahead == 2 else set()
+        due = under_way or sequences
+        self.fail("decode", [(s, 1) for s in due])
+        for s in due:
             self.compute(s, 1)
-        self.step_answers += len(sequences)
-        tokens = [self.draw(s) for s in sequences]
-        if alone and self.most_ahead > 1:
-            for s in sequences:
+        self.step_answers += len(due)
+        tokens = [self.draw(s) if s in due else None for s in sequences]
+        if (beside == 0 and self.most_ahead > 1) or self.most_ahead == 2:
+            for s in due:
                 self.begin_ahead(s)
         return tokens
 
@@ -412,7 +416,7 @@ def test_many_steps(steps):
             prefix_cache=choose.random() < 0.8,
             slots=choose.choice([None, None, 3]),
             choice=choose.randrange if choose.random() < 0.7 else None,
-            ahead=choose.choice([1, 1, 3, 20]),
+            ahead=choose.choice([1, 2, 2, 3, 20]),
         )
         for _ in range(500):
             if choose.random() < 0.5:
@@ -561,8 +565,8 @@ def test_all_of_a_step_that_fails_wait_again(monkeypatch):
         world.step()
     decode, left = world.fake.decode, []
 
-    def failing(some, alone):
-        decode(some, alone)
+    def failing(some, beside):
+        decode(some, beside)
         raise RuntimeError("planted")
 
     def refused(s):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from pykv.errors import NumberError
-from pykv.llm import LLM, SamplingParams, steps_ahead
+from pykv.llm import LLM, SamplingParams, steps, steps_ahead
 from pykv.llm.decoder import Decoder
 from tests.helpers import swept
 from tests.llm import tiny
@@ -63,14 +63,14 @@ def test_tokens_are_those_of_one_step_after_another(open_, launched, rng, name, 
     prompts = prompts_of(rng, 5, 15, 33)
     more = dict(temperature=0.9, seed=3, top_k=40) if sampled else {}
     more |= dict(logprobs=2)
-    steps = open_(name, device="cpu", **options)
-    tokens = steps.generate(prompts[:1], SamplingParams(max_tokens=6, **more))[0].token_ids
+    one_by_one = open_(name, device="cpu", **options)
+    tokens = one_by_one.generate(prompts[:1], SamplingParams(max_tokens=6, **more))[0].token_ids
     params = [
         SamplingParams(max_tokens=6, stop_token_ids=(tokens[2],), **more),
         SamplingParams(max_tokens=4, **more),
         SamplingParams(max_tokens=6, **more),
     ]
-    want = steps.generate(prompts, params)
+    want = one_by_one.generate(prompts, params)
     llm = open_(name, **options)
     got = llm.generate(prompts, params)
     assert facts(got) == facts(want)
@@ -113,13 +113,26 @@ def test_answers_that_lose_their_pages_begin_again(open_, launched, rng, pages):
         SamplingParams(max_tokens=n, temperature=t, seed=n, ignore_eos=True)
         for n, t in ((9, 0), (12, 0.8), (7, 0), (10, 0.7))
     ]
-    steps = open_(device="cpu", **options)
-    want = [steps.generate([p], x)[0].token_ids for p, x in zip(prompts, params, strict=True)]
+    one_by_one = open_(device="cpu", **options)
+    want = [one_by_one.generate([p], x)[0].token_ids for p, x in zip(prompts, params, strict=True)]
     llm = open_(**options)
     for _ in range(2):
         assert [x.token_ids for x in llm.generate(prompts, params)] == want
     assert llm.stats.preemptions > 0 and any(launched)
     assert llm.cache.manager.num_free == pages
+
+
+def test_no_step_is_launched_ahead_beside_many_tokens_of_prompts(open_, launched, rng):
+    """Else a sequence that joins behind them would get its second token two such steps later."""
+    llm = open_()
+    stream = llm.stream(prompts_of(rng, 5)[0], greedy(9))
+    next(stream), next(stream)
+    (s,), runner = llm._scheduler.running, llm.runner
+    for beside, count in ((steps.PREFILL_TOKENS, 1), (steps.PREFILL_TOKENS + 1, 0)) * 2:
+        launched.clear()
+        (token,) = runner.decode([s], beside)
+        s.append(token)
+        assert len(launched) == count and (runner._ahead._under_way is not None) == bool(count)
 
 
 def test_what_the_host_must_see_is_not_launched_ahead(open_, launched, rng):
@@ -187,9 +200,9 @@ def test_what_is_under_way_is_forgotten_with_its_sequence(open_, monkeypatch, rn
     (s,), ahead = llm._scheduler.running, llm.runner._ahead
     assert s in ahead._under_way.rows
     s.generated.append(3)
-    assert ahead.take([s]) is None
+    assert ahead.take([s], True) is None
     s.generated.pop()
-    assert ahead.take([s]) is None  # that step is forgotten
+    assert ahead.take([s], True) is None  # that step is forgotten
     llm.runner._ahead = steps_ahead.StepsAhead(ahead._decoder, ahead._sampler, [s])
     llm.runner.leave(s)
-    assert llm.runner._ahead.take([s]) is None
+    assert llm.runner._ahead.take([s], True) is None

@@ -34,7 +34,14 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 from pykv.cache_folder import check_private
-from pykv.errors import CapacityError, DtypeError, ParameterError, TransportError, UnsupportedError
+from pykv.errors import (
+    CapacityError,
+    DtypeError,
+    ParameterError,
+    TransportError,
+    UnsupportedError,
+    quoted,
+)
 from pykv.transport import messages
 from pykv.transport.messages import (
     MOST_BYTES,
@@ -325,7 +332,7 @@ def _as_path(op: str, folder: Any) -> Path:
         given = type(folder).__name__
         raise DtypeError(f"{op}: folder is a {given}, expected a path") from None
     except ValueError:
-        raise ParameterError(f"{op}: folder is {folder!a:.80}, expected a path") from None
+        raise ParameterError(f"{op}: folder is {quoted(folder)}, expected a path") from None
     return path
 
 

@@ -252,6 +252,16 @@ class Layer(CacheLayerMixin):  # type: ignore[misc]
         batch = self.store.batch
         return 0 if batch is None else batch.columns[self.index]
 
+    def reset(self) -> None:
+        """Forget the layer's tokens. As layers share pages it takes others once each was reset,
+        which is what `Cache.reset` does."""
+        self.new = self.step = None
+        batch = self.store.batch
+        if batch is not None:
+            batch.reset(self.index)
+            if not any(batch.columns):
+                self.store.batch = None
+
     def get_mask_sizes(self, query: Any) -> tuple[int, int]:
         """Keys and the first of them, for so many queries, or for their positions (before 5.0)."""
         return self.get_seq_length() + (query if isinstance(query, int) else len(query)), 0

@@ -159,7 +159,7 @@ def evict(policy: Policy | AdaKV | str) -> Change:
             [tokens],
             dict(enumerate(policies)),
             queries=queries,
-            scale=config.attention_scale,
+            scale=config.attention_scales,
             logits_soft_cap=config.attention_cap,
             rotary=Rotary(config.inv_freq, config.kind.pairing) if looks_ahead else None,
         )

@@ -122,7 +122,10 @@ def _check_options(op: str, dims: Dims, has_tree: bool, options: tuple[Any, ...]
 
 
 # Kernels multiply queries by scale, or scale / cap, before they sum products with keys. Within
-# these bounds the sums stay in float32 as long as queries and keys are below 1e7.
+# these bounds the sums stay in float32 as long as queries and keys are below 1e7. Tensor cores want
+# scores within 1e7 as well: as exponents of 2 their last place is 4 from 2^25 on (2.3e7). Then the
+# base of a row, a sum of a score and the exponent of a value's scale, may be 2 too low, and a
+# weight times a scale exceed f16, of which kernels_cu/softmax.cuh leaves it a factor of 2.
 _MOST, _LEAST_CAP = 1e15, 1e-5
 
 

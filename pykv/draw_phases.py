@@ -14,7 +14,7 @@ import numpy as np
 
 from pykv.arrays import FLOAT32, INT32, UINT64
 from pykv.checker import checker
-from pykv.errors import ParameterError, ShapeError
+from pykv.errors import ParameterError, ShapeError, quoted
 from pykv.ops import adjust_logits, logprobs, sample
 from pykv.overlaps import bytes_of
 from pykv.phase_stages import Touched
@@ -122,7 +122,7 @@ class Draw(NamedTuple):
         dims = _draw_checker(op)(*arrays)
         sample.check_vocabulary(op, dims["V"])
         if not isinstance(filters, tuple) or not set(filters) <= set(FILTERS):
-            raise ParameterError(f"{op}: filters is {filters!r:.80}, expected some of {FILTERS}")
+            raise ParameterError(f"{op}: filters is {quoted(filters)}, expected some of {FILTERS}")
 
     def touched(self) -> Touched:
         *read, out, _ = self

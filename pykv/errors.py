@@ -21,9 +21,60 @@ Texts read `op: argument has X, expected Y`, on one line.
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Iterator
+from typing import Any
 
 _START, _END = 700, 200  # characters of a long text that are kept: what it is, and was to be
+_ENTRIES = 80  # entries of an array above which errors have its dtype and shape
+_BRACKETS: dict[Any, str] = {list.__repr__: "[]", tuple.__repr__: "()", dict.__repr__: "{}"}
+
+
+def quoted(value: object, most: int = 80) -> str:
+    """A value as errors quote it: its repr, which ends with "..." where it would be longer than
+    `most` characters. What is not shown of lists and texts costs nothing.
+
+    >>> from pykv.errors import quoted
+    >>> quoted([1, "a"]), quoted(list(range(1000000)), 10), quoted({"x": 10**5000})
+    ("[1, 'a']", '[0, 1, ...', "{'x': an integer of 16610 bits}")
+    """
+    text = ""
+    for piece in _pieces(value, most):
+        text += piece
+        if len(text) > most:
+            return f"{text[: most - 3]}..."
+    return text
+
+
+def _pieces(value: Any, most: int) -> Iterator[str]:
+    """The repr of a value, part by part: whoever reads a few need not wait for the others."""
+    written: Any = type(value).__repr__
+    if written in (str.__repr__, bytes.__repr__):
+        yield repr(value[: most + 1])
+    elif written is int.__repr__ and value.bit_length() > 256:
+        yield f"an integer of {value.bit_length()} bits"  # Python writes none of 5,000 digits
+    elif written in _BRACKETS:
+        brackets = _BRACKETS[written]
+        yield brackets[0]
+        for i, entry in enumerate(value.items() if written is dict.__repr__ else value):
+            yield ", " * (i > 0)
+            if written is dict.__repr__:
+                key, entry = entry
+                yield from _pieces(key, most)
+                yield ": "
+            yield from _pieces(entry, most)
+        yield "," * (written is tuple.__repr__ and len(value) == 1) + brackets[1]
+    elif _is_long(value):
+        yield f"{value.dtype}{list(value.shape)}"
+    else:
+        yield repr(value)
+
+
+def _is_long(value: Any) -> bool:
+    """Whether it is an array, of any library, whose entries would not be seen."""
+    shape = getattr(value, "shape", None)
+    return isinstance(shape, tuple) and hasattr(value, "dtype") and math.prod(shape) > _ENTRIES
 
 
 class PykvError(Exception):

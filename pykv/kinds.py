@@ -45,7 +45,7 @@ import ml_dtypes
 import numpy as np
 
 from pykv.arrays import BFLOAT16, FLOATS, is_numpy
-from pykv.errors import DtypeError, ParameterError, ShapeError
+from pykv.errors import DtypeError, ParameterError, ShapeError, quoted
 from pykv.options import check_float_dtype, check_type
 
 SMALLEST = np.float32(1e-8)  # lower bound of max |x|: keeps 1 / scale finite
@@ -121,7 +121,7 @@ def _check_scale(op: str, scale: Any, shape: tuple[int, ...]) -> None:
     try:
         scale = np.asarray(scale)
     except Exception as error:  # lists of several lengths; other libraries may raise anything
-        raise DtypeError(f"{op}: scale is {scale!r:.80}, expected an array: {error}") from None
+        raise DtypeError(f"{op}: scale is {quoted(scale)}, expected an array: {error}") from None
     if scale.dtype not in SCALE_DTYPES.values():
         raise DtypeError(f"{op}: scale has dtype {scale.dtype}, expected float16 or float32")
     try:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from pykv.arrays import FLOATS, is_numpy
-from pykv.errors import DtypeError, ParameterError
+from pykv.errors import DtypeError, ParameterError, quoted
 from pykv.terminal import meant
 
 _BOOLS = {bool, np.bool_}
@@ -77,7 +77,7 @@ def check_whole(op: str, name: str, value: Any, least: int, most: int = _LARGEST
     if not least <= whole <= most:
         is_open = most == _LARGEST_SIZE and whole < least
         bounds = f"at least {least}" if is_open else f"{least} to {most}"
-        raise ParameterError(f"{op}: {name} is {_shown(whole)}, expected {bounds}")
+        raise ParameterError(f"{op}: {name} is {quoted(whole)}, expected {bounds}")
     return whole
 
 
@@ -112,13 +112,7 @@ def check_number(
         expected = f"{least:g} to {most:g}"
     elif most < _LARGEST:
         expected = f"a {'positive ' * positive}number up to {most:g}"
-    raise ParameterError(f"{op}: {name} is {_shown(value)}, expected {expected}")
-
-
-def _shown(value: Any) -> Any:
-    """A number as errors show it: Python writes no integer of thousands of digits."""
-    is_long = isinstance(value, int) and value.bit_length() > 256
-    return f"an integer of {value.bit_length()} bits" if is_long else value
+    raise ParameterError(f"{op}: {name} is {quoted(value)}, expected {expected}")
 
 
 def check_flag(op: str, name: str, value: Any) -> bool:
@@ -130,7 +124,7 @@ def check_flag(op: str, name: str, value: Any) -> bool:
     if value is True or value is False:
         return value
     if not isinstance(value, (int, np.bool_)) or value not in (0, 1):
-        raise DtypeError(f"{op}: {name} is {value!r}, expected True or False")
+        raise DtypeError(f"{op}: {name} is {quoted(value)}, expected True or False")
     return bool(value)
 
 
@@ -140,7 +134,7 @@ def chosen(variable: str, *choices: str) -> str:
     value = os.environ.get(variable, "")
     if not value or value in choices:
         return value
-    warnings.warn(f"{variable} is {value!r:.80}, expected {' or '.join(choices)}", stacklevel=3)
+    warnings.warn(f"{variable} is {quoted(value)}, expected {' or '.join(choices)}", stacklevel=3)
     return ""
 
 
@@ -153,7 +147,7 @@ def check_choice(op: str, name: str, value: Any, choices: tuple[str, ...]) -> st
     if not isinstance(value, str) or value not in choices:
         near = meant(value, choices) if isinstance(value, str) else ""
         expected = f"one of {', '.join(choices)}{near}"
-        raise ParameterError(f"{op}: {name} is {value!r:.80}, expected {expected}")
+        raise ParameterError(f"{op}: {name} is {quoted(value)}, expected {expected}")
     return value
 
 
@@ -173,7 +167,7 @@ def check_float_dtype(
     except (TypeError, ValueError, AttributeError):
         dtype = None
     if dtype is None or dtype not in dtypes:
-        given = repr(value) if dtype is None else dtype
+        given = quoted(value) if dtype is None else dtype
         *others, last = map(str, dtypes)
         raise DtypeError(f"{op}: {name} is {given}, expected {', '.join(others)} or {last}")
     return dtype
@@ -200,7 +194,7 @@ def page_ids(op: str, name: str, pages: Any, least: int, most: int, *, first: in
     holds_bools = isinstance(pages, list | tuple) and not _BOOLS.isdisjoint(map(type, pages))
     is_masked = isinstance(pages, np.ma.MaskedArray)
     if ids.ndim != 1 or ids.dtype.kind not in "iu" or holds_bools or is_masked:
-        raise ParameterError(f"{op}: {name} is {pages!r:.80}, expected {expected}")
+        raise ParameterError(f"{op}: {name} is {quoted(pages)}, expected {expected}")
     check_entries(op, name, ids, least, most, first=first)
     return ids.astype(np.int64)
 

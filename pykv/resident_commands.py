@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from pykv.errors import DtypeError, ParameterError
+from pykv.errors import DtypeError, ParameterError, quoted
 from pykv.number_texts import counted
 from pykv.options import check_whole
 from pykv.resident_tokens import Inputs, clear
@@ -66,7 +66,7 @@ def of_pages(op: str, pages: Any, table: tuple[int, ...], num_pages: int) -> lis
     for given in listed(op, "pages", pages):
         is_three = isinstance(given, (list, tuple)) and len(given) == 3
         if not is_three or not isinstance(given[2], (list, tuple)):
-            raise DtypeError(f"{op}: pages has {given!r:.80}, expected (row, place, pages)")
+            raise DtypeError(f"{op}: pages has {quoted(given)}, expected (row, place, pages)")
         row = check_whole(op, "a row of pages", given[0], 0, T - 1)
         ids = _wholes(op, "pages", given[2], num_pages - 1)
         place = check_whole(op, "a place of pages", given[1], 0, M - len(ids))
@@ -112,7 +112,7 @@ def of_start(
     for given in params:
         is_two = isinstance(given, (list, tuple)) and len(given) == 2
         if not is_two or not isinstance(given[1], (list, tuple)):
-            raise DtypeError(f"{op}: params has {given!r:.80}, expected (place, words)")
+            raise DtypeError(f"{op}: params has {quoted(given)}, expected (place, words)")
         words = [check_whole(op, "params", word, -MOST - 1, MOST) for word in given[1]]
         most = len(inputs.params) - len(words)
         place = check_whole(op, "a place of params", given[0], 0, most)

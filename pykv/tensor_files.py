@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pykv import whole_files
-from pykv.errors import FormatError
+from pykv.errors import FormatError, quoted
 from pykv.number_texts import whole_of
 
 _MAX_HEADER = 1 << 20  # bytes; ours take less than 2 KiB
@@ -100,7 +100,7 @@ def read_header(op: str, file: BufferedReader, path: Path, kind: str, expected: 
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise FormatError(f"{op}: {path} is no {kind}: its header is damaged") from error
     if found != expected:
-        raise FormatError(f"{op}: {path} has format {shown(found)!r}, expected {expected!r}")
+        raise FormatError(f"{op}: {path} has format {quoted(found)}, expected {expected!r}")
     if not is_text:
         raise FormatError(f"{op}: {path} has metadata that is no text")
     if "sha256" not in metadata:
@@ -160,8 +160,8 @@ def read_rows(
 
 def shown(value: Any) -> str:
     """What a file holds, for a message of one line: a terminal must not obey it."""
-    text = value if isinstance(value, str) and value.isprintable() else repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    is_short = isinstance(value, str) and value.isprintable() and len(value) <= 80
+    return value if is_short else quoted(value)
 
 
 def _bytes(x: Any) -> memoryview:

@@ -1,6 +1,7 @@
 """Eviction from paged caches: what stays, where it lies, what attention makes of it, and whose
 pages are whose."""
 
+import itertools
 import types
 
 import numpy as np
@@ -184,6 +185,28 @@ def test_what_stays_is_what_the_papers_say(xp, rng, policy, T):
                 assert (positions[b, head, len(want) :] == -1).all()
                 moved = held(cache, layer, sequences[b], len(want), head)
                 assert_same_bits(moved, rows[layer][b][:, want, head])
+
+
+def test_each_layer_may_have_a_scale_of_its_own(xp, rng):
+    """As where YaRN magnifies some layers alone."""
+    cache, sequences, rows = cache_of(xp, rng)
+    (q, queries), scales = queries_of(xp, rng), tuple(np.geomspace(0.02, 3, L).tolist())
+    for scale in (scales[1:], (*scales, 1.0)):
+        with pytest.raises(
+            ShapeError, match=f"scale has {len(scale)} numbers, expected one, or {L}"
+        ):
+            eviction.evict(cache, sequences, LENGTHS, TOVA(budget=8), queries=queries, scale=scale)
+    with pytest.raises(ParameterError, match=r"evict: scale\[1\] is inf"):
+        eviction.evict(cache, sequences, LENGTHS, "random:8", scale=(1.0, np.inf))
+    evicted = eviction.evict(
+        cache, sequences, LENGTHS, TOVA(budget=8), queries=queries, scale=scales
+    )
+    for (layer, scale), (b, n) in itertools.product(enumerate(scales), enumerate(LENGTHS)):
+        scores = mass_of(q[layer, b, -1:], rows[layer][b][0].astype(np.float64), scale).sum(0)
+        want = best(scores, min(8, n))
+        for head in range(H):
+            got = to_numpy(evicted.positions[layer])[b, head, : len(want)]
+            assert got.tolist() == want
 
 
 @pytest.mark.parametrize(

@@ -102,6 +102,8 @@ def kind_of(name, parameter, value):
         return "object"
     if words & {"Ids", "Sequence", "Several", "list"}:
         return "lists" if annotation.count("list[") + annotation.count("Sequence[") > 1 else "list"
+    if "float | tuple[" in annotation:  # one, or one for each layer
+        return "float"
     if "tuple" in words or "Range" in words:
         return "shape" if name == "shape" else "pair"
     if "Callable" in words:

@@ -134,7 +134,7 @@ def attend(llm, cache, layer, k, v):
     lengths = xp.arange(EVERY, cache.page_size + 1, EVERY, dtype=np.int32)
     table = xp.zeros((len(lengths), 1), np.int32)
     q = xp.concatenate(cache.queries[layer])
-    options = dict(scale=config.attention_scale, window=config.windows[layer])
+    options = dict(scale=config.attention_scales[layer], window=config.windows[layer])
     return host(paged_decode.decode(q, k, v, table, lengths, **options))
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from pykv.arrays import BFLOAT16
-from pykv.errors import ParameterError
+from pykv.errors import ParameterError, quoted
 from pykv.number_texts import number_of, whole_of
 from pykv.specs import KVSpec
 
@@ -274,5 +274,7 @@ def _keep(bench: str, cases: Sequence[Case], filters: Sequence[str]) -> list[Cas
 def check_folder(op: str, folder: str) -> str:
     """The folder; checks that it exists, before cases run for minutes."""
     if not os.path.isdir(folder):
-        raise ParameterError(f"{op}: --folder is {folder!r:.200}, expected a folder that exists")
+        raise ParameterError(
+            f"{op}: --folder is {quoted(folder, 200)}, expected a folder that exists"
+        )
     return folder

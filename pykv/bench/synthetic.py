@@ -68,11 +68,11 @@ def model(text: str, xp: Any) -> Model:
         **sizes,
         context=CONTEXT,
         eps=EPS,
-        attention_scale=D**-0.5,
         embedding_scale=1.0,
         logit_divisor=1.0,
         attention_cap=None,
         logit_cap=None,
+        attention_scales=(D**-0.5,) * L,
         windows=(None,) * L,
         inv_freq=(frequencies,) * L,
     )

@@ -21,7 +21,7 @@ import numpy as np
 
 from pykv import blocks, eviction, kinds
 from pykv.arrays import module_of, to_host
-from pykv.errors import DtypeError, ParameterError, UnsupportedError
+from pykv.errors import DtypeError, ParameterError, UnsupportedError, quoted
 from pykv.eval.replay import QUERIES, ExactCache, Place
 from pykv.eviction import AdaKV, Policy, Rotary
 from pykv.eviction.policies import as_policy, base_of
@@ -96,7 +96,7 @@ def check_job(op: str, llm: Any, changes: Any, progress: Any) -> None:
     check_llm(op, llm)
     is_mapping = isinstance(changes, Mapping) and changes
     if not is_mapping or not all(callable(change) for change in changes.values()):
-        raise ParameterError(f"{op}: changes are {changes!r:.80}, expected functions by name")
+        raise ParameterError(f"{op}: changes are {quoted(changes)}, expected functions by name")
     if not callable(progress):
         raise DtypeError(f"{op}: progress is a {type(progress).__name__}, expected a function")
 
@@ -159,7 +159,7 @@ def evict(policy: Policy | AdaKV | str) -> Change:
             [tokens],
             dict(enumerate(policies)),
             queries=queries,
-            scale=config.attention_scale,
+            scale=config.attention_scales,
             logits_soft_cap=config.attention_cap,
             rotary=Rotary(config.inv_freq, config.kind.pairing) if looks_ahead else None,
         )

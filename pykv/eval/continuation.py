@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pykv.arrays import module_of, to_host
-from pykv.errors import CapacityError, ParameterError
+from pykv.errors import CapacityError, ParameterError, quoted
 from pykv.eval.changes import Change, changed, check_job, check_llm
 from pykv.eval.replay import ExactCache, Place, check_finite, last_logits, steps
 from pykv.number_texts import counted
@@ -172,7 +172,7 @@ def measure(
 def _check_windows(op: str, llm: LLM, windows: Any, prefill: int) -> None:
     most = llm.model.config.vocab - 1
     if not isinstance(windows, Sequence) or not len(windows):
-        raise ParameterError(f"{op}: windows are {windows!r:.80}, expected lists of token ids")
+        raise ParameterError(f"{op}: windows are {quoted(windows)}, expected lists of token ids")
     for i, one in enumerate(windows):
         try:
             ids = np.asarray(one)
@@ -185,7 +185,7 @@ def _check_windows(op: str, llm: LLM, windows: Any, prefill: int) -> None:
             or ids.max() > most
         ):
             expected = f"token ids from 0 to {most}"
-            raise ParameterError(f"{op}: windows[{i}] is {one!r:.80}, expected {expected}")
+            raise ParameterError(f"{op}: windows[{i}] is {quoted(one)}, expected {expected}")
         if not prefill + 2 <= len(ids) <= llm.context + 1:
             error = CapacityError if len(ids) > llm.context else ParameterError
             raise error(

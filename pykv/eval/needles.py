@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pykv.arrays import to_host
-from pykv.errors import CapacityError, ParameterError
+from pykv.errors import CapacityError, ParameterError, quoted
 from pykv.eval.changes import Change, Kept, changed, check_job, check_llm, identity
 from pykv.eval.replay import ExactCache, Place, append, check_finite, last_logits
 from pykv.number_texts import counted
@@ -166,7 +166,9 @@ def measure(
     check_job(op, llm, changes, progress)
     given = list(haystacks) if isinstance(haystacks, Sequence) else []
     if not given or not all(isinstance(one, Haystack) for one in given):
-        raise ParameterError(f"{op}: haystacks are {haystacks!r:.80}, expected some of `haystack`")
+        raise ParameterError(
+            f"{op}: haystacks are {quoted(haystacks)}, expected some of `haystack`"
+        )
     ways = (True, False) if aware is None else (check_flag(op, "aware", aware),)
     others = {name: change for name, change in changes.items() if change is not identity}
     jobs = {how: changes if how == ways[0] else others for how in ways}

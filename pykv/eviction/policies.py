@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from pykv.errors import ParameterError, UnsupportedError
+from pykv.errors import ParameterError, UnsupportedError, quoted
 from pykv.eviction.parts import Rows
 from pykv.eviction.rotary import ahead
 from pykv.number_texts import number_of, whole_of
@@ -433,7 +433,7 @@ def parse(text: str) -> Policy | AdaKV:
     if name not in POLICIES:
         known = ", ".join((*POLICIES, "adakv"))
         raise ParameterError(
-            f"{op}: text {text!r:.80} has no policy {name!r:.80}, expected one of {known}"
+            f"{op}: text {quoted(text)} has no policy {quoted(name)}, expected one of {known}"
             + meant(name, (*POLICIES, "adakv"))
         )
     kind = POLICIES[name]
@@ -444,9 +444,9 @@ def parse(text: str) -> Policy | AdaKV:
         if field not in {x.name for x in fields(kind)} or field in given:
             expected = ", ".join(x.name for x in fields(kind))
             raise ParameterError(
-                f"{op}: text {text!r:.80} has {word!r:.80}, expected each once of {expected}"
+                f"{op}: text {quoted(text)} has {quoted(word)}, expected each once of {expected}"
             )
         given[field] = number_of(value) if field in _FRACTIONS else whole_of(value, -_MOST)
         if given[field] is None:
-            raise ParameterError(f"{op}: text {text!r:.80} has {word!r:.80}, expected a number")
+            raise ParameterError(f"{op}: text {quoted(text)} has {quoted(word)}, expected a number")
     return kind(**given)

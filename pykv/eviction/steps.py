@@ -86,7 +86,7 @@ def evict(
     queries: Any = None,
     scores: Any = None,
     positions: Any = None,
-    scale: float | None = None,
+    scale: float | tuple[float, ...] | None = None,
     logits_soft_cap: float | None = None,
     rotary: Rotary | None = None,
     stream: Any = None,
@@ -106,7 +106,8 @@ def evict(
             `Scores` and `H2O`.
         positions: by layer, [B, H, C] int32, the last `Evicted.positions`; None: slots are
             positions.
-        scale, logits_soft_cap: of the model's attention, with `queries`.
+        scale, logits_soft_cap: of the model's attention, with `queries`; `scale` may be a tuple of
+            L, one for each layer.
         rotary: how the model rotates queries, for `ExpectedAttention`.
         stream: see pykv.cuda.on_stream.
 
@@ -137,8 +138,7 @@ def evict(
     op = "eviction.evict"
     check_cache(op, cache)
     policies = _policies(op, policy, len(cache.layers))
-    if scale is not None:
-        scale = check_scale(op, scale)
+    scales = _scales(op, scale, len(cache.layers))
     if logits_soft_cap is not None:
         logits_soft_cap = check_cap(op, logits_soft_cap)
     cuda.refuse_repeat(op, "pages go back to the manager", cache.k, stream)
@@ -149,9 +149,18 @@ def evict(
         work.check_rotary(rotary)
         if positions is not None:
             positions = work.positions(positions)
-        options = dict(scale=scale, logits_soft_cap=logits_soft_cap)
+        options = [dict(scale=x, logits_soft_cap=logits_soft_cap) for x in scales]
         kept, counts = work.select(arrays, options, rotary)
         return work.compact(kept, counts, positions)
+
+
+def _scales(op: str, given: Any, L: int) -> list[float | None]:
+    """Factors of q.k by layer; None: the usual one."""
+    if not isinstance(given, tuple):
+        return [None if given is None else check_scale(op, given)] * L
+    if len(given) != L:
+        raise ShapeError(f"{op}: scale has {len(given)} numbers, expected one, or {L} of layers")
+    return [check_scale(op, x, f"scale[{i}]") for i, x in enumerate(given)]
 
 
 def _policies(op: str, given: Any, L: int) -> dict[int, Policy | AdaKV]:
@@ -247,7 +256,7 @@ class _Work:
         return found
 
     def select(
-        self, arrays: dict[int, Any], options: dict[str, Any], rotary: Rotary | None
+        self, arrays: dict[int, Any], options: list[dict[str, Any]], rotary: Rotary | None
     ) -> tuple[list[Any], Any]:
         """The slots that each layer keeps, [B, H, C] on the device, or None if it is left alone;
         and their counts, [L, B, H] on the host."""
@@ -257,7 +266,7 @@ class _Work:
             return kept, counts
         pending = {}
         for layer, array in arrays.items():
-            scores = self._scores(layer, array, options, rotary)
+            scores = self._scores(layer, array, options[layer], rotary)
             kept[layer], pending[layer], counts[layer] = self._select(layer, scores)
         for layer, found in pending.items():
             policy = self.policies[layer]

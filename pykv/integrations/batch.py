@@ -222,6 +222,10 @@ class Batch:
         self.columns = [min(n, columns) for n in self.columns]
         self.seen, self._step = self.seen[:, :columns], None
 
+    def reset(self, layer: int) -> None:
+        """Forget a layer's columns; `begin` gives it others once all layers were reset."""
+        self.columns[layer], self._step = 0, None
+
     def select(self, indices: Any) -> None:
         """Replace sequence i by sequence indices[i]; pages are shared until they are written."""
         if len(indices) and not (0 <= min(indices) and max(indices) < self.size):

@@ -23,7 +23,7 @@ import numpy as np
 
 from pykv import kinds
 from pykv.arrays import FLOATS, is_numpy
-from pykv.errors import CapacityError, DtypeError, ParameterError, ShapeError
+from pykv.errors import CapacityError, DtypeError, ParameterError, ShapeError, quoted
 from pykv.foreign import named_array
 from pykv.integrations.tensors import place_of  # its error names the missing extra
 from pykv.options import check_type, check_whole
@@ -106,7 +106,7 @@ class Serde:
 
     def _size(self, op: str, name: str, shape: Any) -> int:
         if not isinstance(shape, tuple | list):
-            raise DtypeError(f"{op}: {name} has {shape!r:.80}, expected a tuple of sizes")
+            raise DtypeError(f"{op}: {name} has {quoted(shape)}, expected a tuple of sizes")
         sizes = [check_whole(op, name, n, 0) for n in shape]
         if not sizes or sizes[-1] % 2 or not sizes[-1]:
             expected = "an even last dimension above 0"

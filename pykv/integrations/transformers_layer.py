@@ -252,6 +252,16 @@ class Layer(CacheLayerMixin):  # type: ignore[misc]
         batch = self.store.batch
         return 0 if batch is None else batch.columns[self.index]
 
+    def reset(self) -> None:
+        """Forget the layer's tokens. As layers share pages it takes others once each was reset,
+        which is what `Cache.reset` does."""
+        self.new = self.step = None
+        batch = self.store.batch
+        if batch is not None:
+            batch.reset(self.index)
+            if not any(batch.columns):
+                self.store.batch = None
+
     def get_mask_sizes(self, query: Any) -> tuple[int, int]:
         """The number of keys and the index of the first, for a number of queries, or before 5.0 for
         their positions."""

@@ -41,7 +41,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pykv import whole_files
-from pykv.errors import FormatError, ParameterError
+from pykv.errors import FormatError, ParameterError, quoted
 from pykv.kvtc import coder
 from pykv.kvtc.artefact import MOST, Artefact, Fingerprint, Group, Plan, Side, Text, problems
 from pykv.ops.rope import PAIRINGS
@@ -57,7 +57,7 @@ def write(op: str, path: str | os.PathLike[str], artefact: Artefact) -> None:
     """See Artefact.save."""
     found = whole_files.regular_path(op, path)
     for name, has, expected in problems(artefact):
-        raise ParameterError(f"{op}: {name} is {has!r:.80}, expected {expected}")
+        raise ParameterError(f"{op}: {name} is {quoted(has)}, expected {expected}")
     tables, arrays = _parts(artefact)
     body = [x for part in (tables, arrays) for x in (*part, _padding(part))]
     counts = (
@@ -165,7 +165,7 @@ class _Header(NamedTuple):
         """Unpack and check. Counts are bounded by MOST; `_Reader` bounds sizes by the file's."""
 
         def wrong(name: str, has: Any, expected: Any) -> FormatError:
-            return FormatError(f"{op}: {path} has {name} {has!r:.80}, expected {expected}")
+            return FormatError(f"{op}: {path} has {name} {quoted(has)}, expected {expected}")
 
         if not data.startswith(MAGIC):
             raise wrong("magic", data[: len(MAGIC)], MAGIC)
@@ -269,5 +269,5 @@ def _read(op: str, path: Path, header: _Header, data: bytes) -> Artefact:
     )
     artefact = Artefact(model, tuple(groups), named, header.sinks, header.window)
     for name, has, expected in problems(artefact):
-        raise FormatError(f"{op}: {path} has {name} {has!r:.80}, expected {expected}")
+        raise FormatError(f"{op}: {path} has {name} {quoted(has)}, expected {expected}")
     return artefact

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from pykv import whole_files
-from pykv.errors import CapacityError, DtypeError, InstallError, NumberError, ParameterError
+from pykv.errors import CapacityError, DtypeError, InstallError, NumberError, ParameterError, quoted
 from pykv.kvtc import groups as groups_coder
 from pykv.kvtc import importance, plans
 from pykv.kvtc import rows as rows_of
@@ -152,7 +152,7 @@ def calibrate(
             fitted = tuple(group(of_group) for of_group in layers)
         artefact = Artefact(model_facts, fitted, named)
         for name, has, expected in problems(artefact):
-            raise NumberError(f"{_OP}: {name} would be {has!r:.80}, expected {expected}")
+            raise NumberError(f"{_OP}: {name} would be {quoted(has)}, expected {expected}")
         if path is not None:
             artefact.save(path)
         rows.remove()
@@ -278,10 +278,10 @@ def _checked_texts(op: str, texts: Any) -> dict[str, str]:
     check_type(op, "texts", texts, Mapping, "a mapping of names to texts")
     for name, text in texts.items():
         if not (isinstance(name, str) and isinstance(text, str)):
-            raise DtypeError(f"{op}: texts has {name!r:.40}, expected names and texts alone")
+            raise DtypeError(f"{op}: texts has {quoted(name, 40)}, expected names and texts alone")
         if not (name.isprintable() and 0 < len(name.encode()) <= 96):
             raise ParameterError(
-                f"{op}: texts has the name {name!r:.200}, expected 1 to 96 printable bytes"
+                f"{op}: texts has the name {quoted(name, 200)}, expected 1 to 96 printable bytes"
             )
     return dict(texts)
 
@@ -290,10 +290,10 @@ def _checked_ratios(ratios: Any) -> tuple[int, ...]:
     try:
         given = list(islice(ratios, _MOST_RATIO))  # more numbers up to that cannot rise
     except TypeError:
-        raise DtypeError(f"{_OP}: ratios is {ratios!r:.80}, expected whole numbers") from None
+        raise DtypeError(f"{_OP}: ratios is {quoted(ratios)}, expected whole numbers") from None
     found = tuple(check_whole(_OP, "ratios", ratio, 2, _MOST_RATIO) for ratio in given)
     if not found or list(found) != sorted(set(found)):
-        raise ParameterError(f"{_OP}: ratios is {ratios!r:.80}, expected rising numbers")
+        raise ParameterError(f"{_OP}: ratios is {quoted(ratios)}, expected rising numbers")
     return found
 
 
@@ -306,17 +306,19 @@ def _checked_groups(groups: Any, windows: tuple[int | None, ...]) -> list[tuple[
         if groups == "windows":
             kinds = dict.fromkeys(windows)  # in the order of layers
             return [tuple(i for i in range(L) if windows[i] == kind) for kind in kinds]
-        raise ParameterError(f"{_OP}: groups is {groups!r:.80}, expected joint, windows or layers")
+        raise ParameterError(
+            f"{_OP}: groups is {quoted(groups)}, expected joint, windows or layers"
+        )
     if not isinstance(groups, Sequence):
         size = check_whole(_OP, "groups", groups, 1, L)
         return [tuple(range(i, min(i + size, L))) for i in range(0, L, size)]
     try:
         found = [tuple(check_whole(_OP, "groups", i, 0, L - 1) for i in group) for group in groups]
     except TypeError:
-        raise DtypeError(f"{_OP}: groups is {groups!r:.80}, expected lists of layers") from None
+        raise DtypeError(f"{_OP}: groups is {quoted(groups)}, expected lists of layers") from None
     if sorted(i for group in found for i in group) != list(range(L)) or not all(found):
         raise ParameterError(
-            f"{_OP}: groups is {groups!r:.80}, expected each of {L} layers in one of them"
+            f"{_OP}: groups is {quoted(groups)}, expected each of {L} layers in one of them"
         )
     return [tuple(sorted(group)) for group in found]
 

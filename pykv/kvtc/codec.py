@@ -16,7 +16,7 @@ import numpy as np
 from pykv import cuda, forks, ranges
 from pykv.arrays import INT32, UINT8, VECTOR_BYTES, check_module, check_writeable, is_array, on_gpu
 from pykv.checker import Dims, checker
-from pykv.errors import DtypeError, FormatError, ParameterError
+from pykv.errors import DtypeError, FormatError, ParameterError, quoted
 from pykv.kvtc import sequences
 from pykv.kvtc.artefact import Artefact, problems
 from pykv.kvtc.loaded import Loaded, identify, load
@@ -79,7 +79,7 @@ class Codec:
         check_type(op, "artefact", artefact, Artefact, "a pykv.kvtc.Artefact")
         self.model = model = artefact.model
         for name, has, expected in problems(artefact, lengths=False):
-            raise ParameterError(f"{op}: artefact has {name} {has!r:.80}, expected {expected}")
+            raise ParameterError(f"{op}: artefact has {name} {quoted(has)}, expected {expected}")
         self.ratio = artefact.check_ratio(op, check_whole(op, "ratio", ratio, 1))
         self._xp = check_module(op, xp)
         self._tokens = check_whole(op, "tokens", tokens, 1, 2**20)
@@ -386,7 +386,7 @@ class Codec:
         if layers is None:
             return range(count)
         if not isinstance(layers, range) or layers.step != 1:
-            raise DtypeError(f"{op}: layers is {layers!r:.80}, expected a range of step 1")
+            raise DtypeError(f"{op}: layers is {quoted(layers)}, expected a range of step 1")
         if not 0 <= layers.start < layers.stop <= count:
             raise ParameterError(f"{op}: layers is {layers}, expected some of range(0, {count})")
         return layers

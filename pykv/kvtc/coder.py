@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from pykv.arrays import is_numpy
-from pykv.errors import DtypeError, ParameterError, ShapeError
+from pykv.errors import DtypeError, ParameterError, ShapeError, quoted
 from pykv.options import check_whole
 
 WIDTHS = (8, 7, 6, 5, 4, 3, 2, 1)  # bits, in the order of `widths`
@@ -46,7 +46,7 @@ def check_widths(op: str, widths: Any) -> tuple[int, ...]:
     except TypeError:  # no sequence
         given = ()
     if len(given) != len(WIDTHS):
-        raise ParameterError(f"{op}: widths is {widths!r:.80}, expected {len(WIDTHS)} numbers")
+        raise ParameterError(f"{op}: widths is {quoted(widths)}, expected {len(WIDTHS)} numbers")
     counts = tuple(check_whole(op, "widths", count, 0, MOST) for count in given)
     if any(count % GROUP for count in counts):
         raise ParameterError(f"{op}: widths is {counts}, expected multiples of {GROUP}")

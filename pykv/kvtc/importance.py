@@ -103,7 +103,7 @@ def _of_layer(model: Model, i: int, q: Any, k: Any, v: Any, squares: Any, xp: An
     config, layer = model.config, model.layers[i]
     (T, HQ, D), (n, H, _) = q.shape, k.shape
     by_head = xp.ascontiguousarray(q.transpose(1, 0, 2)).reshape(H, -1, D)  # [H, G * T, D]
-    p = _attention(by_head, k, T, config, config.windows[i], xp)  # [H, G, T, n]
+    p = _attention(by_head, k, T, config, i, xp)  # [H, G, T, n]
     values = v.transpose(1, 0, 2)  # [H, n, D]
     attended = (p.reshape(H, -1, n) @ values).reshape(H, -1, T, D)
 
@@ -125,7 +125,8 @@ def _of_layer(model: Model, i: int, q: Any, k: Any, v: Any, squares: Any, xp: An
     away = (images * values[:, None]).sum(axis=3)[:, :, None]
     away = away - 2 * (attended @ images.swapaxes(2, 3))
     away += ((attended @ out) * attended).sum(axis=3)[..., None]
-    counts = p2 * xp.maximum(away, 0) * (gains[:, None] * np.float32(config.attention_scale**2))
+    gains = gains * np.float32(config.attention_scales[i] ** 2)
+    counts = p2 * xp.maximum(away, 0) * gains[:, None]
     places = np.arange(SINKS + i % EVERY, n - T, EVERY, dtype=np.int32)
     of_keys = xp.zeros((H, D, D), np.float32)
     for start in range(0, len(places), _KEYS):
@@ -153,17 +154,17 @@ def _turned_back(m: Any, places: Any, model: Model, i: int, xp: Any) -> Any:
     return x.sum(axis=0).swapaxes(0, 1)
 
 
-def _attention(q: Any, k: Any, T: int, config: Any, window: int | None, xp: Any) -> Any:
+def _attention(q: Any, k: Any, T: int, config: Any, i: int, xp: Any) -> Any:
     """Attention weights [H, G, T, n] of queries [H, G * T, D], the last T tokens, on keys
     [n, H, D]."""
     n = len(k)
-    scores = q @ k.transpose(1, 2, 0) * np.float32(config.attention_scale)
+    scores = q @ k.transpose(1, 2, 0) * np.float32(config.attention_scales[i])
     if config.attention_cap is not None:
         scores = config.attention_cap * xp.tanh(scores / config.attention_cap)
     scores = scores.reshape(len(q), -1, T, n)
     behind = (n - T + xp.arange(T))[:, None] - xp.arange(n)
     unseen = behind < 0
-    if window is not None:
+    if (window := config.windows[i]) is not None:
         unseen |= behind >= window
     scores = xp.where(unseen, np.float32(-np.inf), scores)
     p = xp.exp(scores - scores.max(axis=3, keepdims=True))

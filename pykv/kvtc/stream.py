@@ -43,6 +43,7 @@ from pykv.errors import (
     ParameterError,
     PykvError,
     ShapeError,
+    quoted,
 )
 from pykv.number_texts import counted
 from pykv.options import check_type, check_whole, hold_python_numbers
@@ -144,7 +145,7 @@ class Header:
         op = "Header"
         if not isinstance(self.artefact, str) or not re.fullmatch("[0-9a-f]{64}", self.artefact):
             expected = "64 hexadecimal digits"
-            raise ParameterError(f"{op}: artefact is {self.artefact!r:.80}, expected {expected}")
+            raise ParameterError(f"{op}: artefact is {quoted(self.artefact)}, expected {expected}")
         for name in ("ratio", "layers", "heads", "head_dim"):
             check_whole(op, name, getattr(self, name), 1, _MOST)
         for name in ("tokens", "sinks", "window", "row_bytes"):
@@ -250,7 +251,7 @@ def parse(stream: Any) -> Coded:
     data.flags.writeable = False
 
     def wrong(name: str, has: Any, expected: Any) -> FormatError:
-        return FormatError(f"{op}: stream has {name} {has!r:.80}, expected {expected}")
+        return FormatError(f"{op}: stream has {name} {quoted(has)}, expected {expected}")
 
     if bytes(data[: len(MAGIC)]) != MAGIC:
         raise wrong("magic", bytes(data[: len(MAGIC)]), MAGIC)

@@ -16,7 +16,7 @@ from contextlib import suppress
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from pykv.errors import FormatError, ParameterError, UnsupportedError
+from pykv.errors import FormatError, ParameterError, UnsupportedError, quoted
 from pykv.llm.gguf import ModelFile
 from pykv.llm.templates import OP, Rendered, render
 from pykv.llm.token_types import known_id
@@ -216,8 +216,8 @@ def _rendered(template: _Template, variables: dict[str, Any]) -> Rendered:
             raise
     n, content = next((n, x) for n, x in enumerate(contents) if not isinstance(x, str))
     raise ParameterError(
-        f"{OP}: messages[{n}] has content {content!r:.80}, which {name} does not take: it wants a "
-        "string"
+        f"{OP}: messages[{n}] has content {quoted(content)}, which {name} does not take: it "
+        "wants a string"
     )
 
 
@@ -342,7 +342,7 @@ def check_messages(messages: Any) -> None:
     """
     if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence) or not messages:
         raise ParameterError(
-            f"{OP}: messages is {messages!r:.80}, expected a list of at least one message"
+            f"{OP}: messages is {quoted(messages)}, expected a list of at least one message"
         )
     for n, message in enumerate(messages):
         for key in ("role", "content"):

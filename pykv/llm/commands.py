@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from pykv import whole_files
-from pykv.errors import CapacityError, ParameterError
+from pykv.errors import CapacityError, ParameterError, quoted
 from pykv.model_options import open_llm
 from pykv.number_texts import counted
 from pykv.terminal import meant, note
@@ -66,8 +66,8 @@ def _check_session(args: argparse.Namespace, *, chat: bool) -> None:
         found = artefact_of(args.session_codec)
         if found is None or not os.path.isfile(found[0]):
             raise ParameterError(
-                f"--session-codec is {args.session_codec!r:.200}, expected FILE:RATIO of a file "
-                "that exists"
+                f"--session-codec is {quoted(args.session_codec, 200)}, expected FILE:RATIO of a "
+                "file that exists"
             )
     from pykv.llm import sessions
 

@@ -22,11 +22,11 @@ class Config:
 
     Attributes:
         eps: of the norms; divided by the square of granite's residual scale r, see below.
-        attention_scale: factor of q.k; YaRN's magnitude is in it.
         embedding_scale: factor of embeddings. granite adds r times what a layer computes to the
             residual stream x; this runtime keeps x / r instead, to which layers add as usual.
         attention_cap, logit_cap: c of a soft cap c * tanh(x / c) of scores and of logits, or None.
         logit_divisor: what logits are divided by.
+        attention_scales: factor of q.k of each layer; YaRN's magnitude is in it.
         windows: keys that each layer sees, None for all.
         inv_freq: rotary frequencies of each layer, float32 [F] in radians a position.
     """
@@ -41,11 +41,11 @@ class Config:
     vocab: int
     context: int
     eps: float
-    attention_scale: float
     embedding_scale: float
     logit_divisor: float
     attention_cap: float | None
     logit_cap: float | None
+    attention_scales: tuple[float, ...] = ()
     windows: tuple[int | None, ...] = ()
     inv_freq: tuple[np.ndarray, ...] = field(default=(), repr=False)
 
@@ -85,7 +85,6 @@ def read_config(file: ModelFile) -> Config:
         vocab=len(tokens) or file.tensor(*tensors.NAMES["embedding"]).shape[0],
         context=keys.get("context_length"),
         eps=keys.get("attention.layer_norm_rms_epsilon", kind.eps) / residual**2,
-        attention_scale=keys.get("attention.scale", 0.0) or usual_scale,
         embedding_scale=(
             keys.optional("embedding_scale", 1.0)
             * (math.sqrt(embedding) if kind.scaled_embedding else 1.0)
@@ -98,9 +97,10 @@ def read_config(file: ModelFile) -> Config:
     _check_sizes(keys, config)
     tensors.check(file, config)
     windows = _windows(keys, num_layers)
-    inv_freq, magnitude = _frequencies(keys, config, windows)
-    scale = config.attention_scale * magnitude**2  # queries and keys have the magnitude each
-    return replace(config, attention_scale=scale, windows=windows, inv_freq=inv_freq)
+    inv_freq, magnitudes = _frequencies(keys, config, windows)
+    scale = keys.get("attention.scale", 0.0) or usual_scale
+    scales = tuple(scale * x**2 for x in magnitudes)  # queries and keys have the magnitude each
+    return replace(config, attention_scales=scales, windows=windows, inv_freq=inv_freq)
 
 
 def _check_sizes(keys: Keys, config: Config) -> None:
@@ -150,11 +150,11 @@ def _windows(keys: Keys, num_layers: int) -> tuple[int | None, ...]:
 
 def _frequencies(
     keys: Keys, config: Config, windows: tuple[int | None, ...]
-) -> tuple[tuple[np.ndarray, ...], float]:
-    """Rotary frequencies of each layer, and the magnitude of rotated queries and keys.
+) -> tuple[tuple[np.ndarray, ...], list[float]]:
+    """Rotary frequencies of each layer, and the magnitude of its rotated queries and keys.
 
     Layers with a base of their own are not scaled. As llama.cpp has it, a factor without a type is
-    linear, and YaRN multiplies by 1 + 0.1 ln(factor), `attn_factor` besides.
+    linear, and YaRN multiplies what it scales by 1 + 0.1 ln(factor), `attn_factor` what rotates.
     """
     path, kind = keys.file.path, config.kind
     dim = keys.get("rope.dimension_count", config.head_dim)
@@ -170,9 +170,8 @@ def _frequencies(
             f"{', '.join(rope.SCALINGS)}"
         )
     factor = keys.get("rope.scaling.factor", 0.0) or keys.get("rope.scale_linear", 0.0) or 1.0
-    magnitude = keys.get("rope.scaling.attn_factor", 1.0)
-    if scaling == "yarn" and factor > 1:
-        magnitude *= 1 + 0.1 * math.log(factor)
+    attn_factor = keys.get("rope.scaling.attn_factor", 1.0)
+    of_yarn = 1 + 0.1 * math.log(factor) if scaling == "yarn" and factor > 1 else 1.0
     trained = 8192 if scaling == "llama3" else config.context
     divisors = keys.file.tensors.get("rope_freqs.weight")
     if scaling == "llama3" and divisors is not None:  # the tensor holds what Llama 3 divides by
@@ -200,14 +199,17 @@ def _frequencies(
     still = np.zeros_like(scaled)  # frequencies of layers that do not rotate
     every = kind.unrotated_every
     if not keys.optional("rope.scaling.finetuned", True):
-        return (still,) * len(windows), 1.0
+        return (still,) * len(windows), [1.0] * len(windows)
     inv_freq = tuple(
         still if every and (i + 1) % every == 0 else (scaled if window is None else local)
         for i, window in enumerate(windows)
     )
-    if magnitude != 1 and (dim < config.head_dim or any(x is not scaled for x in inv_freq)):
+    magnitudes = [
+        1.0 if x is still else attn_factor * (of_yarn if x is scaled else 1.0) for x in inv_freq
+    ]
+    if dim < config.head_dim and set(magnitudes) != {1.0}:
         raise UnsupportedError(
-            f"{path}: {keys.name}.rope.scaling changes the magnitude of some elements or layers, "
+            f"{path}: {keys.name}.rope.scaling changes the magnitude of some elements of a head, "
             "and not of others, which does not run here"
         )
-    return inv_freq, magnitude
+    return inv_freq, magnitudes

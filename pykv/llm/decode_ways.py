@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from pykv import calibration, cuda
 from pykv.arrays import module_of
-from pykv.errors import DtypeError, UnsupportedError
+from pykv.errors import DtypeError, UnsupportedError, quoted
 from pykv.llm import matrices, memory
 from pykv.llm.sampling import SamplingParams
 from pykv.llm.sequence import Sequence
@@ -70,7 +70,7 @@ def calibrate(
     try:
         given = list(answers)
     except TypeError:
-        raise DtypeError(f"{op}: answers is {answers!r:.80}, expected whole numbers") from None
+        raise DtypeError(f"{op}: answers is {quoted(answers)}, expected whole numbers") from None
     counts = [check_whole(op, "answers", n, 1) for n in given]
     with llm.turn():
         found = {n: llm.runner.times(n, force=force) for n in counts}

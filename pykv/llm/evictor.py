@@ -162,7 +162,7 @@ class Evictor:
             s.mass[i] = eviction.attention_mass(
                 *(self._cache, i, queries[i][None], table, xp.asarray(lengths[None])),
                 before=s.mass.get(i),
-                scale=config.attention_scale,
+                scale=config.attention_scales[i],
                 logits_soft_cap=config.attention_cap,
             )
         s.unsummed = []
@@ -188,7 +188,7 @@ class Evictor:
             *(self._cache, [s.pages], lengths[:, None], policies),
             queries={i: q[None] for i, q in enumerate(queries)} if asks else None,
             scores=s.mass if self.sums else None,
-            scale=config.attention_scale,
+            scale=config.attention_scales,
             logits_soft_cap=config.attention_cap,
             rotary=self._rotary if asks and self._base.looks_ahead else None,
         )

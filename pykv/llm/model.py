@@ -110,7 +110,7 @@ def forward(
         multiply(x, layer.qkv, norm=layer.attention_norm, bias=layer.qkv_bias, out=qkv)
         q = q if queries is None else queries[i]
         of_layer = dict(inv_freq=layer.inv_freq, q_norm=layer.q_norm, k_norm=layer.k_norm)
-        options = dict(scale=config.attention_scale, window=config.windows[i], out=attended)
+        options = dict(scale=config.attention_scales[i], window=config.windows[i], out=attended)
         options |= dict(logits_soft_cap=config.attention_cap)
         where = (batch.page_table, batch.lengths)
         if batch.q_starts is None:

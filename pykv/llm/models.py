@@ -19,7 +19,7 @@ from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
 from pykv.cache_folder import check_private, total_bytes
-from pykv.errors import DtypeError, FetchError, ParameterError, PykvError
+from pykv.errors import DtypeError, FetchError, ParameterError, PykvError, quoted
 from pykv.llm import download, model_files, wheels
 from pykv.llm.download import Remote
 from pykv.llm.gguf import wrong_magic
@@ -156,7 +156,9 @@ def _local(model: str) -> Path:
         siblings = sorted(str(x) for x in place.glob("*.gguf") if x != path)
         found = "that is no file" if path.exists() else "no such file exists"
     except OSError as error:  # an impossible name, or a folder that may not be read
-        raise FetchError(f"model is {model!r:.300}, expected a file: {error.strerror}") from error
+        raise FetchError(
+            f"model is {quoted(model, 300)}, expected a file: {error.strerror}"
+        ) from error
     near = f"; did you mean {' or '.join(siblings[:3])}?" if place == path and siblings else ""
     raise FetchError(
         f"model is {model!r}, expected a GGUF file or one of {', '.join(MODELS)}, or an address as "

@@ -7,7 +7,7 @@ from dataclasses import replace
 from operator import index
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pykv.errors import CapacityError, ParameterError
+from pykv.errors import CapacityError, ParameterError, quoted
 from pykv.llm.answer import Answer
 from pykv.llm.sampling import SamplingParams, check_vocabulary
 from pykv.llm.sequence import Sequence
@@ -63,7 +63,7 @@ def order(
     Args, Raises: see LLM.generate."""
     name = f"prompts{place}" if place else "prompt"
     if not isinstance(params, SamplingParams):
-        raise ParameterError(f"params{place} has {params!r:.80}, expected SamplingParams")
+        raise ParameterError(f"params{place} has {quoted(params)}, expected SamplingParams")
     check_vocabulary(f"params{place}", params, language.config.vocab)
     if banned := dict.fromkeys(language.tokenizer.suppressed_ids, -100.0):
         params = replace(params, logit_bias=dict(params.logit_bias) | banned)
@@ -122,7 +122,7 @@ def items(name: str, values: Any, what: str) -> list[Any]:
             raise TypeError
         return list(values)
     except TypeError:
-        raise ParameterError(f"{name} is {values!r:.80}, expected {what}") from None
+        raise ParameterError(f"{name} is {quoted(values)}, expected {what}") from None
 
 
 def _token_id(name: str, value: Any) -> int:
@@ -132,4 +132,4 @@ def _token_id(name: str, value: Any) -> int:
             raise TypeError
         return index(value)
     except TypeError:
-        raise ParameterError(f"{name} has token id {value!r:.80}, expected an integer") from None
+        raise ParameterError(f"{name} has token id {quoted(value)}, expected an integer") from None

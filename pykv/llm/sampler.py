@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from pykv.arrays import is_numpy
-from pykv.errors import DtypeError, ParameterError, ShapeError
+from pykv.errors import DtypeError, ParameterError, ShapeError, quoted
 from pykv.llm.sampling import NO_PENALTIES, SamplingParams, TokenLogprobs, choose
 from pykv.ops import adjust_logits, logprobs
 
@@ -246,7 +246,7 @@ def _masks(masks: Any, B: int, V: int) -> dict[str, Any]:
         raise ParameterError(f"{op}: masks has B={len(masks)}, expected B={B} as logits")
     for mask in given:
         if not is_numpy(mask) or mask.dtype != np.int32 or mask.ndim != 1:
-            raise DtypeError(f"{op}: masks has {mask!r:.80}, expected NumPy arrays [W] of int32")
+            raise DtypeError(f"{op}: masks has {quoted(mask)}, expected NumPy arrays [W] of int32")
         if len(mask) != -(-V // 32):
             raise ShapeError(f"{op}: masks has W={len(mask)}, expected {-(-V // 32)} for V={V}")
     stacked = np.stack(given)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from pykv.errors import DtypeError, ParameterError
+from pykv.errors import DtypeError, ParameterError, quoted
 from pykv.ops import sample
 from pykv.options import check_flag, check_number, check_whole
 
@@ -71,9 +71,11 @@ class SamplingParams:
         stop = tuple(stop) if isinstance(stop, list | tuple) else (stop,)
         for text in stop:
             if not isinstance(text, str):
-                raise DtypeError(f"{op}: stop is {self.stop!r:.80}, expected strings")
+                raise DtypeError(f"{op}: stop is {quoted(self.stop)}, expected strings")
             if not text:
-                raise ParameterError(f"{op}: stop is {self.stop!r:.80}, expected non-empty strings")
+                raise ParameterError(
+                    f"{op}: stop is {quoted(self.stop)}, expected non-empty strings"
+                )
         max_tokens = check_whole(op, "max_tokens", self.max_tokens, 1)
         logprobs = self.logprobs
         if logprobs is not None:
@@ -133,7 +135,9 @@ def _biases(op: str, given: Any) -> tuple[tuple[int, float], ...]:
     name = "logit_bias"
     is_pairs = isinstance(given, tuple) and all(isinstance(x, tuple) and len(x) == 2 for x in given)
     if not (is_pairs or isinstance(given, Mapping)):
-        raise DtypeError(f"{op}: {name} is {given!r:.80}, expected a dict of token ids and numbers")
+        raise DtypeError(
+            f"{op}: {name} is {quoted(given)}, expected a dict of token ids and numbers"
+        )
     pairs = {}
     for i, value in given if is_pairs else given.items():  # pairs: taken from other params
         token = check_whole(op, f"a token id of {name}", i, 0, 2**31 - 1)
@@ -146,7 +150,7 @@ def _biases(op: str, given: Any) -> tuple[tuple[int, float], ...]:
 def _token_ids(op: str, given: Any) -> tuple[int, ...]:
     name = "stop_token_ids"
     if isinstance(given, str | bytes) or not isinstance(given, Sequence):
-        raise DtypeError(f"{op}: {name} is {given!r:.80}, expected a list of token ids")
+        raise DtypeError(f"{op}: {name} is {quoted(given)}, expected a list of token ids")
     return tuple(check_whole(op, f"{name}[{n}]", i, 0, 2**31 - 1) for n, i in enumerate(given))
 
 

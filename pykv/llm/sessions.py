@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from pykv import cuda, stored_pages, tensor_files, whole_files
-from pykv.errors import CapacityError, FormatError, ParameterError, PykvError
+from pykv.errors import CapacityError, FormatError, ParameterError, PykvError, quoted
 from pykv.kvtc.artefact import Artefact
 from pykv.kvtc.codec import Codec
 from pykv.kvtc.stream import parse
@@ -75,7 +75,7 @@ def conversation(
             variables = {"add_generation_prompt": False, **(variables or {})}
         return chat_ids(llm.file, llm.tokenizer, prompt, template_variables=variables), prompt
     if variables is not None:
-        given = f"template_variables is {variables!r:.80}"
+        given = f"template_variables is {quoted(variables)}"
         raise ParameterError(f"LLM.save: {given}, expected None without messages")
     return read_ids(llm, "prompt", prompt), None
 
@@ -196,7 +196,7 @@ def open_codec(
     if isinstance(codec, str):
         found = artefact_of(codec)
         if found is None:
-            raise ParameterError(f"{op}: {name} is {codec!r:.80}, expected FILE:RATIO")
+            raise ParameterError(f"{op}: {name} is {quoted(codec)}, expected FILE:RATIO")
         path, ratio = found
         with llm.turn():
             codec = Codec(Artefact.load(path), ratio, xp or llm.xp)

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from pykv import forks, install
-from pykv.errors import CapacityError, FormatError, ParameterError, UnsupportedError
+from pykv.errors import CapacityError, FormatError, ParameterError, UnsupportedError, quoted
 
 OP = "chat_prompt"
 SECONDS = 5.0  # limit for one template, with the start of the process
@@ -92,7 +92,7 @@ def _check_keys(value: Any) -> None:
     inner = value.values() if isinstance(value, dict) else value
     for key in value if isinstance(value, dict) else ():
         if not isinstance(key, str):
-            raise TypeError(f"the key {key!r:.40} is no string")
+            raise TypeError(f"the key {quoted(key, 40)} is no string")
     for item in inner if isinstance(value, dict | list | tuple) else ():
         _check_keys(item)
 

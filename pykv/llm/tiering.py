@@ -11,7 +11,7 @@ import numpy as np
 
 from pykv import cuda
 from pykv.arrays import to_host
-from pykv.errors import CapacityError, ParameterError
+from pykv.errors import CapacityError, ParameterError, quoted
 from pykv.kvtc import Codec
 from pykv.llm import memory
 from pykv.llm.sessions import facts, open_codec
@@ -45,7 +45,7 @@ def check_tiers(op: str, host: Any, disk: Any, prefix_cache: bool) -> None:
 def _check_artefact(op: str, name: str, limit: Limit) -> None:
     found = artefact_of(limit.codec)
     if found is not None and not os.path.isfile(found[0]):
-        raise ParameterError(f"{op}: {name}'s artefact is {found[0]:.80}, expected a file")
+        raise ParameterError(f"{op}: {name}'s artefact is {quoted(found[0])}, expected a file")
 
 
 def _check_free(op: str, limit: Limit) -> None:

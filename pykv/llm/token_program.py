@@ -137,7 +137,7 @@ def _attention(
         page_table=batch.page_table,
         lengths=batch.lengths,
         out=attended,
-        scale=config.attention_scale,
+        scale=config.attention_scales[i],
         window=config.windows[i],
         logits_soft_cap=config.attention_cap,
         **pools,

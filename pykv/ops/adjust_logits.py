@@ -14,7 +14,7 @@ import numpy as np
 from pykv import cuda
 from pykv.arrays import FLOAT32, INT32, like, on_gpu
 from pykv.checker import checker, optional
-from pykv.errors import ParameterError, ShapeError
+from pykv.errors import ParameterError, ShapeError, quoted
 from pykv.ops import paged_check
 from pykv.options import check_entries
 from pykv.overlaps import Written
@@ -219,8 +219,8 @@ def _check_contents(op: str, V: int, given: dict[str, Any]) -> None:
         penalised = penalties[tally_rows >= 0]
         if not (np.isfinite(penalised).all() and (penalised[:, 0] > 0).all()):
             raise ParameterError(
-                f"{op}: penalties is {penalties.tolist()!r:.80}, expected finite numbers, of which "
-                "the first of a row is positive"
+                f"{op}: penalties is {quoted(penalties.tolist())}, expected finite numbers, of "
+                "which the first of a row is positive"
             )
     if bias_indptr is not None:
         E, B = len(bias_ids), len(bias_indptr) - 1

@@ -80,7 +80,8 @@ def decode(
             positive, the output is zero and `lse` minus infinity, or the sink.
         k_scales, v_scales: of code kinds, as `spec` says; see pykv.kinds.
         spec: kinds and layout of the pools; where None, what dtypes tell, in NHD.
-        scale: factor of q.k, from -1e15 to 1e15; 1 / sqrt(D) if None.
+        scale: factor of q.k, from -1e15 to 1e15; 1 / sqrt(D) if None. Scores beyond 1e7 may make
+            NaN of finite arrays on tensor cores.
         window: number of last keys that a query sees, up to its own; all if None.
         logits_soft_cap: c, from 1e-5 to 1e15, for scores c * tanh(score / c); not capped if None.
         alibi_slopes: [HQ] float32; slope * (key - query), positions in the sequence, is added to

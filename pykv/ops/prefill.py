@@ -81,7 +81,8 @@ def prefill(
         q_starts: [B+1] int32; where each sequence's queries begin in `q`: 0, ..., T.
         k_scales, v_scales: of code kinds, as `spec` says; see pykv.kinds.
         spec: kinds and layout of the pools; where None, what dtypes tell, in NHD.
-        scale: factor of q.k, from -1e15 to 1e15; 1 / sqrt(D) if None.
+        scale: factor of q.k, from -1e15 to 1e15; 1 / sqrt(D) if None. Scores beyond 1e7 may make
+            NaN of finite arrays on tensor cores.
         window: number of last keys that a query sees; all if None. Causal attention only.
         logits_soft_cap: c, from 1e-5 to 1e15, for scores c * tanh(score / c); not capped if None.
         causal: whether later keys are hidden.

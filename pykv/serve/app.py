@@ -17,6 +17,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from pykv.errors import quoted
 from pykv.llm.language import Language
 from pykv.number_texts import whole_of
 from pykv.serve import front, metrics, replies
@@ -284,7 +285,7 @@ async def _body(request: Request) -> bytes:
         raise too_large
     coding = request.headers.get("content-encoding", "identity")
     if coding.lower() not in ("", "identity"):
-        message = f"Content-Encoding is {coding!r:.80}, expected a body as it is"
+        message = f"Content-Encoding is {quoted(coding)}, expected a body as it is"
         raise ApiError(415, message, headers={"Accept-Encoding": "identity"})
     data = bytearray()
     try:

@@ -14,7 +14,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from pykv import install, model_options
-from pykv.errors import ParameterError
+from pykv.errors import ParameterError, quoted
 from pykv.number_texts import counted
 from pykv.options import check_whole
 from pykv.terminal import note
@@ -82,7 +82,7 @@ def _serve(args: argparse.Namespace) -> None:
     for origin in args.allow_origin or ():
         if not re.fullmatch(r"https?://[^/\s]+", origin):
             raise ParameterError(
-                f"serve: --allow-origin is {origin!r:.80}, expected a site as http://localhost:3000"
+                f"serve: --allow-origin is {quoted(origin)}, expected a site as http://localhost:3000"
             )
     slots = None if args.slots is None else check_whole("serve", "--slots", args.slots, 1, 4096)
     loopback = args.host in LOOPBACK

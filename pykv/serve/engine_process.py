@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import faulthandler
 import logging
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -36,6 +38,7 @@ log = logging.getLogger("pykv.serve")
 SLOT_TOKENS = 2048  # of the pool for each slot, if memory allows
 REPORTS = 64  # delivered in one go: readers must have their turn, however fast an engine is
 EXIT_SECONDS = 10.0  # of a process from which nothing comes any more
+GONE_SECONDS = 60.0  # from the server's end to the engine's, its step and its tiers' flush included
 SHARE = 0.5  # of the free memory: limit of the pool, unless one context needs more
 
 
@@ -202,6 +205,7 @@ def main(descriptor: int) -> None:
         signal.signal(number, signal.SIG_IGN)
     warnings.showwarning = show_warning
     os.set_inheritable(descriptor, False)  # or the server would not see the end of this process
+    threading.Thread(target=_outlive_no_server, args=(descriptor,), daemon=True).start()
     connection = Connection(descriptor)
     args, slots = connection.recv()
     logging.basicConfig(level=args.log_level.upper(), format=LOG_FORMAT)
@@ -226,6 +230,21 @@ def main(descriptor: int) -> None:
         if sys.flags.dev_mode:
             raise
         tell(error)
+
+
+def _outlive_no_server(descriptor: int) -> None:
+    """End this process GONE_SECONDS after the server, if it has not ended by then: whatever it does
+    may hang, so may those who take orders, or read what it would say. The time is kept by a thread
+    of C, which needs no lock of Python and goes on while that ends. Code that never gives this
+    thread the lock, a system call that cannot be killed, and SIGSTOP keep the process.
+
+    PR_SET_PDEATHSIG, which would do for the former, leaves no time to flush tiers, and goes by the
+    end of the thread that started the process."""
+    hung_up = select.poll()
+    hung_up.register(descriptor, 0)  # what the server has sent is read by others
+    hung_up.poll()
+    nowhere = open(os.devnull, "w")  # as long as the process
+    faulthandler.dump_traceback_later(GONE_SECONDS, exit=True, file=nowhere)
 
 
 def _take_orders(connection: Connection, opened: list[Engine]) -> None:

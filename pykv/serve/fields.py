@@ -8,7 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from pykv.errors import PykvError
+from pykv.errors import PykvError, quoted
 from pykv.options import check_choice, check_number, check_whole
 
 _JSON = {dict: "an object", list: "a list", str: "a string", bool: "true or false"}
@@ -52,8 +52,7 @@ class ApiError(Exception):
 
 def wrong(param: str, has: object, expected: str) -> ApiError:
     """The error of a field whose value is not `expected`, or None: missing."""
-    given = "missing" if has is None else repr(has)
-    given = given if len(given) <= 80 else f"{given[:77]}..."
+    given = "missing" if has is None else quoted(has)
     return ApiError(400, f"{param} is {given}, expected {expected}", param=param)
 
 
@@ -61,11 +60,11 @@ def loads(text: str | bytes) -> Any:
     """Parse JSON. Raises ValueError for invalid JSON, and for numbers that overflow float64."""
 
     def refuse(word: str) -> None:
-        raise ValueError(f"{word:.40} is no number of JSON")
+        raise ValueError(f"{quoted(word, 40)} is no number of JSON")
 
     def number(word: str) -> float:
         if math.isinf(value := float(word)):
-            raise ValueError(f"{word:.40} is too large a number")
+            raise ValueError(f"{quoted(word, 40)} is too large a number")
         return value
 
     return json.loads(text, parse_constant=refuse, parse_float=number)
@@ -78,7 +77,7 @@ def parse(data: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ApiError(400, f"the body is no JSON: {error}", code="invalid_json") from None
     if not isinstance(body, dict):
-        raise ApiError(400, f"the body is {body!r:.80}, expected an object of JSON")
+        raise ApiError(400, f"the body is {quoted(body)}, expected an object of JSON")
     return body
 
 

@@ -15,6 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from pykv.errors import quoted
 from pykv.serve.fields import ApiError
 from pykv.serve.metrics import Metrics
 
@@ -73,7 +74,7 @@ class App:
                 status = 499  # nginx's code
             except HTTPException as error:  # no such path, or method
                 headers = dict(error.headers or {})
-                message = f"{scope['method']} {scope['path']!r:.200}: {error.detail}, "
+                message = f"{scope['method']} {quoted(scope['path'], 200)}: {error.detail}, "
                 if allowed := headers.get("Allow"):
                     message += f"expected {allowed}"
                 else:
@@ -107,10 +108,10 @@ class App:
         origin = headers.get("origin")
         if origin is not None and origin not in self._origins and _netloc(origin) != host:
             expected = "this server's own, or one of --allow-origin"
-            raise ApiError(403, f"origin is {origin!r:.80}, expected {expected}")
+            raise ApiError(403, f"origin is {quoted(origin)}, expected {expected}")
         if self._key is None:
             if self._loopback and _hostname(host) not in LOOPBACK:
-                raise ApiError(403, f"host is {host!r:.80}, expected localhost, or an --api-key")
+                raise ApiError(403, f"host is {quoted(host)}, expected localhost, or an --api-key")
         elif scope["path"] not in _OPEN:
             scheme, _, given = headers.get("authorization", "").partition(" ")
             key = self._key.encode("utf-8", "surrogateescape")  # the bytes of the command line
@@ -131,7 +132,7 @@ class App:
     def _log(self, scope: Scope, status: int, seconds: float) -> None:
         """Log one line, without any text of the request."""
         client = (scope.get("client") or ["-"])[0]
-        facts = f"{client} {scope['method']} {scope['path']!r:.100} {status} {seconds:.3f} s"
+        facts = f"{client} {scope['method']} {quoted(scope['path'], 100)} {status} {seconds:.3f} s"
         if (work := scope.get("pykv.work")) is not None:
             prompt = sum(choice.prompt_tokens for choice in work.choices)
             answers = sum(choice.answer_tokens for choice in work.choices)

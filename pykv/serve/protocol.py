@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
-from pykv.errors import CapacityError, ParameterError, PykvError, UnsupportedError
+from pykv.errors import CapacityError, ParameterError, PykvError, UnsupportedError, quoted
 from pykv.llm.chat import chat_prompt, template_of
 from pykv.llm.language import Language
 from pykv.llm.prompts import Order, known_ids, order
@@ -170,7 +170,7 @@ class Protocol:
     def check_model(self, name: str) -> None:
         """Refuse a name that is not the model's."""
         if name not in self.names:
-            message = f"model is {name!r:.80}, expected {' or '.join(self.names)}"
+            message = f"model is {quoted(name)}, expected {' or '.join(self.names)}"
             raise ApiError(404, message, param="model", code="model_not_found")
 
     # --- What bodies have in common ---

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pykv.errors import DtypeError, ParameterError
+from pykv.errors import DtypeError, ParameterError, quoted
 from pykv.options import check_whole
 from pykv.pool import PagedKVCache
 from pykv.tiers.coded import CodedForm
@@ -26,7 +26,7 @@ def check_identity(given: Any) -> None:
     if not isinstance(given, dict) or not all(
         isinstance(text, str) for text in (*given, *given.values())
     ):
-        raise DtypeError(f"Tiers: identity is {given!r:.80}, expected a dict of texts")
+        raise DtypeError(f"Tiers: identity is {quoted(given)}, expected a dict of texts")
     if taken := {"form", "host"} & given.keys():
         raise ParameterError(f"Tiers: identity names {min(taken)!r}, which tiers set themselves")
 
@@ -45,7 +45,7 @@ def heads_of(
     if given is None:
         return None if is_coded else Heads(0, count, count)
     if not isinstance(given, (tuple, list)) or len(given) != 2:
-        raise DtypeError(f"Tiers: heads is {given!r:.80}, expected (first, total)")
+        raise DtypeError(f"Tiers: heads is {quoted(given)}, expected (first, total)")
     first = check_whole("Tiers", "heads[0]", given[0], 0, MOST_HEADS - count)
     total = check_whole("Tiers", "heads[1]", given[1], first + count, MOST_HEADS)
     if is_coded or cache.spec.has_given_scales:

@@ -15,7 +15,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pykv.errors import DtypeError, ParameterError
+from pykv.errors import DtypeError, ParameterError, quoted
 from pykv.number_texts import whole_of
 from pykv.options import check_whole
 
@@ -72,7 +72,7 @@ def parse_bytes(op: str, name: str, value: Any) -> int:
         return check_whole(op, name, value, 1)
     found = _SIZE.fullmatch(value)
     if not found:
-        raise ParameterError(f"{op}: {name} is {value!r:.80}, {_EXPECTED}")
+        raise ParameterError(f"{op}: {name} is {quoted(value)}, {_EXPECTED}")
     power = _POWERS.index((found["unit"] or "B")[0].upper())
     nbytes = int(Decimal(found["number"]) * 1024**power)
     return check_whole(op, name, nbytes, 1)
@@ -88,7 +88,7 @@ def parse_host(op: str, name: str, value: Any) -> Limit:
     found = _OPTION.fullmatch(value)
     if not found or found["folder"]:
         expected = "expected SIZE, SIZE:lfu or SIZE:CODEC, such as '4GiB' or '64M'"
-        raise ParameterError(f"{op}: {name} is {value!r:.80}, {expected}")
+        raise ParameterError(f"{op}: {name} is {quoted(value)}, {expected}")
     nbytes, codec = parse_bytes(op, name, found["size"]), _codec(op, name, found["codec"])
     return Limit(nbytes, codec, None, found["policy"] or POLICIES[0])
 
@@ -106,7 +106,7 @@ def parse_disk(op: str, name: str, value: Any) -> Limit:
     found = _OPTION.fullmatch(value)
     if not found or not found["folder"] or "\0" in value:
         expected = "expected DIR:SIZE, DIR:SIZE:lfu or DIR:SIZE:CODEC, such as 'tiers:50GiB'"
-        raise ParameterError(f"{op}: {name} is {value!r:.80}, {expected}")
+        raise ParameterError(f"{op}: {name} is {quoted(value)}, {expected}")
     nbytes = parse_bytes(op, name, found["size"])
     folder = Path(os.path.realpath(os.path.expanduser(found["folder"])))
     if folder.exists() and not folder.is_dir():
@@ -130,7 +130,7 @@ def _codec(op: str, name: str, codec: str | None) -> str:
     codec = codec or "none"
     if codec not in CODECS and artefact_of(codec) is None:
         raise ParameterError(
-            f"{op}: {name}'s codec is {codec!r:.80}, expected one of {', '.join(CODECS)}, or "
+            f"{op}: {name}'s codec is {quoted(codec)}, expected one of {', '.join(CODECS)}, or "
             "FILE:RATIO of an artefact, such as 'smollm2.kvtc:16'"
         )
     return codec

@@ -22,7 +22,7 @@ import numpy as np
 from pykv import cuda, interrupts
 from pykv.arrays import load_cupy, on_gpu
 from pykv.blocks import prefix_keys
-from pykv.errors import CapacityError, DtypeError, ParameterError, PykvError, TransportError
+from pykv.errors import CapacityError, DtypeError, ParameterError, PykvError, TransportError, quoted
 from pykv.llm.generate import LLM
 from pykv.llm.prompts import read_ids
 from pykv.llm.sampling import SamplingParams
@@ -199,7 +199,7 @@ class Handover:
         self._transport.notify(peer, dict(request=request, tokens=ids))
         facts = self._wait_for(peer, request)
         if "error" in facts:
-            raise TransportError(f"Handover.ask: {peer} says: {str(facts['error'])[:500]!r}")
+            raise TransportError(f"Handover.ask: {peer} says: {quoted(str(facts['error']), 500)}")
         return self.take(peer, ids[:-1]) if len(ids) > 1 else 0
 
     def _wait_for(self, peer: str, request: str) -> dict[str, Any]:

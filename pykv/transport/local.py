@@ -34,7 +34,14 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 from pykv.cache_folder import check_private
-from pykv.errors import CapacityError, DtypeError, ParameterError, TransportError, UnsupportedError
+from pykv.errors import (
+    CapacityError,
+    DtypeError,
+    ParameterError,
+    TransportError,
+    UnsupportedError,
+    quoted,
+)
 from pykv.transport import messages
 from pykv.transport.messages import (
     MOST_BYTES,
@@ -327,7 +334,7 @@ def _as_path(op: str, folder: Any) -> Path:
         given = type(folder).__name__
         raise DtypeError(f"{op}: folder is a {given}, expected a path") from None
     except ValueError:
-        raise ParameterError(f"{op}: folder is {folder!a:.80}, expected a path") from None
+        raise ParameterError(f"{op}: folder is {quoted(folder)}, expected a path") from None
     return path
 
 

@@ -16,7 +16,7 @@ import struct
 import zlib
 from typing import Any, NamedTuple
 
-from pykv.errors import DtypeError, ParameterError, TransportError
+from pykv.errors import DtypeError, ParameterError, TransportError, quoted
 from pykv.options import check_number, check_type
 
 MAGIC = b"\x89PYKVTM\n"
@@ -48,7 +48,7 @@ def check_name(op: str, argument: str, name: str) -> str:
     check_type(op, argument, name, str, "a name")
     if not is_name(name):
         expected = "expected up to 40 letters, digits, dashes, underscores or dots"
-        raise ParameterError(f"{op}: {argument} is {name!r:.80}, {expected}")
+        raise ParameterError(f"{op}: {argument} is {quoted(name)}, {expected}")
     return name
 
 
@@ -64,7 +64,7 @@ def check_facts(op: str, facts: Any) -> dict[str, Any]:
         DtypeError: they are not a dict with texts as keys, or JSON cannot hold them.
     """
     if not isinstance(facts, dict) or not all(isinstance(name, str) for name in facts):
-        raise DtypeError(f"{op}: facts is {facts!r:.80}, expected a dict of names")
+        raise DtypeError(f"{op}: facts is {quoted(facts)}, expected a dict of names")
     try:
         json.dumps(facts)
     except (TypeError, ValueError, RecursionError) as error:
@@ -106,7 +106,7 @@ def unpack(data: bytes) -> Message:
     """
 
     def wrong(name: str, has: Any, expected: Any) -> TransportError:
-        return TransportError(f"transport: a message has {name} {has!r:.80}, expected {expected}")
+        return TransportError(f"transport: a message has {name} {quoted(has)}, expected {expected}")
 
     if len(data) < _HEADER.size:
         raise wrong("bytes", len(data), f"at least {_HEADER.size}")

@@ -33,7 +33,14 @@ import numpy as np
 
 from pykv.arrays import UINT8, check_writeable, is_numpy
 from pykv.checker import checker
-from pykv.errors import CapacityError, DtypeError, ParameterError, ShapeError, TransportError
+from pykv.errors import (
+    CapacityError,
+    DtypeError,
+    ParameterError,
+    ShapeError,
+    TransportError,
+    quoted,
+)
 from pykv.number_texts import counted
 from pykv.options import check_type, check_whole
 from pykv.ranges import check_overlaps
@@ -246,7 +253,7 @@ class PeerRegion:
 def _check_keys(op: str, name: str, keys: Any) -> None:
     is_list = isinstance(keys, list | tuple)
     if not is_list or not all(isinstance(key, bytes) and len(key) == 16 for key in keys):
-        raise DtypeError(f"{op}: {name} is {keys!r:.80}, expected 16 bytes each")
+        raise DtypeError(f"{op}: {name} is {quoted(keys)}, expected 16 bytes each")
 
 
 def digest(facts: dict[str, str]) -> bytes:
@@ -259,7 +266,7 @@ def _check_header(peer: str, header: bytes, size: int, facts: bytes, nbytes: int
     magic, version, crc, count, row_bytes, sha256 = _HEADER.unpack(header[: _HEADER.size])
 
     def wrong(name: str, has: Any, expected: Any) -> TransportError:
-        return TransportError(f"transport: {peer} has {name} {has!r:.80}, expected {expected}")
+        return TransportError(f"transport: {peer} has {name} {quoted(has)}, expected {expected}")
 
     if magic != MAGIC:
         raise wrong("magic", magic, MAGIC)

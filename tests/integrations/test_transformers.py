@@ -196,6 +196,28 @@ def test_crop_repeat_select_and_reset(implementation):
     same(ids[:1, :4])
 
 
+@implementations
+def test_reset_of_layers(implementation):
+    """Of one after the other: the cache is empty, as transformers' own. Of some: they forget their
+    tokens, and take no others until all have."""
+    own, _, model, cache = both(implementation, num_hidden_layers=3)
+    ids, first = torch.randint(0, 99, (2, 7)), torch.randint(0, 99, (1, 20))
+    for layer in cache.layers:
+        layer.reset()
+    logits(model, cache, first)
+    for layer in cache.layers[:2]:
+        layer.reset()
+    prefix = copy.deepcopy(cache)
+    assert [layer.get_seq_length() for layer in cache.layers] == [0, 0, 20]
+    for n in (20, 7):
+        with pytest.raises(ParameterError, match="layer 0 has 0 tokens .* crop or reset the cache"):
+            logits(model, cache, first[:, :n])
+    cache.layers[2].reset()
+    assert cache.get_seq_length() == 0 and prefix.layers[2].get_seq_length() == 20
+    want = logits(own, transformers.DynamicCache(), ids)
+    assert torch.allclose(logits(model, cache, ids), want, atol=1e-6)
+
+
 def lies_in_pages(cache, keys, values):
     return all(
         pool.ctypes.data <= x.data_ptr() < pool.ctypes.data + pool.nbytes

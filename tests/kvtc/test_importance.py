@@ -16,9 +16,9 @@ N, T = 40, 20  # tokens, and those that ask
 
 @pytest.fixture
 def open_model(tmp_path):
-    def opened(arch, kind="F32", **options):
+    def opened(arch, kind="F32", keys=None, **options):
         path = tmp_path / f"{arch}-{kind}.gguf"
-        tiny.write(path, arch, kind=kind)
+        tiny.write(path, arch, kind=kind, keys=keys)
         return LLM(path, device="cpu", **options).model
 
     return opened
@@ -46,7 +46,9 @@ def by_loops(model, ids):
             p, attended = [], []
             for head in range(HQ):
                 h = head // (HQ // H)
-                scores = k[there, h] @ queries[i, t, head].astype(float) * config.attention_scale
+                scores = (
+                    k[there, h] @ queries[i, t, head].astype(float) * config.attention_scales[i]
+                )
                 if config.attention_cap:
                     scores = config.attention_cap * np.tanh(scores / config.attention_cap)
                 p.append(np.exp(scores) / np.exp(scores).sum())
@@ -62,7 +64,7 @@ def by_loops(model, ids):
                     if SINKS <= j < N - T:
                         found[1, i, h] += weight**2 / size * out[:, head].T @ out[:, head]
                         away = out[:, head] @ (v[j, h] - attended[head])
-                        asks = np.ascontiguousarray(q[None, None]) * config.attention_scale
+                        asks = np.ascontiguousarray(q[None, None]) * config.attention_scales[i]
                         turn = np.array([-j], np.int32)
                         pairing = config.kind.pairing
                         rope.rotate(asks, asks[:, :0], turn, layer.inv_freq, pairing=pairing)
@@ -71,12 +73,14 @@ def by_loops(model, ids):
     return found * np.array([importance.KEYS, 1]).reshape(2, 1, 1, 1, 1)
 
 
-@pytest.mark.parametrize("arch", ["llama", "gemma2", "gemma3"])
+@pytest.mark.parametrize("arch", ["llama", "gemma2", "gemma3", "smollm3"])
 def test_importance_is_that_of_plain_loops(open_model, monkeypatch, arch):
-    """With groups of heads; with post norms, sliding windows and, in gemma2, a cap of scores."""
+    """With groups of heads; with post norms, sliding windows and, in gemma2, a cap of scores; in
+    smollm3 layers of several scales."""
     monkeypatch.setattr(importance, "EVERY", 1)
     monkeypatch.setattr(importance, "_KEYS", 5)
-    model = open_model(arch, weights="fp32")
+    keys = {".rope.scaling.attn_factor": 0.3} if arch == "smollm3" else None
+    model = open_model(arch, weights="fp32", keys=keys)
     ids = ids_of(model)
     got = importance.measure(model, ids, np)
     for mine, want in zip(got, by_loops(model, ids), strict=True):
@@ -123,7 +127,7 @@ def test_squares_are_those_of_activations_behind_attention(open_model):
     k, v = (x.reshape(-1, *x.shape[2:])[:N] for x in cache.layers[0])
     groups = config.heads // config.kv_heads
     k, v = (np.repeat(y, groups, axis=1).astype(float) for y in (k, v))
-    scores = np.einsum("thd,nhd->htn", queries[0].astype(float), k) * config.attention_scale
+    scores = np.einsum("thd,nhd->htn", queries[0].astype(float), k) * config.attention_scales[0]
     scores[:, np.arange(N)[None] > np.arange(N - T, N)[:, None]] = -np.inf
     p = np.exp(scores)
     p /= p.sum(axis=2, keepdims=True)

@@ -21,6 +21,8 @@ def tiny_paths(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
     for name in ("llama", "gemma3"):
         tiny.write_case(folder / f"{name}.gguf", name)
+    # The fourth of its five layers does not rotate, and is not magnified.
+    tiny.write(folder / "smollm3.gguf", "smollm3", keys={".rope.scaling.attn_factor": 2.0})
     return folder
 
 

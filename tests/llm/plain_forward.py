@@ -28,7 +28,7 @@ class Numbers:
     eps: float = 0.01
     scale: float = 0.25
     adjacent: bool = True
-    magnitude: float = 1.0  # factor of rotated queries and keys
+    magnitude: float | list[float] = 1.0  # factor of rotated queries and keys; or of each layer's
     frequencies: list[list[float]] = field(default_factory=list)  # D / 2 for each layer
     windows: list[int] = field(default_factory=list)  # 0: all keys
     embedding_scale: float = 1.0
@@ -107,7 +107,8 @@ def _rotated(x: np.ndarray, i: int, n: Numbers) -> np.ndarray:
     half = n.head_dim // 2
     first, second = (x[..., ::2], x[..., 1::2]) if n.adjacent else (x[..., :half], x[..., half:])
     angles = np.arange(len(x))[:, None, None] * np.array(n.frequencies[i])
-    turned = (first + 1j * second) * np.exp(1j * angles) * n.magnitude
+    turned = (first + 1j * second) * np.exp(1j * angles)
+    turned *= n.magnitude[i] if isinstance(n.magnitude, list) else n.magnitude
     out = np.empty_like(x)
     if n.adjacent:
         out[..., ::2], out[..., 1::2] = turned.real, turned.imag

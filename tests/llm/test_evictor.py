@@ -307,13 +307,22 @@ def test_heads_share_a_budget(open_llm, tiny_paths, rng, monkeypatch, name, numb
 
 
 @without_simt
-@pytest.mark.parametrize("policy", ["h2o:12:recent=2", "adakv:h2o:12:recent=2"])
-def test_attention_of_all_queries_is_summed(open_llm, rng, monkeypatch, shorten_steps, policy):
+@pytest.mark.parametrize(
+    "name, policy",
+    [
+        ("llama", "h2o:12:recent=2"),
+        ("llama", "adakv:h2o:12:recent=2"),
+        ("smollm3", "h2o:12:recent=2"),
+    ],
+)
+def test_attention_of_all_queries_is_summed(
+    open_llm, rng, monkeypatch, shorten_steps, name, policy
+):
     """In pieces of a prompt and tokens of an answer, and rows that move take theirs along: equals
     sums in float64 of what the queries gave to the rows that were there."""
     monkeypatch.setattr(evictor, "EVERY", 6)
     shorten_steps(16)
-    llm = open_llm(eviction=policy, **EXACT)
+    llm = open_llm(name, eviction=policy, **EXACT)
     config, sums, checked = llm.model.config, {}, []
     H, G = config.kv_heads, config.heads // config.kv_heads
     sees = {name: getattr(evictor.Evictor, name) for name in ("see_prompt", "see_answer")}
@@ -332,7 +341,7 @@ def test_attention_of_all_queries_is_summed(open_llm, rng, monkeypatch, shorten_
             for t, g in np.ndindex(T, G):
                 seen = n - T + t + 1
                 q = to_numpy(queries[i, t, h * G + g]).astype(np.float64)
-                logits = keys[:seen] @ q * config.attention_scale
+                logits = keys[:seen] @ q * config.attention_scales[i]
                 weights = np.exp(logits - logits.max())
                 for j, weight in enumerate(weights / weights.sum()):
                     total[j] += weight
@@ -346,6 +355,7 @@ def test_attention_of_all_queries_is_summed(open_llm, rng, monkeypatch, shorten_
         sees["see_answer"](self, s, queries)
 
     def evicted(cache, pages, lengths, policies, **options):
+        assert options["scale"] == config.attention_scales
         for (i, h), want in sums.items():
             got = to_numpy(options["scores"][i][0, h, : len(want)])
             np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)

@@ -71,6 +71,18 @@ def magnified(numbers, factor, **changes):
     return replace(numbers, magnitude=1 + 0.1 * math.log(factor), **changes)
 
 
+# Layers that do not rotate, and those with a base of their own, have nothing of YaRN.
+SMOLLM3_YARN = replace(
+    SMOLLM3,
+    magnitude=[1.0 if i == 3 else 1 + 0.1 * math.log(4) for i in range(5)],
+    frequencies=[[0.0] * 8 if i == 3 else yarn(16, 5e3, 4, 32) for i in range(5)],
+)
+GEMMA3_YARN = replace(
+    gemma3(2e5, 0.01),
+    magnitude=[1 + 0.1 * math.log(4) if i == 5 else 1.0 for i in range(7)],
+    frequencies=[yarn(32, 2e5, 4, 32) if i == 5 else frequencies(32, 1e4) for i in range(7)],
+)
+
 # name: architecture, the numbers that these ask for: keys, further tensors
 CASES = {
     "llama": ("llama", LLAMA),
@@ -218,6 +230,23 @@ CASES = {
         replace(LLAMA, frequencies=[[0.0] * 8] * 2),
         YARN | FROM_32 | {".rope.scaling.finetuned": False},
     ),
+    "smollm3, yarn": ("smollm3", SMOLLM3_YARN, YARN | FROM_32),
+    "smollm3, attn_factor": (
+        "smollm3",
+        replace(SMOLLM3, magnitude=[0.7, 0.7, 0.7, 1.0, 0.7]),
+        {".rope.scaling.attn_factor": 0.7},
+    ),
+    "gemma3, yarn": ("gemma3", GEMMA3_YARN, YARN | FROM_32),
+    "gemma3, yarn and attn_factor": (
+        "gemma3",
+        replace(GEMMA3_YARN, magnitude=[0.7 * x for x in GEMMA3_YARN.magnitude]),
+        YARN | FROM_32 | {".rope.scaling.attn_factor": 0.7},
+    ),
+    "gemma3 without a window, yarn": (
+        "gemma3",
+        magnified(gemma3(2e5, 0.01, window=0), 4, frequencies=[yarn(32, 2e5, 4, 32)] * 7),
+        YARN | FROM_32 | {".attention.sliding_window": 0},
+    ),
     "gemma2, yarn": (
         "gemma2",
         magnified(GEMMA2, 4, frequencies=[yarn(32, 5e3, 4, 32)] * 4),
@@ -327,12 +356,6 @@ def test_keys_that_change_nothing(tmp_path, key):
         )
 
 
-@pytest.mark.parametrize("arch", ["gemma3", "smollm3"])
-def test_yarn_beside_layers_that_it_leaves_alone_does_not_run(tmp_path, arch):
-    """Those with a base of their own, and those that do not rotate."""
-    refused(tmp_path, UnsupportedError, "changes the magnitude", arch=arch, keys=YARN)
-
-
 @pytest.mark.parametrize(
     "name",
     ["blk.0.attn_q_norm.weight", "blk.1.ffn_gate_exps.weight", "blk.0.attn_q.scale", "v.patch"]
@@ -395,6 +418,10 @@ def test_every_key_has_a_type(tmp_path, arch):
         ({".attention.head_count_kv": 3}, "no multiple of 3 KV heads"),
         ({".attention.key_length": 2**31 - 8, ".attention.value_length": 2**31 - 8}, "heads have"),
         ({".rope.dimension_count": 2**31 - 2}, "dimension_count is 2147483646, expected an even"),
+        (
+            {".rope.dimension_count": 8, ".rope.scaling.attn_factor": 0.7},
+            "changes the magnitude of some elements of a head",
+        ),
         ({".context_length": 2**40}, "context_length is 1099511627776, expected"),
         ({".vocab_size": 1000}, "vocab_size is 1000, but the tokenizer has 263 tokens"),
         ({".attention.layer_norm_rms_epsilon": None}, "layer_norm_rms_epsilon is missing"),

@@ -410,9 +410,13 @@ def test_pages_that_were_coded_do_not_reach_exact_files_by_a_session(open_llm, r
         (
             dict(host_cache="1MB:x.kvtc:16"),
             ParameterError,
-            "LLM: host_cache's artefact is x.kvtc, expected a file",
+            "LLM: host_cache's artefact is 'x.kvtc', expected a file",
         ),
-        (dict(disk_cache="{}/t:1MB:x.kvtc:16"), ParameterError, "disk_cache's artefact is x.kvtc"),
+        (
+            dict(disk_cache="{}/t:1MB:x.kvtc:16"),
+            ParameterError,
+            "disk_cache's artefact is 'x.kvtc'",
+        ),
         (dict(host_cache="9999TiB"), CapacityError, "host_cache asks for"),
         (
             dict(host_cache="1MB", prefix_cache=False),

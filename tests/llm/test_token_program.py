@@ -24,7 +24,10 @@ def open_both(tmp_path, xp, monkeypatch):
         monkeypatch.setattr(token_program, "PhaseProgram", few)
 
     def open_(name, **options):
-        tiny.write_case(tmp_path / "tiny.gguf", name)
+        if name == "smollm3":
+            tiny.write(tmp_path / "tiny.gguf", name, keys={".rope.scaling.attn_factor": 2.0})
+        else:
+            tiny.write_case(tmp_path / "tiny.gguf", name)
         opened = (
             LLM(tmp_path / "tiny.gguf", prefix_cache=False, decode=decode, **one, **options)
             for decode, one in (("steps", {}), ("persistent", dict(max_tokens_resident=1)))
@@ -44,6 +47,7 @@ CASES = [
             ("llama-tied", dict(weights="fp16"), 1),
             ("qwen2", dict(weights="fp32", kv_dtype="bf16"), 2),
             ("qwen3", dict(weights="bf16", kv_dtype="int8"), 3),
+            ("smollm3", dict(weights="fp16"), 2),  # whose layers differ in the scale of scores
         ]
     ),
 ]

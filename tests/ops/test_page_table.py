@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from pykv import cuda
-from pykv.errors import CapacityError, DtypeError, ParameterError, ShapeError
+from pykv.errors import CapacityError, DtypeError, ParameterError, ShapeError, UnsupportedError
 from pykv.ops import page_table
 from tests.helpers import assert_same_bits, to_numpy
 
@@ -86,6 +86,21 @@ def test_a_prepared_call_follows_the_lists(xp):
     call()
     assert to_numpy(table).tolist() == [[4, 2, -1], [7, -1, -1]]
     assert to_numpy(lengths).tolist() == [8, 3]
+
+
+def test_more_requests_than_a_grid_has_rows(xp):
+    """On a GPU; nothing is written."""
+    B = 65_536
+    lists = [np.arange(B), np.arange(B + 1), np.ones(B)]
+    lists = [xp.asarray(x.astype(np.int32)) for x in lists]
+    table = xp.asarray(np.full((B, 1), -7, np.int32))
+    if xp is np:
+        page_table.from_lists(*lists, page_size=4, table=table)
+        assert table[:, 0].tolist() == list(range(B))
+    else:
+        with pytest.raises(UnsupportedError, match="grid is .*65536"):
+            page_table.from_lists(*lists, page_size=4, table=table)
+        assert (to_numpy(table) == -7).all()
 
 
 def test_a_prepared_call_looks_for_requests_that_do_not_fit():

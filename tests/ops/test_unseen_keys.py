@@ -93,6 +93,40 @@ def test_one_large_value(xp, rng, sight, spec, q, ratio):
     judge(xp, queries, *store(rng, spec, k, v)[:2], **options)
 
 
+SMALL_SCALES = [("e4m3:fp32", "float16"), ("e4m3:fp32", "float32")]
+MORE_SCALES = itertools.product(["int8:fp32", "int4:fp32"], ["float16", "float32"])
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("T", [1, 70])
+@pytest.mark.parametrize(
+    "spec, q",
+    [*SMALL_SCALES, *(pytest.param(*case, marks=pytest.mark.sweep) for case in MORE_SCALES)],
+)
+def test_scores_up_to_the_documented_bound(xp, rng, spec, q, T, sign):
+    """1e7, where a score's last place is 1 and values' scales are any powers of two: results lie
+    between the values of keys near the top."""
+    (L, H), bound = (300, 8) if T > 4 else (1000, 32), 1e7
+    above = np.cumsum(rng.uniform(0, 3, (L, H)) * np.exp2(rng.uniform(-8, 0, H)), 0)
+    above = (above + rng.uniform(0, 12, (L, H))).astype(np.float32) * np.log(2)
+    scores = sign * bound - (above.max(0) - above)
+    k, sizes = np.zeros((L, H, D)), np.exp2(rng.integers(-8, 9, (L, H)))
+    k[..., 0] = scores / bound
+    pattern = np.where(rng.random(D) < 0.5, -1, 1)
+    cache = store(rng, spec, k.astype("f4"), (sizes[..., None] * pattern).astype("f4"))[:2]
+    queries = np.zeros((T, H, D) if T > 4 else (1, T, H, D), dtype_of(q))
+    queries[..., 0] = 1
+    out, lse = run(xp, queries, *cache, scale=bound)
+    out, lse = out.astype(np.float64) / pattern, lse.astype(np.float64)
+    for t in range(T):
+        seen = L - T + t + 1
+        near = scores[:seen] > scores[:seen].max(0) - 40
+        least = np.where(near, sizes[:seen], np.inf).min(0)[:, None]
+        most = np.where(near, sizes[:seen], 0).max(0)[:, None]
+        assert (out[t] > 0.98 * least).all() and (out[t] < 1.02 * most).all()
+        np.testing.assert_allclose(lse[t], scores[:seen].max(0), rtol=0, atol=8)
+
+
 SMALL = [("int8", "float32", 1e8), ("int8:fp32", "float32", 1e17)]
 MORE = itertools.product(["e5m2:fp32", "int4", "e4m3:fp32"], ["float32", "bfloat16"], [1e8, 1e17])
 

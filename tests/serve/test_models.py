@@ -303,6 +303,48 @@ def test_the_engine_does_not_outlive_its_server(path, command, loaded):
     until(lambda: not runs(engine))
 
 
+SERVER = """
+import subprocess, sys
+from pykv import cli
+from pykv.serve.engine_process import EngineProcess
+start = subprocess.Popen
+def start_other(command, **options):
+    code = command[-1].replace("e.main(", f"e.GONE_SECONDS = 0.5; {sys.argv[2]}; e.main(")
+    assert code != command[-1]
+    return start([*command[:-1], code], **options)
+subprocess.Popen = start_other
+args = cli._parser().parse_args(["serve", sys.argv[1], "--device", "cpu"])
+with EngineProcess(args, 1) as engine:
+    engine.file(), engine.ready()
+    print(engine._process.pid, flush=True)
+"""
+HANGS = dict(
+    step="import time; e.Engine.run = lambda _: time.sleep(600)",
+    loop="e.Engine.run = lambda _: [0 for _ in iter(int, 1)]",
+    orders="e._take_orders = lambda *_: None",  # as where it compiles a large schema
+    flush="import time; from pykv.llm import LLM; LLM.flush = lambda _: time.sleep(600)",
+    exit="import atexit, time; atexit.register(time.sleep, 600)",
+)
+
+
+@pytest.mark.parametrize("hang", HANGS)
+def test_an_engine_that_hangs_does_not_outlive_its_server(path, hang):
+    """Which is killed while it waits for the engine's end."""
+    words = [sys.executable, "-c", SERVER, str(path), HANGS[hang]]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
+        engine = int(process.stdout.readline())
+        try:
+            time.sleep(1)
+            assert process.poll() is None and runs(engine)
+            process.kill()
+            process.wait()
+            until(lambda: not runs(engine), 30)
+        finally:
+            process.kill()
+            if runs(engine):
+                os.kill(engine, signal.SIGKILL)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_before_the_server_listens_ends_it(llms, monkeypatch, number):
     """Which sets handlers of its own only then."""

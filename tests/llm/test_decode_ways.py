@@ -35,8 +35,8 @@ def ways_of(tiny_paths, folder, monkeypatch):
         made = []
 
         def make(cache, way):
-            def decode(sequences, alone):
-                assert alone and all(s.held < len(s.pages) * 8 for s in sequences)
+            def decode(sequences, beside):
+                assert beside == 0 and all(s.held < len(s.pages) * 8 for s in sequences)
                 assert all(max(s.pages) < cache.manager.num_pages for s in sequences)
                 for s in sequences:
                     s.cached += 1

@@ -6,10 +6,11 @@ tokens. Tokens are not kept: to make two prefixes meet takes 2^64 attempts, even
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from hashlib import blake2b
+from struct import Struct
 from struct import error as StructError
-from struct import pack
 from typing import Any
 
 from pykv.errors import DtypeError, ParameterError
@@ -31,11 +32,16 @@ def root(op: str, salt: str | bytes) -> bytes:
 def after(parent: bytes, tokens: Sequence[int]) -> bytes:
     """The key of a full page with these tokens, behind the page or root with the key `parent`."""
     try:
-        data = pack(f"<{_BYTES}s{len(tokens)}q", parent, *tokens)
+        data = _packer(len(tokens))(parent, *tokens)
     except (StructError, TypeError) as error:
         expected = "expected integers of 64 bits with a sign"
         raise ParameterError(f"BlockManager: tokens are {tokens}, {expected}: {error}") from error
     return blake2b(data, digest_size=_BYTES).digest()
+
+
+@cache
+def _packer(count: int) -> Callable[..., bytes]:
+    return Struct(f"<{_BYTES}s{count}q").pack
 
 
 def of_pages(

@@ -115,18 +115,19 @@ class Sampler:
         sequences: Sequence[Drawing],
         masks: Sequence[Any] | None = None,
         peaks: Any = None,
-        steps: list[int] | None = None,
+        behind: Any = None,
     ) -> Drawn:
         """As `draw`, but does not wait for the tokens.
 
         Args:
             logits, sequences, masks, peaks: as of `draw`.
-            steps: index of the token that each draws; None: of the one behind `generated`, which is
-                what penalties and `min_tokens` go by in any case.
+            behind: [n] int32 on the device of the logits, n <= B; the last tokens of the first n
+                sequences, which `generated` lacks.
         """
         params = [s.params for s in sequences]
-        steps = [len(s.generated) for s in sequences] if steps is None else steps
-        adjusted = self._adjusted(logits, sequences, masks)
+        n = 0 if behind is None else len(behind)
+        steps = [len(s.generated) + (b < n) for b, s in enumerate(sequences)]
+        adjusted = self._adjusted(logits, sequences, masks, steps, behind)
         wanted = [-1 if p.logprobs is None else p.logprobs for p in params]
         B, K = len(params), max(wanted, default=-1)
         if K < 0:
@@ -142,10 +143,18 @@ class Sampler:
         logprobs.top(logits, ids, self._xp.asarray(np.array(wanted, np.int32)), K, **given)
         return Drawn(ids, words, wanted)
 
-    def _adjusted(self, logits: Any, sequences: Sequence[Drawing], masks: Any) -> Any:
+    def _adjusted(
+        self,
+        logits: Any,
+        sequences: Sequence[Drawing],
+        masks: Any,
+        steps: list[int],
+        behind: Any,
+    ) -> Any:
         """The logits after penalties, biases and masks; those given, if nobody asks for any."""
         B, V = logits.shape
-        asked = {**_biases(sequences, V), **_masks(masks, B, V), **self._penalties(sequences, V)}
+        asked = {**_biases(sequences, steps, V), **_masks(masks, B, V)}
+        asked |= self._penalties(sequences, steps, V)
         if not asked:
             return logits
         parts = [x.reshape(-1).view(np.int32) for x in asked.values()]
@@ -156,16 +165,18 @@ class Sampler:
             at += x.size
         if "tally_rows" in asked:
             given["tallies"] = self._tallies
+            if behind is not None:
+                given["tokens"][: len(behind)] = behind
         adjusted = adjust_logits.adjust(logits, **given)
-        for s, row in zip(sequences, asked.get("tally_rows", ()), strict=False):
+        for s, step, row in zip(sequences, steps, asked.get("tally_rows", ()), strict=False):
             if row >= 0:
                 del self._owners[row]
-                self._owners[row] = s, len(s.generated)
+                self._owners[row] = s, step
         return adjusted
 
-    def _penalties(self, sequences: Sequence[Drawing], V: int) -> dict[str, Any]:
+    def _penalties(self, sequences: Sequence[Drawing], steps: list[int], V: int) -> dict[str, Any]:
         """Arguments of `adjust` for sequences with penalties, whose rows hold all but the tokens
-        that it counts itself."""
+        that it counts itself; a token that the host has not read is missing among these."""
         penalties = [s.params.penalties for s in sequences]
         pairs = zip(sequences, penalties, strict=True)
         asking = [s for s, values in pairs if values != NO_PENALTIES]
@@ -178,9 +189,9 @@ class Sampler:
                 continue
             tally_rows[b] = row = rows[id(s)]
             owner, counted = self._owners[row]
-            if owner is s and counted == len(s.generated) - 1:
-                tokens[b] = s.generated[-1]
-            elif owner is not s or counted != len(s.generated):
+            if owner is s and counted == steps[b] - 1:
+                tokens[b] = s.generated[-1] if steps[b] == len(s.generated) else -1
+            elif owner is not s or counted != steps[b]:
                 self._owners[row] = _NOBODY  # until `adjust` has been called
                 self._tallies[row] = self._xp.asarray(tally_of(s.prompt, s.generated, V))
         return dict(penalties=np.array(penalties, np.float32), tally_rows=tally_rows, tokens=tokens)
@@ -213,11 +224,11 @@ def tally_of(prompt: list[int], answer: list[int], V: int) -> Any:
     return tally.astype(np.int32)
 
 
-def _biases(sequences: Sequence[Drawing], V: int) -> dict[str, Any]:
+def _biases(sequences: Sequence[Drawing], steps: list[int], V: int) -> dict[str, Any]:
     """Arguments of `adjust` for `logit_bias`, and for the ends that `min_tokens` forbids."""
     parts = [
-        s.params.biases if len(s.generated) >= s.params.min_tokens else _without_ends(s, V)
-        for s in sequences
+        s.params.biases if step >= s.params.min_tokens else _without_ends(s, V)
+        for s, step in zip(sequences, steps, strict=True)
     ]
     sizes = [len(ids) for ids, _ in parts]
     if not any(sizes):

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from pykv.arrays import load_cupy
 from pykv.llm.decoder import Decoder
 from pykv.llm.sampler import Drawn, Sampler
-from pykv.llm.sampling import NO_PENALTIES
+from pykv.llm.sampling import SamplingParams
 from pykv.llm.sequence import Sequence
 
 
@@ -31,11 +31,12 @@ class _UnderWay(NamedTuple):
     rows: dict[Sequence, tuple[int, int]]
 
 
+_NOBODY = Sequence([0], SamplingParams(temperature=0), 1)  # has the rows of those that have ended
+
+
 def can_go_on(s: Sequence) -> bool:
-    """Whether its next draw needs nothing of the host."""
-    p = s.params
-    is_plain = p.penalties == NO_PENALTIES and not p.logit_bias
-    return is_plain and s.mask is None and len(s.generated) >= p.min_tokens
+    """Whether its next draw needs nothing of the host: a mask goes by the last token."""
+    return s.mask is None
 
 
 class StepsAhead:
@@ -53,7 +54,7 @@ class StepsAhead:
         # Tokens come by a stream of their own, on which they do not wait for the next step.
         self._link = load_cupy().cuda.Stream(non_blocking=True)
         rows = {s: (row, len(s.generated)) for row, s in enumerate(sequences)}
-        self._under_way: _UnderWay | None = self._draw(decoder.run(sequences), rows)
+        self._under_way: _UnderWay | None = self._draw(decoder.run(sequences), rows, None)
 
     def take(self, sequences: list[Sequence], goes_on: bool) -> list[int | None] | None:
         """The next token of each sequence, -1 where logits are not finite; log probabilities are
@@ -104,12 +105,12 @@ class StepsAhead:
             return None
         shown: list[Sequence | None] = [s if s in next_rows else None for s in self._sequences]
         logits = self._decoder.run_on(shown, ids)
-        return None if logits is None else self._draw(logits, next_rows)
+        return None if logits is None else self._draw(logits, next_rows, ids)
 
-    def _draw(self, logits: Any, rows: dict[Sequence, tuple[int, int]]) -> _UnderWay:
-        """Draw the tokens of a step."""
-        steps = [rows[s][1] if s in rows else 0 for s in self._sequences]
-        drawn = self._sampler.begin(logits, self._sequences, steps=steps)
+    def _draw(self, logits: Any, rows: dict[Sequence, tuple[int, int]], behind: Any) -> _UnderWay:
+        """Draw the tokens of a step; `behind` as of Sampler.begin."""
+        shown = [s if s in rows else _NOBODY for s in self._sequences]
+        drawn = self._sampler.begin(logits, shown, behind=behind)
         cuda = load_cupy().cuda
         done = cuda.Event(disable_timing=True)
         done.record(cuda.get_current_stream())

@@ -1,11 +1,13 @@
 """Steps that are launched before tokens are read: the tokens are those of one step after another,
 whatever ends, comes, leaves or fails meanwhile."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from pykv.errors import NumberError
-from pykv.llm import LLM, SamplingParams, steps, steps_ahead
+from pykv.llm import LLM, SamplingParams, sampler, steps, steps_ahead
 from pykv.llm.decoder import Decoder
 from tests.helpers import swept
 from tests.llm import tiny
@@ -135,24 +137,78 @@ def test_no_step_is_launched_ahead_beside_many_tokens_of_prompts(open_, launched
         assert len(launched) == count and (runner._ahead._under_way is not None) == bool(count)
 
 
-def test_what_the_host_must_see_is_not_launched_ahead(open_, launched, rng):
-    prompts = prompts_of(rng, 5, 9)
-    for asked in (
-        dict(repetition_penalty=1.3),
-        dict(presence_penalty=0.5),
-        dict(logit_bias={7: 2.0}),
+@pytest.mark.parametrize(
+    "asked",
+    [
+        dict(repetition_penalty=1.6, frequency_penalty=0.4),
+        dict(presence_penalty=1.5, logit_bias={7: 2.0}, temperature=0.9, seed=5),
         dict(min_tokens=5),
-    ):
-        params = [SamplingParams(max_tokens=5, **asked), greedy(5)]
-        want = open_(device="cpu").generate(prompts, params)
-        assert facts(open_().generate(prompts, params)) == facts(want)
-    assert not launched
+    ],
+    ids=str,
+)
+def test_what_has_been_drawn_counts_although_nobody_has_read_it(
+    open_, launched, rng, monkeypatch, asked
+):
+    """Answers with penalties that end, and that come, beside others without. The host counts the
+    tokens of an answer once."""
+    counted, tally_of = [], sampler.tally_of
+    monkeypatch.setattr(sampler, "tally_of", lambda *a: counted.append(a) or tally_of(*a))
+    prompts = prompts_of(rng, 5, 9, 12)
+    params = [SamplingParams(max_tokens=n, **asked) for n in (9, 5)]
+    params.insert(1, greedy(9))
+    one_by_one = open_(device="cpu", prefix_cache=False)
+    tokens = one_by_one.generate(prompts[:1], params[0])[0].token_ids
+    if "min_tokens" in asked:  # the first may not end at its third token, and ends at its sixth
+        kept = replace(params[0], stop_token_ids=(tokens[2],))
+        sixth = one_by_one.generate(prompts[:1], kept)[0].token_ids[5]
+        params = [replace(x, stop_token_ids=(tokens[2], sixth)) for x in params]
+    want = [one_by_one.generate([p], x)[0] for p, x in zip(prompts, params, strict=True)]
+    llm = open_(prefix_cache=False)
+    counted.clear()
+    assert facts(llm.generate(prompts, params)) == facts(want)
+    assert len(counted) == (0 if "min_tokens" in asked else 2)
+    assert launched[:3] == [[True] * 3] * 3 and ("min_tokens" not in asked or len(tokens) > 5)
+    streams = [llm.stream(p, x) for p, x in zip(prompts, params, strict=True)]
+    texts = [""] * 3
+    for count in (1, 2, 3):
+        for i, stream in enumerate(streams[:count]):
+            texts[i] += next(stream, "") + next(stream, "")
+    assert [a + "".join(b) for a, b in zip(texts, streams, strict=True)] == [x.text for x in want]
 
 
-def test_an_answer_that_is_free_from_its_min_tokens_on_goes_ahead(open_, launched, rng):
-    prompts, params = prompts_of(rng, 5), SamplingParams(max_tokens=8, min_tokens=3)
-    want = open_(device="cpu").generate(prompts, params)
-    assert facts(open_().generate(prompts, params)) == facts(want)
+def test_tallies_that_others_took_are_counted_again(open_, launched, rng):
+    """Draws of prompts in between take the rows of tallies that a step under way has counted in."""
+    params = [SamplingParams(max_tokens=12, repetition_penalty=1.5)] * 6
+    prompts = prompts_of(rng, 4, 5, 6, 7, 8, 9)
+    one_by_one = open_(device="cpu", prefix_cache=False)
+    want = [one_by_one.generate([p], x)[0].text for p, x in zip(prompts, params, strict=True)]
+    llm = open_(prefix_cache=False)
+    texts, streams = [""] * 6, []
+    for p, x in zip(prompts, params, strict=True):
+        streams.append(llm.stream(p, x))
+        for i, stream in enumerate(streams):
+            texts[i] += next(stream, "")
+    texts = [text + "".join(stream) for text, stream in zip(texts, streams, strict=True)]
+    assert texts == want and any(launched)
+
+
+def test_a_mask_waits_for_the_token_before_it(open_, launched, rng):
+    """All answers beside it do as well, until it has ended."""
+    llm, counts = open_(), []
+    streams = [llm.stream(p, greedy(12)) for p in prompts_of(rng, 5, 9)]
+    text = next(streams[0]) + next(streams[0])
+    next(streams[1])
+    s, other = llm._scheduler.running
+    allowed = np.full(-(-llm.tokenizer.vocab_size // 32), -1, np.int32)
+    other.mask = lambda: counts.append(len(other.generated)) or allowed
+    launched.clear()
+    for _ in range(4):
+        text += next(streams[0], "")
+    assert counts == sorted(set(counts)) and len(counts) >= 3 and not launched
+    other.mask = None
+    assert (
+        text + "".join(streams[0]) == open_(device="cpu").generate([s.prompt], greedy(12))[0].text
+    )
     assert launched
 
 

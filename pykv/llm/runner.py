@@ -96,6 +96,7 @@ class ModelRunner:
             self._ways = DecodeWays(model, cache, *bounds, make)
         self._residency: Residency | None = None
         self._ahead: StepsAhead | None = None
+        self._link = None if xp is np else xp.cuda.Stream(non_blocking=True)
         self._evictor = None if eviction is None else Evictor(eviction, model, cache)
         # The last tokens of a prompt are a step of their own: somebody must make their logits, and
         # the queries that eviction asks for.
@@ -180,7 +181,7 @@ class ModelRunner:
             if beside == 0 and self._stays(sequences):
                 self._residency = decoder.stay(sequences, self._max_resident)
             elif goes_on and self._overlaps(sequences):
-                self._ahead = StepsAhead(decoder, self._sampler, sequences)
+                self._ahead = StepsAhead(decoder, self._sampler, self._link, sequences)
             tokens = self._begun(sequences, goes_on)
         if tokens is not None:
             for s, token in zip(sequences, tokens, strict=True):

@@ -45,14 +45,15 @@ class StepsAhead:
     Args:
         decoder: computes them.
         sampler: draws.
+        link: a stream on which tokens come to the host, and do not wait for the next step.
         sequences: the rows of the first step, which is launched here.
     """
 
-    def __init__(self, decoder: Decoder, sampler: Sampler, sequences: list[Sequence]) -> None:
-        self._decoder, self._sampler = decoder, sampler
+    def __init__(
+        self, decoder: Decoder, sampler: Sampler, link: Any, sequences: list[Sequence]
+    ) -> None:
+        self._decoder, self._sampler, self._link = decoder, sampler, link
         self._sequences = list(sequences)  # of each row, also those that have ended
-        # Tokens come by a stream of their own, on which they do not wait for the next step.
-        self._link = load_cupy().cuda.Stream(non_blocking=True)
         rows = {s: (row, len(s.generated)) for row, s in enumerate(sequences)}
         self._under_way: _UnderWay | None = self._draw(decoder.run(sequences), rows, None)
 

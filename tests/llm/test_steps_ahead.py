@@ -259,6 +259,6 @@ def test_what_is_under_way_is_forgotten_with_its_sequence(open_, monkeypatch, rn
     assert ahead.take([s], True) is None
     s.generated.pop()
     assert ahead.take([s], True) is None  # that step is forgotten
-    llm.runner._ahead = steps_ahead.StepsAhead(ahead._decoder, ahead._sampler, [s])
+    llm.runner._ahead = steps_ahead.StepsAhead(ahead._decoder, ahead._sampler, ahead._link, [s])
     llm.runner.leave(s)
     assert llm.runner._ahead.take([s], True) is None

@@ -49,11 +49,14 @@ class Answer:
 
     def read(self) -> None:
         """Turn new tokens into text, and end the sequence at a stop string."""
-        s = self.sequence
+        s, push = self.sequence, self._decoder.push
         for token in s.generated[self._num_read :]:
             if self._is_complete:  # drawn before its stop string was seen
                 break
-            self._push(self._decoder.push(token))
+            if self._stops:
+                self._push(push(token))
+            else:  # in less time, as there is one for each token of all answers
+                self._text += push(token)
         self._num_read = len(s.generated)
         if s.finish_reason and not self._is_complete:
             self._push(self._decoder.finish())

@@ -199,10 +199,11 @@ def test_the_server_stops_while_it_answers(llms):
     """Answers end; who still waits in the queue is told."""
     from tests.serve.conftest import Scripted
 
-    scheduler = Scripted(llms(), lambda _: "x" * 100, seconds=0.005)
+    begun = []
+    scheduler = Scripted(llms(), lambda s: begun.append(s) or "x" * 100, seconds=0.005)
     with serving(llms(), scheduler) as client, ThreadPoolExecutor(4) as pool:
         asked = [pool.submit(client.ask, CHAT, messages=USER) for _ in range(4)]
-        until(lambda: len(scheduler.running) == 4)
+        until(lambda: len(begun) == 4)
     answers = [one.result()["choices"][0]["message"]["content"] for one in asked]
     assert answers == ["x" * 100] * 4 and scheduler.is_idle
 

@@ -104,7 +104,10 @@ class StepsAhead:
         next_rows |= {s: (len(ids) + i, len(s.generated)) for i, s in enumerate(come)}
         if not next_rows:
             return None
-        shown: list[Sequence | None] = [s if s in next_rows else None for s in self._sequences]
+        # By row: a sequence that left and has come again may still be in its earlier one, too.
+        shown: list[Sequence | None] = [None] * len(self._sequences)
+        for s, (row, _) in next_rows.items():
+            shown[row] = s
         logits = self._decoder.run_on(shown, ids)
         return None if logits is None else self._draw(logits, next_rows, ids)
 

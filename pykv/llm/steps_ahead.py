@@ -8,6 +8,7 @@ pages that the answer had then, ahead of all that their next owner enqueues.
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Several
 from typing import Any, NamedTuple
 
 from pykv.arrays import load_cupy
@@ -53,9 +54,8 @@ class StepsAhead:
         self, decoder: Decoder, sampler: Sampler, link: Any, sequences: list[Sequence]
     ) -> None:
         self._decoder, self._sampler, self._link = decoder, sampler, link
-        self._sequences = list(sequences)  # of each row, also those that have ended
         rows = {s: (row, len(s.generated)) for row, s in enumerate(sequences)}
-        self._under_way: _UnderWay | None = self._draw(decoder.run(sequences), rows, None)
+        self._under_way: _UnderWay | None = self._draw(decoder.run(sequences), sequences, rows)
 
     def take(self, sequences: list[Sequence], goes_on: bool) -> list[int | None] | None:
         """The next token of each sequence, -1 where logits are not finite; log probabilities are
@@ -99,22 +99,26 @@ class StepsAhead:
         if not all(map(can_go_on, sequences)):
             return None
         come = [s for s in sequences if s not in rows]
-        self._sequences = self._sequences[: len(ids)] + come
         next_rows = {s: (row, index + 1) for s, (row, index) in rows.items() if not _ends(s)}
         next_rows |= {s: (len(ids) + i, len(s.generated)) for i, s in enumerate(come)}
         if not next_rows:
             return None
-        # By row: a sequence that left and has come again may still be in its earlier one, too.
-        shown: list[Sequence | None] = [None] * len(self._sequences)
+        shown: list[Sequence | None] = [None] * (len(ids) + len(come))
         for s, (row, _) in next_rows.items():
             shown[row] = s
         logits = self._decoder.run_on(shown, ids)
-        return None if logits is None else self._draw(logits, next_rows, ids)
+        return None if logits is None else self._draw(logits, shown, next_rows, ids)
 
-    def _draw(self, logits: Any, rows: dict[Sequence, tuple[int, int]], behind: Any) -> _UnderWay:
+    def _draw(
+        self,
+        logits: Any,
+        shown: Several[Sequence | None],
+        rows: dict[Sequence, tuple[int, int]],
+        behind: Any = None,
+    ) -> _UnderWay:
         """Draw the tokens of a step; `behind` as of Sampler.begin."""
-        shown = [s if s in rows else _NOBODY for s in self._sequences]
-        drawn = self._sampler.begin(logits, shown, behind=behind)
+        given = [_NOBODY if s is None else s for s in shown]
+        drawn = self._sampler.begin(logits, given, behind=behind)
         cuda = load_cupy().cuda
         done = cuda.Event(disable_timing=True)
         done.record(cuda.get_current_stream())

@@ -1,5 +1,5 @@
-"""Steps ahead in storms of sequences: the scheduler, its runner and its decoders, on pages that hold
-tokens, with a model whose logits are a hash of all that a row sees there."""
+"""Steps ahead in storms of sequences: the scheduler, its runner and its decoders, on pages that
+hold tokens, with a model whose logits are a hash of all that a row sees there."""
 
 import random
 from types import SimpleNamespace
@@ -243,6 +243,6 @@ def test_a_sequence_that_comes_again_has_one_row(scheduler_of):
     scheduler._wait_again(due[2], publish=False)
     for _ in range(6):
         scheduler.step()
-    assert scheduler._runner._ahead is ahead and ahead._sequences.count(due[2]) == 2
+    assert scheduler._runner._ahead is ahead and ahead._under_way.rows[due[2]][0] == 6
     finish(scheduler)
     assert [s.generated for s in due] == [answered(alone, x).generated for x in given]

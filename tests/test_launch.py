@@ -148,6 +148,7 @@ def bound(declare, monkeypatch):
     fake = ModuleType("driver")
     fake.load = fake.configure = lambda *args, **defines: args
     fake.bind, fake.pack = bind, list
+    fake.run = lambda *given: bind(*given, None)()
     monkeypatch.setattr(cuda.launch, "driver", fake)
     monkeypatch.setattr(cuda.launch, "current_arch", lambda: "sm_90")
     return seen
@@ -248,6 +249,9 @@ def test_the_driver_gets_sizes_attributes_and_parameters(monkeypatch):
     )
     for config, offsets in zip(configs, (None, [8, 16], None), strict=True):
         cuda.driver.bind(kernel, config, arrays, cuda.driver.pack(scalars), offsets)()
+    plain = seen.pop()
+    cuda.driver.run(kernel, configs[-1], arrays, cuda.driver.pack(scalars))
+    assert seen[-1] == plain
     cluster = {ids.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION: (2, 3, 1)}
     assert [x[0] for x in seen] == [
         [8, 6, 1, 32, 2, 4, 0, 7],
@@ -258,6 +262,30 @@ def test_the_driver_gets_sizes_attributes_and_parameters(monkeypatch):
     assert [x[2] for x in seen] == [0, 0, 0]
     plain = [0, 2**63 + 40, *scalars]
     assert [x[3] for x in seen] == [plain, [8, 2**63 + 56, *scalars], plain]
+
+
+def test_launches_share_no_room_for_addresses(monkeypatch):
+    """Of plain calls one after another, and of one that a signal handler makes within another."""
+    seen = seen_by_the_driver(monkeypatch)
+    kernel, scalars = SimpleNamespace(handle=3), cuda.driver.pack([9])
+    config = cuda.driver.configure(kernel, 1, 32, 0, None)
+    arrays = [SimpleNamespace(data=SimpleNamespace(ptr=n)) for n in range(6)]
+    cuda.driver.run(kernel, config, arrays[:2], scalars)
+    kept = cuda.driver.bind(kernel, config, arrays[1:3], scalars)
+    cuda.driver.run(kernel, config, arrays[2:4], scalars)
+    assert len(scalars.spare) == 1
+    launch, current_stream = cuda.driver._launcher()
+
+    def interrupted(*given):
+        monkeypatch.setattr(cuda.driver, "_launcher", lambda: (launch, current_stream))
+        cuda.driver.run(kernel, config, arrays[3:5], scalars)
+        return launch(*given)
+
+    monkeypatch.setattr(cuda.driver, "_launcher", lambda: (interrupted, current_stream))
+    cuda.driver.run(kernel, config, arrays[4:6], scalars)
+    kept()
+    words = [[0, 1], [2, 3], [3, 4], [4, 5], [1, 2]]
+    assert [x[3] for x in seen] == [[*pair, 9] for pair in words]
 
 
 def test_a_thread_without_a_context_launches_again(monkeypatch):

@@ -3,8 +3,8 @@
 Kernels are loaded by cuda.core and launched by cuda.bindings: cuda.core's own `launch` looks at
 every argument anew, which takes the host several times as long as the driver's call.
 
-pykv.cuda.launch knows kernels and parameters by name, and asks this module for six functions.
-tests/simt/machine.py has the same six, and stands in for this module where there is no GPU.
+pykv.cuda.launch knows kernels and parameters by name, and asks this module for seven functions.
+tests/simt/machine.py has the same, and stands in for this module where there is no GPU.
 """
 
 from __future__ import annotations
@@ -99,22 +99,60 @@ def _three(sizes: int | tuple[int, ...]) -> Sizes:
 
 
 class Scalars(NamedTuple):
-    """A kernel's scalars, and where each of them is."""
+    """A kernel's scalars, where each of them is, and room for arrays' addresses that no launch uses
+    right now."""
 
     words: array[int]
     addresses: array[int]
+    spare: list[Parameters]
+
+
+class Parameters(NamedTuple):
+    """The parameters of a launch.
+
+    Attributes:
+        words: addresses of the arrays.
+        pointers: of each parameter, where it is; what the driver takes.
+        address: of `pointers`.
+    """
+
+    words: array[int]
+    pointers: array[int]
+    address: int
 
 
 def pack(words: Sequence[int]) -> Scalars:
-    """Scalars for `bind`, each a word of 64 bits, of which the kernel reads as many low bits as it
-    declares."""
+    """Scalars for `run` and `bind`, each a word of 64 bits, of which the kernel reads as many low
+    bits as it declares."""
     packed = array("Q", words)
-    return Scalars(packed, _addresses(packed))
+    return Scalars(packed, _addresses(packed), [])
 
 
 def _addresses(words: array[int]) -> array[int]:
     start, count = words.buffer_info()
     return array("Q", range(start, start + 8 * count, 8))
+
+
+def _parameters(words: array[int], scalars: Scalars) -> Parameters:
+    pointers = _addresses(words) + scalars.addresses
+    return Parameters(words, pointers, pointers.buffer_info()[0])
+
+
+def run(kernel: Any, config: Config, arrays: Sequence[Any], scalars: Scalars) -> None:
+    """Enqueue a kernel on CuPy's current stream; arguments as of `bind`.
+
+    Raises:
+        DtypeError: something is no array.
+        CudaError: the driver refuses the launch, or reports an earlier kernel's failure.
+    """
+    words = array("Q", _pointers(arrays))
+    try:  # the driver reads parameters before it returns: the next launch may have them
+        parameters = scalars.spare.pop()
+        parameters.words[:] = words
+    except IndexError:
+        parameters = _parameters(words, scalars)
+    _launch(config, kernel.handle, parameters.address)
+    scalars.spare.append(parameters)
 
 
 def bind(
@@ -124,7 +162,8 @@ def bind(
     scalars: Scalars,
     offsets: Sequence[int] | None = None,
 ) -> Any:
-    """A function without arguments that enqueues the kernel on CuPy's current stream.
+    """A function without arguments that enqueues the kernel on CuPy's current stream, in less time
+    than `run` from the second call on.
 
     Args:
         kernel: the result of `load`.
@@ -134,36 +173,41 @@ def bind(
         scalars: the result of `pack`, the kernel's parameters behind those.
         offsets: bytes from the address of each array on; None: none.
 
-    Calls of the function raise CudaError where the driver refuses the launch, or reports an earlier
-    kernel's failure.
+    It raises as `run`.
     """
-    launch, current_stream = _launcher()
+    words = array("Q", _pointers(arrays))
+    if offsets is not None:
+        words = array("Q", map(sum, zip(words, offsets, strict=True)))
+    parameters = _parameters(words, scalars)
+    handle = kernel.handle
+
+    def enqueue(_kept: Any = (arrays, scalars)) -> None:
+        _launch(config, handle, parameters.address)
+
+    return enqueue
+
+
+def _pointers(arrays: Sequence[Any]) -> list[int]:
     try:
-        values = [0 if x is None else x.data.ptr for x in arrays]
+        return [0 if x is None else x.data.ptr for x in arrays]
     except AttributeError as error:
         raise DtypeError(
             f"cuda.Launch: arrays are {', '.join(type(x).__name__ for x in arrays)}, expected "
             "CuPy arrays or None"
         ) from error
-    if offsets is not None:
-        values = [value + offset for value, offset in zip(values, offsets, strict=True)]
-    pointers = array("Q", values)
-    parameters = _addresses(pointers) + scalars.addresses  # of each: what the driver takes
-    address, handle = parameters.buffer_info()[0], kernel.handle
 
-    def enqueue(_kept: Any = (arrays, scalars, pointers, parameters)) -> None:
-        stream = current_stream().ptr
-        chosen = config
-        if config.early and _is_captured_behind_others(stream):
-            chosen = config._replace(early=False)
-        (status,) = launch(_on_stream(chosen, stream), handle, address, 0)
+
+def _launch(config: Config, kernel: Any, parameters: int) -> None:
+    launch, current_stream = _launcher()
+    stream = current_stream().ptr
+    if config.early and _is_captured_behind_others(stream):
+        config = config._replace(early=False)
+    (status,) = launch(_on_stream(config, stream), kernel, parameters, 0)
+    if status:
+        _give_context(status, config)
+        (status,) = launch(_on_stream(config, stream), kernel, parameters, 0)
         if status:
-            _give_context(status, chosen)
-            (status,) = launch(_on_stream(chosen, stream), handle, address, 0)
-            if status:
-                raise _launch_error(status, chosen)
-
-    return enqueue
+            raise _launch_error(status, config)
 
 
 @lru_cache(maxsize=4096)

@@ -11,13 +11,13 @@ import operator
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from pykv.cuda import driver
-from pykv.cuda.calls import enqueue
+from pykv.cuda.calls import enqueue, is_recording
 from pykv.cuda.compiler import macros, source
 from pykv.cuda.devices import current_arch
 from pykv.errors import DtypeError, ParameterError, UnsupportedError
@@ -165,7 +165,11 @@ class Launch:
             ordered = []
         if len(ordered) != len(arrays) or not ordered:
             raise _names_error(kernel, "arrays", arrays, kernel.arrays)
-        enqueue(self.bound(ordered), stream, (self, ordered))
+        if is_recording():
+            enqueue(self.bound(ordered), stream, (self, ordered))
+        else:
+            run = partial(driver.run, kernel.handle, self._config, ordered, self._scalars)
+            enqueue(run, stream, (self, ordered))
 
     def bound(self, arrays: Sequence[Any], offsets: Sequence[int] | None = None) -> Any:
         """A function that enqueues the kernel on CuPy's current stream.

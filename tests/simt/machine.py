@@ -1,8 +1,8 @@
 """Runs kernels_cu on the CPU: builds a kernel file with g++ and launches it on the SIMT machine.
 
-`load`, `configure`, `pack`, `bind` and two counts are those of pykv.cuda.driver, for which this
-module stands in. Compiled files are kept in the cache folder under a hash of all that went into
-them. machine.cpp says what a kernel is held to.
+`load`, `configure`, `pack`, `run`, `bind` and two counts are those of pykv.cuda.driver, for which
+this module stands in. Compiled files are kept in the cache folder under a hash of all that went
+into them. machine.cpp says what a kernel is held to.
 
 PYKV_SIMT_SEED sets the order of blocks, warps and lanes; PYKV_ARCH the SM whose limits hold and
 which __CUDA_ARCH__ names.
@@ -303,6 +303,11 @@ def configure(kernel, grid, block, shared_bytes, cluster, early=False, cooperati
 def pack(words):
     """As pykv.cuda.driver.pack."""
     return words
+
+
+def run(kernel, config, arrays, scalars):
+    """As pykv.cuda.driver.run."""
+    bind(kernel, config, arrays, scalars)()
 
 
 def bind(kernel, config, arrays, scalars, offsets=None):

@@ -168,7 +168,8 @@ class ModelRunner:
         """Put the last token of answers into the cache, and draw the next. A step is not launched
         ahead beside many tokens of prompts: who joins behind these would miss it, and wait for
         another such step."""
-        goes_on = beside <= steps.PREFILL_TOKENS
+        stays = beside == 0 and self._stays(sequences)
+        goes_on = beside <= steps.PREFILL_TOKENS and not stays
         if self._pool is not self.cache.k:  # the cache has grown or was replaced
             self._end_residency()
             self._decoders.clear()
@@ -178,7 +179,7 @@ class ModelRunner:
             self._end_residency()
             self._ahead = None
             decoder = interrupts.allowing(self._decoder_for, sequences)
-            if beside == 0 and self._stays(sequences):
+            if stays:
                 self._residency = decoder.stay(sequences, self._max_resident)
             elif goes_on and self._overlaps(sequences):
                 self._ahead = StepsAhead(decoder, self._sampler, self._link, sequences)

@@ -184,16 +184,17 @@ class Scheduler:
         to do."""
         pieces: list[Piece] = []
         held_back: set[int] = set()
-        is_planned = False
-        while not (is_planned and (decoding or pieces)):
+        while True:
             if self.waiting:
                 held_back = self._admit(changed)
                 decoding = self._decoding()
-            is_planned = True
             if len(decoding) < len(self.running):
                 pieces = self._pieces(self._runner.most - len(decoding), held_back)
-            if not (decoding or pieces or self._advance_fetches(wait=True)):
+            if decoding or pieces:
+                break
+            if not self._advance_fetches(wait=True):
                 return
+            decoding = self._decoding()
         if decoding:
             started = time.perf_counter()
             decode = partial(self._runner.decode, decoding, beside=sum(n for _, n in pieces))

@@ -9,6 +9,7 @@ pages that the answer had then, ahead of all that their next owner enqueues.
 from __future__ import annotations
 
 from collections.abc import Sequence as Several
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from pykv.arrays import load_cupy
@@ -54,8 +55,16 @@ class StepsAhead:
         self, decoder: Decoder, sampler: Sampler, link: Any, sequences: list[Sequence]
     ) -> None:
         self._decoder, self._sampler, self._link = decoder, sampler, link
+        self._last: Drawn | None = None
+        self._under_way: _UnderWay | None = None
         rows = {s: (row, len(s.generated)) for row, s in enumerate(sequences)}
-        self._under_way: _UnderWay | None = self._draw(decoder.run(sequences), sequences, rows)
+        self._under_way = self._draw(decoder.run(sequences), sequences, rows)
+
+    def __del__(self) -> None:
+        """Wait for the step under way: its arrays may be freed on another stream than it is on."""
+        if self._under_way is not None:
+            with suppress(Exception):  # of a GPU that has failed, or at the interpreter's end
+                self._under_way.done.synchronize()
 
     def take(self, sequences: list[Sequence], goes_on: bool) -> list[int | None] | None:
         """The next token of each sequence, -1 where logits are not finite; log probabilities are
@@ -75,6 +84,9 @@ class StepsAhead:
             self._under_way = self._next(sequences, rows, now.drawn.ids)
         self._link.wait_event(now.done)
         drawn, found = now.drawn.read(now.drawn.words.get(self._link))
+        # The next step copies these tokens, maybe on a stream to which their memory does not
+        # belong: they stay until its own tokens have come.
+        self._last = now.drawn
         tokens: list[int | None] = [None] * len(sequences)
         for i, s in enumerate(sequences):
             if s not in rows:

@@ -262,7 +262,7 @@ class StreamDecoder:
     def push(self, i: int) -> str:
         """Text that became certain with this id; empty inside a character of several tokens."""
         t = self._tokenizer
-        whole = t.whole_texts.get(i)
+        whole = t.whole_texts.get(i) if type(i) is int else None  # 1.0 is refused
         if whole is not None and not (self._at_start or self._is_inside):
             return whole
         is_first, was_inside = self._at_start, self._is_inside

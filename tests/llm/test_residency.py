@@ -97,6 +97,19 @@ def test_tokens_are_those_of_steps(open_, rng, name, options, count):
     assert launches(llm) == 1 and ends_of(llm) == {State.OVER: 1}
 
 
+def test_a_launch_draws_on_behind_a_step_beside_a_prompt(open_):
+    """Also where that step has launched the next one."""
+    llm = open_("llama", prefix_cache=False)
+    stream = llm.stream(list(range(5, 12)), greedy(12))
+    next(stream)
+    (s,), runner = llm._scheduler.running, llm.runner
+    for beside in (1, 0, 0):
+        (token,) = runner.decode([s], beside)
+        s.append(token)
+        assert beside == 0 or runner._residency is None
+    assert runner._residency is not None
+
+
 @pytest.mark.sweep
 def test_streams_that_begin_and_stop_meanwhile(open_):
     """The kernel's part of what follows: rows that the host stops, prompts, a cache that grows."""

@@ -1,7 +1,9 @@
 """Steps that are launched before tokens are read: the tokens are those of one step after another,
 whatever ends, comes, leaves or fails meanwhile."""
 
+import gc
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -262,3 +264,17 @@ def test_what_is_under_way_is_forgotten_with_its_sequence(open_, monkeypatch, rn
     llm.runner._ahead = steps_ahead.StepsAhead(ahead._decoder, ahead._sampler, ahead._link, [s])
     llm.runner.leave(s)
     assert llm.runner._ahead.take([s], True) is None
+
+
+def test_a_model_that_goes_waits_for_the_step_under_way(open_, rng):
+    """Its memory may belong to another stream, whose next owner would not wait."""
+    waited, llm = [], open_()
+    stream = llm.stream(prompts_of(rng, 5)[0], greedy(9))
+    for _ in range(3):
+        next(stream)
+    ahead = llm.runner._ahead
+    done = SimpleNamespace(synchronize=lambda: waited.append(1))
+    ahead._under_way = ahead._under_way._replace(done=done)
+    llm.runner._ahead = ahead = None
+    gc.collect()
+    assert waited == [1] and ahead is None

@@ -360,6 +360,9 @@ def test_arguments_of_other_types(path):
             t.encode("a", bos=bos)
     with pytest.raises(DtypeError, match="id is a float"):
         t.token_bytes(1.5)
+    assert t.decode([65, 66]) == "AB"
+    with pytest.raises(DtypeError, match="id is a float"):
+        t.decode([65, 66.0])
 
 
 def test_ends_of_sentencepiece(path):

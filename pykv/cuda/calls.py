@@ -54,11 +54,6 @@ class _State(threading.local):
 state = _State()
 
 
-def is_recording() -> bool:
-    """Whether steps are recorded, to be taken many times."""
-    return state.recording is not None
-
-
 def enqueue(step: Step, stream: Any = None, launched: Any = None) -> None:
     """Run a step of GPU work on a stream, or record it.
 

@@ -1,7 +1,7 @@
 """The driver's launches, and the one seam where tests replace them.
 
-Kernels are loaded by cuda.core and launched by cuda.bindings: cuda.core's own `launch` looks at
-every argument anew, which takes the host several times as long as the driver's call.
+cuda.core loads kernels, cuda.bindings launches them: cuda.core's own `launch` converts every
+argument at each call, also at those of a prepared call, whose arguments never change.
 
 pykv.cuda.launch knows kernels and parameters by name, and asks this module for seven functions.
 tests/simt/machine.py has the same, and stands in for this module where there is no GPU.
@@ -74,9 +74,9 @@ def configure(
     early: bool = False,
     cooperative: bool = False,
 ) -> Config:
-    """The configuration of a launch of these sizes on the current GPU, for `bind`; with `early` one
-    that may overlap the kernel ahead of it, where the GPU and the driver have that. A cooperative
-    one has all its blocks on the GPU at once; of one block that asks nothing of the GPU.
+    """The configuration of a launch of these sizes on the current GPU, for `run` and `bind`. With
+    `early` the kernel may overlap the one ahead of it, where the GPU and the driver have that. A
+    cooperative one has all its blocks on the GPU at once; one block asks nothing of the GPU.
 
     Raises:
         ParameterError: the cluster's sizes do not divide the grid's.
@@ -99,8 +99,14 @@ def _three(sizes: int | tuple[int, ...]) -> Sizes:
 
 
 class Scalars(NamedTuple):
-    """A kernel's scalars, where each of them is, and room for arrays' addresses that no launch uses
-    right now."""
+    """A kernel's scalars.
+
+    Attributes:
+        words: one of 64 bits for each scalar.
+        addresses: of these words.
+        spare: parameters that no launch is using. Calls take them from here and put them back, so
+            that each has its own, in any thread.
+    """
 
     words: array[int]
     addresses: array[int]
@@ -111,8 +117,8 @@ class Parameters(NamedTuple):
     """The parameters of a launch.
 
     Attributes:
-        words: addresses of the arrays.
-        pointers: of each parameter, where it is; what the driver takes.
+        words: addresses of the arrays, of 64 bits.
+        pointers: addresses of these words and of the scalars' words: the driver's kernelParams.
         address: of `pointers`.
     """
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pykv.cuda import driver
-from pykv.cuda.calls import enqueue, is_recording
+from pykv.cuda.calls import enqueue, is_preparing
 from pykv.cuda.compiler import macros, source
 from pykv.cuda.devices import current_arch
 from pykv.errors import DtypeError, ParameterError, UnsupportedError
@@ -165,7 +165,7 @@ class Launch:
             ordered = []
         if len(ordered) != len(arrays) or not ordered:
             raise _names_error(kernel, "arrays", arrays, kernel.arrays)
-        if is_recording():
+        if is_preparing():
             enqueue(self.bound(ordered), stream, (self, ordered))
         else:
             run = partial(driver.run, kernel.handle, self._config, ordered, self._scalars)

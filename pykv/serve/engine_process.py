@@ -205,7 +205,7 @@ def main(descriptor: int) -> None:
         signal.signal(number, signal.SIG_IGN)
     warnings.showwarning = show_warning
     os.set_inheritable(descriptor, False)  # or the server would not see the end of this process
-    threading.Thread(target=_outlive_no_server, args=(descriptor,), daemon=True).start()
+    threading.Thread(target=_end_behind_server, args=(descriptor,), daemon=True).start()
     connection = Connection(descriptor)
     args, slots = connection.recv()
     logging.basicConfig(level=args.log_level.upper(), format=LOG_FORMAT)
@@ -232,14 +232,14 @@ def main(descriptor: int) -> None:
         tell(error)
 
 
-def _outlive_no_server(descriptor: int) -> None:
-    """End this process GONE_SECONDS after the server, if it has not ended by then: whatever it does
-    may hang, so may those who take orders, or read what it would say. The time is kept by a thread
-    of C, which needs no lock of Python and goes on while that ends. Code that never gives this
-    thread the lock, a system call that cannot be killed, and SIGSTOP keep the process.
+def _end_behind_server(descriptor: int) -> None:
+    """Wait for the server's end, then kill this process after GONE_SECONDS if it is still there,
+    whichever of its threads hangs. faulthandler keeps the time: its timer is a C thread that needs
+    no GIL and runs through the interpreter's shutdown. Not covered: code that never releases the
+    GIL while the server ends, an uninterruptible system call, SIGSTOP.
 
-    PR_SET_PDEATHSIG, which would do for the former, leaves no time to flush tiers, and goes by the
-    end of the thread that started the process."""
+    PR_SET_PDEATHSIG would leave no time to flush tiers, and fires when the thread that started the
+    process ends."""
     hung_up = select.poll()
     hung_up.register(descriptor, 0)  # what the server has sent is read by others
     hung_up.poll()

@@ -278,3 +278,22 @@ def test_a_model_that_goes_waits_for_the_step_under_way(open_, rng):
     llm.runner._ahead = ahead = None
     gc.collect()
     assert waited == [1] and ahead is None
+
+
+def test_no_step_is_launched_behind_the_last_token(open_, launched, rng):
+    """Of n tokens the prompt's step draws one, and the first step of answers another."""
+    llm = open_(prefix_cache=False)
+    llm.generate(prompts_of(rng, 5), greedy(6))
+    assert launched == [[True]] * 4 and llm.runner._ahead._under_way is None
+
+
+def test_tokens_stay_until_the_step_that_copies_them_is_over(open_, rng):
+    llm = open_()
+    stream = llm.stream(prompts_of(rng, 5)[0], greedy(9))
+    for _ in range(3):
+        next(stream)
+    ahead = llm.runner._ahead
+    taken = ahead._under_way.drawn
+    with llm.turn():  # one step, whatever text it makes
+        llm._scheduler.step()
+    assert ahead is llm.runner._ahead and ahead._last is taken

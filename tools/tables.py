@@ -269,8 +269,9 @@ def host_times(records):
     found = {}
     for one in own(records, "calls"):
         case = one["case"]
-        cell = found.setdefault((f"{case['job']}, batch {case['B']}", case["kv"]), {})
-        cell[case["how"]] = one["host_median"]
+        size = f"{case['tokens']} tokens" if "tokens" in case else f"batch {case['B']}"
+        cell = found.setdefault((f"{case['job']}, {size}", case["kv"]), {})
+        cell["op" if case["how"] == "call" else case["how"]] = one["host_median"]
         if one.get("prepared_median"):
             cell["prepared"] = one["prepared_median"]
     ways = ["op", "prepared", "plan"]

@@ -790,6 +790,9 @@ METHODS = {
     "blocks.BlockManager.free": _of(_manager, "free", pages=...),
     "blocks.BlockManager.free_later": _of(_manager, "free_later", pages=...),
     "blocks.BlockManager.publish": _of(_manager, "publish", pages=..., tokens=[5, 6, 7]),
+    "blocks.BlockManager.publish_keys": _of(
+        _manager, "publish_keys", pages=..., start=0, keys=[bytes(range(16))]
+    ),
     "blocks.BlockManager.reuse": _of(_manager, "reuse", tokens=[5, 6, 7]),
     "blocks.BlockManager.grow": _of(_manager, "grow", num_pages=9),
     "ops.compaction.Compressed.kept": _of(_compressed, "kept"),

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from pykv import blocks
-from pykv.errors import CapacityError, ParameterError
+from pykv.errors import CapacityError, DtypeError, ParameterError
 from pykv.integrations.batch import Batch
 from pykv.pool import PagedKVCache
 
@@ -141,7 +141,7 @@ class Pool(RuleBasedStateMachine):
     @rule(data=st.data())
     def publish(self, data):
         sequence = data.draw(st.sampled_from(self.sequences))
-        self.offer(sequence, data.draw(st.integers(0, P)))
+        self.offer(sequence, data.draw(st.integers(0, P)), data.draw(st.booleans()))
 
     @precondition(lambda self: self.sequences)
     @rule(data=st.data(), back=st.integers(1, P))
@@ -152,7 +152,7 @@ class Pool(RuleBasedStateMachine):
         end = sequence[1][-min(back, len(sequence[2])) :] if sequence[2] else []
         self.write(sequence, len(sequence[2]) - len(end), [1 - token for token in end])
 
-    def offer(self, sequence, back=0):
+    def offer(self, sequence, back=0, by_keys=False):
         """Publish all but `back` tokens, as far as pages hold them."""
         pages, tokens, _, whole = sequence
         tokens = tokens[: max(len(tokens) - back, 0)]
@@ -160,7 +160,12 @@ class Pool(RuleBasedStateMachine):
             with pytest.raises(ParameterError, match=f"expected at most the {whole * P} that the"):
                 self.pool.publish(pages, tokens)
             tokens = tokens[: whole * P]
-        self.pool.publish(pages, tokens)
+        start = next((i for i, page in enumerate(pages) if page not in self.offers), len(pages))
+        keys = list(blocks.prefix_keys.of_pages("test", tokens, P))
+        if by_keys and start <= len(keys):
+            self.pool.publish_keys(pages, start, keys[start:])
+        else:
+            self.pool.publish(pages, tokens)
         for i in range(len(tokens) // P):
             prefix = tuple(tokens[: (i + 1) * P])
             if self.offers.setdefault(pages[i], prefix) == prefix:
@@ -454,6 +459,28 @@ def test_no_call_takes_what_nobody_holds():
     with pytest.raises(ParameterError, match="expected distinct pages in use"):
         pool.free(copy)
     assert pool.num_free == 4
+
+
+def test_pages_are_published_under_keys_at_hand():
+    pool = blocks.BlockManager(4, 2)
+    keys = list(blocks.prefix_keys.of_pages("test", [1, 2, 3, 4], 2, "salt"))
+    pages = pool.allocate(6)
+    for start, some, text in (
+        (2, keys, "8 tokens, expected at most the 6 that the pages hold"),
+        (0, [keys[0], b"x"], r"keys\[1\] has 1 byte, expected the 16 of a key"),
+    ):
+        with pytest.raises(ParameterError, match=f"BlockManager.publish_keys: {text}"):
+            pool.publish_keys(pages, start, some)
+    for some in (keys[0], [keys[0].hex()]):
+        with pytest.raises(DtypeError, match="BlockManager.publish_keys: keys"):
+            pool.publish_keys(pages, 0, some)
+    assert pool.num_cached == 0
+    pool.publish(pages, [1, 2], salt="salt")
+    pool.publish_keys(pages, 1, keys[1:])
+    with pytest.raises(ParameterError, match=f"page {pages[1]} was published with other tokens"):
+        pool.publish_keys(pages, 1, keys[:1])
+    assert pool.reuse([1, 2, 3, 4], salt="salt") == pages[:2]
+    assert [pool.place_of(page) for page in pages[:2]] == [0, 1]
 
 
 @pytest.mark.parametrize(

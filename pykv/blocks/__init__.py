@@ -157,8 +157,7 @@ class BlockManager:
         """
         count = -(-check_whole("BlockManager.allocate", "tokens", tokens, 0) // self.page_size)
         self._reserve(count)
-        take = self._states.take
-        pages = [take() for _ in range(count)]
+        pages = self._states.take(count)
         self._sequences.add(pages)
         return pages
 
@@ -219,13 +218,13 @@ class BlockManager:
             del whole[id(pages)]  # the evicted rows are among what is given up
         copy = None
         for i in shared:
-            old, pages[i] = pages[i], states.take()
+            old = pages[i]
+            [pages[i]] = states.take(1)
             states.give_up([old])  # by now perhaps the last one that holds it
             if i == first and start % P:
                 copy = old, pages[i]
-        for _ in range(num_new):
-            pages.append(states.take())
         if num_new:
+            pages += states.take(num_new)
             self._sequences.add(pages)
         return copy
 
@@ -297,8 +296,8 @@ class BlockManager:
         ]
         self._reserve(sum(map(len, shared)))
         for pages, those in zip(sequences, shared, strict=True):
-            for i in those:
-                pages[i] = states.take()
+            for i, page in zip(those, states.take(len(those)), strict=True):
+                pages[i] = page
         for pages, before, those, n in zip(sequences, old, shared, ends, strict=True):
             states.give_up([before[i] for i in those] + before[n:])
             del pages[n:]
@@ -358,32 +357,62 @@ class BlockManager:
                 from which nothing was evicted; a token is too large, the first page was published
                 with other tokens or another salt, or as `free`.
         """
-        op, P, states = "BlockManager.publish", self.page_size, self._states
+        op, P = "BlockManager.publish", self.page_size
         key = prefix_keys.root(op, salt)
         num_tokens = prefix_keys.count(op, tokens)
-        self._sequences.check("publish", pages)
+        self._check_whole(op, pages, num_tokens)
+        keys = []
+        for i in range(num_tokens // P):
+            known = self._states.keys[pages[i]]
+            if known is None or i == 0:
+                key = prefix_keys.after(key, tokens[i * P : (i + 1) * P])
+            else:
+                key = known
+            keys.append(key)
+        self._offer(op, pages, 0, keys)
+
+    @interrupts.finished
+    def publish_keys(self, pages: list[int], start: int, keys: list[bytes]) -> None:
+        """`publish`, for a caller who has the keys of the pages from page `start` on at hand.
+
+        Args:
+            pages: the sequence.
+            start: pages before these.
+            keys: as pykv.blocks.prefix_keys makes them of the tokens that the pages hold.
+
+        Raises:
+            ParameterError: there are more keys than pages from which nothing was evicted, one has
+                not 16 bytes, a page was published under another one, or as `free`.
+            DtypeError: keys are no list of bytes.
+        """
+        op = "BlockManager.publish_keys"
+        start = check_whole(op, "start", start, 0)
+        prefix_keys.check(op, keys)
+        self._check_whole(op, pages, (start + len(keys)) * self.page_size)
+        self._offer(op, pages, start, keys)
+
+    def _check_whole(self, op: str, pages: list[int], num_tokens: int) -> None:
+        """Check that the first pages of a sequence hold so many tokens, and what they held first;
+        `op` is for messages."""
+        self._sequences.check(op.rpartition(".")[2], pages)
         whole = self._sequences.whole.get(id(pages), len(pages)) if pages else 0
-        if num_tokens > whole * P:
+        if num_tokens > whole * self.page_size:
             which = "pages" if whole == len(pages) else "pages before evicted rows"
             raise ParameterError(
                 f"{op}: {counted(num_tokens, 'token')}, expected at most the "
-                f"{whole * P} that the {which} hold"
+                f"{whole * self.page_size} that the {which} hold"
             )
-        found = []
-        for i in range(num_tokens // P):
-            known = states.keys[pages[i]]
-            if known is None or i == 0:
-                key = prefix_keys.after(key, tokens[i * P : (i + 1) * P])
-                if known not in (None, key):
-                    raise ParameterError(
-                        f"{op}: page {pages[i]} was published with other tokens or another salt, "
-                        "expected the same until it is extended"
-                    )
-            else:
-                key = known
-            found.append((pages[i], key))
-        for place, (page, key) in enumerate(found):
-            states.publish(page, key, place)
+
+    def _offer(self, op: str, pages: list[int], start: int, keys: list[bytes]) -> None:
+        """Publish checked pages from page `start` on."""
+        some, known = pages[start : start + len(keys)], self._states.keys
+        for page, key in zip(some, keys, strict=True):
+            if known[page] is not None and known[page] != key:
+                raise ParameterError(
+                    f"{op}: page {page} was published with other tokens or another salt, "
+                    "expected the same until it is extended"
+                )
+        self._states.publish(some, keys, start)
 
     @interrupts.finished
     def reuse(self, tokens: Sequence[int], *, salt: str | bytes = b"") -> list[int]:

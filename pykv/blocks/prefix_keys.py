@@ -14,6 +14,7 @@ from struct import error as StructError
 from typing import Any
 
 from pykv.errors import DtypeError, ParameterError
+from pykv.number_texts import counted
 from pykv.options import check_type
 
 _BYTES = 16
@@ -52,6 +53,17 @@ def of_pages(
     for start in range(0, count(op, tokens) - page_size + 1, page_size):
         key = after(key, tokens[start : start + page_size])
         yield key
+
+
+def check(op: str, keys: list[bytes]) -> None:
+    """Check that these may be keys; `op` is for messages."""
+    check_type(op, "keys", keys, list)
+    for i, key in enumerate(keys):
+        if type(key) is not bytes:
+            check_type(op, f"keys[{i}]", key, bytes)
+        if len(key) != _BYTES:
+            has = counted(len(key), "byte")
+            raise ParameterError(f"{op}: keys[{i}] has {has}, expected the {_BYTES} of a key")
 
 
 def count(op: str, tokens: Sequence[Any]) -> int:

@@ -51,15 +51,17 @@ class PageStates:
         pages = islice(self.idle, max(num_pages - len(self.free), 0))
         return [(key, page) for page in pages if (key := self.keys[page]) is not None]
 
-    def take(self) -> int:
-        """A page for one sequence; there must be one that none holds."""
-        if self.free:
-            page = self.free.pop()
-        else:
+    def take(self, count: int) -> list[int]:
+        """Pages for one sequence; there must be as many that none holds."""
+        pages = self.free[: -count - 1 : -1]
+        del self.free[len(self.free) - len(pages) :]
+        while len(pages) < count:
             page, _ = self.idle.popitem(last=False)
             self.forget(page)
-        self.counts[page] = 1
-        return page
+            pages.append(page)
+        for page in pages:
+            self.counts[page] = 1
+        return pages
 
     def hold(self, pages: list[int]) -> None:
         """One sequence more holds each of these pages."""
@@ -87,10 +89,12 @@ class PageStates:
         """Whether the one sequence that holds a page may write to it."""
         return self.counts[page] == 1 and self.keys[page] is None
 
-    def publish(self, page: int, key: bytes, place: int) -> None:
-        """Have a page, which a sequence holds, found by a key."""
-        self.keys[page], self.places[page] = key, place
-        self.cached.setdefault(key, page)
+    def publish(self, pages: list[int], keys: list[bytes], start: int) -> None:
+        """Have pages, which a sequence holds from place `start` on, found by their keys."""
+        own_keys, places, cached = self.keys, self.places, self.cached
+        for place, (page, key) in enumerate(zip(pages, keys, strict=True), start):
+            own_keys[page], places[page] = key, place
+            cached.setdefault(key, page)
 
     def forget(self, page: int) -> None:
         """No longer publish a page."""

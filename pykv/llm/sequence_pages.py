@@ -182,10 +182,12 @@ class SequencePages:
             wait: for the end of the fetch.
         """
         assert s.fetch is not None
-        done, before = s.fetch.advance(wait=wait), s.cached
-        if s.fetch.is_over:
-            s.fetch, s.cached = None, done * self.cache.manager.page_size
-            self.publish_full(s)
+        fetch, manager, before = s.fetch, self.cache.manager, s.cached
+        done = fetch.advance(wait=wait)
+        if fetch.is_over:
+            s.fetch, s.cached = None, done * manager.page_size
+            if s.cached <= s.prefix:
+                manager.publish_keys(s.pages, done - len(fetch.came), fetch.came)
         return s.cached - before
 
     def publish_full(self, s: Sequence) -> None:

@@ -61,6 +61,11 @@ class Fetch:
         return at < self._sent + tiers.most_ahead(at) or not tiers.has_file(key)
 
     @property
+    def came(self) -> list[bytes]:
+        """The keys of the pages that hold their contents, see `done`."""
+        return self._keys[: self.done - self._start]
+
+    @property
     def _released(self) -> int:
         """Pages of the sequence whose copies are done."""
         return self._sent - sum(count for count, _ in self._moving)
@@ -143,8 +148,8 @@ class Fetch:
                 return
             self._moving.append(moved)
             self._sent += moved[0]
-            if self._sent == self.stop:  # the last page shall be evicted first
-                self._tiers.touch(self._keys[: self.stop - self._start], is_use=False)
+            if self._sent == self.stop and self._asked:  # files came in an order of their own
+                self._tiers.touch(self._keys[: self.stop - self._start], self._start, is_use=False)
         self.release()
 
     def _read_ahead(self) -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import chain
+from itertools import chain, takewhile
 from typing import Any
 
 import numpy as np
@@ -72,15 +72,10 @@ class HostTier:
             del self._by_uses[uses]
         return uses
 
-    def find_first(self, keys: Iterable[bytes]) -> list[int]:
+    def find_first(self, keys: Sequence[bytes]) -> list[int]:
         """The rows of these pages, up to the first that is not here."""
-        slots: list[int] = []
-        for key in keys:
-            slot = self._slots.get(key)
-            if slot is None:
-                break
-            slots.append(slot)
-        return slots
+        slots = self._slots
+        return [slots[key] for key in takewhile(slots.__contains__, keys)]
 
     def claim(self, count: int, is_held: Callable[[bytes], bool] = lambda key: False) -> list[int]:
         """Up to `count` rows, evicting pages that are not held. The caller owns them until `add` or

@@ -225,7 +225,8 @@ class Tiers:
                 given_up.callback(fetch.cancel)
                 stop = min(fetch.stop, start + manager.num_free)
                 manager.extend(pages, start * P, stop * P)  # may make other pages fall
-                manager.publish(pages, tokens[: fetch.advance(wait=True) * P], salt=salt)
+                fetch.advance(wait=True)
+                manager.publish_keys(pages, start, fetch.came)
 
     def join(self) -> None:
         """Make the current stream wait for pages on their way, before the cache's arrays move."""
@@ -236,17 +237,27 @@ class Tiers:
         """How many of these pages, counted from the first (at place `start`), tiers have without a
         gap."""
         count = 0
-        for key in keys:
-            if not (self.has_row(key, start + count) or self.has_file(key)):
+        for rows, some in self._by_rows(keys, start):
+            found = len(rows.host.find_first(some))
+            while found < len(some) and (
+                self.has_row(some[found], start + count + found) or self.has_file(some[found])
+            ):
+                found += 1
+            count += found
+            if found < len(some):
                 break
-            count += 1
-        self.touch(keys[:count])
+        self.touch(keys[:count], start)
         return count
 
-    def touch(self, keys: list[bytes], *, is_use: bool = True) -> None:
-        """Mark pages of a sequence, in its order, as just used, see HostTier.touch."""
-        for rows in self._rows:
-            rows.host.touch(keys, is_use=is_use)
+    def _by_rows(self, keys: list[bytes], start: int) -> list[tuple[Rows, list[bytes]]]:
+        """Pages of a sequence from place `start` on, in two parts, with the rows for each."""
+        exact = max(self._exact_pages - start, 0)
+        return [(self._rows[0], keys[:exact]), (self._rows[-1], keys[exact:])]
+
+    def touch(self, keys: list[bytes], start: int, *, is_use: bool = True) -> None:
+        """Mark pages of a sequence from place `start` on as just used, see HostTier.touch."""
+        for rows, some in self._by_rows(keys, start):
+            rows.host.touch(some, is_use=is_use)
 
     # --- For Fetch ---
 
@@ -285,7 +296,7 @@ class Tiers:
         count, stop = len(slots), start + len(slots)
         moved = rows.moves.back(slots, pages[start:stop], list(range(start, stop)))
         self._note(self.counters.from_host, rows, count, moved)
-        read = sum(key in asked for key in keys[:count])
+        read = len(asked.intersection(keys[:count])) if asked else 0
         self.counters.disk_hits += read
         self.counters.host_hits += count - read
         return count, moved

@@ -158,7 +158,7 @@ class FakeTiers:
     def begin(self, tokens, pages):
         keys = list(prefix_keys.of_pages("test", tokens, P))[len(pages) :]
         found = list(itertools.takewhile(lambda key: key in self.kept, keys))
-        return FakeFetch(self, [self.kept[key] for key in found], pages) if found else None
+        return FakeFetch(self, found, pages) if found else None
 
     def fetch(self, tokens):
         pass
@@ -168,9 +168,14 @@ class FakeTiers:
 
 
 class FakeFetch:
-    def __init__(self, tiers, states, pages):
-        self.tiers, self.states, self.pages, self.done = tiers, states, pages, len(pages)
+    def __init__(self, tiers, keys, pages):
+        self.tiers, self.keys, self.pages, self.done = tiers, keys, pages, len(pages)
+        self.start, self.states = len(pages), [tiers.kept[key] for key in keys]
         self.is_over, tiers.open = False, {*tiers.open, self}
+
+    @property
+    def came(self):
+        return self.keys[: self.done - self.start]
 
     def advance(self, *, wait=False):
         manager, choice = self.tiers.fake.manager, self.tiers.choice

@@ -4,4 +4,5 @@ import sys
 
 from pykv.cli import main
 
-sys.exit(main())
+if __name__ == "__main__":  # processes of multiprocessing import it, too
+    sys.exit(main())

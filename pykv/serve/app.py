@@ -30,6 +30,7 @@ from pykv.serve.replies import Reply
 _T = TypeVar("_T")
 
 BODY_BYTES = 8 << 20  # of a request; a context of a million tokens fits
+SHORT_BYTES = 4 << 10  # of a body: hundreds of tokens, parsed and tokenized within milliseconds
 BODY_SECONDS = 30.0  # within which a body must arrive
 END_SECONDS = 10.0  # for the step under way when the server ends
 _PAGE = {"/": ("index.html", "text/html"), "/chat.js": ("chat.js", "text/javascript")}
@@ -261,7 +262,8 @@ async def _unless_gone(receive: Receive, work: Coroutine[Any, Any, _T]) -> _T:
 
 
 async def _read(request: Request, read: Callable[[dict[str, Any]], _T]) -> _T:
-    """Parse a body in a thread, as that may take long."""
+    """Parse a body, a long one in a thread, as that takes long. A thread gets the GIL only when the
+    event loop waits or has had its turn, which a short body would wait for longer than it takes."""
     data = await _body(request)
 
     def made() -> _T:
@@ -270,7 +272,7 @@ async def _read(request: Request, read: Callable[[dict[str, Any]], _T]) -> _T:
         except RecursionError:
             raise ApiError(400, "the body is nested too deeply", code="invalid_json") from None
 
-    return await asyncio.to_thread(made)
+    return made() if len(data) <= SHORT_BYTES else await asyncio.to_thread(made)
 
 
 async def _body(request: Request) -> bytes:

@@ -7,12 +7,14 @@ import json
 import random
 import time
 from collections.abc import AsyncIterator
+from concurrent.futures import Executor, wait
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
 TOKENS = range(32, 250)  # ids for prompts: single bytes or short tokens in every vocabulary
 SECONDS = 600.0  # limit of one request
+START_SECONDS = 0.1  # from handing parts to processes to their beginning
 
 
 @dataclass
@@ -96,6 +98,47 @@ async def ask(url: str, prompts: list[list[int]], *, clients: int, answer: int) 
     await asyncio.gather(*(client() for _ in range(clients)))
     load.seconds = time.perf_counter() - began
     return load
+
+
+def ask_together(
+    processes: Executor,
+    count: int,
+    url: str,
+    prompts: list[list[int]],
+    *,
+    clients: int,
+    answer: int,
+) -> Load:
+    """`ask` of so many processes, which share the clients and begin together: one that reads all
+    answers would be slower than the server.
+
+    Args:
+        processes: run parts at once, `count` of them.
+        count: of parts; at most `clients`.
+        url, prompts, clients, answer: of all together, as of `ask`.
+    """
+    wait(processes.submit(time.sleep, START_SECONDS / 2) for _ in range(count))  # they have started
+    start = time.perf_counter() + START_SECONDS  # by a clock that all of them share
+    parts = []
+    for i in range(count):
+        some = clients // count + (i < clients % count)
+        parts.append(processes.submit(_ask_from, start, url, prompts[i::count], some, answer))
+    loads = [part.result() for part in parts]
+    whole = Load(max(load.seconds for load in loads))
+    for load in loads:
+        whole.first += load.first
+        whole.between += load.between
+        whole.failures += load.failures
+        whole.prompt_tokens += load.prompt_tokens
+        whole.answer_tokens += load.answer_tokens
+        whole.cached_tokens += load.cached_tokens
+    return whole
+
+
+def _ask_from(start: float, url: str, prompts: list[list[int]], clients: int, answer: int) -> Load:
+    """`ask`, from a time of perf_counter on."""
+    time.sleep(max(0.0, start - time.perf_counter()))
+    return asyncio.run(ask(url, prompts, clients=clients, answer=answer))
 
 
 async def first_behind(

@@ -2,7 +2,9 @@
 
 import argparse
 import asyncio
+import time
 from argparse import Namespace
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -36,6 +38,20 @@ def test_what_clients_see(serve):
     facts = found.facts()
     assert facts["failures"] == 0 and facts["between_p50_ms"] >= 15
     assert sorted(prompts) == sorted(PROMPTS)
+
+
+def test_processes_share_the_clients(serve):
+    asked = []
+    client = serve(
+        lambda s: asked.append((time.perf_counter(), s.prompt)) or [5] * 20, seconds=0.02
+    )
+    with ThreadPoolExecutor(2) as pool:
+        began = time.perf_counter()
+        found = load.ask_together(pool, 2, client.url, PROMPTS, **HOW)
+    assert not found.failures and found.answer_tokens == 70 and found.prompt_tokens == 140
+    assert len(found.first) == 7 and found.seconds >= 3 * 10 * 0.02
+    times, prompts = zip(*asked, strict=True)
+    assert sorted(prompts) == sorted(PROMPTS) and min(times) >= began + load.START_SECONDS
 
 
 def test_prompts_of_rounds_begin_alike():

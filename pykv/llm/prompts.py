@@ -108,10 +108,12 @@ def read_ids(language: Language, name: str, prompt: Any, special: bool = False) 
 def known_ids(language: Language, name: str, ids: Any) -> list[int]:
     """Ids that are tokens of the model."""
     vocab = language.config.vocab
-    known = [_token_id(name, i) for i in items(name, ids, "a list of token ids")]
-    for i in known:
-        if not 0 <= i < vocab:
-            raise ParameterError(f"{name} has token id {i}, expected 0 to {vocab - 1}")
+    known = items(name, ids, "a list of token ids")
+    if not set(map(type, known)) <= {int}:
+        known = [_token_id(name, i) for i in known]
+    if known and not 0 <= min(known) <= max(known) < vocab:
+        wrong = next(i for i in known if not 0 <= i < vocab)
+        raise ParameterError(f"{name} has token id {wrong}, expected 0 to {vocab - 1}")
     return known
 
 

@@ -14,13 +14,13 @@ import subprocess
 import sys
 import threading
 import warnings
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
-from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
@@ -36,6 +36,7 @@ from pykv.terminal import show_warning
 log = logging.getLogger("pykv.serve")
 
 SLOT_TOKENS = 2048  # of the pool for each slot, if memory allows
+DIRECT_BYTES = 32 << 10  # of a message that a socket with room for any takes whole
 REPORTS = 64  # delivered in one go: readers must have their turn, however fast an engine is
 EXIT_SECONDS = 10.0  # of a process from which nothing comes any more
 GONE_SECONDS = 60.0  # from the server's end to the engine's, its step and its tiers' flush included
@@ -90,7 +91,12 @@ class EngineProcess:
         self._connection = Connection(ours.detach())
         self._deliver: Callable[[Report | None], None] | None = None
         self._has_ended = False  # the last report was delivered
-        self._orders: SimpleQueue[Any] = SimpleQueue()  # pickled; None ends the process
+        self._orders: deque[Any] = (
+            deque()
+        )  # pickled, to be sent by the thread; None ends the process
+        self._some = threading.Condition()  # held to change these, or to send without the thread
+        self._writable = select.poll()
+        self._writable.register(self._connection.fileno(), select.POLLOUT)
         self._sender = threading.Thread(target=self._send, name="pykv-orders", daemon=True)
         self._sender.start()
         self._order((args, slots))
@@ -129,7 +135,9 @@ class EngineProcess:
         self._order(numbers)
 
     def stop(self) -> None:
-        self._orders.put(None)
+        with self._some:
+            self._orders.append(None)
+            self._some.notify()
 
     def _read(self) -> None:
         """Deliver all reports that have arrived, before any reader wakes. So a reader that was busy
@@ -160,16 +168,32 @@ class EngineProcess:
         return TransportError(f"serve: the process of the model has {how}")
 
     def _order(self, message: Any) -> None:
-        """Queue a message. What cannot be pickled is an error here, of the request alone."""
-        self._orders.put(ForkingPickler.dumps(message))
+        """Send a message, by the thread if that may have to wait. What cannot be pickled is an
+        error here, of the request alone."""
+        data = ForkingPickler.dumps(message)
+        with self._some, suppress(OSError):  # the process has ended, which `_receive` notices
+            # A socket of Linux can be written to while three quarters of its buffer are free.
+            if not self._orders and len(data) <= DIRECT_BYTES and self._writable.poll(0):
+                self._connection.send_bytes(data)
+            else:
+                self._orders.append(data)
+                self._some.notify()
 
     def _send(self) -> None:
         """Send queued messages, on a thread: it blocks while the process does not read, as during a
-        large schema, or when stopped; answers continue meanwhile."""
-        with suppress(OSError):  # the process has ended, which `_receive` notices
-            for message in iter(self._orders.get, None):
+        large schema, or when stopped; answers continue meanwhile. A thread alone would send late:
+        it gets the GIL only when the event loop waits or has had its turn."""
+        with suppress(OSError):
+            while True:
+                with self._some:
+                    self._some.wait_for(lambda: self._orders)
+                    message = self._orders[0]  # stays while it is sent: nobody else sends then
+                if message is None:
+                    self._connection.send(None)
+                    return
                 self._connection.send_bytes(message)
-            self._connection.send(None)
+                with self._some:
+                    self._orders.popleft()
 
     def __enter__(self) -> Self:
         return self

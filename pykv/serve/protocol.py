@@ -399,9 +399,10 @@ def _prompts(given: Any) -> list[Any]:
     """Prompts of a field that holds a text, token ids, or several of either."""
     if isinstance(given, str):
         return [given]
-    if given and all(type(x) is int for x in given):
+    kinds = set(map(type, given))
+    if kinds == {int}:
         return [given]
-    if given and all(isinstance(x, str | list) for x in given):
+    if kinds and kinds <= {str, list}:
         return list(given)
     raise wrong("prompt", given, "a string, a list of token ids, or a list of these")
 

@@ -21,11 +21,13 @@ import pytest
 from pykv import cli
 from pykv.errors import TransportError
 from pykv.llm import LLM, SamplingParams, models
+from pykv.llm.prompts import Order
 from pykv.llm.scheduler import Scheduler
 from pykv.llm.sequence import Sequence
 from pykv.serve import command as command_module
 from pykv.serve import engine_process
 from pykv.serve.command import run
+from pykv.serve.engine import Delta, Request
 from pykv.serve.engine_process import EngineProcess, open_model
 from tests.llm import tiny
 from tests.serve.conftest import PLAIN, Scripted, make_tiny_server, serving
@@ -391,6 +393,25 @@ def test_an_engine_that_reads_no_orders_keeps_nobody_waiting(engine):
     with engine:  # reads them all, and ends well
         pass
     assert engine._process.returncode == 0 and not engine._sender.is_alive()
+
+
+def test_orders_keep_their_order(engine):
+    """The first ones are sent at once, others by the thread when the engine reads again, and behind
+    these come more."""
+    order = Order([5] * 600, SamplingParams(), 601, frozenset())
+    os.kill(engine._process.pid, signal.SIGSTOP)
+    for number in range(200):  # a megabyte, more than the system keeps
+        engine.put(Request({number: order}, None))
+    assert engine._orders
+    os.kill(engine._process.pid, signal.SIGCONT)
+    for number in range(200, 1000):
+        engine.put(Request({number: order}, None))
+    with engine:
+        ended = []
+        while len(ended) < 1000:
+            _, deltas = engine._receive()
+            ended += [number for number, delta in deltas if Delta(*delta).finish_reason]
+    assert ended == [*range(1000)] and not engine._sender.is_alive()
 
 
 def test_an_engine_that_is_silent_is_not_waited_for(engine, monkeypatch):

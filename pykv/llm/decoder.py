@@ -72,6 +72,11 @@ class Decoder:
         self._fill_inputs(sequences)
         return interrupts.allowing(self._step)[: len(sequences)]
 
+    def warm_up(self) -> None:
+        """Make the graph, with rows that nobody has."""
+        for _ in range(2):  # the second call captures
+            self.run([])
+
     def run_on(self, rows: list[Sequence | None], ids: Any) -> Any:
         """Logits of the step behind the one that draws `ids` [n], as this one's first n rows; rows
         behind these have their tokens. None is nobody's row.

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,7 +23,8 @@ from pykv.llm.sent_pages import SentPages
 from pykv.llm.weights import Model
 from pykv.pool import PagedKVCache
 
-GRAPHS = 32  # are kept; they share the memory between their kernels, and that of their logits
+GRAPHS = 64  # are kept; they share the memory between their kernels, and that of their logits
+LEAST_PAGES = 64  # of a graph's sequences: another width makes another graph, but no other kernels
 LEAST_TOKENS = 16  # of a graph: above matrices.FUSED_TOKENS, so that layers round all prompts alike
 
 
@@ -77,13 +79,14 @@ class Ragged:
         for i, span in enumerate(spans):
             count = -(-span.stop // page_size)
             table[i, :count] = span.pages[:count]
-        given = np.array([(span.start, len(span.ids)) for span in spans], np.int32)
+        given = np.array([(span.start, len(span.ids)) for span in spans], np.int32).reshape(-1, 2)
         count, end = len(spans), int(given[:, 1].sum())
         lengths[:count], lengths[count:] = given.sum(axis=1), 0
         starts[0] = 0
         np.cumsum(given[:, 1], out=starts[1 : count + 1])
         starts[count + 1 :], starts[-1] = end, len(ids)
-        ids[:end], ids[end:] = np.concatenate([span.ids for span in spans]), 0
+        ids[:end] = np.fromiter(chain.from_iterable(span.ids for span in spans), np.int32, end)
+        ids[end:] = 0
         of_token = np.repeat(np.arange(count), given[:, 1])
         positions[:end] = np.arange(end) - (starts[:count] - given[:, 0])[of_token]
         positions[end:] = 0
@@ -145,23 +148,39 @@ class PromptSteps:
 
         Only enqueues on a GPU.
         """
-        if self._pool is not self._cache.k:  # the cache has grown, or another took its place
-            self._steps.clear()
-            self._pool = self._cache.k
         P = self._cache.page_size
         tokens = sum(len(span.ids) for span in spans)
         pages = max(-(-span.stop // P) for span in spans)
-        key = self._sizes(Sizes(tokens, len(spans), len(wanted), pages)), asks
-        made = self._steps.pop(key) if key in self._steps else self._new(*key)
-        if self._xp is not np:
-            self._steps[key] = made  # the last is the one used last
-            if len(self._steps) > GRAPHS:
-                self._steps.popitem(last=False)
+        made = self._step_of(self._sizes(Sizes(tokens, len(spans), len(wanted), pages)), asks)
         made.ragged.fill(spans, wanted, P)
         if made.sent is not None:
             made.sent.show(spans)
         logits, queries = made.step()[: len(wanted)], made.queries
         return logits, None if queries is None else queries[:, :tokens]
+
+    def warm_up(self, most: int) -> None:
+        """Make the graphs of the usual steps of up to `most` tokens, before anybody waits for one:
+        of few sequences with few pages. They are run with tokens that nobody has."""
+        for tokens in sorted({graph_rows(n, self._xp) for n in range(LEAST_TOKENS, most + 1)}):
+            for sequences in (1, 2):
+                sizes = self._sizes(Sizes(tokens, sequences, sequences, 1))
+                made = self._step_of(sizes, False)
+                made.ragged.fill([], [], self._cache.page_size)
+                for _ in range(2):  # the second call captures
+                    made.step()
+
+    def _step_of(self, sizes: Sizes, asks: bool) -> _Step:
+        """The step of such sizes, with queries or without."""
+        if self._pool is not self._cache.k:  # the cache has grown, or another took its place
+            self._steps.clear()
+            self._pool = self._cache.k
+        key = sizes, asks
+        made = self._steps.pop(key) if key in self._steps else self._new(*key)
+        if self._xp is not np:
+            self._steps[key] = made  # the last is the one used last
+            if len(self._steps) > GRAPHS:
+                self._steps.popitem(last=False)
+        return made
 
     def _sizes(self, asked: Sizes) -> Sizes:
         """Of the step for such spans: one for many, where it is a graph."""
@@ -169,7 +188,7 @@ class PromptSteps:
             return asked
         tokens = graph_rows(max(asked.tokens, LEAST_TOKENS), self._xp)
         sequences = min(_power(asked.sequences, 8, 1), tokens)  # each of these has logits
-        return Sizes(tokens, sequences + 1, sequences, _power(asked.pages, 4, 16))
+        return Sizes(tokens, sequences + 1, sequences, _power(asked.pages, 4, LEAST_PAGES))
 
     def _new(self, sizes: Sizes, asks: bool) -> _Step:
         ragged, config = Ragged(sizes, self._xp), self._model.config

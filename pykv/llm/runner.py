@@ -39,7 +39,7 @@ from pykv.pool import PagedKVCache
 CLAMPED_SHARE = 1e-3  # of a layer's keys or values: if shared scales clamp more, warn
 LOGIT_BYTES = 1 << 27  # limit of a step's logits, where all positions are asked for
 DECODES = ("auto", "graph", "persistent", "steps")  # how answers go on, see LLM
-DECODERS = 8  # kept, by rows and pages; each may be a graph with its memory
+DECODERS = 32  # kept, by rows and pages; each may be a graph with its memory
 TABLE_PAGES = 16  # least width of a decoder's table; 256 keys of 16 a page need no splits
 
 
@@ -170,10 +170,7 @@ class ModelRunner:
         another such step."""
         stays = beside == 0 and self._stays(sequences)
         goes_on = beside <= steps.PREFILL_TOKENS and not stays
-        if self._pool is not self.cache.k:  # the cache has grown or was replaced
-            self._end_residency()
-            self._decoders.clear()
-            self._ahead, self._pool = None, self.cache.k
+        self._follow_cache()
         tokens = self._begun(sequences, goes_on)
         if tokens is None:
             self._end_residency()
@@ -195,6 +192,27 @@ class ModelRunner:
                 queries = decoder.queries
                 self._evictor.see_answer(s, None if queries is None else queries[:, i : i + 1])
         return self._draw(sequences, logits, decoder.peaks)
+
+    def warm_up(self, slots: int) -> None:
+        """Make the graphs of the steps that up to so many answers and their prompts usually take,
+        so that no answer waits for one; there are none on the host. What evicts rows, or has
+        another GPU compute prompts, makes them when they are needed."""
+        prompts = self._prompts
+        if self.xp is np or self._evictor is not None or not isinstance(prompts, PromptSteps):
+            return
+        self._follow_cache()
+        interrupts.allowing(prompts.warm_up, self.most)
+        for rows in sorted({graph_rows(n, self.xp) for n in range(1, slots + 1)}):
+            if self._way(rows) == "graph":
+                for width in (TABLE_PAGES, 2 * TABLE_PAGES, 4 * TABLE_PAGES):
+                    interrupts.allowing(self._decoder_of(rows, width).warm_up)
+
+    def _follow_cache(self) -> None:
+        """Forget what was made for a cache that has grown or was replaced."""
+        if self._pool is not self.cache.k:
+            self._end_residency()
+            self._decoders.clear()
+            self._ahead, self._pool = None, self.cache.k
 
     def _begun(self, sequences: list[Sequence], goes_on: bool) -> Several[int | None] | None:
         """The tokens of a launch or a step that is under way; None if there is none of these
@@ -302,8 +320,12 @@ class ModelRunner:
     def _decoder_for(self, sequences: list[Sequence]) -> Decoder:
         """One with rows and pages enough."""
         most = max(len(s.pages) for s in sequences)
-        rows = graph_rows(len(sequences), self.xp)
-        size = rows, max(TABLE_PAGES, 1 << (most - 1).bit_length())
+        width = max(TABLE_PAGES, 1 << (most - 1).bit_length())
+        return self._decoder_of(graph_rows(len(sequences), self.xp), width)
+
+    def _decoder_of(self, rows: int, width: int) -> Decoder:
+        """One of so many rows and pages."""
+        size = rows, width
         decoder = self._decoders.pop(size, None) or self._decoder(*size)
         self._decoders[size] = decoder  # moved to the end: the latest used
         if len(self._decoders) > DECODERS:

@@ -322,6 +322,8 @@ def open_model(args: argparse.Namespace, slots: int | None) -> tuple[Any, Any, F
     llm = open_llm(args)
     slots = slots or (HOST_SLOTS if llm.xp is np else GPU_SLOTS)
     _grow(llm, slots)
+    with llm.turn():
+        llm.runner.warm_up(slots)
     scheduler = Scheduler(
         llm.runner,
         llm.cache,

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from pykv import cuda
-from pykv.llm import LLM, memory, model, prompt_steps, steps
+from pykv.llm import LLM, SamplingParams, memory, model, prompt_steps, steps
 from pykv.llm.prompt_steps import PromptSteps, Ragged, Sizes, Span, of_spans
+from pykv.llm.runner import ModelRunner
 from pykv.ops import linear_tiles, paged_check
 from pykv.pool import PagedKVCache
 from tests.helpers import assert_same_bits, to_numpy, without_simt
@@ -40,11 +41,11 @@ def test_few_sizes_serve_all(xp):
     asked.append(Sizes(16, 16, 16, 1))  # a token of each
     asked += [Sizes(513, 1, 1, 33), Sizes(1025, 1, 1, 100), Sizes(2032, 1, 1, 255)]
     larger = [
-        Sizes(16, 2, 1, 16),
         Sizes(16, 2, 1, 64),
-        Sizes(128, 9, 8, 16),
+        Sizes(16, 2, 1, 64),
+        Sizes(128, 9, 8, 64),
         Sizes(320, 65, 64, 256),
-        Sizes(16, 17, 16, 16),
+        Sizes(16, 17, 16, 64),
         Sizes(640, 2, 1, 64),
         Sizes(1280, 2, 1, 256),
         Sizes(2048, 2, 1, 256),
@@ -163,6 +164,26 @@ def test_a_step_is_repeated_bit_for_bit(xp, rng, tiny_model, monkeypatch):
     cache.grow(50)
     assert_same_bits(to_numpy(steps.run(spans[17], [0])[0]), first[17])
     assert len(steps._steps) <= 1
+
+
+def test_no_usual_step_is_made_while_answers_wait(open_llm, xp, rng, monkeypatch):
+    """Once they are made ahead, which writes nothing."""
+    monkeypatch.setattr(memory, "most_tokens", lambda config, xp: 16)
+    prompts = [rng.integers(3, 200, n).tolist() for n in (5, 19)]
+    asked = prompts, SamplingParams(max_tokens=3)
+    want = open_llm(decode="graph").generate(*asked)
+    llm, made = open_llm(decode="graph"), []
+    llm.runner.grow(60)
+    llm.cache.k[...] = llm.cache.v[...] = np.nan
+    with llm.turn():
+        llm.runner.warm_up(2)
+    assert all(np.isnan(to_numpy(x)).all() for x in (llm.cache.k, llm.cache.v))
+    for owner, name in ((PromptSteps, "_new"), (ModelRunner, "_decoder")):
+        make = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *of, make=make: made.append(of) or make(*of))
+    got = llm.generate(*asked)
+    assert [x.token_ids for x in got] == [x.token_ids for x in want]
+    assert bool(made) == (xp is np)
 
 
 @pytest.mark.gpu

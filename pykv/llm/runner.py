@@ -198,7 +198,8 @@ class ModelRunner:
         so that no answer waits for one; there are none on the host. What evicts rows, or has
         another GPU compute prompts, makes them when they are needed."""
         prompts = self._prompts
-        if self.xp is np or self._evictor is not None or not isinstance(prompts, PromptSteps):
+        makes_none = self.xp is np or paged_check.ALWAYS or self._evictor is not None
+        if makes_none or not isinstance(prompts, PromptSteps):
             return
         self._follow_cache()
         interrupts.allowing(prompts.warm_up, self.most)

@@ -77,9 +77,14 @@ class Decoder:
         for _ in range(2):  # the second call captures
             self.run([])
 
-    def run_on(self, rows: list[Sequence | None], ids: Any) -> Any:
+    def run_on(self, rows: Several[Sequence | None], ids: Any, *, ahead: int) -> Any:
         """Logits of the step behind the one that draws `ids` [n], as this one's first n rows; rows
         behind these have their tokens. None is nobody's row.
+
+        Args:
+            rows, ids: as above.
+            ahead: whether the cache gets one more row of each of the first n before this step, that
+                of their last token but one; 0 behind a step of prompts.
 
         Returns:
             [len(rows), V]; None where another decoder or more pages are needed.
@@ -93,15 +98,16 @@ class Decoder:
         for i, s in enumerate(rows):
             if s is None:
                 continue
-            ahead = int(i < n)  # the token under way, which has a row of its own
-            page, row = divmod(s.held + ahead, P)
+            more = ahead if i < n else 0
+            page, row = divmod(s.held + more, P)
             if not page < len(s.pages) <= width:
                 return None
-            packed[1:, i] = s.cached + ahead, s.pages[page] * P + row, s.held + ahead + 1
-            if not ahead:
+            packed[1:, i] = s.cached + more, s.pages[page] * P + row, s.held + more + 1
+            if i >= n:
                 packed[0, i] = s.generated[-1]
         copy_into(self._inputs, packed)
-        self._inputs[0, :n] = ids
+        if n:
+            self._inputs[0, :n] = ids
         self._show_pages(rows)
         return interrupts.allowing(self._step)[: len(rows)]
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from pykv import cuda, interrupts
+from pykv.arrays import is_numpy
 from pykv.errors import UnsupportedError
 from pykv.eviction import AdaKV, Policy
 from pykv.llm import memory, steps, token_program
@@ -27,7 +28,7 @@ from pykv.llm.model import forward, graph_rows
 from pykv.llm.prefill_device import PrefillDevice
 from pykv.llm.prompt_steps import PromptSteps, Span, of_spans
 from pykv.llm.residency import Residency, can_stay
-from pykv.llm.sampler import Sampler
+from pykv.llm.sampler import Drawn, Sampler
 from pykv.llm.sequence import Sequence
 from pykv.llm.steps import Piece
 from pykv.llm.steps_ahead import StepsAhead, can_go_on
@@ -95,6 +96,7 @@ class ModelRunner:
 
             self._ways = DecodeWays(model, cache, *bounds, make)
         self._residency: Residency | None = None
+        self._answers: list[Sequence] = []  # of the step whose prompts come next
         self._ahead: StepsAhead | None = None
         self._link = None if xp is np else xp.cuda.Stream(non_blocking=True)
         self._evictor = None if eviction is None else Evictor(eviction, model, cache)
@@ -142,10 +144,34 @@ class ModelRunner:
                 asked = None if queries is None else queries[:, start:end]
                 evictor.see_prompt(s, asked, i in done)
         whole = [pieces[i][0] for i in done]
-        tokens = self._draw(whole, logits)
+        tokens = self._draw_behind(whole, logits)
         for s in whole:
             s.is_sent = False  # waiting for logits has waited for the pages, too
         return tokens
+
+    def _draw_behind(self, whole: list[Sequence], logits: Any) -> list[int]:
+        """The first token of each sequence of `whole`, from its row of a step of prompts. Before
+        the host waits for these, it launches the next step of answers, which these join."""
+        drawn = self._sampler.begin(logits, whole, _masks(whole)) if whole else None
+        link, done = self._link, None
+        if link is not None:
+            done = self.xp.cuda.Event(disable_timing=True)
+            done.record(self.xp.cuda.get_current_stream())
+        self._follow_cache()
+        answers, self._answers = [s for s in self._answers if not s.finish_reason], []
+        come = [s if len(s.prompt) + len(s.generated) + 1 < s.limit else None for s in whole]
+        going = [s for s in come if s is not None] + answers
+        is_there = self._ahead is not None and self._ahead.is_under_way
+        is_free = self._residency is None and self._prefill is None and not is_there
+        if going and is_free and self._overlaps(going):
+            decoder = interrupts.allowing(self._decoder_for, going)
+            rows = [*come, *answers]
+            self._ahead = StepsAhead(decoder, self._sampler, link, rows, drawn)
+        if drawn is None:
+            return []
+        if link is not None:
+            link.wait_event(done)
+        return _read(whole, drawn, link)
 
     def ahead(self, sequences: list[Sequence]) -> int:
         """How many tokens of each answer may be begun before the host looks at the first."""
@@ -165,12 +191,13 @@ class ModelRunner:
         return is_launch and self._evictor is None and all(map(can_go_on, sequences))
 
     def decode(self, sequences: list[Sequence], beside: int) -> Several[int | None]:
-        """Put the last token of answers into the cache, and draw the next. A step is not launched
-        ahead beside many tokens of prompts: who joins behind these would miss it, and wait for
-        another such step."""
+        """Put the last token of answers into the cache, and draw the next. Beside many tokens of
+        prompts the next step is launched behind these: ahead of them, who joins behind them would
+        miss it, and wait for another such step."""
         stays = beside == 0 and self._stays(sequences)
         goes_on = beside <= steps.PREFILL_TOKENS and not stays
         self._follow_cache()
+        self._answers = sequences
         tokens = self._begun(sequences, goes_on)
         if tokens is None:
             self._end_residency()
@@ -266,6 +293,7 @@ class ModelRunner:
 
     def leave(self, sequence: Sequence) -> None:
         """Write no more to the pages of a sequence."""
+        self._answers = [x for x in self._answers if x is not sequence]
         if self._residency is not None:
             self._residency.leave(sequence)
         if self._ahead is not None:
@@ -300,18 +328,11 @@ class ModelRunner:
             logits = forward(self.model, batch, self.cache)
             yield (logits if self.xp is np else logits.get()), start
 
-    def _draw(self, sequences: list[Sequence], logits: Any, peaks: Any = None) -> list[int]:
-        """The next token of each sequence, from its row; `peaks` as of Sampler.draw. What it draws
+    def _draw(self, sequences: list[Sequence], logits: Any, peaks: Any) -> list[int]:
+        """The next token of each answer, from its row; `peaks` as of Sampler.draw. What it draws
         goes by the tokens of its answer, however often these were computed."""
-        if not sequences:
-            return []
-        masks = [s.mask() if s.mask else None for s in sequences]
-        given = None if all(mask is None for mask in masks) else masks
-        tokens, found = self._sampler.draw(logits, sequences, given, peaks)
-        for s, logprobs in zip(sequences, found, strict=True):
-            if logprobs is not None:
-                s.logprobs.append(logprobs)
-        return tokens
+        drawn = self._sampler.begin(logits, sequences, _masks(sequences), peaks)
+        return _read(sequences, drawn, None)
 
     def _end_residency(self) -> None:
         if self._residency is not None:
@@ -356,3 +377,19 @@ class ModelRunner:
         if self._decode == "auto":
             return "graph" if self._ways is None else self._ways.fastest(rows)
         return self._decode
+
+
+def _masks(sequences: list[Sequence]) -> list[Any] | None:
+    """The tokens that each may draw, as of Sampler.draw."""
+    masks = [s.mask() if s.mask else None for s in sequences]
+    return None if all(mask is None for mask in masks) else masks
+
+
+def _read(sequences: list[Sequence], drawn: Drawn, stream: Any) -> list[int]:
+    """The tokens that were drawn, brought to the host by a stream; log probabilities are appended
+    to the sequences."""
+    tokens, found = drawn.read(drawn.words if is_numpy(drawn.words) else drawn.words.get(stream))
+    for s, logprobs in zip(sequences, found, strict=True):
+        if logprobs is not None:
+            s.logprobs.append(logprobs)
+    return tokens

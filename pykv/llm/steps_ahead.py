@@ -2,8 +2,9 @@
 
 A step needs the tokens of the one before it, which are on the GPU as soon as they are drawn; where
 their rows go is known before. So a step is launched before the tokens of the one under way are
-read. What a step computes of an answer that has ended meanwhile is forgotten: its row is written to
-pages that the answer had then, ahead of all that their next owner enqueues.
+read, and those of a step of prompts that it comes behind. What a step computes of an answer that
+has ended meanwhile is forgotten: its row is written to pages that the answer had then, ahead of all
+that their next owner enqueues.
 """
 
 from __future__ import annotations
@@ -48,17 +49,35 @@ class StepsAhead:
         decoder: computes them.
         sampler: draws.
         link: a stream on which tokens come to the host, and do not wait for the next step.
-        sequences: the rows of the first step, which is launched here.
+        rows: of the first step, which is launched here; None is nobody's. Where it cannot be, no
+            step is under way.
+        first: the tokens of the first of these, which a step of prompts draws; None: all are read.
     """
 
     def __init__(
-        self, decoder: Decoder, sampler: Sampler, link: Any, sequences: list[Sequence]
+        self,
+        decoder: Decoder,
+        sampler: Sampler,
+        link: Any,
+        rows: Several[Sequence | None],
+        first: Drawn | None = None,
     ) -> None:
         self._decoder, self._sampler, self._link = decoder, sampler, link
-        self._last: Drawn | None = None
+        self._last: Drawn | None = first
         self._under_way: _UnderWay | None = None
-        rows = {s: (row, len(s.generated)) for row, s in enumerate(sequences)}
-        self._under_way = self._draw(decoder.run(sequences), sequences, rows)
+        ids = [] if first is None else first.ids
+        logits = decoder.run_on(rows, ids, ahead=0)
+        if logits is not None:
+            n = len(ids)
+            owners = {
+                s: (i, len(s.generated) + (i < n)) for i, s in enumerate(rows) if s is not None
+            }
+            self._under_way = self._draw(logits, rows, owners, ids if n else None)
+
+    @property
+    def is_under_way(self) -> bool:
+        """Whether a step is."""
+        return self._under_way is not None
 
     def __del__(self) -> None:
         """Wait for the step under way: its arrays may be freed on another stream than it is on."""
@@ -118,7 +137,7 @@ class StepsAhead:
         shown: list[Sequence | None] = [None] * (len(ids) + len(come))
         for s, (row, _) in next_rows.items():
             shown[row] = s
-        logits = self._decoder.run_on(shown, ids)
+        logits = self._decoder.run_on(shown, ids, ahead=1)
         return None if logits is None else self._draw(logits, shown, next_rows, ids)
 
     def _draw(

@@ -37,8 +37,8 @@ def launched(monkeypatch):
     """Rows of each step that was launched ahead, None of those that could not be."""
     seen, run_on = [], Decoder.run_on
 
-    def spy(self, rows, ids):
-        logits = run_on(self, rows, ids)
+    def spy(self, rows, ids, *, ahead):
+        logits = run_on(self, rows, ids, ahead=ahead)
         seen.append(None if logits is None else [s is not None for s in rows])
         return logits
 
@@ -83,7 +83,7 @@ def test_tokens_are_those_of_one_step_after_another(open_, launched, rng, name, 
         np.testing.assert_allclose(
             [x.logprob for x in of.logprobs], [x.logprob for x in to.logprobs], atol=0.05
         )
-    assert launched[:3] == [[True] * 3, [True] * 3, None]  # then rows for one are enough
+    assert launched[:4] == [[True] * 3] * 3 + [None]  # then rows for one are enough
     assert [True] in launched
     assert llm.cache.manager.num_free == llm.cache.manager.num_pages
 
@@ -127,16 +127,18 @@ def test_answers_that_lose_their_pages_begin_again(open_, launched, rng, pages):
 
 
 def test_no_step_is_launched_ahead_beside_many_tokens_of_prompts(open_, launched, rng):
-    """Else a sequence that joins behind them would get its second token two such steps later."""
+    """Else a sequence that joins behind them would get its second token two such steps later. The
+    step before was launched ahead, or anew, as no prompt came."""
     llm = open_()
     stream = llm.stream(prompts_of(rng, 5)[0], greedy(9))
     next(stream), next(stream)
     (s,), runner = llm._scheduler.running, llm.runner
-    for beside, count in ((steps.PREFILL_TOKENS, 1), (steps.PREFILL_TOKENS + 1, 0)) * 2:
+    few, many = (steps.PREFILL_TOKENS, 1), (steps.PREFILL_TOKENS + 1, 0)
+    for beside, count in (few, many, (few[0], 2), many):
         launched.clear()
         (token,) = runner.decode([s], beside)
         s.append(token)
-        assert len(launched) == count and (runner._ahead._under_way is not None) == bool(count)
+        assert len(launched) == count and runner._ahead.is_under_way == bool(count)
 
 
 @pytest.mark.parametrize(
@@ -236,11 +238,11 @@ def test_a_launch_that_fails_loses_nothing(open_, monkeypatch, rng):
     want = open_(device="cpu").generate(prompts, greedy(9))
     llm, run_on, calls = open_(), Decoder.run_on, []
 
-    def fail(self, rows, ids):
+    def fail(self, rows, ids, *, ahead):
         calls.append(rows)
         if len(calls) == 3:
             raise RuntimeError("planted")
-        return run_on(self, rows, ids)
+        return run_on(self, rows, ids, ahead=ahead)
 
     monkeypatch.setattr(Decoder, "run_on", fail)
     with pytest.raises(RuntimeError, match="planted"):
@@ -284,7 +286,21 @@ def test_no_step_is_launched_behind_the_last_token(open_, launched, rng):
     """Of n tokens the prompt's step draws one, and the first step of answers another."""
     llm = open_(prefix_cache=False)
     llm.generate(prompts_of(rng, 5), greedy(6))
-    assert launched == [[True]] * 4 and llm.runner._ahead._under_way is None
+    assert launched == [[True]] * 5 and llm.runner._ahead._under_way is None
+
+
+def test_who_has_ended_has_no_row_behind_prompts(open_, launched, monkeypatch, rng):
+    """Neither a prompt that ends with its first token, nor an answer that ends beside it."""
+    monkeypatch.setattr(steps, "PREFILL_TOKENS", 2)  # tokens beside which no step is launched ahead
+    llm = open_(prefix_cache=False)
+    llm.generate(prompts_of(rng, 5), greedy(1))
+    assert launched == []
+    first, second = prompts_of(rng, 5, 6)
+    stream = llm.stream(first, greedy(3))
+    next(stream), next(stream)
+    launched.clear()
+    next(llm.stream(second, greedy(4)))
+    assert launched[0] == [True] and not llm._scheduler.running[0].finish_reason
 
 
 def test_tokens_stay_until_the_step_that_copies_them_is_over(open_, rng):

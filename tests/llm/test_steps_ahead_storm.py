@@ -163,19 +163,22 @@ class Planted(BaseException):
 @pytest.mark.parametrize("seed", [*range(3), *swept(range(3, 30))])
 def test_storms_draw_what_each_sequence_draws_alone(scheduler_of, monkeypatch, seed):
     draws = random.Random(seed)
-    launched, run_on = [], decoders.Decoder.run_on
+    launched, run_on = set(), decoders.Decoder.run_on
 
-    def seen(self, rows, ids):
+    def seen(self, rows, ids, *, ahead):
         shown = [id(s) for s in rows if s is not None]
         assert len(set(shown)) == len(shown), "a sequence has two rows"
-        logits = run_on(self, rows, ids)
-        launched.append(logits is not None)
+        logits = run_on(self, rows, ids, ahead=ahead)
+        if logits is not None:
+            launched.add("ahead" if ahead else "behind prompts" if len(ids) else "anew")
+            joined = not ahead and 0 < len(ids) < len(rows)
+            launched.update(["beside answers"] * joined)
         return logits
 
     monkeypatch.setattr(decoders.Decoder, "run_on", seen)
     for _ in range(ROUNDS):
         storm(scheduler_of, draws)
-    assert any(launched)
+    assert launched == {"anew", "ahead", "behind prompts", "beside answers"}
 
 
 def storm(scheduler_of, draws):

@@ -3,11 +3,12 @@ goes wrong."""
 
 import asyncio
 import pickle
+import select
 import threading
 import time
+from collections import deque
 from contextlib import nullcontext
 from multiprocessing import Pipe
-from queue import SimpleQueue
 from types import SimpleNamespace
 
 import pytest
@@ -315,14 +316,21 @@ def test_what_comes_behind_a_stop_is_read():
     assert not thread.is_alive() and done == ["stop", *([n] for n in range(5000)), "stop"]
 
 
+def link_over(connection):
+    """A link to an engine whose process is here."""
+    link = object.__new__(EngineProcess)
+    link._connection, link._orders = connection, deque()
+    link._some, link._writable = threading.Condition(), select.poll()
+    link._writable.register(connection.fileno(), select.POLLOUT)
+    return link
+
+
 def test_reports_that_gathered_are_one_piece():
     """Each by itself would let a reader that is slower than the engine keep it waiting."""
 
     async def run():
-        link = object.__new__(EngineProcess)  # whose process is here
-        link._connection, engine = Pipe()
-        link._orders = SimpleQueue()
-        desk = Desk(link, limit=1)
+        ours, engine = Pipe()
+        desk = Desk(link := link_over(ours), limit=1)
         desk.start()
         work = submit(desk, order())
         with link._connection, engine:
@@ -336,9 +344,10 @@ def test_reports_that_gathered_are_one_piece():
 
 def test_an_order_that_cannot_be_sent_is_an_error_of_its_own():
     """And not of the thread that sends, which all later ones need."""
-    link = object.__new__(EngineProcess)
-    link._orders = SimpleQueue()
-    with pytest.raises((AttributeError, pickle.PicklingError)):
-        link.put(lambda: None)
-    link.abort([3])
-    assert pickle.loads(link._orders.get()) == [3] and link._orders.empty()
+    ours, engine = Pipe()
+    with ours, engine:
+        link = link_over(ours)
+        with pytest.raises((AttributeError, pickle.PicklingError)):
+            link.put(lambda: None)
+        link.abort([3])
+        assert engine.recv() == [3] and not link._orders

@@ -191,7 +191,7 @@ def _add_studies(commands: Any) -> None:
     for job in commands_of_eval.add_jobs(judge):
         model_options.add_place(job)
 
-    kvtc = commands.add_parser("kvtc", help="keep caches eight to sixty-four times smaller")
+    kvtc = commands.add_parser("kvtc", help="keep long caches 8 to 64 times smaller")
     actions = kvtc.add_subparsers(required=True, metavar="ACTION")
     calibrate = actions.add_parser("calibrate", help="find what to keep of a model's cache")
     model_options.add_place(calibrate)
@@ -255,7 +255,7 @@ def _add_session(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--session-codec",
         metavar="ARTEFACT:RATIO",
-        help="keep it so many times smaller, at a loss, by an artefact of `pykv kvtc calibrate`",
+        help="keep long ones so many times smaller, at a loss, by what `pykv kvtc calibrate` made",
     )
 
 

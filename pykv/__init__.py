@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 
 import pykv.terminal as _terminal  # noqa: F401 - first: then Ctrl-C ends the command quietly
-from pykv import blocks
+from pykv import blocks, errors
 from pykv.cuda import graph, prepare
 from pykv.errors import PykvError
 from pykv.foreign import asarray, from_pointer
@@ -55,6 +55,7 @@ __all__ = [
     "blocks",
     "cuda",
     "elastic",
+    "errors",
     "eviction",
     "from_pointer",
     "graph",
@@ -81,7 +82,8 @@ def __getattr__(name: str) -> _Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    """What is public; modules of this folder that others import are not."""
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})
 
 
 def _compile_kernels() -> None:

@@ -239,7 +239,9 @@ def _check(
     given: dict[str, Any] = {}
     for (name, rule), array in zip(rules.items(), arrays, strict=True):
         if array is None and isinstance(rule, Rule) and not rule.optional:
-            raise ParameterError(f"{op}: {name} is missing, expected {rule.what} [{rule.spec}]")
+            raise ParameterError(
+                f"{op}: {name} is missing, expected {rule.what} [{_axes(rule.spec)}]"
+            )
         if array is not None and isinstance(rule, str):
             raise ParameterError(f"{op}: {name} is given, expected {rule}")
     for (name, rule), array in zip(rules.items(), arrays, strict=True):
@@ -275,12 +277,13 @@ def _check_array(
         )
     words, loose = _parse(spec)
     if len(shape) != len(words):
-        raise wrong(ShapeError, f"has shape {shape}", f"[{spec}]")
+        raise wrong(ShapeError, f"has shape {shape}", f"[{_axes(spec)}]")
     for (word, times, letter, plus, over), size in zip(words, shape, strict=True):
         n = dims.setdefault(letter, max(0, (size * over - plus) // times)) if letter else 1
         if size != (times * n + plus) // over:
             has = f"{word}={size}" if word == letter else f"size {size}"
-            raise wrong(ShapeError, f"has {has}", f"{word}={(times * n + plus) // over} ([{spec}])")
+            want = f"{word}={(times * n + plus) // over} ([{_axes(spec)}])"
+            raise wrong(ShapeError, f"has {has}", want)
     is_whole = array.flags.c_contiguous
     if not (is_whole or (loose and array[(0,) * loose].flags.c_contiguous)):
         rows = "contiguous rows" if loose else "a contiguous array"
@@ -313,6 +316,11 @@ def _check_gpu(
         raise DeviceError(
             f"{op}: {name} is on GPU {array.data.device_id}, expected {text}GPU {home}"
         )
+
+
+def _axes(spec: str) -> str:
+    """The dimensions of a rule, for errors about shapes; its bar is about strides."""
+    return spec.replace("| ", "")
 
 
 @cache

@@ -47,8 +47,8 @@ def main(argv: list[str] | None = None) -> int:
         note(error)
     except ModuleNotFoundError as error:
         cuda = str(error.name).partition(".")[0] in ("cuda", "cupy")
-        advice = f"{install.command('cu13')} (or [cu12])" if cuda else install.command("llm")
-        note(f"{error.name} is not installed: {advice}")
+        of_llm = f"{error.name} is not installed: {install.command('llm')}"
+        note(install.cuda_advice(error) if cuda else of_llm)
     except UnicodeDecodeError as error:
         note(f"the text given is not valid {error.encoding}: {error.reason}")
     except PykvError as error:
@@ -163,7 +163,9 @@ def _add_looks(commands: Any) -> None:
 
 def _add_tests(commands: Any) -> None:
     """Commands that test and time this machine."""
-    doctor = commands.add_parser("doctor", help="say whether this machine's GPU can be used")
+    doctor = commands.add_parser(
+        "doctor", help="say what works on this machine, and how to mend the rest"
+    )
     doctor.add_argument("--json", action="store_true", help="print one JSON object")
     doctor.set_defaults(run=_doctor)
 
@@ -177,7 +179,7 @@ def _add_tests(commands: Any) -> None:
     )
     verify.set_defaults(run=_verify)
 
-    bench = commands.add_parser("bench", help="time one job on this machine's GPU")
+    bench = commands.add_parser("bench", help="time one job on this machine")
     bench.add_argument("name", nargs="?", help="bandwidth or another; without one all are listed")
     bench.add_argument("options", nargs=argparse.REMAINDER, help="NAME --help says which")
     bench.set_defaults(run=_bench)
@@ -189,15 +191,13 @@ def _add_studies(commands: Any) -> None:
     for job in commands_of_eval.add_jobs(judge):
         model_options.add_place(job)
 
-    kvtc = commands.add_parser("kvtc", help="keep caches eight to sixty-four times smaller")
+    kvtc = commands.add_parser("kvtc", help="keep long caches 8 to 64 times smaller")
     actions = kvtc.add_subparsers(required=True, metavar="ACTION")
     calibrate = actions.add_parser("calibrate", help="find what to keep of a model's cache")
     model_options.add_place(calibrate)
-    model_options.add_context(calibrate)
     commands_of_kvtc.add_calibrate(calibrate)
     coders = actions.add_parser("coders", help="hold the static coder against the KVTC paper's")
     model_options.add_place(coders)
-    model_options.add_context(coders)
     commands_of_kvtc.add_coders(coders)
     evaluate = actions.add_parser("evaluate", help="say what each ratio costs a model")
     commands_of_eval.add_evaluate(evaluate)
@@ -255,7 +255,7 @@ def _add_session(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--session-codec",
         metavar="ARTEFACT:RATIO",
-        help="keep it so many times smaller, at a loss, by an artefact of `pykv kvtc calibrate`",
+        help="keep long ones so many times smaller, at a loss, by what `pykv kvtc calibrate` made",
     )
 
 

@@ -60,7 +60,8 @@ def _path(url: str) -> str:
 def cuda_advice(error: ImportError) -> str:
     """What an import of the CUDA packages lacked, in one line, and what to do."""
     if isinstance(error, ModuleNotFoundError):
-        return f"{error.name or error} is not installed: {command('cu13')} (or [cu12])"
+        name = "cuda-core" if error.name == "cuda" else error.name or error
+        return f"{name} is not installed: {command('cu13')} (or [cu12])"
     reason = " ".join(str(error).replace("=", " ").split())
     return f"the CUDA packages are installed but broken: {reason}; see `pykv doctor`"
 

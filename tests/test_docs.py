@@ -129,6 +129,7 @@ def test_dir_shows_what_there_is():
     assert {"LLM", "Completion", "SamplingParams", *modules} <= set(dir(pykv))
     for name in modules:
         assert getattr(pykv, name) is importlib.import_module(f"pykv.{name}")
+    assert set(dir(pykv)) - set(pykv.__all__) == {name for name in vars(pykv) if name[:2] == "__"}
     with pytest.raises(AttributeError, match="module 'pykv' has no attribute 'nothing'"):
         _ = pykv.nothing
 

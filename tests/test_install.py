@@ -82,3 +82,5 @@ def test_packages_that_are_there_but_broken():
     )
     missing = install.cuda_advice(ModuleNotFoundError(name="cupy"))
     assert missing.startswith("cupy is not installed: ") and missing.endswith("(or [cu12])")
+    missing = install.cuda_advice(ModuleNotFoundError(name="cuda"))
+    assert missing.startswith("cuda-core is not installed: ")

@@ -66,7 +66,8 @@ def facts(records):
 
 def joined(records, key):
     """What records say under a key, each value once; empty where none says anything."""
-    return " and ".join(dict.fromkeys(str(one[key]) for one in records if one.get(key)))
+    *most, last = dict.fromkeys(str(one[key]) for one in records if one.get(key)) or [""]
+    return ", ".join(most) + " and " * bool(most) + last
 
 
 def is_clean(record):

@@ -50,12 +50,14 @@ def run(args: argparse.Namespace) -> int:
             given.json: report.to_json(records),
             given.csv: report.to_csv(own, getattr(module, "row", report.row)),
         }
-        for path in texts.keys() - {None, "-"} if own else ():
-            with open(path, "w", encoding="utf-8", newline="") as file:
-                file.write(texts[path])
+        try:
+            for path in texts.keys() - {None, "-"} if own else ():
+                report.write(path, texts[path])
+        finally:  # the disk may be full
+            if own:
+                print(texts.get("-", report.to_table(records) + "\n"), end="")
         if given.json and own and (own[0]["commit"] or "").endswith("+"):
             note(f"{given.json} says +: files differ from the commit, so no table takes it")
-    print(texts.get("-", report.to_table(records) + "\n"), end="")
     if hasattr(module, "conclude"):
         print(module.conclude(own), file=sys.stderr)
     if all(record["ok"] for record in records):
@@ -83,7 +85,9 @@ def parser_of(name: str, module: Any) -> argparse.ArgumentParser:
         ("--csv", "write a row for each case; - prints them, and no table"),
     ):
         parser.add_argument(option, help=text, metavar="FILE")
-    parser.add_argument("--samples", type=int, default=20, help="of each case (%(default)s)")
+    parser.add_argument(
+        "--samples", type=int, default=20, help="of each case, at least 20 (%(default)s)"
+    )
     parser.add_argument("--warmup", type=int, default=5, help="calls before those (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the inputs (%(default)s)")
     parser.add_argument("--device", default=device, help="auto, cpu, cuda or cuda:N (%(default)s)")

@@ -165,9 +165,18 @@ def to_json(records: list[Record]) -> str:
     return f"[\n{lines}\n]\n"
 
 
+def write(path: str, text: str) -> None:
+    """Write a file; its errors name it, which Python's own of a full disk do not."""
+    try:
+        with open(path, "w", encoding="utf-8", newline="") as file:
+            file.write(text)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, path) from None
+
+
 def write_json(path: str, records: list[Record]) -> None:
     """A file of records."""
-    Path(path).write_text(to_json(records), encoding="utf-8")
+    write(path, to_json(records))
 
 
 def read_json(path: str) -> list[Record]:

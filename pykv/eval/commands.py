@@ -312,9 +312,7 @@ def _finish(
     """
     from pykv.bench import report
 
-    text = json.dumps(record, indent=1) + "\n"
-    if args.json not in (None, "-"):
-        Path(args.json).write_text(text, encoding="utf-8")
+    in_file = text = json.dumps(record, indent=1) + "\n"
     if args.json != "-":
         cells = [
             [
@@ -324,7 +322,11 @@ def _finish(
             for row in table
         ]
         text = report.aligned([list(head), *cells], left=(0, 1)) + "\n"
-    print(text, end="", flush=True)
+    try:
+        if args.json not in (None, "-"):
+            report.write(args.json, in_file)
+    finally:  # the disk may be full
+        print(text, end="", flush=True)
     if args.plot is not None:
         from pykv.eval import plots
         from pykv.figures import save

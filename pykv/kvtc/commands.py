@@ -12,8 +12,6 @@ from pykv.kvtc.artefact import Artefact
 from pykv.model_options import PLACE, open_llm
 from pykv.number_texts import whole_of
 
-OPTIONS = PLACE | {"ctx": "context"}  # no cache options: calibration needs a cache of floats
-
 
 def add_calibrate(calibrate: argparse.ArgumentParser) -> None:
     """The options of `pykv kvtc calibrate`, besides those of a model."""
@@ -48,7 +46,7 @@ def _calibrate(args: argparse.Namespace) -> None:
     groups = whole_of(args.groups)
     texts = _texts(args.text)  # before the model, which takes longer to load
     artefact = calibrate(
-        open_llm(args, OPTIONS),
+        open_llm(args, PLACE),
         texts,
         out=args.out,
         ratios=ratios,
@@ -75,7 +73,7 @@ def _coders(args: argparse.Namespace) -> None:
 
     artefact = Artefact.load(args.artefact)
     texts = _texts(args.text)
-    llm = open_llm(args, OPTIONS)
+    llm = open_llm(args, PLACE)
     found = compare_coders(llm, artefact, texts, tokens=args.tokens)
     if args.json:
         rows = [

@@ -99,8 +99,9 @@ def _session(llm: Any, args: argparse.Namespace, *, chat: bool) -> Iterator[list
     if path.exists():
         found = llm.load(path, codec=codec)
         history = found.messages if chat else found.token_ids
-        kept = f"the first {found.cached_tokens:,} of {counted(len(found.token_ids), 'token')}"
-        note(f"{path}: {kept} need no computing")
+        tokens = len(found.token_ids)
+        again = f"{tokens - found.cached_tokens:,} of {counted(tokens, 'token')}"
+        note(f"{path}: {again} are computed again")
     before = list(history)
     try:
         with _ended_by_signals():

@@ -109,6 +109,11 @@ class LLM(Language):
     among them. Streams advance while other calls step. `stats` cover all calls since the latest
     began.
     Sources: GGUF, vLLM's paged attention.
+
+    >>> llm = pykv.LLM("smollm2-135m", kv_dtype="int8")  # doctest: +SKIP
+    >>> params = pykv.SamplingParams(max_tokens=8, stop=".")  # doctest: +SKIP
+    >>> llm.generate(["The capital of France is"], params)[0].text  # doctest: +SKIP
+    ' Paris'
     """
 
     def __init__(

@@ -167,7 +167,7 @@ def _put_coded(
     header, cache = coded.header, llm.cache
     if codec is None:
         has = f"{path} is coded by artefact {header.artefact} at ratio {header.ratio}"
-        raise FormatError(f"{op}: {has}, expected a codec of these")
+        raise FormatError(f"{op}: {has}, expected a codec of these (--session-codec)")
     for name, want in vars(codec.header(tokens, cache.spec)).items():
         has = getattr(header, name)
         if has != want:

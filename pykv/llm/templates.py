@@ -25,7 +25,7 @@ from typing import Any
 from pykv import forks, install
 from pykv.errors import CapacityError, FormatError, ParameterError, UnsupportedError, quoted
 
-OP = "chat_prompt"
+OP = "chat"
 SECONDS = 5.0  # limit for one template, with the start of the process
 LENGTH = 1 << 24  # bytes that a template and its variables may have; beyond any context
 _PASSED = ("TZ", "SYSTEMROOT", "PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")

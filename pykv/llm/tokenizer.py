@@ -37,7 +37,7 @@ ENCODERS: dict[str, type[bpe.Encoder] | type[spm.Encoder]] = {
 }
 
 
-def check_text(text: str, name: str = "encode: text") -> None:
+def check_text(text: str, name: str = "tokenize: text") -> None:
     """Check that a text is one, which errors call `name`.
 
     Raises:
@@ -154,7 +154,7 @@ class Tokenizer:
         special: bool = False,
         stand_ins: Mapping[int, str] | None = None,
         limit: int | None = None,
-        name: str = "encode: text",
+        name: str = "tokenize: text",
     ) -> list[int]:
         """Ids of a text.
 
@@ -177,9 +177,9 @@ class Tokenizer:
         (tokenizer.ggml.add_eos_token) is warned of when it is opened.
         """
         check_text(text, name)
-        bos = None if bos is None else check_flag("encode", "bos", bos)
+        bos = None if bos is None else check_flag("tokenize", "bos", bos)
         if bos and self.bos_id is None:
-            raise ParameterError("encode: bos has True, but this model has no BOS token")
+            raise ParameterError("tokenize: bos has True, but this model has no BOS token")
         if limit is not None:
             whole = self._encoder.normalize(text.translate(stand_ins or {}))
             if (fewest := self._encoder.fewest(whole)) > limit:

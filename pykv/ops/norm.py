@@ -54,8 +54,8 @@ def rms_norm(
         DeviceError: host and device arrays are mixed.
         ParameterError: `eps` is not positive and finite, or `offset` not finite.
 
-    A row of finite elements whose squares sum up to more than float32 has becomes 0, as with
-    torch.nn.RMSNorm in float32.
+    Where the squares of finite elements sum to more than float32 can hold, the row becomes 0, as
+    with torch.nn.RMSNorm in float32.
 
     Runs where the arrays are; on a GPU it only enqueues. Accumulates in float32. A row's result
     does not depend on the other rows. Source: RMSNorm (Zhang and Sennrich, 2019).

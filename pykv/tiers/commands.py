@@ -31,11 +31,11 @@ def describe(given: str) -> str:
             raise ParameterError(f"cache info: --disk-cache is {given}, expected a folder")
         folder = found
     files = disk.entries(folder)
-    models = {entry.path.parent.parent for entry in files}
+    folders = {entry.path.parent.parent for entry in files}
     nbytes = sum(entry.nbytes for entry in files)
     lines = [
-        f"tiers       {visible(str(folder))}: {counted(len(files), 'page')} of "
-        f"{counted(len(models), 'pair')} of model and kind, {nbytes:,} bytes",
+        f"tiers       {visible(str(folder))}: {counted(len(files), 'page')} in "
+        f"{counted(len(folders), 'folder')}, {nbytes:,} bytes",
         *disk.read_counters(folder).as_text().splitlines(),
     ]
     return "\n            ".join(lines)

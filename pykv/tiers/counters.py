@@ -110,11 +110,11 @@ class Counters:
     def as_text(self) -> str:
         """Lines for people."""
         asked = self.host_hits + self.disk_hits + self.misses
-        lines = ["pages asked for: none"]
+        lines = ["looked up no page"]
         if asked:
             share = (self.host_hits + self.disk_hits) / asked
             lines = [
-                f"pages asked for {asked:,}: {self.host_hits:,} in host memory, "
+                f"looked up {counted(asked, 'page')}: {self.host_hits:,} in host memory, "
                 f"{self.disk_hits:,} on disk, {self.misses:,} nowhere ({share:.0%} found)"
             ]
         for item in fields(self):
@@ -123,7 +123,7 @@ class Counters:
                 speed = flow.bytes / 1e9 / flow.seconds if flow.seconds else 0.0
                 way = item.name.replace("_", " ")
                 lines.append(
-                    f"{way}: {counted(flow.pages, 'page')}, {flow.bytes:,} bytes, {speed:.2f} GB/s"
+                    f"{way}: {counted(flow.pages, 'page')}, {flow.bytes:,} bytes, {speed:.3g} GB/s"
                 )
         if self.waits:
             lines.append(

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 import sys
 from types import SimpleNamespace
@@ -304,7 +305,7 @@ def test_what_was_measured_survives_ctrl_c(capsys, tmp_path, toy):
 
     toy.module.make = interrupted
     code, out, _ = run(capsys, "toy", "--device", "cpu", "--json", path)
-    assert code == 130 and out == ""
+    assert code == 130 and "toy what=right" in out
     assert [one["case"]["what"] for one in report.read_json(str(path))][-1] == "right"
 
 
@@ -379,6 +380,13 @@ def test_without_a_gpu_one_line_says_so_and_no_file_is_left(capsys, monkeypatch,
     assert "device is 'cuda', but " in err
     assert ("--device cpu runs the NumPy reference" in err) == (not driver)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is full")
+def test_a_full_disk_is_named_and_takes_no_results_along(capsys):
+    code, out, err = run(capsys, "blocks", "--quick", "--json", "/dev/full")
+    assert code == 2 and "blocks what=append" in out
+    assert err.endswith("pykv: /dev/full: No space left on device\n")
 
 
 def test_a_file_that_was_there_stays_where_nothing_was_measured(capsys, tmp_path):

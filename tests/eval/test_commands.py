@@ -1,6 +1,7 @@
 """`pykv eval` and `pykv kvtc evaluate`: tables, JSON, figures, and mistakes on one line."""
 
 import json
+import os
 from dataclasses import replace
 
 import pytest
@@ -144,6 +145,14 @@ def test_json_alone(run):
         ("keydiff:0.5", pytest.approx(19 / 37)),
         ("int8", 0.5625),
     ]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is full")
+def test_a_full_disk_is_named_and_takes_no_table_along(run, in_a_folder):
+    options = (*TEXTS, "--kv-dtype", "int8", *SIZES, "--json", "/dev/full")
+    code, out, err = run("continuation", *options)
+    assert code == 2 and "perplexity" in out
+    assert err == "pykv: /dev/full: No space left on device\n"
 
 
 def test_figures(run, in_a_folder):

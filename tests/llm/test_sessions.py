@@ -132,7 +132,7 @@ def test_a_coded_file_wants_its_codec(open_llm, rng, tmp_path, artefact, xp):
     other = replace(artefact, window=7)
     free = open_llm()
     for codec, text in (
-        (None, "is coded by artefact .* at ratio 2, expected a codec of these"),
+        (None, "is coded by artefact .* at ratio 2, expected a codec of these .--session-codec"),
         (Codec(other, 2, xp), "is coded with window=8, expected 7"),
         (Codec(with_mean(artefact, 1), 2, xp), "is coded with artefact=[0-9a-f]{64}, expected "),
     ):

@@ -447,19 +447,19 @@ def test_run_finds_what_another_process_left(tiny_paths, tmp_path, capsys):
     texts = [x.out.partition('"finish')[0] for x in said]
     assert texts[0] == texts[1] == texts[2]
     pages = len(disk.entries(tmp_path / "tier"))
-    assert pages and "pykv: pages asked for" not in said[0].err
+    assert pages and "pykv: looked up" not in said[0].err
     assert f"0 in host memory, 0 on disk, {pages} nowhere (0% found)" in said[1].err
     assert f"0 in host memory, {pages} on disk, 0 nowhere (100% found)" in said[2].err
     for given in (where, str(tmp_path / "tier")):
         assert cli.main(["cache", "info", "--disk-cache", given]) == 0
         out = capsys.readouterr().out
-        assert re.search(f"tier: {pages} pages? of 1 pair of model and kind, ", out)
-        assert f"pages asked for {2 * pages}: 0 in host memory, {pages} on disk" in out
+        assert re.search(f"tier: {pages} pages? in 1 folder, ", out)
+        assert f"looked up {2 * pages} pages: 0 in host memory, {pages} on disk" in out
     assert cli.main(["cache", "info", "--disk-cache", str(tmp_path / "none")]) == 2
     assert "none, expected a folder" in capsys.readouterr().err
     (tmp_path / "a\x1b[31m").mkdir()
     assert cli.main(["cache", "info", "--disk-cache", str(tmp_path / "a\x1b[31m")]) == 0
-    assert r"a\x1b[31m: 0 pages of" in capsys.readouterr().out
+    assert r"a\x1b[31m: 0 pages in 0 folders" in capsys.readouterr().out
 
 
 @without_simt

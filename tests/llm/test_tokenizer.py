@@ -356,7 +356,7 @@ def test_arguments_of_other_types(path):
     t = byte_level(path)
     assert t.token_bytes(np.array(3)) == t.token_bytes(np.int64(3)) == b"\x03"
     for bos in (np.array([1, 2]), "yes", 1.5):
-        with pytest.raises(DtypeError, match="encode: bos is"):
+        with pytest.raises(DtypeError, match="tokenize: bos is"):
             t.encode("a", bos=bos)
     with pytest.raises(DtypeError, match="id is a float"):
         t.token_bytes(1.5)

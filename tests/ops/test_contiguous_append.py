@@ -187,7 +187,7 @@ def test_errors_name_the_argument(xp):
     k, cache = xp.zeros((2, 1, 1, 8), np.float32), xp.zeros((2, 4, 1, 8), np.float16)
     other, lengths = xp.zeros_like(cache), xp.zeros(2, np.int32)
     append = contiguous_append.append
-    with pytest.raises(ShapeError, match=r"k_cache has H=4, expected H=1 \(\[S C H \| K\]\)"):
+    with pytest.raises(ShapeError, match=r"k_cache has H=4, expected H=1 \(\[S C H K\]\)"):
         append(k, k, xp.zeros((2, 1, 4, 8), np.float16), cache, lengths)
     with pytest.raises(ShapeError, match="lengths has S=1, expected S=2"):
         append(k, k, cache, other, lengths[:1])

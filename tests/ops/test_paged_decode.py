@@ -689,7 +689,7 @@ def test_errors_name_the_argument(xp, rng):
     wide = [xp.zeros((1, 1, 520), np.float32), *[xp.zeros((1, 1, 1, 520), np.float32)] * 2]
     with pytest.raises(UnsupportedError, match="q has D=520, expected at most 512"):
         decode(*wide, table[:1], lengths[:1])
-    with pytest.raises(ShapeError, match=r"v_pool has D=32, expected D=64 \(\[N P H \| D\]\)"):
+    with pytest.raises(ShapeError, match=r"v_pool has D=32, expected D=64 \(\[N P H D\]\)"):
         decode(q, k_pool, v_pool[..., :32].copy(), table, lengths)
     with pytest.raises(ShapeError, match="lengths has B=2, expected B=3"):
         decode(q, k_pool, v_pool, table, lengths[:2])

@@ -740,14 +740,14 @@ def test_counters_add_up():
     assert (b.host_hits, b.to_host.pages, b.to_host.seconds) == (6, 4, 1.0)
     assert b.since(a) == a and Counters.from_dict(a.as_dict()) == a
     assert a.as_text().splitlines() == [
-        "pages asked for 4: 3 in host memory, 0 on disk, 1 nowhere (75% found)",
-        "to host: 2 pages, 512 bytes, 0.00 GB/s",
+        "looked up 4 pages: 3 in host memory, 0 on disk, 1 nowhere (75% found)",
+        "to host: 2 pages, 512 bytes, 1.02e-06 GB/s",
     ]
     with a.waiting():
         pass
     assert a.waits == 1 and 0 < a.waited_seconds == Counters.from_dict(a.as_dict()).waited_seconds
     assert a.as_text().splitlines()[2:] == ["waited 1 time, 0.00 s in all"]
-    assert Counters().as_text() == "pages asked for: none"
+    assert Counters().as_text() == "looked up no page"
     a = Counters(refused=1, damaged=2)
     assert a.as_text().splitlines()[1:] == ["1 page refused, 2 files damaged"]
     for flat in (dict(host_hits=-1), dict(hits=1), dict(misses="1"), dict(misses=True)):

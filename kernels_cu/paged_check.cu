@@ -94,7 +94,7 @@ paged_check_table(u64* found, const int* indptr, const int* indices, const int* 
         if (is_used) report(found, BAD_ENTRY, i);
     }
     if (i >= B) return;
-    const i64 pages = indptr[i + 1] - indptr[i];
+    const i64 pages = (i64)indptr[i + 1] - indptr[i];
     if (appends && pages == 0) return;
     const i64 tokens = starts ? starts[i + 1] - starts[i] : appends;
     if (pages * page_size < tokens) report(found, NO_PAGE, i);

@@ -41,10 +41,13 @@ template <typename T, typename SCALE> __device__ __forceinline__ SCALE row_scale
     }
 }
 
+// The largest scale whose inverse is infinite.
+constexpr float NO_SCALE = 0x1p-128f;
+
 // Factor from values to codes for this scale; 0, hence codes of 0, for a scale that is NaN or not
-// positive.
+// positive, or has no inverse.
 template <typename SCALE> __device__ __forceinline__ float inverse_scale(SCALE scale) {
     const float x = to_float(scale);
-    const float inverse = __frcp_rn(x > 0.0f ? x : 1.0f);
-    return x > 0.0f ? inverse : 0.0f;
+    const float inverse = __frcp_rn(x > NO_SCALE ? x : 1.0f);
+    return x > NO_SCALE ? inverse : 0.0f;
 }

@@ -287,7 +287,8 @@ def masked_scores(
     behind = np.arange(T - 1, -1, -1)[:, None] * scores.causal
     key, query = np.arange(first, length), length - 1 - behind
     if positions is not None:
-        key, query = positions[key], np.where(query < 0, -1, positions[query])
+        known = positions[np.maximum(query, 0)]  # tokens may be more than keys, and than slots
+        key, query = positions[key], np.where(query < 0, -1, known)
     if alibi_slopes is not None:
         values += alibi_slopes.astype(q.dtype).reshape(H, -1, 1, 1) * (key - query)
     seen = key <= query

@@ -5,6 +5,7 @@ Dimensions and layouts as in pykv/layout.py; pykv/ops/permute.py says what users
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -195,9 +196,10 @@ def _find_arrays(op: str, name: str, memory: Any, layout: Layout) -> list[tuple[
         if x.ndim != len(axes):
             hint = "; addresses need a shape" if x.dtype == np.uint64 and x.ndim == 1 else ""
             raise ShapeError(f"{op}: {name} has shape {x.shape}, expected [{' '.join(axes)}]{hint}")
-        if x.dtype.itemsize not in ITEMSIZES or x.dtype.hasobject:
+        if x.dtype.itemsize not in ITEMSIZES or x.dtype.hasobject or not x.dtype.isnative:
+            order = "" if x.dtype.isnative else f" in {sys.byteorder}-endian order"
             raise DtypeError(
-                f"{op}: {name} has dtype {x.dtype}, expected elements of 1, 2, 4 or 8 bytes"
+                f"{op}: {name} has dtype {x.dtype}, expected elements of 1, 2, 4 or 8 bytes{order}"
             )
         if x.size and x.shape[-1] > 1 and x.strides[-1] != x.itemsize:
             raise ShapeError(
@@ -281,11 +283,7 @@ def check_apart(op: str, to: Side, from_: Side, moved: BlockShape, head: int, la
     """
     written, read = (list(_moving(side, moved, head, layer)) for side in (to, from_))
     for x in written:
-        if overlaps.repeats(x):
-            raise ShapeError(
-                f"{op}: {to.name} has strides {x.strides} for shape {x.shape}, expected no two "
-                "elements at one place, as it is written"
-            )
+        overlaps.check_places(op, to.name, x)
     named = ([(side.name, x) for x in arrays] for side, arrays in ((to, written), (from_, read)))
     overlaps.check_lists_apart(op, *named)
 

@@ -177,11 +177,8 @@ class _Checker:
         """Check a layout seen for the first time; its sizes, and which arrays must lie apart."""
         dims = _check(self._op, self._rules, arrays, self._other_side)
         for i, written in self._writes:
-            if arrays[i] is not None and overlaps.repeats(arrays[i]):
-                raise ShapeError(
-                    f"{self._op}: {written.name} has strides {arrays[i].strides} for shape "
-                    f"{arrays[i].shape}, expected no two elements at one place, as it is written"
-                )
+            if arrays[i] is not None:
+                overlaps.check_places(self._op, written.name, arrays[i])
         seen: set[int] = set()
         apart = {}
         for i, written in self._writes:

@@ -16,7 +16,7 @@ How a row x is encoded, in float32, so that every device writes the same bits:
     scale = max(max |x|, 1e-8) / largest, rounded to nearest even in the dtype of the scales, but
             finite; upwards where a float16 is subnormal
     code  = x * (1 / scale), clamped to -largest ... largest, to nearest even; 0 where the scale is
-            not above 0 or 1 / scale is 0
+            not above 0, or 1 / scale is 0 or infinite, as it is up to 2^-128
 
 The scale is the one that is stored, so decoding meets no second rounding. A float16 scale below
 2^-14 is a multiple of 2^-24; to nearest it could be too small for the row, or 0. So an error is
@@ -49,6 +49,7 @@ from pykv.errors import DtypeError, ParameterError, ShapeError, quoted
 from pykv.options import check_float_dtype, check_type
 
 SMALLEST = np.float32(1e-8)  # lower bound of max |x|: keeps 1 / scale finite
+NO_SCALE = 2.0**-128  # the largest whose inverse is infinite, by which zeros would become NaN
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,7 @@ def quantize(
         scale = row_scales(x, kind, scale_dtype)
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         inverse = np.float32(1) / np.asarray(scale).astype(np.float32)
-        inverse = np.where(np.asarray(scale) > 0, inverse, np.float32(0))[..., None]
+        inverse = np.where(np.asarray(scale) > NO_SCALE, inverse, np.float32(0))[..., None]
         y = np.clip(x * inverse, -kind.largest, kind.largest)
         y = np.where(inverse == 0, np.float32(0), y)  # NaN and infinity become 0 as well
     return encode(y, kind), scale

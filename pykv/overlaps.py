@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pykv.arrays import view_at
-from pykv.errors import ParameterError
+from pykv.errors import ParameterError, ShapeError
 
 _MOST_WORK = 1_000  # pairs that a search looks at; views of one pool need one or two
 
@@ -194,6 +194,19 @@ def is_same(x: Any, y: Any) -> bool:
         return False
     first, second = (place_of(z).__array_interface__["data"][0] for z in (x, y))
     return bool(first == second)
+
+
+def check_places(op: str, name: str, array: Any) -> None:
+    """Check that an array which is written has a place for each element.
+
+    Raises:
+        ShapeError: it `repeats` some.
+    """
+    if repeats(array):
+        raise ShapeError(
+            f"{op}: {name} has strides {array.strides} for shape {array.shape}, expected no two "
+            "elements at one place, as it is written"
+        )
 
 
 def repeats(array: Any) -> bool:

@@ -169,6 +169,16 @@ def test_given_scales_clamp():
         np.testing.assert_array_equal(kinds.decode(codes, kind), np.float32(want[kind.name]))
 
 
+@pytest.mark.parametrize("scale, is_one", [(1e-45, 0), (2**-128, 0), (2**-128 + 2**-149, 1)])
+def test_a_given_scale_without_an_inverse_is_none(scale, is_one):
+    """Zeros would become NaN, as products with infinity."""
+    x, scale = np.array([0.0, -0.0, scale, 1.0], np.float32), np.float32(scale)
+    for kind in CODES:
+        codes, _ = kinds.quantize(x, kind, scale=scale)
+        want = [0, 0, is_one, is_one * kind.largest]
+        np.testing.assert_array_equal(kinds.decode(codes, kind), np.float32(want))
+
+
 def test_int4_codes_share_bytes():
     codes = np.array([[1, -1, 7, -7, 0, 3, -4, 2]], np.int8)
     packed = kinds.pack(codes)

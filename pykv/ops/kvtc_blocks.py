@@ -31,7 +31,7 @@ from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError, Uns
 from pykv.foreign import named_array
 from pykv.ops.block_copy import ADDRESSES, upload
 from pykv.options import check_choice, check_float_dtype, check_whole
-from pykv.overlaps import check_lists_apart
+from pykv.overlaps import check_lists_apart, check_places
 from pykv.ranges import address_of, bytes_at, check_device
 
 DTYPES = (*FLOATS, np.dtype(np.float64))
@@ -200,13 +200,15 @@ class Blocks(NamedTuple):
         check_lists_apart(op, *sides if are_written else sides[::-1])
 
     def check_writeable(self, op: str) -> None:
-        """Check for `op` that no block is read-only.
+        """Check for `op` that blocks may be written, each to a place of its own.
 
         Raises:
-            ParameterError: one is.
+            ParameterError: one is read-only.
+            ShapeError: two of an array are at one place.
         """
         for name, array in self.named.items():
             check_writeable(op, name, array)
+            check_places(op, name, array)
 
 
 def locate(

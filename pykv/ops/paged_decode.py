@@ -66,7 +66,8 @@ def decode(
 ) -> Any:
     """Softmax attention of the last queries of each sequence over the keys of its pages.
 
-    What a query does not see, NaN and infinities included, does not reach its result.
+    What a query does not see, NaN and infinities included, does not reach its result. Of infinities
+    that it sees host and GPU may make NaN where the other does not.
 
     Args:
         q: [B, HQ, D], one query a sequence, or [B, T, HQ, D], its last T tokens; float32, float16

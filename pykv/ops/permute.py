@@ -85,7 +85,7 @@ def permute(
         ShapeError: dimensions or lengths of tables disagree, or elements of a destination share a
             place.
         DtypeError: a table is no uint64 or int64 array, elements are not of 1, 2, 4 or 8 bytes,
-            differ in size, or are Python objects.
+            differ in size, have the other byte order, or are Python objects.
         DeviceError: host and device arrays are mixed, nothing is on the current GPU, or there is a
             third one; with `validate`, an address is pageable.
         UnsupportedError: a chunk has 2 GiB or more.

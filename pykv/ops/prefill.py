@@ -66,8 +66,8 @@ def prefill(
 
     Query i of a sequence stands at position Lk - Lq + i. Causal, it sees no key after its position;
     with a window, only the last `window` of those. What other keys hold, NaN and infinities
-    included, does not reach its result. A query that sees no key gives zero, and minus infinity in
-    `lse`.
+    included, does not reach its result. Of infinities that it sees host and GPU may make NaN where
+    the other does not. A query that sees no key gives zero, and minus infinity in `lse`.
 
     Args:
         q: [T, HQ, D] float32, float16 or bfloat16; the sequences' queries one after another, tokens

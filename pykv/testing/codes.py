@@ -78,7 +78,7 @@ def encode(x: Any, kind: str, scale: Any = None, scale_dtype: Any = np.float16) 
             scale = np.where(np.isfinite(x).all(-1), scale, np.array(np.nan, scale_dtype))
         wide = np.asarray(scale).astype(np.float32)[..., None]
         inverse = np.float32(1) / wide
-        is_zero = ~(wide > 0) | (inverse == 0)
+        is_zero = ~(wide > 0) | (inverse == 0) | np.isinf(inverse)
         scaled = np.where(is_zero, np.float32(0), np.clip(x * inverse, -largest, largest))
     return _nearest(scaled, kind), scale
 

@@ -3,6 +3,7 @@
 import ml_dtypes
 import numpy as np
 import pytest
+from numpy.lib.stride_tricks import as_strided
 
 import pykv
 from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError
@@ -167,6 +168,11 @@ def test_blocks_that_are_written_lie_apart(xp):
     with pytest.raises(ParameterError, match=r"blocks\[0\] shares memory with blocks\[1\]"):
         mean_add_scatter(x, mean, [block[:8], block[4:]])
     gather_mean_subtract([block[:8], block[4:]], mean)
+    one = block[None, :8]
+    twice = xp.broadcast_to(one, (2, 8)) if xp is not np else as_strided(one, (2, 8), (0, 2))
+    with pytest.raises(ShapeError, match="blocks has strides .* no two elements at one place"):
+        mean_add_scatter(x, mean, twice)
+    gather_mean_subtract(twice, mean)
 
 
 def test_wrong_arguments(xp):

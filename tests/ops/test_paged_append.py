@@ -445,6 +445,7 @@ def test_codes_are_those_of_kinds(xp, rng, kind, new, scale_dtype):
 def test_codes_of_given_scales(xp, rng, kind):
     """Any number may be given as a scale; given scales stay as they are."""
     scales = [1.0, 0.01, 0.0, -0.0, -1.0, np.nan, np.inf, 1e-39, 1e-45, 3e38, 1e-30]
+    scales += [2**-128, 2**-128 + 2**-149]
     x = np.repeat(nasty_rows(rng, 16, np.float32), len(scales), 1)
     spec = KVSpec(kind, kind, "head", "fp32")
     cache = Cache(rng, spec, len(x), 1, len(scales), 16, "two")

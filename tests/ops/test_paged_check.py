@@ -168,6 +168,7 @@ GOOD = dict(indices=[4, 0, 2, 9, 1, 2147480000], indptr=[0, 2, 2, 5], last_page_
         ({"indptr": [0, 3, 2, 5]}, {}, "indptr[2] is 2, expected at least 3 like indptr[1]"),
         ({"indptr": [0, 2, 2, 7]}, {}, "indptr[3] is 7, expected at most 6"),
         ({"indptr": [1, 2, 2, 5]}, {}, "indptr[0] is 1, expected 0"),
+        ({"indptr": [-(2**31), 2, 2, 5]}, {}, "indptr[0] is -2147483648, expected 0"),
         ({"indices": [99] * 6, "indptr": [0, -5, 2, 5]}, {},
          "indptr[1] is -5, expected at least 0 like indptr[0]"),
         ({"indices": [], "indptr": [0], "last_page_len": []}, {}, None),

@@ -740,9 +740,9 @@ def test_keys_at_their_usual_positions_change_nothing(xp, rng, T):
     np.testing.assert_allclose(to_numpy(lse), to_numpy(sums), rtol=1e-5)
 
 
-@pytest.mark.parametrize("T", [1, 2])
+@pytest.mark.parametrize("T", [1, 2, 31])
 def test_windows_and_slopes_go_by_positions(xp, rng, T):
-    """A plain loop over the keys at their positions."""
+    """A plain loop over the keys at their positions; T may be more than there are slots."""
     D, P, G, H, window, scale = 8, 4, 2, 2, 9, 0.3
     lengths = np.array([13, 1, 0, 5], np.int32)
     pools = rng.standard_normal((2, 16, P, H, D)).astype(np.float32)

@@ -644,6 +644,8 @@ def test_bad_arrays(xp):
     if xp is np:  # an array of Python objects holds references, which no copy of bits counts
         with pytest.raises(DtypeError, match="dtype object, expected elements of 1, 2, 4 or 8"):
             move(universal.astype(object), blocks.astype(object))
+        with pytest.raises(DtypeError, match="blocks has dtype >f2, .* bytes in little-endian"):
+            move(universal, blocks.astype(">f2"))
     with pytest.raises(ShapeError, match="expected a contiguous last dimension"):
         move(universal[..., ::2], blocks[..., ::2])
     with pytest.raises(ShapeError, match=r"blocks has shape .*, expected \[P H D\]"):

@@ -23,6 +23,7 @@ from tests.helpers import (
     swept,
     to_numpy,
 )
+from tests.ops import caches
 
 BASE = dict(lengths=(5, 33, 16), G=4, H=2, D=64, P=16, window=None, q="float32", spec="fp16")
 CHANGES = (
@@ -357,26 +358,13 @@ def test_fixed_splits_give_the_same_bits_in_any_batch(device, rng, spec):
         assert_same_bits(got[1], to_numpy(lse)[rows])
 
 
+@pytest.mark.parametrize("form", ["one", "loose"])
 @pytest.mark.parametrize("spec", ["fp16", "int8", "int4"])
-def test_pools_may_be_views_of_one_array(xp, rng, spec):
-    """Keys and values in one tensor, between layers and heads that nobody may read."""
-    q, spec, arrays, table, lengths = feature_case(rng, spec)[0]
-    want = call(xp, q, spec, arrays, table, lengths)
-    views = {}
-    for name in ("pool", "scales"):
-        k, v = arrays[f"k_{name}"], arrays[f"v_{name}"]
-        if k is None:
-            views[f"k_{name}"] = views[f"v_{name}"] = None
-            continue
-        N, P, H, *rest = k.shape
-        filling = np.nan if k.dtype.kind == "f" else 127
-        joined = xp.full((N, 3, 2, P, H + 1, *rest), filling, k.dtype)
-        joined[:, 1, 0, :, :H], joined[:, 1, 1, :, :H] = xp.asarray(k), xp.asarray(v)
-        views[f"k_{name}"], views[f"v_{name}"] = joined[:, 1, 0, :, :H], joined[:, 1, 1, :, :H]
-    q, table, lengths = map(xp.asarray, (q, table, lengths))
-    got = paged_decode.decode(
-        q, page_table=table, lengths=lengths, spec=spec, return_lse=True, **views
-    )
+def test_pools_may_be_views(xp, rng, spec, form):
+    """Keys and values in one tensor, or between rows that nobody may read."""
+    q, spec, arrays, *where = feature_case(rng, spec)[0]
+    want = call(xp, q, spec, arrays, *where)
+    got = call(xp, q, spec, caches.placed(spec, arrays, form).on(xp).arrays, *where)
     assert_same_bits(got[0], want[0])
     assert_same_bits(got[1], want[1])
 
@@ -384,23 +372,15 @@ def test_pools_may_be_views_of_one_array(xp, rng, spec):
 @pytest.mark.parametrize("spec", ["fp16", "int8:HND", "e4m3", "int4"])
 def test_rows_that_no_vector_fits_take_cuda_cores(xp, rng, spec):
     """Pools eight elements off a multiple of 16 bytes."""
-    args = feature_case(rng, spec)[0]
-    q, spec, arrays, table, lengths = args
-    shifted = {}
-    for name, x in arrays.items():
-        if x is not None and name.endswith("pool"):
-            eight = 8 * x.shape[-1] // 64
-            room = xp.zeros(x.size + eight, x.dtype)
-            room[eight:] = xp.asarray(x.reshape(-1))
-            x = room[eight:].reshape(x.shape)
-        elif x is not None:
-            x = xp.asarray(x)
-        shifted[name] = x
-    q, table, lengths = map(xp.asarray, (q, table, lengths))
-    got = paged_decode.decode(
-        q, page_table=table, lengths=lengths, spec=spec, return_lse=True, **shifted
-    )
-    judge(got, *args, 64**-0.5)
+    q, spec, arrays, *where = args = feature_case(rng, spec)[0]
+    shifted = dict(arrays)
+    for name in ("k_pool", "v_pool"):
+        x = arrays[name]
+        eight = 8 * x.shape[-1] // 64
+        room = xp.zeros(x.size + eight, x.dtype)
+        room[eight:] = xp.asarray(x.reshape(-1))
+        shifted[name] = room[eight:].reshape(x.shape)
+    judge(call(xp, q, spec, shifted, *where), *args, 64**-0.5)
 
 
 def test_the_kernel_for_a_cache():
@@ -535,14 +515,18 @@ def test_parts_merge_to_the_whole(xp, rng):
 
 
 def test_queries_may_be_strided_and_outputs_given(xp, rng):
+    check_strided(paged_decode.decode, xp, *map(xp.asarray, floats(rng, **BASE)))
+
+
+def check_strided(op, xp, q, *rest):
     """Queries as a view of fused QKV rows; the rows around the outputs stay untouched."""
-    q, *rest = (xp.asarray(a) for a in floats(rng, **BASE))
-    B, HQ, D = q.shape
-    fused = xp.full((B, HQ + 4, D), np.nan, np.float32)
+    n, HQ, D = q.shape
+    fused = xp.full((n, HQ + 4, D), np.nan, np.float32)
     fused[:, :HQ] = q
-    out, lse = xp.full((B + 2, HQ, D), np.nan, np.float32), xp.full((B + 2, HQ), np.nan, np.float32)
-    result = paged_decode.decode(fused[:, :HQ], *rest, out=out[1:-1], lse=lse[1:-1])
-    want, want_lse = paged_decode.decode(q, *rest, return_lse=True)
+    # Rows of lse are 16-byte aligned because HQ is a multiple of four.
+    out, lse = xp.full((n + 2, HQ, D), np.nan, np.float32), xp.full((n + 2, HQ), np.nan, np.float32)
+    result = op(fused[:, :HQ], *rest, out=out[1:-1], lse=lse[1:-1])
+    want, want_lse = op(q, *rest, return_lse=True)
     assert result.shape == want.shape
     assert_same_bits(out[1:-1], want)
     assert_same_bits(lse[1:-1], want_lse)

@@ -20,7 +20,8 @@ from tests.helpers import (
     swept,
     to_numpy,
 )
-from tests.ops.test_paged_decode import assert_lse_close, cache, queries_of
+from tests.ops import caches
+from tests.ops.test_paged_decode import assert_lse_close, cache, check_strided, queries_of
 
 # sequences: (queries, keys) of each
 BASE = dict(
@@ -222,21 +223,13 @@ def test_scores_that_grow(xp, rng, spec, q):
     judge(xp, q, spec, arrays, given)
 
 
+@pytest.mark.parametrize("form", ["one", "loose"])
 @pytest.mark.parametrize("spec", ["fp16", "int8", "int4:fp32"])
-def test_pools_may_be_views_of_one_array(xp, rng, spec):
-    """Keys and values in one tensor, between layers and heads that nobody may read."""
-    q, spec, arrays, given = args = inputs(rng, **{**CODE_BASE, "spec": spec})
-    want, views = call(xp, *args), {"k_scales": None, "v_scales": None}
-    for name in ("pool", "scales"):
-        k, v = arrays[f"k_{name}"], arrays[f"v_{name}"]
-        if k is not None:
-            N, P, H, *rest = k.shape
-            filling = np.nan if k.dtype.kind == "f" else 127
-            joined = xp.full((N, 3, 2, P, H + 1, *rest), filling, k.dtype)
-            joined[:, 1, 0, :, :H], joined[:, 1, 1, :, :H] = xp.asarray(k), xp.asarray(v)
-            views[f"k_{name}"] = joined[:, 1, 0, :, :H]
-            views[f"v_{name}"] = joined[:, 1, 1, :, :H]
-    assert_same_bits(call(xp, q, spec, views, given), want)
+def test_pools_may_be_views(xp, rng, spec, form):
+    """Keys and values in one tensor, or between rows that nobody may read."""
+    q, spec, arrays, given = inputs(rng, **{**CODE_BASE, "spec": spec})
+    views = caches.placed(spec, arrays, form).on(xp).arrays
+    assert_same_bits(call(xp, q, spec, views, given), call(xp, q, spec, arrays, given))
 
 
 @pytest.mark.parametrize("window", [None, 20])
@@ -313,20 +306,7 @@ def test_huge_scores_do_not_overflow(xp, rng, size):
 
 
 def test_queries_may_be_strided_and_outputs_given(xp, rng):
-    """Queries as a view of fused QKV rows; the rows around the outputs stay untouched."""
-    q, *rest = (xp.asarray(a) for a in floats(rng, **BASE))
-    T, HQ, D = q.shape
-    fused = xp.full((T, HQ + 4, D), np.nan, np.float32)
-    fused[:, :HQ] = q
-    out, lse = xp.full((T + 2, HQ, D), np.nan, np.float32), xp.full((T + 2, HQ), np.nan, np.float32)
-    # Rows of lse are 16-byte aligned because HQ is a multiple of four.
-    result = prefill.prefill(fused[:, :HQ], *rest, out=out[1:-1], lse=lse[1:-1])
-    want, want_lse = prefill.prefill(q, *rest, return_lse=True)
-    assert result.shape == want.shape
-    assert_same_bits(out[1:-1], want)
-    assert_same_bits(lse[1:-1], want_lse)
-    for guard in (out[0], out[-1], lse[0], lse[-1]):
-        assert bool(xp.isnan(guard).all())
+    check_strided(prefill.prefill, xp, *map(xp.asarray, floats(rng, **BASE)))
 
 
 @pytest.mark.parametrize("window", [None, 25])

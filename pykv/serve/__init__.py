@@ -11,7 +11,7 @@ replies         answers as bodies, or as chunks while they come
 app             endpoints, limits
 front           who may ask, errors, the log
 connection      how long a header or a client that takes nothing may take
-unmet           fields that have no effect, and those that are refused
+unsupported     fields that have no effect, and those that are refused
 load            many clients at once, and how long they wait
 openapi         their description, by the fields that protocol asks for
 metrics         what the server counts, in Prometheus' text format

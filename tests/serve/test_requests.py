@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from pykv.errors import CapacityError, NumberError
-from pykv.serve import connection, front, protocol, unmet
+from pykv.serve import connection, front, protocol, unsupported
 from tests.serve.conftest import PLAIN
 
 USER = [{"role": "user", "content": "Hi"}]
@@ -146,10 +146,10 @@ def test_wrong_values_are_refused_by_name(one, path, param, fields):
     assert error["param"] == param and error["message"]
 
 
-@pytest.mark.parametrize("name", unmet.UNMET)
+@pytest.mark.parametrize("name", unsupported.UNSUPPORTED)
 def test_what_does_not_run_is_refused(one, name):
     """A client that asks for a grammar, for one, would take any text for what follows it."""
-    nothing, instead = unmet.UNMET[name]
+    nothing, instead = unsupported.UNSUPPORTED[name]
     for path, given in ((CHAT, {"messages": USER}), (TEXT, {"prompt": "x"})):
         status, error = one.refused(path, **given, **{name: {"a": 1}})
         assert status == 400 and error["param"] == name

@@ -76,8 +76,7 @@ def sides_by_address(
         if side.table is not None and side.table.size != N * side.entries:
             raise ShapeError(
                 f"{op}: {side.name} has {counted(side.table.size, 'address')}, "
-                f"expected {N * side.entries} "
-                f"({counted(N, 'block')} of {side.entries})"
+                f"expected {N * side.entries} ({counted(N, 'block')} of {side.entries})"
             )
     return shape, to._replace(N=N), from_._replace(N=N)
 

@@ -315,11 +315,10 @@ def _size(args: argparse.Namespace) -> None:
         facts |= {"bytes": per_token * tokens, "context": config.context}
         _print_json(facts | {"weights": args.weights, "weight_bytes": weights})
         return
+    stored = "K, V and scales" if spec.has_dynamic_scales else "K and V"
     print(
-        f"{spec}: {per_token:,} bytes a token "
-        f"({counted(config.num_layers, 'layer')} x {counted(config.kv_heads, 'head')} "
-        f"x {of_head} bytes of K"
-        f"{', V and scales' if spec.has_dynamic_scales else ' and V'}), "
+        f"{spec}: {per_token:,} bytes a token ({counted(config.num_layers, 'layer')} x "
+        f"{counted(config.kv_heads, 'head')} x {of_head} bytes of {stored}), "
         f"{per_token * tokens:,} bytes for {counted(tokens, 'token')}\n"
         f"weights: {weights['gpu']:,} bytes of a GPU {as_what}, or {weights['host']:,} of the host"
         f"{rotated}"

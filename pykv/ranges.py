@@ -304,8 +304,7 @@ def addresses_of(
     if len(sources) != len(destinations):
         raise ShapeError(
             f"{op}: destinations has {counted(len(destinations), 'array')}, expected "
-            f"{len(sources)} like "
-            "sources"
+            f"{len(sources)} like sources"
         )
     lists = {
         name: [named_array(op, f"{name}[{i}]", x) for i, x in enumerate(given)]

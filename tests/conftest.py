@@ -152,26 +152,31 @@ def array_module(request):
 
 
 @pytest.fixture
-def xp_of_programs(xp, monkeypatch):
+def xp_of_programs(xp, hopper):
     """As `xp`, where programs of phases run."""
-    return with_programs(xp, monkeypatch)
+    return with_programs(xp)
 
 
 @pytest.fixture
-def device_of_programs(device, monkeypatch):
+def device_of_programs(device, hopper):
     """As `xp_of_programs`, where only kernels are of interest."""
-    return with_programs(device, monkeypatch)
+    return with_programs(device)
 
 
-def with_programs(xp, monkeypatch):
+def with_programs(xp):
     from pykv.ops.phase_program import OLDEST_SM
-    from tests.simt import cupy, machine
 
-    if xp is cupy:
-        monkeypatch.setattr(machine, "ARCH", "sm_90")
-    elif xp is not np and cuda.current_sm() < OLDEST_SM:
+    if xp is not np and cuda.current_sm() < OLDEST_SM:
         pytest.skip("sm_70 is the first with programs")
     return xp
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """The SIMT machine is as an sm_90, whatever PYKV_ARCH says."""
+    from tests.simt import machine
+
+    monkeypatch.setattr(machine, "ARCH", "sm_90")
 
 
 @pytest.fixture(scope="session", autouse=True)

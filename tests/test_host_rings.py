@@ -10,13 +10,11 @@ from pykv.errors import DeviceError, UnsupportedError
 from pykv.host_rings import State
 from tests.ops.test_resident_program import all_of, chain, expected, of_row
 from tests.simt import cupy as simt
-from tests.simt import machine
 
 
 @pytest.fixture
-def made(device, rng, monkeypatch):
+def made(device, rng, hopper):
     """A program of the SIMT machine."""
-    monkeypatch.setattr(machine, "ARCH", "sm_90")
     return chain(device, rng, [5])
 
 

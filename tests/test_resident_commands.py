@@ -20,7 +20,6 @@ from tests.helpers import swept, to_numpy
 from tests.ops.test_phase_program import attention_of
 from tests.ops.test_resident_program import SLOW, all_of, chain, follow, of_sequences
 from tests.simt import cupy as simt
-from tests.simt import machine
 from tests.test_interrupts import interrupted
 
 P, M, V, E, D, HEADS = 4, 12, 40, 16, 16, (2, 1)  # tokens a page, pages, vocabulary, widths, heads
@@ -302,9 +301,8 @@ def test_a_start_waits_for_room(xp_of_programs, rng, monkeypatch):
 
 
 @pytest.mark.parametrize("device", ["simt"], indirect=True)
-def test_a_launch_that_ends_takes_nobody_up(device, rng, monkeypatch):
+def test_a_launch_that_ends_takes_nobody_up(device, rng, hopper):
     """What it was told of is in no row, and the next launch may have it."""
-    monkeypatch.setattr(machine, "ARCH", "sm_90")
     made = chain(device, rng, [5, 0])
     program = made.program
     program.launch(1, [10**6, 0], [[], []])
@@ -352,8 +350,7 @@ def test_a_grant_that_is_interrupted_is_not_given_twice(rng):
 
 
 @pytest.mark.parametrize("device", ["simt"], indirect=True)
-def test_a_command_that_is_interrupted_is_none_of_the_next_launch(device, rng, monkeypatch):
-    monkeypatch.setattr(machine, "ARCH", "sm_90")
+def test_a_command_that_is_interrupted_is_none_of_the_next_launch(device, rng, monkeypatch, hopper):
     made = chain(device, rng, [5])
     program = made.program
     program.launch(64, [10**6], [[]])

@@ -24,6 +24,7 @@ from pykv.bench import CEILINGS, copy, report
 from pykv.errors import FormatError, ParameterError, PykvError
 from pykv.figures import COLORS, RED, STYLE, SUFFIXES, finish, new_figure, save
 from pykv.specs import KVSpec
+from tools.tables import best_peer
 
 # --- sweep ----------------------------------------------------------------------------------------
 
@@ -119,19 +120,13 @@ def shape_text(case):
 
 
 def peer_ratios(records):
-    """{op: {shape: {kind: pykv's time / that of FlashInfer's best kernel}}}; int8, of which there
-    is none, over the best for e4m3."""
-    best, found = {}, {}
+    """{op: {shape: {kind: pykv's time / that of FlashInfer's best kernel}}}, as of tables.peers."""
+    best, found = best_peer(records), {}
     for one in records:
-        times = [us for name, us in one["us"].items() if us and name not in ("pykv", "torch SDPA")]
-        best[one["case"]["op"], shape_text(one["case"]), one["case"]["kv"]] = min(
-            times, default=None
-        )
-    for one in records:
-        op, shape, kind = one["case"]["op"], shape_text(one["case"]), one["case"]["kv"]
-        peer = best.get((op, shape, "e4m3" if kind == "int8" else kind))
+        case, peer = one["case"], best(one["case"])
         if one["ok"] and peer:
-            found.setdefault(op, {}).setdefault(shape, {})[kind] = one["us"]["pykv"] / peer
+            shapes = found.setdefault(case["op"], {}).setdefault(shape_text(case), {})
+            shapes[case["kv"]] = one["us"]["pykv"] / peer
     return found
 
 

@@ -301,15 +301,14 @@ def speed(records):
 
 def attention_rows(records):
     found = records.list("flashinfer")
-    best = tables.best_peers(found)
+    best = tables.best_peer(found)
     rows = []
     for text, case in ATTENTION.items():
         one = first(found, **case)
         if one is None:
             continue
         us = one["us"]["pykv"]
-        kind = "e4m3" if case["kv"] == "int8" else case["kv"]
-        peer = best.get((tables.shape_of(one["case"]), kind))
+        peer = best(one["case"])
         words = "FlashInfer's best kernel" + " for e4m3" * (case["kv"] == "int8")
         beside = f"{us / peer:.2f} of the time of {words}" if peer else ""
         share, rate = f"{one['bytes'] / us / 1e3 / one['read_gbps']:.0%} of memory read", ""

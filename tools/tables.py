@@ -190,24 +190,25 @@ def decodes(records):
     return text, ["sequences x keys", "heads", "D", "P", "pages", *kinds], rows
 
 
-def best_peers(records):
-    """{(shape, kind): microseconds of FlashInfer's fastest kernel, or None}."""
+def best_peer(records):
+    """A function of a case: microseconds of FlashInfer's fastest kernel, or None; of int8, of which
+    there is none, those for e4m3."""
     best = {}
     for one in records:
         times = [us for name, us in one["us"].items() if us and name not in ("pykv", "torch SDPA")]
         best[shape_of(one["case"]), one["case"]["kv"]] = min(times, default=None)
-    return best
+    return lambda case: best.get((shape_of(case), {"int8": "e4m3"}.get(case["kv"], case["kv"])))
 
 
 def peers(records):
     """Microseconds of every kernel, and pykv's over those of the best peer that pages as well."""
     names = max((list(one["us"]) for one in records), key=len)
     others = [name for name in names if name != "pykv"]
-    best = best_peers(records)
+    best = best_peer(records)
     rows = []
     for one in sorted(records, key=lambda one: one["case"]["op"]):
         us, kind, shape = one["us"], one["case"]["kv"], shape_of(one["case"])
-        peer = best.get((shape, "e4m3" if kind == "int8" else kind))
+        peer = best(one["case"])
         ours = ratio = ""
         if one["ok"]:
             rate = percent(one["bytes"] / us["pykv"] / 1e3 / one["read_gbps"])

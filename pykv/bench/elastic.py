@@ -82,13 +82,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def select(args: argparse.Namespace) -> list[Case]:
-    for one, other in (("compress", "keep"), ("decode_tokens", None)):
-        if getattr(args, one.replace("-", "_"), None) is None:
-            continue
-        if other and getattr(args, other) is not None:
-            raise ParameterError(f"bench elastic: --{one} and --{other} are given, expected one")
-        if one == "decode_tokens" and not args.inference:
-            raise ParameterError("bench elastic: --decode-tokens is given, expected --inference")
+    if args.compress is not None and args.keep is not None:
+        raise ParameterError("bench elastic: --compress and --keep are given, expected one")
+    if args.decode_tokens is not None and not args.inference:
+        raise ParameterError("bench elastic: --decode-tokens is given, expected --inference")
     steps = (4 if args.quick else STEPS) * args.inference
     return _cases([TINY], (1.0, 0.5), steps) if args.quick else _cases(SHAPES, KEEPS, steps)
 

@@ -282,9 +282,8 @@ class BlockManager:
         check_type(op, "stops", stops, list | tuple, "a list")
         if len(stops) != len(sequences):
             raise ParameterError(
-                f"{op}: stops has {counted(len(stops), 'entry')}, expected one for "
-                f"each of {len(sequences)} "
-                "sequences"
+                f"{op}: stops has {counted(len(stops), 'entry')}, expected one for each of "
+                f"{len(sequences)} sequences"
             )
         ends = []
         for i, (pages, stop) in enumerate(zip(sequences, stops, strict=True)):

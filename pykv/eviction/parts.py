@@ -95,9 +95,8 @@ def check_size(op: str, num_pages: int, spec: KVSpec, page_size: int, heads: int
     most = most_pages(spec, page_size, heads)
     if most is not None and num_pages > most:
         raise UnsupportedError(
-            f"{op}: the cache has {counted(num_pages, 'page')} of "
-            f"{counted(page_size, 'token')} and {heads} "
-            f"heads, expected at most {most}, whose rows 32 bits tell"
+            f"{op}: the cache has {counted(num_pages, 'page')} of {counted(page_size, 'token')} "
+            f"and {heads} heads, expected at most {most}, whose rows 32 bits tell"
         )
 
 

@@ -51,8 +51,7 @@ def check_rotary(op: str, rotary: Any, layers: Iterable[int], D: int) -> None:
         if layer >= len(rotary.inv_freq):
             raise ParameterError(
                 f"{op}: rotary.inv_freq has {counted(len(rotary.inv_freq), 'layer')}, "
-                "expected one for layer "
-                f"{layer}"
+                f"expected one for layer {layer}"
             )
         dims = _check(rotary.inv_freq[layer])
         if not isinstance(rotary.inv_freq[layer], np.ndarray):

@@ -288,9 +288,8 @@ class Codec:
             room = dims["M"] * sizes["P"]
             if header.tokens > room:
                 raise ParameterError(
-                    f"{op}: coded has {counted(header.tokens, 'token')}, expected at "
-                    f"most the {room} that "
-                    "the pages of table hold"
+                    f"{op}: coded has {counted(header.tokens, 'token')}, expected at most the "
+                    f"{room} that the pages of table hold"
                 )
             there = Coded(header, ranges.reach(op, "coded", coded.data, self._rows))
             reached = _check_given(there.data)

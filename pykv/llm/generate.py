@@ -20,13 +20,13 @@ from pykv.llm.answer import Completion, Stream
 from pykv.llm.fingerprint import contents, fingerprint
 from pykv.llm.language import Language
 from pykv.llm.opening import check_devices, open_runner
+from pykv.llm.options import Options
 from pykv.llm.prompts import answer_to, answers_to
 from pykv.llm.sampling import SamplingParams
 from pykv.llm.scheduler import Scheduler, Stats
 from pykv.llm.sequence_pages import SequencePages
 from pykv.llm.sessions import Session
 from pykv.llm.tiering import open_tiers
-from pykv.llm.wanted import Wanted
 from pykv.llm.weights import Model
 from pykv.pool import PagedKVCache
 from pykv.specs import KVSpec
@@ -137,7 +137,7 @@ class LLM(Language):
         progress: bool = False,
         require_sm: int = 0,
     ):
-        wanted = Wanted(
+        options = Options(
             kv_dtype=kv_dtype,
             weights=weights,
             context=context,
@@ -154,16 +154,16 @@ class LLM(Language):
             progress=progress,
             require_sm=require_sm,
         )
-        self.spec, dtype = wanted.spec, wanted.dtype
+        self.spec, dtype = options.spec, options.dtype
         self.weights_dtype: str = matrices.STORED if dtype is None else np.dtype(dtype).name
         self.xp = cuda.array_module(device)
-        check_devices(device, self.xp, wanted)  # before a fetch
+        check_devices(device, self.xp, options)  # before a fetch
         self._lock = forks.waits_for(threading.RLock())
-        super().__init__(model, context=wanted.context)
+        super().__init__(model, context=options.context)
         self._given = os.fsdecode(model), weights
         if dtype is None:
             matrices.check_stored(self.file)
-        opened = open_runner(self.file, self.config, self.tokenizer, device, self.xp, wanted)
+        opened = open_runner(self.file, self.config, self.tokenizer, device, self.xp, options)
         self._device, self.runner, most_of_pool = opened
         with cuda.use_device(self._device):
             # Now, as the file may change or go before a session is saved.
@@ -172,7 +172,7 @@ class LLM(Language):
             self._done = None if self.xp is np else self.xp.cuda.Event(disable_timing=True)
             with cuda.behind(self._done):  # so that the first turn waits for all of this
                 self.tiers = open_tiers(self, host_cache, disk_cache)
-        self.prefix_cache = wanted.keeps_prefixes
+        self.prefix_cache = options.keeps_prefixes
         self.is_exact = self.tiers is None or self.tiers.is_exact
         self._scheduler = Scheduler(
             self.runner,

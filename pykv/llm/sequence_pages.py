@@ -146,8 +146,8 @@ class SequencePages:
             if most is not None and pages > most:
                 raise CapacityError(
                     f"the cache would grow to {counted(pages, 'page')} "
-                    f"({counted(manager.page_size, 'token')} "
-                    f"a page), expected at most {most} where rows are evicted"
+                    f"({counted(manager.page_size, 'token')} a page), expected at most {most} "
+                    "where rows are evicted"
                 )
             if self._tiers is not None:
                 self._tiers.join()
@@ -208,11 +208,8 @@ class SequencePages:
                 manager.publish(s.pages, s.tokens[: s.cached])
         finally:
             manager.free(s.pages)
-            s.pages, s.cached, s.dropped = (
-                [],
-                0,
-                0,
-            )  # a new list: page tables are cached by identity
+            s.pages = []  # a new list: page tables are cached by identity
+            s.cached, s.dropped = 0, 0
             s.behind, s.mass, s.unsummed, s.fetch, s.is_sent = None, {}, [], None, False
 
     def set_keys(self, s: Sequence) -> None:

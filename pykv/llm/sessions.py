@@ -122,9 +122,8 @@ def load(
                 )
             if kept > llm.context:
                 raise CapacityError(
-                    f"{op}: {path} has pages of {counted(kept, 'token')}, expected at "
-                    "most the context of "
-                    f"{llm.context}"
+                    f"{op}: {path} has pages of {counted(kept, 'token')}, expected at most the "
+                    f"context of {llm.context}"
                 )
             more = {"tokens": tokens}
             if "messages" in header.table:

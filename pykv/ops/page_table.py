@@ -143,9 +143,8 @@ def _check_on_host(
     longest = int(_lengths(indptr, last_page_len, page_size).max())
     if longest > _MOST:
         raise CapacityError(
-            f"{op}: page_size is {page_size}, of which a request has "
-            f"{counted(longest, 'token')}, expected "
-            f"at most {_MOST}"
+            f"{op}: page_size is {page_size}, of which a request has {counted(longest, 'token')}, "
+            f"expected at most {_MOST}"
         )
 
 

@@ -9,11 +9,11 @@ engine          orders to a scheduler, tokens to text; of that process
 desk            requests to orders, reports to deltas; what waits for each client
 replies         answers as bodies, or as chunks while they come
 app             endpoints, limits
-front           who may ask, errors, the log
-connection      how long a header or a client that takes nothing may take
-unmet           fields that have no effect, and those that are refused
-load            many clients at once, and how long they wait
 openapi         their description, by the fields that protocol asks for
+middleware      who may ask, errors, the log
+connection      how long a header or a client that takes nothing may take
+unsupported     fields that have no effect, and those that are refused
+load            many clients at once, and how long they wait
 metrics         what the server counts, in Prometheus' text format
 command         `pykv serve`
 page            a page to chat with

@@ -20,9 +20,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from pykv.errors import quoted
 from pykv.llm.language import Language
 from pykv.number_texts import whole_of
-from pykv.serve import front, metrics, replies
+from pykv.serve import metrics, replies
 from pykv.serve.desk import Desk, Link, Work
 from pykv.serve.fields import ApiError, parse
+from pykv.serve.middleware import ClientGone, Middleware
 from pykv.serve.openapi import describe
 from pykv.serve.protocol import Asked, Protocol
 from pykv.serve.replies import Reply
@@ -109,8 +110,9 @@ def create_app(
     routes += [Route(path, partial(call, server), methods=["GET"]) for path, call in gets.items()]
     routes += [Route(path, partial(page, *file), methods=["GET"]) for path, file in _PAGE.items()]
     router = Router(routes, lifespan=lifespan, redirect_slashes=False)
-    facts: dict[str, Any] = dict(api_key=api_key, loopback=loopback, origins=origins)
-    app = front.App(router, server.desk.metrics, **facts)
+    app = Middleware(
+        router, server.desk.metrics, api_key=api_key, loopback=loopback, origins=origins
+    )
     if not origins:
         return app
     ways: dict[str, Any] = dict(allow_methods=("GET", "POST"), allow_headers=("*",))
@@ -252,7 +254,7 @@ async def _unless_gone(receive: Receive, work: Coroutine[Any, Any, _T]) -> _T:
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         if gone_task.done() and gone_task.result():
-            raise front.ClientGone
+            raise ClientGone
         return task.result()
     finally:
         for each in tasks:
@@ -299,7 +301,7 @@ async def _body(request: Request) -> bytes:
     except TimeoutError:
         raise ApiError(408, f"the body took more than {BODY_SECONDS:g} s") from None
     except ClientDisconnect:
-        raise front.ClientGone from None
+        raise ClientGone from None
     return bytes(data)
 
 

@@ -67,7 +67,7 @@ def add_serve(serve: argparse.ArgumentParser) -> None:
 def _serve(args: argparse.Namespace) -> None:
     install.require("serve", "starlette", "uvicorn", "llguidance")
     from pykv.serve.engine_process import EngineProcess
-    from pykv.serve.front import LOOPBACK
+    from pykv.serve.middleware import LOOPBACK
 
     if args.api_key == "":  # an unset shell variable expands to this
         raise ParameterError("serve: --api-key is empty, expected a key")
@@ -177,7 +177,7 @@ def http_config(app: Any) -> Any:
     import uvicorn
 
     from pykv.serve.connection import Connection
-    from pykv.serve.front import HEADER_BYTES
+    from pykv.serve.middleware import HEADER_BYTES
 
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     return uvicorn.Config(

@@ -33,7 +33,7 @@ from pykv.serve.tools import (
     read_messages,
     read_tools,
 )
-from pykv.serve.unmet import IGNORED, refuse_unmet
+from pykv.serve.unsupported import IGNORED, refuse_unsupported
 
 log = logging.getLogger("pykv.serve")
 
@@ -140,7 +140,7 @@ class Protocol:
         """A body of /tokenize: a prompt, or messages."""
         fields = self._begin(body)
         param = "prompt" if fields.take("messages") is None else "messages"
-        refuse_unmet(fields)
+        refuse_unsupported(fields)
         if param == "messages":
             ids = self._conversation(fields)[1]()
         else:
@@ -255,7 +255,7 @@ class Protocol:
             raise wrong("ignore_eos", True, "false beside tools or a response_format")
         if rule is not None and params.min_tokens:  # a grammar may allow nothing but the end
             raise wrong("min_tokens", params.min_tokens, "0 beside tools or a response_format")
-        refuse_unmet(fields)
+        refuse_unsupported(fields)
         self._note_unknown(fields)
 
         def asked(prompts: list[Any], special: bool = False, param: str = "prompt") -> Asked:

@@ -7,16 +7,14 @@ from pykv.bench import mailbox, persistent, report
 from pykv.ops import mailbox as box
 from tests.helpers import rebuilt
 from tests.simt import cupy as simt
-from tests.simt import machine
 
 # What a launch draws is judged in tests/llm/test_residency.py, penalties in test_draw_phases.py.
 OF_PENALTIES = [case for case in persistent.QUICK if case["parts"] == "answers"]
 
 
 @pytest.mark.parametrize("case", rebuilt(persistent.QUICK, OF_PENALTIES), ids=report.label)
-def test_each_way_agrees(xp, rng, monkeypatch, case):
+def test_each_way_agrees(xp, rng, monkeypatch, hopper, case):
     if xp is simt:
-        monkeypatch.setattr(machine, "ARCH", "sm_90")
         monkeypatch.setattr(persistent, "TOKENS", 2)
         case = case | dict(blocks=4)
     work = persistent.make(case, xp, rng)

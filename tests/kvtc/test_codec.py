@@ -31,7 +31,13 @@ def empty_like(cache, xp, spec=None):
     return made
 
 
-def rows_of(artefact, cache, table, positions):
+def codec_of(rng, xp, n, **options):
+    """A codec, and a cache, table and positions of n tokens for it."""
+    artefact = made.artefact(rng)
+    return Codec(artefact, 4, xp), *made.sequence(rng, xp, artefact, n, **options)[:3]
+
+
+def rows_of(codec, cache, table, positions):
     """Keys without rotation and values of a cache, [2, n, L, H, D] float32, by its own decode."""
     table, positions = to_numpy(table), to_numpy(positions)
     where = table[positions // P], positions % P
@@ -45,7 +51,7 @@ def rows_of(artefact, cache, table, positions):
                 scale = scale[where]
             x = pykv.kinds.dequantize(np.ascontiguousarray(pool), kind, scale)
             if side == 0:
-                rope.rotate(x, x[:, :0], -positions, artefact.model.inv_freq[i])
+                rope.rotate(x, x[:, :0], -positions, codec.model.inv_freq[i])
             found[side, :, i] = x
     return found
 
@@ -65,7 +71,7 @@ def test_tokens_come_back(xp, rng, spec):
     assert coded.header.tokens == n and (coded.header.sinks, coded.header.window) == (2, 3)
     back = empty_like(cache, xp)
     codec.decompress(coded, back, table)
-    got, was = (rows_of(artefact, c, table, positions) for c in (back, cache))
+    got, was = (rows_of(codec, c, table, positions) for c in (back, cache))
     for side, name in enumerate("kv"):
         of_side = getattr(artefact.groups[0], name)
         mean = of_side.mean.astype(np.float32).reshape(L, H, D)
@@ -87,7 +93,7 @@ def test_against_loops(xp, rng):
     stored = parse(coded.to_bytes()).arrays()["rows"]
     back = empty_like(cache, xp)
     codec.decompress(coded, back, table)
-    got = rows_of(artefact, back, table, positions)
+    got = rows_of(codec, back, table, positions)
     at = 0
     for group in artefact.groups:
         some = list(group.layers)
@@ -123,7 +129,7 @@ def test_a_token_that_is_not_finite_comes_back_as_nan(xp, rng):
     ):
         pools[layer, page[at // P], at % P, 0, 1] = value
     codec.decompress(codec.compress(cache, table, positions), bad, table)
-    got, was = (rows_of(artefact, c, table, positions) for c in (bad, good))
+    got, was = (rows_of(codec, c, table, positions) for c in (bad, good))
     want = np.zeros(got.shape, bool)
     want[0, 3, [0, 2]] = want[1, 4, 1] = want[1, 5, [0, 2]] = True
     np.testing.assert_array_equal(np.isnan(got), want)
@@ -191,9 +197,7 @@ def test_layers_alone(xp, rng):
 
 def test_a_cache_of_another_kind_and_place(xp, rng):
     """Into other pages of an int8 cache whose heads are Hadamard-rotated, and out of that."""
-    artefact = made.artefact(rng)
-    cache, table, positions, *_ = made.sequence(rng, xp, artefact, 20, spec="fp32", start=3)
-    codec = Codec(artefact, 4, xp)
+    codec, cache, table, positions = codec_of(rng, xp, 20, spec="fp32", start=3)
     coded = codec.compress(cache, table, positions)
     other = PagedKVCache(L, 9, H, D, page_size=P, spec="int8:HND", xp=xp)
     elsewhere = xp.asarray(np.arange(8, 2, -1, dtype=np.int32))
@@ -203,7 +207,7 @@ def test_a_cache_of_another_kind_and_place(xp, rng):
     codec.decompress(again, third, table)
     direct = empty_like(cache, xp)
     codec.decompress(coded, direct, table)
-    got, want = (rows_of(artefact, c, table, positions) for c in (third, direct))
+    got, want = (rows_of(codec, c, table, positions) for c in (third, direct))
     for side in range(2):
         assert relative(got[side], want[side], 0) < 0.1
 
@@ -223,14 +227,12 @@ def test_pieces_and_no_rows(xp, rng):
         assert parse(coded.to_bytes()).header.tokens == n
         back = empty_like(cache, xp)
         codec.decompress(coded, back, table)
-        got, was = (rows_of(artefact, c, table, positions[:n]) for c in (back, cache))
+        got, was = (rows_of(codec, c, table, positions[:n]) for c in (back, cache))
         np.testing.assert_allclose(got, was, atol=0.2)
 
 
 def test_lists_and_outputs(xp, rng):
-    artefact = made.artefact(rng)
-    cache, table, positions, *_ = made.sequence(rng, xp, artefact, 10)
-    codec = Codec(artefact, 4, xp)
+    codec, cache, table, positions = codec_of(rng, xp, 10)
     want = codec.compress(cache, table, positions).to_bytes()
     size = codec.header(10, cache.spec).nbytes
     out = xp.zeros(size + 5, np.uint8)
@@ -244,9 +246,7 @@ def test_lists_and_outputs(xp, rng):
 
 
 def test_pinned_memory(device, rng):
-    artefact = made.artefact(rng)
-    cache, table, positions, *_ = made.sequence(rng, device, artefact, 10)
-    codec = Codec(artefact, 4, device)
+    codec, cache, table, positions = codec_of(rng, device, 10)
     want = codec.compress(cache, table, positions)
     size = want.header.nbytes
     memory = device.cuda.alloc_pinned_memory(size)
@@ -261,9 +261,7 @@ def test_pinned_memory(device, rng):
 
 
 def test_memory_at_odd_addresses(device, rng):
-    artefact = made.artefact(rng)
-    cache, table, positions, *_ = made.sequence(rng, device, artefact, 10)
-    codec = Codec(artefact, 4, device)
+    codec, cache, table, positions = codec_of(rng, device, 10)
     coded = codec.compress(cache, table, positions)
     size = coded.header.nbytes
     pinned = np.frombuffer(device.cuda.alloc_pinned_memory(size + 16), np.uint8, size + 16)
@@ -342,9 +340,7 @@ def test_three_launches_each_way(device, rng, layers, launches):
 
 def test_a_token_alone(xp, rng):
     """Its position and its bytes in a stream of its own are enough."""
-    artefact = made.artefact(rng)
-    cache, table, positions, *_ = made.sequence(rng, xp, artefact, 12)
-    codec = Codec(artefact, 4, xp)
+    codec, cache, table, positions = codec_of(rng, xp, 12)
     coded = codec.compress(cache, table, positions, sinks=0, window=0)
     codec.decompress(coded, whole := empty_like(cache, xp), table)
     header = codec.header(1, cache.spec, sinks=0, window=0)
@@ -352,7 +348,7 @@ def test_a_token_alone(xp, rng):
     for name, x in one.arrays().items():
         x[...] = coded.arrays()[name][7:8]
     codec.decompress(one, alone := empty_like(cache, xp), table, positions=[7])
-    got, want = (rows_of(artefact, c, table, positions) for c in (alone, whole))
+    got, want = (rows_of(codec, c, table, positions) for c in (alone, whole))
     np.testing.assert_allclose(got[:, 7], want[:, 7], atol=1e-2)
     assert np.abs(got[:, 7]).max() > 0.1 and not to_numpy(alone.v)[:, to_numpy(table)[0]].any()
 
@@ -445,9 +441,7 @@ def test_keys_and_values_may_have_one_array_of_scales(xp, rng):
 
 def test_codes_and_pages_share_no_memory(xp, rng):
     """Of a first call and of one whose layout is known."""
-    artefact = made.artefact(rng)
-    cache, table, positions, *_ = made.sequence(rng, xp, artefact, 30)
-    codec = Codec(artefact, 4, xp)
+    codec, cache, table, positions = codec_of(rng, xp, 30)
     nbytes = codec.header(30, cache.spec).nbytes
     memory = cache.k.reshape(-1).view(np.uint8)
     for _ in range(2):

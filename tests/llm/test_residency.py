@@ -21,15 +21,13 @@ from tests.helpers import swept, to_numpy
 from tests.llm import tiny
 from tests.llm.test_model import greedy
 from tests.simt import cupy as simt
-from tests.simt import machine
 
 
 @pytest.fixture
-def open_(tmp_path, xp, monkeypatch):
+def open_(tmp_path, xp, monkeypatch, hopper):
     """Opens a tiny model; of few blocks on the SIMT machine."""
     monkeypatch.setattr("pykv.cuda.array_module", lambda device: np if device == "cpu" else xp)
     if xp is simt:
-        monkeypatch.setattr(machine, "ARCH", "sm_90")
         few = lambda *given, blocks: PhaseProgram(*given, blocks=2)  # noqa: E731
         stays = lambda *given, blocks: ResidentProgram(*given, blocks=2, silence=60.0)  # noqa: E731
         monkeypatch.setattr(token_program, "PhaseProgram", few)

@@ -10,11 +10,10 @@ import pytest
 from pykv import prepare, tensor_files, whole_files
 from pykv.errors import CapacityError, DtypeError, FormatError, ParameterError, UnsupportedError
 from pykv.kvtc import Codec, Coded, parse
-from pykv.llm import runner
 from pykv.llm.prompt_steps import PromptSteps
 from tests.helpers import assert_same_bits, to_numpy, without_simt
 from tests.llm import tiny
-from tests.llm.test_reuse import P, greedy, tokens_of
+from tests.llm.test_reuse import P, greedy, noted_logits, tokens_of
 
 TEMPLATE = "{% for m in messages %}[{{ m.role }}:{{ m.content }}]{% endfor %}"
 TEMPLATE += "{% if add_generation_prompt %}[assistant:{% endif %}"
@@ -85,16 +84,6 @@ def check_that_it_goes_on(open_llm, rng, tmp_path, computed, name="llama", **opt
 # --- Coded ---
 
 
-def noted_logits(monkeypatch):
-    noted, draw = [], runner.Sampler.draw
-    monkeypatch.setattr(
-        runner.Sampler,
-        "draw",
-        lambda self, logits, *args: noted.append(to_numpy(logits)[0]) or draw(self, logits, *args),
-    )
-    return noted
-
-
 @pytest.mark.parametrize("kv_dtype", ["fp16", pytest.param("int8", marks=pytest.mark.sweep)])
 def test_a_codec_makes_a_file_smaller(open_llm, rng, tmp_path, artefact, monkeypatch, xp, kv_dtype):
     """And little different; the file names an artefact, by its text or by its codec."""
@@ -110,7 +99,7 @@ def test_a_codec_makes_a_file_smaller(open_llm, rng, tmp_path, artefact, monkeyp
     assert llm.load(path, codec=f"{tmp_path / 'a.kvtc'}:2").cached_tokens == 32
     llm.generate([prompt], greedy(1))
     assert llm.stats.reused_tokens == 32
-    p, q = (x - np.logaddexp.reduce(x) for x in np.array(noted, np.float64))
+    p, q = (x - np.logaddexp.reduce(x) for [x] in np.array(noted, np.float64))
     assert 0 < (np.exp(p) * (p - q)).sum() < 0.1  # without half of the components it is 5
     if kv_dtype == "fp16":
         assert path.stat().st_size < 0.75 * (tmp_path / "plain").stat().st_size

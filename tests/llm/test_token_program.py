@@ -14,12 +14,11 @@ from tests.simt import machine
 
 
 @pytest.fixture
-def open_both(tmp_path, xp, monkeypatch):
+def open_both(tmp_path, xp, monkeypatch, hopper):
     """A tiny model, decoded by steps and by one launch; of few blocks on the SIMT machine, each of
     which has as many threads as any other."""
     monkeypatch.setattr("pykv.cuda.array_module", lambda device: xp)
     if xp is simt:
-        monkeypatch.setattr(machine, "ARCH", "sm_90")
         few = lambda phases, blocks: PhaseProgram(phases, blocks=3)  # noqa: E731
         monkeypatch.setattr(token_program, "PhaseProgram", few)
 

@@ -1,16 +1,19 @@
 """linear_small: products of few tokens and small matrices in one launch."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 
 from pykv import cuda, planes
 from pykv.arrays import FLOATS
-from pykv.ops import activation, block_linear, linear_mma
+from pykv.ops import block_linear, linear_mma
 from pykv.ops import linear_small as op
 from tests.faults import fixed, scaled
 from tests.helpers import assert_close_to_oracle, assert_same_bits, swept, to_numpy
+from tests.ops import products
+from tests.ops.products import inputs
 from tests.ops.test_linear_mma import FLOAT16, FLOAT32
-from tests.ops.test_linear_tiles import inputs
 
 pytest.importorskip("gguf")
 
@@ -22,14 +25,7 @@ def tensor_cores(device):
     return device
 
 
-def product(xp, x, w, kind, bias=None, out=None, gate=None, norm=None, by=op.product):
-    x, w = xp.asarray(x), xp.asarray(w)
-    accumulate, O = out is not None, len(w) // (2 if gate else 1)
-    out = xp.full((len(x), O), np.nan, x.dtype) if out is None else xp.array(out)
-    bias, norm = (None if a is None else xp.asarray(a) for a in (bias, norm))
-    run = by(x, w, kind, bias, out, accumulate, gate=gate, early=True)
-    run(dict(out=out, x=x, w=w.view(np.uint8), bias=bias, norm=norm), None)
-    return out
+product = partial(products.product, op.product)
 
 
 def columns(kind, I):
@@ -57,16 +53,7 @@ def test_activations_of_16_bits(tensor_cores, rng, dtype):
 
 @pytest.mark.parametrize("kind", ["Q4_1", "F16"])
 def test_norm_bias_and_what_is_there(tensor_cores, rng, kind):
-    x, w, *_ = inputs(rng, kind, FLOAT32, 6, 41, 288)
-    bias, out = rng.standard_normal(41).astype("f4"), rng.standard_normal((6, 41)).astype("f4")
-    norm = 100 * rng.standard_normal(288).astype("f4")
-    got = product(tensor_cores, x, w, kind, bias, out, norm=norm)
-    values = planes.values(w, kind, 288) if kind in planes.FORMATS else w
-    square = np.mean(x.astype(np.float64) ** 2, axis=1, keepdims=True)
-    normed = x / np.sqrt(square + 1e-6) * norm
-    low_x, low_w = (a.astype(np.float16).astype(np.float32) for a in (normed, values))
-    oracle = normed @ values.astype(np.float64).T + bias + out
-    assert_close_to_oracle(got, low_x @ low_w.T + bias + out, oracle)
+    products.check_norm_and_bias(op.product, tensor_cores, rng, kind, 288, 100)
 
 
 @pytest.mark.parametrize(
@@ -74,16 +61,9 @@ def test_norm_bias_and_what_is_there(tensor_cores, rng, kind):
 )
 def test_a_gate_of_pairs_of_products(tensor_cores, rng, kind, gate, O, is_bare):
     """Is that of products that are there, but for their last bit; with bias and what is there."""
-    x, w, *_ = inputs(rng, kind, FLOAT32, 10, 2 * O, 160)
-    x *= 64
-    bias = None if is_bare else rng.standard_normal(2 * O).astype("f4")
-    out = None if is_bare else rng.standard_normal((10, O)).astype("f4")
-    products = product(tensor_cores, x, w, kind, bias)
-    want = tensor_cores.full((10, O), np.nan, np.float32) if is_bare else tensor_cores.array(out)
-    finish = activation.launch_gated(gate, products, want, not is_bare)
-    finish(dict(out=want, x=products), None)
-    got = product(tensor_cores, x, w, kind, bias, out, gate)
-    np.testing.assert_allclose(to_numpy(got), to_numpy(want), rtol=2e-6, atol=1e-6)
+    given = kind, gate, (10, O, 160)
+    got, want = products.gated(op.product, tensor_cores, rng, *given, is_bare=is_bare)
+    np.testing.assert_allclose(got, want, rtol=2e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["Q4_1", "Q6_K", "F16"])
@@ -98,7 +78,7 @@ def test_tokens_are_rounded_as_by_a_launch_of_its_own(tensor_cores, rng, kind):
     def by_mma(x, w, kind, bias, out, accumulate, *, gate, early):
         return linear_mma.product(x, w, kind, bias, out, accumulate, False, parts=1, early=early)
 
-    want = to_numpy(product(tensor_cores, x, w, kind, by=by_mma))
+    want = to_numpy(products.product(by_mma, tensor_cores, x, w, kind))
     assert_same_bits(product(tensor_cores, x, w, kind), want)
 
 
@@ -110,11 +90,7 @@ def test_a_token_does_not_depend_on_others(tensor_cores, rng):
 
 
 def test_infinities_stay_in_their_row(tensor_cores, rng):
-    x, w, *_ = inputs(rng, "Q8_0", FLOAT32, 8, 24, 64)
-    x[2, 5], x[4, 1] = np.inf, np.nan
-    got = to_numpy(product(tensor_cores, x, w, "Q8_0"))
-    assert not np.isfinite(got[2]).any() and np.isnan(got[4]).all()
-    assert np.isfinite(np.delete(got, (2, 4), axis=0)).all()
+    products.check_infinities(op.product, tensor_cores, rng)
 
 
 def test_what_is_multiplied():

@@ -1,40 +1,25 @@
 """linear_tiles: products of many tokens on tensor cores, cut in every way."""
 
-import numpy as np
+from functools import partial
+
 import pytest
 
 from pykv import cuda, planes
 from pykv.arrays import FLOATS
-from pykv.ops import activation, block_linear
+from pykv.ops import block_linear
 from pykv.ops import linear_tiles as op
 from pykv.ops.linear_mma import FLOAT_KINDS
 from tests.faults import fixed, scaled
 from tests.helpers import assert_close_to_oracle, assert_same_bits, swept, to_numpy
-from tests.ops.test_linear_mma import BFLOAT16, FLOAT16, FLOAT32, weights_of
+from tests.ops import products
+from tests.ops.products import inputs
+from tests.ops.test_linear_mma import BFLOAT16, FLOAT16, FLOAT32
 from tests.simt import machine
 
 pytest.importorskip("gguf")
 
 
-def product(xp, x, w, kind, tiling, parts=None, bias=None, out=None, gate=None):
-    x, w = xp.asarray(x), xp.asarray(w)
-    accumulate, O = out is not None, len(w) // (2 if gate else 1)
-    out = xp.full((len(x), O), np.nan, x.dtype) if out is None else xp.array(out)
-    bias = None if bias is None else xp.asarray(bias)
-    run = op.product(x, w, kind, bias, out, accumulate, tiling, parts, gate=gate, early=True)
-    run(dict(out=out, x=x, w=w, bias=bias, norm=None), None)
-    return out
-
-
-def inputs(rng, kind, dtype, T, O, I):
-    """Rows, weights, and the product in float64 and in the precision that the kernel has."""
-    x = (rng.standard_normal((T, I)) / 64).astype(dtype)  # float16 holds the products
-    w, values = weights_of(rng, kind, O, I)
-    low_x, low_w = x.astype(np.float32), values
-    if dtype == FLOAT32:
-        low_x, low_w = (a.astype(np.float16).astype(np.float32) for a in (low_x, low_w))
-    low = (low_x @ low_w.T).astype(dtype)
-    return x, w, low, x.astype(np.float64) @ values.astype(np.float64).T
+product = partial(products.product, op.product)
 
 
 def tilings_here():
@@ -103,16 +88,9 @@ def test_a_gate_of_pairs_of_products(device, rng, kind, number, gate, parts, is_
     an odd place where no two are stored at once; more tokens and outputs than a block has."""
     tiling = tilings_here()[number]
     T, O = (9, 21) if is_bare else (tiling.TILE_T + 3, tiling.TILE_O // 2 + 11)
-    x, w, *_ = inputs(rng, kind, FLOAT32, T, 2 * O, 256)
-    x *= 64
-    bias = None if is_bare else rng.standard_normal(2 * O).astype("f4")
-    out = None if is_bare else rng.standard_normal((T, O)).astype("f4")
-    products = product(device, x, w, kind, tiling, parts, bias=bias)
-    want = device.full((T, O), np.nan, np.float32) if is_bare else device.array(out)
-    finish = activation.launch_gated(gate, products, want, not is_bare)
-    finish(dict(out=want, x=products), None)
-    got = product(device, x, w, kind, tiling, parts, bias, out, gate)
-    assert_same_bits(got, to_numpy(want))
+    cut = (T, O, 256), tiling, parts
+    got, want = products.gated(op.product, device, rng, kind, gate, *cut, is_bare=is_bare)
+    assert_same_bits(got, want)
 
 
 def test_a_token_does_not_depend_on_others(device, rng):

@@ -1,17 +1,19 @@
 """linear_wgmma: products on the tensor cores of sm_90, cut in every way."""
 
-import numpy as np
+from functools import partial
+
 import pytest
 
 from pykv import cuda, planes
 from pykv.arrays import FLOATS
-from pykv.ops import activation, block_linear
+from pykv.ops import block_linear
 from pykv.ops import linear_wgmma as op
 from pykv.ops.linear_split import FLOAT_KINDS
 from tests.faults import fixed, scaled
 from tests.helpers import assert_close_to_oracle, assert_same_bits, swept, to_numpy
+from tests.ops import products
+from tests.ops.products import inputs
 from tests.ops.test_linear_mma import FLOAT16, FLOAT32
-from tests.ops.test_linear_tiles import inputs
 
 pytest.importorskip("gguf")
 
@@ -22,14 +24,7 @@ def hopper(device):
         pytest.skip("sm_90 alone has such a kernel")
 
 
-def product(xp, x, w, kind, tiling, parts=None, bias=None, out=None, gate=None, norm=None):
-    x, w = xp.asarray(x), xp.asarray(w)
-    accumulate, O = out is not None, len(w) // (2 if gate else 1)
-    out = xp.full((len(x), O), np.nan, x.dtype) if out is None else xp.array(out)
-    bias, norm = (None if a is None else xp.asarray(a) for a in (bias, norm))
-    run = op.product(x, w, kind, bias, out, accumulate, tiling, parts, gate=gate, early=True)
-    run(dict(out=out, x=x, w=w, bias=bias, norm=norm), None)
-    return out
+product = partial(products.product, op.product)
 
 
 def columns(kind, stages):
@@ -74,16 +69,7 @@ def test_parts_are_added_in_order(device, rng, kind):
 
 
 def test_norm_bias_and_what_is_there(device, rng):
-    x, w, *_ = inputs(rng, "Q4_1", FLOAT32, 6, 41, 96)
-    bias, out = rng.standard_normal(41).astype("f4"), rng.standard_normal((6, 41)).astype("f4")
-    norm = rng.standard_normal(96).astype("f4")
-    got = product(device, x, w, "Q4_1", None, None, bias, out, norm=norm)
-    values = planes.values(w, "Q4_1", 96)
-    square = np.mean(x.astype(np.float64) ** 2, axis=1, keepdims=True)
-    normed = x / np.sqrt(square + 1e-6) * norm
-    low_x, low_w = (a.astype(np.float16).astype(np.float32) for a in (normed, values))
-    oracle = normed @ values.astype(np.float64).T + bias + out
-    assert_close_to_oracle(got, low_x @ low_w.T + bias + out, oracle)
+    products.check_norm_and_bias(op.product, device, rng, "Q4_1", 96, 1)
 
 
 GATED = [("Q4_K", 8, 1, "swiglu", 1, True), ("Q4_1", 32, 0, "geglu", 2, False)]
@@ -98,15 +84,9 @@ def test_a_gate_of_pairs_of_products(device, rng, kind, tokens, number, gate, pa
     """Is that of products that are there, bit for bit; with bias and what is there."""
     tiling = op.tilings(kind)[tokens][number]
     T, O = (5, 21) if is_bare else (tokens + 3, tiling.rows // 2 + 11)
-    x, w, *_ = inputs(rng, kind, FLOAT32, T, 2 * O, columns(kind, 2))
-    x *= 64
-    bias = None if is_bare else rng.standard_normal(2 * O).astype("f4")
-    out = None if is_bare else rng.standard_normal((T, O)).astype("f4")
-    products = product(device, x, w, kind, tiling, parts, bias)
-    want = device.full((T, O), np.nan, np.float32) if is_bare else device.array(out)
-    finish = activation.launch_gated(gate, products, want, not is_bare)
-    finish(dict(out=want, x=products), None)
-    assert_same_bits(product(device, x, w, kind, tiling, parts, bias, out, gate), to_numpy(want))
+    cut = (T, O, columns(kind, 2)), tiling, parts
+    got, want = products.gated(op.product, device, rng, kind, gate, *cut, is_bare=is_bare)
+    assert_same_bits(got, want)
 
 
 def test_a_token_does_not_depend_on_others(device, rng):
@@ -120,11 +100,7 @@ def test_a_token_does_not_depend_on_others(device, rng):
 
 
 def test_infinities_stay_in_their_row(device, rng):
-    x, w, *_ = inputs(rng, "Q8_0", FLOAT32, 8, 24, 64)
-    x[2, 5], x[4, 1] = np.inf, np.nan
-    got = to_numpy(product(device, x, w, "Q8_0", None))
-    assert not np.isfinite(got[2]).any() and np.isnan(got[4]).all()
-    assert np.isfinite(np.delete(got, (2, 4), axis=0)).all()
+    products.check_infinities(op.product, device, rng)
 
 
 def test_a_block_has_the_memory_and_its_neighbours_too():

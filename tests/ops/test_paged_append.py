@@ -5,13 +5,13 @@ import numpy as np
 import pytest
 
 import pykv
-from pykv import kinds
 from pykv.errors import DtypeError, ParameterError, ShapeError, UnsupportedError
 from pykv.kinds import KINDS
 from pykv.ops import paged_append, paged_check, paged_decode
 from pykv.specs import KVSpec
 from pykv.testing import codes, paged
 from tests.helpers import assert_same_bits, dtype_of, product, rebuilt, swept, to_numpy
+from tests.ops import caches
 
 BASE = dict(address="slots", T=9, H=2, D=64, P=4, new="float16", spec="fp16", form="two")
 INT8 = {**BASE, "spec": "int8"}
@@ -81,64 +81,6 @@ ALIKE = [
 ]
 
 
-class Cache:
-    """Pools and scales of a spec; what nobody may write is poison.
-
-    `whole` are the arrays, `views` makes pools and scales of them: "two" arrays, K and V in "one",
-    or parts of larger ones, so that every stride is "loose".
-    """
-
-    def __init__(self, rng, spec, N, P, H, D, form):
-        self.spec, self.form = spec, form
-        self.whole = []
-        inner = (P, H) if spec.layout == "NHD" else (H, P)
-        for side in range(2):
-            kind = spec.kinds[side]
-            width = D // 2 if kind.bits == 4 else D
-            shape = (N, *inner, width)
-            if form == "one":
-                shape = (N, 2, *inner, width)
-            elif form == "loose":
-                shape = (N + 2, inner[0] + 1, inner[1] + 3, width)
-            poison = 0xA5 if kind.largest else np.nan
-            pool = np.full(shape, np.array(poison).astype(kind.dtype), kind.dtype)
-            scales = None
-            dtype = kinds.SCALE_DTYPES[spec.scale_dtype]
-            if kind.largest and spec.granularity == "token":
-                scales = np.full(shape[:-1], np.nan, dtype)
-            elif kind.largest:  # some of them too small for the rows
-                scales = (rng.uniform(0.3, 3, H if spec.granularity == "head" else 1)).astype(dtype)
-                scales = (scales / kind.largest).astype(dtype)
-            self.whole += [pool, scales]
-        if form == "one":
-            self.whole[2:] = [None, self.whole[3] if spec.granularity != "token" else None]
-
-    def views(self, whole):
-        """(k_pool, v_pool, k_scales, v_scales) of arrays like self.whole."""
-        found = []
-        for side in range(2):
-            pool, scales = whole[2 * side : 2 * side + 2]
-            if self.form == "one":
-                pool = whole[0][:, side]
-                if self.spec.has_dynamic_scales:
-                    scales = whole[1][:, side]
-            elif self.form == "loose":
-                pool = pool[1:-1, 1:, 2:-1]
-                if scales is not None and self.spec.has_dynamic_scales:
-                    scales = scales[1:-1, 1:, 2:-1]
-            found += [pool, scales]
-        return found[0], found[2], found[1], found[3]
-
-    def copy(self):
-        return [None if x is None else x.copy() for x in self.whole]
-
-    def write(self, whole, page, offset, k, v):
-        """One token's rows [H, D], encoded by hand."""
-        names = ("k_pool", "v_pool", "k_scales", "v_scales")
-        arrays = dict(zip(names, self.views(whole), strict=True))
-        paged.write(self.spec, arrays, page, offset, k, v)
-
-
 def table(rng, pages_of):
     """(indices, indptr) of requests with so many pages each, and the pages in the pool."""
     N = sum(pages_of) + 1
@@ -205,12 +147,6 @@ def on(xp, arrays):
     return [None if x is None else xp.asarray(x) for x in arrays]
 
 
-def options_of(cache, whole):
-    """The pools, and the keyword arguments that go with them."""
-    k_pool, v_pool, k_scales, v_scales = cache.views(whole)
-    return (k_pool, v_pool), dict(k_scales=k_scales, v_scales=v_scales, spec=cache.spec)
-
-
 @pytest.mark.parametrize(
     "case",
     [*rebuilt(CASES, ALIKE), *swept(MORE)],
@@ -220,24 +156,21 @@ def test_rows_land_in_their_places(xp, rng, case):
     address, T, H, D, P, new, text, form = case.values()
     spec = KVSpec.parse(text)
     arguments, options, places, N = addressed(rng, address, T, P)
-    cache = Cache(rng, spec, N, P, H, D, form)
+    want = caches.blank(spec, N, P, H, D, form)
+    got = want.on(xp)
     k, v = rng.standard_normal((2, T, H, D)).astype(dtype_of(new))
-    want = cache.copy()
     for t, place in enumerate(places):
         if place is not None:
-            cache.write(want, *place, k[t], v[t])
+            want.write(*place, k[t], v[t])
     assert T < 9 or sum(place is not None for place in places) >= T // 3
 
-    got = on(xp, cache.copy())
     given = on(xp, arguments)
-    pools, more = options_of(cache, got)
-    check = None if address.startswith("slots") else False
-    functions(address)(*on(xp, (k, v)), *pools, *given, **options, **more, check=check)
+    options |= got.options | dict(check=None if address.startswith("slots") else False)
+    functions(address)(*on(xp, (k, v)), *got.pools, *given, **options)
 
-    for got_array, want_array in zip((*got, *given), (*want, *arguments), strict=True):
-        assert (got_array is None) == (want_array is None)
-        if got_array is not None:
-            assert_same_bits(got_array, want_array)
+    got.assert_same(want)
+    for x, y in zip(given, arguments, strict=True):
+        assert_same_bits(x, y)
 
 
 def test_places_by_hand(xp):
@@ -298,8 +231,7 @@ def test_advance_is_a_token_a_call(xp, rng, address, spec, heads):
     lengths = np.array([1, 0, 0, 4], np.int32)
     listed = np.array([len(of_request) for of_request in pages], np.int32)
     ahead = (listed - 1) * P if address == "decode" else 0 * listed  # of what is kept
-    cache = Cache(rng, spec, 9, P, H, D, "two")
-    want, got = on(xp, cache.copy()), on(xp, cache.copy())
+    want, got = (caches.blank(spec, 9, P, H, D).on(xp) for _ in range(2))
     indices = np.array(sum(pages, []), np.int32)
     indptr = np.cumsum([0, *listed]).astype(np.int32)
     table = on(xp, (indices, indptr))
@@ -312,17 +244,15 @@ def test_advance_is_a_token_a_call(xp, rng, address, spec, heads):
             for of_request, n, fit in zip(pages, lengths, fits, strict=True)
         ]
         lengths += fits
-        rows, options = options_of(cache, want)
-        paged_append.append(k, v, *rows, xp.asarray(np.array(slots, np.int32)), **options)
-        rows, options = options_of(cache, got)
-        options |= dict(advance=True, check=False)  # else the full page would be refused
+        slots = xp.asarray(np.array(slots, np.int32))
+        paged_append.append(k, v, *want.pools, slots, **want.options)
+        rows = k, v, *got.pools
+        options = got.options | dict(advance=True, check=False)  # a full page would be refused
         if address == "decode":
-            paged_append.append_decode(k, v, *rows, *table, state, counts="before", **options)
+            paged_append.append_decode(*rows, *table, state, counts="before", **options)
         else:
-            paged_append.append_indexed(k, v, *rows, requests, state, *table, **options)
-    for x, y in zip(got, want, strict=True):
-        if x is not None:
-            assert_same_bits(x, y)
+            paged_append.append_indexed(*rows, requests, state, *table, **options)
+    got.assert_same(want)
     assert lengths.tolist() == [9, 3, 0, 12] == (to_numpy(state) + ahead).tolist()
 
 
@@ -337,10 +267,9 @@ def test_a_captured_step_is_a_token_a_replay(rng, spec):
     spec = KVSpec(spec, spec)
     starts = np.array([1, 16, 40], np.int32)
     pages = rng.permutation(B * M).astype(np.int32).reshape(B, M)
-    caches = [Cache(rng, spec, B * M, P, H, D, "two") for _ in range(2)]
-    wholes = [on(cupy, cache.copy()) for cache in caches]
-    for whole in wholes:
-        for array in whole:
+    replayed, called = (caches.blank(spec, B * M, P, H, D).on(cupy) for _ in range(2))
+    for cache in (replayed, called):
+        for array in cache.memory.values():
             if array is not None:
                 array[...] = 0
     size = paged_decode.workspace_size(B, HQ, H, D, M * P)
@@ -352,22 +281,20 @@ def test_a_captured_step_is_a_token_a_replay(rng, spec):
     indices, indptr = table.ravel(), cupy.arange(B + 1, dtype=np.int32) * M
     requests, positions = cupy.arange(B, dtype=np.int32), cupy.asarray(starts)
 
-    def attend(whole, lengths, side):
-        pools, options = options_of(caches[0], whole)
-        options |= dict(out=outs[side], workspace=scratch[side])
-        paged_decode.decode(q, *pools, table, lengths, **options)
+    def attend(cache, lengths, side):
+        options = cache.options | dict(out=outs[side], workspace=scratch[side])
+        paged_decode.decode(q, *cache.pools, table, lengths, **options)
 
     def step():
-        pools, options = options_of(caches[0], wholes[0])
-        where = (requests, positions, indices, indptr)
-        paged_append.append_indexed(k, v, *pools, *where, advance=True, **options)
-        attend(wholes[0], positions, 0)
+        where = *replayed.pools, requests, positions, indices, indptr
+        paged_append.append_indexed(k, v, *where, advance=True, **replayed.options)
+        attend(replayed, positions, 0)
 
     def eager(lengths):
         slots = pages[np.arange(B), lengths // P] * P + lengths % P
-        pools, options = options_of(caches[0], wholes[1])
-        paged_append.append(k, v, *pools, cupy.asarray(slots.astype(np.int32)), **options)
-        attend(wholes[1], cupy.asarray((lengths + 1).astype(np.int32)), 1)
+        slots = cupy.asarray(slots.astype(np.int32))
+        paged_append.append(k, v, *called.pools, slots, **called.options)
+        attend(called, cupy.asarray((lengths + 1).astype(np.int32)), 1)
 
     k[...], v[...] = cupy.asarray(new[0, 0]), cupy.asarray(new[0, 1])
     step()  # compiled and loaded by now
@@ -386,9 +313,7 @@ def test_a_captured_step_is_a_token_a_replay(rng, spec):
                 assert_same_bits(outs[0], to_numpy(outs[1]))
         stream.synchronize()
         assert to_numpy(positions).tolist() == (starts + steps + 1).tolist()
-        for x, y in zip(*wholes, strict=True):
-            if x is not None:
-                assert_same_bits(x, to_numpy(y))
+        replayed.assert_same(called)
 
 
 # --- Values ---
@@ -430,15 +355,7 @@ def test_codes_are_those_of_kinds(xp, rng, kind, new, scale_dtype):
     """Zeros, tiny, huge and subnormal rows, halves, NaN and infinities, bit for bit."""
     x = np.concatenate([nasty_rows(rng, 24, dtype_of(new)) for _ in range(4)])
     spec = KVSpec(kind, kind, scale_dtype=scale_dtype)
-    cache = Cache(rng, spec, len(x), 1, 1, 24, "two")
-    want, got = cache.copy(), on(xp, cache.copy())
-    for t in range(len(x)):
-        cache.write(want, t, 0, x[t], -x[t])
-    pools, options = options_of(cache, got)
-    slots = xp.asarray(np.arange(len(x), dtype=np.int32))
-    paged_append.append(*on(xp, (x, -x)), *pools, slots, **options)
-    for array, expected in zip(got, want, strict=True):
-        assert_same_bits(array, expected)
+    append_in_order(xp, caches.blank(spec, len(x), 1, 1, 24), x)
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4", "e4m3", "e5m2"])
@@ -448,17 +365,19 @@ def test_codes_of_given_scales(xp, rng, kind):
     scales += [2**-128, 2**-128 + 2**-149]
     x = np.repeat(nasty_rows(rng, 16, np.float32), len(scales), 1)
     spec = KVSpec(kind, kind, "head", "fp32")
-    cache = Cache(rng, spec, len(x), 1, len(scales), 16, "two")
-    cache.whole[1][:] = cache.whole[3][:] = scales
-    want, got = cache.copy(), on(xp, cache.copy())
+    cache = caches.blank(spec, len(x), 1, len(scales), 16)
+    cache.arrays["k_scales"][:] = cache.arrays["v_scales"][:] = scales
     with np.errstate(over="ignore", invalid="ignore"):
-        for t in range(len(x)):
-            cache.write(want, t, 0, x[t], -x[t])
-        pools, options = options_of(cache, got)
-        slots = xp.asarray(np.arange(len(x), dtype=np.int32))
-        paged_append.append(*on(xp, (x, -x)), *pools, slots, **options)
-    for array, expected in zip(got, want, strict=True):
-        assert_same_bits(array, expected)
+        append_in_order(xp, cache, x)
+
+
+def append_in_order(xp, cache, x):
+    """Rows and their negatives to slots 0, 1, ..., held against the definition."""
+    got = cache.on(xp)
+    cache.write(np.arange(len(x)), 0, x, -x)
+    slots = xp.asarray(np.arange(len(x), dtype=np.int32))
+    paged_append.append(*on(xp, (x, -x)), *got.pools, slots, **got.options)
+    got.assert_same(cache)
 
 
 @pytest.mark.parametrize("largest", [127, 7])
@@ -468,11 +387,10 @@ def test_division_by_the_largest_code(device, rng, largest):
     x = np.repeat(bits.view(np.float32)[:, None, None], 8, 2)
     kind = "int8" if largest == 127 else "int4"
     spec = KVSpec(kind, kind, scale_dtype="fp32")
-    cache = Cache(rng, spec, len(x), 1, 1, 8, "two")
-    pools, options = options_of(cache, on(device, cache.copy()))
+    cache = caches.blank(spec, len(x), 1, 1, 8).on(device)
     slots = device.asarray(np.arange(len(x), dtype=np.int32))
-    paged_append.append(*on(device, (x, x)), *pools, slots, **options)
-    assert_same_bits(options["k_scales"].ravel(), x[:, 0, 0] / np.float32(largest))
+    paged_append.append(*on(device, (x, x)), *cache.pools, slots, **cache.options)
+    assert_same_bits(cache.arrays["k_scales"].ravel(), x[:, 0, 0] / np.float32(largest))
 
 
 @pytest.mark.parametrize("kv", ["float16", ml_dtypes.bfloat16])

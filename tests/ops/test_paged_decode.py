@@ -23,41 +23,27 @@ from tests.helpers import (
     swept,
     to_numpy,
 )
+from tests.ops import caches
 
-BASE = dict(lengths=(5, 33, 16), G=4, H=2, D=64, P=16, window=None, q="float32", kv="float16")
+BASE = dict(lengths=(5, 33, 16), G=4, H=2, D=64, P=16, window=None, q="float32", spec="fp16")
 CHANGES = (
     *({"G": G} for G in (1, 2, 3, 5, 7, 8, 12)),
     *({"D": D} for D in (8, 40, 128, 256)),
     *({"P": P} for P in (1, 3)),
     *({"lengths": n} for n in ((0,), (1,), (15, 16, 17), (97, 0, 1, 300), (1025,), (1, 1025) * 5)),
     *({"window": w} for w in (1, 16, 17, 1000)),
-    *({"q": "float16"}, {"kv": "float32"}, {"q": "bfloat16", "kv": "bfloat16"}),
+    *({"q": "float16"}, {"spec": "fp32"}, {"q": "bfloat16", "spec": "bf16"}),
     {"H": 1, "G": 7, "D": 128, "lengths": (1025,), "window": 600},
 )
 MORE = (
     *({"D": 80}, {"D": 192}, {"P": 64}, {"q": "bfloat16"}),
-    {"H": 3, "G": 3, "D": 40, "P": 3, "lengths": (2, 400, 0, 7), "kv": "float32"},
+    {"H": 3, "G": 3, "D": 40, "P": 3, "lengths": (2, 400, 0, 7), "spec": "fp32"},
     {"H": 1, "G": 1, "D": 8, "P": 1, "lengths": (600, 3)},
 )
 ALIKE = (*({"G": G} for G in (2, 3, 7, 8)), {"D": 40}, {"D": 256})
 CASES = [BASE, *({**BASE, **change} for change in CHANGES)]
 CASES = rebuilt(CASES, [{**BASE, **change} for change in ALIKE])
 CASES += swept({**BASE, **change} for change in MORE)
-
-
-def paged(rng, keys, P, H, D, kv, unseen=None):
-    """Pools of floats and a page table, as pykv.testing.paged fills them."""
-    kind = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}[kv]
-    _, arrays, table = cache(rng, keys, P, H, D, kind, unseen)
-    return arrays["k_pool"], arrays["v_pool"], table
-
-
-def inputs(rng, lengths, G, H, D, P, window, q, kv):
-    """Arguments of `decode`, with everything that must not be read poisoned."""
-    unseen = [max(n - window, 0) if window else 0 for n in lengths]
-    q_dtype = dtype_of(q)
-    queries = rng.standard_normal((len(lengths), H * G, D)).astype(q_dtype)
-    return queries, *paged(rng, lengths, P, H, D, kv, unseen), np.array(lengths, np.int32)
 
 
 # Kinds, scales and layouts; each meets lengths that cut tiles, a group that fills half a tile, and
@@ -102,6 +88,23 @@ def cache(rng, keys, P, H, D, spec, unseen=None):
     return spec, arrays, arrays.pop("page_table")
 
 
+def queries_of(rng, shape, dtype):
+    return rng.standard_normal(shape).astype(dtype_of(dtype))
+
+
+def inputs(rng, lengths, G, H, D, P, window, q, spec):
+    """Arguments of `call`, with everything that must not be read poisoned."""
+    unseen = [max(n - window, 0) if window else 0 for n in lengths]
+    store = cache(rng, lengths, P, H, D, spec, unseen)
+    return queries_of(rng, (len(lengths), G * H, D), q), *store, np.array(lengths, np.int32)
+
+
+def floats(rng, **case):
+    """Arguments of `decode`, in order."""
+    q, _, arrays, *rest = inputs(rng, **case)
+    return q, arrays["k_pool"], arrays["v_pool"], *rest
+
+
 def call(xp, q, spec, arrays, table, lengths, **options):
     """`decode` of host arrays on a device."""
     arrays = {name: x if x is None else xp.asarray(x) for name, x in arrays.items()}
@@ -127,26 +130,6 @@ def judge(got, q, spec, arrays, table, lengths, scale, **options):
     assert_lse_close(got[1], low[1], exact[1])
 
 
-def queries_of(rng, shape, dtype):
-    return rng.standard_normal(shape).astype(dtype_of(dtype))
-
-
-@pytest.mark.parametrize("case", CODE_CASES, ids=str)
-def test_every_kind_matches_the_oracle(xp, rng, case):
-    lengths, window, D = case["lengths"], case["window"], case["D"]
-    unseen = [max(n - window, 0) if window else 0 for n in lengths]
-    store = cache(rng, lengths, case["P"], case["H"], D, case["spec"], unseen)
-    q = queries_of(rng, (len(lengths), case["G"] * case["H"], D), case["q"])
-    args = (q, *store, np.array(lengths, np.int32))
-    judge(call(xp, *args, window=window), *args, D**-0.5, window=window)
-
-
-def oracle(q, k_pool, v_pool, *rest):
-    """The reference in float64."""
-    wide = [x.astype(np.float64) for x in (q, k_pool, v_pool)]
-    return paged_decode.reference(*wide, *rest)
-
-
 def assert_lse_close(lse, low, exact):
     """The same rows are empty, and the others are close."""
     lse = to_numpy(lse)
@@ -160,30 +143,20 @@ def assert_lse_close(lse, low, exact):
 @pytest.mark.parametrize("P", [1, 3, 4])
 def test_matches_a_plain_loop(xp, rng, P, window):
     lengths, G, H, D = (0, 1, 2, 3, 4, 7), 3, 2, 8
-    args = inputs(rng, lengths, G, H, D, P, window, "float32", "float32")
-    out, lse = paged_decode.decode(
-        *map(xp.asarray, args), scale=0.7, window=window, return_lse=True
-    )
-    out, lse = to_numpy(out), to_numpy(lse)
-    q, k_pool, v_pool, table, counts = args
-    where = dict(k_pool=k_pool, v_pool=v_pool, k_scales=None, v_scales=None)
-    where |= dict(page_table=table, lengths=counts)
+    args = inputs(rng, lengths, G, H, D, P, window, "float32", "fp32")
     options = dict(scale=0.7, window=window)
-    want = attention.decode(q, where, KVSpec("fp32", "fp32"), np.float64, **options)
+    out, lse = map(to_numpy, call(xp, *args, **options))
+    q, spec, arrays, table, counts = args
+    where = arrays | dict(page_table=table, lengths=counts)
+    want = attention.decode(q, where, spec, np.float64, **options)
     np.testing.assert_allclose(out, want[0], rtol=0, atol=2e-6)  # 16 ulp of 1
     np.testing.assert_allclose(lse, want[1], rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [*CASES, *CODE_CASES], ids=str)
 def test_matches_the_oracle(xp, rng, case):
-    args = inputs(rng, **case)
-    scale, window = case["D"] ** -0.5, case["window"]
-    out, lse = paged_decode.decode(*map(xp.asarray, args), window=window, return_lse=True)
-    low, low_lse = paged_decode.reference(*args, scale, window)
-    exact, exact_lse = oracle(*args, scale, window)
-    assert out.dtype == args[0].dtype
-    assert_close_to_oracle(out, low, exact)
-    assert_lse_close(lse, low_lse, exact_lse)
+    args, window = inputs(rng, **case), case["window"]
+    judge(call(xp, *args, window=window), *args, case["D"] ** -0.5, window=window)
 
 
 # What is added to scores, what is seen, and how keys are cut; the last case has all of it.
@@ -385,26 +358,13 @@ def test_fixed_splits_give_the_same_bits_in_any_batch(device, rng, spec):
         assert_same_bits(got[1], to_numpy(lse)[rows])
 
 
+@pytest.mark.parametrize("form", ["one", "loose"])
 @pytest.mark.parametrize("spec", ["fp16", "int8", "int4"])
-def test_pools_may_be_views_of_one_array(xp, rng, spec):
-    """Keys and values in one tensor, between layers and heads that nobody may read."""
-    q, spec, arrays, table, lengths = feature_case(rng, spec)[0]
-    want = call(xp, q, spec, arrays, table, lengths)
-    views = {}
-    for name in ("pool", "scales"):
-        k, v = arrays[f"k_{name}"], arrays[f"v_{name}"]
-        if k is None:
-            views[f"k_{name}"] = views[f"v_{name}"] = None
-            continue
-        N, P, H, *rest = k.shape
-        filling = np.nan if k.dtype.kind == "f" else 127
-        joined = xp.full((N, 3, 2, P, H + 1, *rest), filling, k.dtype)
-        joined[:, 1, 0, :, :H], joined[:, 1, 1, :, :H] = xp.asarray(k), xp.asarray(v)
-        views[f"k_{name}"], views[f"v_{name}"] = joined[:, 1, 0, :, :H], joined[:, 1, 1, :, :H]
-    q, table, lengths = map(xp.asarray, (q, table, lengths))
-    got = paged_decode.decode(
-        q, page_table=table, lengths=lengths, spec=spec, return_lse=True, **views
-    )
+def test_pools_may_be_views(xp, rng, spec, form):
+    """Keys and values in one tensor, or between rows that nobody may read."""
+    q, spec, arrays, *where = feature_case(rng, spec)[0]
+    want = call(xp, q, spec, arrays, *where)
+    got = call(xp, q, spec, caches.placed(spec, arrays, form).on(xp).arrays, *where)
     assert_same_bits(got[0], want[0])
     assert_same_bits(got[1], want[1])
 
@@ -412,23 +372,15 @@ def test_pools_may_be_views_of_one_array(xp, rng, spec):
 @pytest.mark.parametrize("spec", ["fp16", "int8:HND", "e4m3", "int4"])
 def test_rows_that_no_vector_fits_take_cuda_cores(xp, rng, spec):
     """Pools eight elements off a multiple of 16 bytes."""
-    args = feature_case(rng, spec)[0]
-    q, spec, arrays, table, lengths = args
-    shifted = {}
-    for name, x in arrays.items():
-        if x is not None and name.endswith("pool"):
-            eight = 8 * x.shape[-1] // 64
-            room = xp.zeros(x.size + eight, x.dtype)
-            room[eight:] = xp.asarray(x.reshape(-1))
-            x = room[eight:].reshape(x.shape)
-        elif x is not None:
-            x = xp.asarray(x)
-        shifted[name] = x
-    q, table, lengths = map(xp.asarray, (q, table, lengths))
-    got = paged_decode.decode(
-        q, page_table=table, lengths=lengths, spec=spec, return_lse=True, **shifted
-    )
-    judge(got, *args, 64**-0.5)
+    q, spec, arrays, *where = args = feature_case(rng, spec)[0]
+    shifted = dict(arrays)
+    for name in ("k_pool", "v_pool"):
+        x = arrays[name]
+        eight = 8 * x.shape[-1] // 64
+        room = xp.zeros(x.size + eight, x.dtype)
+        room[eight:] = xp.asarray(x.reshape(-1))
+        shifted[name] = room[eight:].reshape(x.shape)
+    judge(call(xp, q, spec, shifted, *where), *args, 64**-0.5)
 
 
 def test_the_kernel_for_a_cache():
@@ -486,7 +438,7 @@ def test_a_workspace_serves_calls_of_any_size(device, rng):
 
 
 def test_one_key_returns_its_value(xp, rng):
-    q, k_pool, v_pool, table, lengths = inputs(rng, **{**BASE, "lengths": (1, 1)})
+    q, k_pool, v_pool, table, lengths = floats(rng, **{**BASE, "lengths": (1, 1)})
     got = paged_decode.decode(*map(xp.asarray, (q, k_pool, v_pool, table, lengths)))
     values = v_pool[table[:, 0], 0].astype(np.float32)  # [B, H, D]
     assert_same_bits(got, np.repeat(values, BASE["G"], axis=1))
@@ -532,7 +484,7 @@ def test_huge_scores_do_not_overflow(xp, rng, size):
 
 def test_pages_may_be_shared(xp, rng):
     """Two sequences with one prefix give what they give with copies of it."""
-    q, k_pool, v_pool, table, lengths = inputs(rng, **{**BASE, "lengths": (40, 37)})
+    q, k_pool, v_pool, table, lengths = floats(rng, **{**BASE, "lengths": (40, 37)})
     copies = table.copy()
     k_pool[table[1, :2]], v_pool[table[1, :2]] = k_pool[table[0, :2]], v_pool[table[0, :2]]
     table[1, :2] = table[0, :2]
@@ -545,7 +497,7 @@ def test_pages_may_be_shared(xp, rng):
 
 def test_parts_merge_to_the_whole(xp, rng):
     """Any cut of the keys: outputs weighted by exp(lse) give the output over all keys."""
-    q, k_pool, v_pool, table, _ = map(xp.asarray, inputs(rng, **{**BASE, "lengths": (700,)}))
+    q, k_pool, v_pool, table, _ = map(xp.asarray, floats(rng, **{**BASE, "lengths": (700,)}))
 
     def attend(first_page, keys):
         pages = xp.ascontiguousarray(table[:, first_page:])
@@ -563,14 +515,18 @@ def test_parts_merge_to_the_whole(xp, rng):
 
 
 def test_queries_may_be_strided_and_outputs_given(xp, rng):
+    check_strided(paged_decode.decode, xp, *map(xp.asarray, floats(rng, **BASE)))
+
+
+def check_strided(op, xp, q, *rest):
     """Queries as a view of fused QKV rows; the rows around the outputs stay untouched."""
-    q, *rest = (xp.asarray(a) for a in inputs(rng, **BASE))
-    B, HQ, D = q.shape
-    fused = xp.full((B, HQ + 4, D), np.nan, np.float32)
+    n, HQ, D = q.shape
+    fused = xp.full((n, HQ + 4, D), np.nan, np.float32)
     fused[:, :HQ] = q
-    out, lse = xp.full((B + 2, HQ, D), np.nan, np.float32), xp.full((B + 2, HQ), np.nan, np.float32)
-    result = paged_decode.decode(fused[:, :HQ], *rest, out=out[1:-1], lse=lse[1:-1])
-    want, want_lse = paged_decode.decode(q, *rest, return_lse=True)
+    # Rows of lse are 16-byte aligned because HQ is a multiple of four.
+    out, lse = xp.full((n + 2, HQ, D), np.nan, np.float32), xp.full((n + 2, HQ), np.nan, np.float32)
+    result = op(fused[:, :HQ], *rest, out=out[1:-1], lse=lse[1:-1])
+    want, want_lse = op(q, *rest, return_lse=True)
     assert result.shape == want.shape
     assert_same_bits(out[1:-1], want)
     assert_same_bits(lse[1:-1], want_lse)
@@ -579,7 +535,7 @@ def test_queries_may_be_strided_and_outputs_given(xp, rng):
 
 
 def test_a_poisoned_workspace_does_not_show(xp, rng):
-    q, *rest = (xp.asarray(a) for a in inputs(rng, **{**BASE, "lengths": (3, 0, 900)}))
+    q, *rest = (xp.asarray(a) for a in floats(rng, **{**BASE, "lengths": (3, 0, 900)}))
     B, HQ, D = q.shape
     M, P, H = rest[2].shape[1], BASE["P"], BASE["H"]
     size = 0 if xp is np else paged_decode.workspace_size(B, HQ, H, D, M * P)
@@ -629,7 +585,7 @@ def test_workspace_suffices_for_smaller_batches(monkeypatch):
 
 
 def test_lengths_beyond_the_table(xp, rng):
-    q, k_pool, v_pool, table, lengths = inputs(rng, **{**BASE, "lengths": (48,)})
+    q, k_pool, v_pool, table, lengths = floats(rng, **{**BASE, "lengths": (48,)})
     full = [xp.asarray(a) for a in (q, k_pool, v_pool, table[:, :3].copy(), lengths)]
     beyond = [*full[:4], full[4] + 1]
     if xp is np:
@@ -642,7 +598,7 @@ def test_lengths_beyond_the_table(xp, rng):
 
 
 def test_without_keys_the_output_is_zero(xp, rng):
-    q, k_pool, v_pool, table, _ = map(xp.asarray, inputs(rng, **BASE))
+    q, k_pool, v_pool, table, _ = map(xp.asarray, floats(rng, **BASE))
     lengths = xp.asarray(np.array([0, -1, -7], np.int32))
     out, lse = paged_decode.decode(q, k_pool, v_pool, table, lengths, return_lse=True, check=True)
     assert_same_bits(out, np.zeros(out.shape, np.float32))
@@ -679,7 +635,7 @@ def test_offsets_are_64_bit(xp, rng):
 
 
 def test_errors_name_the_argument(xp, rng):
-    q, k_pool, v_pool, table, lengths = (xp.asarray(a) for a in inputs(rng, **BASE))
+    q, k_pool, v_pool, table, lengths = (xp.asarray(a) for a in floats(rng, **BASE))
     decode = paged_decode.decode
     with pytest.raises(ShapeError, match="q has HQ=7, expected a multiple of H=2"):
         decode(q[:, :7].copy(), k_pool, v_pool, table, lengths)
@@ -708,7 +664,7 @@ def test_errors_name_the_argument(xp, rng):
 
 
 def test_the_host_checks_pages(rng):
-    q, k_pool, v_pool, table, lengths = inputs(rng, **BASE)
+    q, k_pool, v_pool, table, lengths = floats(rng, **BASE)
     table[1, 2] = -1
     with pytest.raises(ParameterError, match=r"page_table\[1, 2\] is -1, expected 0 to 6"):
         paged_decode.decode(q, k_pool, v_pool, table, lengths, check=False)
@@ -716,7 +672,7 @@ def test_the_host_checks_pages(rng):
 
 
 def test_a_wrong_entry_is_found(xp, rng):
-    q, k_pool, v_pool, table, lengths = inputs(rng, **BASE)
+    q, k_pool, v_pool, table, lengths = floats(rng, **BASE)
     run = paged_decode.decode
     run(*map(xp.asarray, (q, k_pool, v_pool, table, lengths)), check=True)
     table[1, 2] = len(k_pool)
@@ -780,7 +736,7 @@ def test_windows_and_slopes_go_by_positions(xp, rng, T):
 )
 def test_positions_that_do_not_ascend_are_found(xp, rng, slot, value, least):
     """On the host always; 2^31 - 1 ahead of the last row alone."""
-    q, k_pool, v_pool, table, lengths = inputs(rng, **BASE)
+    q, k_pool, v_pool, table, lengths = floats(rng, **BASE)
     b = int(np.argmax(lengths))
     positions = np.tile(
         np.arange(table.shape[1] * k_pool.shape[1], dtype=np.int32) * 2 + 2, (len(q), 1)

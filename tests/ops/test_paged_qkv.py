@@ -13,12 +13,14 @@ from pykv.specs import KVSpec
 from tests.helpers import (
     assert_close_to_oracle,
     assert_same_bits,
+    dtype_of,
     product,
     rebuilt,
     swept,
     to_numpy,
 )
-from tests.ops.test_paged_append import Cache, dtype_of, on, options_of
+from tests.ops import caches
+from tests.ops.test_paged_append import on
 
 BASE = dict(
     T=7, HQ=5, H=2, D=64, F=32, pairing="half", norm="float32", new="float32", spec="fp16", P=4
@@ -139,12 +141,12 @@ def judge(heads, H, options):
     return paged_qkv.split(heads, H, *(options.get(name) for name in names))
 
 
-def run(xp, case, heads, slots, options, got, cache, **more):
-    """Call it; `got` are arrays like cache.whole, of `xp`."""
-    pools, rest = options_of(cache, got)
+def run(xp, heads, slots, options, cache, **more):
+    """Call it on a machine, where the cache is."""
     given = {k: xp.asarray(v) if isinstance(v, np.ndarray) else v for k, v in options.items()}
     qkv = xp.asarray(heads.reshape(len(heads), math.prod(heads.shape[1:])))
-    return paged_qkv.append(qkv, *pools, xp.asarray(slots), **given, **rest, **more)
+    options = given | cache.options | more
+    return paged_qkv.append(qkv, *cache.pools, xp.asarray(slots), **options)
 
 
 def steps_between(kind, x, y):
@@ -178,24 +180,21 @@ def test_it_is_norm_rotation_mixing_and_append(xp, rng, case, hadamard):
     T, H, D, P = (case[x] for x in ("T", "H", "D", "P"))
     heads, slots, options = inputs(rng, **case)
     options["hadamard"] = hadamard
-    cache = Cache(rng, spec, T + 3, P, H, D, "two")
-    got = on(xp, cache.copy())
-    q = run(xp, case, heads, slots, options, got, cache)
+    want = caches.blank(spec, T + 3, P, H, D)
+    got = want.on(xp)
+    q = run(xp, heads, slots, options, got)
 
     low, oracle = judge(heads, H, options), judge(heads.astype(np.float64), H, options)
     assert_close_to_oracle(q, low[0].astype(heads.dtype), oracle[0])
-    want = cache.copy()
     for t, slot in enumerate(slots.tolist()):
         if slot >= 0:
-            cache.write(want, *divmod(slot, P), low[1][t], low[2][t])
-    k_pool, k_scales, *of_values = (None if x is None else to_numpy(x) for x in got)
-    for x, y in zip(of_values, want[2:], strict=True):
-        assert (x is None) == (y is None)
-        if x is not None:
-            assert_same_bits(x, y)
+            want.write(*divmod(slot, P), low[1][t], low[2][t])
+    for name in ("v_pool", "v_scales"):
+        if want.arrays[name] is not None:
+            assert_same_bits(got.arrays[name], want.arrays[name])
 
     kept = slots[slots >= 0]
-    stored, expected = by_slot(spec, k_pool), by_slot(spec, want[0])
+    stored, expected = (by_slot(spec, to_numpy(x.arrays["k_pool"])) for x in (got, want))
     assert_same_bits(np.delete(stored, kept, 0), np.delete(expected, kept, 0))
     stored, expected = stored[kept], expected[kept]
     kind = spec.kinds[0]
@@ -205,9 +204,9 @@ def test_it_is_norm_rotation_mixing_and_append(xp, rng, case, hadamard):
     assert steps_between(kind, stored, expected) <= 1
     assert np.sum(stored != expected) <= 1 + stored.size // 100
     if not spec.has_dynamic_scales:
-        assert_same_bits(k_scales, want[1])
+        assert_same_bits(got.arrays["k_scales"], want.arrays["k_scales"])
         return
-    stored, expected = by_slot(spec, k_scales), by_slot(spec, want[1])
+    stored, expected = (by_slot(spec, to_numpy(x.arrays["k_scales"])) for x in (got, want))
     assert_same_bits(np.delete(stored, kept, 0), np.delete(expected, kept, 0))
     eps = float(np.finfo(stored.dtype).eps)
     np.testing.assert_allclose(
@@ -223,17 +222,12 @@ def test_without_norm_and_rotation_it_is_an_append(xp, rng, case):
     heads, slots, options = inputs(rng, **case)
     heads[1, ::2, 3], heads[2, :, 5], heads[4, :, 0] = np.nan, -np.inf, -0.0
     assert options == {}
-    cache = Cache(rng, spec, T + 3, P, H, D, "two")
-    got, want = on(xp, cache.copy()), on(xp, cache.copy())
-    q = run(xp, case, heads, slots, options, got, cache)
-    pools, rest = options_of(cache, want)
+    got, want = (caches.blank(spec, T + 3, P, H, D).on(xp) for _ in range(2))
+    q = run(xp, heads, slots, options, got)
     k, v = on(xp, (heads[:, HQ : HQ + H], heads[:, HQ + H :]))
-    paged_append.append(k, v, *pools, xp.asarray(slots), **rest)
+    paged_append.append(k, v, *want.pools, xp.asarray(slots), **want.options)
     assert_same_bits(q, heads[:, :HQ])
-    for x, y in zip(got, want, strict=True):
-        assert (x is None) == (y is None)
-        if x is not None:
-            assert_same_bits(x, y)
+    got.assert_same(want)
 
 
 @pytest.mark.parametrize(
@@ -245,15 +239,14 @@ def test_mixing_alone_has_the_same_bits_everywhere(xp, rng, D, new):
     T, HQ, H, P = (case[x] for x in ("T", "HQ", "H", "P"))
     heads, slots, options = inputs(rng, **case)
     heads[..., 1] *= 30
-    cache = Cache(rng, KVSpec.parse("int8"), T + 3, P, H, D, "two")
-    got, want = on(xp, cache.copy()), cache.copy()
-    q = run(xp, case, heads, slots, options, got, cache, hadamard=True)
+    want = caches.blank(KVSpec.parse("int8"), T + 3, P, H, D)
+    got = want.on(xp)
+    q = run(xp, heads, slots, options, got, hadamard=True)
     mixed = paged_qkv.hadamard_transform(heads)
-    pools, rest = options_of(cache, want)
-    paged_append.append(mixed[:, HQ : HQ + H], mixed[:, HQ + H :], *pools, slots, **rest)
+    rows = mixed[:, HQ : HQ + H], mixed[:, HQ + H :]
+    paged_append.append(*rows, *want.pools, slots, **want.options)
     assert_same_bits(q, mixed[:, :HQ].astype(new))
-    for x, y in zip(got, want, strict=True):
-        assert_same_bits(x, y)
+    got.assert_same(want)
 
 
 # --- What mixing is for ---
@@ -298,14 +291,9 @@ def test_hadamard_matrix_wants_elements():
 def appended(xp, case, heads, options, spec, **more):
     """(q, k, v), float64, of tokens in slots 0, 1, ...: as attention over the pools sees them."""
     T, H, D = case["T"], case["H"], case["D"]
-    spec = KVSpec.parse(spec)
-    cache = Cache(np.random.default_rng(1), spec, 1, T, H, D, "two")
-    got = on(xp, cache.copy())
-    q = run(xp, case, heads, np.arange(T, dtype=np.int32), options, got, cache, **more)
-    k_pool, k_scales, v_pool, v_scales = (None if x is None else to_numpy(x) for x in got)
-    sides = zip(spec.kinds, ((k_pool, k_scales), (v_pool, v_scales)), strict=True)
-    k, v = (kinds.dequantize(pool[0], kind, x if x is None else x[0]) for kind, (pool, x) in sides)
-    return tuple(to_numpy(x).astype(np.float64) for x in (q, k, v))
+    cache = caches.blank(KVSpec.parse(spec), 1, T, H, D).on(xp)
+    q = run(xp, heads, np.arange(T, dtype=np.int32), options, cache, **more)
+    return tuple(x.astype(np.float64) for x in (to_numpy(q), *(x[0] for x in cache.rows())))
 
 
 def attention(q, k, v):
@@ -352,9 +340,9 @@ def test_it_equals_the_separate_ops(xp, rng, pairing):
     case = {**BASE, "D": 80, "F": 24, "pairing": pairing, "spec": "fp32"}
     T, HQ, H, D, P = (case[x] for x in ("T", "HQ", "H", "D", "P"))
     heads, slots, options = inputs(rng, **case)
-    cache = Cache(rng, KVSpec("fp32", "fp32"), T + 3, P, H, D, "loose")
-    got, want = on(xp, cache.copy()), on(xp, cache.copy())
-    q_out = run(xp, case, heads, slots, options, got, cache)
+    cache = caches.blank(KVSpec("fp32", "fp32"), T + 3, P, H, D, "loose")
+    got, want = cache.on(xp), cache.on(xp)
+    q_out = run(xp, heads, slots, options, got)
 
     qkv, slots = on(xp, (heads, slots))
     q, k, v = qkv[:, :HQ], qkv[:, HQ : HQ + H], qkv[:, HQ + H :]
@@ -362,13 +350,12 @@ def test_it_equals_the_separate_ops(xp, rng, pairing):
         norm.rms_norm(x, xp.asarray(options[name]), eps=options["eps"], out=x)
     where = on(xp, (options["positions"], options["inv_freq"]))
     rope.rotate(q, k, *where, pairing=pairing)
-    pools, rest = options_of(cache, want)
-    paged_append.append(k, v, *pools, slots, **rest)
-    for x, y in ((q_out, q), (got[0], want[0])):
+    paged_append.append(k, v, *want.pools, slots, **want.options)
+    for x, y in ((q_out, q), (got.memory["k_pool"], want.memory["k_pool"])):
         x, y = to_numpy(x), to_numpy(y)
         np.testing.assert_allclose(x, y, rtol=0, atol=4e-6)  # values to 4, and a NaN where none is
         assert np.isfinite(x).sum() == np.isfinite(y).sum() > 0
-    assert_same_bits(got[2], want[2])
+    assert_same_bits(got.memory["v_pool"], want.memory["v_pool"])
 
 
 @pytest.mark.parametrize("pairing", rope.PAIRINGS)
@@ -403,39 +390,36 @@ def test_arrays_may_be_strided(xp, rng, form, spec):
     case = {**BASE, "spec": spec}
     T, HQ, H, D, P = (case[x] for x in ("T", "HQ", "H", "D", "P"))
     heads, slots, options = inputs(rng, **case)
-    caches = Cache(rng, KVSpec.parse(spec), T + 3, P, H, D, form)
-    want, got = on(xp, caches.copy()), on(xp, caches.copy())
-    q = run(xp, case, heads, slots, options, want, caches)
+    cache = caches.blank(KVSpec.parse(spec), T + 3, P, H, D, form)
+    want, got = cache.on(xp), cache.on(xp)
+    q = run(xp, heads, slots, options, want)
 
     wide = xp.full((T, (HQ + 2 * H + 1) * D), np.nan, np.float32)
     wide[:, D:] = xp.asarray(heads.reshape(T, -1))
     out = xp.full((T, 2, HQ + 1, D), np.nan, np.float32)
-    pools, rest = options_of(caches, got)
     given = {k: xp.asarray(v) if isinstance(v, np.ndarray) else v for k, v in options.items()}
     slots = xp.asarray(slots.astype(np.int64))
     q_out = out[:, 1, 1:]
-    returned = paged_qkv.append(wide[:, D:], *pools, slots, q_out=q_out, **given, **rest)
+    where = wide[:, D:], *got.pools, slots
+    returned = paged_qkv.append(*where, q_out=q_out, **given, **got.options)
     assert returned is q_out
     assert_same_bits(out[:, 1, 1:], q)
     assert bool(xp.isnan(out[:, 0]).all()) and bool(xp.isnan(out[:, 1, 0]).all())
-    for x, y in zip(got, want, strict=True):
-        if x is not None:
-            assert_same_bits(x, y)
+    got.assert_same(want)
 
 
 def test_a_token_does_not_depend_on_the_others(device, rng):
     case = {**BASE, "spec": "int8"}
     T, H, D, P = (case[x] for x in ("T", "H", "D", "P"))
     heads, slots, options = inputs(rng, **case)
-    cache = Cache(rng, KVSpec.parse("int8"), T + 3, P, H, D, "two")
-    together, alone = on(device, cache.copy()), on(device, cache.copy())
-    q = run(device, case, heads, slots, options, together, cache)
+    cache = caches.blank(KVSpec.parse("int8"), T + 3, P, H, D)
+    together, alone = cache.on(device), cache.on(device)
+    q = run(device, heads, slots, options, together)
     for t in range(T):
         of_token = dict(options, positions=options["positions"][t : t + 1])
         row = heads[t : t + 1], slots[t : t + 1]
-        assert_same_bits(run(device, case, *row, of_token, alone, cache), q[t : t + 1])
-    for x, y in zip(together, alone, strict=True):
-        assert_same_bits(x, y)
+        assert_same_bits(run(device, *row, of_token, alone), q[t : t + 1])
+    together.assert_same(alone)
 
 
 @pytest.mark.parametrize("slots, text", [([3, 16], "below 16"), ([3, 3], "no slot twice")])
@@ -455,23 +439,21 @@ def test_a_prepared_call_goes_by_what_arrays_hold_then(xp, rng):
     case = {**BASE, "spec": "int8"}
     T, H, D, P = (case[x] for x in ("T", "H", "D", "P"))
     heads, slots, options = inputs(rng, **case)
-    cache = Cache(rng, KVSpec.parse("int8"), T + 3, P, H, D, "two")
-    got, want = on(xp, cache.copy()), on(xp, cache.copy())
+    cache = caches.blank(KVSpec.parse("int8"), T + 3, P, H, D)
+    got, want = cache.on(xp), cache.on(xp)
     qkv, slots = on(xp, (heads.reshape(T, -1), slots))
     given = {k: xp.asarray(v) if isinstance(v, np.ndarray) else v for k, v in options.items()}
-    pools, rest = options_of(cache, got)
-    call = pykv.prepare(paged_qkv.append, qkv, *pools, slots, **given, **rest, check=True)
-    for x, y in zip(got, want, strict=True):
-        assert_same_bits(x, y)
-    pools, rest = options_of(cache, want)
+    where, options = (qkv, *got.pools, slots), given | got.options
+    call = pykv.prepare(paged_qkv.append, *where, **options, check=True)
+    got.assert_same(want)
     for factor in (1, -2):
         qkv[...] = qkv * factor
         given["positions"][...] = given["positions"] * 3
         slots[0] = 0 if factor == 1 else 4 * (T + 3) - 1
         assert call() is call.result
-        assert_same_bits(call.result, paged_qkv.append(qkv, *pools, slots, **given, **rest))
-        for x, y in zip(got, want, strict=True):
-            assert_same_bits(x, y)
+        again = paged_qkv.append(qkv, *want.pools, slots, **given, **want.options)
+        assert_same_bits(call.result, again)
+        got.assert_same(want)
     slots[0] = 4 * (T + 3)
     with pytest.raises(ParameterError, match=r"paged_qkv.append: slots\[0\] is"):
         call()

@@ -58,9 +58,7 @@ def test_residual_layers(xp_of_programs, rng, T, E, F, count, blocks):
     assert_close_to_oracle(got, definition(x), definition(x.astype(np.float64)))
 
 
-def test_the_grid_changes_no_bit(device, rng, monkeypatch):
-    if device is simt:
-        monkeypatch.setattr(machine, "ARCH", "sm_90")
+def test_the_grid_changes_no_bit(device, rng, hopper):
     x, matrices = layers(rng, 1, 200, 168, 2)
     results = []
     for blocks in (1, 2, 3, None):

@@ -15,13 +15,13 @@ from tests.conftest import array_module
 from tests.helpers import (
     assert_close_to_oracle,
     assert_same_bits,
-    dtype_of,
     make_every_launch,
     product,
     swept,
     to_numpy,
 )
-from tests.ops.test_paged_decode import assert_lse_close, cache, paged
+from tests.ops import caches
+from tests.ops.test_paged_decode import assert_lse_close, cache, check_strided, queries_of
 
 # sequences: (queries, keys) of each
 BASE = dict(
@@ -34,7 +34,7 @@ BASE = dict(
     causal=True,
     logits_soft_cap=None,
     q="float32",
-    kv="float16",
+    spec="fp16",
 )
 # Query counts about the edges of warps and blocks, and key counts about those of tiles.
 EDGES = tuple((n, n + 5) for n in (1, 15, 16, 17, 63, 64, 65, 129))
@@ -51,12 +51,12 @@ CHANGES = (
     {"logits_soft_cap": 1.5, "window": 20, "P": 5},
     # Other dtypes and head sizes, each a kernel of its own, with edges of another axis: on tensor
     # cores with one, two and three terms of queries, then on CUDA cores.
-    *({"q": "float16", "kv": "bfloat16", "D": 256, **c} for c in ({"G": 1}, {"causal": False})),
+    *({"q": "float16", "spec": "bf16", "D": 256, **c} for c in ({"G": 1}, {"causal": False})),
     {"q": "float32", "D": 256, "H": 1, "sequences": ((17, 70),), "window": 33},
-    {"kv": "float32"},
+    {"spec": "fp32"},
     *({"D": 264, "sequences": ((9, 9), (3, 40)), "G": G} for G in (1, 3)),
 )
-COARSE = {**BASE, "q": "bfloat16", "kv": "bfloat16", "D": 128}
+COARSE = {**BASE, "q": "bfloat16", "spec": "bf16", "D": 128}
 COARSE_CHANGES = (
     {"sequences": EDGES, "G": 1, "H": 1},
     *({"sequences": ((43, 43), (10, 70)), "G": G, "H": 1} for G in (3, 7)),
@@ -69,11 +69,11 @@ CASES = [
     *({**COARSE, **change} for change in COARSE_CHANGES),
     *swept(
         [
-            {**BASE, "kv": "bfloat16", "D": 80, "sequences": ((17, 17), (33, 70)), "G": 3},
-            {**COARSE, "kv": "float16", "D": 96, "sequences": EDGES[-1:], "P": 5, "H": 1},
+            {**BASE, "spec": "bf16", "D": 80, "sequences": ((17, 17), (33, 70)), "G": 3},
+            {**COARSE, "spec": "fp16", "D": 96, "sequences": EDGES[-1:], "P": 5, "H": 1},
             {
                 **BASE,
-                "kv": "float32",
+                "spec": "fp32",
                 "D": 40,
                 "H": 3,
                 "G": 3,
@@ -85,14 +85,20 @@ CASES = [
 ]
 
 
-def inputs(rng, sequences, G, H, D, P, window, q, kv, **options):
-    """Arguments of `prefill`, with everything that must not be read poisoned."""
+def inputs(rng, sequences, G, H, D, P, window, q, spec, **options):
+    """(q, spec, arrays, given) of `judge`, with everything that must not be read poisoned."""
     keys = [n for _, n in sequences]
     unseen = [max(n - m - window + 1, 0) if window else 0 for m, n in sequences]
     starts = np.cumsum([0] + [m for m, _ in sequences]).astype(np.int32)
-    q_dtype = dtype_of(q)
-    queries = rng.standard_normal((starts[-1], H * G, D)).astype(q_dtype)
-    return queries, *paged(rng, keys, P, H, D, kv, unseen), np.array(keys, np.int32), starts
+    spec, arrays, table = cache(rng, keys, P, H, D, spec, unseen)
+    given = dict(page_table=table, lengths=np.array(keys, np.int32), q_starts=starts)
+    return queries_of(rng, (starts[-1], H * G, D), q), spec, arrays, given
+
+
+def floats(rng, **case):
+    """Arguments of `prefill`, in order."""
+    q, _, arrays, given = inputs(rng, **case)
+    return q, arrays["k_pool"], arrays["v_pool"], *given.values()
 
 
 @pytest.mark.parametrize(
@@ -102,30 +108,14 @@ def inputs(rng, sequences, G, H, D, P, window, q, kv, **options):
 @pytest.mark.parametrize("P", [1, 3, 8])
 def test_matches_a_plain_loop(xp, rng, P, window, causal, cap):
     sequences, G, H, D = ((5, 9), (0, 4), (6, 3), (1, 1), (4, 4), (2, 0)), 3, 2, 8
-    args = inputs(rng, sequences, G, H, D, P, window, "float32", "float32")
+    args = inputs(rng, sequences, G, H, D, P, window, "float32", "fp32")
+    q, spec, arrays, given = args
     options = dict(scale=0.7, window=window, logits_soft_cap=cap, causal=bool(causal))
-    got = prefill.prefill(*map(xp.asarray, args), **options, return_lse=True)
-    out, lse = map(to_numpy, got)
-    q, k_pool, v_pool, table, lengths, starts = args
-    where = dict(k_pool=k_pool, v_pool=v_pool, k_scales=None, v_scales=None)
-    where |= dict(page_table=table, lengths=lengths)
-    want = attention.prefill(q, where, KVSpec("fp32", "fp32"), starts, np.float64, **options)
+    out, lse = map(to_numpy, call(xp, *args, **options, return_lse=True))
+    starts = given.pop("q_starts")
+    want = attention.prefill(q, arrays | given, spec, starts, np.float64, **options)
     np.testing.assert_allclose(out, want[0], rtol=0, atol=2e-6)
     np.testing.assert_allclose(lse, want[1], rtol=0, atol=2e-6)
-
-
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_matches_the_oracle(xp, rng, case):
-    args = inputs(rng, **case)
-    options = {name: case[name] for name in ("window", "causal", "logits_soft_cap")}
-    out, lse = prefill.prefill(*map(xp.asarray, args), **options, return_lse=True)
-    options["scale"] = case["D"] ** -0.5
-    low, low_lse = prefill.reference(*args, **options)
-    wide = [x.astype(np.float64) for x in args[:3]]
-    exact, exact_lse = prefill.reference(*wide, *args[3:], **options)
-    assert out.dtype == args[0].dtype
-    assert_close_to_oracle(out, low, exact)
-    assert_lse_close(lse, low_lse, exact_lse)
 
 
 # Kinds, scales and layouts; tiles that are cut, and a sequence that no row is of.
@@ -153,28 +143,15 @@ CODE_CASES = [{**CODE_BASE, **change} for change in CODE_CHANGES]
 CODE_CASES += swept({**CODE_BASE, **change} for change in CODE_MORE)
 
 
-def code_inputs(rng, sequences, G, H, D, P, window, q, spec, **options):
-    """As `inputs`: arguments and, by name, what a spec adds."""
-    keys = [n for _, n in sequences]
-    unseen = [max(n - m - window + 1, 0) if window else 0 for m, n in sequences]
-    starts = np.cumsum([0] + [m for m, _ in sequences]).astype(np.int32)
-    q_dtype = dtype_of(q)
-    queries = rng.standard_normal((starts[-1], H * G, D)).astype(q_dtype)
-    spec, arrays, table = cache(rng, keys, P, H, D, spec, unseen)
-    where = (table, np.array(keys, np.int32), starts)
-    return queries, arrays, where, spec
-
-
-def of_spec(xp, spec, arrays):
-    """Arrays by name, on a device, and the spec."""
-    return {name: x if x is None else xp.asarray(x) for name, x in arrays.items()} | {"spec": spec}
+def call(xp, q, spec, arrays, given, **options):
+    """`prefill` of host arrays on a device; `given` are page table, lengths and starts."""
+    sent = {name: x if x is None else xp.asarray(x) for name, x in (arrays | given).items()}
+    return prefill.prefill(xp.asarray(q), **sent, spec=spec, **options)
 
 
 def judge(xp, q, spec, arrays, given, **options):
-    """Hold `prefill` to the reference, at the precision of the queries and in float64; `given` are
-    the page table, lengths and starts."""
-    sent = {name: xp.asarray(x) for name, x in given.items()} | of_spec(xp, spec, arrays)
-    out, lse = prefill.prefill(xp.asarray(q), **sent, **options, return_lse=True)
+    """Hold `prefill` to the reference, at the precision of the queries and in float64."""
+    out, lse = call(xp, q, spec, arrays, given, **options, return_lse=True)
     (low, low_lse), (exact, exact_lse) = (
         prefill.reference(x, **given, **arrays, spec=spec, scale=q.shape[-1] ** -0.5, **options)
         for x in (q, q.astype(np.float64))
@@ -184,22 +161,17 @@ def judge(xp, q, spec, arrays, given, **options):
     assert_lse_close(lse, low_lse, exact_lse)
 
 
-@pytest.mark.parametrize("case", CODE_CASES, ids=str)
-def test_every_kind_matches_the_oracle(xp, rng, case):
-    q, arrays, (table, lengths, starts), spec = code_inputs(rng, **case)
-    given = dict(page_table=table, lengths=lengths, q_starts=starts)
+@pytest.mark.parametrize("case", [*CASES, *CODE_CASES], ids=str)
+def test_matches_the_oracle(xp, rng, case):
     options = {name: case[name] for name in ("window", "causal", "logits_soft_cap")}
-    judge(xp, q, spec, arrays, given, **options)
+    judge(xp, *inputs(rng, **case), **options)
 
 
 @pytest.mark.parametrize("spec", ["int8", "k8v4:HND", "e4m3:head", "e5m2:tensor:fp32", "int4:fp32"])
 def test_codes_are_the_floats_that_they_decode_to(xp, rng, spec):
     """Decoded by hand into float32 pools, the scale of each row, head or tensor applied."""
-    case = {**CODE_BASE, "spec": spec}
-    q, arrays, where, spec = code_inputs(rng, **case)
-    q, *where = map(xp.asarray, (q, *where))
-    names = dict(zip(("page_table", "lengths", "q_starts"), where, strict=True))
-    got = prefill.prefill(q, **names, **of_spec(xp, spec, arrays))
+    q, spec, arrays, given = args = inputs(rng, **{**CODE_BASE, "spec": spec})
+    got = call(xp, *args)
     pools = []
     for name, kind in zip("kv", spec.kinds, strict=True):
         pool = kinds.decode(arrays[f"{name}_pool"], kind)
@@ -209,7 +181,7 @@ def test_codes_are_the_floats_that_they_decode_to(xp, rng, spec):
         else:
             pool *= factors[:, None] if spec.layout == "NHD" else factors[:, None, None]
         pools.append(pool.swapaxes(1, 2).copy() if spec.layout == "HND" else pool)
-    want = prefill.prefill(q, *map(xp.asarray, pools), *where)
+    want = prefill.prefill(*map(xp.asarray, (q, *pools, *given.values())))
     np.testing.assert_allclose(to_numpy(got), to_numpy(want), rtol=0, atol=2e-6)
 
 
@@ -228,7 +200,7 @@ def test_scales_of_values_differ_from_tile_to_tile(xp, rng, spec, q, D, rises):
         arrays[f"{name}_pool"], arrays[f"{name}_scales"] = kinds.quantize(
             x, kind, scale_dtype=dtype
         )
-    queries = rng.standard_normal((40, 2, D)).astype(dtype_of(q))
+    queries = queries_of(rng, (40, 2, D), q)
     where = ([[0]], [L], [0, 40])
     names = dict(zip(("page_table", "lengths", "q_starts"), where, strict=True))
     given = {name: np.array(x, np.int32) for name, x in names.items()}
@@ -241,43 +213,29 @@ def test_scales_of_values_differ_from_tile_to_tile(xp, rng, spec, q, D, rises):
 def test_scores_that_grow(xp, rng, spec, q):
     """The maximum moves at most of the tiles: units of weights must not follow."""
     D, L = 64, 1800
-    q, arrays, (table, lengths, starts), spec = code_inputs(
-        rng, [(5, L)], G=1, H=1, D=D, P=8, window=None, q=q, spec=spec
-    )
+    q, spec, arrays, given = inputs(rng, [(5, L)], 1, 1, D, 8, None, q, spec)
     q[...] = q[0]
     k = q[0] * np.linspace(0, 50, L)[:, None, None]
     dtype = kinds.SCALE_DTYPES[spec.scale_dtype]
     codes, scales = kinds.quantize(k, spec.kinds[0], scale_dtype=dtype)
-    at = table[0, np.arange(L) // 8], np.arange(L) % 8
+    at = given["page_table"][0, np.arange(L) // 8], np.arange(L) % 8
     arrays["k_pool"][at], arrays["k_scales"][at] = codes, scales
-    given = dict(page_table=table, lengths=lengths, q_starts=starts)
     judge(xp, q, spec, arrays, given)
 
 
+@pytest.mark.parametrize("form", ["one", "loose"])
 @pytest.mark.parametrize("spec", ["fp16", "int8", "int4:fp32"])
-def test_pools_may_be_views_of_one_array(xp, rng, spec):
-    """Keys and values in one tensor, between layers and heads that nobody may read."""
-    q, arrays, where, spec = code_inputs(rng, **{**CODE_BASE, "spec": spec})
-    q, *where = map(xp.asarray, (q, *where))
-    names = dict(zip(("page_table", "lengths", "q_starts"), where, strict=True))
-    want = prefill.prefill(q, **names, **of_spec(xp, spec, arrays))
-    views = {"k_scales": None, "v_scales": None, "spec": spec}
-    for name in ("pool", "scales"):
-        k, v = arrays[f"k_{name}"], arrays[f"v_{name}"]
-        if k is not None:
-            N, P, H, *rest = k.shape
-            filling = np.nan if k.dtype.kind == "f" else 127
-            joined = xp.full((N, 3, 2, P, H + 1, *rest), filling, k.dtype)
-            joined[:, 1, 0, :, :H], joined[:, 1, 1, :, :H] = xp.asarray(k), xp.asarray(v)
-            views[f"k_{name}"] = joined[:, 1, 0, :, :H]
-            views[f"v_{name}"] = joined[:, 1, 1, :, :H]
-    assert_same_bits(prefill.prefill(q, **names, **views), want)
+def test_pools_may_be_views(xp, rng, spec, form):
+    """Keys and values in one tensor, or between rows that nobody may read."""
+    q, spec, arrays, given = inputs(rng, **{**CODE_BASE, "spec": spec})
+    views = caches.placed(spec, arrays, form).on(xp).arrays
+    assert_same_bits(call(xp, q, spec, views, given), call(xp, q, spec, arrays, given))
 
 
 @pytest.mark.parametrize("window", [None, 20])
 def test_one_query_is_decode(xp, rng, window):
     case = {**BASE, "sequences": ((1, 1), (1, 97), (1, 700), (1, 0)), "window": window}
-    *args, starts = map(xp.asarray, inputs(rng, **case))
+    *args, starts = map(xp.asarray, floats(rng, **case))
     out, lse = prefill.prefill(*args, starts, window=window, return_lse=True)
     want, want_lse = paged_decode.decode(*args, window=window, return_lse=True)
     np.testing.assert_allclose(to_numpy(out), to_numpy(want), rtol=0, atol=2e-6)
@@ -288,7 +246,7 @@ def test_one_query_is_decode(xp, rng, window):
 def test_two_chunks_are_the_whole(xp, rng, cut, window):
     """A prompt of 100 tokens at once, and its first `cut` tokens followed by the others."""
     case = {**BASE, "sequences": ((100, 100),), "window": window}
-    q, *pools, _, _ = map(xp.asarray, inputs(rng, **case))
+    q, *pools, _, _ = map(xp.asarray, floats(rng, **case))
     whole = prefill.prefill(q, *pools, *ragged(xp, (100, 100)), window=window)
     first = prefill.prefill(q[:cut], *pools, *ragged(xp, (cut, cut)), window=window)
     second = prefill.prefill(q[cut:], *pools, *ragged(xp, (100 - cut, 100)), window=window)
@@ -305,7 +263,7 @@ def ragged(xp, sequence):
 def test_a_batch_is_its_sequences(xp, rng):
     """Each sequence gives the same bits alone as among others."""
     sequences = ((0, 9), (70, 80), (1, 33), (0, 0), (20, 20))
-    args = inputs(rng, **{**BASE, "sequences": sequences})
+    args = floats(rng, **{**BASE, "sequences": sequences})
     q, k_pool, v_pool, table, _, starts = map(xp.asarray, args)
     out = prefill.prefill(*map(xp.asarray, args))
     for b, sequence in enumerate(sequences):
@@ -348,25 +306,12 @@ def test_huge_scores_do_not_overflow(xp, rng, size):
 
 
 def test_queries_may_be_strided_and_outputs_given(xp, rng):
-    """Queries as a view of fused QKV rows; the rows around the outputs stay untouched."""
-    q, *rest = (xp.asarray(a) for a in inputs(rng, **BASE))
-    T, HQ, D = q.shape
-    fused = xp.full((T, HQ + 4, D), np.nan, np.float32)
-    fused[:, :HQ] = q
-    out, lse = xp.full((T + 2, HQ, D), np.nan, np.float32), xp.full((T + 2, HQ), np.nan, np.float32)
-    # Rows of lse are 16-byte aligned because HQ is a multiple of four.
-    result = prefill.prefill(fused[:, :HQ], *rest, out=out[1:-1], lse=lse[1:-1])
-    want, want_lse = prefill.prefill(q, *rest, return_lse=True)
-    assert result.shape == want.shape
-    assert_same_bits(out[1:-1], want)
-    assert_same_bits(lse[1:-1], want_lse)
-    for guard in (out[0], out[-1], lse[0], lse[-1]):
-        assert bool(xp.isnan(guard).all())
+    check_strided(prefill.prefill, xp, *map(xp.asarray, floats(rng, **BASE)))
 
 
 @pytest.mark.parametrize("window", [None, 25])
 def test_the_reference_may_work_in_chunks(rng, monkeypatch, window):
-    args = inputs(rng, **{**BASE, "sequences": ((70, 97), (5, 3)), "window": window})
+    args = floats(rng, **{**BASE, "sequences": ((70, 97), (5, 3)), "window": window})
     whole = prefill.reference(*args, 0.125, window)
     monkeypatch.setattr(prefill, "SCORE_BYTES", 3 * 8 * 97 * 4)  # three queries of 8 heads
     chunked = prefill.reference(*args, 0.125, window)
@@ -375,7 +320,7 @@ def test_the_reference_may_work_in_chunks(rng, monkeypatch, window):
 
 
 def test_empty_batches(xp, rng):
-    q, k_pool, v_pool, table, lengths, starts = map(xp.asarray, inputs(rng, **BASE))
+    q, k_pool, v_pool, table, lengths, starts = map(xp.asarray, floats(rng, **BASE))
     none = prefill.prefill(q[:0], k_pool, v_pool, table, lengths, xp.zeros_like(starts))
     assert none.shape == (0, *q.shape[1:])
     none = prefill.prefill(q[:0], k_pool, v_pool, table[:0], lengths[:0], starts[:1])
@@ -383,7 +328,7 @@ def test_empty_batches(xp, rng):
 
 
 def test_errors_name_the_argument(xp, rng):
-    args = [xp.asarray(a) for a in inputs(rng, **BASE)]
+    args = [xp.asarray(a) for a in floats(rng, **BASE)]
     q, k_pool, v_pool, table, lengths, starts = args
     run = prefill.prefill
     with pytest.raises(ShapeError, match="q has HQ=7, expected a multiple of H=2"):
@@ -423,7 +368,7 @@ def scales(xp, shape):
 
 
 def test_the_host_checks_starts_lengths_and_pages(rng):
-    q, k_pool, v_pool, table, lengths, starts = inputs(rng, **BASE)
+    q, k_pool, v_pool, table, lengths, starts = floats(rng, **BASE)
     for wrong, text in (
         ([0, 7, 10, 12], r"q_starts\[3\] is 12, expected at most 11"),
         ([0, 7, 10, 10], r"q_starts\[3\] is 10, expected T=11"),
@@ -465,7 +410,7 @@ def test_lengths_that_are_padding(xp):
     ],
 )
 def test_a_wrong_entry_is_found(xp, rng, argument, index, value, expected):
-    *arrays, table, lengths, starts = inputs(rng, **BASE)
+    *arrays, table, lengths, starts = floats(rng, **BASE)
     tables = dict(page_table=table, lengths=lengths, q_starts=starts)
 
     def run():
@@ -616,8 +561,8 @@ def test_tiles_of_other_sms(rng, request, monkeypatch, sm):
     request.param = "simt"
     xp = array_module(request)
     monkeypatch.setattr(machine, "ARCH", f"sm_{sm}")
-    case = {**COARSE, "kv": "float16", "G": 1, "H": 1, "sequences": ((40, 100),)}
-    args = inputs(rng, **case)
+    case = {**COARSE, "spec": "fp16", "G": 1, "H": 1, "sequences": ((40, 100),)}
+    args = floats(rng, **case)
     out = prefill.prefill(*map(xp.asarray, args))
     low, exact = (
         prefill.reference(q, *args[1:], scale=128**-0.5)[0]

@@ -10,7 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from pykv.errors import CapacityError, NumberError
-from pykv.serve import connection, front, protocol, unmet
+from pykv.serve import connection, protocol, unsupported
+from pykv.serve.middleware import Middleware
 from tests.serve.conftest import PLAIN
 
 USER = [{"role": "user", "content": "Hi"}]
@@ -146,10 +147,10 @@ def test_wrong_values_are_refused_by_name(one, path, param, fields):
     assert error["param"] == param and error["message"]
 
 
-@pytest.mark.parametrize("name", unmet.UNMET)
+@pytest.mark.parametrize("name", unsupported.UNSUPPORTED)
 def test_what_does_not_run_is_refused(one, name):
     """A client that asks for a grammar, for one, would take any text for what follows it."""
-    nothing, instead = unmet.UNMET[name]
+    nothing, instead = unsupported.UNSUPPORTED[name]
     for path, given in ((CHAT, {"messages": USER}), (TEXT, {"prompt": "x"})):
         status, error = one.refused(path, **given, **{name: {"a": 1}})
         assert status == 400 and error["param"] == name
@@ -363,7 +364,7 @@ def test_a_client_that_leaves_within_its_body_is_no_fault(serve, caplog):
 
 def test_the_log_repeats_no_address_and_no_line_end_of_a_client(serve, caplog, monkeypatch):
     client = serve()
-    monkeypatch.setattr(front.App, "_check", None)  # a fault
+    monkeypatch.setattr(Middleware, "_check", None)  # a fault
     with caplog.at_level(logging.INFO, "pykv.serve"):
         headers = {"X-Forwarded-For": "6.6.6.6"}
         assert client.request("GET", "/a%0aforged", headers=headers)[0] == 500

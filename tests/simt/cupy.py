@@ -162,7 +162,9 @@ def __getattr__(name):
 
 
 def asarray(x, dtype=None):
-    return x.astype(dtype, copy=False) if isinstance(x, ndarray) else array(x, dtype)
+    if isinstance(x, ndarray):
+        return x if dtype is None else x.astype(dtype, copy=False)
+    return array(x, dtype)
 
 
 def array(x, dtype=None):

@@ -9,14 +9,12 @@ import pytest
 
 from pykv import cuda
 from tests.helpers import launch, to_numpy
-from tests.simt import machine
 
 
 @pytest.fixture
-def run(device, kernel_folder, monkeypatch):
+def run(device, kernel_folder, hopper):
     shutil.copy(Path(__file__).parent / "kernels" / "clusters.cu", kernel_folder)
     cuda.source.cache_clear()
-    monkeypatch.setattr(machine, "ARCH", "sm_90")
     if cuda.current_sm() < 90:
         pytest.skip(f"sm_90 is the first with clusters, this is {cuda.current_arch()}")
 

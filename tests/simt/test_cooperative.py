@@ -10,7 +10,7 @@ from tests.simt import cupy as simt
 from tests.simt import machine
 from tests.simt.test_machine import add_kernel, both
 
-pytestmark = pytest.mark.simt
+pytestmark = [pytest.mark.simt, pytest.mark.usefixtures("hopper")]
 
 BLOCKS, THREADS = 4, 64
 N = BLOCKS * THREADS
@@ -143,7 +143,6 @@ def run(folder, body):
 
 @pytest.mark.parametrize("case", FAULTS.values(), ids=FAULTS)
 def test_planted_faults_are_caught(kernel_folder, monkeypatch, case):
-    monkeypatch.setattr(machine, "ARCH", "sm_90")
     for seed in range(4):
         monkeypatch.setenv("PYKV_SIMT_SEED", str(seed))
         with pytest.raises(machine.SimtError, match=case.error) as caught:
@@ -159,16 +158,14 @@ def test_planted_faults_are_caught(kernel_folder, monkeypatch, case):
     [(9, 32, {}, 8), (3, 512, {}, 2), (2, 64, dict(cluster=(2,)), 8)],
     ids=str,
 )
-def test_grids_that_do_not_fit(kernel_folder, monkeypatch, grid, block, options, most):
-    monkeypatch.setattr(machine, "ARCH", "sm_90")
+def test_grids_that_do_not_fit(kernel_folder, grid, block, options, most):
     kernel = add_kernel(kernel_folder, 'extern "C" __global__ void faulty(int* out) { *out = 1; }')
     with pytest.raises(machine.SimtError, match=f"cooperative grid is .*at most {most} blocks"):
         machine.launch(kernel, grid, block, simt.zeros(1, "i4"), cooperative=True, **options)
 
 
-def test_the_host_talks_to_a_kernel_that_runs(kernel_folder, monkeypatch):
+def test_the_host_talks_to_a_kernel_that_runs(kernel_folder):
     """Words of mapped memory go both ways while it runs; a clock ends it without a host."""
-    monkeypatch.setattr(machine, "ARCH", "sm_90")
     text = (
         'extern "C" __global__ void faulty(u64* host, u64 limit) {\n'
         "    u64 next = 1; const u64 start = global_timer();\n"

@@ -636,8 +636,7 @@ def test_clusters_that_no_gpu_takes(kernel_folder, monkeypatch, arch, grid, bloc
         machine.launch(kernel, grid, block, out, cluster=cluster)
 
 
-def test_barriers_have_a_limit(kernel_folder, monkeypatch):
-    monkeypatch.setattr(machine, "ARCH", "sm_90")
+def test_barriers_have_a_limit(kernel_folder, hopper):
     text = (
         'extern "C" __global__ void faulty(int* out, int n) {\n'
         "    for (int i = 0; i < n; i++) { cluster_arrive(); cluster_wait(); } out[0] = n; }"

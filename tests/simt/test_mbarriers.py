@@ -7,7 +7,7 @@ from tests.simt import cupy as simt
 from tests.simt import machine
 from tests.simt.test_machine import add_kernel
 
-pytestmark = pytest.mark.simt
+pytestmark = [pytest.mark.simt, pytest.mark.usefixtures("hopper")]
 
 # Two warps add up six stages of 64, which a third one copies to a ring of two: half of each by
 # lanes, half in bulk.
@@ -96,11 +96,6 @@ def run(folder, text):
     out, given = simt.zeros(64, np.int32), simt.asarray(np.arange(6 * 64 + 4, dtype="i4") ** 2)
     machine.launch(add_kernel(folder, text), 1, 96, out, given)
     return out.get()
-
-
-@pytest.fixture(autouse=True)
-def hopper(monkeypatch):
-    monkeypatch.setattr(machine, "ARCH", "sm_90")
 
 
 @pytest.mark.parametrize("line, instead, error", FAULTS.values(), ids=FAULTS)

@@ -7,7 +7,7 @@ from tests.simt import cupy as simt
 from tests.simt import machine
 from tests.simt.test_machine import add_kernel
 
-pytestmark = pytest.mark.simt
+pytestmark = [pytest.mark.simt, pytest.mark.usefixtures("hopper")]
 
 KERNEL = """
 extern "C" __global__ void faulty(float* out, const u16* in) {
@@ -65,11 +65,6 @@ def run(folder, text):
     given = simt.asarray(np.full(192 * 64, 0x3C00, np.uint16))
     machine.launch(kernel, 1, 128, out, given)
     return out.get()
-
-
-@pytest.fixture(autouse=True)
-def hopper(monkeypatch):
-    monkeypatch.setattr(machine, "ARCH", "sm_90")
 
 
 @pytest.mark.parametrize("line, instead, error", FAULTS.values(), ids=FAULTS)

@@ -119,9 +119,8 @@ def tell_late(program, command, tell=ResidentProgram._tell):
 
 
 @pytest.mark.parametrize("device", ["simt"], indirect=True)
-def test_a_sequence_ahead_of_its_data_is_caught(device, monkeypatch, rng):
+def test_a_sequence_ahead_of_its_data_is_caught(device, monkeypatch, hopper, rng):
     """The words that it starts with written after its number."""
-    monkeypatch.setattr(machine, "ARCH", "sm_90")
     monkeypatch.setattr(ResidentProgram, "_tell", tell_late)
     made = chain(device, rng, [5, 0])
     made.inputs.page_table[1] = -1
@@ -131,8 +130,7 @@ def test_a_sequence_ahead_of_its_data_is_caught(device, monkeypatch, rng):
 
 @pytest.mark.sweep
 @pytest.mark.parametrize("device", ["simt"], indirect=True)
-def test_words_of_commands_that_come_one_by_one(device, monkeypatch, rng):
-    monkeypatch.setattr(machine, "ARCH", "sm_90")
+def test_words_of_commands_that_come_one_by_one(device, monkeypatch, hopper, rng):
     monkeypatch.setattr(Rings, "post", post_slowly)
     start_again(chain(device, rng, LENGTHS))
 

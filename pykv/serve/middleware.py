@@ -30,8 +30,8 @@ class ClientGone(Exception):
     """The client closed the connection before the answer was complete."""
 
 
-class App:
-    """Wraps an application in these checks.
+class Middleware:
+    """Wraps an application in these.
 
     Args:
         app: the application.

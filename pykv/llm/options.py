@@ -1,4 +1,4 @@
-"""What the caller of LLM wants: its options, checked before anything is fetched or opened."""
+"""The options of LLM, checked before anything is fetched or opened."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pykv.specs import KVSpec, as_spec
 
 
 @dataclass
-class Wanted:
+class Options:
     """Options of LLM, as it takes them; whole numbers are Python's then.
 
     Attributes:

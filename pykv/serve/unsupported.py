@@ -13,7 +13,7 @@ IGNORED = """
 """.split()
 # Fields that ask for an answer of another sort than is given here: the value of each that asks for
 # nothing, and the field that does what it asks for. An answer without that would not look wrong.
-UNMET: dict[str, tuple[Any, str]] = {
+UNSUPPORTED: dict[str, tuple[Any, str]] = {
     # OpenAI's
     "functions": ([], "tools"),
     "function_call": (None, "tool_choice"),
@@ -53,9 +53,9 @@ UNMET: dict[str, tuple[Any, str]] = {
 }
 
 
-def refuse_unmet(fields: Fields) -> None:
+def refuse_unsupported(fields: Fields) -> None:
     """Raise the error of the first field that asks for what does not run."""
-    for name, (nothing, instead) in UNMET.items():
+    for name, (nothing, instead) in UNSUPPORTED.items():
         value = fields.take(name, enum=[nothing, None])
         if value is not None and value != nothing:
             expected = "none" if nothing is None else f"{nothing!r}, or none"

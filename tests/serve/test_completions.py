@@ -218,6 +218,24 @@ def test_logprobs_of_a_completion(serve):
     assert offsets == [0, 1, 2]
 
 
+def test_the_drawn_token_is_among_the_likeliest_of_a_completion():
+    """As one more where it is none of them. Tokens that are spelled alike share an entry."""
+    spelled = {1: b" the", 2: b"A", 3: b"A", 4: b" Bhutan"}
+    tokenizer = SimpleNamespace(
+        stream_decoder=lambda: SimpleNamespace(push=lambda i: "x"), token_bytes=spelled.get
+    )
+    entry = TokenLogprobs(4, -7.0, {1: -1.0, 2: -2.0, 3: -3.0})
+    for count, top in (
+        (0, {" Bhutan": -7.0}),
+        (1, {" the": -1.0, " Bhutan": -7.0}),
+        (3, {" the": -1.0, "A": -2.0, " Bhutan": -7.0}),
+    ):
+        asked = Asked([], stream=True, logprobs=count)
+        reply = Reply(asked, SimpleNamespace(choices=[None]), "m", tokenizer, chat=False)
+        (found,) = json.loads(reply._of_choice(0, [entry]))["top_logprobs"]
+        assert found == top and list(found) == list(top)
+
+
 def test_each_choice_begins_with_its_own_prompt(serve):
     fields = dict(prompt=["a", "b"], n=2, echo=True)
     choices = serve("!").ask("/v1/completions", **fields)["choices"]

@@ -242,7 +242,10 @@ def read_tools(fields: Fields, *, native: bool) -> Tools | None:
         schema = function.get("parameters")
         if schema is not None and not isinstance(schema, dict):
             raise wrong(f"{where}.function.parameters", schema, "a JSON schema")
-        functions[name] = schema or _NOTHING
+        kind = (schema or {}).get("type", "object")
+        if kind != "object" and not (isinstance(kind, list) and "object" in kind):
+            raise wrong(f"{where}.function.parameters.type", kind, '"object": arguments are one')
+        functions[name] = schema | {"type": "object"} if schema else _NOTHING
     if choice == "none":
         return None
     if isinstance(choice, dict):

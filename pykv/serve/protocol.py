@@ -33,7 +33,7 @@ from pykv.serve.tools import (
     read_messages,
     read_tools,
 )
-from pykv.serve.unmet import IGNORED, refuse_unmet
+from pykv.serve.unmet import IGNORED, OF_OTHERS, refuse_unmet
 
 log = logging.getLogger("pykv.serve")
 
@@ -163,7 +163,8 @@ class Protocol:
         self._note_unknown(fields)
         decode = self.language.tokenizer.decode
         text: str = self._checked(
-            "tokens", lambda: decode(known_ids(self.language, "tokens", tokens))
+            "tokens",
+            lambda: decode(known_ids(self.language, "tokens", tokens), skip_special=False),
         )
         return text
 
@@ -256,6 +257,7 @@ class Protocol:
         if rule is not None and params.min_tokens:  # a grammar may allow nothing but the end
             raise wrong("min_tokens", params.min_tokens, "0 beside tools or a response_format")
         refuse_unmet(fields)
+        refuse_unmet(fields, table=OF_OTHERS)
         self._note_unknown(fields)
 
         def asked(prompts: list[Any], special: bool = False, param: str = "prompt") -> Asked:
@@ -423,6 +425,8 @@ def _biases(given: dict[str, Any], vocab: int) -> dict[int, float]:
         token = whole_of(key, most=vocab - 1)
         if token is None:
             raise wrong("logit_bias", key, f"token ids from 0 to {vocab - 1}")
+        if token in biases:  # 5 and 05
+            raise wrong("logit_bias", key, "each token id once")
         if type(value) not in (int, float) or not -100 <= value <= 100:
             raise wrong(f"logit_bias.{key}", value, "-100 to 100")
         biases[token] = float(value)

@@ -28,6 +28,7 @@ UNMET: dict[str, tuple[Any, str]] = {
     "length_penalty": (1, ""),
     "include_stop_str_in_output": (False, ""),
     "skip_special_tokens": (True, ""),
+    "return_token_strs": (False, ""),
     "prompt_logprobs": (None, ""),
     "truncate_prompt_tokens": (None, ""),
     "add_generation_prompt": (True, "chat_template_kwargs"),
@@ -51,11 +52,29 @@ UNMET: dict[str, tuple[Any, str]] = {
     "typical_p": (1, ""),
     "top_n_sigma": (-1, ""),
 }
+# The same of fields that some endpoints read, for the others.
+OF_OTHERS: dict[str, tuple[Any, str]] = {
+    "messages": (None, ""),
+    "tools": ([], ""),
+    "tool_choice": ("none", ""),
+    "chat_template_kwargs": ({}, ""),
+    "max_completion_tokens": (None, "max_tokens"),
+    "top_logprobs": (0, "logprobs"),
+    "prompt": (None, "messages"),
+    "echo": (False, ""),
+    "suffix": ("", ""),
+    "special": (False, ""),
+    "logprobs": (False, ""),
+    _FORMAT: ({"type": "text"}, ""),
+}
 
 
-def refuse_unmet(fields: Fields) -> None:
-    """Raise the error of the first field that asks for what does not run."""
-    for name, (nothing, instead) in UNMET.items():
+def refuse_unmet(fields: Fields, *, table: dict[str, tuple[Any, str]] = UNMET) -> None:
+    """Raise the error of the first field that asks for what does not run; fields that were read run
+    here."""
+    for name, (nothing, instead) in table.items():
+        if fields.was_read(name):
+            continue
         value = fields.take(name, enum=[nothing, None])
         if value is not None and value != nothing:
             expected = "none" if nothing is None else f"{nothing!r}, or none"

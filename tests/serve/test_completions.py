@@ -307,7 +307,10 @@ def test_tokenize_and_back(serve):
     assert answer == {"tokens": ids, "count": len(ids), "max_model_len": 1000}
     assert client.ask("/tokenize", prompt="x", add_special_tokens=False)["count"] == 1
     assert client.ask("/tokenize", messages=USER)["tokens"] == llm.chat_ids(USER)
-    assert client.ask("/detokenize", tokens=ids) == {"prompt": "some text"}
+    assert client.ask("/detokenize", tokens=ids[1:]) == {"prompt": "some text"}
+    said = f"a{llm.tokenizer.token(llm.tokenizer.eos_id)}b"
+    ids = client.ask("/tokenize", prompt=said, special=True, add_special_tokens=False)["tokens"]
+    assert len(ids) == 3 and client.ask("/detokenize", tokens=ids) == {"prompt": said}
 
 
 def test_health_and_head(serve):

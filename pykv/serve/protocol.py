@@ -142,6 +142,8 @@ class Protocol:
         param = "prompt" if fields.take("messages") is None else "messages"
         refuse_unmet(fields)
         if param == "messages":
+            if (prompt := fields.take("prompt", str)) is not None:
+                raise wrong("prompt", prompt, "none beside messages")
             ids = self._conversation(fields)[1]()
         else:
             prompt = fields.take("prompt", str, required=True)

@@ -100,6 +100,8 @@ def read_messages(
         role = message.choice("role", None, *_ROLES)
         calls = _read_calls(message) if role == "assistant" else []
         content = _content(message, required=role != "assistant")
+        if role == "assistant":  # which says one or the other
+            content = content or message.take("refusal", str)
         made = {"role": "system" if role == "developer" else role, "content": content or ""}
         if name := message.take("name", str):
             made["name"] = name

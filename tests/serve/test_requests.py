@@ -130,6 +130,7 @@ WRONG = [  # endpoint, the field that the error names, fields
     (TEXT, "logprobs", {"prompt": "x", "logprobs": 21}),
     (TEXT, "n", {"prompt": ["x"] * 100, "n": 2}),
     ("/tokenize", "prompt", {"prompt": 5}),
+    ("/tokenize", "prompt", {"prompt": "x", "messages": USER}),
     ("/tokenize", "prompt", {"prompt": "x" * 1100}),
     ("/tokenize", "prompt", {"prompt": "x" * 100_000}),
     ("/tokenize", "messages", {"messages": [{"role": "user", "content": "x" * 1000}]}),

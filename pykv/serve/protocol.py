@@ -142,7 +142,7 @@ class Protocol:
         param = "prompt" if fields.take("messages") is None else "messages"
         refuse_unmet(fields)
         if param == "messages":
-            if (prompt := fields.take("prompt", str)) is not None:
+            if (prompt := fields.take("prompt", enum=[None])) is not None:
                 raise wrong("prompt", prompt, "none beside messages")
             ids = self._conversation(fields)[1]()
         else:

@@ -175,7 +175,9 @@ def test_messages_of_every_form(serve):
             {"role": "assistant", "content": None, "refusal": "No."},
         ],
     )
-    text = "[system:Be brief.][user:How are you][assistant:][user:<|eos|>][assistant:No.][assistant:"
+    text = (
+        "[system:Be brief.][user:How are you][assistant:][user:<|eos|>][assistant:No.][assistant:"
+    )
     assert seen[0] == llm.tokenize(text)
     assert llm.tokenizer.eos_id not in seen[0]  # what people write is text
 

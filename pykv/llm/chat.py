@@ -139,8 +139,6 @@ def _as_wanted(template: _Template, variables: dict[str, Any]) -> dict[str, Any]
 
 def _parts(content: Any) -> Any:
     """A content as a list of parts."""
-    if content is None:
-        return []
     return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
@@ -325,13 +323,20 @@ def _variables(
         raise ParameterError(
             f"{OP}: template_variables has {type(given).__name__}, expected a dict of names"
         )
-    own = {"messages": list(messages), **tokens}
+    own = {"messages": [_stated(message) for message in messages], **tokens}
     for name in given or {}:
         if not isinstance(name, str) or name in own:
             raise ParameterError(
                 f"{OP}: template_variables has {name!r}, expected names other than {', '.join(own)}"
             )
     return _DEFAULTS | dict(given or {}) | own
+
+
+def _stated(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message without keys that are None, which templates would write so, or iterate over; the
+    content beside calls is then empty."""
+    given = {key: "" if key == "content" and x is None else x for key, x in message.items()}
+    return {key: value for key, value in given.items() if value is not None}
 
 
 def check_messages(messages: Any) -> None:

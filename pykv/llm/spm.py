@@ -60,12 +60,14 @@ class Encoder:
         return text.replace(" ", SPACE)
 
     def normalize(self, text: str) -> str:
-        """The same with one blank more in front, where the model has it."""
-        return self.spell(" " + text if self.prefix and text else text)
+        """The same."""
+        return self.spell(text)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a normalized text; a run of characters without a token is one unknown token."""
+        """Ids of a normalized text, with one blank more in front where the model has it; a run of
+        characters without a token is one unknown token."""
         ids: list[int] = []
+        text = SPACE + text if self.prefix and text else text
         for word in self.word_start.split(text):
             for i in (self.cached if len(word) <= CACHED_LENGTH else self.word)(word):
                 if i != self.unknown or not ids or ids[-1] != i:

@@ -158,6 +158,10 @@ class Fields:
         self._asked[name] = made
         return made
 
+    def was_read(self, name: str) -> bool:
+        """Whether a field was taken, or ignored."""
+        return name in self._asked
+
     def ignore(self, *names: str) -> None:
         """Accept fields without effect, whatever their values."""
         for name in names:

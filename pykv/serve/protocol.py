@@ -33,7 +33,7 @@ from pykv.serve.tools import (
     read_messages,
     read_tools,
 )
-from pykv.serve.unsupported import IGNORED, refuse_unsupported
+from pykv.serve.unsupported import IGNORED, OF_OTHERS, refuse_unsupported
 
 log = logging.getLogger("pykv.serve")
 
@@ -142,6 +142,8 @@ class Protocol:
         param = "prompt" if fields.take("messages") is None else "messages"
         refuse_unsupported(fields)
         if param == "messages":
+            if (prompt := fields.take("prompt", enum=[None])) is not None:
+                raise wrong("prompt", prompt, "none beside messages")
             ids = self._conversation(fields)[1]()
         else:
             prompt = fields.take("prompt", str, required=True)
@@ -163,7 +165,8 @@ class Protocol:
         self._note_unknown(fields)
         decode = self.language.tokenizer.decode
         text: str = self._checked(
-            "tokens", lambda: decode(known_ids(self.language, "tokens", tokens))
+            "tokens",
+            lambda: decode(known_ids(self.language, "tokens", tokens), skip_special=False),
         )
         return text
 
@@ -256,6 +259,7 @@ class Protocol:
         if rule is not None and params.min_tokens:  # a grammar may allow nothing but the end
             raise wrong("min_tokens", params.min_tokens, "0 beside tools or a response_format")
         refuse_unsupported(fields)
+        refuse_unsupported(fields, table=OF_OTHERS)
         self._note_unknown(fields)
 
         def asked(prompts: list[Any], special: bool = False, param: str = "prompt") -> Asked:
@@ -424,6 +428,8 @@ def _biases(given: dict[str, Any], vocab: int) -> dict[int, float]:
         token = whole_of(key, most=vocab - 1)
         if token is None:
             raise wrong("logit_bias", key, f"token ids from 0 to {vocab - 1}")
+        if token in biases:  # 5 and 05
+            raise wrong("logit_bias", key, "each token id once")
         if type(value) not in (int, float) or not -100 <= value <= 100:
             raise wrong(f"logit_bias.{key}", value, "-100 to 100")
         biases[token] = float(value)

@@ -11,6 +11,7 @@ from typing import Any
 
 from starlette.responses import Response
 
+from pykv.llm.sampling import TokenLogprobs
 from pykv.llm.tokenizer import Tokenizer
 from pykv.serve.desk import Choice, Work
 from pykv.serve.engine import Delta
@@ -151,14 +152,22 @@ class Reply:
         for x in found:
             offsets.append(self._offsets[index])
             self._offsets[index] += len(self._decoders[index].push(x.token_id))
-        tops = [list(x.top.items())[:count] for x in found]
         facts = {
             "tokens": tokens,
             "token_logprobs": [max(x.logprob, LEAST) for x in found],
-            "top_logprobs": [{self._text(i): max(x, LEAST) for i, x in top} for top in tops],
+            "top_logprobs": [self._top(x, count) for x in found],
             "text_offset": offsets,
         }
         return json.dumps(facts)
+
+    def _top(self, found: TokenLogprobs, count: int | None) -> dict[str, float]:
+        """The likeliest tokens by their spelling, likeliest first, and the drawn one as well. Of
+        tokens that are spelled alike, such as A and the byte <0x41>, the likeliest stands."""
+        top: dict[str, float] = {}
+        drawn = found.token_id, found.logprob
+        for token, logprob in [*list(found.top.items())[:count], drawn]:
+            top.setdefault(self._text(token), max(logprob, LEAST))
+        return top
 
     def _entry(self, token: int, logprob: float) -> str:
         """A token with its logprob, in the form of chat completions."""

@@ -100,6 +100,8 @@ def read_messages(
         role = message.choice("role", None, *_ROLES)
         calls = _read_calls(message) if role == "assistant" else []
         content = _content(message, required=role != "assistant")
+        if role == "assistant":  # which says one or the other
+            content = content or message.take("refusal", str)
         made = {"role": "system" if role == "developer" else role, "content": content or ""}
         if name := message.take("name", str):
             made["name"] = name
@@ -242,7 +244,10 @@ def read_tools(fields: Fields, *, native: bool) -> Tools | None:
         schema = function.get("parameters")
         if schema is not None and not isinstance(schema, dict):
             raise wrong(f"{where}.function.parameters", schema, "a JSON schema")
-        functions[name] = schema or _NOTHING
+        kind = (schema or {}).get("type", "object")
+        if kind != "object" and not (isinstance(kind, list) and "object" in kind):
+            raise wrong(f"{where}.function.parameters.type", kind, '"object": arguments are one')
+        functions[name] = schema | {"type": "object"} if schema else _NOTHING
     if choice == "none":
         return None
     if isinstance(choice, dict):

@@ -28,6 +28,10 @@ UNSUPPORTED: dict[str, tuple[Any, str]] = {
     "length_penalty": (1, ""),
     "include_stop_str_in_output": (False, ""),
     "skip_special_tokens": (True, ""),
+    **dict.fromkeys(("return_token_strs", "return_token_ids"), (False, "")),
+    "return_tokens_as_token_ids": (False, ""),
+    "max_new_tokens": (None, "max_tokens"),
+    "min_new_tokens": (None, "min_tokens"),
     "prompt_logprobs": (None, ""),
     "truncate_prompt_tokens": (None, ""),
     "add_generation_prompt": (True, "chat_template_kwargs"),
@@ -44,6 +48,7 @@ UNSUPPORTED: dict[str, tuple[Any, str]] = {
     # llama.cpp's
     "grammar": (None, _FORMAT),
     "n_predict": (None, "max_tokens"),
+    "samplers": (None, ""),
     "n_probs": (0, "logprobs"),
     "lora": ([], ""),
     "repeat_penalty": (1, "repetition_penalty"),
@@ -51,11 +56,29 @@ UNSUPPORTED: dict[str, tuple[Any, str]] = {
     "typical_p": (1, ""),
     "top_n_sigma": (-1, ""),
 }
+# The same of fields that some endpoints read, for the others.
+OF_OTHERS: dict[str, tuple[Any, str]] = {
+    "messages": (None, ""),
+    "tools": ([], ""),
+    "tool_choice": ("none", ""),
+    "chat_template_kwargs": ({}, ""),
+    "max_completion_tokens": (None, "max_tokens"),
+    "top_logprobs": (0, "logprobs"),
+    "prompt": (None, "messages"),
+    "echo": (False, ""),
+    "suffix": ("", ""),
+    "special": (False, ""),
+    "logprobs": (False, ""),
+    _FORMAT: ({"type": "text"}, ""),
+}
 
 
-def refuse_unsupported(fields: Fields) -> None:
-    """Raise the error of the first field that asks for what does not run."""
-    for name, (nothing, instead) in UNSUPPORTED.items():
+def refuse_unsupported(fields: Fields, *, table: dict[str, tuple[Any, str]] = UNSUPPORTED) -> None:
+    """Raise the error of the first field that asks for what does not run; fields that were read run
+    here."""
+    for name, (nothing, instead) in table.items():
+        if fields.was_read(name):
+            continue
         value = fields.take(name, enum=[nothing, None])
         if value is not None and value != nothing:
             expected = "none" if nothing is None else f"{nothing!r}, or none"

@@ -172,9 +172,12 @@ def test_messages_of_every_form(serve):
             {"role": "user", "content": parts, "name": "Ann"},
             {"role": "assistant", "content": None, "refusal": None},
             {"role": "user", "content": "<|eos|>"},
+            {"role": "assistant", "content": None, "refusal": "No."},
         ],
     )
-    text = "[system:Be brief.][user:How are you][assistant:][user:<|eos|>][assistant:"
+    text = (
+        "[system:Be brief.][user:How are you][assistant:][user:<|eos|>][assistant:No.][assistant:"
+    )
     assert seen[0] == llm.tokenize(text)
     assert llm.tokenizer.eos_id not in seen[0]  # what people write is text
 
@@ -216,6 +219,24 @@ def test_logprobs_of_a_completion(serve):
         if found := chunk["choices"][0]["logprobs"]:
             offsets += found["text_offset"]
     assert offsets == [0, 1, 2]
+
+
+def test_the_drawn_token_is_among_the_likeliest_of_a_completion():
+    """As one more where it is none of them. Tokens that are spelled alike share an entry."""
+    spelled = {1: b" the", 2: b"A", 3: b"A", 4: b" Bhutan"}
+    tokenizer = SimpleNamespace(
+        stream_decoder=lambda: SimpleNamespace(push=lambda i: "x"), token_bytes=spelled.get
+    )
+    entry = TokenLogprobs(4, -7.0, {1: -1.0, 2: -2.0, 3: -3.0})
+    for count, top in (
+        (0, {" Bhutan": -7.0}),
+        (1, {" the": -1.0, " Bhutan": -7.0}),
+        (3, {" the": -1.0, "A": -2.0, " Bhutan": -7.0}),
+    ):
+        asked = Asked([], stream=True, logprobs=count)
+        reply = Reply(asked, SimpleNamespace(choices=[None]), "m", tokenizer, chat=False)
+        (found,) = json.loads(reply._of_choice(0, [entry]))["top_logprobs"]
+        assert found == top and list(found) == list(top)
 
 
 def test_each_choice_begins_with_its_own_prompt(serve):
@@ -289,7 +310,10 @@ def test_tokenize_and_back(serve):
     assert answer == {"tokens": ids, "count": len(ids), "max_model_len": 1000}
     assert client.ask("/tokenize", prompt="x", add_special_tokens=False)["count"] == 1
     assert client.ask("/tokenize", messages=USER)["tokens"] == llm.chat_ids(USER)
-    assert client.ask("/detokenize", tokens=ids) == {"prompt": "some text"}
+    assert client.ask("/detokenize", tokens=ids[1:]) == {"prompt": "some text"}
+    said = f"a{llm.tokenizer.token(llm.tokenizer.eos_id)}b"
+    ids = client.ask("/tokenize", prompt=said, special=True, add_special_tokens=False)["tokens"]
+    assert len(ids) == 3 and client.ask("/detokenize", tokens=ids) == {"prompt": said}
 
 
 def test_health_and_head(serve):

@@ -17,6 +17,13 @@ from tests.serve.conftest import PLAIN
 USER = [{"role": "user", "content": "Hi"}]
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+
+
+def of_type(kind):
+    """A tool whose parameters are of a type of JSON."""
+    return {"type": "function", "function": {"name": "f", "parameters": {"type": kind}}}
+
+
 CALL = {"id": "a", "function": {"name": "f", "arguments": "{"}}
 
 VALUES = {  # wrong values of a chat's fields, one at a time
@@ -97,12 +104,17 @@ WRONG = [  # endpoint, the field that the error names, fields
     (CHAT, "parallel_tool_calls", {"tools": [TOOL], "parallel_tool_calls": "no"}),
     (TEXT, "best_of", {"prompt": "x", "best_of": 2}),
     (TEXT, "prompt", {"prompt": [5] * 1001, "echo": True}),
+    (CHAT, "logit_bias", {"logit_bias": {"5": 1, "05": 2}}),
     (CHAT, "logit_bias.5", {"logit_bias": {"5": 101}}),
     (CHAT, "logit_bias.5", {"logit_bias": {"5": "1"}}),
     (CHAT, "response_format.type", {"response_format": {"type": "yaml"}}),
     (CHAT, "response_format.json_schema.schema", {"response_format": {"type": "json_schema"}}),
     *((CHAT, "chat_template_kwargs", {"chat_template_kwargs": one}) for one in KWARGS),
     (CHAT, "tools[0]", {"tools": ["f"]}),
+    *(
+        (CHAT, "tools[0].function.parameters.type", {"tools": [of_type(kind)]})
+        for kind in ("string", ["array", "null"], None, 5)
+    ),
     (CHAT, "tools[0].function.name", {"tools": [{"type": "function", "function": {}}]}),
     (CHAT, "tool_choice", {"tools": [TOOL], "tool_choice": "maybe"}),
     (CHAT, "tool_choice", {"tools": [TOOL], "tool_choice": {"function": {"name": "g"}}}),
@@ -119,6 +131,7 @@ WRONG = [  # endpoint, the field that the error names, fields
     (TEXT, "logprobs", {"prompt": "x", "logprobs": 21}),
     (TEXT, "n", {"prompt": ["x"] * 100, "n": 2}),
     ("/tokenize", "prompt", {"prompt": 5}),
+    ("/tokenize", "prompt", {"prompt": "x", "messages": USER}),
     ("/tokenize", "prompt", {"prompt": "x" * 1100}),
     ("/tokenize", "prompt", {"prompt": "x" * 100_000}),
     ("/tokenize", "messages", {"messages": [{"role": "user", "content": "x" * 1000}]}),
@@ -145,6 +158,29 @@ def test_wrong_values_are_refused_by_name(one, path, param, fields):
     status, error = one.refused(path, **body)
     assert status == 400 and error["type"] == "invalid_request_error"
     assert error["param"] == param and error["message"]
+
+
+@pytest.mark.parametrize(
+    "path, names",
+    [
+        (CHAT, "prompt echo suffix special"),
+        (
+            TEXT,
+            "messages tools tool_choice chat_template_kwargs max_completion_tokens top_logprobs",
+        ),
+        ("/generate", "messages tools tool_choice chat_template_kwargs max_completion_tokens"),
+        ("/generate", "top_logprobs echo suffix special logprobs response_format"),
+    ],
+)
+def test_fields_of_other_endpoints_are_refused(one, path, names):
+    """max_completion_tokens of a completion, for one, would leave it 16 tokens without a word."""
+    given = {"messages": USER} if path == CHAT else {"prompt": "x"}
+    for name in names.split():
+        for value in (unsupported.OF_OTHERS[name][0], None):
+            assert one.post(path, **given, **{name: value})[0] == 200
+        status, answer = one.post(path, **given, **{name: {"type": "json_object"}})
+        message = answer["error"] if path == "/generate" else answer["error"]["message"]
+        assert status == 400 and message.startswith(f"{name} is ")
 
 
 @pytest.mark.parametrize("name", unsupported.UNSUPPORTED)

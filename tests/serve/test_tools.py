@@ -346,6 +346,22 @@ def test_a_function_without_parameters_gets_none(serve, parameters):
     assert client.refused(CHAT, **options)[0] == 500, "the mask forbids it"
 
 
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"type": ["object", "null"]}, {"anyOf": [{"type": "integer"}, {"required": ["x"]}]}],
+)
+def test_arguments_are_an_object_also_where_the_schema_does_not_say_so(serve, more):
+    """Others are no call, though one was required."""
+    tool = {"name": "now", "parameters": {"properties": {"x": {"type": "integer"}}, **more}}
+    options = dict(messages=USER, tools=[{"function": tool}], tool_choice="required")
+    client = serve('{"name": "now", "arguments": {"x": 1}}')
+    (call,) = client.ask(CHAT, **options)["choices"][0]["message"]["tool_calls"]
+    assert call["function"]["arguments"] == '{"x": 1}'
+    for wrong in ("5", "null", '"x"'):
+        client = serve(f'{{"name": "now", "arguments": {wrong}}}')
+        assert client.refused(CHAT, **options)[0] == 500, "the mask forbids it"
+
+
 @pytest.mark.parametrize("native", [False, True])
 @pytest.mark.parametrize(
     "arguments",

@@ -288,6 +288,18 @@ def test_a_step_under_way_is_waited_for(open_, rng, how):
     assert waited == [1]
 
 
+def test_steps_ahead_go_where_none_can_be_launched(open_, rng):
+    """With the memory that they hold."""
+    llm = open_()
+    stream = llm.stream(prompts_of(rng, 5)[0], greedy(9))
+    next(stream), next(stream)
+    (s,), runner = llm._scheduler.running, llm.runner
+    s.mask = lambda: None
+    for is_there in (True, False):
+        s.append(*runner.decode([s], 0))
+        assert (runner._ahead is not None) == is_there
+
+
 def test_no_step_is_launched_behind_the_last_token(open_, launched, rng):
     """Of n tokens the prompt's step draws one, and the first step of answers another."""
     llm = open_(prefix_cache=False)

@@ -392,7 +392,8 @@ def swap_in(
     stream: Any = None,
 ) -> None:
     """Copy page i of the store to page pages[i] of the cache: `swap_out`, the other way round, with
-    the same codec, or one like it."""
+    the same codec, or one like it. On a GPU the copy is only enqueued: keep the store until the
+    stream has passed, as others get its pinned memory at once."""
     op = "pages.swap_in"
     num_pages = facts_of(op, "cache", cache)["pages"]
     pages = page_ids(op, "pages", pages, num_pages)

@@ -46,13 +46,11 @@ class Residency:
         limits = [s.limit for s in sequences] + [0] * nobody
         ends = [sorted(s.end_ids) for s in sequences] + [[]] * nobody
         self._program = program
-        self._rows = {id(s): row for row, s in enumerate(sequences)}
-        self._sequences = list(sequences)  # whose ids stay theirs
-        self._ended: set[int] = set()  # rows of which no token follows
+        self._rows = {s: row for row, s in enumerate(sequences)}
         granted = min(tokens, MOST_TOKENS)
         self._left = tokens - granted  # to be granted
         self._taken = 0  # since the launch was extended last
-        self._width, self._pages = size[1], {id(s): len(s.pages) for s in sequences}
+        self._width, self._pages = size[1], {s: len(s.pages) for s in sequences}
         program.launch(granted, limits, ends)
 
     def take(self, sequences: Several[Sequence]) -> list[int] | None:
@@ -63,19 +61,15 @@ class Residency:
         Raises:
             CudaError: the launch has failed.
         """
-        is_over = {id(s) for s in sequences} != self._rows.keys() or any(
-            row in self._ended for row in self._rows.values()
-        )
-        if is_over or not self._program.await_result():
+        if set(sequences) != self._rows.keys() or not self._program.await_result():
             return None
         drawn = self._program.take()
         self._taken += 1
         if self._left > 0 and self._taken >= _GRANTED:
             self._extend(sequences)
-        self._ended |= {row for row, x in enumerate(drawn) if x.why != Why.NEXT}
         tokens = []
         for s in sequences:
-            x = drawn[self._rows[id(s)]]
+            x = drawn[self._rows[s]]
             tokens.append(-1 if x.why == Why.NOT_FINITE else x.token)
             if s.params.logprobs is not None:
                 s.logprobs.append(TokenLogprobs(tokens[-1], x.logprob, x.top))
@@ -85,14 +79,14 @@ class Residency:
         """Grant as many tokens as were taken, on the pages that sequences have by now."""
         counts = {s: min(len(s.pages), self._width) for s in sequences}
         pages = [
-            (self._rows[id(s)], self._pages[id(s)], s.pages[self._pages[id(s)] : count])
+            (self._rows[s], self._pages[s], s.pages[self._pages[s] : count])
             for s, count in counts.items()
         ]
         tokens = min(self._taken, self._left)
         if self._program.extend(tokens, pages):
             self._left -= tokens
-            self._pages |= {id(s): count for s, count in counts.items()}
-        self._taken -= tokens  # if the launch was not told, too: then fewer are granted ahead
+            self._pages |= counts
+        self._taken = 0  # if the launch was not told, too: then fewer are granted ahead
 
     def leave(self, s: Sequence) -> None:
         """Write no more of a sequence. Waits for the token under way.
@@ -100,7 +94,7 @@ class Residency:
         Raises:
             CudaError: the launch has failed.
         """
-        row = self._rows.pop(id(s), None)
+        row = self._rows.pop(s, None)
         if row is not None:
             self._program.stop(row)
 

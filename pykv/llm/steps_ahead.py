@@ -92,13 +92,15 @@ class StepsAhead:
 
         With `goes_on` the next step is launched, if that can be; then the tokens are waited for.
         """
-        now, self._under_way = self._under_way, None
+        now = self._under_way
         if now is None:
             return None
         rows = {s: now.rows[s] for s in sequences if s in now.rows}
         rows = {s: (row, index) for s, (row, index) in rows.items() if index == len(s.generated)}
         if not rows:
+            now.rows.clear()  # forgotten, but still under way: who drops this object waits for it
             return None
+        self._under_way = None
         if goes_on:
             self._under_way = self._next(sequences, rows, now.drawn.ids)
         self._link.wait_event(now.done)

@@ -131,7 +131,7 @@ class Handover:
             self._host.touch(keys)
             for start in range(0, len(missing), self._moves.most):
                 places = missing[start : start + self._moves.most]
-                slots = self._claim(len(places), keys)
+                slots = self._claim(len(places))  # not those of `keys`, used last
                 try:
                     self._moves.out([pages[i] for i in places], slots, places).wait()
                 except BaseException:
@@ -287,7 +287,7 @@ class Handover:
 
     def _read(self, region: Any, keys: list[bytes]) -> list[int]:
         """Rows with the first of these pages, as far as the peer still has them."""
-        slots = self._claim(len(keys), ())
+        slots = self._claim(len(keys))
         rows, step = self._region.rows, -(-len(slots) // THREADS) or 1
         parts = [slice(i, i + step) for i in range(0, len(slots), step)]
         reads: list[Future[int]] = []
@@ -313,11 +313,11 @@ class Handover:
         self._release(slots[count:])
         return slots[:count]
 
-    def _claim(self, count: int, busy: Any) -> list[int]:
+    def _claim(self, count: int) -> list[int]:
         """Claim rows; they are no longer offered to peers."""
         self._moves.wait()
         self._release([])
-        slots = self._host.claim(count, busy.__contains__)
+        slots = self._host.claim(count)
         try:
             for slot in slots:
                 self._region.drop(slot)

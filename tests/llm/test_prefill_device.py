@@ -204,6 +204,26 @@ def test_pages_on_their_way_are_waited_for(gpus, open_both, rng):
         assert (to_numpy(llm.cache.k)[:, last] == 7).all()
 
 
+@pytest.mark.parametrize("gpus", MACHINES[:1], indirect=True)
+def test_who_waits_for_pages_at_the_end(open_both, rng, monkeypatch):
+    """An answer does not, as its first token came behind them; a prompt that is given up does, as
+    who looks for values that scales have clamped."""
+    _, llm = open_both(kv_dtype="int8:head", pool_tokens=80)
+    calls, join = [], llm.runner._prefill.join
+    monkeypatch.setattr(llm.runner._prefill, "join", lambda: (calls.append("join"), join()))
+    looks = lambda pages: (calls.append("look"), np.zeros((2, 2)))[1]  # noqa: E731
+    monkeypatch.setattr(llm.cache, "clamped", looks)
+    llm.generate([tokens_of(rng, 9)], greedy(3))
+    assert calls == ["join", "look"]  # of `end` alone, whose pages have come by then
+    calls.clear()
+    s = Sequence(tokens_of(rng, 60), SamplingParams(), 70)
+    with llm.turn():
+        llm._scheduler.add(s)
+        llm._scheduler.step()
+        llm._scheduler.abort(s)
+    assert calls == ["join", "look", "join"]
+
+
 def test_a_layer_sends_while_those_behind_it_compute(gpus, open_both, rng):
     """The stream of pages waits for each layer's append, the step for the stream at its end."""
     if gpus.streams is None:

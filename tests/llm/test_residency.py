@@ -153,6 +153,20 @@ def test_launches_that_are_extended(on_host, rng):
     assert launches(llm) == 1 and len(want[0].token_ids) > 2 * MOST_TOKENS - 10
 
 
+def test_a_launch_that_is_extended_is_told_each_page_once(on_host, monkeypatch):
+    """Entries that it has reached are not to be written again."""
+    told, extend = [], ResidentProgram.extend
+
+    def seen(self, tokens, pages):
+        told.extend((row, place + i) for row, place, ids in pages for i in range(len(ids)))
+        return extend(self, tokens, pages)
+
+    monkeypatch.setattr(ResidentProgram, "extend", seen)
+    llm = on_host(max_tokens_resident=1000, page_size=4, prefix_cache=False)
+    llm.generate([list(range(5, 12))], greedy(110))
+    assert told and len(set(told)) == len(told) and launches(llm) == 1
+
+
 def test_answers_that_outgrow_a_launch(tmp_path):
     """Pages beyond its table are another one's."""
     tiny.write(tmp_path / "long.gguf", "llama", context=512)

@@ -483,6 +483,43 @@ def test_pages_ahead_are_for_all_or_none():
         assert world.scheduler.stats.preemptions == 0
 
 
+def test_pages_far_ahead_are_not_for_answers_while_others_wait():
+    world = World(100, prefix_cache=False, slots=1, ahead=3 * P)
+    first, second = (world.make([n] * 2, 5 * P) for n in (1, 2))
+    world.add(first)
+    world.add(second)
+    for _ in range(2):
+        world.step()
+    assert world.scheduler.waiting == [second] and len(first.pages) == 1
+    world.finish()
+
+
+def test_a_prompt_leaves_a_page_for_each_that_runs():
+    """Else it would soon give up those that it takes."""
+    world = World(4, prefix_cache=False)
+    first, second = world.make([1] * (P - 1), P), world.make([2] * (2 * P), 2)
+    world.add(first)
+    world.step()
+    world.add(second)
+    world.step()
+    assert world.scheduler.waiting == [second]
+    world.finish()
+    assert world.scheduler.stats.preemptions == 0
+
+
+def test_who_ended_while_a_step_was_planned_gets_no_pages():
+    """Nor the reason of one that finds none."""
+    world = World(4, prefix_cache=False)
+    s = world.make([1] * P, 2)
+    world.add(s)
+    s.finish_reason = "abort"
+    changed = []
+    world.scheduler._admit(changed)
+    assert not s.pages and not changed and world.scheduler.waiting == [s]
+    world.scheduler.step()
+    assert s.finish_reason == "abort" and not world.scheduler.has_work
+
+
 def test_prompts_pass_one_that_waits_for_its_prefix():
     world = World(100)
     first, same, other = (world.make([n] * 30, 2) for n in (1, 1, 2))
@@ -720,6 +757,26 @@ def test_pages_of_a_row_that_comes_back_are_read_anew(open_exact):
         while stepped.has_work:
             stepped.step()
     assert [first.generated, second.generated] == [x.token_ids for x in want]
+
+
+def test_log_probabilities_are_those_of_tokens_that_were_appended(open_exact, monkeypatch):
+    """Also where a step fails behind its draw, and is computed again."""
+    llm = open_exact()
+    want = llm.generate([[5, 6, 7, 8]], greedy(3, logprobs=1))[0]
+    s, stepped = Sequence([5, 6, 7, 8], greedy(3, logprobs=1), 7), llm._scheduler
+    stepped.add(s)
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="planted"):
+        patch.setattr(stepped.pages, "publish_full", lambda s: _planted())
+        while True:
+            stepped.step()
+    while stepped.has_work:
+        stepped.step()
+    assert s.generated == want.token_ids
+    assert [x.token_id for x in s.logprobs] == want.token_ids
+
+
+def _planted():
+    raise RuntimeError("planted")
 
 
 def test_what_answers_do_not_reach_is_not_reserved(open_exact):

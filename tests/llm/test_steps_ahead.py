@@ -11,6 +11,7 @@ import pytest
 from pykv.errors import NumberError
 from pykv.llm import LLM, SamplingParams, sampler, steps, steps_ahead
 from pykv.llm.decoder import Decoder
+from pykv.llm.sequence import Sequence
 from tests.helpers import swept
 from tests.llm import tiny
 from tests.llm.test_model import greedy
@@ -268,8 +269,10 @@ def test_what_is_under_way_is_forgotten_with_its_sequence(open_, monkeypatch, rn
     assert llm.runner._ahead.take([s], True) is None
 
 
-def test_a_model_that_goes_waits_for_the_step_under_way(open_, rng):
-    """Its memory may belong to another stream, whose next owner would not wait."""
+@pytest.mark.parametrize("how", ["goes", "is asked for others"])
+def test_a_step_under_way_is_waited_for(open_, rng, how):
+    """By a model that goes, and where others are decoded next: its memory, and that of tokens that
+    it copies, may belong to another stream, whose next owner would not wait."""
     waited, llm = [], open_()
     stream = llm.stream(prompts_of(rng, 5)[0], greedy(9))
     for _ in range(3):
@@ -277,9 +280,26 @@ def test_a_model_that_goes_waits_for_the_step_under_way(open_, rng):
     ahead = llm.runner._ahead
     done = SimpleNamespace(synchronize=lambda: waited.append(1))
     ahead._under_way = ahead._under_way._replace(done=done)
-    llm.runner._ahead = ahead = None
-    gc.collect()
-    assert waited == [1] and ahead is None
+    if how == "goes":
+        llm.runner._ahead = ahead = None
+        gc.collect()
+    else:
+        stream.close()
+        del ahead
+        llm.generate(prompts_of(rng, 7), greedy(3))
+    assert waited == [1]
+
+
+def test_steps_ahead_go_where_none_can_be_launched(open_, rng):
+    """With the memory that they hold."""
+    llm = open_()
+    stream = llm.stream(prompts_of(rng, 5)[0], greedy(9))
+    next(stream), next(stream)
+    (s,), runner = llm._scheduler.running, llm.runner
+    s.mask = lambda: None
+    for is_there in (True, False):
+        s.append(*runner.decode([s], 0))
+        assert (runner._ahead is not None) == is_there
 
 
 def test_no_step_is_launched_behind_the_last_token(open_, launched, rng):
@@ -313,3 +333,26 @@ def test_tokens_stay_until_the_step_that_copies_them_is_over(open_, rng):
     with llm.turn():  # one step, whatever text it makes
         llm._scheduler.step()
     assert ahead is llm.runner._ahead and ahead._last is taken
+
+
+def test_rows_show_the_pages_that_sequences_hold_now(rng):
+    """Whatever list they are in, and whatever was evicted: nothing is left of those before."""
+    decoder = Decoder.__new__(Decoder)
+    decoder._pages, decoder._table = (np.full((1, 8), -1, np.int32) for _ in range(2))
+    decoder._shown = [(None, 0, 0, None)]
+    s = Sequence([1], SamplingParams(), 9, pages=[4, 5, 6, 7])
+    behind = np.zeros((1, 1))
+
+    def changes():
+        yield lambda: None
+        yield lambda: s.pages.append(8)
+        yield lambda: vars(s).update(pages=[9, 10])
+        yield lambda: (s.pages.__setitem__(1, 3), vars(s).update(dropped=64))
+        yield lambda: (s.pages.__setitem__(1, 2), vars(s).update(behind=behind))
+        yield lambda: s.pages.__delitem__(slice(1, None))
+
+    for change in changes():
+        change()
+        decoder._show_pages([s])
+        shown = decoder._table[0]
+        assert shown[shown >= 0].tolist() == s.pages

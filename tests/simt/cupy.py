@@ -174,13 +174,17 @@ def array(x, dtype=None):
     return made
 
 
+def _allocate(size):
+    return np.empty(size, np.uint8)
+
+
 def empty(shape, dtype=np.float32):
     dtype = np.dtype(dtype)
     shape = (shape,) if isinstance(shape, int | np.integer) else tuple(shape)
     nbytes = math.prod(shape) * dtype.itemsize
     if nbytes == 0:
         return ndarray(np.empty(shape, dtype))  # an empty array has no memory and no address
-    memory = np.empty(nbytes + 2 * GUARD + ALIGNMENT, np.uint8)
+    memory = _allocate(nbytes + 2 * GUARD + ALIGNMENT)
     start = GUARD + -(memory.ctypes.data + GUARD) % ALIGNMENT
     inside = memory[start : start + nbytes]
     inside.fill(0xFF)  # NaN in every float type
@@ -206,7 +210,8 @@ def device_of(address):
 
 def allocations_at(addresses):
     """(first address, end) of every live allocation that one of the addresses lies in."""
-    bounds = np.array([(0, 0), *sorted(_live)], np.uint64)  # (0, 0) contains no address
+    bounds = [(0, 0), *sorted(_live.data)]  # of `data`, while threads allocate
+    bounds = np.array(bounds, np.uint64)  # (0, 0) contains no address
     found = np.searchsorted(bounds[:, 0], addresses.reshape(-1), "right").astype(np.int64) - 1
     inside = addresses.reshape(-1) < bounds[found, 1]
     return [tuple(map(int, bounds[i])) for i in np.unique(found[inside])]
@@ -314,10 +319,23 @@ def enqueue(work, *args, **options):
         Stream.captured.append(partial(work, *args, **options))
 
 
-class Device:
+class _PerThread(type):
+    """Each thread has a current GPU of its own."""
+
+    _of_thread = threading.local()
+
+    @property
+    def current(cls):
+        return getattr(cls._of_thread, "ordinal", DEVICE)
+
+    @current.setter
+    def current(cls, ordinal):
+        cls._of_thread.ordinal = ordinal
+
+
+class Device(metaclass=_PerThread):
     """A GPU, which a context makes the current one."""
 
-    current = DEVICE
     attributes = {"MultiProcessorCount": NUM_SMS}
 
     def __init__(self, ordinal=DEVICE):

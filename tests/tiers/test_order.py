@@ -8,6 +8,7 @@ import pytest
 
 from pykv.tiers import moves, rows
 from pykv.tiers.moves import Moved, Moves
+from tests.tiers.made import World
 
 
 class Stream:
@@ -122,6 +123,26 @@ def test_rows_and_pages_are_read_when_they_are_whole(form):
     each.out([2], [2], [0])
     assert (2, 0) in before(form, "take", "put")
     assert each.outs().end.past >= {i for i, done in enumerate(form.done) if done[0] == "down"}
+
+
+def test_a_codec_has_one_workspace(form, monkeypatch):
+    """Nothing is coded while pages are decoded, nor the other way round."""
+    monkeypatch.setattr(moves, "CodedForm", Form)
+    each = made(form)
+    each.back([0], [0], [0])
+    each.out([1], [1], [0])
+    each.back([2], [2], [0])
+    assert (0, 0) in before(form, "take", "put") and (1, 0) in before(form, "put", "take")
+
+
+def test_rows_are_given_up_once_no_copy_reads_them(monkeypatch):
+    """The next page that falls takes them."""
+    order, tiers = [], World(host="1KB").tiers
+    (each,) = tiers._rows
+    monkeypatch.setattr(each.moves, "wait", lambda: order.append("waited"))
+    monkeypatch.setattr(each.host, "clear", lambda: order.append("cleared"))
+    tiers.clear_host()
+    assert order == ["waited", "cleared"]
 
 
 def test_threads_wait_for_the_link():

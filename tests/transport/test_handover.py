@@ -11,6 +11,7 @@ import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -33,6 +34,7 @@ from pykv.transport import (
     region,
     wait_for,
 )
+from pykv.transport.messages import Message
 from tests.llm import tiny
 
 pytestmark = pytest.mark.skipif(local.fcntl is None, reason="this system has no file locks")
@@ -266,6 +268,24 @@ def test_late_answers_are_not_answered(open_side, serve, rng, monkeypatch):
         time.sleep(0.01)
     time.sleep(0.3)
     assert [set(facts) for facts in sent] == [{"request", "tokens"}, {"answer", "pages"}]
+
+
+def test_answers_of_others_are_none(open_side, monkeypatch):
+    _, handover = open_side("decode")
+    came = [Message(name, dict(answer="x", pages=n)) for n, name in enumerate(("other", "peer"))]
+    monkeypatch.setattr(handover._transport, "messages", lambda timeout: came)
+    monkeypatch.setattr(handover._transport, "is_alive", lambda peer: True)
+    assert handover._wait_for("peer", "x")["pages"] == 1
+
+
+def test_pages_behind_one_that_did_not_come_are_none(open_side, monkeypatch):
+    """Of whatever threads read them."""
+    monkeypatch.setattr("pykv.transport.handover.THREADS", 2)
+    _, handover = open_side("decode")
+    keys = [bytes([n]) * 16 for n in range(4)]
+    region = SimpleNamespace(get=lambda some, rows: len(some) - (some[0] == keys[0]))
+    free = len(handover._host._free)
+    assert len(handover._read(region, keys)) == 1 and len(handover._host._free) == free - 1
 
 
 def test_calls_of_the_llm_wait_for_no_peer(open_side, rng, monkeypatch):

@@ -74,6 +74,19 @@ def test_a_row_that_was_filled_anew_is_none():
     assert peer.get([KEYS[1]], [got]) == 1 and (got == 7).all()
 
 
+def test_a_page_that_came_back_meanwhile_is_not_damaged():
+    """A reader finds its key again, of which it knew the checksum of another generation."""
+    memory, own = filled()
+    peer, got = peer_of(memory), np.zeros(N, np.uint8)
+    assert peer.exists(KEYS) == KEYS
+    own.drop(1)
+    own.rows[1] = 7
+    own.put(KEYS[1], 1)
+    assert peer.get(KEYS, [got, got.copy(), got.copy()]) == 1
+    assert peer.exists(KEYS) == KEYS
+    assert peer.get(KEYS, [got, got.copy(), got.copy()]) == 3
+
+
 def test_every_flipped_bit_is_seen():
     """Of header and table: what they say is refused, or found nowhere, or right."""
     good, _ = filled()

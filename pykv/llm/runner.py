@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 
 from pykv import cuda, interrupts
-from pykv.arrays import is_numpy
 from pykv.errors import UnsupportedError
 from pykv.eviction import AdaKV, Policy
 from pykv.llm import memory, steps, token_program
@@ -28,7 +27,8 @@ from pykv.llm.model import forward, graph_rows
 from pykv.llm.prefill_device import PrefillDevice
 from pykv.llm.prompt_steps import PromptSteps, Span, of_spans
 from pykv.llm.residency import Residency, can_stay
-from pykv.llm.sampler import Drawn, Sampler
+from pykv.llm.sampler import Sampler
+from pykv.llm.sampling import TokenLogprobs
 from pykv.llm.sequence import Sequence
 from pykv.llm.steps import Piece
 from pykv.llm.steps_ahead import StepsAhead, can_go_on
@@ -171,7 +171,9 @@ class ModelRunner:
             return []
         if link is not None:
             link.wait_event(done)
-        return _read(whole, drawn, link)
+        tokens, found = drawn.read(drawn.words if link is None else drawn.words.get(link))
+        _note(whole, found)
+        return tokens
 
     def ahead(self, sequences: list[Sequence]) -> int:
         """How many tokens of each answer may be begun before the host looks at the first."""
@@ -204,7 +206,11 @@ class ModelRunner:
             self._ahead = None
             decoder = interrupts.allowing(self._decoder_for, sequences)
             if stays:
-                self._residency = decoder.stay(sequences, self._max_resident)
+                # Who copies pages to tiers, or from another GPU, does it behind a launch, which must
+                # get no more of them meanwhile.
+                copies = self.cache.manager.on_forget is not None or self._prefill is not None
+                most = min(self._max_resident, MOST_TOKENS) if copies else self._max_resident
+                self._residency = decoder.stay(sequences, most)
             elif goes_on and self._overlaps(sequences):
                 self._ahead = StepsAhead(decoder, self._sampler, self._link, sequences)
             tokens = self._begun(sequences, goes_on)
@@ -331,8 +337,9 @@ class ModelRunner:
     def _draw(self, sequences: list[Sequence], logits: Any, peaks: Any) -> list[int]:
         """The next token of each answer, from its row; `peaks` as of Sampler.draw. What it draws
         goes by the tokens of its answer, however often these were computed."""
-        drawn = self._sampler.begin(logits, sequences, _masks(sequences), peaks)
-        return _read(sequences, drawn, None)
+        tokens, found = self._sampler.draw(logits, sequences, _masks(sequences), peaks)
+        _note(sequences, found)
+        return tokens
 
     def _end_residency(self) -> None:
         if self._residency is not None:
@@ -385,11 +392,8 @@ def _masks(sequences: list[Sequence]) -> list[Any] | None:
     return None if all(mask is None for mask in masks) else masks
 
 
-def _read(sequences: list[Sequence], drawn: Drawn, stream: Any) -> list[int]:
-    """The tokens that were drawn, brought to the host by a stream; log probabilities are appended
-    to the sequences."""
-    tokens, found = drawn.read(drawn.words if is_numpy(drawn.words) else drawn.words.get(stream))
+def _note(sequences: list[Sequence], found: list[TokenLogprobs | None]) -> None:
+    """Give sequences the log probabilities of their new tokens."""
     for s, logprobs in zip(sequences, found, strict=True):
         if logprobs is not None:
             s.logprobs.append(logprobs)
-    return tokens

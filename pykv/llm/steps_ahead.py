@@ -76,8 +76,8 @@ class StepsAhead:
 
     @property
     def is_under_way(self) -> bool:
-        """Whether a step is."""
-        return self._under_way is not None
+        """Whether a step is, of somebody who has not left."""
+        return self._under_way is not None and bool(self._under_way.rows)
 
     def __del__(self) -> None:
         """Wait for the step under way: its arrays may be freed on another stream than it is on."""

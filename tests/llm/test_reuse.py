@@ -274,13 +274,13 @@ def noted_logits(monkeypatch):
     """A list that grows by the logits of each draw."""
     from pykv.llm import runner
 
-    noted, draw = [], runner.Sampler.draw
+    noted, begin = [], runner.Sampler.begin
 
-    def note(self, logits, *args):
+    def note(self, logits, *args, **options):
         noted.append(to_numpy(logits).copy())
-        return draw(self, logits, *args)
+        return begin(self, logits, *args, **options)
 
-    monkeypatch.setattr(runner.Sampler, "draw", note)
+    monkeypatch.setattr(runner.Sampler, "begin", note)
     return noted
 
 

@@ -53,14 +53,15 @@ class PageStates:
 
     def take(self, count: int) -> list[int]:
         """Pages for one sequence; there must be as many that none holds."""
-        pages = self.free[: -count - 1 : -1]
-        del self.free[len(self.free) - len(pages) :]
-        while len(pages) < count:
-            page, _ = self.idle.popitem(last=False)
-            self.forget(page)
+        free, counts, pages = self.free, self.counts, list[int]()
+        for _ in range(count):
+            if free:  # one by one: a finalizer may free others at any point
+                page = free.pop()
+            else:
+                page, _ = self.idle.popitem(last=False)
+                self.forget(page)
+            counts[page] = 1
             pages.append(page)
-        for page in pages:
-            self.counts[page] = 1
         return pages
 
     def hold(self, pages: list[int]) -> None:

@@ -206,8 +206,8 @@ class ModelRunner:
             self._ahead = None
             decoder = interrupts.allowing(self._decoder_for, sequences)
             if stays:
-                # Who copies pages to tiers, or from another GPU, does it behind a launch, which must
-                # get no more of them meanwhile.
+                # Who copies pages to tiers, or from another GPU, does so behind a launch, which
+                # must get no more of them meanwhile.
                 copies = self.cache.manager.on_forget is not None or self._prefill is not None
                 most = min(self._max_resident, MOST_TOKENS) if copies else self._max_resident
                 self._residency = decoder.stay(sequences, most)

@@ -29,7 +29,8 @@ def until(condition, seconds=60):
 
 
 def request_bytes(path=CHAT, **body):
-    data = json.dumps({"messages": USER, **body}).encode()
+    asked = {"messages": USER} if path == CHAT else {}
+    data = json.dumps(asked | body).encode()
     head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(data)}\r\n\r\n"
     return head.encode() + data
 

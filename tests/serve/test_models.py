@@ -176,7 +176,7 @@ def test_sigterm_lets_answers_end(command):
     facts = "(CPU, 2 slots, context 600, cache of 1,200 tokens)"
     last = log.read_text().splitlines()[-1]
     assert last == f"pykv: small answers at http://127.0.0.1:{port} {facts}"
-    data = request_bytes(prompt="x", max_tokens=250, ignore_eos=True, stream=True)
+    data = request_bytes(max_tokens=250, ignore_eos=True, stream=True)
     with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
         connection.sendall(data)
         head = connection.recv(1 << 16)
@@ -192,7 +192,7 @@ def test_sigterm_lets_answers_end(command):
 
 def test_a_second_signal_ends_answers_by_an_error(command):
     process, port, log = command("--slots", "1")
-    data = request_bytes(prompt="x", max_tokens=590, ignore_eos=True, stream=True, n=9)
+    data = request_bytes(max_tokens=590, ignore_eos=True, stream=True, n=9)
     with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
         connection.sendall(data)
         assert connection.recv(1 << 16).startswith(b"HTTP/1.1 200 OK")

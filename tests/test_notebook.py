@@ -169,7 +169,7 @@ def t4(monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy.cuda", cupy.cuda)
     monkeypatch.setattr(cupy, "empty", empty)
     monkeypatch.setattr(cupy.MemoryPointer, "device_id", ORDINAL)
-    monkeypatch.setattr(cupy.Device, "current", ORDINAL)
+    monkeypatch.setattr(cupy.Device._of_thread, "ordinal", ORDINAL, raising=False)
     monkeypatch.setattr(cuda.launch, "driver", driver)
     monkeypatch.setattr(cuda.devices, "_arch", lambda device: "sm_75")
     monkeypatch.setattr(calibration, "_identity", lambda device: ("T4", str(device), "0"))

@@ -163,7 +163,7 @@ class ModelRunner:
         going = [s for s in come if s is not None] + answers
         is_there = self._ahead is not None and self._ahead.is_under_way
         is_free = self._residency is None and self._prefill is None and not is_there
-        if going and is_free and self._overlaps(going):
+        if going and is_free and self._overlaps(going) and not self._stays(going):
             decoder = interrupts.allowing(self._decoder_for, going)
             rows = [*come, *answers]
             self._ahead = StepsAhead(decoder, self._sampler, link, rows, drawn)

@@ -28,7 +28,8 @@ class SamplingParams:
         top_k: keep the k most likely tokens; 0 keeps all.
         top_p: keep the shortest list of likeliest tokens with this mass; 1 keeps all.
         min_p: keep tokens at least this fraction as likely as the likeliest; 0 keeps all.
-        seed: the same seed, prompt and parameters give the same draw in any batch.
+        seed: the same one draws by the same random numbers, in any batch. Logits of other batches
+            differ in their last bits, which may decide where two tokens are as likely.
         max_tokens: tokens to generate at most; the model's context ends a completion as well.
         stop: a string or strings that end the completion; the text ends before the one that is
             complete first. One that is a control token, such as <|im_end|>, stands for the token.

@@ -150,7 +150,8 @@ class _Step(TokenStep):
     def __call__(self):
         if not self._is_device:
             return super().__call__()
-        simt.enqueue(super().__call__)
+        hooks[0]()  # a launch may fail, but no work that waits in a stream
+        simt.enqueue(_unhooked, super().__call__)
         return self._shown
 
     def resident(self, asked):
@@ -164,17 +165,23 @@ class _Step(TokenStep):
             self.peaks = shown
 
 
+def _unhooked(work):
+    hook, hooks[0] = hooks[0], lambda: None
+    try:
+        work()
+    finally:
+        hooks[0] = hook
+
+
 class _Eager(ResidentProgram):
     """One that goes on while the host does other things, as far as it may."""
 
     draws = random.Random(0)
 
     def _run_on(self):
-        hook, hooks[0] = hooks[0], lambda: None
         for _ in range(self.draws.choice([0, 0, 1, 2, 9])):
             if self._runs:
-                super()._advance()
-        hooks[0] = hook
+                _unhooked(super()._advance)
 
     def _advance(self):
         super()._advance()

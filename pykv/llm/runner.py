@@ -198,6 +198,10 @@ class ModelRunner:
         miss it, and wait for another such step."""
         stays = beside == 0 and self._stays(sequences)
         goes_on = beside <= steps.PREFILL_TOKENS and not stays
+        if any(s.is_sent for s in sequences):  # computed again, up to a token of the answer
+            self.join()
+            for s in sequences:
+                s.is_sent = False
         self._follow_cache()
         self._answers = sequences
         tokens = self._begun(sequences, goes_on)

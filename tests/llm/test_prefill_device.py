@@ -224,6 +224,26 @@ def test_who_waits_for_pages_at_the_end(open_both, rng, monkeypatch):
     assert calls == ["join", "look", "join"]
 
 
+@pytest.mark.parametrize("gpus", MACHINES[:1], indirect=True)
+def test_an_answer_computed_again_waits_for_its_pages(open_both, rng, monkeypatch):
+    """Nobody waits for logits there: all but its last token are computed, which is decoded next."""
+    _, llm = open_both(prefix_cache=False)
+    s = Sequence(tokens_of(rng, 9), SamplingParams(), 70)
+    with llm.turn():
+        llm._scheduler.add(s)
+        while len(s.generated) < 2:
+            llm._scheduler.step()
+        llm._scheduler._wait_again(s, publish=False)
+        calls, prefill = [], llm.runner._prefill
+        run, join = prefill.run, prefill.join
+        monkeypatch.setattr(prefill, "run", lambda *of: (calls.append("run"), run(*of))[1])
+        monkeypatch.setattr(prefill, "join", lambda: (calls.append("join"), join()))
+        while len(s.generated) < 4:
+            llm._scheduler.step()
+        assert calls == ["run", "join"]
+        llm._scheduler.abort(s)
+
+
 def test_a_layer_sends_while_those_behind_it_compute(gpus, open_both, rng):
     """The stream of pages waits for each layer's append, the step for the stream at its end."""
     if gpus.streams is None:

@@ -227,7 +227,7 @@ def test_who_waits_for_pages_at_the_end(open_both, rng, monkeypatch):
 @pytest.mark.parametrize("gpus", MACHINES[:1], indirect=True)
 def test_an_answer_computed_again_waits_for_its_pages(open_both, rng, monkeypatch):
     """Nobody waits for logits there: all but its last token are computed, which is decoded next."""
-    _, llm = open_both(prefix_cache=False)
+    _, llm = open_both(page_size=1)
     s = Sequence(tokens_of(rng, 9), SamplingParams(), 70)
     with llm.turn():
         llm._scheduler.add(s)

@@ -235,14 +235,14 @@ def answered(llm, *given):
     return s
 
 
-def options_of(draws, folder, has_prefill):
+def options_of(draws, folder, lazy):
     page_size = draws.choice([1, 2, 4, 4, 16])
     decode = draws.choice(["graph", "persistent", "persistent", "auto"])
     options = dict(page_size=page_size, decode=decode)
     options |= dict(max_tokens_resident=draws.choice([1, 4, 64, 200]))
     options |= dict(pool_tokens=draws.choice([None, 120, 160, 300]))
     options |= dict(kv_dtype=draws.choice(["fp16", "fp32", "bf16"]))
-    if has_prefill and draws.random() < 0.5:
+    if lazy and draws.random() < 0.5:
         options |= dict(prefill_device=THERE)
     if draws.random() < 0.15:
         return options | dict(prefix_cache=False)
@@ -252,7 +252,7 @@ def options_of(draws, folder, has_prefill):
         how, size = f":{folder}/tokens.kvtc:2", size * 5
     if draws.random() < 0.6:
         options |= dict(host_cache=f"{size}B{how}")
-    if draws.random() < 0.5:
+    if not lazy and draws.random() < 0.5:  # no seed decides when threads write files
         place, limit = folder / f"tier{draws.randrange(10**9)}", draws.choice([30, 10000])
         options |= dict(disk_cache=f"{place}:{limit}KB{draws.choice(['', ':lfu'])}")
     return options

@@ -65,7 +65,7 @@ def tiny_model(open_llm):
 
 
 @pytest.mark.parametrize("is_long", [False, True])
-def test_activations_are_known_before(xp, rng, tiny_model, monkeypatch, is_long):
+def test_activations_are_known_before(xp, hopper, rng, tiny_model, monkeypatch, is_long):
     """What is reckoned is what a step allocates, one operand of a product, and products of gates
     also where long steps on a GPU have none, as short ones by small matrices."""
     T, config, arrays, like = 80, tiny_model.config, [], model.like

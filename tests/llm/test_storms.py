@@ -259,7 +259,7 @@ def options_of(draws, folder, lazy):
 
 
 @pytest.fixture
-def open_of(device, monkeypatch, tmp_path):
+def open_of(device, hopper, monkeypatch, tmp_path):
     """open_of(draws, lazy): opens LLMs of the model in place of one, and streams, whose work waits
     if they are lazy."""
     if device is not simt:

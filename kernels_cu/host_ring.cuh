@@ -1,5 +1,5 @@
 // host_ring.cuh: ring buffers in pinned memory, by which host and kernel exchange messages while the
-// kernel runs (layout and the host's side: pykv/host_rings.py).
+// kernel runs (layout and the host's side: pykv/programs/host_rings.py).
 //
 // A slot is 8 words of 8 bytes. The low half of a word is payload, the high half the number of its
 // message. Stores of a word are atomic, so a reader that finds the expected number in every word has

@@ -10,9 +10,9 @@
 //   control             [4] u32: numbers of the first result and of the first command, most tokens of
 //                       the launch; the kernel writes whether another token follows
 //   host                u64, pinned memory of the host (host_ring.cuh): commands, see
-//                       pykv/resident_commands.py, and a result for each token. Word i of a result is
-//                       of row i: the token in the low 24 bits, a `Why` in 3, and in 5 the epoch, the
-//                       number of sequences started in the row, modulo 32
+//                       pykv/programs/resident_commands.py, and a result for each token. Word i of a
+//                       result is of row i: the token in the low 24 bits, a `Why` in 3, and in 5 the
+//                       epoch, the number of sequences started in the row, modulo 32
 //   told                [RING_SLOTS, T, W] u64, pinned memory of the host: `found` of each result, in
 //                       the low halves; null where W = 0
 //   page_table          [T, M] int, -1 where a sequence has no page

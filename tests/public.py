@@ -31,8 +31,8 @@ from pykv import (
 from pykv.eval import changes, continuation, needles
 from pykv.kvtc import Codec, v0
 from pykv.ops import mailbox, permute, phase_program, resident_program
-from pykv.phases import Argmax, Embed, Product
-from pykv.resident_tokens import Inputs
+from pykv.programs.phases import Argmax, Embed, Product
+from pykv.programs.resident_tokens import Inputs
 from pykv.transport import Handover, Local, Region, local, wait_for
 from pykv.transport.region import size_of
 from tests.kvtc import made

@@ -12,7 +12,7 @@ from pykv.blocks import BlockManager
 from pykv.errors import PykvError, UnsupportedError
 from pykv.ops.mailbox import Mailbox
 from pykv.ops.phase_program import OLDEST_SM, PhaseProgram
-from pykv.phases import Product
+from pykv.programs.phases import Product
 from tests.helpers import assert_same_bits, to_numpy
 
 P = 4

@@ -31,9 +31,9 @@ from pykv.llm.token_program import TokenPhases, token_phases
 from pykv.llm.weights import Model
 from pykv.ops.phase_program import OLDEST_SM, PhaseProgram
 from pykv.ops.resident_program import ResidentProgram
-from pykv.phases import Argmax, Attention, Embed, Product
 from pykv.pool import PagedKVCache
-from pykv.resident_tokens import Inputs
+from pykv.programs.phases import Argmax, Attention, Embed, Product
+from pykv.programs.resident_tokens import Inputs
 from pykv.specs import KVSpec
 from pykv.testing import caches
 from pykv.testing.compare import host

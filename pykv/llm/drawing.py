@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pykv.arrays import copy_into, like
-from pykv.draw_phases import FILTERS, Adjust, Draw, Logprobs
 from pykv.llm.model import Batch
 from pykv.llm.sampler import Drawing, tally_of
 from pykv.llm.sampling import MAX_LOGPROBS, NO_PENALTIES
-from pykv.phases import Argmax
+from pykv.programs.draw_phases import FILTERS, Adjust, Draw, Logprobs
+from pykv.programs.phases import Argmax
 
 # Of each parameter: its type, and words of 32 bits of a row. Seeds come first, to be aligned.
 _COLUMNS: dict[str, tuple[Any, int]] = dict(

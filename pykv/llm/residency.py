@@ -12,7 +12,7 @@ from collections.abc import Sequence as Several
 from pykv.llm.sampling import TokenLogprobs
 from pykv.llm.sequence import Sequence
 from pykv.ops.resident_program import ENDS, MOST_TOKENS, ResidentProgram
-from pykv.resident_tokens import Why
+from pykv.programs.resident_tokens import Why
 
 _GRANTED = 16  # a launch is extended each time that so many tokens were taken
 

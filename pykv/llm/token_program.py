@@ -19,9 +19,9 @@ from pykv.llm.model import Batch
 from pykv.llm.weights import Layer, Model
 from pykv.ops.phase_program import OLDEST_SM, PhaseProgram
 from pykv.ops.resident_program import ResidentProgram
-from pykv.phases import AddNorm, Append, Argmax, Attend, Attention, Embed, Product
 from pykv.pool import PagedKVCache
-from pykv.resident_tokens import Inputs
+from pykv.programs.phases import AddNorm, Append, Argmax, Attend, Attention, Embed, Product
+from pykv.programs.resident_tokens import Inputs
 
 TOKENS = 8  # limit of a step, one for each sequence
 

@@ -1,7 +1,7 @@
 """A kernel that stays on the GPU and takes jobs from the host: `x * scale + bias`.
 
 Dimensions: R rows, N elements.
-Kernel: kernels_cu/mailbox.cu; pykv/host_rings.py describes what host and kernel write.
+Kernel: kernels_cu/mailbox.cu; pykv/programs/host_rings.py describes what host and kernel write.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from pykv import cuda
 from pykv.arrays import FLOAT32, on_gpu
 from pykv.checker import checker
 from pykv.errors import CapacityError, DeviceError, ParameterError
-from pykv.host_rings import SLOTS, RingKernel, State
 from pykv.options import check_flag, check_number, check_whole
+from pykv.programs.host_rings import SLOTS, RingKernel, State
 from pykv.testing import wrong_values
 
 _BLOCK = 256

@@ -1,7 +1,7 @@
 """The phases of a model's step, one after another, in one launch.
 
 Dimensions: T tokens, one of each sequence; I features in, O features out of a product.
-Kernel: kernels_cu/phase_program.cu; pykv/phases.py has the phases.
+Kernel: kernels_cu/phase_program.cu; pykv/programs/phases.py has the phases.
 """
 
 from __future__ import annotations
@@ -14,14 +14,23 @@ import numpy as np
 from pykv import cuda
 from pykv.arrays import FLOATS, like, on_gpu
 from pykv.cuda.launch import SCALARS
-from pykv.draw_phases import DRAW_PHASES
 from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError, UnsupportedError
 from pykv.gemv_cuts import cut_of, most_outs
 from pykv.ops import block_linear, paged_decode, paged_qkv
 from pykv.options import check_whole
 from pykv.overlaps import bytes_of, is_same, place_of, share
-from pykv.phase_stages import check_stages, stages_of
-from pykv.phases import BLOCK, OPS, PHASES, Attention, Product, Record, Scratch, program_defines
+from pykv.programs.draw_phases import DRAW_PHASES
+from pykv.programs.phases import (
+    BLOCK,
+    OPS,
+    PHASES,
+    Attention,
+    Product,
+    Record,
+    Scratch,
+    program_defines,
+)
+from pykv.programs.stages import check_stages, stages_of
 from pykv.ranges import address_of
 from pykv.specs import KVSpec
 
@@ -85,11 +94,11 @@ class PhaseProgram:
     """A function that does phases in their order; each may read what others have written.
 
     Args:
-        phases: at least one of pykv.phases: Product, Embed, AddNorm, Attention, Argmax; or of
-            pykv.draw_phases: Adjust, Draw, Logprobs. T is at most 8 and the same for all, as is the
-            dtype of inputs, with an attention float32, that of biases, and the kind of caches. None
-            writes a matrix, bias, norm, page table or length. Arrays are held, and calls see what
-            they contain then.
+        phases: at least one of pykv.programs.phases: Product, Embed, AddNorm, Attention, Argmax;
+            or of pykv.programs.draw_phases: Adjust, Draw, Logprobs. T is at most 8 and the same for
+            all, as is the dtype of inputs, with an attention float32, that of biases, and the kind
+            of caches. None writes a matrix, bias, norm, page table or length. Arrays are held, and
+            calls see what they contain then.
         blocks: of the launch at most; None: as many as the GPU runs at once and have work.
 
     Raises:
@@ -113,7 +122,7 @@ class PhaseProgram:
 
     >>> x, y, z = (np.ones((1, 8), np.float32) for _ in range(3))
     >>> w = np.eye(8, dtype=np.float16)
-    >>> Product = pykv.phases.Product
+    >>> Product = pykv.programs.phases.Product
     >>> twice = [Product(x, 2 * w, "F16", y), Product(y, 3 * w, "F16", z, accumulate=True)]
     >>> program = pykv.ops.phase_program.PhaseProgram(twice)
     >>> program()

@@ -2,8 +2,8 @@
 them while it runs.
 
 Dimensions: T rows, each of a sequence or free; M pages a sequence at most; E tokens that end a
-sequence. Kernel: kernels_cu/resident_program.cu. Messages: pykv/host_rings.py; commands of the
-host: pykv/resident_commands.py.
+sequence. Kernel: kernels_cu/resident_program.cu. Messages: programs/host_rings.py; commands of the
+host: programs/resident_commands.py.
 """
 
 from __future__ import annotations
@@ -15,16 +15,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pykv import cuda, interrupts, resident_commands
+from pykv import cuda, interrupts
 from pykv.arrays import like, on_gpu
-from pykv.draw_phases import Adjust, Logprobs
 from pykv.errors import DeviceError, ParameterError, UnsupportedError
-from pykv.host_rings import SLOTS, Pinned, RingKernel, State
 from pykv.ops import phase_program
 from pykv.options import check_number, check_whole
-from pykv.phases import Attention, Embed
-from pykv.resident_commands import Command
-from pykv.resident_tokens import (
+from pykv.programs import resident_commands
+from pykv.programs.draw_phases import Adjust, Logprobs
+from pykv.programs.host_rings import SLOTS, Pinned, RingKernel, State
+from pykv.programs.phases import Attention, Embed
+from pykv.programs.resident_commands import Command
+from pykv.programs.resident_tokens import (
     Drawn,
     Inputs,
     Why,
@@ -80,12 +81,12 @@ class ResidentProgram:
 
     >>> ids, positions, slots, lengths, peaks = np.array([[3], [0], [-1], [1], [0]], np.int32)
     >>> table, x, logits = np.zeros((1, 4), np.int32), np.ones((1, 8), "f4"), np.ones((1, 8), "f4")
-    >>> eye, phases, ops = np.eye(8, dtype=np.float16), pykv.phases, pykv.ops.resident_program
+    >>> eye, phases = np.eye(8, dtype=np.float16), pykv.programs.phases
     >>> of_token = [phases.Embed(ids, eye, "F16", x)]
     >>> of_token += [phases.Product(x, np.roll(eye, 1, 0), "F16", logits)]
     >>> of_token += [phases.Argmax(logits, peaks)]
-    >>> inputs = pykv.resident_tokens.Inputs(ids, positions, slots, lengths, table, peaks)
-    >>> program = ops.ResidentProgram(of_token, inputs, page_size=16)
+    >>> inputs = pykv.programs.resident_tokens.Inputs(ids, positions, slots, lengths, table, peaks)
+    >>> program = pykv.ops.resident_program.ResidentProgram(of_token, inputs, page_size=16)
     >>> program.launch(3, limits=[100], ends=[[]])
     >>> [program.take()[0].token for _ in range(3)]
     [4, 5, 6]

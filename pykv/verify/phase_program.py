@@ -8,9 +8,9 @@ import numpy as np
 
 from pykv import cuda
 from pykv.arrays import on_gpu
-from pykv.draw_phases import Adjust, Draw, Logprobs
 from pykv.ops import phase_program
-from pykv.phases import Product
+from pykv.programs.draw_phases import Adjust, Draw, Logprobs
+from pykv.programs.phases import Product
 from pykv.testing import host, judged, oracles, wrong_values
 from pykv.verify import Case, Cases
 

@@ -9,8 +9,8 @@ import numpy as np
 from pykv import cuda
 from pykv.arrays import on_gpu
 from pykv.ops import phase_program, resident_program
-from pykv.phases import Argmax, Embed, Product
-from pykv.resident_tokens import Drawn, Inputs, Why
+from pykv.programs.phases import Argmax, Embed, Product
+from pykv.programs.resident_tokens import Drawn, Inputs, Why
 from pykv.testing.compare import host
 from pykv.verify import Case, Cases
 

@@ -42,7 +42,7 @@ def test_a_program_that_is_wrong_is_seen(rng, monkeypatch, phase):
     """Of which one phase does nothing."""
     made = persistent.make(persistent.QUICK[0], np, rng)
     assert made.check()
-    monkeypatch.setattr(f"pykv.phases.{phase}.run_alone", lambda self: None)
+    monkeypatch.setattr(f"pykv.programs.phases.{phase}.run_alone", lambda self: None)
     assert not made.check()
 
 

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from pykv.errors import NumberError, ParameterError
-from pykv.host_rings import State
 from pykv.llm import LLM, SamplingParams, token_program
 from pykv.llm.drawing import Asked, asked_of
 from pykv.llm.residency import can_stay
@@ -17,6 +16,7 @@ from pykv.llm.sequence import Sequence
 from pykv.ops import paged_check
 from pykv.ops.phase_program import PhaseProgram
 from pykv.ops.resident_program import ENDS, MOST_TOKENS, ResidentProgram
+from pykv.programs.host_rings import State
 from tests.helpers import swept, to_numpy
 from tests.llm import tiny
 from tests.llm.test_model import greedy

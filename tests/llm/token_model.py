@@ -19,9 +19,9 @@ from pykv.llm import LLM, model, opening, runner, token_program
 from pykv.llm.model import Batch
 from pykv.llm.token_program import TokenPhases, TokenStep
 from pykv.ops.resident_program import ResidentProgram
-from pykv.phase_stages import Touched
-from pykv.phases import Argmax
 from pykv.pool import PagedKVCache
+from pykv.programs.phases import Argmax
+from pykv.programs.stages import Touched
 from tests import peers
 from tests.llm import tiny
 from tests.simt import cupy as simt

@@ -11,7 +11,7 @@ from contextlib import suppress
 import numpy as np
 import pytest
 
-from pykv import cuda, host_rings
+from pykv import cuda
 from pykv.errors import (
     CapacityError,
     DeviceError,
@@ -22,11 +22,12 @@ from pykv.errors import (
 )
 from pykv.ops import mailbox as op
 from pykv.ops.mailbox import Counts, Mailbox
+from pykv.programs import host_rings
 from tests.helpers import assert_same_bits, to_numpy
 from tests.test_interrupts import interrupted
 
 SLOW = dict(silence=30.0)  # for machines that run many tests at once
-HOST = "pykv.ops.mailbox", "pykv.host_rings"
+HOST = "pykv.ops.mailbox", "pykv.programs.host_rings"
 
 
 def test_jobs_are_done_in_their_order(xp, rng):

@@ -11,8 +11,8 @@ from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError, Uns
 from pykv.ops import block_linear, block_rows
 from pykv.ops import phase_program as op
 from pykv.ops.phase_program import PhaseProgram
-from pykv.phase_stages import Touched, check_stages, stages_of
-from pykv.phases import AddNorm, Append, Argmax, Attend, Attention, Embed, Product
+from pykv.programs.phases import AddNorm, Append, Argmax, Attend, Attention, Embed, Product
+from pykv.programs.stages import Touched, check_stages, stages_of
 from pykv.testing.blocks import random_blocks
 from tests.helpers import assert_close_to_oracle, assert_same_bits, swept, to_numpy
 from tests.simt import cupy as simt

@@ -8,20 +8,21 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from pykv import cuda, resident_tokens
+from pykv import cuda
 from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError, UnsupportedError
-from pykv.host_rings import State
 from pykv.ops import phase_program
 from pykv.ops import resident_program as op
 from pykv.ops.resident_program import ResidentProgram
-from pykv.phases import Argmax, Embed, Product
-from pykv.resident_commands import STOP
-from pykv.resident_tokens import Drawn, Inputs, Why
+from pykv.programs import resident_tokens
+from pykv.programs.host_rings import State
+from pykv.programs.phases import Argmax, Embed, Product
+from pykv.programs.resident_commands import STOP
+from pykv.programs.resident_tokens import Drawn, Inputs, Why
 from tests.helpers import to_numpy
 from tests.test_interrupts import interrupted
 
 SLOW = dict(silence=30.0)  # for machines that run many tests at once
-HOST = "pykv.ops.resident_program", "pykv.host_rings", "pykv.resident_tokens"
+HOST = "pykv.ops.resident_program", "pykv.programs.host_rings", "pykv.programs.resident_tokens"
 P, M, V, E = 4, 64, 40, 16
 
 

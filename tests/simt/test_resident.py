@@ -10,14 +10,14 @@ import pytest
 from pykv import cuda
 from pykv.cuda import KERNELS
 from pykv.errors import DeviceError
-from pykv.host_rings import SLOTS, Rings
 from pykv.ops.phase_program import PhaseProgram
 from pykv.ops.resident_program import ResidentProgram
-from pykv.resident_commands import PAGES
+from pykv.programs.host_rings import SLOTS, Rings
+from pykv.programs.resident_commands import PAGES
 from tests.ops.test_resident_program import LENGTHS, all_of, chain, start_again
+from tests.programs.test_draw_phases import ROWS, draw_of
+from tests.programs.test_resident_commands import hold, lack_pages
 from tests.simt import machine
-from tests.test_draw_phases import ROWS, draw_of
-from tests.test_resident_commands import hold, lack_pages
 
 pytestmark = pytest.mark.simt
 

@@ -1,6 +1,6 @@
 """Commands from the host to a launch of ops/resident_program.py.
 
-A command is up to 8 integers of 32 bits, a message of pykv/host_rings.py:
+A command is up to 8 integers of 32 bits, a message of host_rings.py:
 
     STOP    row                                 end the row's sequence
     GRANT   tokens                              draw so many more tokens
@@ -30,7 +30,7 @@ import numpy as np
 from pykv.errors import DtypeError, ParameterError, quoted
 from pykv.number_texts import counted
 from pykv.options import check_whole
-from pykv.resident_tokens import Inputs, clear
+from pykv.programs.resident_tokens import Inputs, clear
 
 STOP, GRANT, PAGES, ENDS, PARAMS, START = range(1, 7)
 MOST_ENDS = 32  # tokens that may end a sequence

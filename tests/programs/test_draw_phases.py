@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from pykv.draw_phases import Adjust, Draw, Logprobs
 from pykv.errors import ParameterError, ShapeError
 from pykv.ops import adjust_logits, logprobs, sample
 from pykv.ops.phase_program import PhaseProgram
-from pykv.phases import Argmax
+from pykv.programs.draw_phases import Adjust, Draw, Logprobs
+from pykv.programs.phases import Argmax
 from tests.helpers import assert_same_bits, swept, to_numpy
 from tests.simt import cupy as simt
 

@@ -28,8 +28,8 @@ from pykv.ops import (
 from pykv.ops.norm import rms_norm
 from pykv.options import check_number
 from pykv.overlaps import bytes_of, check_apart, place_of
-from pykv.phase_stages import Touched
 from pykv.planes import PLAIN
+from pykv.programs.stages import Touched
 from pykv.ranges import address_of
 from pykv.specs import POOLS, KVSpec, spec_of
 

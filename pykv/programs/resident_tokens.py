@@ -15,7 +15,7 @@ from pykv.arrays import INT32, on_gpu
 from pykv.checker import checker, optional
 from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError, UnsupportedError
 from pykv.overlaps import place_of, share
-from pykv.phases import Argmax, Attention
+from pykv.programs.phases import Argmax, Attention
 
 TOKEN_BITS, _WHY_BITS, _EPOCH_BITS = 24, 3, 5  # fields of a result's word, from the lowest bit on
 

@@ -8,14 +8,14 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from pykv import resident_commands
-from pykv.draw_phases import Adjust, Draw
 from pykv.errors import DtypeError, ParameterError, UnsupportedError
-from pykv.host_rings import Rings, State
 from pykv.ops import resident_program
 from pykv.ops.resident_program import MOST_TOKENS, ResidentProgram
-from pykv.phases import Embed, Product
-from pykv.resident_tokens import Drawn, Inputs, Why, of_word
+from pykv.programs import resident_commands
+from pykv.programs.draw_phases import Adjust, Draw
+from pykv.programs.host_rings import Rings, State
+from pykv.programs.phases import Embed, Product
+from pykv.programs.resident_tokens import Drawn, Inputs, Why, of_word
 from tests.helpers import swept, to_numpy
 from tests.ops.test_phase_program import attention_of
 from tests.ops.test_resident_program import SLOW, all_of, chain, follow, of_sequences

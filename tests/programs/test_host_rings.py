@@ -5,9 +5,10 @@ import time
 
 import pytest
 
-from pykv import cuda, host_rings
+from pykv import cuda
 from pykv.errors import DeviceError, UnsupportedError
-from pykv.host_rings import State
+from pykv.programs import host_rings
+from pykv.programs.host_rings import State
 from tests.ops.test_resident_program import all_of, chain, expected, of_row
 from tests.simt import cupy as simt
 

@@ -1,6 +1,6 @@
 """Phases of a program that draw tokens as requests ask for it: penalties and biases, filters and
-the draw, log probabilities. pykv/phases.py has the others, Argmax among them, which is enough for
-the likeliest token.
+the draw, log probabilities. phases.py has the others, Argmax among them, which is enough for the
+likeliest token.
 
 Dimensions: T tokens, one of each sequence; V vocabulary; K likeliest tokens.
 """
@@ -17,8 +17,8 @@ from pykv.checker import checker
 from pykv.errors import ParameterError, ShapeError, quoted
 from pykv.ops import adjust_logits, logprobs, sample
 from pykv.overlaps import bytes_of
-from pykv.phase_stages import Touched
-from pykv.phases import BLOCK, Argmax, Record, Scratch
+from pykv.programs.phases import BLOCK, Argmax, Record, Scratch
+from pykv.programs.stages import Touched
 
 # As in kernels_cu/draw.cuh and phase_draw.cuh.
 _BINS, _PARTS, _ROUNDS, _SUM_THREADS = 2048, 32, 3, 1024

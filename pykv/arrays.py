@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 
 from pykv import install
-from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError
+from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError, a_type
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 FLOATS = (np.dtype(np.float32), np.dtype(np.float16), BFLOAT16)
@@ -49,7 +49,7 @@ def is_numpy(x: Any) -> bool:
 def not_an_array(op: str, name: str, x: Any) -> DtypeError:
     """The error where an argument of an op should be an array."""
     expected = "a NumPy or CuPy array (pykv.asarray takes torch, JAX and other arrays)"
-    return DtypeError(f"{op}: {name} is a {type(x).__name__}, expected {expected}")
+    return DtypeError(f"{op}: {name} is {a_type(x)}, expected {expected}")
 
 
 def on_gpu(array: Any) -> bool:

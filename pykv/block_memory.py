@@ -14,7 +14,7 @@ import numpy as np
 from pykv import cuda, overlaps
 from pykv.arrays import is_array, on_gpu, view_at
 from pykv.checker import checker
-from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError
+from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError, a_type
 from pykv.layout import AXES, ITEMSIZES, BlockShape, Layout, check_pair, check_shape, strides
 from pykv.number_texts import counted
 from pykv.ops.block_copy import ADDRESSES
@@ -189,7 +189,7 @@ def _find_arrays(op: str, name: str, memory: Any, layout: Layout) -> list[tuple[
     for axes, x in found:
         if not is_array(x):
             raise DtypeError(
-                f"{op}: {name} has a {type(x).__name__}, expected NumPy or CuPy arrays, or lists "
+                f"{op}: {name} has {a_type(x)}, expected NumPy or CuPy arrays, or lists "
                 "of them; addresses need a shape"
             )
         if x.ndim != len(axes):

@@ -47,6 +47,12 @@ def quoted(value: object, most: int = 80) -> str:
     return text
 
 
+def a_type(value: object) -> str:
+    """The type of a value as errors name it: "an int", "a list"."""
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'aeiouAEIO' else 'a'} {name}"
+
+
 def _pieces(value: Any, most: int) -> Iterator[str]:
     """The repr of a value, part by part: whoever reads a few need not wait for the others."""
     written: Any = type(value).__repr__

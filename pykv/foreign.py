@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from pykv.arrays import BFLOAT16, as_read_only, current_device, is_array, load_cupy
-from pykv.errors import DeviceError, DtypeError, ParameterError, PykvError, UnsupportedError
+from pykv.errors import DeviceError, DtypeError, ParameterError, PykvError, UnsupportedError, a_type
 from pykv.options import check_type, check_whole
 
 HOST = (1, 3)  # DLPack's device types: the host's memory, pinned memory
@@ -75,9 +75,9 @@ def named_array(op: str, name: str, x: Any) -> Any:
     except PykvError:
         raise
     except Exception as error:  # the other library may raise anything
-        raise DtypeError(f"{where} is a {type(x).__name__}, {error}") from error
+        raise DtypeError(f"{where} is {a_type(x)}, {error}") from error
     expected = "an array with __dlpack__ or __cuda_array_interface__"
-    raise DtypeError(f"{where} is a {type(x).__name__}, expected {expected}")
+    raise DtypeError(f"{where} is {a_type(x)}, expected {expected}")
 
 
 def _of_torch(torch: Any, where: str, x: Any) -> Any:

@@ -45,7 +45,7 @@ import ml_dtypes
 import numpy as np
 
 from pykv.arrays import BFLOAT16, FLOATS, is_numpy
-from pykv.errors import DtypeError, ParameterError, ShapeError, quoted
+from pykv.errors import DtypeError, ParameterError, ShapeError, a_type, quoted
 from pykv.options import check_float_dtype, check_type
 
 SMALLEST = np.float32(1e-8)  # lower bound of max |x|: keeps 1 / scale finite
@@ -107,7 +107,7 @@ SCALE_DTYPES: dict[str, np.dtype[Any]] = {"fp16": FLOATS[1], "fp32": FLOATS[0]}
 def _check_array(op: str, name: str, x: Any, dtypes: tuple[Any, ...]) -> None:
     """Check what functions of rows take: a NumPy array, of one dimension at least."""
     if not is_numpy(x) or x.ndim == 0:
-        raise DtypeError(f"{op}: {name} is a {type(x).__name__}, expected a NumPy array of rows")
+        raise DtypeError(f"{op}: {name} is {a_type(x)}, expected a NumPy array of rows")
     if x.dtype not in dtypes:
         expected = " or ".join(map(str, dtypes))
         raise DtypeError(f"{op}: {name} has dtype {x.dtype}, expected {expected}")

@@ -20,7 +20,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from pykv.errors import DtypeError, ParameterError
+from pykv.errors import DtypeError, ParameterError, a_type
 from pykv.options import check_type, check_whole, hold_python_numbers
 
 STACKS = ("NHD", "HND")
@@ -129,7 +129,7 @@ def check_shape(op: str, name: str, shape: Any) -> BlockShape:
         DtypeError: it is no BlockShape, or a size no integer.
     """
     if not isinstance(shape, tuple) or len(shape) != len(BlockShape._fields):
-        raise DtypeError(f"{op}: {name} is a {type(shape).__name__}, expected a BlockShape")
+        raise DtypeError(f"{op}: {name} is {a_type(shape)}, expected a BlockShape")
     sizes = zip(BlockShape._fields, shape, strict=True)
     checked = BlockShape(*(check_whole(op, f"{name}.{n}", size, 0, 2**62) for n, size in sizes))
     if checked.itemsize not in ITEMSIZES:

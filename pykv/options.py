@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from pykv.arrays import FLOATS, is_numpy
-from pykv.errors import DtypeError, ParameterError, quoted
+from pykv.errors import DtypeError, ParameterError, a_type, quoted
 from pykv.terminal import meant
 
 _BOOLS = {bool, np.bool_}
@@ -40,7 +40,7 @@ def check_type(op: str, name: str, value: Any, types: Any, expected: str = "") -
     """
     if not isinstance(value, types):
         expected = expected or f"a {types.__name__}"
-        raise DtypeError(f"{op}: {name} is a {type(value).__name__}, expected {expected}")
+        raise DtypeError(f"{op}: {name} is {a_type(value)}, expected {expected}")
 
 
 def hold_python_numbers(record: Any) -> None:
@@ -72,8 +72,7 @@ def check_whole(op: str, name: str, value: Any, least: int, most: int = _LARGEST
                 raise TypeError
             whole = operator.index(value)
         except TypeError:
-            given = type(value).__name__
-            raise DtypeError(f"{op}: {name} is a {given}, expected a whole number") from None
+            raise DtypeError(f"{op}: {name} is {a_type(value)}, expected a whole number") from None
     if not least <= whole <= most:
         is_open = most == _LARGEST_SIZE and whole < least
         bounds = f"at least {least}" if is_open else f"{least} to {most}"
@@ -99,7 +98,7 @@ def check_number(
             or above `most`, or, if `positive`, not above 0 there.
     """
     if not isinstance(value, Real) or isinstance(value, bool | np.timedelta64):
-        raise DtypeError(f"{op}: {name} is a {type(value).__name__}, expected a number")
+        raise DtypeError(f"{op}: {name} is {a_type(value)}, expected a number")
     if isinstance(value, np.generic):  # else comparing would round the bounds to its dtype
         value = value.item()
     number: Any = value

@@ -15,7 +15,7 @@ import numpy as np
 from pykv import cuda, options, ranges
 from pykv.arrays import check_writeable, strided, to_host
 from pykv.checker import Dims, checker
-from pykv.errors import DtypeError, ParameterError
+from pykv.errors import DtypeError, ParameterError, a_type
 from pykv.options import check_type
 from pykv.specs import KVSpec, as_spec
 
@@ -53,7 +53,7 @@ def check_cache(op: str, name: str, cache: Any) -> tuple[KVSpec, Dims, tuple[Any
     missing = [x for x in _ATTRIBUTES if not hasattr(cache, x)]
     if missing:
         raise DtypeError(
-            f"{op}: {name} is a {type(cache).__name__} without {', '.join(missing)}, expected a "
+            f"{op}: {name} is {a_type(cache)} without {', '.join(missing)}, expected a "
             "cache, see pykv.pages"
         )
     spec = as_spec(op, cache.spec, f"{name}.spec")

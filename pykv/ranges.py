@@ -12,7 +12,7 @@ import numpy as np
 
 from pykv import cuda
 from pykv.arrays import check_writeable, like, on_gpu, view_at
-from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError
+from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError, a_type
 from pykv.foreign import from_pointer, is_pageable, named_array
 from pykv.number_texts import counted
 from pykv.options import check_type
@@ -136,7 +136,7 @@ def _integers(op: str, name: str, values: Any) -> Any:
         array = np.asarray(None)
     if array.size and array.dtype.kind not in "iu":
         is_other = array.dtype.hasobject
-        given = f"is a {type(values).__name__}" if is_other else f"has dtype {array.dtype}"
+        given = f"is {a_type(values)}" if is_other else f"has dtype {array.dtype}"
         raise DtypeError(f"{op}: {name} {given}, expected integers, as a list or a NumPy array")
     return array
 

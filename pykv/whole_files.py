@@ -16,7 +16,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-from pykv.errors import DtypeError, FormatError, ParameterError
+from pykv.errors import DtypeError, FormatError, ParameterError, a_type
 
 SCRATCH = ".pykv-"  # names of files that are not whole yet begin so
 
@@ -139,8 +139,9 @@ def regular_path(op: str, path: str | os.PathLike[str], name: str = "path") -> P
     try:
         found = Path(os.path.realpath(os.fsdecode(path)))
     except TypeError:
-        given = type(path).__name__
-        raise DtypeError(f"{op}: {name} is a {given}, expected a text or a pathlib.Path") from None
+        raise DtypeError(
+            f"{op}: {name} is {a_type(path)}, expected a text or a pathlib.Path"
+        ) from None
     except ValueError as error:  # a null character
         raise ParameterError(f"{op}: {name} is {path!r}: {error}") from None
     if found.exists() and not found.is_file():

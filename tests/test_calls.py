@@ -164,7 +164,7 @@ def test_arrays_live_as_long_as_the_call(xp):
 
 def test_what_cannot_be_prepared_says_so(two):
     x, y = two
-    with pytest.raises(DtypeError, match="^prepare: op is a int, expected a function"):
+    with pytest.raises(DtypeError, match="^prepare: op is an int, expected a function"):
         cuda.prepare(3)
     for op in (activation.add, lambda x, y, **stream: None):
         with pytest.raises(ParameterError, match="^prepare: stream is given, expected that of"):
@@ -337,7 +337,7 @@ def test_cublas_is_not_captured(device, monkeypatch):
 def test_a_graph_takes_a_function():
     with pytest.raises(DtypeError, match="^graph: function is a NoneType, expected a function"):
         cuda.graph(None)
-    with pytest.raises(DtypeError, match="^graph: memory is a int, expected a GraphMemory"):
+    with pytest.raises(DtypeError, match="^graph: memory is an int, expected a GraphMemory"):
         cuda.graph(print, 3)
 
 

@@ -712,7 +712,7 @@ def test_wrong_arguments_change_nothing(xp, rng):
         (ParameterError, "lengths are down to -1", ([30, -1, 5], "random:8"), {}),
         (ShapeError, r"lengths have shape \(2,\)", ([30, 11], "random:8"), {}),
         (DtypeError, "lengths have dtype float64", ([30.0, 11, 5], "random:8"), {}),
-        (DtypeError, "policy is a int, expected a policy of", (LENGTHS, 8), {}),
+        (DtypeError, "policy is an int, expected a policy of", (LENGTHS, 8), {}),
         (ParameterError, "layers of policy is 2, expected 0 to 1", (LENGTHS, {2: "random:8"}), {}),
         (ShapeError, r"scores\[0\] has shape", (LENGTHS, "scores:8"), dict(scores=q)),
         (ParameterError, "rotary is missing, expected how the", (LENGTHS, ahead), dict(queries=q)),
@@ -779,9 +779,9 @@ def test_wrong_arguments_change_nothing(xp, rng):
             ParameterError,
             "has 'window=3', expected each",
         ),
-        (lambda: eviction.parse("adakv:adakv:random:8"), DtypeError, "policy is a AdaKV"),
+        (lambda: eviction.parse("adakv:adakv:random:8"), DtypeError, "policy is an AdaKV"),
         (lambda: eviction.parse("snapkv"), ParameterError, "one of them, .* text 'snapkv:512'"),
-        (lambda: eviction.parse(8), DtypeError, "text is a int"),
+        (lambda: eviction.parse(8), DtypeError, "text is an int"),
     ],
 )
 def test_policies_refuse_what_they_cannot_mean(make, error, text):

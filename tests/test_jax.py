@@ -99,7 +99,7 @@ def test_what_holds_no_memory_is_refused():
         jax.jit(pykv.asarray)(jnp.ones(3))
     x = jnp.arange(3.0) + 1
     x.delete()
-    with pytest.raises(DtypeError, match="asarray: x is a ArrayImpl, "):
+    with pytest.raises(DtypeError, match="asarray: x is an ArrayImpl, "):
         pykv.asarray(x)
 
 

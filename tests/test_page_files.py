@@ -299,9 +299,9 @@ def test_what_is_no_regular_file_is_left_alone(rng, tmp_path):
                 call(path, cache)
         with pytest.raises(ParameterError, match="path is 'a.x00b': "):
             call("a\0b", cache)
-        with pytest.raises(DtypeError, match="path is a int, expected a text or a pathlib.Path"):
+        with pytest.raises(DtypeError, match="path is an int, expected a text or a pathlib.Path"):
             call(3, cache)
-    with pytest.raises(DtypeError, match="model is a int, expected a text"):
+    with pytest.raises(DtypeError, match="model is an int, expected a text"):
         page_files.save(tmp_path / "x", cache, model=3)
     assert (tmp_path / "pipe").is_fifo() and len(list(tmp_path.iterdir())) == 1
     page_files.save(os.fsencode(tmp_path / "x"), cache)

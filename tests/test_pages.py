@@ -538,5 +538,5 @@ def test_so_does_any_cache(rng):
     assert_same_bits(other.k[:, 2].swapaxes(1, 2), one.k[:, 1])
     assert pages.swap_out(as_texts[0], [1]).spec == one.spec
     as_texts[0].spec = 8
-    with pytest.raises(DtypeError, match="zero_pages: cache.spec is a int, expected a KVSpec"):
+    with pytest.raises(DtypeError, match="zero_pages: cache.spec is an int, expected a KVSpec"):
         pages.zero_pages(as_texts[0], [1])

@@ -33,7 +33,7 @@ import numpy as np
 
 from pykv import __version__, cuda, doctor
 from pykv.bench.timing import Times, summarize
-from pykv.errors import FormatError, ParameterError
+from pykv.errors import FormatError, ParameterError, a_type
 
 if TYPE_CHECKING:
     from pykv.bench import Work
@@ -201,7 +201,7 @@ def read_object(path: str) -> dict[str, Any]:
     """The JSON object of a file that holds no list of records; raises as `read_json`."""
     found = _read(path)
     if not isinstance(found, dict):
-        raise FormatError(f"{path} holds a {type(found).__name__}, expected a JSON object")
+        raise FormatError(f"{path} holds {a_type(found)}, expected a JSON object")
     return found
 
 

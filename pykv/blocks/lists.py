@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pykv.errors import CapacityError, DtypeError, ParameterError
+from pykv.errors import CapacityError, DtypeError, ParameterError, a_type
 from pykv.number_texts import counted
 from pykv.options import check_whole, page_ids
 
@@ -64,8 +64,9 @@ def page_table(sequences: Sequence[Sequence[int]], width: int) -> np.ndarray:
     width = check_whole("page_table", "width", width, 0, MAX_PAGE)
     is_single = isinstance(sequences, str | bytes) or getattr(sequences, "ndim", 1) == 0
     if is_single or not hasattr(sequences, "__len__"):
-        given = type(sequences).__name__
-        raise DtypeError(f"page_table: sequences is a {given}, expected a sequence of lists")
+        raise DtypeError(
+            f"page_table: sequences is {a_type(sequences)}, expected a sequence of lists"
+        )
     table = np.full((len(sequences), width), -1, np.int32)
     for b, (row, pages) in enumerate(zip(table, sequences, strict=True)):
         ids = page_ids("page_table", f"sequences[{b}]", pages, -1, MAX_PAGE)

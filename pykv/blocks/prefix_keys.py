@@ -13,7 +13,7 @@ from struct import Struct
 from struct import error as StructError
 from typing import Any
 
-from pykv.errors import DtypeError, ParameterError
+from pykv.errors import DtypeError, ParameterError, a_type
 from pykv.number_texts import counted
 from pykv.options import check_type
 
@@ -73,5 +73,4 @@ def count(op: str, tokens: Sequence[Any]) -> int:
         return len(tokens)
     except (TypeError, IndexError, KeyError, OverflowError):
         pass  # a dict, an array without dimensions, or a range without an end
-    given = type(tokens).__name__
-    raise DtypeError(f"{op}: tokens is a {given}, expected a sequence of token ids")
+    raise DtypeError(f"{op}: tokens is {a_type(tokens)}, expected a sequence of token ids")

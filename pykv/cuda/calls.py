@@ -24,7 +24,7 @@ import numpy as np
 
 from pykv.arrays import check_writeable, load_cupy, noted
 from pykv.cuda.devices import check_stream, current_device, on_stream, synchronize
-from pykv.errors import CudaError, DeviceError, DtypeError, ParameterError, UnsupportedError
+from pykv.errors import CudaError, DeviceError, DtypeError, ParameterError, UnsupportedError, a_type
 from pykv.number_texts import counted
 
 Step = Callable[[], Any]
@@ -347,7 +347,7 @@ def prepare(op: Callable[..., Any], /, *args: Any, **options: Any) -> Prepared:
     (True, np.float32(1.0))
     """
     if not callable(op):
-        raise DtypeError(f"prepare: op is a {type(op).__name__}, expected a function")
+        raise DtypeError(f"prepare: op is {a_type(op)}, expected a function")
     if "stream" in options:
         _refuse_stream()
     name, module = getattr(op, "__qualname__", op), getattr(op, "__module__", None) or ""

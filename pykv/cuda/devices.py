@@ -16,7 +16,7 @@ import numpy as np
 
 from pykv.arrays import current_device as current_device
 from pykv.arrays import import_cupy, load_cupy
-from pykv.errors import DeviceError, DtypeError, ParameterError
+from pykv.errors import DeviceError, DtypeError, ParameterError, a_type
 from pykv.install import cuda_advice
 
 
@@ -295,7 +295,7 @@ def stream_handle(stream: Any) -> int:
         if isinstance(getattr(stream, name, None), int):
             return int(getattr(stream, name))
     raise DtypeError(
-        f"stream is a {type(stream).__name__}, expected a CuPy, torch or cuda.core stream, "
+        f"stream is {a_type(stream)}, expected a CuPy, torch or cuda.core stream, "
         "an object with __cuda_stream__, or an integer handle"
     )
 

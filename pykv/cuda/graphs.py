@@ -11,7 +11,7 @@ import numpy as np
 from pykv.arrays import is_array, load_cupy, on_gpu
 from pykv.cuda.calls import refuse_capture, refuse_copy, refuse_prepare, state
 from pykv.cuda.devices import behind, current_device, on_stream
-from pykv.errors import DeviceError, DtypeError
+from pykv.errors import DeviceError, DtypeError, a_type
 from pykv.options import check_type
 
 _ON_HOST = np.empty(0)
@@ -179,7 +179,7 @@ def graph(function: Callable[[], Any], memory: GraphMemory | None = None) -> Gra
     (None, None, 3.0)
     """
     if not callable(function):
-        raise DtypeError(f"graph: function is a {type(function).__name__}, expected a function")
+        raise DtypeError(f"graph: function is {a_type(function)}, expected a function")
     if memory is not None:
         check_type("graph", "memory", memory, GraphMemory)
     return Graph(function, memory)

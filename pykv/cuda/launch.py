@@ -20,7 +20,7 @@ from pykv.cuda import driver
 from pykv.cuda.calls import enqueue, is_preparing
 from pykv.cuda.compiler import macros, source
 from pykv.cuda.devices import current_arch
-from pykv.errors import DtypeError, ParameterError, UnsupportedError
+from pykv.errors import DtypeError, ParameterError, UnsupportedError, a_type
 
 SCALARS: dict[str, type[Any]] = {  # allowed types of a kernel's scalars
     "int": np.int32,
@@ -203,7 +203,7 @@ def _cast(kernel: Kernel, name: str, c_type: str, value: Any) -> Any:
     except (OverflowError, FloatingPointError) as error:
         raise ParameterError(f"{argument} is {value}, expected what {c_type} holds") from error
     except (TypeError, ValueError) as error:
-        raise DtypeError(f"{argument} is a {type(value).__name__}, expected {c_type}") from error
+        raise DtypeError(f"{argument} is {a_type(value)}, expected {c_type}") from error
 
 
 def _names_error(

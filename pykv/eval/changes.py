@@ -21,7 +21,7 @@ import numpy as np
 
 from pykv import blocks, eviction, kinds
 from pykv.arrays import module_of, to_host
-from pykv.errors import DtypeError, ParameterError, UnsupportedError, quoted
+from pykv.errors import DtypeError, ParameterError, UnsupportedError, a_type, quoted
 from pykv.eval.replay import QUERIES, ExactCache, Place
 from pykv.eviction import AdaKV, Policy, Rotary
 from pykv.eviction.policies import as_policy, base_of
@@ -98,7 +98,7 @@ def check_job(op: str, llm: Any, changes: Any, progress: Any) -> None:
     if not is_mapping or not all(callable(change) for change in changes.values()):
         raise ParameterError(f"{op}: changes are {quoted(changes)}, expected functions by name")
     if not callable(progress):
-        raise DtypeError(f"{op}: progress is a {type(progress).__name__}, expected a function")
+        raise DtypeError(f"{op}: progress is {a_type(progress)}, expected a function")
 
 
 def identity(cache: ExactCache, pages: list[int], tokens: int) -> Kept:

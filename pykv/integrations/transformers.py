@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from pykv import install
-from pykv.errors import DtypeError, ParameterError, UnsupportedError
+from pykv.errors import DtypeError, ParameterError, UnsupportedError, a_type
 from pykv.options import check_type, check_whole
 from pykv.pool import PagedKVCache
 from pykv.specs import KVSpec, as_spec
@@ -173,7 +173,7 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
         op = "Cache.batch_select_indices"
         given = indices.tolist() if hasattr(indices, "tolist") else indices
         if not isinstance(given, list | tuple):
-            raise DtypeError(f"{op}: indices is a {type(indices).__name__}, expected a vector")
+            raise DtypeError(f"{op}: indices is {a_type(indices)}, expected a vector")
         chosen = [check_whole(op, "indices", i, 0, 2**31 - 1) for i in given]
         if self._store.batch is not None:
             self._store.batch.select(chosen)

@@ -43,6 +43,7 @@ from pykv.errors import (
     ParameterError,
     PykvError,
     ShapeError,
+    a_type,
     quoted,
 )
 from pykv.number_texts import counted
@@ -246,8 +247,7 @@ def parse(stream: Any) -> Coded:
     try:
         data = np.frombuffer(stream, np.uint8)
     except (TypeError, ValueError, BufferError):
-        given = type(stream).__name__
-        raise DtypeError(f"{op}: stream is a {given}, expected bytes") from None
+        raise DtypeError(f"{op}: stream is {a_type(stream)}, expected bytes") from None
     data.flags.writeable = False
 
     def wrong(name: str, has: Any, expected: Any) -> FormatError:

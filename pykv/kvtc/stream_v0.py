@@ -26,7 +26,7 @@ import numpy as np
 
 from pykv.arrays import UINT8, on_gpu
 from pykv.checker import checker
-from pykv.errors import DeviceError, DtypeError, FormatError, ParameterError
+from pykv.errors import DeviceError, DtypeError, FormatError, ParameterError, a_type
 from pykv.options import check_choice, check_type, check_whole
 
 QUANT_TYPES = ("fp8", "intx")  # indexed by quant_type
@@ -94,7 +94,7 @@ def check_ranges(
             or int_bits is unknown, or a row takes 2^31 bytes or more.
     """
     if not isinstance(ranges, list | tuple) or isinstance(ranges, Range):
-        raise DtypeError(f"{op}: ranges is a {type(ranges).__name__}, expected a list of Range")
+        raise DtypeError(f"{op}: ranges is {a_type(ranges)}, expected a list of Range")
     for i, one in enumerate(ranges):
         check_type(op, f"ranges[{i}]", one, Range)
     try:

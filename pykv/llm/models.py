@@ -19,7 +19,7 @@ from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
 from pykv.cache_folder import check_private, total_bytes
-from pykv.errors import DtypeError, FetchError, ParameterError, PykvError, quoted
+from pykv.errors import DtypeError, FetchError, ParameterError, PykvError, a_type, quoted
 from pykv.llm import download, model_files, wheels
 from pykv.llm.download import Remote
 from pykv.llm.gguf import wrong_magic
@@ -114,8 +114,7 @@ def fetch(model: str | os.PathLike[str]) -> Path:
     try:
         model = os.fsdecode(model)
     except TypeError:
-        given = type(model).__name__
-        raise DtypeError(f"model is a {given}, expected a text or a pathlib.Path") from None
+        raise DtypeError(f"model is {a_type(model)}, expected a text or a pathlib.Path") from None
     if model not in MODELS and not _is_remote(model):
         return _local(model)
     name, label = _file_name(model), _label(model)

@@ -26,7 +26,7 @@ import numpy as np
 from pykv import calibration, cuda
 from pykv.arrays import INT64, UINT64, on_gpu
 from pykv.checker import Dims, checker, optional
-from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError
+from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError, a_type
 from pykv.number_texts import counted
 from pykv.options import check_choice, check_flag, check_whole
 from pykv.ranges import addresses_of, bytes_at, check_memory, gpu_pair_at, mean_size, merge
@@ -272,7 +272,7 @@ def _check_pairs(
         not isinstance(size, int | np.integer) or isinstance(size, bool | np.timedelta64)
     ):
         raise DtypeError(
-            f"{op}: size is a {type(size).__name__}, expected an integer, or a NumPy array of "
+            f"{op}: size is {a_type(size)}, expected an integer, or a NumPy array of "
             "int64 (the host counts the tiles)"
         )
     if num_pairs is not None:

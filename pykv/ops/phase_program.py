@@ -14,7 +14,14 @@ import numpy as np
 from pykv import cuda
 from pykv.arrays import FLOATS, like, on_gpu
 from pykv.cuda.launch import SCALARS
-from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError, UnsupportedError
+from pykv.errors import (
+    DeviceError,
+    DtypeError,
+    ParameterError,
+    ShapeError,
+    UnsupportedError,
+    a_type,
+)
 from pykv.gemv_cuts import cut_of, most_outs
 from pykv.ops import block_linear, paged_decode, paged_qkv
 from pykv.options import check_whole
@@ -254,10 +261,10 @@ def checked(op: str, phases: Any, blocks: int | None) -> tuple[list[Any], int | 
     if blocks is not None:
         blocks = check_whole(op, "blocks", blocks, 1)
     if not isinstance(phases, (list, tuple)):
-        raise DtypeError(f"{op}: phases is a {type(phases).__name__}, expected a list")
+        raise DtypeError(f"{op}: phases is {a_type(phases)}, expected a list")
     for phase in phases:
         if not isinstance(phase, (*PHASES, *DRAW_PHASES)):
-            raise DtypeError(f"{op}: phases has a {type(phase).__name__}, expected phases")
+            raise DtypeError(f"{op}: phases has {a_type(phase)}, expected phases")
         phase.checked(op)
     _check_alike(op, list(phases))
     return list(phases), blocks

@@ -14,7 +14,7 @@ import numpy as np
 from pykv import attention, cuda
 from pykv.arrays import FLOAT32, FLOATS, INT32, VECTOR_BYTES, like
 from pykv.checker import checker
-from pykv.errors import DtypeError, ParameterError, ShapeError
+from pykv.errors import DtypeError, ParameterError, ShapeError, a_type
 from pykv.gemv_cuts import Cut
 from pykv.ops import (
     activation,
@@ -286,8 +286,8 @@ class Attention(NamedTuple):
         append, attend = self
         for part, kind in ((append, Append), (attend, Attend)):
             if not isinstance(part, kind):
-                given, name = type(part).__name__, kind.__name__
-                raise DtypeError(f"{op}: an attention has a {given}, expected {name}")
+                name = kind.__name__
+                raise DtypeError(f"{op}: an attention has {a_type(part)}, expected {name}")
         for array, name in ((append.q_out, "q_out"), (attend.out, "out")):
             if array is None:
                 raise ParameterError(f"{op}: an attention has no {name}, expected an array")

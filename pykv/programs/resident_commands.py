@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from pykv.errors import DtypeError, ParameterError, quoted
+from pykv.errors import DtypeError, ParameterError, a_type, quoted
 from pykv.number_texts import counted
 from pykv.options import check_whole
 from pykv.programs.resident_tokens import Inputs, clear
@@ -133,7 +133,7 @@ def of_ends(op: str, given: Any) -> list[int]:
 def listed(op: str, name: str, given: Any) -> Any:
     """`given`, which must be a list or tuple."""
     if not isinstance(given, (list, tuple)):
-        raise DtypeError(f"{op}: {name} is a {type(given).__name__}, expected a list")
+        raise DtypeError(f"{op}: {name} is {a_type(given)}, expected a list")
     return given
 
 

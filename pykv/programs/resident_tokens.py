@@ -13,7 +13,14 @@ import numpy as np
 
 from pykv.arrays import INT32, on_gpu
 from pykv.checker import checker, optional
-from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError, UnsupportedError
+from pykv.errors import (
+    DeviceError,
+    DtypeError,
+    ParameterError,
+    ShapeError,
+    UnsupportedError,
+    a_type,
+)
 from pykv.overlaps import place_of, share
 from pykv.programs.phases import Argmax, Attention
 
@@ -61,7 +68,7 @@ def check_inputs(op: str, inputs: Any, phases: Sequence[Any], page_size: int) ->
     Raises: as ResidentProgram.
     """
     if not isinstance(inputs, Inputs):
-        raise DtypeError(f"{op}: inputs is a {type(inputs).__name__}, expected Inputs")
+        raise DtypeError(f"{op}: inputs is {a_type(inputs)}, expected Inputs")
     dims = _check(*inputs)
     first = phases[0].inputs
     if len(first) != dims["T"]:

@@ -15,7 +15,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pykv.errors import DtypeError, ParameterError, quoted
+from pykv.errors import DtypeError, ParameterError, a_type, quoted
 from pykv.number_texts import whole_of
 from pykv.options import check_whole
 
@@ -67,8 +67,7 @@ def parse_bytes(op: str, name: str, value: Any) -> int:
     """
     if not isinstance(value, str):
         if isinstance(value, bool) or not hasattr(value, "__index__"):
-            given = type(value).__name__
-            raise DtypeError(f"{op}: {name} is a {given}, {_EXPECTED}")
+            raise DtypeError(f"{op}: {name} is {a_type(value)}, {_EXPECTED}")
         return check_whole(op, name, value, 1)
     found = _SIZE.fullmatch(value)
     if not found:
@@ -101,8 +100,7 @@ def parse_disk(op: str, name: str, value: Any) -> Limit:
     parent exists.
     """
     if not isinstance(value, str):
-        given = type(value).__name__
-        raise DtypeError(f"{op}: {name} is a {given}, expected a text such as 'DIR:50GiB'")
+        raise DtypeError(f"{op}: {name} is {a_type(value)}, expected a text such as 'DIR:50GiB'")
     found = _OPTION.fullmatch(value)
     if not found or not found["folder"] or "\0" in value:
         expected = "expected DIR:SIZE, DIR:SIZE:lfu or DIR:SIZE:CODEC, such as 'tiers:50GiB'"

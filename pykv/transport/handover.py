@@ -22,7 +22,15 @@ import numpy as np
 from pykv import cuda, interrupts
 from pykv.arrays import load_cupy, on_gpu
 from pykv.blocks import prefix_keys
-from pykv.errors import CapacityError, DtypeError, ParameterError, PykvError, TransportError, quoted
+from pykv.errors import (
+    CapacityError,
+    DtypeError,
+    ParameterError,
+    PykvError,
+    TransportError,
+    a_type,
+    quoted,
+)
 from pykv.llm.generate import LLM
 from pykv.llm.prompts import read_ids
 from pykv.llm.sampling import SamplingParams
@@ -147,8 +155,7 @@ class Handover:
         it is called a few times a second. Errors of a request go to its sender. Messages that are
         not requests are dropped: a late answer must not be answered."""
         if not callable(stop):
-            given = type(stop).__name__
-            raise DtypeError(f"Handover.serve: stop is a {given}, expected a function")
+            raise DtypeError(f"Handover.serve: stop is {a_type(stop)}, expected a function")
         while not stop():
             for message in self._transport.messages(_LOOK):
                 request = message.facts.get("request")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any, Protocol
 
-from pykv.errors import DtypeError, TransportError
+from pykv.errors import DtypeError, TransportError, a_type
 from pykv.transport.messages import Message, check_seconds
 from pykv.transport.region import PeerRegion, Region
 
@@ -79,9 +79,8 @@ def check_engine(op: str, transport: Any) -> None:
         DtypeError: it is not.
     """
     if not all(callable(getattr(transport, name, None)) for name in ("register", "connect")):
-        given = type(transport).__name__
         expected = "an engine such as pykv.transport.Local"
-        raise DtypeError(f"{op}: transport is a {given}, expected {expected}")
+        raise DtypeError(f"{op}: transport is {a_type(transport)}, expected {expected}")
 
 
 def wait_for(transport: Transport, peer: str, timeout: float = 60.0) -> PeerRegion:

@@ -40,6 +40,7 @@ from pykv.errors import (
     ParameterError,
     TransportError,
     UnsupportedError,
+    a_type,
     quoted,
 )
 from pykv.transport import messages
@@ -331,8 +332,7 @@ def _as_path(op: str, folder: Any) -> Path:
         if b"\0" in os.fsencode(path):
             raise ValueError
     except TypeError:
-        given = type(folder).__name__
-        raise DtypeError(f"{op}: folder is a {given}, expected a path") from None
+        raise DtypeError(f"{op}: folder is {a_type(folder)}, expected a path") from None
     except ValueError:
         raise ParameterError(f"{op}: folder is {quoted(folder)}, expected a path") from None
     return path

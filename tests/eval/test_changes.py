@@ -144,7 +144,7 @@ def test_the_last_queries_are_kept(llm, windows, monkeypatch, most):
         ("snapkv:999:window=129", UnsupportedError, "expected a window of 128 at most"),
         ("nothing:0.5", ParameterError, "text 'nothing:0.5' has no policy 'nothing'"),
         ("snapkv:0.0", ParameterError, "ratio is 0.0"),
-        (3, DtypeError, "policy is a int, expected a policy"),
+        (3, DtypeError, "policy is an int, expected a policy"),
     ],
 )
 def test_policies_that_are_refused(policy, error, text):
@@ -186,7 +186,7 @@ def test_more_bits_cost_less(llm, windows, artefact):
     costs = {ratio: measure(llm, windows, changes.code(Codec(artefact, ratio))) for ratio in (2, 8)}
     assert 0 < costs[2].kl.mean() < costs[8].kl.mean()
     assert costs[2].nbytes > costs[8].nbytes
-    with pytest.raises(DtypeError, match="codec is a Artefact, expected a pykv.kvtc.Codec"):
+    with pytest.raises(DtypeError, match="codec is an Artefact, expected a pykv.kvtc.Codec"):
         changes.code(artefact)
 
 

@@ -149,7 +149,7 @@ def test_pools_that_do_not_know_the_devices(made):
     there = [made(pool=LaterPool(torch.uint8), **words).exists("b") for words in kinds]
     assert there == [True, False]
     for kind, error in (("auto", ParameterError), (8, DtypeError)):
-        with pytest.raises(error, match="expected kv_cache_dtype|kv_cache_dtype is a int"):
+        with pytest.raises(error, match="expected kv_cache_dtype|kv_cache_dtype is an int"):
             made(pool=LaterPool(torch.uint8), extra=dict(kv_cache_dtype=kind))
 
 

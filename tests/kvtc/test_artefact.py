@@ -305,7 +305,7 @@ def test_what_no_calibration_gives_is_not_saved(artefact, tmp_path):
     assert not os.listdir(tmp_path)
     with pytest.raises(ParameterError, match="path is .*, expected a regular file"):
         artefact.save(tmp_path)
-    with pytest.raises(DtypeError, match="path is a int"):
+    with pytest.raises(DtypeError, match="path is an int"):
         Artefact.load(5)
 
 

@@ -220,7 +220,7 @@ def test_a_failed_eviction_loses_no_page(open_llm, rng, monkeypatch):
     "given, error, text",
     [
         ("snap:3", ParameterError, "text 'snap:3' has no policy 'snap'"),
-        (3, DtypeError, "eviction is a int, expected a policy"),
+        (3, DtypeError, "eviction is an int, expected a policy"),
         (AdaKV(KeyNorm(threshold=1.0)), UnsupportedError, "eviction has a threshold"),
         ("adakv:scores:9", UnsupportedError, "eviction is AdaKV, expected a policy that needs no"),
         (KeyNorm(threshold=1.0), UnsupportedError, "eviction has a threshold"),

@@ -132,7 +132,7 @@ def test_a_coded_file_wants_its_codec(open_llm, rng, tmp_path, artefact, xp):
         given = (path, prompt) if call == free.save else (path,)
         with pytest.raises(ParameterError, match="codec is of a model with sha256=abab"):
             call(*given, codec=Codec(stranger, 2, xp))
-        with pytest.raises(DtypeError, match="codec is a int, expected a pykv.kvtc.Codec"):
+        with pytest.raises(DtypeError, match="codec is an int, expected a pykv.kvtc.Codec"):
             call(*given, codec=3)
         for codec in ("a.kvtc", ":2", "a.kvtc:", "a.kvtc:x", "a.kvtc:-2"):
             with pytest.raises(ParameterError, match="codec is .*, expected FILE:RATIO"):
@@ -370,7 +370,7 @@ def test_wrong_calls(open_llm, tmp_path):
     for call in (lambda x: llm.save(x, [5]), llm.load):
         with pytest.raises(ParameterError, match="expected a regular file"):
             call(tmp_path)
-        with pytest.raises(DtypeError, match="path is a int"):
+        with pytest.raises(DtypeError, match="path is an int"):
             call(3)
     with pytest.raises(FileNotFoundError):
         llm.load(path)

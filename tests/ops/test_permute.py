@@ -558,7 +558,7 @@ def table_of(count):
     [
         (ParameterError, "layout is 'DHN', expected NHD or HND", {"layout": "DHN"}),
         (ParameterError, "layout is 'universal', expected NHD or HND", {"layout": "universal"}),
-        (DtypeError, "layout is a int, expected a Layout or its name", {"layout": 1}),
+        (DtypeError, "layout is an int, expected a Layout or its name", {"layout": 1}),
         (
             ParameterError,
             "itemsize is 3, expected 1, 2, 4 or 8",
@@ -606,8 +606,8 @@ def table_of(count):
         (ShapeError, "universal has 3 addresses, expected 2", {"num_blocks": 2}),
         (ShapeError, r"blocks has shape \(3, 4\)", {"blocks": table_of(12).reshape(3, 4)}),
         (DtypeError, "universal has dtype int32, expected", {"universal": np.ones(3, np.int32)}),
-        (DtypeError, "universal is a int, expected a NumPy or CuPy array", {"universal": 4096}),
-        (DtypeError, "shape is a int, expected a BlockShape", {"shape": 7}),
+        (DtypeError, "universal is an int, expected a NumPy or CuPy array", {"universal": 4096}),
+        (DtypeError, "shape is an int, expected a BlockShape", {"shape": 7}),
         (
             UnsupportedError,
             "a chunk has 2147483648 bytes",
@@ -663,7 +663,7 @@ def test_bad_arrays(xp):
         permute.permute(universal, "NDH", blocks, "NHD")
     with pytest.raises(ParameterError, match="src_layout has head_stride, expected it for NHD"):
         permute.permute(blocks, "NHD", universal, Layout("universal", head_stride=8))
-    with pytest.raises(DtypeError, match="universal has a int, expected .*addresses need a shape"):
+    with pytest.raises(DtypeError, match="universal has an int, expected .*addresses need a shape"):
         move(4096, blocks)
     with pytest.raises(ShapeError, match=r"expected \[N H L O P D\]; addresses need a shape"):
         move(table_of(1), blocks)

@@ -339,7 +339,7 @@ def test_wrong_products(xp):
     seven = xp.asarray(np.zeros((1, 7), np.float32))
     for phases, error, text in (
         ([], ParameterError, "phases is empty"),
-        ([good, 3], DtypeError, "phases has a int"),
+        ([good, 3], DtypeError, "phases has an int"),
         ([good._replace(out=None)], ParameterError, "a product has no out"),
         ([Product(nine, w, "F16", nine.copy())], ShapeError, r"x has shape \(9, 8\), expected 1 "),
         ([good, good._replace(out=seven)], ShapeError, "out"),
@@ -363,7 +363,7 @@ def test_parts_that_lack(xp, rng):
     for phase, error, text in (
         (Argmax(logits, None), ParameterError, "an argmax has no out, expected an array"),
         (attention._replace(append=None), DtypeError, "has a NoneType, expected Append"),
-        (attention._replace(attend=attention.append), DtypeError, "has a Append, expected Attend"),
+        (attention._replace(attend=attention.append), DtypeError, "has an Append, expected Attend"),
         (
             attention._replace(attend=as_hnd),
             ParameterError,

@@ -376,7 +376,7 @@ def test_wrong_launches(rng, change, error, text):
         ((1, [(0, M - 1, [1, 2])]), ParameterError, f"a place of pages is {M - 1}, expected 0 to"),
         ((1, [(0, 1, [-1])]), ParameterError, "pages is -1"),
         ((1, [(0, 1)]), DtypeError, r"pages has \(0, 1\), expected \(row, place, pages\)"),
-        ((1, 7), DtypeError, "pages is a int, expected a list"),
+        ((1, 7), DtypeError, "pages is an int, expected a list"),
     ):
         with pytest.raises(error, match=f"resident_program.ResidentProgram: {text}"):
             made.program.extend(*given)

@@ -24,7 +24,7 @@ from numpy.lib.array_utils import byte_bounds
 
 from pykv import cuda
 from pykv.cache_folder import make_private
-from pykv.errors import PykvError
+from pykv.errors import PykvError, a_type
 from tests.simt import cupy
 
 HERE = Path(__file__).parent
@@ -454,9 +454,9 @@ def _value(label, name, kind, arg):
         return np.array([arg.data.ptr], np.uint64)
     if not pointee and isinstance(arg, np.generic) and arg.dtype == wanted:
         return np.array([arg])
-    given = f"{type(arg).__name__} of {getattr(arg, 'dtype', 'no dtype')}"
+    given = f"{a_type(arg)} of {getattr(arg, 'dtype', 'no dtype')}"
     expected = f"{'an array' if pointee else 'a scalar'} of {wanted}"
-    raise SimtError(f"{label}: {name} is a {given}, expected {expected}")
+    raise SimtError(f"{label}: {name} is {given}, expected {expected}")
 
 
 def _joined(arrays):

@@ -585,8 +585,8 @@ ARRAYS = dict(out=("zeros", "f4"), given=("zeros", "f2"), n=np.int32(1))
         ({"out": ("zeros", "f8")}, r"out is a ndarray of float64, expected an array of float32"),
         ({"out": np.float32(1)}, r"out is a float32 of float32, expected an array of float32"),
         ({"given": None}, None),
-        ({"n": np.int64(1)}, r"n is a int64 of int64, expected a scalar of int32"),
-        ({"n": 1}, r"n is a int of no dtype, expected a scalar of int32"),
+        ({"n": np.int64(1)}, r"n is an int64 of int64, expected a scalar of int32"),
+        ({"n": 1}, r"n is an int of no dtype, expected a scalar of int32"),
     ],
     ids=str,
 )

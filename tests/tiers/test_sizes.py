@@ -120,7 +120,7 @@ def test_disk(tmp_path, monkeypatch):
         ("/tmp:0B", ParameterError, "name is 0, expected at least 1"),
         ("/tmp:1GiB:zip", ParameterError, "name's codec is 'zip'"),
         ("a\0b:1GiB", ParameterError, "expected DIR:SIZE"),
-        (5, DtypeError, "name is a int, expected a text such as 'DIR:50GiB'"),
+        (5, DtypeError, "name is an int, expected a text such as 'DIR:50GiB'"),
         (Path("/tmp"), DtypeError, "name is a .*Path, expected a text"),
     ],
 )

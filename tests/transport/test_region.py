@@ -239,5 +239,5 @@ def test_names():
     for name in ("", "a b", "a/b", "..", "-a", "a" * 41, "ä", "a\n"):
         with pytest.raises(ParameterError, match="op: name is .*, expected up to 40 letters"):
             messages.check_name("op", "name", name)
-    with pytest.raises(DtypeError, match="op: name is a int"):
+    with pytest.raises(DtypeError, match="op: name is an int"):
         messages.check_name("op", "name", 1)

@@ -704,6 +704,11 @@ IN_SWEEP = [
 ]
 
 
+WITH_TENSOR_CORES = {
+    *("attention_scores_mma", "linear_mma", "linear_small", "linear_split", "qkv_decode"),
+}
+
+
 @pytest.mark.parametrize("device", [pytest.param("simt", marks=pytest.mark.simt)], indirect=True)
 @pytest.mark.parametrize(
     "stem", [*(stem for stem in cuda.stems() if stem not in IN_SWEEP), *swept(IN_SWEEP)]
@@ -718,7 +723,7 @@ def test_every_kernel_runs(device, stem):
     sm = int(machine.ARCH[3:])
     if sm < 75:  # where tensor cores begin that it knows
         declared -= {"paged_decode_mma", "prefill_mma"}
-        declared = set() if stem in ("linear_mma", "linear_small", "linear_split") else declared
+        declared = set() if stem in WITH_TENSOR_CORES else declared
     declared = set() if stem == "linear_tiles" and sm < 80 else declared
     declared = set() if stem == "linear_wgmma" and sm != 90 else declared
     declared = set() if stem in ("phase_program", "resident_program") and sm < 70 else declared

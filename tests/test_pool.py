@@ -472,7 +472,7 @@ def test_a_larger_cache_keeps_pages(xp, rng):
 @pytest.mark.parametrize("spec", [np.float16, None, 16])
 def test_a_spec_of_another_type(spec):
     name = type(spec).__name__
-    with pytest.raises(DtypeError, match=f"PagedKVCache: spec is a {name}, expected a KVSpec or"):
+    with pytest.raises(DtypeError, match=f"PagedKVCache: spec is an? {name}, expected a KVSpec or"):
         PagedKVCache(1, 1, 1, 8, spec=spec)
 
 

@@ -163,9 +163,9 @@ def test_dtypes():
         check(np.zeros(3, np.int64))
     with pytest.raises(DtypeError, match="a has dtype float64, expected float32 or float16 or bfl"):
         checker("op", a=("T", FLOATS))(np.zeros(3))
-    for wrong, name in (([1], "list"), (1, "int"), (np.int32(1), "int32"), ("ab", "str")):
+    for wrong, name in (([1], "a list"), (1, "an int"), (np.int32(1), "an int32"), ("ab", "a str")):
         with pytest.raises(
-            DtypeError, match=rf"a is a {name}, expected .* \(pykv.asarray takes torch"
+            DtypeError, match=rf"a is {name}, expected .* \(pykv.asarray takes torch"
         ):
             check(wrong)
     both = checker("op", a=("T", FLOATS), b=("T", (*INT32, "a")))

@@ -16,6 +16,7 @@ from pykv.errors import (
     FormatError,
     ParameterError,
     UnsupportedError,
+    a_type,
 )
 from pykv.llm import LLM, SamplingParams, gguf, sampling
 from pykv.llm.config import read_config
@@ -397,5 +398,5 @@ def test_a_path_of_any_sort_opens_a_model(tmp_path, monkeypatch):
     for given in (path, str(path), os.fsencode(path), "x.gguf", "./x.gguf", Path("x.gguf")):
         assert repr(LLM(given, device="cpu")).startswith(f"LLM({os.fsdecode(given)!r}, ")
     for given in (None, 3, [str(path)], bytearray(b"x.gguf")):
-        with pytest.raises(DtypeError, match=f"model is a {type(given).__name__}, expected a text"):
+        with pytest.raises(DtypeError, match=f"model is {a_type(given)}, expected a text"):
             LLM(given, device="cpu")

@@ -37,9 +37,10 @@ def asarray(x: Any) -> Any:
             twin. Codes of FP8 are uint8 here: x.view(torch.uint8), x.view("uint8").
         DeviceError: `x` is neither in the host's nor in an NVIDIA GPU's memory, as on torch's
             device "meta", or CuPy or a driver is missing.
-        UnsupportedError: a torch tensor requires a gradient (pass x.detach(): pykv computes none),
-            is sparse, or is conjugated or negated by a flag alone (x.resolve_conj(),
-            x.resolve_neg()).
+        UnsupportedError: a torch tensor requires a gradient or has a tangent (pass x.detach():
+            pykv computes none), is sparse or nested, has no memory of its own, or is conjugated or
+            negated by a flag alone (x.resolve_conj(), x.resolve_neg()); or a JAX array is traced,
+            deleted, or spread over several devices.
 
     Does not copy. Work that the producer has enqueued on its current stream comes before later work
     on CuPy's current stream; see pykv.cuda.on_stream for one stream of both.
@@ -66,8 +67,11 @@ def named_array(op: str, name: str, x: Any) -> Any:
             raise DtypeError(f"{where} has dtype {x.dtype}, expected its codes, .view({uint8})")
         if is_tensor:
             return _of_torch(torch, where, x)
+        is_jax = jax is not None and isinstance(x, jax.Array)
+        if is_jax:
+            _check_jax(jax, where, x)
         if hasattr(x, "__dlpack__"):
-            return _of_dlpack(where, x, jax is not None and isinstance(x, jax.Array))
+            return _of_dlpack(where, x, is_jax)
         if hasattr(x, "__cuda_array_interface__"):
             array = load_cupy().asarray(x)
             _, is_immutable = x.__cuda_array_interface__["data"]
@@ -81,22 +85,56 @@ def named_array(op: str, name: str, x: Any) -> Any:
 
 
 def _of_torch(torch: Any, where: str, x: Any) -> Any:
-    if x.layout is not torch.strided:
-        raise UnsupportedError(f"{where} has layout {x.layout}, expected a dense tensor")
-    if x.requires_grad:
-        raise UnsupportedError(
-            f"{where} requires a gradient, expected its .detach(): pykv has none"
-        )
+    if x.layout is not torch.strided or x.is_nested:
+        has = "is nested" if x.is_nested else f"has layout {x.layout}"
+        raise UnsupportedError(f"{where} {has}, expected a dense tensor")
+    has_tangent = torch.autograd.forward_ad.unpack_dual(x).tangent is not None
+    if x.requires_grad or has_tangent:
+        has = "has a tangent" if has_tangent else "requires a gradient"
+        raise UnsupportedError(f"{where} {has}, expected its .detach(): pykv has none")
     for flag in ("conj", "neg"):
         if getattr(x, f"is_{flag}")():  # DLPack passes negated tensors on as if they were not
             expected = f"its values in memory, .resolve_{flag}()"
             raise UnsupportedError(f"{where} has torch's {flag} bit, expected {expected}")
     if x.device.type == "cpu":  # not by DLPack, which NumPy 2.0 imports read-only
         is_bfloat16 = x.dtype == torch.bfloat16  # a type that NumPy does not have
-        return x.view(torch.int16).numpy().view(BFLOAT16) if is_bfloat16 else x.numpy()
-    if x.device.type != "cuda":
+        array = x.view(torch.int16).numpy().view(BFLOAT16) if is_bfloat16 else x.numpy()
+    elif x.device.type == "cuda":
+        array = load_cupy().from_dlpack(x)
+    else:
         raise DeviceError(f"{where} is on device {x.device}, expected one on cpu or cuda")
-    return load_cupy().from_dlpack(x)
+    _check_memory(where, x)
+    return array
+
+
+def _check_memory(where: str, x: Any) -> None:
+    """That a tensor's storage holds its elements. torch exports others as well: those whose storage
+    was resized, as of sharded parameters, and those of torch.func.functionalize."""
+    if not x.numel():
+        return
+    last = x.storage_offset() + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
+    nbytes = x.untyped_storage().nbytes() if x.data_ptr() else 0
+    if nbytes < (last + 1) * x.itemsize:
+        raise UnsupportedError(
+            f"{where} has {nbytes} bytes in memory, expected {(last + 1) * x.itemsize} for its "
+            "elements"
+        )
+
+
+def _check_jax(jax: Any, where: str, x: Any) -> None:
+    """That a JAX array is memory of one device, which its own words do not say."""
+    if isinstance(x, jax.core.Tracer):
+        raise UnsupportedError(
+            f"{where} is traced by jax.jit, vmap or grad, expected an array in memory, as "
+            "jax.pure_callback passes"
+        )
+    if x.is_deleted():
+        raise UnsupportedError(f"{where} was deleted or donated, expected an array in memory")
+    if len(x.sharding.device_set) > 1:
+        raise UnsupportedError(
+            f"{where} is on {len(x.sharding.device_set)} devices, expected one, as of "
+            ".addressable_shards[0].data"
+        )
 
 
 def _of_dlpack(where: str, x: Any, is_immutable: bool) -> Any:

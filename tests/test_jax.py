@@ -2,6 +2,8 @@
 immutable."""
 
 import os
+import subprocess
+import sys
 
 import ml_dtypes
 import numpy as np
@@ -14,7 +16,7 @@ import jax.numpy as jnp  # noqa: E402
 
 import pykv  # noqa: E402
 from pykv.arrays import check_writeable  # noqa: E402
-from pykv.errors import DtypeError, ParameterError  # noqa: E402
+from pykv.errors import DtypeError, ParameterError, UnsupportedError  # noqa: E402
 from pykv.ops.block_copy import copy_arrays  # noqa: E402
 from tests.helpers import assert_same_bits, bits, to_numpy  # noqa: E402
 from tests.ops.calls import OPS, filled  # noqa: E402
@@ -95,12 +97,54 @@ def test_codes_of_fp8_go_in_as_bytes(place):
 
 
 def test_what_holds_no_memory_is_refused():
-    with pytest.raises(DtypeError, match="asarray: x is a .*Tracer, "):
-        jax.jit(pykv.asarray)(jnp.ones(3))
-    x = jnp.arange(3.0) + 1
+    for transform in (jax.jit, jax.vmap, jax.grad):
+        with pytest.raises(UnsupportedError, match="asarray: x is traced by .*jax.pure_callback"):
+            transform(pykv.asarray)(jnp.ones(3) if transform is not jax.grad else 1.0)
+    x, y = jnp.arange(3.0) + 1, jnp.ones(3)
     x.delete()
-    with pytest.raises(DtypeError, match="asarray: x is an ArrayImpl, "):
+    jax.jit(lambda y: y + 1, donate_argnums=0)(y)
+    for gone in (x, y):
+        with pytest.raises(UnsupportedError, match="asarray: x was deleted or donated, expected"):
+            pykv.asarray(gone)
+
+
+def test_a_callback_passes_what_jit_traces():
+    """As the refusal says."""
+
+    def half(x):
+        return np.asarray(pykv.ops.activation.swiglu(pykv.asarray(x)))
+
+    x = jnp.ones((2, 16))
+    kind = jax.ShapeDtypeStruct((2, 8), x.dtype)
+    got = jax.jit(lambda x: jax.pure_callback(half, kind, x))(x)
+    assert_same_bits(np.asarray(got), half(x))
+
+
+SHARDED = """
+import jax, numpy as np, pykv
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+mesh = Mesh(np.array(jax.devices()), "i")
+for spec in (PartitionSpec("i"), PartitionSpec()):
+    x = jax.device_put(np.arange(8.0, dtype=np.float32), NamedSharding(mesh, spec))
+    try:
         pykv.asarray(x)
+    except pykv.errors.UnsupportedError as error:
+        print(error)
+    part = x.addressable_shards[1]
+    assert (pykv.asarray(part.data) == np.arange(8)[part.index]).all()
+"""
+
+
+def test_arrays_of_several_devices_are_refused():
+    """In a process of its own, which is told so before JAX starts; one part is an array."""
+    flags = "--xla_force_host_platform_device_count=2"
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYKV_COMPILE": "lazy"}
+    done = subprocess.run(
+        [sys.executable, "-c", SHARDED], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    refusal = "asarray: x is on 2 devices, expected one, as of .addressable_shards[0].data"
+    assert done.stdout.splitlines() == [refusal] * 2
 
 
 def test_the_way_back(place):

@@ -133,6 +133,26 @@ def test_copies_between_lists_of_tensors(xp, place):
     assert all(map(torch.equal, sources, destinations))
 
 
+def functional(x):
+    """What torch.func.functionalize passes to a function: a wrapper without memory of its own."""
+    seen = []
+    torch.func.functionalize(lambda x: (seen.append(x), x)[1])(x)
+    return seen[0]
+
+
+def shrunk(nbytes):
+    """Elements 8 to 15 of a storage that then was given fewer bytes."""
+    x = torch.ones(16)[8:]
+    x.untyped_storage().resize_(nbytes)
+    return x
+
+
+def fake(x):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode().from_tensor(x)
+
+
 def refused():
     grad = torch.ones(3, requires_grad=True)
     complex_ = torch.view_as_complex(torch.ones(3, 2)).conj()
@@ -154,6 +174,16 @@ def refused():
         neg=(complex_.imag, UnsupportedError, r"has torch's neg bit, .* \.resolve_neg\(\)"),
         e4m3=(torch.ones(3).to(torch.float8_e4m3fn), DtypeError, codes),
         e5m2=(torch.ones(3).to(torch.float8_e5m2), DtypeError, codes),
+        nested=(
+            torch.nested.nested_tensor([torch.ones(2)], layout=torch.jagged),
+            UnsupportedError,
+            "is nested, expected a dense tensor",
+        ),
+        functional=(functional(torch.ones(3)), UnsupportedError, "has 0 bytes in memory"),
+        view=(functional(torch.ones(3)[1:].bfloat16()), UnsupportedError, "has 0 bytes in memory"),
+        fake=(fake(torch.ones(3)), DtypeError, "is a FakeTensor, "),
+        freed=(shrunk(0), UnsupportedError, "has 0 bytes in memory, expected 64 for its elements"),
+        shrunk=(shrunk(60), UnsupportedError, "has 60 bytes in memory, expected 64"),
         list=([torch.ones(3)], DtypeError, "is a list, expected an array with __dlpack__"),
     )
 
@@ -165,6 +195,21 @@ def test_what_no_array_can_say_is_refused(name):
         pykv.asarray(x)
     with pytest.raises(error, match=rf"^block_copy.copy_arrays: sources\[1\] .*{text}"):
         block_copy.copy_arrays([np.ones(3), x], [np.ones(3), np.ones(3)])
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")  # torch's own calls
+def test_tangents_are_refused():
+    """As gradients are."""
+    with torch.autograd.forward_ad.dual_level():
+        x = torch.autograd.forward_ad.make_dual(torch.ones(3), torch.ones(3))
+        with pytest.raises(UnsupportedError, match=r"x has a tangent, expected its \.detach\(\)"):
+            pykv.asarray(x)
+        assert (pykv.asarray(x.detach()) == 1).all()
+
+
+def test_storages_that_are_just_large_enough_pass():
+    assert (pykv.asarray(shrunk(64)) == 1).all()
+    assert pykv.asarray(shrunk(0)[:0]).shape == (0,)
 
 
 def test_resolved_tensors_pass():

@@ -10,17 +10,16 @@
 // Scalars:  n; capacity = C; threshold: kept are elements with |x| > threshold, which NaN never is;
 //           fill, of compaction_expand: all of out that no index names
 // Defines:  X_T = float, f16 or bf16; I_T = int or i64; BLOCK = threads; VECTORS = 2 or 4 of 16 bytes
-//           that a thread takes of a tile, which begins at a multiple of 16 bytes; AHEAD = 1: the
-//           next tile is loaded before this one is counted, 0: once it is gathered, which takes
-//           fewer registers; BLOCKS_PER_SM; LOOK = words before its tile that a thread looks at;
-//           PARTS = tiles of a block of compaction_expand
-// Launch:   block (BLOCK); tiles = ceil((n + 16 / sizeof(X_T) - 1) / elements of a tile). An entry is
-//           sizeof(X_T) bytes, and 2 more where indices are wanted
+//           that a thread takes of a tile, which begins at a multiple of 16 bytes; LAG = tiles of a
+//           block that wait for the sum of what is kept before them; BLOCKS_PER_SM; PARTS = tiles of
+//           a block of compaction_expand
+// Launch:   block (BLOCK); tiles = ceil((n + 16 / sizeof(X_T) - 1) / elements of a tile)
 //           compaction          grid (any number of blocks), words all zero, dynamic shared memory
-//                               two entries for each element of a tile; from sm_70 on
+//                               LAG + 2 tiles and, where indices are wanted, LAG + 1 times 2 bytes
+//                               an element of a tile; from sm_70 on
 //           compaction_count    grid (tiles): leaves each tile's count in its word
 //           compaction_scan     grid (1): then the sums of the counts before each tile, and count
-//           compaction_scatter  grid (tiles), an entry each: then values and indices
+//           compaction_scatter  grid (tiles), a tile and its positions: then values and indices
 //           compaction_expand   grid (ceil(tiles / PARTS)), static shared memory alone
 // Traffic:  compaction: n * sizeof(X_T) read + kept * (sizeof(X_T) + sizeof(I_T)) written, the least
 //           there is, and 16 bytes a tile; its ceiling is that of a copy of as many bytes. count and
@@ -30,16 +29,15 @@
 // One pass with decoupled look-back (Merrill and Garland, 2016). Blocks take tiles by ticket, so
 // that a tile waits only for tiles that running blocks hold: a block publishes the counts of its
 // tiles in the order of their tickets and waits for nothing but counts, so the first count that is
-// missing never waits. A tile is stored only after the next one of its block is counted: by then the
-// blocks of all tiles before it have published theirs, and the look-back finds them at the first
-// look instead of holding all blocks in step. Meanwhile its kept elements wait in shared memory, and
-// the registers take the next tile: three blocks of 512 threads of an SM keep up to 96 KiB in
-// flight, where bandwidth times latency asks for 36 (H200: 4.8 TB/s at 1 us over 132 SMs).
+// missing never waits. A tile is stored LAG tiles of its block later: by then the blocks of all tiles
+// before it have published theirs. Meanwhile what is kept of it waits in shared memory, where it
+// was copied to while the tile before it was counted. Words of 32 tiles, a row, and words of 32 rows
+// are all that a look reads: where it read a word of every tile in flight, 4 KiB, it held up the
+// copies of all blocks.
 //
-// Stack: 8 bytes, for two registers that three blocks of 512 threads of an SM lack
-#if !defined(X_T) || !defined(I_T) || !defined(BLOCK) || !defined(VECTORS) || !defined(AHEAD) || \
-    !defined(BLOCKS_PER_SM) || !defined(LOOK) || !defined(PARTS)
-#error "compaction.cu needs X_T, I_T, BLOCK, VECTORS, AHEAD, BLOCKS_PER_SM, LOOK and PARTS"
+#if !defined(X_T) || !defined(I_T) || !defined(BLOCK) || !defined(VECTORS) || !defined(LAG) || \
+    !defined(BLOCKS_PER_SM) || !defined(PARTS)
+#error "compaction.cu needs X_T, I_T, BLOCK, VECTORS, LAG, BLOCKS_PER_SM and PARTS"
 #endif
 #include "batch.cuh"
 #include "compaction_look_back.cuh"
@@ -50,104 +48,100 @@ extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS_PER_SM)
 compaction(X_T* __restrict__ values, I_T* __restrict__ indices, i64* __restrict__ count,
            u64* __restrict__ words, const X_T* __restrict__ x, i64 n, i64 capacity,
            float threshold) {
-    extern __shared__ __align__(128) u8 gathered[];  // elements of two tiles, then positions
-    __shared__ int counts[WARPS];
-    __shared__ Seen seen[LOOK * WARPS];
+    extern __shared__ __align__(128) u8 staged[];  // STAGES tiles, and positions of all but one
+    constexpr int STAGES = LAG + 2, TICKETS = 8;
+    static_assert(STAGES < TICKETS, "a place for the ticket behind the next");
+    __shared__ int counts[WARPS], tickets[TICKETS];  // tickets past the last tile are num_tiles
     __shared__ u64 prefix;
-    __shared__ int ticket;
-    const int warp = threadIdx.x / WARP, num_tiles = tiles_of(n);
+    const int num_tiles = tiles_of(n);
     const Limit limit = limit_of<X_T>(threshold);
-    u64* of_tiles = words + 1;
-    const auto elements_of = [&](int turn) {
-        return reinterpret_cast<X_T*>(gathered) + turn * TILE;
+    const Words of = {words + 1, words + 1 + num_tiles};
+    const auto stage_of = [&](int round) {
+        return reinterpret_cast<X_T*>(staged) + round % STAGES * TILE;
     };
-    const auto positions_of = [&](int turn) {
-        return reinterpret_cast<u16*>(gathered + 2 * TILE * sizeof(X_T)) + turn * TILE;
+    const auto positions_of = [&](int round) {
+        return reinterpret_cast<u16*>(staged + STAGES * TILE * sizeof(X_T)) +
+               round % (LAG + 1) * TILE;
     };
-    const auto ask = [&]() { return (int)atomicAdd(reinterpret_cast<u32*>(words), 1u); };
+    const auto ask = [&]() {
+        return (int)min(atomicAdd(reinterpret_cast<u32*>(words), 1u), (u32)num_tiles);
+    };
+    const auto tile_of = [&](int round) { return tickets[round % TICKETS]; };
 
-    // The next tile is on its way, this one is counted and gathered, the last one is stored.
-    uint4 vectors[VECTORS];
-    int tile = num_tiles, last = num_tiles, last_total = 0;  // num_tiles means none
-    if (threadIdx.x == 0) ticket = ask();
-    __syncthreads();
-    for (int turn = 0;; turn ^= 1) {
-        const int next = min(ticket, num_tiles);
-        if (tile == num_tiles && last == num_tiles && next == num_tiles) break;
-        int asked = 0;
-        uint4 ahead[VECTORS];
-        if constexpr (AHEAD) load_tile(ahead, x, first_of(next, x), n);
-        if (threadIdx.x == 0) asked = ask();
-        u64 before[LOOK];
+    if (threadIdx.x == 0) {
 #pragma unroll
-        for (int i = 0; i < LOOK; i++) {
-            before[i] = word_before(of_tiles, last, i * BLOCK + threadIdx.x);
-        }
+        for (int i = 0; i < TICKETS; i++) tickets[i] = i > LAG && i <= LAG + 2 ? ask() : num_tiles;
+    }
+    __syncthreads();
+    copy_tile(stage_of(LAG + 1), x, tile_of(LAG + 1), num_tiles, n);
+    cp_async_commit();
+    int totals[LAG + 1] = {};  // of this round's tile, and of those that wait
+    for (int round = LAG + 1;; round++) {
+        const int tile = tile_of(round), last = tile_of(round - LAG);
+        bool is_busy = tile < num_tiles;
+#pragma unroll
+        for (int i = 1; i <= LAG; i++) is_busy |= tile_of(round - i) < num_tiles;
+        if (!is_busy) break;
+        int asked = 0;
+        if (threadIdx.x == 0) asked = ask();
 
+        cp_async_wait<0>();
+        uint4 vectors[VECTORS];
         Share share;
         int kept = 0;
-        if (tile < num_tiles) kept = take(share, vectors, limit);
-        if (threadIdx.x % WARP == 0) counts[warp] = kept;
-#pragma unroll
-        for (int i = 0; i < LOOK; i++) {
-            const Seen saw = see(before[i]);
-            if (threadIdx.x % WARP == 0) seen[i * WARPS + warp] = saw;
+        if (tile < num_tiles) {
+            load_own(vectors, stage_of(round));
+            kept = take(share, vectors, limit);
         }
+        if (threadIdx.x % WARP == 0) counts[threadIdx.x / WARP] = kept;
         __syncthreads();
+        copy_tile(stage_of(round + 1), x, tile_of(round + 1), num_tiles, n);
+        cp_async_commit();
         const Start start = start_of(counts);
-        if (warp == 0) {
-            if (threadIdx.x == 0 && tile < num_tiles) {
-                store_relaxed(of_tiles + tile, PART | (u64)start.total);
-            }
-            if (last < num_tiles) {
-                const u64 before = resolve(seen, of_tiles, last), upto = before + last_total;
-                if (threadIdx.x == 0) {
-                    store_relaxed(of_tiles + last, WHOLE | upto);
-                    prefix = before;
-                    if (last == num_tiles - 1) *count = (i64)upto;
-                }
-            }
-            if (threadIdx.x == 0) ticket = asked;
+        if (threadIdx.x == 0) {
+            if (tile < num_tiles) publish(of, tile, start.total);
+            tickets[(round + 2) % TICKETS] = asked;
         }
+        // The words arrive while this tile is gathered. Asked for earlier, they miss more counts.
+        const bool looks_back = threadIdx.x < WARP && last < num_tiles;
+        Look look;
+        if (looks_back) look = look_at(of, last);
+#pragma unroll
+        for (int i = LAG; i > 0; i--) totals[i] = totals[i - 1];
+        totals[0] = start.total;
         if (tile < num_tiles) {
             if (indices == nullptr) {
-                gather<false>(elements_of(turn), nullptr, start.before, share, vectors);
+                gather(stage_of(round), start.before, share, vectors);
             } else {
-                gather<true>(elements_of(turn), positions_of(turn), start.before, share, vectors);
+                gather_positions(positions_of(round), start.before, share);
             }
         }
-        if constexpr (!AHEAD) load_tile(vectors, x, first_of(next, x), n);
+        if (looks_back) {
+            const u64 before = look_back(of, last, look);
+            if (threadIdx.x == 0) {
+                prefix = before;
+                if (last == num_tiles - 1) *count = (i64)before + totals[LAG];
+            }
+        }
         __syncthreads();
         if (last < num_tiles) {
-            store_tile(values, indices, elements_of(turn ^ 1), positions_of(turn ^ 1), (i64)prefix,
-                       last_total, capacity, first_of(last, x));
-        }
-        last = tile, last_total = start.total, tile = next;
-        if constexpr (AHEAD) {
-#pragma unroll
-            for (int j = 0; j < VECTORS; j++) vectors[j] = ahead[j];
+            store_tile(values, indices, stage_of(round - LAG), positions_of(round - LAG),
+                       (i64)prefix, totals[LAG], capacity, first_of(last, x));
         }
     }
 }
 #endif
-
-// The tile of this block: take its share; returns where this thread's warp starts, and the total.
-__device__ __forceinline__ Start take_block(Share& share, uint4 (&vectors)[VECTORS],
-                                            int (&counts)[WARPS], const X_T* x, i64 n,
-                                            float threshold) {
-    load_tile(vectors, x, first_of(blockIdx.x, x), n);
-    const int kept = take(share, vectors, limit_of<X_T>(threshold));
-    if (threadIdx.x % WARP == 0) counts[threadIdx.x / WARP] = kept;
-    __syncthreads();
-    return start_of(counts);
-}
 
 extern "C" __global__ void __launch_bounds__(BLOCK)
 compaction_count(u64* __restrict__ words, const X_T* __restrict__ x, i64 n, float threshold) {
     __shared__ int counts[WARPS];
     Share share;
     uint4 vectors[VECTORS];
-    const Start start = take_block(share, vectors, counts, x, n, threshold);
+    load_tile(vectors, x, first_of(blockIdx.x, x), n);
+    const int kept = take(share, vectors, limit_of<X_T>(threshold));
+    if (threadIdx.x % WARP == 0) counts[threadIdx.x / WARP] = kept;
+    __syncthreads();
+    const Start start = start_of(counts);
     if (threadIdx.x == 0) words[1 + blockIdx.x] = start.total;
 }
 
@@ -191,11 +185,18 @@ compaction_scatter(X_T* __restrict__ values, I_T* __restrict__ indices, const X_
     __shared__ int counts[WARPS];
     Share share;
     uint4 vectors[VECTORS];
-    const Start start = take_block(share, vectors, counts, x, n, threshold);
+    copy_tile(elements, x, blockIdx.x, gridDim.x, n);
+    cp_async_commit();
+    cp_async_wait<0>();
+    load_own(vectors, elements);
+    const int kept = take(share, vectors, limit_of<X_T>(threshold));
+    if (threadIdx.x % WARP == 0) counts[threadIdx.x / WARP] = kept;
+    __syncthreads();
+    const Start start = start_of(counts);
     if (indices == nullptr) {
-        gather<false>(elements, nullptr, start.before, share, vectors);
+        gather(elements, start.before, share, vectors);
     } else {
-        gather<true>(elements, positions, start.before, share, vectors);
+        gather_positions(positions, start.before, share);
     }
     __syncthreads();
     store_tile(values, indices, elements, positions, (i64)words[1 + blockIdx.x], start.total,

@@ -5,56 +5,60 @@
 
 #if __CUDA_ARCH__ >= 700  // older SMs count, scan and scatter
 
-static_assert(LOOK * WARPS <= WARP, "a lane for what each warp saw");
-
-// A tile's word: 0 until its count is known; then that, marked as PART; then all that is kept up to
-// its end, marked as WHOLE. A word is the whole message, so relaxed order is enough.
-constexpr u64 PART = 1ull << 62, WHOLE = 2ull << 62, NUMBER = PART - 1;
-
-// What words of consecutive tiles say, from the last tile backwards.
-struct Seen {
-    u64 sum;      // of the counts back to the nearest WHOLE, inclusive
-    bool is_whole, is_known;  // a WHOLE was found; no word up to it is missing
+// Words that say what tiles keep, all 0 at first, each the whole of a message, so that relaxed order
+// is enough. Tiles form rows of WARP, so that two words of each lane reach far back.
+struct Words {
+    u64* tiles;  // of a tile: 1 + its count
+    u64* rows;   // of a row: the sum of the counts so far, and how many they are above 32 bits;
+                 // later WHOLE, and all that is kept up to its end
 };
 
-// Of one word of each lane; lanes count backwards.
-__device__ __forceinline__ Seen see(u64 word) {
-    const u32 known = __ballot_sync(FULL_MASK, word != 0);
-    const u32 whole = __ballot_sync(FULL_MASK, word >= WHOLE);
-    const u32 wanted = whole ? whole ^ (whole - 1) : FULL_MASK;  // words up to the nearest WHOLE
-    const bool counts = (wanted & ~whole) >> threadIdx.x % WARP & 1;
-    const u32 parts = __shfl_sync(FULL_MASK, warp_scan(counts ? (u32)word : 0u), WARP - 1);
-    const u64 nearest = __shfl_sync(FULL_MASK, word, __ffs((int)whole) - 1 & (WARP - 1));
-    return {parts + (whole ? nearest & NUMBER : 0ull), whole != 0, (known & wanted) == wanted};
+constexpr u64 WHOLE = 1ull << 63, COUNTED = (u64)WARP << 32;
+
+// By one thread: a tile's count.
+__device__ __forceinline__ void publish(const Words& of, int tile, int count) {
+    store_relaxed(of.tiles + tile, (u64)count + 1);
+    atomicAdd(of.rows + tile / WARP, 1ull << 32 | (u64)count);
 }
 
-__device__ __forceinline__ u64 word_before(u64* words, int tile, int distance) {
-    const int at = tile - 1 - distance;
-    return at < 0 ? WHOLE : load_relaxed(words + at);
+// Words of a lane: of an earlier tile in the row, and of an earlier row.
+struct Look {
+    u64 tile, row;
+};
+
+__device__ __forceinline__ u64 row_before(const Words& of, int row) {
+    return row < 0 ? WHOLE : load_relaxed(of.rows + row);
 }
 
-// Kept elements before a tile, by a warp that waits for what is missing.
-__device__ __forceinline__ u64 look_back(u64* words, int tile) {
+__device__ __forceinline__ Look look_at(const Words& of, int tile) {
+    const int lane = threadIdx.x % WARP, row = tile / WARP;
+    const u64 earlier = lane < tile % WARP ? load_relaxed(of.tiles + row * WARP + lane) : 1;
+    return {earlier, row_before(of, row - 1 - lane)};
+}
+
+// Kept elements before a tile, by a warp that has looked and waits for what is missing.
+__device__ __forceinline__ u64 look_back(const Words& of, int tile, Look look) {
+    const int lane = threadIdx.x % WARP, nearest = tile / WARP - 1;
     u64 before = 0;
-    for (int distance = threadIdx.x % WARP;;) {
-        const Seen seen = see(word_before(words, tile, distance));
-        if (!seen.is_known) continue;
-        before += seen.sum;
-        if (seen.is_whole) return before;
-        distance += WARP;
+    for (int row = nearest;;) {  // of lane 0
+        const u32 whole = __ballot_sync(FULL_MASK, look.row >= WHOLE);
+        const u32 wanted = whole ? whole ^ (whole - 1) : FULL_MASK;  // rows back to the first WHOLE
+        const bool counts = (wanted & ~whole) >> lane & 1;
+        if (!__any_sync(FULL_MASK, look.tile == 0 || (counts && look.row < COUNTED))) {
+            const u32 parts = warp_scan((u32)look.tile - 1 + (counts ? (u32)look.row : 0u));
+            before += __shfl_sync(FULL_MASK, parts, WARP - 1);
+            if (whole) {
+                before += __shfl_sync(FULL_MASK, look.row, __ffs((int)whole) - 1) & ~WHOLE;
+                break;
+            }
+            row -= WARP;
+        }
+        look = row == nearest ? look_at(of, tile) : Look{1, row_before(of, row - lane)};
     }
-}
-
-// Kept elements before a tile, by a warp, from what the block saw of WARP words each.
-__device__ __forceinline__ u64 resolve(const Seen (&seen)[LOOK * WARPS], u64* words, int tile) {
-    const int lane = threadIdx.x % WARP;
-    const Seen own = lane < LOOK * WARPS ? seen[lane] : Seen{0, false, true};
-    const u32 known = __ballot_sync(FULL_MASK, own.is_known);
-    const u32 whole = __ballot_sync(FULL_MASK, own.is_whole);
-    const u32 wanted = whole ^ (whole - 1);
-    if (!whole || (known & wanted) != wanted) return look_back(words, tile);
-    const u64 sum = warp_scan(wanted >> lane & 1 ? own.sum : 0ull);
-    return __shfl_sync(FULL_MASK, sum, WARP - 1);
+    if (lane == 0 && tile % WARP == 0 && tile > 0) {
+        store_relaxed(of.rows + nearest, WHOLE | before);
+    }
+    return before;
 }
 
 #endif

@@ -47,6 +47,31 @@ __device__ __forceinline__ void load_tile(uint4 (&vectors)[VECTORS], const X_T* 
     }
 }
 
+// Start the copy of this thread's vectors of a tile to shared memory.
+__device__ __forceinline__ void copy_tile(X_T* to, const X_T* x, int tile, int num_tiles, i64 n) {
+    if (tile == num_tiles) return;
+    const i64 first = first_of(tile, x);
+    if (first >= 0 && first + TILE <= n) {
+#pragma unroll
+        for (int j = 0; j < VECTORS; j++) {
+            cp_async16(to + position_of(j), x + first + position_of(j));
+        }
+        return;
+    }
+    uint4 vectors[VECTORS];
+    load_tile(vectors, x, first, n);
+#pragma unroll
+    for (int j = 0; j < VECTORS; j++) *reinterpret_cast<uint4*>(to + position_of(j)) = vectors[j];
+}
+
+// This thread's vectors of a tile that it has copied.
+__device__ __forceinline__ void load_own(uint4 (&vectors)[VECTORS], const X_T* elements) {
+#pragma unroll
+    for (int j = 0; j < VECTORS; j++) {
+        vectors[j] = *reinterpret_cast<const uint4*>(elements + position_of(j));
+    }
+}
+
 // What this thread keeps of its vectors of a tile.
 struct Share {
     u32 kept;                 // element e of vector j: bit 4 * j + e; of 16 bits: see bit_of
@@ -121,23 +146,31 @@ __device__ __forceinline__ Start start_of(const int (&counts)[WARPS]) {
     return {(int)upto - counts[threadIdx.x / WARP], (int)__shfl_sync(FULL_MASK, sum, WARP - 1)};
 }
 
-// Gather a tile's kept elements in order, and their positions in the tile where they are wanted.
-template <bool POSITIONS>
-__device__ __forceinline__ void gather(X_T* elements, u16* positions, int start, const Share& share,
-                                       const uint4 (&vectors)[VECTORS]) {
+// Call `put(place, element)` for each kept element of this thread, of all but the tile's `start`.
+template <typename Put>
+__device__ __forceinline__ void place_share(int start, const Share& share, Put put) {
 #pragma unroll
     for (int j = 0; j < VECTORS; j++) {
         const int kept = opaque((int)(share.kept >> 4 * j));  // else each bit takes a register
         int at = start + (int)(share.before[j / 2] >> j % 2 * 16 & 0xffffu);
 #pragma unroll
         for (int e = 0; e < E; e++) {
-            if (kept >> bit_of(e) & 1) {
-                elements[at] = element_of(vectors[j], e);
-                if constexpr (POSITIONS) positions[at] = (u16)(position_of(j) + e);
-                at++;
-            }
+            if (kept >> bit_of(e) & 1) put(at++, j, e);
         }
     }
+}
+
+// Put a tile's kept elements where its first ones were, in order.
+__device__ __forceinline__ void gather(X_T* elements, int start, const Share& share,
+                                       const uint4 (&vectors)[VECTORS]) {
+    place_share(start, share,
+                [&](int at, int j, int e) { elements[at] = element_of(vectors[j], e); });
+}
+
+// List where a tile's kept elements are.
+__device__ __forceinline__ void gather_positions(u16* positions, int start, const Share& share) {
+    place_share(start, share,
+                [&](int at, int j, int e) { positions[at] = (u16)(position_of(j) + e); });
 }
 
 // Store entry i of a tile as `entry(i)` at to[i], a line by each warp.
@@ -165,12 +198,15 @@ __device__ __forceinline__ void store_run(Out* to, int count, Entry entry) {
     }
 }
 
-// Values and indices of a tile that is gathered, whose first kept element is number `prefix` of all.
+// Values and indices of a tile whose first kept element is number `prefix` of all.
 __device__ __forceinline__ void store_tile(X_T* values, I_T* indices, const X_T* elements,
                                            const u16* positions, i64 prefix, int total,
                                            i64 capacity, i64 first) {
     const int stored = (int)max(min((i64)total, capacity - prefix), 0ll);
-    store_run(values + prefix, stored, [&](int i) { return elements[i]; });
-    if (indices == nullptr) return;
-    store_run(indices + prefix, stored, [&](int i) { return (I_T)(first + positions[i]); });
+    if (indices == nullptr) {
+        store_run(values + prefix, stored, [&](int i) { return elements[i]; });
+    } else {
+        store_run(values + prefix, stored, [&](int i) { return elements[positions[i]]; });
+        store_run(indices + prefix, stored, [&](int i) { return (I_T)(first + positions[i]); });
+    }
 }

@@ -58,6 +58,7 @@ from pykv.cuda.devices import (
     on_stream,
     order_streams,
     pick_device,
+    sm_shared_bytes,
     stream_handle,
     synchronize,
     use_device,

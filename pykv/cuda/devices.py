@@ -204,6 +204,13 @@ def current_sm() -> int:
     return split_arch(current_arch())[1]
 
 
+def sm_shared_bytes(sm: int) -> int:
+    """Shared memory of an SM for all of its blocks, from sm_70 on (CUDA programming guide, compute
+    capabilities); from sm_80 on 1 KiB of each block is the system's."""
+    sizes = {70: 96, 75: 64, 80: 164, 87: 164}
+    return sizes.get(sm, 228 if 90 <= sm < 120 else 100) << 10
+
+
 @cache
 def split_arch(arch: str, name: str = "cuda.compile: arch") -> tuple[str, int]:
     """("sm", 75) for a cubin, ("compute", 75) for PTX."""

@@ -24,33 +24,38 @@ MOST = 2**42  # elements: tiles are counted in 32 bits
 
 LOOK_BACK_SM = 70  # first SM with the memory model that the one-pass kernel needs
 _POSITION_BYTES = 2  # of a kept element in its tile
+_LAG = 1  # tiles of a block that wait to be stored, beside one counted and one on its way
 _INDEX_TYPES = dict(zip(INTS, ("int", "i64"), strict=True))
 
 
-def _shape(sm: int) -> dict[str, int]:
-    """Threads of a block, vectors of 16 bytes that each takes of a tile, whether the next tile is
-    loaded before this one is counted, blocks of an SM, words before its tile that a thread looks
-    at, and tiles that a block expands in turn.
+def _shape(sm: int, itemsize: int, indexed: bool) -> dict[str, int]:
+    """Threads of a block, vectors of 16 bytes that each takes of a tile, tiles of a block that wait
+    to be stored, blocks of an SM, and tiles that a block expands in turn.
 
-    The larger a tile, the fewer steps of the look-back; the SMs of data centres have the shared
-    memory for two blocks of two tiles of 32 KiB with positions, newer ones for three without. Of
-    15 shapes on an H200 the fastest.
+    The larger a tile, the fewer steps of the look-back, so two blocks share an SM's memory, but for
+    1.5 KiB of the system and their own. Of some 30 shapes on an H200 the fastest.
     """
-    if sm in (80, 90, 100, 103):
-        per_sm = 2 if sm == 80 else 3
-        return dict(BLOCK=512, VECTORS=4, AHEAD=0, BLOCKS_PER_SM=per_sm, LOOK=1, PARTS=4)
-    vectors = 2 if sm == 75 else 4  # sm_75 has only 64 KiB of shared memory
-    return dict(BLOCK=256, VECTORS=vectors, AHEAD=0, BLOCKS_PER_SM=3, LOOK=2, PARTS=4)
+    shape = dict(VECTORS=4, LAG=_LAG, BLOCKS_PER_SM=2, PARTS=4)
+    if sm < LOOK_BACK_SM:
+        return dict(shape, BLOCK=256)
+    thread_bytes = _staged_bytes(shape["VECTORS"] * 16 // itemsize, itemsize, indexed)
+    block = (cuda.sm_shared_bytes(sm) // 2 - 1536) // thread_bytes
+    return dict(shape, BLOCK=min(512, block // 32 * 32))
 
 
-def _expand_shape(sm: int) -> dict[str, int]:
+def _staged_bytes(tile: int, itemsize: int, indexed: bool) -> int:
+    """Shared memory of a block for its tiles, of so many elements, and positions of all but one."""
+    return tile * ((_LAG + 2) * itemsize + (_LAG + 1) * _POSITION_BYTES * indexed)
+
+
+def _expand_shape(sm: int, itemsize: int, indexed: bool) -> dict[str, int]:
     """The same for `expand`, whose tiles are best smaller."""
-    return dict(_shape(sm), BLOCK=256)
+    return dict(_shape(sm, itemsize, indexed), BLOCK=256)
 
 
 VARIANTS: list[dict[str, Any]] = [
-    dict(X_T=dtype, I_T="int", **cuda.by_sm(shape))
-    for shape in (_shape, _expand_shape)
+    dict(X_T=dtype, I_T="int", **cuda.by_sm(shape, dtype.itemsize, indexed))
+    for shape, indexed in ((_shape, False), (_shape, True), (_expand_shape, True))
     for dtype in FLOATS
 ]
 VARIANTS_SMS = range(0)  # none at import: few programs call it, and they compile what they need
@@ -276,7 +281,7 @@ def workspace_size(n: int, itemsize: int) -> int:
     op = "compaction.workspace_size"
     n = check_whole(op, "n", n, 0, MOST)
     itemsize = check_whole(op, "itemsize", itemsize, 2, 4)
-    return 1 + _num_tiles(n, itemsize, _shape(cuda.current_sm()))
+    return _num_words(_num_tiles(n, itemsize, _shape(cuda.current_sm(), itemsize, True)))
 
 
 _check_compress = checker(
@@ -371,6 +376,11 @@ def _num_tiles(n: int, itemsize: int, shape: dict[str, int]) -> int:
     return -(-(n + 16 // itemsize - 1) // _tile(itemsize, shape))
 
 
+def _num_words(tiles: int) -> int:
+    """Of a workspace: a ticket, one for each tile and for each row of 32."""
+    return 1 + tiles + -(-tiles // 32)
+
+
 def _enqueue(
     op: str, dims: Dims, x: Any, result: Compressed, above: float, workspace: Any, stream: Any
 ) -> None:
@@ -398,10 +408,10 @@ def _launches(
     """Elements of workspace, and the launches for arrays that are checked: one pass over `x` where
     the SM has what that needs, else a count, a scan and a scatter; a count and a scan where nothing
     but the number is wanted."""
-    shape = _shape(sm)
+    indexed = index is not None
+    shape = _shape(sm, x.itemsize, indexed)
     tiles = _num_tiles(x.size, x.itemsize, shape)
-    entry_bytes = x.itemsize + (_POSITION_BYTES if index is not None else 0)
-    gathered_bytes = _tile(x.itemsize, shape) * entry_bytes
+    tile = _tile(x.itemsize, shape)
     defines = dict(shape, X_T=x.dtype, I_T=_INDEX_TYPES[index or INTS[0]])
     scalars = dict(n=x.size, capacity=room or 0, threshold=above, num_tiles=tiles)
 
@@ -411,16 +421,19 @@ def _launches(
         return cuda.Launch(kernel, grid, shape["BLOCK"], given, shared_bytes=shared_bytes)
 
     if room is not None and sm >= LOOK_BACK_SM:
+        staged = _staged_bytes(tile, x.itemsize, indexed)
         resident = cuda.num_sms(x.data.device_id) * shape["BLOCKS_PER_SM"]
-        return 1 + tiles, [launch("compaction", min(tiles, resident), 2 * gathered_bytes)]
+        return _num_words(tiles), [launch("compaction", min(tiles, resident), staged)]
     launches = [launch("compaction_count", tiles), launch("compaction_scan", 1)]
     if room is not None:
-        launches.append(launch("compaction_scatter", tiles, gathered_bytes))
-    return 1 + tiles, launches
+        launches.append(
+            launch("compaction_scatter", tiles, tile * (x.itemsize + _POSITION_BYTES * indexed))
+        )
+    return _num_words(tiles), launches
 
 
 def _launch_expand(values: Any, indices: Any, n: int, fill: float) -> cuda.Launch:
-    shape = _expand_shape(cuda.current_sm())
+    shape = _expand_shape(cuda.current_sm(), values.itemsize, True)
     defines = dict(shape, X_T=values.dtype, I_T=_INDEX_TYPES[indices.dtype])
     kernel = cuda.kernel("compaction", "compaction_expand", **defines)
     grid = -(-_num_tiles(n, values.itemsize, shape) // shape["PARTS"])

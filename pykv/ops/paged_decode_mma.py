@@ -105,7 +105,7 @@ def fits(sm: int, spec: KVSpec, q_dtype: Any, sizes: Sizes, more_bytes: int = 0)
     """
     if not covers(sm, spec, sizes.D):
         return False
-    limit = 64 << 10 if sm == 75 else _shared_of_sm(sm) - 1024
+    limit = 64 << 10 if sm == 75 else cuda.sm_shared_bytes(sm) - 1024
     # And static variables.
     return shared_bytes(sm, spec, q_dtype, sizes) + more_bytes + 128 <= limit
 
@@ -119,10 +119,6 @@ def takes_strides(scalars: dict[str, Any], k_pool: Any, v_pool: Any) -> bool:
     """
     steps = [n for name, n in scalars.items() if name.endswith(("page", "token"))]
     return all(0 <= n < 2**30 for n in steps) and attention.whole_vectors(k_pool, v_pool)
-
-
-def _shared_of_sm(sm: int) -> int:
-    return {75: 64, 80: 164, 87: 164}.get(sm, 228 if 90 <= sm < 120 else 100) << 10
 
 
 def num_ranges(sizes: Sizes, blocks: int, fixed_split: int | None) -> int:
@@ -181,7 +177,9 @@ def launch(
     """
     sm, num_sms = cuda.current_sm(), cuda.num_sms(cuda.current_device())
     block, shared = block_sizes(sm, spec, q_dtype, sizes.D), shared_bytes(sm, spec, q_dtype, sizes)
-    in_sm = _shared_of_sm(sm) // (shared + more_bytes + 1024)  # blocks; 1 KiB is the system's
+    in_sm = cuda.sm_shared_bytes(sm) // (
+        shared + more_bytes + 1024
+    )  # blocks; 1 KiB is the system's
     blocks = num_sms * max(1, min(block["BLOCKS"], in_sm))
     ranges, cluster = num_ranges(sizes, blocks, fixed_split), None
     slots = num_slots(sizes, ranges, fixed_split)

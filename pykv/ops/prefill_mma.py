@@ -42,7 +42,7 @@ def tiling(sm: int, spec: KVSpec, D: int, q_dtype: Any) -> Tiling | None:
     With 32 rows a warp uses each loaded word of a key twice; with 16 loads take as long as
     products. SMs with little shared memory have slower tensor cores, which 16 rows keep busy.
     """
-    sm_bytes = (64 if sm < 80 else 164 if sm in (80, 87) else 228 if 90 <= sm < 120 else 100) << 10
+    sm_bytes = cuda.sm_shared_bytes(sm)
     system_bytes = 0 if sm < 80 else 1 << 10  # of each block
     is_coarse = q_dtype.itemsize == 2
     tiles = 2 if is_coarse and (D <= 64 or (D <= 128 and sm_bytes > 100 << 10)) else 1

@@ -113,13 +113,14 @@ def test_tiles_that_keep_nothing_write_nothing(xp, dtype, first):
 
 
 def test_a_block_of_every_sm_has_the_memory():
-    """Two tiles with positions, and 1 KiB of its own."""
+    """Its tiles and positions, and 512 bytes of its own."""
     for sm, most in machine.SHARED.items():
-        for dtype in DTYPES:
-            size = np.dtype(dtype).itemsize
-            tile = compaction._tile(size, compaction._shape(sm))
-            tiles = 2 if sm >= compaction.LOOK_BACK_SM else 1
-            assert tiles * tile * (size + 2) + 1024 <= most << 10, (sm, dtype)
+        for size, indexed in product((2, 4), (False, True)):
+            tile = compaction._tile(size, compaction._shape(sm, size, indexed))
+            staged = compaction._staged_bytes(tile, size, indexed)
+            if sm < compaction.LOOK_BACK_SM:
+                staged = tile * (size + 2)
+            assert staged + 512 <= most << 10, (sm, size, indexed)
 
 
 def test_only_what_is_wanted(xp, rng):
@@ -176,9 +177,10 @@ def needs_look_back():
 
 
 def fits(sm, x, own):
-    """Whether an SM has the memory for another one's two tiles with positions."""
-    tile = compaction._tile(x.itemsize, compaction._shape(sm))
-    return 2 * tile * (x.itemsize + 2) + 1024 <= machine.SHARED.get(own, 99) << 10
+    """Whether an SM has the memory for another one's tiles with positions."""
+    tile = compaction._tile(x.itemsize, compaction._shape(sm, x.itemsize, True))
+    staged = compaction._staged_bytes(tile, x.itemsize, True)
+    return staged + 512 <= machine.SHARED.get(own, 99) << 10
 
 
 def run_kernels(xp, x, threshold, sm, words=None):
@@ -200,8 +202,9 @@ def test_one_pass_and_three_leave_the_same_bits(device, rng, dtype):
     needs_look_back()
     x = numbers(rng, 2 * TILE + 777, dtype)
     kept, own = kept_by_loop(x, 0.2), cuda.current_sm()
-    others = {tuple(compaction._shape(sm).values()): sm for sm in (80, 89, 90) if fits(sm, x, own)}
-    for sm, number in ((52, 3), *((sm, 1) for sm in {own, *others.values()})):
+    others = {compaction._shape(sm, x.itemsize, True)["BLOCK"]: sm for sm in (75, 80, 89, 90)}
+    others = [sm for sm in others.values() if fits(sm, x, own)]
+    for sm, number in ((52, 3), *((sm, 1) for sm in {own, *others})):
         labels, arrays = run_kernels(device, device.asarray(x), 0.2, sm)
         assert len(labels) == number
         assert_same_bits(arrays["count"], np.array([len(kept)]))
@@ -209,25 +212,34 @@ def test_one_pass_and_three_leave_the_same_bits(device, rng, dtype):
         assert to_numpy(arrays["indices"][: len(kept)]).tolist() == kept
 
 
-@pytest.mark.parametrize("nearest", [1, 31, 32, 33, 300, 511, 512, 513, 544, 545, 700])
-def test_the_look_back_sums_what_other_blocks_left(device, rng, nearest):
-    """Tiles before the ticket have their counts, one of them, `nearest`, all before it as well:
-    what the block would find had others taken these tiles. It looks at 512 words at once."""
+@pytest.mark.parametrize("before", [5, 32, 45, 1088, 1100])
+@pytest.mark.parametrize("nearest", [1, 2, 31, 32, 33, 34, 35])
+def test_the_look_back_sums_what_other_blocks_left(device, rng, before, nearest):
+    """Tiles before the ticket have their counts and so have their rows; the row that is `nearest`
+    rows before the ticket's says what is kept up to its end: what the block would find had others
+    taken these tiles. It looks at 32 rows at once."""
     needs_look_back()
     sm = cuda.current_sm()
-    tile = compaction._tile(4, compaction._shape(sm))
-    before, part, whole = 700, 1 << 62, 2 << 62
+    tile = compaction._tile(4, compaction._shape(sm, 4, True))
     x = device.zeros(before * tile + 9, np.float32)
     x[before * tile :] = 1  # what is left for this block
     counts = rng.integers(0, tile + 1, before)
-    words = [part | int(count) for count in counts]
-    base = 2**40 + 5  # more than 32 bits hold
-    words[before - nearest] = whole | base
-    words = np.array([before, *words, 0], np.uint64)
-    prefix = base + int(counts[before - nearest + 1 :].sum())
+    rows = [counts[i : i + 32] for i in range(0, before + 1, 32)]
+    words = [(len(row) << 32) + int(row.sum()) for row in rows]
+    row, base = before // 32, 2**40 + 5  # more than 32 bits hold
+    prefix = int(counts.sum())
+    if nearest <= row:
+        words[row - nearest] = 1 << 63 | base
+        prefix = base + int(counts[(row - nearest + 1) * 32 :].sum())
+    words = np.array([before, *(counts + 1), 0, *words], np.uint64)
     _, arrays = run_kernels(device, x, 0.5, sm, device.asarray(words))
     assert to_numpy(arrays["count"])[0] == prefix + 9
-    assert not to_numpy(arrays["values"]).any()  # the place lies past the output
+    kept = to_numpy(arrays["values"])  # past the output, where there is a base
+    assert kept[prefix : prefix + 9].all() and not kept[:prefix].any()
+    left = to_numpy(arrays["words"])[before + 2 :]
+    if before % 32 == 0:
+        assert left[row - 1] == 1 << 63 | prefix
+    assert left[row] == words[before + 2 + row] + np.uint64((1 << 32) + 9)
 
 
 @pytest.mark.parametrize("tiles", [1, 8, 2048, 2049, 4500])
@@ -237,7 +249,7 @@ def test_counts_of_tiles_become_sums(device, rng, tiles):
     words = device.asarray(np.array([5, *counts], np.uint64))
     count = device.zeros(1, np.int64)
     kernel = cuda.kernel(
-        "compaction", "compaction_scan", **compaction._shape(52), X_T="float", I_T="int"
+        "compaction", "compaction_scan", **compaction._shape(52, 4, False), X_T="float", I_T="int"
     )
     launch(kernel, 1, 256, words, count, tiles)
     sums = np.cumsum([0, *counts])

@@ -10,16 +10,17 @@
 // Scalars:  n; capacity = C; threshold: kept are elements with |x| > threshold, which NaN never is;
 //           fill, of compaction_expand: all of out that no index names
 // Defines:  X_T = float, f16 or bf16; I_T = int or i64; BLOCK = threads; VECTORS = 2 or 4 of 16 bytes
-//           that a thread takes of a tile, which begins at a multiple of 16 bytes; LAG = tiles of a
-//           block that wait for the sum of what is kept before them; BLOCKS_PER_SM; PARTS = tiles of
-//           a block of compaction_expand
-// Launch:   block (BLOCK); tiles = ceil((n + 16 / sizeof(X_T) - 1) / elements of a tile)
+//           that a thread takes of a tile, which begins at a multiple of 16 bytes; AHEAD = 1: the
+//           next tile is loaded before this one is counted, 0: once it is gathered, which takes
+//           fewer registers; BLOCKS_PER_SM; LOOK = words before its tile that a thread looks at;
+//           PARTS = tiles of a block of compaction_expand
+// Launch:   block (BLOCK); tiles = ceil((n + 16 / sizeof(X_T) - 1) / elements of a tile). An entry is
+//           sizeof(X_T) bytes, and 2 more where indices are wanted
 //           compaction          grid (any number of blocks), words all zero, dynamic shared memory
-//                               LAG + 2 tiles and, where indices are wanted, LAG + 1 times 2 bytes
-//                               an element of a tile; from sm_70 on
+//                               two entries for each element of a tile; from sm_70 on
 //           compaction_count    grid (tiles): leaves each tile's count in its word
 //           compaction_scan     grid (1): then the sums of the counts before each tile, and count
-//           compaction_scatter  grid (tiles), a tile and its positions: then values and indices
+//           compaction_scatter  grid (tiles), an entry each: then values and indices
 //           compaction_expand   grid (ceil(tiles / PARTS)), static shared memory alone
 // Traffic:  compaction: n * sizeof(X_T) read + kept * (sizeof(X_T) + sizeof(I_T)) written, the least
 //           there is, and 16 bytes a tile; its ceiling is that of a copy of as many bytes. count and
@@ -29,15 +30,16 @@
 // One pass with decoupled look-back (Merrill and Garland, 2016). Blocks take tiles by ticket, so
 // that a tile waits only for tiles that running blocks hold: a block publishes the counts of its
 // tiles in the order of their tickets and waits for nothing but counts, so the first count that is
-// missing never waits. A tile is stored LAG tiles of its block later: by then the blocks of all tiles
-// before it have published theirs. Meanwhile what is kept of it waits in shared memory, where it
-// was copied to while the tile before it was counted. Words of 32 tiles, a row, and words of 32 rows
-// are all that a look reads: where it read a word of every tile in flight, 4 KiB, it held up the
-// copies of all blocks.
+// missing never waits. A tile is stored only after the next one of its block is counted: by then the
+// blocks of all tiles before it have published theirs, and the look-back finds them at the first
+// look instead of holding all blocks in step. Meanwhile its kept elements wait in shared memory, and
+// the registers take the next tile: three blocks of 512 threads of an SM keep up to 96 KiB in
+// flight, where bandwidth times latency asks for 36 (H200: 4.8 TB/s at 1 us over 132 SMs).
 //
-#if !defined(X_T) || !defined(I_T) || !defined(BLOCK) || !defined(VECTORS) || !defined(LAG) || \
+// Stack: 8 bytes, for two registers that three blocks of 512 threads of an SM lack
+#if !defined(X_T) || !defined(I_T) || !defined(BLOCK) || !defined(VECTORS) || !defined(STAGES) || \
     !defined(BLOCKS_PER_SM) || !defined(PARTS)
-#error "compaction.cu needs X_T, I_T, BLOCK, VECTORS, LAG, BLOCKS_PER_SM and PARTS"
+#error "compaction.cu needs X_T, I_T, BLOCK, VECTORS, STAGES, BLOCKS_PER_SM and PARTS"
 #endif
 #include "batch.cuh"
 #include "compaction_look_back.cuh"
@@ -48,86 +50,90 @@ extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS_PER_SM)
 compaction(X_T* __restrict__ values, I_T* __restrict__ indices, i64* __restrict__ count,
            u64* __restrict__ words, const X_T* __restrict__ x, i64 n, i64 capacity,
            float threshold) {
-    extern __shared__ __align__(128) u8 staged[];  // STAGES tiles, and positions of all but one
-    constexpr int STAGES = LAG + 2, TICKETS = 8;
-    static_assert(STAGES < TICKETS, "a place for the ticket behind the next");
-    __shared__ int counts[WARPS], tickets[TICKETS];  // tickets past the last tile are num_tiles
+    extern __shared__ __align__(128) u8 gathered[];  // elements of STAGES tiles, positions of two
+    constexpr int TICKETS = 8;
+    static_assert(STAGES >= 3 && STAGES < TICKETS, "one is on its way, one counted, one stored");
+    __shared__ int counts[WARPS];
     __shared__ u64 prefix;
-    const int num_tiles = tiles_of(n);
+    __shared__ int tickets[TICKETS];  // tiles of this round and those around it; num_tiles: none
+    const int warp = threadIdx.x / WARP, num_tiles = tiles_of(n);
     const Limit limit = limit_of<X_T>(threshold);
     const Words of = {words + 1, words + 1 + num_tiles};
-    const auto stage_of = [&](int round) {
-        return reinterpret_cast<X_T*>(staged) + round % STAGES * TILE;
+    const auto elements_of = [&](int stage) {
+        return reinterpret_cast<X_T*>(gathered) + (stage < STAGES ? stage : stage - STAGES) * TILE;
     };
     const auto positions_of = [&](int round) {
-        return reinterpret_cast<u16*>(staged + STAGES * TILE * sizeof(X_T)) +
-               round % (LAG + 1) * TILE;
+        return reinterpret_cast<u16*>(gathered + STAGES * TILE * sizeof(X_T)) + round % 2 * TILE;
     };
     const auto ask = [&]() {
         return (int)min(atomicAdd(reinterpret_cast<u32*>(words), 1u), (u32)num_tiles);
     };
-    const auto tile_of = [&](int round) { return tickets[round % TICKETS]; };
 
     if (threadIdx.x == 0) {
 #pragma unroll
-        for (int i = 0; i < TICKETS; i++) tickets[i] = i > LAG && i <= LAG + 2 ? ask() : num_tiles;
+        for (int i = 0; i < STAGES - 1; i++) tickets[i] = ask();
+        tickets[TICKETS - 1] = num_tiles;
     }
     __syncthreads();
-    copy_tile(stage_of(LAG + 1), x, tile_of(LAG + 1), num_tiles, n);
-    cp_async_commit();
-    int totals[LAG + 1] = {};  // of this round's tile, and of those that wait
-    for (int round = LAG + 1;; round++) {
-        const int tile = tile_of(round), last = tile_of(round - LAG);
-        bool is_busy = tile < num_tiles;
 #pragma unroll
-        for (int i = 1; i <= LAG; i++) is_busy |= tile_of(round - i) < num_tiles;
-        if (!is_busy) break;
+    for (int i = 0; i < STAGES - 2; i++) {
+        copy_tile(elements_of(i), x, tickets[i], num_tiles, n);
+        cp_async_commit();
+    }
+    int last_total = 0;
+    for (int round = 0, stage = 0;; round++, stage = stage + 1 == STAGES ? 0 : stage + 1) {
+        const auto tile_of = [&](int distance) { return tickets[(round + distance) % TICKETS]; };
+        const int tile = tile_of(0), last = tile_of(TICKETS - 1);
+        if (tile == num_tiles && last == num_tiles) break;
         int asked = 0;
         if (threadIdx.x == 0) asked = ask();
+        const bool looks_back = warp == 0 && last < num_tiles;
+        Look look;
 
-        cp_async_wait<0>();
+        cp_async_wait<STAGES - 3>();
+        X_T* elements = elements_of(stage);
         uint4 vectors[VECTORS];
         Share share;
         int kept = 0;
         if (tile < num_tiles) {
-            load_own(vectors, stage_of(round));
+            load_own(vectors, elements);
             kept = take(share, vectors, limit);
         }
-        if (threadIdx.x % WARP == 0) counts[threadIdx.x / WARP] = kept;
+        if (threadIdx.x % WARP == 0) counts[warp] = kept;
         __syncthreads();
-        copy_tile(stage_of(round + 1), x, tile_of(round + 1), num_tiles, n);
+        copy_tile(elements_of(stage + STAGES - 2), x, tile_of(STAGES - 2), num_tiles, n);
         cp_async_commit();
         const Start start = start_of(counts);
         if (threadIdx.x == 0) {
             if (tile < num_tiles) publish(of, tile, start.total);
-            tickets[(round + 2) % TICKETS] = asked;
+            tickets[(round + STAGES - 1) % TICKETS] = asked;
         }
-        // The words arrive while this tile is gathered. Asked for earlier, they miss more counts.
-        const bool looks_back = threadIdx.x < WARP && last < num_tiles;
-        Look look;
         if (looks_back) look = look_at(of, last);
-#pragma unroll
-        for (int i = LAG; i > 0; i--) totals[i] = totals[i - 1];
-        totals[0] = start.total;
         if (tile < num_tiles) {
             if (indices == nullptr) {
-                gather(stage_of(round), start.before, share, vectors);
+                gather(elements, start.before, share, vectors);
             } else {
                 gather_positions(positions_of(round), start.before, share);
             }
         }
         if (looks_back) {
-            const u64 before = look_back(of, last, look);
-            if (threadIdx.x == 0) {
+            bool is_all = false;
+            u64 before = sum_of(look, is_all);
+            if (before == UNKNOWN || !is_all) before = look_back(of, last);
+            if (threadIdx.x % WARP == 0) {
                 prefix = before;
-                if (last == num_tiles - 1) *count = (i64)before + totals[LAG];
+                if (last % WARP == 0 && last > 0) {
+                    store_relaxed(of.rows + last / WARP - 1, WHOLE | before);
+                }
+                if (last == num_tiles - 1) *count = (i64)(before + last_total);
             }
         }
         __syncthreads();
         if (last < num_tiles) {
-            store_tile(values, indices, stage_of(round - LAG), positions_of(round - LAG),
-                       (i64)prefix, totals[LAG], capacity, first_of(last, x));
+            store_tile(values, indices, elements_of(stage + STAGES - 1), positions_of(round + 1),
+                       (i64)prefix, last_total, capacity, first_of(last, x));
         }
+        last_total = start.total;
     }
 }
 #endif

@@ -36,29 +36,34 @@ __device__ __forceinline__ Look look_at(const Words& of, int tile) {
     return {earlier, row_before(of, row - 1 - lane)};
 }
 
-// Kept elements before a tile, by a warp that has looked and waits for what is missing.
-__device__ __forceinline__ u64 look_back(const Words& of, int tile, Look look) {
-    const int lane = threadIdx.x % WARP, nearest = tile / WARP - 1;
+constexpr u64 UNKNOWN = ~0ull;
+
+// What the rows of a look sum to, by a warp, and whether that is all there is before the tile;
+// UNKNOWN while a count is missing.
+__device__ __forceinline__ u64 sum_of(const Look& look, bool& is_all) {
+    const u32 whole = __ballot_sync(FULL_MASK, look.row >= WHOLE);
+    const u32 wanted = whole ? whole ^ (whole - 1) : FULL_MASK;  // rows to the nearest WHOLE
+    const bool counts = (wanted & ~whole) >> threadIdx.x % WARP & 1;
+    is_all = whole != 0;
+    if (__any_sync(FULL_MASK, look.tile == 0 || (counts && look.row < COUNTED))) return UNKNOWN;
+    const u64 nearest = __shfl_sync(FULL_MASK, look.row, __ffs((int)whole) - 1 & (WARP - 1));
+    const u32 parts = warp_scan((u32)look.tile - 1 + (counts ? (u32)look.row : 0u));
+    return __shfl_sync(FULL_MASK, parts, WARP - 1) + (whole ? nearest & ~WHOLE : 0ull);
+}
+
+// Kept elements before a tile, by a warp that waits for what is missing.
+__device__ __forceinline__ u64 look_back(const Words& of, int tile) {
     u64 before = 0;
-    for (int row = nearest;;) {  // of lane 0
-        const u32 whole = __ballot_sync(FULL_MASK, look.row >= WHOLE);
-        const u32 wanted = whole ? whole ^ (whole - 1) : FULL_MASK;  // rows back to the first WHOLE
-        const bool counts = (wanted & ~whole) >> lane & 1;
-        if (!__any_sync(FULL_MASK, look.tile == 0 || (counts && look.row < COUNTED))) {
-            const u32 parts = warp_scan((u32)look.tile - 1 + (counts ? (u32)look.row : 0u));
-            before += __shfl_sync(FULL_MASK, parts, WARP - 1);
-            if (whole) {
-                before += __shfl_sync(FULL_MASK, look.row, __ffs((int)whole) - 1) & ~WHOLE;
-                break;
-            }
-            row -= WARP;
-        }
-        look = row == nearest ? look_at(of, tile) : Look{1, row_before(of, row - lane)};
+    for (int row = tile / WARP - 1, first = row;;) {
+        const Look look = row == first ? look_at(of, tile)
+                                       : Look{1, row_before(of, row - (int)threadIdx.x % WARP)};
+        bool is_all;
+        const u64 sum = sum_of(look, is_all);
+        if (sum == UNKNOWN) continue;
+        before += sum;
+        if (is_all) return before;
+        row -= WARP;
     }
-    if (lane == 0 && tile % WARP == 0 && tile > 0) {
-        store_relaxed(of.rows + nearest, WHOLE | before);
-    }
-    return before;
 }
 
 #endif

@@ -24,28 +24,29 @@ MOST = 2**42  # elements: tiles are counted in 32 bits
 
 LOOK_BACK_SM = 70  # first SM with the memory model that the one-pass kernel needs
 _POSITION_BYTES = 2  # of a kept element in its tile
-_LAG = 1  # tiles of a block that wait to be stored, beside one counted and one on its way
+_STAGES = 3  # tiles that a block holds: one on its way, one counted, one stored
 _INDEX_TYPES = dict(zip(INTS, ("int", "i64"), strict=True))
 
 
 def _shape(sm: int, itemsize: int, indexed: bool) -> dict[str, int]:
-    """Threads of a block, vectors of 16 bytes that each takes of a tile, tiles of a block that wait
-    to be stored, blocks of an SM, and tiles that a block expands in turn.
+    """Threads of a block, vectors of 16 bytes that each takes of a tile, tiles that a block holds at
+    a time, blocks of an SM, and tiles that a block expands in turn.
 
-    The larger a tile, the fewer steps of the look-back, so two blocks share an SM's memory, but for
-    1.5 KiB of the system and their own. Of some 30 shapes on an H200 the fastest.
+    The larger a tile, the fewer steps of the look-back, so two blocks share an SM's memory: for
+    tiles, positions of two of them where indices are wanted, and 1.5 KiB of the system and their
+    own. Of some 30 shapes on an H200 the fastest.
     """
-    shape = dict(VECTORS=4, LAG=_LAG, BLOCKS_PER_SM=2, PARTS=4)
+    shape = dict(VECTORS=4, STAGES=_STAGES, BLOCKS_PER_SM=2, PARTS=4)
     if sm < LOOK_BACK_SM:
         return dict(shape, BLOCK=256)
     thread_bytes = _staged_bytes(shape["VECTORS"] * 16 // itemsize, itemsize, indexed)
     block = (cuda.sm_shared_bytes(sm) // 2 - 1536) // thread_bytes
-    return dict(shape, BLOCK=min(512, block // 32 * 32))
+    return dict(shape, BLOCK=min(576, block // 32 * 32))
 
 
 def _staged_bytes(tile: int, itemsize: int, indexed: bool) -> int:
-    """Shared memory of a block for its tiles, of so many elements, and positions of all but one."""
-    return tile * ((_LAG + 2) * itemsize + (_LAG + 1) * _POSITION_BYTES * indexed)
+    """Shared memory of a block for tiles of so many elements, and positions."""
+    return tile * (_STAGES * itemsize + 2 * _POSITION_BYTES * indexed)
 
 
 def _expand_shape(sm: int, itemsize: int, indexed: bool) -> dict[str, int]:

@@ -5,38 +5,37 @@
 //   values         [C] X_T         kept elements in the order of x
 //   indices        [C] I_T         where each stands in x; null: not wanted
 //   count          [1] i64         how many are kept, those that find no place in C included
-//   words          [1 + tiles] u64 scratch: a ticket, then a word for each tile
+//   words          [W] u64         scratch: a ticket, a word for each tile and for each row of 32
 //   out            [n] X_T         of compaction_expand, whose indices ascend
 // Scalars:  n; capacity = C; threshold: kept are elements with |x| > threshold, which NaN never is;
 //           fill, of compaction_expand: all of out that no index names
 // Defines:  X_T = float, f16 or bf16; I_T = int or i64; BLOCK = threads; VECTORS = 2 or 4 of 16 bytes
-//           that a thread takes of a tile, which begins at a multiple of 16 bytes; AHEAD = 1: the
-//           next tile is loaded before this one is counted, 0: once it is gathered, which takes
-//           fewer registers; BLOCKS_PER_SM; LOOK = words before its tile that a thread looks at;
-//           PARTS = tiles of a block of compaction_expand
-// Launch:   block (BLOCK); tiles = ceil((n + 16 / sizeof(X_T) - 1) / elements of a tile). An entry is
-//           sizeof(X_T) bytes, and 2 more where indices are wanted
+//           that a thread takes of a tile, which begins at a multiple of 16 bytes; STAGES = tiles
+//           that a block holds, 3 or more; BLOCKS_PER_SM; PARTS = tiles of a block of
+//           compaction_expand
+// Launch:   block (BLOCK); tiles = ceil((n + 16 / sizeof(X_T) - 1) / elements of a tile)
 //           compaction          grid (any number of blocks), words all zero, dynamic shared memory
-//                               two entries for each element of a tile; from sm_70 on
+//                               STAGES tiles and, where indices are wanted, 4 bytes for each
+//                               element of a tile; from sm_70 on
 //           compaction_count    grid (tiles): leaves each tile's count in its word
 //           compaction_scan     grid (1): then the sums of the counts before each tile, and count
-//           compaction_scatter  grid (tiles), an entry each: then values and indices
+//           compaction_scatter  grid (tiles), dynamic shared memory a tile and, where indices are
+//                               wanted, 2 bytes for each element: then values and indices
 //           compaction_expand   grid (ceil(tiles / PARTS)), static shared memory alone
 // Traffic:  compaction: n * sizeof(X_T) read + kept * (sizeof(X_T) + sizeof(I_T)) written, the least
-//           there is, and 16 bytes a tile; its ceiling is that of a copy of as many bytes. count and
+//           there is, and 17 bytes a tile; its ceiling is that of a copy of as many bytes. count and
 //           scatter read x once each. compaction_expand: the same least, read and written in turn
 // Order:    integer counts alone decide where an element goes: the same bits in every run
 //
 // One pass with decoupled look-back (Merrill and Garland, 2016). Blocks take tiles by ticket, so
 // that a tile waits only for tiles that running blocks hold: a block publishes the counts of its
 // tiles in the order of their tickets and waits for nothing but counts, so the first count that is
-// missing never waits. A tile is stored only after the next one of its block is counted: by then the
-// blocks of all tiles before it have published theirs, and the look-back finds them at the first
-// look instead of holding all blocks in step. Meanwhile its kept elements wait in shared memory, and
-// the registers take the next tile: three blocks of 512 threads of an SM keep up to 96 KiB in
-// flight, where bandwidth times latency asks for 36 (H200: 4.8 TB/s at 1 us over 132 SMs).
+// missing never waits. A tile is stored only after the next one of its block is counted: by then most
+// blocks of the tiles before it have published theirs. Meanwhile it waits in shared memory: what is
+// kept gathered at the front or, where indices are wanted, listed by position; and the tile behind
+// the next is on its way. Counts are summed by rows of 32 tiles as they are published, so a look is
+// 512 bytes; when it was a word of each tile in flight, 4 KiB, looks took a quarter of the time.
 //
-// Stack: 8 bytes, for two registers that three blocks of 512 threads of an SM lack
 #if !defined(X_T) || !defined(I_T) || !defined(BLOCK) || !defined(VECTORS) || !defined(STAGES) || \
     !defined(BLOCKS_PER_SM) || !defined(PARTS)
 #error "compaction.cu needs X_T, I_T, BLOCK, VECTORS, STAGES, BLOCKS_PER_SM and PARTS"
@@ -50,7 +49,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS_PER_SM)
 compaction(X_T* __restrict__ values, I_T* __restrict__ indices, i64* __restrict__ count,
            u64* __restrict__ words, const X_T* __restrict__ x, i64 n, i64 capacity,
            float threshold) {
-    extern __shared__ __align__(128) u8 gathered[];  // elements of STAGES tiles, positions of two
+    extern __shared__ __align__(128) u8 staged[];  // STAGES tiles, then positions of two
     constexpr int TICKETS = 8;
     static_assert(STAGES >= 3 && STAGES < TICKETS, "one is on its way, one counted, one stored");
     __shared__ int counts[WARPS];
@@ -60,10 +59,10 @@ compaction(X_T* __restrict__ values, I_T* __restrict__ indices, i64* __restrict_
     const Limit limit = limit_of<X_T>(threshold);
     const Words of = {words + 1, words + 1 + num_tiles};
     const auto elements_of = [&](int stage) {
-        return reinterpret_cast<X_T*>(gathered) + (stage < STAGES ? stage : stage - STAGES) * TILE;
+        return reinterpret_cast<X_T*>(staged) + (stage < STAGES ? stage : stage - STAGES) * TILE;
     };
     const auto positions_of = [&](int round) {
-        return reinterpret_cast<u16*>(gathered + STAGES * TILE * sizeof(X_T)) + round % 2 * TILE;
+        return reinterpret_cast<u16*>(staged + STAGES * TILE * sizeof(X_T)) + round % 2 * TILE;
     };
     const auto ask = [&]() {
         return (int)min(atomicAdd(reinterpret_cast<u32*>(words), 1u), (u32)num_tiles);
@@ -88,7 +87,6 @@ compaction(X_T* __restrict__ values, I_T* __restrict__ indices, i64* __restrict_
         int asked = 0;
         if (threadIdx.x == 0) asked = ask();
         const bool looks_back = warp == 0 && last < num_tiles;
-        Look look;
 
         cp_async_wait<STAGES - 3>();
         X_T* elements = elements_of(stage);
@@ -108,6 +106,8 @@ compaction(X_T* __restrict__ values, I_T* __restrict__ indices, i64* __restrict_
             if (tile < num_tiles) publish(of, tile, start.total);
             tickets[(round + STAGES - 1) % TICKETS] = asked;
         }
+        // The words arrive while this tile is gathered; asked for sooner, they miss more counts.
+        Look look;
         if (looks_back) look = look_at(of, last);
         if (tile < num_tiles) {
             if (indices == nullptr) {
@@ -185,9 +185,9 @@ compaction_scan(u64* __restrict__ words, i64* __restrict__ count, i64 num_tiles)
 extern "C" __global__ void __launch_bounds__(BLOCK)
 compaction_scatter(X_T* __restrict__ values, I_T* __restrict__ indices, const X_T* __restrict__ x,
                    const u64* __restrict__ words, i64 n, i64 capacity, float threshold) {
-    extern __shared__ __align__(128) u8 gathered[];  // elements of the tile, then positions
-    X_T* elements = reinterpret_cast<X_T*>(gathered);
-    u16* positions = reinterpret_cast<u16*>(gathered + TILE * sizeof(X_T));
+    extern __shared__ __align__(128) u8 staged[];  // the tile, then positions
+    X_T* elements = reinterpret_cast<X_T*>(staged);
+    u16* positions = reinterpret_cast<u16*>(staged + TILE * sizeof(X_T));
     __shared__ int counts[WARPS];
     Share share;
     uint4 vectors[VECTORS];

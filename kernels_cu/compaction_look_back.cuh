@@ -5,11 +5,11 @@
 
 #if __CUDA_ARCH__ >= 700  // older SMs count, scan and scatter
 
-// Words that say what tiles keep, all 0 at first, each the whole of a message, so that relaxed order
-// is enough. Tiles form rows of WARP, so that two words of each lane reach far back.
+// Words that say what tiles keep, all 0 at first. Each is the whole of its message, so relaxed order
+// is enough. WARP tiles are a row, so that two words of each lane reach back over WARP rows.
 struct Words {
     u64* tiles;  // of a tile: 1 + its count
-    u64* rows;   // of a row: the sum of the counts so far, and how many they are above 32 bits;
+    u64* rows;   // of a row: the sum of its counts so far, and above 32 bits how many they are;
                  // later WHOLE, and all that is kept up to its end
 };
 

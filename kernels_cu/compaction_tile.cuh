@@ -1,5 +1,5 @@
-// compaction_tile.cuh: compaction's tiles: from x to registers, what is kept of them, gathered in
-// shared memory, and from there to values and indices.
+// compaction_tile.cuh: compaction's tiles: from x to shared memory and registers, what is kept of
+// them, gathered there, and from there to values and indices.
 #include "reduce.cuh"
 #include "vector.cuh"
 
@@ -146,7 +146,8 @@ __device__ __forceinline__ Start start_of(const int (&counts)[WARPS]) {
     return {(int)upto - counts[threadIdx.x / WARP], (int)__shfl_sync(FULL_MASK, sum, WARP - 1)};
 }
 
-// Call `put(place, element)` for each kept element of this thread, of all but the tile's `start`.
+// Call put(place among what the tile keeps, vector, element) for each that this thread keeps; `start`:
+// kept elements of the warps before.
 template <typename Put>
 __device__ __forceinline__ void place_share(int start, const Share& share, Put put) {
 #pragma unroll

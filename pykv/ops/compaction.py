@@ -29,12 +29,11 @@ _INDEX_TYPES = dict(zip(INTS, ("int", "i64"), strict=True))
 
 
 def _shape(sm: int, itemsize: int, indexed: bool) -> dict[str, int]:
-    """Threads of a block, vectors of 16 bytes that each takes of a tile, tiles that a block holds at
-    a time, blocks of an SM, and tiles that a block expands in turn.
+    """Threads of a block, vectors of 16 bytes that each takes of a tile, tiles that a block holds,
+    blocks of an SM, and tiles that a block expands in turn.
 
-    The larger a tile, the fewer steps of the look-back, so two blocks share an SM's memory: for
-    tiles, positions of two of them where indices are wanted, and 1.5 KiB of the system and their
-    own. Of some 30 shapes on an H200 the fastest.
+    The larger a tile, the fewer steps of the look-back, so two blocks share an SM's memory, but for
+    1.5 KiB of the system and their own. Of some 30 shapes on an H200 the fastest.
     """
     shape = dict(VECTORS=4, STAGES=_STAGES, BLOCKS_PER_SM=2, PARTS=4)
     if sm < LOOK_BACK_SM:
@@ -45,7 +44,7 @@ def _shape(sm: int, itemsize: int, indexed: bool) -> dict[str, int]:
 
 
 def _staged_bytes(tile: int, itemsize: int, indexed: bool) -> int:
-    """Shared memory of a block for tiles of so many elements, and positions."""
+    """Shared memory of a block for its tiles of so many elements, and for positions of two."""
     return tile * (_STAGES * itemsize + 2 * _POSITION_BYTES * indexed)
 
 

@@ -112,15 +112,18 @@ def test_tiles_that_keep_nothing_write_nothing(xp, dtype, first):
         assert_same_bits(values[:room], want)
 
 
-def test_a_block_of_every_sm_has_the_memory():
-    """Its tiles and positions, and 512 bytes of its own."""
+@pytest.mark.parametrize("indexed", [False, True])
+@pytest.mark.parametrize("size", [2, 4])
+def test_two_blocks_of_every_sm_have_the_memory(size, indexed):
+    """For tiles and positions, and each 512 bytes of its own."""
     for sm, most in machine.SHARED.items():
-        for size, indexed in product((2, 4), (False, True)):
-            tile = compaction._tile(size, compaction._shape(sm, size, indexed))
-            staged = compaction._staged_bytes(tile, size, indexed)
-            if sm < compaction.LOOK_BACK_SM:
-                staged = tile * (size + 2)
-            assert staged + 512 <= most << 10, (sm, size, indexed)
+        tile = compaction._tile(size, compaction._shape(sm, size, indexed))
+        if sm < compaction.LOOK_BACK_SM:
+            assert tile * (size + 2) + 512 <= most << 10
+            continue
+        block = compaction._staged_bytes(tile, size, indexed) + 512
+        system = 1 << 10 if sm >= 80 else 0
+        assert block <= most << 10 and 2 * (block + system) <= cuda.sm_shared_bytes(sm), sm
 
 
 def test_only_what_is_wanted(xp, rng):

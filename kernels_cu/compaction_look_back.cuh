@@ -1,7 +1,7 @@
 // compaction_look_back.cuh: the sums of compaction's counts before a tile, from the words of the
 // tiles before it.
-#include "compaction_tile.cuh"
 #include "ptx.cuh"
+#include "reduce.cuh"
 
 #if __CUDA_ARCH__ >= 700  // older SMs count, scan and scatter
 

@@ -1,5 +1,6 @@
 // compaction_tile.cuh: compaction's tiles: from x to shared memory and registers, what is kept of
 // them, gathered there, and from there to values and indices.
+#include "ptx.cuh"
 #include "reduce.cuh"
 #include "vector.cuh"
 

@@ -248,10 +248,10 @@ def test_the_driver_gets_sizes_attributes_and_parameters(monkeypatch):
         cuda.driver.configure(kernel, 1, 96, 0, None, False, True),
     )
     for config, offsets in zip(configs, (None, [8, 16], None), strict=True):
-        cuda.driver.bind(kernel, config, arrays, cuda.driver.pack(scalars), offsets)()
-    plain = seen.pop()
-    cuda.driver.run(kernel, configs[-1], arrays, cuda.driver.pack(scalars))
-    assert seen[-1] == plain
+        cuda.driver.run(kernel, config, arrays, cuda.driver.pack(scalars), offsets)
+    cuda.driver.bind(kernel, configs[-1], arrays, cuda.driver.pack(scalars))()
+    bound = seen.pop()
+    assert seen[-1] == bound
     cluster = {ids.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION: (2, 3, 1)}
     assert [x[0] for x in seen] == [
         [8, 6, 1, 32, 2, 4, 0, 7],

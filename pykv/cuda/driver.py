@@ -13,6 +13,7 @@ import threading
 from array import array
 from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
+from operator import add
 from typing import Any, NamedTuple
 
 from pykv.arrays import load_cupy
@@ -144,14 +145,24 @@ def _parameters(words: array[int], scalars: Scalars) -> Parameters:
     return Parameters(words, pointers, pointers.buffer_info()[0])
 
 
-def run(kernel: Any, config: Config, arrays: Sequence[Any], scalars: Scalars) -> None:
-    """Enqueue a kernel on CuPy's current stream; arguments as of `bind`.
+def run(
+    kernel: Any,
+    config: Config,
+    arrays: Sequence[Any],
+    scalars: Scalars,
+    offsets: Sequence[int] | None = None,
+) -> None:
+    """Enqueue a kernel on CuPy's current stream.
+
+    Args:
+        kernel, config, arrays, scalars: as of `bind`.
+        offsets: bytes from the address of each array on; None: none.
 
     Raises:
         DtypeError: something is no array.
         CudaError: the driver refuses the launch, or reports an earlier kernel's failure.
     """
-    words = array("Q", _pointers(arrays))
+    words = _words(arrays, offsets)
     try:  # the driver reads parameters before it returns: the next launch may have them
         parameters = scalars.spare.pop()
         parameters.words[:] = words
@@ -161,13 +172,7 @@ def run(kernel: Any, config: Config, arrays: Sequence[Any], scalars: Scalars) ->
     scalars.spare.append(parameters)
 
 
-def bind(
-    kernel: Any,
-    config: Config,
-    arrays: Sequence[Any],
-    scalars: Scalars,
-    offsets: Sequence[int] | None = None,
-) -> Any:
+def bind(kernel: Any, config: Config, arrays: Sequence[Any], scalars: Scalars) -> Any:
     """A function without arguments that enqueues the kernel on CuPy's current stream, in less time
     than `run` from the second call on.
 
@@ -177,14 +182,10 @@ def bind(
         arrays: CuPy arrays, whose addresses are read here and which live as long as the function,
             or None for a null pointer.
         scalars: the result of `pack`, the kernel's parameters behind those.
-        offsets: bytes from the address of each array on; None: none.
 
     It raises as `run`.
     """
-    words = array("Q", _pointers(arrays))
-    if offsets is not None:
-        words = array("Q", map(sum, zip(words, offsets, strict=True)))
-    parameters = _parameters(words, scalars)
+    parameters = _parameters(_words(arrays), scalars)
     handle = kernel.handle
 
     def enqueue(_kept: Any = (arrays, scalars)) -> None:
@@ -193,9 +194,10 @@ def bind(
     return enqueue
 
 
-def _pointers(arrays: Sequence[Any]) -> list[int]:
+def _words(arrays: Sequence[Any], offsets: Sequence[int] | None = None) -> array[int]:
     try:
-        return [0 if x is None else x.data.ptr for x in arrays]
+        pointers = [0 if x is None else x.data.ptr for x in arrays]
+        return array("Q", pointers if offsets is None else map(add, pointers, offsets))
     except AttributeError as error:
         raise DtypeError(
             f"cuda.Launch: arrays are {', '.join(type(x).__name__ for x in arrays)}, expected "

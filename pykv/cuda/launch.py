@@ -166,19 +166,20 @@ class Launch:
         if len(ordered) != len(arrays) or not ordered:
             raise _names_error(kernel, "arrays", arrays, kernel.arrays)
         if is_preparing():
-            enqueue(self.bound(ordered), stream, (self, ordered))
+            bound = driver.bind(kernel.handle, self._config, ordered, self._scalars)
+            enqueue(bound, stream, (self, ordered))
         else:
             run = partial(driver.run, kernel.handle, self._config, ordered, self._scalars)
             enqueue(run, stream, (self, ordered))
 
-    def bound(self, arrays: Sequence[Any], offsets: Sequence[int] | None = None) -> Any:
-        """A function that enqueues the kernel on CuPy's current stream.
+    def run(self, arrays: Sequence[Any], offsets: Sequence[int] | None = None) -> None:
+        """Enqueue the kernel on CuPy's current stream; no step that could be recorded.
 
         Args:
             arrays: in the kernel's order.
             offsets: bytes to add to their addresses; None: zeros.
         """
-        return driver.bind(self.kernel.handle, self._config, arrays, self._scalars, offsets)
+        driver.run(self.kernel.handle, self._config, arrays, self._scalars, offsets)
 
 
 def _words(kernel: Kernel, scalars: Mapping[str, Any]) -> tuple[int, ...]:

@@ -93,16 +93,14 @@ def replayed(dims: Dims, key: Any, arrays: Sequence[Any], call: Callable[[], Non
     if not plan.steps or not plan.fits(arrays):
         call()
         return
-    steps = [
-        step.launch.bound([None if i is None else arrays[i] for i in step.sources], step.offsets)
-        if type(step) is _Moved
-        else step
-        for step in plan.steps
-    ]
 
     def take() -> None:
-        for step in steps:
-            step()
+        for step in plan.steps:
+            if type(step) is _Moved:
+                taken = [None if i is None else arrays[i] for i in step.sources]
+                step.launch.run(taken, step.offsets)
+            else:
+                step()
 
     enqueue(take)
 

@@ -209,13 +209,16 @@ class Codec:
             coded = Coded(header, data)
             there = ranges.reach(op, "out", data, self._rows)
             reached = _check_out(there)
-            how = partial(self._how, cache, spec, hadamard, check)
-            others = dict(table=table, positions=positions, **_arrays_of(cache))
-            apart = partial(check_apart, op, dict(out=there), others)
-            call = partial(self._compress, Coded(header, there), table, positions, how)
-            arrays = (*_arrays_of(cache).values(), table, positions, there)
+
+            def call() -> None:
+                others = dict(table=table, positions=positions, **_arrays_of(cache))
+                check_apart(op, dict(out=there), others)
+                how = partial(self._how, cache, spec, hadamard, check)
+                self._compress(Coded(header, there), table, positions, how)
+
+            arrays = (cache.k, cache.v, cache.k_scales, cache.v_scales, table, positions, there)
             key = ("compress", layouts, dims.layouts, reached.layouts, header, hadamard)
-            self._enqueue(op, key, arrays, call, apart, check)
+            self._enqueue(op, key, arrays, call, check)
         return coded
 
     def _compress(self, coded: Coded, table: Any, positions: Any, how: _How) -> None:
@@ -299,15 +302,17 @@ class Codec:
                 looks, given = sequences.check_sequence, there.arrays()["positions"]
                 looks = partial(looks, op, table, given, sizes["N"], sizes["P"], writes=True)
                 cuda.look(looks)
-            how = partial(self._how, cache, spec, hadamard, check)
-            others = _arrays_of(cache)
-            written = {name: others.pop(name) for name in spec.written(tuple(others))}
-            others |= dict(coded=there.data, table=table)
-            apart = partial(check_apart, op, written, others)
-            call = partial(self._decompress, there, table, chosen, how)
-            arrays = (*_arrays_of(cache).values(), table, there.data)
+
+            def call() -> None:
+                others = _arrays_of(cache)
+                written = {name: others.pop(name) for name in spec.written(tuple(others))}
+                check_apart(op, written, others | dict(coded=there.data, table=table))
+                how = partial(self._how, cache, spec, hadamard, check)
+                self._decompress(there, table, chosen, how)
+
+            arrays = (cache.k, cache.v, cache.k_scales, cache.v_scales, table, there.data)
             key = ("decompress", layouts, dims.layouts, reached.layouts, header, hadamard, chosen)
-            self._enqueue(op, key, arrays, call, apart, check)
+            self._enqueue(op, key, arrays, call, check)
 
     def _decompress(self, coded: Coded, table: Any, layers: range, how: _How) -> None:
         """`decompress`, with arrays that are checked and on the codec's device."""
@@ -341,21 +346,15 @@ class Codec:
         key: Any,
         arrays: tuple[Any, ...],
         call: Callable[[], None],
-        apart: Callable[[], None],
         check: bool | None,
     ) -> None:
-        """Check that arrays are `apart`, and make a call. On a GPU `replayed` records the launches
+        """Make a call, which checks that arrays are apart. On a GPU `replayed` records its launches
         once for each layout of `arrays`, and checks later calls for overlaps."""
-
-        def checked() -> None:
-            apart()
-            call()
-
         with self._turn:
             if self._xp is np or paged_check.enabled(op, check):
-                checked()
+                call()
             else:
-                cuda.replayed(self._kept, key, (*arrays, *self._own), checked)
+                cuda.replayed(self._kept, key, (*arrays, *self._own), call)
 
     # --- Checks ---
 

@@ -305,16 +305,17 @@ def pack(words):
     return words
 
 
-def run(kernel, config, arrays, scalars):
-    """As pykv.cuda.driver.run."""
+def run(kernel, config, arrays, scalars, offsets=None):
+    """As pykv.cuda.driver.run, with arrays of tests/simt/cupy.py."""
+    if offsets is not None:
+        kinds = [kind for _, kind in kernel.parameters]
+        arrays = list(map(_from, arrays, offsets, kinds))
     bind(kernel, config, arrays, scalars)()
 
 
-def bind(kernel, config, arrays, scalars, offsets=None):
-    """As pykv.cuda.driver.bind, with arrays of tests/simt/cupy.py."""
+def bind(kernel, config, arrays, scalars):
+    """As pykv.cuda.driver.bind."""
     kinds = [kind for _, kind in kernel.parameters]
-    if offsets is not None:
-        arrays = list(map(_from, arrays, offsets, kinds))
     typed = map(_scalar, scalars, kinds[len(arrays) :])
     return partial(cupy.enqueue, _run, kernel, config, *arrays, *typed)
 

@@ -26,6 +26,7 @@ import json
 import struct
 import zlib
 from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from typing import Any
 
@@ -206,19 +207,23 @@ class PeerRegion:
             return 0
         begin, known = _begin(self._count), [self._slots[key] for key in keys]
         starts = [begin + slot * self._nbytes for slot, _, _ in known]
-        with closing(self._read(list(zip(starts, rows, strict=True)))) as coming:
-            for i, row in enumerate(coming):  # verify it while CPU caches hold part of it
-                key, (slot, generation, checksum) = keys[i], known[i]
-                if _checksum(key, generation, row) == checksum:
-                    continue
-                entry = np.empty(1, _ENTRY)
-                self._fill(HEADER_BYTES + slot * _ENTRY.itemsize, entry.view(np.uint8))
-                if entry["key"][0].tobytes() != key or int(entry["generation"][0]) != generation:
-                    return i  # the slot holds another page by now
-                raise TransportError(
-                    f"transport: {self._peer} has a page {key.hex()} that is damaged: its checksum "
-                    "does not hold"
-                )
+        coming = self._read(list(zip(starts, rows, strict=True)))
+        with ThreadPoolExecutor(1) as pool, closing(coming):  # a page is verified beside the next
+            sums = [
+                pool.submit(_checksum, key, of[1], row)
+                for key, of, row in zip(keys, known, coming, strict=True)
+            ]
+        for i, (key, (slot, generation, checksum)) in enumerate(zip(keys, known, strict=True)):
+            if sums[i].result() == checksum:
+                continue
+            entry = np.empty(1, _ENTRY)
+            self._fill(HEADER_BYTES + slot * _ENTRY.itemsize, entry.view(np.uint8))
+            if entry["key"][0].tobytes() != key or int(entry["generation"][0]) != generation:
+                return i  # the slot holds another page by now
+            raise TransportError(
+                f"transport: {self._peer} has a page {key.hex()} that is damaged: its checksum "
+                "does not hold"
+            )
         return len(keys)
 
     def _fill(self, at: int, out: Any) -> None:

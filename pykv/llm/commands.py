@@ -14,6 +14,7 @@ from typing import Any
 
 from pykv import whole_files
 from pykv.errors import CapacityError, ParameterError, quoted
+from pykv.eviction.policies import as_policy
 from pykv.model_options import open_llm
 from pykv.number_texts import counted
 from pykv.terminal import meant, note
@@ -69,8 +70,14 @@ def _check_session(args: argparse.Namespace, *, chat: bool) -> None:
                 f"--session-codec is {quoted(args.session_codec, 200)}, expected FILE:RATIO of a "
                 "file that exists"
             )
-    from pykv.llm import sessions
+    from pykv.llm import evictor, sessions
 
+    policy = None if args.evict is None else as_policy("--evict", args.evict)
+    if not evictor.keeps_prefixes("--evict", policy, None):
+        raise ParameterError(
+            f"--session: --evict is {quoted(args.evict)}, expected a policy other than h2o, beside "
+            "which no pages are kept"
+        )
     path = whole_files.regular_path("--session", args.session)
     if path.exists() and sessions.holds_messages("--session", path) != chat:
         text = "a text, which `pykv run` without --chat goes on with"
@@ -196,8 +203,8 @@ def _asked(llm: Any, history: list[Any], prompt: str, args: argparse.Namespace) 
         return said, llm.chat_ids(said)
     if args.session is None:
         return history, prompt
-    bos = False if history else None
-    said = history + llm.tokenizer.encode(prompt, bos=bos, special=args.special)
+    given = dict(bos=False if history else None, special=args.special)
+    said = history + llm.tokenizer.encode(prompt, **given, limit=llm.context, name="prompt")
     return said, said
 
 

@@ -452,6 +452,14 @@ def test_run_goes_on(capsys, tmp_path, how):
         assert len(llm.load(path).token_ids) > 40 and first[0]["prompt_tokens"] < len(start)
 
 
+def test_a_text_beyond_the_context_is_not_encoded_for_a_session(capsys, monkeypatch, tmp_path):
+    encoder = type(pykv.LLM("chat.gguf", device="cpu").tokenizer._encoder)
+    monkeypatch.setattr(encoder, "encode", lambda self, text: pytest.fail("encoded"))
+    flags = ("run", "--model", "chat.gguf", "--device", "cpu", "--session", tmp_path / "talk")
+    _, _, err = done = run(capsys, *flags, "x" * 100_000)
+    assert re.search(r"prompt has at least [\d,]+ tokens, expected at most 128\n", err), done
+
+
 def test_a_coded_session_goes_on(capsys, tmp_path):
     path = tmp_path / "talk"
     artefact_of(pykv.LLM("chat.gguf", device="cpu")).save(tmp_path / "a.kvtc")
@@ -508,6 +516,8 @@ def test_sessions_that_are_refused(capsys, monkeypatch, tmp_path):
         (("--session", "/proc/x"), "--session is /proc/x, expected a file in a folder to write to"),
         (("--session", path), "holds a text, which `pykv run` without --chat goes on with"),
         (("--session", Path(__file__)), "is no session: b"),
+        (("--session", path, "--evict", "h2o:70"), "--evict is 'h2o:70', expected a policy other"),
+        (("--session", path, "--evict", "adakv:h2o:70"), "beside which no pages are kept"),
     ):
         assert_one_line(run(capsys, "chat", "--model", "missing.gguf", *flags), text)
     flags = ("--session", tmp_path / "new", "--session-codec", f"{path}:2")

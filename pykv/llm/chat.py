@@ -358,6 +358,6 @@ def check_messages(messages: Any) -> None:
             )
             if not isinstance(value, str) and not parts:
                 raise ParameterError(
-                    f"{OP}: messages[{n}] has {key} {value!r}, expected a string "
+                    f"{OP}: messages[{n}] has {key} {quoted(value)}, expected a string "
                     '({"role": ..., "content": ...})'
                 )

@@ -93,7 +93,7 @@ def save(
     path, codec = _checked(op, llm, shared, path, codec)
     arrays = {"tokens": np.array(ids, np.int32)}
     if messages is not None:
-        arrays["messages"] = np.frombuffer(json.dumps(list(messages)).encode(), np.uint8)
+        arrays["messages"] = np.frombuffer(json.dumps([*map(dict, messages)]).encode(), np.uint8)
     mixed = codec is not None and llm.model.hadamard
     with llm.turn(), shared.known(ids) as pages:
         arrays |= stored_pages.fetch(cache, pages, codec, hadamard=mixed)

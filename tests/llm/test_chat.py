@@ -298,6 +298,7 @@ def test_a_file_without_a_template(file):
         ([*USER, {"role": "user"}], r"messages\[1\] has content None, expected a string"),
         ([{"role": "user", "content": []}], r"messages\[0\] has content \[\], expected a string"),
         ([{"role": 1, "content": "Hi"}], r"messages\[0\] has role 1, expected a string"),
+        ([{"role": "user", "content": b"x" * 999}], r"has content b'x+\.\.\., expected a string"),
     ],
 )
 def test_malformed_messages(messages, message):

@@ -3,6 +3,7 @@
 import json
 import os
 from dataclasses import replace
+from types import MappingProxyType
 
 import numpy as np
 import pytest
@@ -205,6 +206,13 @@ def test_messages_come_back(open_llm, tmp_path):
     assert session.messages == talk and session.cached_tokens == kept
     assert again.chat([*session.messages, more], greedy(8)) == want
     assert again.stats.reused_tokens == reused > 0
+
+
+@without_simt
+def test_messages_may_be_any_mappings(open_llm, tmp_path):
+    llm, path, message = talking(open_llm()), tmp_path / "x", {"role": "user", "content": "Hi"}
+    llm.save(path, (MappingProxyType(message),))
+    assert llm.load(path).messages == [message]
 
 
 @without_simt

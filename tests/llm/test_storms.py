@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import threading
+from collections import deque
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from pykv.llm import SamplingParams, memory, steps
 from pykv.llm.prompts import answer_to
 from pykv.pages import swap_in, swap_out
 from pykv.transport import Handover, Local, local
+from tests import peers
 from tests.helpers import swept
 from tests.llm import token_model
 from tests.simt import cupy as simt
@@ -252,7 +254,7 @@ def options_of(draws, folder, lazy):
         how, size = f":{folder}/tokens.kvtc:2", size * 5
     if draws.random() < 0.6:
         options |= dict(host_cache=f"{size}B{how}")
-    if not lazy and draws.random() < 0.5:  # no seed decides when threads write files
+    if draws.random() < 0.5:
         place, limit = folder / f"tier{draws.randrange(10**9)}", draws.choice([30, 10000])
         options |= dict(disk_cache=f"{place}:{limit}KB{draws.choice(['', ':lfu'])}")
     return options
@@ -293,6 +295,24 @@ def test_storms_draw_what_each_sequence_draws_alone(open_of, tmp_path, seed, laz
             storm.close()
             if streams is not None:
                 streams.run()
+
+
+def test_what_another_thread_adds_meanwhile_is_no_deadlock(monkeypatch):
+    streams, event = token_model.lazy_streams(monkeypatch, random.Random(1)), peers.Event()
+    first, second = streams.make(), streams.make()
+
+    class Watched(deque):
+        def __bool__(self):
+            was_due = len(self) > 0
+            if event.mark is None:
+                event.record(first)
+                second.wait_event(event)
+                streams.make().wait_event(event)
+            return was_due
+
+    first.queue = Watched()
+    streams.run()
+    assert event.done and not any(lane.queue for lane in streams.made)
 
 
 @pytest.mark.parametrize("decode", ["graph", "persistent"])

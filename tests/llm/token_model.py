@@ -252,9 +252,13 @@ class RandomStreams(peers.Streams):
                 due = [lane for lane in self.made if lane.queue]
                 if not due or (until is not None and not until.queue):
                     return
-                lanes = [lane for lane in due if self._may_go_on(lane)]
+                # Of all again: another thread adds a mark before the wait for it, which is due.
+                lanes = [lane for lane in self.made if self._may_go_on(lane)]
                 assert lanes, "a deadlock"
-                self._do_next(min(lanes, key=order.get) if order else self.draws.choice(lanes))
+                if order:  # another thread's new ones go first
+                    self._do_next(min(lanes, key=lambda lane: order.get(lane, 0)))
+                else:
+                    self._do_next(self.draws.choice(lanes))
             most = most and most - 1
 
     def _do_next(self, lane):
@@ -269,7 +273,7 @@ class RandomStreams(peers.Streams):
 def lazy_streams(monkeypatch, draws):
     """Let work wait in the streams of two GPUs of the SIMT machine, and the host wait for the
     stream that it reads from alone."""
-    streams = RandomStreams(draws)
+    streams = RandomStreams(random.Random(draws.random()))
     monkeypatch.setattr(peers, "Streams", lambda: streams)
     peers.second_gpu(monkeypatch)
     peers.synchronise_as_cupy(monkeypatch, streams)

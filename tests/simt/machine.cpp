@@ -219,6 +219,7 @@ static Thread* current;
 static jmp_buf scheduler;
 static jmp_buf stopped;
 static Launch* launch;
+static thread_local bool runs_launch;  // others of the host's threads may load a library
 static std::vector<Region> regions;
 static std::vector<u32> cluster_order, block_order, warp_order, lane_order;
 static int num_threads, num_blocks;  // of a block and of a cluster
@@ -641,7 +642,7 @@ RARE static void hand_over() {
 }
 
 RARE static void access_memory(u64 address, u64 bytes, const Access& by) {
-    if (!launch) return;  // the library is being loaded or asked for its kernels
+    if (!runs_launch) return;  // the library is being loaded or asked for its kernels
     if (address - (u64)handed < sizeof handed) return;
     Region* const region = find(address, bytes);
     if (!region) out_of_bounds(address, bytes, by);
@@ -1102,6 +1103,7 @@ static bool add_images() {
 extern "C" int simt_run(Launch* given) {
     if (!stacks && !make_stacks()) return -1;
     launch = given;
+    runs_launch = true;
     random_state = launch->seed;
     num_threads = launch->block[0] * launch->block[1] * launch->block[2];
     together = launch->cooperative;
@@ -1140,7 +1142,7 @@ extern "C" int simt_run(Launch* given) {
     for (const auto& [at, bytes] : reserved) munmap(at, bytes);
     reserved.clear();
     regions.clear();
-    launch = nullptr;
+    runs_launch = false;
     return watched ? given->fault[0] != 0 : -1;
 }
 
@@ -1329,7 +1331,7 @@ static Copy begin_copy(void* to, const void* from, int bytes, const void* caller
 }
 
 void require_space(const void* at, bool is_shared) {
-    if (!launch) return;
+    if (!runs_launch) return;
     const Region* const region = find((u64)at, 1);
     if (!region || region->array.shared == is_shared) return;  // accesses say what is out of bounds
     stop(*current, CALLER, format("takes %s for %s memory", name_of(*region).c_str(),

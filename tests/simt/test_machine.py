@@ -667,6 +667,25 @@ def test_tables_of_addresses(kernel_folder):
         machine.launch(kernel, 1, 2, table, np.int32(0))
 
 
+def test_a_kernel_is_loaded_while_another_runs(kernel_folder):
+    """By another thread of the host, whose accesses are none of the launch."""
+    waits = (
+        'extern "C" __global__ void waits(u64* host) {\n'
+        "    store_host(host, 1); while (load_host(host) == 1) {} store_host(host, 3); }"
+    )
+    kernel = add_kernel(kernel_folder, waits, "waits")
+    host = simt.ndarray(simt.cuda.alloc_pinned_memory(8).view(np.uint64))
+    host.host[0] = 0
+    machine.launch(kernel, 1, 1, host, cooperative=True)
+    while host.host[0] == 0:
+        pass
+    loaded = add_kernel(kernel_folder, LIMITED)
+    assert loaded.parameters == [("out", "Pf"), ("in", "PK3f16"), ("n", "i")]
+    host.host[0] = 2
+    simt.Stream(non_blocking=True).synchronize()
+    assert host.host[0] == 3
+
+
 def test_a_wrong_number_of_arguments(kernel_folder):
     kernel = add_kernel(kernel_folder, LIMITED)
     with pytest.raises(machine.SimtError, match="faulty.cu faulty takes 3 arguments, not 1"):

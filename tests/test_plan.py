@@ -451,6 +451,48 @@ def test_decode_is_attention_over_the_listed_pages(xp, rng, text, lse):
         np.testing.assert_allclose(to_numpy(args.lse), to_numpy(sums) / np.log(2), rtol=1e-5)
 
 
+def test_later_runs_take_their_own_arrays(xp, rng):
+    """By one plan and another scale, of the layouts of the first and of others."""
+    sizes = dict(batch_size=3, num_q_heads=6, cache=CACHE, max_pages=3)
+    plans = {
+        scale: PagedDecodePlan.select(PagedDecodeDescriptor(**sizes, sm_scale=scale), F32, xp=xp)
+        for scale in (0.1, 0.3)
+    }
+    for i in range(8):
+        args, strided, scale = decode_args(xp, rng, CACHE, 6), i % 4 > 1, (0.1, 0.3)[i % 3 == 2]
+        plan = plans[scale]
+        if strided:
+            apart = xp.zeros((3, 7, args.q.shape[2]), np.float32)
+            apart[:, :6] = args.q
+            args = args._replace(q=apart[:, :6])
+        size = plan.workspace_size()
+        workspace = None if xp is np else xp.zeros(size + 64 * strided, np.uint8)
+        plan.run(args, workspace=workspace)
+        table, lengths = page_table.from_lists(*args[3:6], page_size=4, width=3)
+        want = paged_decode.decode(
+            args.q,
+            args.k_data,
+            args.v_data,
+            table,
+            lengths,
+            spec=CACHE.spec,
+            return_lse=True,
+            lse_base="2",
+            scale=scale,
+        )
+        for got, expected in zip((args.o, args.lse), want, strict=True):
+            assert_same_bits(got, expected)
+
+
+def test_overlaps_of_later_runs_are_refused(xp, rng):
+    plan = PagedDecodePlan.select(PagedDecodeDescriptor(3, 6, CACHE, max_pages=3), F32, xp=xp)
+    args = decode_args(xp, rng, CACHE, 6)
+    workspace = None if xp is np else xp.zeros(plan.workspace_size(), np.uint8)
+    plan.run(args, workspace=workspace)
+    with pytest.raises(ParameterError, match="o shares memory with q"):
+        plan.run(args._replace(o=args.q), workspace=workspace)
+
+
 def test_a_prepared_decode(xp, rng):
     """The lists of pages are read at each call."""
     plan = PagedDecodePlan.select(PagedDecodeDescriptor(3, 6, CACHE, max_pages=3), F16, xp=xp)

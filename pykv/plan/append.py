@@ -9,7 +9,7 @@ import numpy as np
 
 from pykv import append_places, cuda
 from pykv.arrays import FLOATS, INTS
-from pykv.checker import checker
+from pykv.checker import Dims, checker
 from pykv.ops import contiguous_append, paged_append
 from pykv.options import check_choice, check_flag, hold_python_numbers
 from pykv.plan.base import (
@@ -103,7 +103,7 @@ class PagedAppendPlan(PagedPlan):
             cuda.kernel("paged_append", "paged_append", **defines)
         return cache.spec
 
-    def _enqueue(self, args: PagedAppendArgs, workspace: Any, stream: Any) -> None:
+    def _enqueue(self, args: PagedAppendArgs, workspace: Any, dims: Dims, stream: Any) -> None:
         paged_append.append_decode(
             *args[:7],
             k_scales=args.k_scales,

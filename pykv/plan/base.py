@@ -183,18 +183,20 @@ class Plan:
             ShapeError, UnsupportedError, DtypeError, DeviceError, ParameterError: in the order that
                 the class gives.
         """
+        self._sizes_of(args)
+
+    def _sizes_of(self, args: Any) -> Dims:
+        """What the checker knows of the layouts of `args`; raises as `can_implement`."""
         check_type(f"{self._name()}.can_implement", "args", args, self.args_type)
-        dims = error = None
         try:
             dims = self._check(*args)
-            if dims is self._passed:  # equal layouts passed before
-                return
-        except PykvError as found:
-            error = found
-        self._check_in_order(args)
-        if error is not None:
-            raise error
-        self._passed = dims
+        except PykvError:
+            self._check_in_order(args)
+            raise
+        if dims is not self._passed:  # these layouts did not pass before
+            self._check_in_order(args)
+            self._passed = dims
+        return dims
 
     def _check_in_order(self, args: Any) -> None:
         """Raise what baracuda's plans look for first: shapes, then rows that are not contiguous."""
@@ -217,8 +219,8 @@ class Plan:
                     f"{name}: {argument} has strides {array.strides}, expected contiguous rows"
                 )
 
-    def _check_call(self, args: Any, workspace: Any) -> None:
-        """Check what `run` is given."""
+    def _check_call(self, args: Any, workspace: Any) -> Dims:
+        """Check what `run` is given; what the checker knows of the layouts of `args`."""
         if workspace is not None:
             self._workspace_check(workspace)
         needed, given = self.workspace_size(), 0 if workspace is None else int(workspace.nbytes)
@@ -226,7 +228,7 @@ class Plan:
             raise CapacityError(
                 f"{self._name()}.run: the workspace has {given} bytes, expected at least {needed}"
             )
-        self.can_implement(args)
+        return self._sizes_of(args)
 
     @classmethod
     def _name(cls) -> str:
@@ -282,7 +284,7 @@ class PagedPlan(Plan):
 
         On a GPU only enqueues, unless checking.
         """
-        self._check_call(args, workspace)
+        dims = self._check_call(args, workspace)
         op = self._run_name
         if paged_check.enabled(op, check):
             cache = self.descriptor.cache
@@ -290,10 +292,10 @@ class PagedPlan(Plan):
             sizes = cache.num_total_pages, cache.page_size
             with cuda.on_stream(stream, args.indptr):
                 paged_check.check_table(*lists, *sizes, **self._lists_are, op=op)
-        self._enqueue(args, workspace, stream)
+        self._enqueue(args, workspace, dims, stream)
 
-    def _enqueue(self, args: Any, workspace: Any, stream: Any) -> None:
-        """Call the op with what is checked."""
+    def _enqueue(self, args: Any, workspace: Any, dims: Dims, stream: Any) -> None:
+        """Call the op with what is checked, of the layouts `dims`."""
         raise NotImplementedError
 
     def _check_descriptor(self, name: str, descriptor: Any) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from pykv import attention
+from pykv import attention, cuda
 from pykv.arrays import FLOAT32, on_gpu
-from pykv.checker import optional
+from pykv.checker import Dims, optional
 from pykv.errors import ParameterError
 from pykv.ops import page_table, paged_decode
 from pykv.options import check_whole, hold_python_numbers
@@ -114,7 +115,16 @@ class PagedDecodePlan(PagedPlan):
             return 0
         return self._scratch + 4 * int(self.descriptor.batch_size) * (self._max_pages + 1)
 
-    def _enqueue(self, args: PagedDecodeArgs, workspace: Any, stream: Any) -> None:
+    def _enqueue(self, args: PagedDecodeArgs, workspace: Any, dims: Dims, stream: Any) -> None:
+        with cuda.on_stream(stream, args.q):
+            call = partial(self._attend, args, workspace)
+            if self._xp is np:
+                call()
+            else:  # the ops check arrays of these layouts once
+                key = self._spec, self._max_pages, self.descriptor.sm_scale
+                cuda.replayed(dims, key, (*args, workspace), call)
+
+    def _attend(self, args: PagedDecodeArgs, workspace: Any) -> None:
         B, M = self.descriptor.batch_size, self._max_pages
         parts: dict[str, Any] = dict(page_size=self.descriptor.cache.page_size, width=M)
         scratch = None
@@ -128,7 +138,7 @@ class PagedDecodePlan(PagedPlan):
             parts["width"] = M = min(M, max(1, len(args.indices)))  # no request lists more
             parts["table"], parts["lengths"] = np.zeros((B, M), np.int32), np.zeros(B, np.int32)
         lists = (args.indices, args.indptr, args.last_page_len)
-        table, lengths = page_table.from_lists(*lists, **parts, stream=stream)
+        table, lengths = page_table.from_lists(*lists, **parts)
         paged_decode.decode(
             *(args.q, args.k_data, args.v_data, table, lengths),
             k_scales=args.k_scales,
@@ -140,5 +150,4 @@ class PagedDecodePlan(PagedPlan):
             lse_base="2",
             workspace=scratch,
             check=False,  # the lists that the table is made of are checked
-            stream=stream,
         )

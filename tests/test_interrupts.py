@@ -179,6 +179,27 @@ def test_a_handler_that_asks_the_model_does_so_between_steps(tmp_path, monkeypat
     assert llm.cache.manager.num_free == llm.cache.manager.num_pages
 
 
+@pytest.mark.parametrize("name", ["save", "load", "perplexity"])
+def test_sessions_and_scores_that_are_interrupted_anywhere_keep_no_pages(tmp_path, name):
+    path, ids = tmp_path / "tiny.gguf", [5, 6, 7] * 4
+    tiny.write_case(path, "llama")
+    llm = LLM(path, device="cpu", page_size=4, pool_tokens=64)
+    llm.generate([ids], SamplingParams(max_tokens=2))
+    llm.save(tmp_path / "talk", ids)
+    args = dict(save=(tmp_path / "new", ids), load=(tmp_path / "talk",), perplexity=(ids,))
+    manager, at, done = llm.cache.manager, 0, False
+    modules = ("pykv.llm.sequence_pages", "pykv.blocks", "pykv.interrupts")
+    while not done:
+        with interrupted(at, modules) as left:
+            try:
+                getattr(llm, name)(*args[name])
+            except KeyboardInterrupt:
+                pass
+        done, at = left[0] >= 0, at + 1
+        assert manager.num_free == manager.num_pages
+    assert at > 50
+
+
 def test_a_stream_whose_end_is_interrupted_anywhere(tmp_path):
     path = tmp_path / "tiny.gguf"
     tiny.write_case(path, "llama")

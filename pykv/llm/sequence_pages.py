@@ -70,13 +70,15 @@ class SequencePages:
         self._runner.join()
         if self._tiers is not None:
             self._tiers.fetch(tokens)
-        pages: list[int] = []
+        manager, pages = self.cache.manager, list[int]()
         try:
             with interrupts.held():
-                pages = self.cache.manager.reuse(tokens)
+                pages = manager.reuse(tokens)
             yield pages
-        finally:
-            self.cache.manager.free(pages)
+            manager.free(pages)
+        except BaseException:
+            manager.free(pages)  # again, if Ctrl-C came before it
+            raise
 
     @contextmanager
     def new(self, tokens: list[int]) -> Iterator[list[int]]:
@@ -94,8 +96,10 @@ class SequencePages:
             yield pages
             if self.prefix_cache:
                 manager.publish(pages, tokens)
-        finally:
             manager.free(pages)
+        except BaseException:
+            manager.free(pages)  # again, if Ctrl-C came before it
+            raise
 
     # --- Numbers of pages ---
 
